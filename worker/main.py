@@ -1,0 +1,197 @@
+"""A worker process: takes its lease, then runs the agent's beat, arq's worker, and the catalog side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import signal
+import uuid
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, suppress
+from typing import Any, cast
+
+from arq.connections import ArqRedis
+from arq.worker import Worker as ArqWorker
+from arq.worker import func
+
+from shared import log
+from shared.lifecycle import State
+from shared.schema import Model
+from shared.settings import Settings, SettingsError, redis_url
+from shared.store import UNAVAILABLE, Store, connected, pack_job, queue_of, unpack_job
+from worker.agent import Agent, LeaseLost
+from worker.scanner import catalogs
+
+FALLBACK_S = 1.0  # a notification may be lost; the queue is looked at this often without one
+FIRST_CATALOG_S = 60.0
+END_S = 2.0
+
+_log = log.get("worker")
+
+
+class Deliveries(ArqWorker):
+    """arq's worker on this worker's queue, woken by notification instead of polling.
+
+    A job is only a delivery: it hands an id to the agent and is done.  The claim of the record decides who loads, so
+    arq's retries and results are off.
+    """
+
+    def __init__(self, redis: ArqRedis, agent: Agent) -> None:
+        async def load(_: dict[Any, Any], id_: str) -> None:
+            agent.deliver(id_)
+
+        super().__init__(
+            [func(cast(Any, load), name="load")],
+            queue_name=queue_of(agent.name),
+            redis_pool=redis,
+            handle_signals=False,
+            max_jobs=1000,
+            job_timeout=5,
+            keep_result=0,
+            max_tries=1,
+            retry_jobs=False,
+            log_results=False,
+            job_serializer=pack_job,
+            job_deserializer=unpack_job,
+        )
+        self.woken = asyncio.Event()
+
+    async def main(self) -> None:
+        """Runs until Redis drops it: then it raises one of UNAVAILABLE, and a new one is started."""
+        while True:
+            self.woken.clear()
+            await self._poll_iteration()
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # somewhere in redis-py a cancellation can get lost
+                raise asyncio.CancelledError
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FALLBACK_S):
+                    await self.woken.wait()
+
+
+async def run(settings: Settings) -> None:
+    """Work until SIGTERM or SIGINT.  Raises SettingsError, and LeaseLost (also in a group)."""
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    epoch = uuid.uuid4().hex
+    with owned(settings, epoch) as dead_epoch:
+        async with connected(redis_url(settings)) as redis:
+            agent = Agent(settings, Store(redis, settings.lease_s), epoch)
+            work = asyncio.create_task(_work(settings, redis, agent, dead_epoch))
+            stopping = asyncio.create_task(stop.wait())
+            try:
+                await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if work.done():
+                    work.result()
+            finally:
+                work.cancel()
+                await asyncio.wait({work}, timeout=END_S)
+                await agent.drain()
+                with suppress(*UNAVAILABLE):
+                    await agent.store.release(agent.name, epoch)
+
+
+@contextmanager
+def owned(settings: Settings, epoch: str) -> Iterator[str]:
+    """Hold this worker's name on this data directory for life; yields the epoch of its last, dead holder.
+
+    The lock is a `flock`: the kernel drops it when the process dies, however it dies.  Raises SettingsError.
+    """
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = settings.data_dir / f"worker-{settings.name}.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(
+                f"a worker named '{settings.name}' already runs on the data directory {settings.data_dir}."
+            ) from None
+        file.seek(0)
+        dead_epoch = file.read().strip()
+        file.truncate(0)
+        file.write(epoch)
+        file.flush()
+        yield dead_epoch
+
+
+async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: str) -> None:
+    """Ready means: a catalog is published, a runner is warm, the lease is ours.  In this order."""
+    agent.runners.prepare()
+    found = catalogs(
+        settings.models_dir,
+        settings.data_dir / f"catalog-{agent.name}.msgpack",
+        log_level=settings.log_level,
+        log_format=settings.log_format,
+    )
+    async with aclosing(found) as lists:
+        async with asyncio.timeout(FIRST_CATALOG_S):
+            first = await anext(lists)
+        await _published(agent, first)
+        await agent.runners.warmed()
+        await _take_lease(agent, dead_epoch)
+        _log.info("ready", action="ready", models=len(first))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(agent.beat())
+            group.create_task(_deliveries(redis, agent))
+            async for models in lists:
+                await _published(agent, models)
+
+
+async def _published(agent: Agent, models: list[Model]) -> None:
+    while True:
+        try:
+            return await agent.publish(models)
+        except UNAVAILABLE as e:
+            _log.warning("catalog not published", action="redis_unavailable", error=str(e))
+        await asyncio.sleep(1)
+
+
+async def _take_lease(agent: Agent, dead_epoch: str) -> None:
+    """Take the lease at once from our own dead predecessor, or as soon as another's runs out.  Raises LeaseLost.
+
+    What the predecessor held is lost: its runners left when it died.
+    """
+    deadline = asyncio.get_running_loop().time() + agent.store.lease_s + 1
+    while True:
+        try:
+            if await agent.store.renew(agent.snapshot(), dead_epoch) != "refused":
+                for instance in await agent.store.live():
+                    claimed = instance.state is not State.QUEUED
+                    if instance.worker == agent.name and claimed and instance.epoch != agent.epoch:
+                        await agent.expire(instance)
+                return
+        except UNAVAILABLE as e:
+            _log.warning("lease not taken", action="redis_unavailable", error=str(e))
+            deadline = asyncio.get_running_loop().time() + agent.store.lease_s + 1
+        if asyncio.get_running_loop().time() > deadline:
+            raise LeaseLost(f"a worker named '{agent.name}' is alive elsewhere; give this one another name.")
+        await asyncio.sleep(0.2)
+
+
+async def _deliveries(redis: ArqRedis, agent: Agent) -> None:
+    """arq and the wake channel, restarted here whenever Redis drops them."""
+    while True:
+        deliveries = Deliveries(redis, agent)
+
+        def heard(data: bytes, deliveries: Deliveries = deliveries) -> None:
+            if data:
+                agent.stop(data.decode())
+            else:
+                deliveries.woken.set()
+
+        both = {
+            asyncio.create_task(deliveries.main()),
+            asyncio.create_task(agent.store.listen(f"wake:{agent.name}", heard)),
+        }
+        try:
+            done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except UNAVAILABLE as e:
+            _log.warning("queue dropped", action="redis_unavailable", error=str(e))
+        finally:
+            for task in both:
+                task.cancel()
+            await asyncio.wait(both, timeout=END_S)
+        await asyncio.sleep(0.2)

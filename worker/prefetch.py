@@ -1,0 +1,81 @@
+"""Reading a model's files into the page cache, with progress, before llama.cpp maps them.
+
+llama.cpp maps a file with MAP_POPULATE: one system call that reads all of it and reports nothing.  Populating a
+mapping of our own in steps (MADV_POPULATE_READ, Linux 5.14) reads at the same speed, tells how far it came, and
+leaves llama.cpp's own mapping nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+from collections.abc import Callable
+
+STEP_BYTES = 32 << 20
+SAMPLE_BYTES = 1 << 20
+MADV_POPULATE_READ = 22
+
+
+class NotAFile(Exception):
+    """Something that cannot be mapped: a FIFO, a device, a directory, or nothing at all."""
+
+
+def open_model(path: str) -> int:
+    """A descriptor of a regular file.  A FIFO would block an ordinary open for ever; this one never blocks.
+
+    Raises NotAFile with a reason that names no path.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        raise NotAFile(f"the file cannot be opened: {e.strerror}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NotAFile("it is not a regular file")
+    return fd
+
+
+def prefetch(path: str, advanced: Callable[[int], None]) -> None:
+    """Bring a file into the page cache; `advanced` gets the bytes of each step.  Cached steps cost microseconds.
+
+    Raises NotAFile, and OSError if the device fails.
+    """
+    fd = open_model(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size == 0:
+            return
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapping:
+            for at in range(0, size, STEP_BYTES):
+                length = min(STEP_BYTES, size - at)
+                if not _cached(fd, at, length):
+                    _populate(mapping, fd, at, length)
+                advanced(length)
+    finally:
+        os.close(fd)
+
+
+def _cached(fd: int, at: int, length: int) -> bool:
+    """Whether a byte of every megabyte is in the page cache: a read that would have to wait fails instead."""
+    byte = bytearray(1)
+    for position in range(at, at + length, SAMPLE_BYTES):
+        try:
+            if os.preadv(fd, [byte], position, os.RWF_NOWAIT) == 0:
+                return False
+        except OSError:  # EAGAIN, or a file system without RWF_NOWAIT
+            return False
+    return True
+
+
+def _populate(mapping: mmap.mmap, fd: int, at: int, length: int) -> None:
+    try:
+        mapping.madvise(MADV_POPULATE_READ, at, length)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        buffer = bytearray(1 << 20)  # a kernel before 5.14: read it the plain way
+        for position in range(at, at + length, len(buffer)):
+            os.preadv(fd, [buffer], position)

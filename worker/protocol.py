@@ -1,0 +1,74 @@
+"""What a worker and its runner say to each other: tagged messages in length-prefixed msgpack frames."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from msgspec import Struct, msgpack
+
+from shared.schema import LoadConfig, Phase
+
+LENGTH = struct.Struct("<I")
+
+# ---- to the runner
+
+
+class Load(Struct, frozen=True, kw_only=True, tag="load"):
+    """Load one model.  Names are llama.cpp's from here on; everything that would make it abort was refused before."""
+
+    shards: list[str]  # absolute paths, first shard first
+    total_bytes: int
+    embedding: bool
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    flash_attn: bool | None  # None: the engine decides
+    offload_kqv: bool
+    expert_override: tuple[str, int] | None  # metadata key and value: how many experts a token uses
+    moe: bool
+    parallel_asked: bool
+
+
+class Stop(Struct, frozen=True, tag="stop"):
+    """Leave at once; dying is how a runner gives its memory back."""
+
+
+ToRunner = Load | Stop
+
+# ---- from the runner
+
+
+class Warm(Struct, frozen=True, tag="warm"):
+    """The engine is initialised; a load may be given."""
+
+
+class Progress(Struct, frozen=True, tag="progress"):
+    phase: Phase
+    loaded_bytes: int  # never decreases
+
+
+class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
+    """The model is in memory and has decoded a token."""
+
+    config: LoadConfig  # as read back
+    timing: dict[Phase, float]  # seconds, disjoint
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """The engine refused; the runner ends after this."""
+
+    reason: str
+
+
+FromRunner = Warm | Progress | Ready | Failed
+
+
+def frame(message: ToRunner | FromRunner) -> bytes:
+    data = msgpack.encode(message)
+    return LENGTH.pack(len(data)) + data
+
+
+decode_to_runner: Callable[[bytes], ToRunner] = msgpack.Decoder(ToRunner).decode
+decode_from_runner: Callable[[bytes], FromRunner] = msgpack.Decoder(FromRunner).decode

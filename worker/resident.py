@@ -1,0 +1,223 @@
+"""A resident: one instance from its delivery to its terminal state, and the only writer of its record meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from shared import log
+from shared.errors import ErrorBody, LoadFailed, LoadFailure
+from shared.lifecycle import Event, State
+from shared.schema import Instance, Model
+from shared.store import UNAVAILABLE, Fenced
+from worker.death import from_exit, from_reason
+from worker.plan import plan
+from worker.protocol import Failed, Progress, Ready
+from worker.runner import Runner, RunnerDied, RunnerStuck
+
+if TYPE_CHECKING:
+    from worker.agent import Agent
+
+COMMIT_FRACTION, COMMIT_S = 0.02, 0.2  # progress is recorded after this much of the bytes, or this long
+
+_log = log.get("worker")
+
+
+class Resident:
+    """What an agent holds of one instance; `live` is its whole life."""
+
+    def __init__(self, agent: Agent, id_: str) -> None:
+        self.agent = agent
+        self.id = id_
+        self.stop = asyncio.Event()  # an unload, a cancel, a record that is no longer ours, or our own end
+        self.claimed = False
+
+    async def live(self) -> None:
+        try:
+            async with self.agent.loading:
+                found = None if self.stop.is_set() else await self._claim()
+                if found is None:
+                    return
+                try:
+                    loaded = await self._load(*found)
+                finally:
+                    self.agent.runners.prepare()  # not earlier: it would take a core from a load of milliseconds
+            if loaded is not None:
+                await self._keep(*loaded)
+        except UNAVAILABLE as e:  # before the claim, when a beat will find the record queued; or at our own end
+            _log.warning("instance put off", action="redis_unavailable", instance=self.id, error=str(e))
+        except Fenced:  # before the claim: cancelled, or given to another
+            _log.info("delivery void", action="delivery_void", instance=self.id)
+
+    async def _claim(self) -> tuple[Instance, Model] | None:
+        """Make a queued record ours.  Raises Fenced and what UNAVAILABLE lists."""
+        record = await self.agent.store.get(self.id)
+        if record is None or record.state is not State.QUEUED or record.worker != self.agent.name:
+            return None
+        model = self.agent.models.get(record.key)
+        if model is None or model.problem is not None:
+            reason = "its file is gone" if model is None or model.problem is None else model.problem.message
+            await self.agent.commit(record, Event.FAIL, error=_error(record, "invalid_model_file", reason))
+            return None
+        instance, now = await self.agent.commit(record, Event.CLAIM, epoch=self.agent.epoch, started_at=time.time())
+        self.claimed = True
+        timing = {"queue": max(0.0, now - record.created_at)}
+        return msgspec.structs.replace(instance, timing=timing), model
+
+    async def _load(self, instance: Instance, model: Model) -> tuple[Instance, Runner] | None:
+        """Have a warm runner load it.  Returns the loaded instance, or None once it has ended otherwise."""
+        started = time.monotonic()
+        try:
+            runner = await self.agent.runners.take()
+        except (RunnerDied, RunnerStuck, TimeoutError) as e:
+            await self._surely(instance, Event.FAIL, error=_error(instance, "engine_crashed", str(e) or "no runner"))
+            return None
+        instance = msgspec.structs.replace(instance, timing={**instance.timing, "spawn": time.monotonic() - started})
+        try:
+            await runner.send(plan(instance.request, model, self.agent.settings))
+            instance, outcome = await self._watch(instance, runner)
+            match outcome:
+                case Ready():
+                    instance = await self._surely(
+                        instance,
+                        Event.LOAD,
+                        phase=None,
+                        progress=1.0,
+                        loaded_bytes=instance.total_size_bytes,
+                        loaded_at=time.time(),
+                        timing={**instance.timing, **outcome.timing},
+                        load_time_seconds=sum(outcome.timing.values()),
+                        load_config=outcome.config,
+                    )
+                    return instance, runner
+                case Failed():
+                    await self._stopped(runner)
+                    await self._fail(instance, *from_reason(self._relative(outcome.reason)))
+                case "stop":
+                    await self._unload(instance, runner)
+                case "stalled":
+                    await self._stopped(runner)
+                    reason = f"the engine made no progress for {self.agent.settings.stall_limit_s:g} s"
+                    await self._fail(instance, "load_stalled", reason)
+                case "died":
+                    await self._stopped(runner)
+                    await self._fail(instance, *from_exit(runner.status, map(self._relative, runner.tail)))
+        except Fenced:
+            await self._abandon(instance, runner)
+        except BaseException:  # cancelled at our own end, or a fault of ours: no runner is left without an owner
+            runner.kill()
+            raise
+        return None
+
+    async def _watch(self, instance: Instance, runner: Runner) -> tuple[Instance, Any]:
+        """Follow a runner through a load, recording its progress, until it is over one way or another."""
+        stopping = asyncio.ensure_future(self.stop.wait())
+        receiving = asyncio.ensure_future(runner.receive())
+        committed_at = time.monotonic()
+        try:
+            while True:
+                await asyncio.wait(
+                    {stopping, receiving},
+                    timeout=self.agent.settings.stall_limit_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if stopping.done():
+                    return instance, "stop"
+                if not receiving.done():
+                    return instance, "stalled"
+                message = receiving.result()
+                if message is None:
+                    return instance, "died"
+                if not isinstance(message, Progress):
+                    return instance, message
+                receiving = asyncio.ensure_future(runner.receive())
+                progress = min(0.999, message.loaded_bytes / max(1, instance.total_size_bytes))
+                due = (
+                    message.phase != instance.phase
+                    or progress >= instance.progress + COMMIT_FRACTION
+                    or time.monotonic() - committed_at >= COMMIT_S
+                )
+                if due:
+                    committed_at = time.monotonic()
+                    instance = await self._record_progress(instance, message, max(progress, instance.progress))
+        finally:
+            stopping.cancel()
+            receiving.cancel()
+
+    async def _record_progress(self, instance: Instance, message: Progress, progress: float) -> Instance:
+        new = msgspec.structs.replace(
+            instance, phase=message.phase, progress=progress, loaded_bytes=message.loaded_bytes
+        )
+        try:
+            return (await self.agent.store.commit(instance, new))[0]
+        except UNAVAILABLE:  # the next one will do
+            return instance
+
+    async def _keep(self, instance: Instance, runner: Runner) -> None:
+        """Hold a loaded instance until it is stopped or its runner dies."""
+        waits = [asyncio.ensure_future(self.stop.wait()), asyncio.ensure_future(runner.exited.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self.stop.is_set():
+                await self._unload(instance, runner)
+            else:
+                await self._stopped(runner)
+                await self._fail(instance, *from_exit(runner.status, map(self._relative, runner.tail)))
+        except Fenced:
+            await self._abandon(instance, runner)
+        except BaseException:
+            runner.kill()
+            raise
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _unload(self, instance: Instance, runner: Runner) -> None:
+        """Stop a runner because it was asked for; at our own end the instance counts as lost, since nobody asked."""
+        if self.agent.draining:
+            await self._stopped(runner)
+            await self._surely(instance, Event.EXPIRE)
+            return
+        instance = await self._surely(instance, Event.STOP)
+        await self._stopped(runner)
+        await self._surely(instance, Event.EXIT)
+
+    async def _abandon(self, instance: Instance, runner: Runner) -> None:
+        """Somebody else moved the record on: whatever we hold for it is void."""
+        _log.warning("instance is no longer ours", action="fenced", instance=instance.id)
+        await self._stopped(runner)
+
+    async def _stopped(self, runner: Runner) -> None:
+        """Return once the runner is reaped: until then its memory is not free, and nothing may say so."""
+        while True:
+            try:
+                return await runner.stop()
+            except RunnerStuck as e:
+                _log.error("runner stuck", action="runner_stuck", pid=runner.pid, error=str(e))
+
+    async def _fail(self, instance: Instance, code: LoadFailure, reason: str) -> None:
+        await self._surely(instance, Event.FAIL, error=_error(instance, code, reason))
+
+    def _relative(self, text: str) -> str:
+        """The engine's words with the models directory left out of the paths."""
+        return text.replace(f"{self.agent.settings.models_dir}/", "")
+
+    async def _surely(self, instance: Instance, event: Event, **changes: Any) -> Instance:
+        """Commit, however long Redis is away; at our own end only once.  Raises Fenced and what UNAVAILABLE lists."""
+        pause = 0.05
+        while True:
+            try:
+                return (await self.agent.commit(instance, event, **changes))[0]
+            except UNAVAILABLE as e:
+                if self.agent.draining:  # the sweep, or our successor, will say what became of it
+                    raise
+                _log.warning("commit put off", action="redis_unavailable", instance=instance.id, error=str(e))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+
+def _error(instance: Instance, code: LoadFailure, reason: str) -> ErrorBody:
+    return LoadFailed(code, instance.type, instance.model, reason).body()

@@ -1,0 +1,200 @@
+"""The worker's handle on one runner process, and the one that waits warm."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import socket
+from collections import deque
+from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
+
+from shared import log
+from worker.protocol import LENGTH, FromRunner, Stop, ToRunner, Warm, decode_from_runner, frame
+
+TAIL_LINES = 200
+WARM_DEADLINE_S = 60.0  # a first CUDA context on a machine with many GPUs takes seconds
+GRACE_S = 1.0  # of each rung of the stop ladder
+REAP_S = 30.0  # after SIGKILL: freeing a large mapping takes a while
+
+
+class RunnerDied(Exception):
+    """A runner ended before it was warm."""
+
+
+class RunnerStuck(Exception):
+    """A process survived SIGKILL (deep in a driver); its memory is still held."""
+
+
+class Runner:
+    """One child process, from its start until it is reaped."""
+
+    def __init__(self, process: ForkServerProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert process.pid is not None
+        self.pid: int = process.pid
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)  # last lines of its stdout and stderr
+        self.exited = asyncio.Event()
+        self.status = 0  # once exited, -n is signal n
+        self._process = process
+        self._reader, self._writer = reader, writer
+        self._output: asyncio.Task[None] | None = None
+        asyncio.get_running_loop().add_reader(process.sentinel, self._on_exit)
+
+    async def send(self, message: ToRunner) -> None:
+        with suppress(ConnectionError, RuntimeError):  # closed, as uvloop says it: `receive` and `exited` tell
+            self._writer.write(frame(message))
+            await self._writer.drain()
+
+    async def receive(self) -> FromRunner | None:
+        """The next message, or None at the end of the stream."""
+        try:
+            head = await self._reader.readexactly(LENGTH.size)
+            return decode_from_runner(await self._reader.readexactly(LENGTH.unpack(head)[0]))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def stop(self) -> None:
+        """The stop ladder: ask, SIGTERM, SIGKILL to its process group; done when it is reaped and its output is read.
+
+        Safe to repeat.  Raises RunnerStuck if it outlives SIGKILL by REAP_S.
+        """
+        await self.send(Stop())
+        for signum, grace in ((None, GRACE_S), (signal.SIGTERM, GRACE_S), (signal.SIGKILL, REAP_S)):
+            if signum is not None:
+                self._signal(signum)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace):
+                    await self.reaped()
+                    return
+        raise RunnerStuck(f"process {self.pid} survived SIGKILL")
+
+    async def reaped(self) -> None:
+        """Wait until the process is gone and the last of its output is in `tail`."""
+        await self.exited.wait()
+        if self._output is not None:
+            await asyncio.wait([self._output], timeout=GRACE_S)  # a grandchild may hold the other end
+            self._output.cancel()
+        self._writer.close()
+
+    def kill(self) -> None:
+        """SIGKILL, without waiting."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, signum: int) -> None:
+        if self.exited.is_set():
+            return
+        with suppress(ProcessLookupError):
+            try:
+                os.killpg(self.pid, signum)
+            except ProcessLookupError:  # it has not made its own group yet
+                os.kill(self.pid, signum)
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        self._process.join()
+        self.status = self._process.exitcode or 0
+        self._process.close()
+        self.exited.set()
+
+    async def _collect(self, output: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=output)
+        try:
+            with suppress(ConnectionError):
+                while line := await _line(reader):
+                    self.tail.append(line.decode("utf-8", "replace").rstrip())
+        finally:
+            writer.close()
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """The next line; the rest of one that is longer than the buffer is another."""
+    try:
+        return await reader.readline()
+    except ValueError:
+        return b"..."
+
+
+class Runners:
+    """Starts runners, keeping one warm ahead, so that a load does not wait for a process.
+
+    They are forked from a server process that has imported the engine but never initialised it: CUDA cannot be used
+    in the fork of a process that did.
+    """
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["worker.child"])
+        self._next: asyncio.Task[Runner] | None = None
+
+    def prepare(self) -> None:
+        """Begin to warm the next runner, also where the last attempt failed."""
+        if self._next is None or _failed(self._next):
+            self._next = asyncio.create_task(self._start())
+
+    async def warmed(self) -> None:
+        """Wait until a runner is warm: the engine can be started here.  Raises RunnerDied and TimeoutError."""
+        self.prepare()
+        assert self._next is not None
+        await asyncio.shield(self._next)
+
+    async def take(self) -> Runner:
+        """A warm runner.  Raises RunnerDied and TimeoutError where none can be started."""
+        while True:
+            self.prepare()
+            assert self._next is not None
+            coming, self._next = self._next, None
+            runner = await coming
+            if not runner.exited.is_set():
+                return runner
+            log.get("worker").warning("a warm runner died", action="warm_runner_died", status=runner.status)
+            await runner.reaped()
+
+    async def close(self) -> None:
+        """Stop the warm runner; the server that forks them ends with this process."""
+        if self._next is not None:
+            coming, self._next = self._next, None
+            await asyncio.wait({coming}, timeout=2 * GRACE_S)  # it is about to be warm: stopped then, it leaves nothing
+            coming.cancel()
+            await asyncio.wait({coming}, timeout=REAP_S)
+            if coming.done() and not _failed(coming):
+                with suppress(RunnerStuck):
+                    await coming.result().stop()
+
+    async def _start(self) -> Runner:
+        control, control_child = socket.socketpair()
+        output, output_child = socket.socketpair()
+        try:
+            with control_child, output_child:
+                process = self._context.Process(target=_run_child, args=(control_child, output_child), daemon=True)
+                await asyncio.to_thread(process.start)
+        except BaseException:
+            control.close()
+            output.close()
+            raise
+        runner = Runner(process, *await asyncio.open_connection(sock=control))
+        runner._output = asyncio.create_task(runner._collect(output))
+        try:
+            async with asyncio.timeout(WARM_DEADLINE_S):
+                message = await runner.receive()
+        except BaseException:  # too late, or nobody wants it any more
+            runner.kill()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REAP_S):
+                    await runner.reaped()
+            raise
+        if not isinstance(message, Warm):
+            await runner.stop()
+            raise RunnerDied("a runner could not start: " + (runner.tail[-1] if runner.tail else "it said nothing"))
+        return runner
+
+
+def _failed(start: asyncio.Task[Runner]) -> bool:
+    return start.done() and (start.cancelled() or start.exception() is not None)
+
+
+def _run_child(control: socket.socket, output: socket.socket) -> None:
+    from worker import child  # only here: the worker itself never imports the engine
+
+    child.main(control, output)
