@@ -1,0 +1,1 @@
+"""The HTTP edge: decodes requests, hands loads to workers, follows them."""

@@ -1,0 +1,45 @@
+"""The application as a value: routes, error handlers, middleware and one lifespan."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from api.auth import Auth
+from api.errors import HANDLERS
+from api.follow import Follower
+from api.loads import Loads
+from api.roster import Roster
+from api.routes import ROUTES
+from shared.settings import Settings, is_loopback, read_tokens, redis_url
+from shared.store import Store, connected
+
+
+def create_app(settings: Settings, closing: asyncio.Event) -> Starlette:
+    """`closing` is set when the process is told to stop: waiting replies then end at once."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
+        async with connected(redis_url(settings)) as redis, asyncio.TaskGroup() as group:
+            store = Store(redis, settings.lease_s)
+            roster, follower = Roster(store), Follower(store)
+            tasks = [group.create_task(part.run()) for part in (roster, follower)]
+            yield {"loads": Loads(store, roster, follower), "closing": closing}
+            for task in tasks:
+                task.cancel()
+
+    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+    middleware = [Middleware(Auth, read_tokens(settings), is_loopback(settings.host))]
+    if origins:  # outermost: a browser's preflight carries no token
+        middleware.insert(
+            0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        )
+    app = Starlette(routes=ROUTES, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
+    app.router.redirect_slashes = False  # an unknown path is an error, in our shape
+    return app

@@ -1,0 +1,85 @@
+"""Errors become HTTP here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Struct
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shared import log
+from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError
+from shared.store import UNAVAILABLE
+
+RETRY_AFTER_S = 2
+
+# One row for each `type`, and one for each `type/code` that differs from it.
+STATUS: dict[str, int] = {
+    "invalid_request": 400,
+    "invalid_request/invalid_api_key": 401,
+    "invalid_request/forbidden_host": 403,
+    "invalid_request/body_too_large": 413,
+    "invalid_request/unsupported_media_type": 415,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "model_not_found": 404,
+    "model_load_failed": 500,
+    "model_load_failed/load_cancelled": 409,
+    "service_unavailable": 503,
+    "internal_error": 500,
+}
+
+
+class ErrorReply(Struct, frozen=True):
+    error: ErrorBody
+
+
+def status_of(body: ErrorBody) -> int:
+    specific = "" if body.code is UNSET else f"{body.type}/{body.code}"
+    return STATUS.get(specific, STATUS[body.type])
+
+
+def reply(error: ServiceError, headers: dict[str, str] | None = None) -> Response:
+    body = error.body()
+    status = status_of(body)
+    extra = dict(headers or {})
+    if status == 401:
+        extra["WWW-Authenticate"] = "Bearer"
+    if status == 503:
+        extra["Retry-After"] = str(RETRY_AFTER_S)
+    return Response(msgspec.json.encode(ErrorReply(body)), status, extra, media_type="application/json")
+
+
+async def on_service_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, ServiceError)
+    return reply(exc)
+
+
+async def on_http_exception(request: Request, exc: Exception) -> Response:
+    """Starlette's own 404 and 405, in our shape."""
+    assert isinstance(exc, HTTPException)
+    kind = MethodNotAllowed if exc.status_code == 405 else NotFound
+    headers: Any = exc.headers
+    return reply(kind(f"Unexpected endpoint or method. ({request.method} {request.url.path})"), headers)
+
+
+async def on_unavailable(request: Request, exc: Exception) -> Response:
+    """Redis did not answer: nothing was accepted, so the same request may be sent again."""
+    log.get("api").warning("redis unavailable", action="redis_unavailable", error=str(exc), path=request.url.path)
+    return reply(QueueUnavailable("The queue (Redis) does not answer. Try again shortly."))
+
+
+async def on_unexpected(request: Request, exc: Exception) -> Response:
+    """A fault of ours: the client learns that much, the log the rest (Starlette raises it again)."""
+    return reply(ServiceError("Internal error. The server's log says more."))
+
+
+HANDLERS: dict[Any, Any] = {
+    ServiceError: on_service_error,
+    HTTPException: on_http_exception,
+    Exception: on_unexpected,
+    **dict.fromkeys(UNAVAILABLE, on_unavailable),
+}
