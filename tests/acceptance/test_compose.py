@@ -1,0 +1,191 @@
+"""The compose file, started without containers.
+
+Every service of docker-compose.yml runs as a local process with the file's own command, environment and health check.
+What containers would give is translated, and nothing else:
+
+  an image's program        the embedded Redis's binary; `loadstone` of this environment
+  host names of services    127.0.0.1, with a free port in place of 6379 and 1234
+  /models, /data            directories of the test; /run/secrets/NAME is the secret's file
+  valkey-cli ping           PING over the same TCP port
+  depends_on, health        a service starts once those it names are healthy
+
+Not covered, for want of containers: the images, networks and ports, users and modes of mounts, and the GPU profile.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared import devredis, synthetic
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "docker-compose.yml"
+DEADLINE_S = 60
+
+
+class Stack:
+    """The services of the file, as processes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.file: dict[str, Any] = yaml.safe_load(FILE.read_text())
+        self.services = {name: s for name, s in self.file["services"].items() if "profiles" not in s}
+        self.directory = directory
+        self.token = secrets.token_hex(16)
+        self.ports = {"6379": free_port(), "1234": free_port()}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        for name in ("models", "redis", "secrets"):
+            (directory / name).mkdir()
+        (directory / "secrets/api_tokens").write_text(f"{self.token}\n")
+        synthetic.write_demo(directory / "models")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports['1234']}"
+
+    def translate(self, text: str) -> str:
+        for old, new in {
+            "redis:6379": f"127.0.0.1:{self.ports['6379']}",
+            "127.0.0.1:1234": f"127.0.0.1:{self.ports['1234']}",
+            "/run/secrets": str(self.directory / "secrets"),
+            "/models": str(self.directory / "models"),
+        }.items():
+            text = text.replace(old, new)
+        return text
+
+    def start(self, name: str, instance: str) -> None:
+        """Start a service under the name that its container's host would have."""
+        service = self.services[name]
+        for needed in service.get("depends_on", {}):
+            self.wait_until_healthy(needed)
+        command = [self.translate(word) for word in service["command"]]
+        if "build" in service:
+            argv = [str(Path(sys.executable).parent / "loadstone"), *command]
+        else:
+            assert command[0] == "valkey-server"
+            private = ["--port", self.ports["6379"], "--bind", "127.0.0.1", "--dir", str(self.directory / "redis")]
+            argv = [str(devredis.binary()), *command[1:], *private]
+        variables = {key: self.translate(value) for key, value in service.get("environment", {}).items()}
+        if name == "api":
+            variables["LOADSTONE_PORT"] = self.ports["1234"]
+        if name == "worker":
+            variables["LOADSTONE_WORKER_NAME"] = instance
+            variables["LOADSTONE_DATA_DIR"] = str(self.directory / instance)
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("LOADSTONE_")} | variables
+        self.processes[instance] = subprocess.Popen(argv, env=environ, cwd=self.directory, stdout=2)
+
+    def is_healthy(self, name: str) -> bool:
+        test = self.services[name]["healthcheck"]["test"]
+        if test == ["CMD-SHELL", "valkey-cli ping | grep -q PONG"]:
+            return answers_pong(int(self.ports["6379"]))
+        assert test[:2] == ["CMD", "python3"]
+        argv = [sys.executable, *(self.translate(word) for word in test[2:])]
+        return subprocess.run(argv, stderr=subprocess.DEVNULL, timeout=10, check=False).returncode == 0
+
+    def wait_until_healthy(self, name: str) -> None:
+        until = time.monotonic() + DEADLINE_S
+        while not self.is_healthy(name):
+            assert time.monotonic() < until, f"{name} is not healthy"
+            assert all(process.poll() is None for process in self.processes.values()), "a service has ended"
+            time.sleep(0.1)
+
+    def stop(self, instance: str) -> int:
+        """What `docker compose stop` does; returns the exit status."""
+        process = self.processes.pop(instance)
+        process.send_signal(signal.SIGTERM)
+        grace = self.services[instance.partition("-")[0]].get("stop_grace_period", "10s")
+        return process.wait(float(grace.rstrip("s")))
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+    def get(self, path: str, token: str = "") -> int:
+        """The status of GET."""
+        request = urllib.request.Request(f"{self.url}{path}")
+        if token:
+            request.add_header("Authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as e:
+            e.close()
+            return e.code
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return str(found.getsockname()[1])
+
+
+def answers_pong(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    made = Stack(tmp_path)
+    yield made
+    made.close()
+
+
+def test_the_services_of_the_compose_file_become_healthy_together_and_stop_cleanly(stack: Stack) -> None:
+    assert set(stack.services) == {"redis", "api", "worker"}
+    stack.start("redis", "redis")
+    stack.start("worker", "worker-1")
+    stack.start("worker", "worker-2")
+    stack.start("api", "api")
+    stack.wait_until_healthy("redis")
+    stack.wait_until_healthy("api")
+    assert stack.get("/readyz") == 200
+    assert stack.get("/api/v1/models") == 401
+    assert stack.get("/api/v1/models", stack.token) == 200
+    assert [stack.stop(name) for name in ("api", "worker-2", "worker-1", "redis")] == [0, 0, 0, 0]
+
+
+def test_without_a_worker_the_api_is_alive_but_not_healthy(stack: Stack) -> None:
+    stack.start("redis", "redis")
+    stack.start("api", "api")
+    until = time.monotonic() + DEADLINE_S
+    while not is_listening(int(stack.ports["1234"])) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert stack.get("/healthz") == 200
+    assert stack.get("/readyz") == 503
+    assert not stack.is_healthy("api")
+
+
+def is_listening(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not shutil.which("docker"), reason="there is no docker here")
+def test_docker_agrees_that_the_file_is_a_compose_file() -> None:
+    known = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=30, check=False)
+    if known.returncode:
+        pytest.skip("this docker has no compose")
+    argv = ["docker", "compose", "--file", str(FILE), "--profile", "gpu", "config", "--quiet"]
+    assert subprocess.run(argv, timeout=30, check=False).returncode == 0

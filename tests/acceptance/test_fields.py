@@ -1,0 +1,183 @@
+"""Each field of a load request changes what llama.cpp does: what is compared was read back from the engine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared import synthetic
+from shared.catalog import Catalog, resolve
+from shared.schema import LoadRequest
+from shared.settings import Settings
+from tests.service import Service, up
+
+LLM, MOE = "acme/llm", "acme/moe"  # the latter uses two of eight experts, unless it is told otherwise
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("fields")
+    synthetic.tiny_llama(home / f"models/{LLM}/llm-f16.gguf", metadata={"llama.context_length": 16_384})
+    synthetic.tiny_moe(home / f"models/{MOE}/moe-f16.gguf")
+    with up(home) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def contrary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose defaults are not the usual ones, so that what is asked for is told from what is left out."""
+    home = tmp_path_factory.mktemp("contrary")
+    synthetic.tiny_llama(home / f"models/{LLM}/llm-f16.gguf")
+    with up(home, LOADSTONE_FLASH_ATTENTION="off", LOADSTONE_OFFLOAD_KV_CACHE_TO_GPU="false") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_loaded(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    for name in {"service", "contrary"} & set(request.fixturenames):
+        request.getfixturevalue(name).unload_all()
+
+
+def config(service: Service, model: str, **fields: object) -> Any:
+    return service.loaded(model, **fields, echo_load_config=True)["load_config"]
+
+
+@pytest.mark.parametrize("asked", [300, 1000, 10_000])
+def test_context_length(service: Service, asked: int) -> None:
+    assert config(service, LLM, context_length=asked)["context_length"] == asked
+
+
+@pytest.mark.parametrize("asked", [64, 2000])
+def test_eval_batch_size(service: Service, asked: int) -> None:
+    assert config(service, LLM, eval_batch_size=asked)["eval_batch_size"] == asked
+
+
+def test_eval_batch_size_is_at_most_the_context_length(service: Service) -> None:
+    assert config(service, LLM, context_length=700, eval_batch_size=2000)["eval_batch_size"] == 700
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_flash_attention(service: Service, asked: bool) -> None:
+    assert config(service, LLM, flash_attention=asked)["flash_attention"] is asked
+
+
+def test_flash_attention_where_the_operator_turned_it_off(contrary: Service) -> None:
+    assert config(contrary, LLM, flash_attention=True)["flash_attention"] is True
+    assert config(contrary, LLM)["flash_attention"] is False
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_offload_kv_cache_to_gpu_is_echoed_as_given_where_there_is_no_gpu(
+    service: Service, contrary: Service, asked: bool
+) -> None:
+    for one in (service, contrary):
+        assert config(one, LLM, offload_kv_cache_to_gpu=asked)["offload_kv_cache_to_gpu"] is asked
+
+
+@pytest.mark.parametrize("asked", [1, 3, 8])
+def test_num_experts(service: Service, asked: int) -> None:
+    assert config(service, MOE, num_experts=asked)["num_experts"] == asked
+
+
+def test_num_experts_of_the_file(service: Service) -> None:
+    assert config(service, MOE)["num_experts"] == 2
+
+
+@pytest.mark.parametrize("asked", [1, 4, 64])
+def test_parallel(service: Service, asked: int) -> None:
+    found = config(service, LLM, parallel=asked, context_length=512)
+    assert (found["parallel"], found["context_length"]) == (asked, 512)
+
+
+def test_parallel_is_echoed_only_when_it_was_asked_for(service: Service) -> None:
+    assert "parallel" not in config(service, LLM)
+
+
+@pytest.mark.parametrize("fields", [{}, {"echo_load_config": False}])
+def test_without_echo_load_config_no_config_comes_back(service: Service, fields: dict[str, object]) -> None:
+    assert set(service.loaded(LLM, **fields)) == {
+        "type",
+        "model_instance_id",
+        "instance_id",
+        "load_time_seconds",
+        "status",
+    }
+
+
+def test_all_fields_at_once(service: Service) -> None:
+    asked = {
+        "context_length": 777,
+        "eval_batch_size": 99,
+        "parallel": 3,
+        "flash_attention": False,
+        "offload_kv_cache_to_gpu": False,
+        "num_experts": 5,
+    }
+    assert config(service, MOE, **asked) == asked
+    (instance,) = service.instances().values()
+    assert instance["config"] == asked
+
+
+# ---- with a device: the test's own runner, since a service's has none here
+
+
+def load_on_a_fake_gpu(home: str, fields: str) -> None:
+    """In a process of its own: load a model with these fields; says what came of it, on stdout, as JSON."""
+    from tests import fakegpu
+    from worker import llama
+    from worker.plan import plan
+
+    models_dir = Path(home, "models")
+    catalog = Catalog(models_dir, Path(home, "catalog"))
+    catalog.look()
+    model = resolve(catalog.models(), LLM)
+    assert model is not None
+    log = llama.initialise()
+    gpu = fakegpu.add("FAKE0", 1 << 30)
+    load = plan(LoadRequest(model=LLM, **json.loads(fields)), model, Settings(models_dir=models_dir))
+    loaded = llama.Loaded(load, log, lambda phase, n_bytes: None)
+    used_bytes = gpu.used_bytes
+    config = loaded.ready(load).config
+    loaded.close()
+    echoed = config.offload_kv_cache_to_gpu
+    print(json.dumps({"used_bytes": used_bytes, "echoed": echoed, "left_bytes": gpu.used_bytes}))
+
+
+@pytest.fixture
+def on_a_fake_gpu(tmp_path: Path) -> Any:
+    synthetic.tiny_llama(tmp_path / f"models/{LLM}/llm-f16.gguf")
+
+    def load(**fields: object) -> dict[str, Any]:
+        call = "import sys; from tests.acceptance.test_fields import *; load_on_a_fake_gpu(*sys.argv[1:])"
+        done = subprocess.run(
+            [sys.executable, "-c", call, str(tmp_path), json.dumps(fields)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    return load
+
+
+def test_offload_kv_cache_to_gpu(on_a_fake_gpu: Any) -> None:
+    kv_bytes = 4 * 2 * 2 * 32 * 2 * 4096  # layers, K and V, heads, elements, bytes of each, tokens
+    on = on_a_fake_gpu(offload_kv_cache_to_gpu=True)
+    off = on_a_fake_gpu(offload_kv_cache_to_gpu=False)
+    default = on_a_fake_gpu()
+    assert [one["echoed"] for one in (on, off, default)] == [True, False, True]
+    assert on["used_bytes"] == default["used_bytes"]
+    assert on["used_bytes"] - off["used_bytes"] > kv_bytes / 2  # what computes moves the other way
+    assert off["used_bytes"] > 0  # the weights, all the same
+    assert [one["left_bytes"] for one in (on, off, default)] == [0, 0, 0]

@@ -1,0 +1,340 @@
+"""Load, unload and list as LM Studio's documentation shows them, to the letter and field by field."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared import synthetic
+from tests.service import Reply, Service, error, tiny_quantized, until, up
+
+LOAD = """\
+curl http://localhost:1234/api/v1/models/load \\
+  -H "Authorization: Bearer $LM_API_TOKEN" \\
+  -H "Content-Type: application/json" \\
+  -d '{
+    "model": "openai/gpt-oss-20b",
+    "context_length": 16384,
+    "flash_attention": true,
+    "echo_load_config": true
+  }'
+"""
+UNLOAD = """\
+curl http://localhost:1234/api/v1/models/unload \\
+  -H "Authorization: Bearer $LM_API_TOKEN" \\
+  -H "Content-Type: application/json" \\
+  -d '{
+    "instance_id": "openai/gpt-oss-20b"
+  }'
+"""
+LIST = """\
+curl http://localhost:1234/api/v1/models \\
+  -H "Authorization: Bearer $LM_API_TOKEN"
+"""
+DOCUMENTED, TINY, BERT, CAUSAL = "openai/gpt-oss-20b", "acme/tiny", "nomic/bert", "qwen/embedding"
+OF_THE_ENGINE = ["metadata", "weights", "context", "warmup"]
+PHASES = ["queue", "spawn", *OF_THE_ENGINE]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("load")
+    models = home / "models"
+    large = {"qwen3moe.context_length": 32_768, "qwen3moe.expert_used_count": 4}
+    synthetic.tiny_moe(models / f"{DOCUMENTED}/gpt-oss-20b-F16.gguf", metadata=large)
+    described = {"general.description": "Says nothing that makes sense."}
+    synthetic.tiny_llama(models / "Acme/Tiny-GGUF/tiny-f16.gguf", tokenizer="bpe", metadata=described)
+    synthetic.tiny_llama(models / "bare.gguf", metadata={"llama.context_length": 8192})
+    synthetic.sharded(models / "acme/sharded/sharded-f16.gguf", 3)
+    tiny_quantized(models / "acme/pair/pair-Q4_0.gguf", "Q4_0", 2048)
+    tiny_quantized(models / "acme/pair/pair-Q8_0.gguf", "Q8_0", 1024)
+    synthetic.tiny_bert(models / f"{BERT}/bert-f32.gguf")
+    long = {"qwen3.context_length": 8192}
+    synthetic.tiny_embedding(models / f"{CAUSAL}/embedding-f16.gguf", metadata=long)
+    (models / "acme/broken").mkdir()
+    (models / "acme/broken/broken.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with up(home) as service:
+        until(lambda: all(m["params_string"] for m in service.models().values()), "every header read whole")
+        yield service
+        assert str(home) not in service.stderr
+
+
+@pytest.fixture
+def service(running: Service) -> Iterator[Service]:
+    """The module's service, with nothing loaded before and after."""
+    yield running
+    running.unload_all()
+
+
+def timing(reply: Reply) -> dict[str, float]:
+    """Server-Timing: milliseconds by phase, in order."""
+    entries = [entry.split(";dur=") for entry in reply.headers["server-timing"].split(", ")]
+    return {name: float(duration) for name, duration in entries}
+
+
+# ---- what the documentation shows
+
+
+def test_the_documented_load_unload_and_list_to_the_letter(service: Service) -> None:
+    loaded = service.shell(LOAD)
+    assert (loaded.status, loaded.headers["content-type"]) == (200, "application/json")
+    reply = loaded.json()
+    assert 0 < reply.pop("load_time_seconds") < 60
+    assert reply == {
+        "type": "llm",
+        "model_instance_id": DOCUMENTED,
+        "instance_id": DOCUMENTED,
+        "status": "loaded",
+        "load_config": {
+            "context_length": 16384,
+            "eval_batch_size": 512,
+            "flash_attention": True,
+            "offload_kv_cache_to_gpu": True,
+            "num_experts": 4,
+        },
+    }
+    listed = service.shell(LIST)
+    assert (listed.status, listed.headers["content-type"]) == (200, "application/json")
+    (model,) = (model for model in listed.json()["models"] if model["key"] == DOCUMENTED)
+    (instance,) = model["loaded_instances"]
+    assert (instance["id"], instance["config"]) == (DOCUMENTED, reply["load_config"])
+    unloaded = service.shell(UNLOAD)
+    assert (unloaded.status, unloaded.json()) == (200, {"instance_id": DOCUMENTED})
+    assert unloaded.headers["content-type"] == "application/json"
+    assert service.models()[DOCUMENTED]["loaded_instances"] == []
+
+
+def test_the_phases_of_a_load_are_disjoint_and_add_up(service: Service) -> None:
+    began = time.monotonic()
+    reply = service.load(TINY)
+    wall_ms = (time.monotonic() - began) * 1000
+    phases = timing(reply)
+    assert list(phases) == [*PHASES, "total"]
+    assert all(duration >= 0 for duration in phases.values())
+    assert phases["total"] == pytest.approx(sum(phases[name] for name in PHASES), abs=1.0)
+    assert phases["total"] < wall_ms
+    engine_ms = sum(phases[name] for name in OF_THE_ENGINE)
+    assert reply.json()["load_time_seconds"] * 1000 == pytest.approx(engine_ms, abs=1.0)
+
+
+# ---- names
+
+
+def test_further_instances_take_the_lowest_free_number(service: Service) -> None:
+    assert [service.loaded(TINY)["instance_id"] for _ in range(3)] == [TINY, f"{TINY}:2", f"{TINY}:3"]
+    assert service.unload(f"{TINY}:2").status == 200
+    assert service.loaded(TINY)["instance_id"] == f"{TINY}:2"
+    assert service.unload(TINY).status == 200
+    assert service.loaded(TINY)["model_instance_id"] == TINY
+    assert set(service.instances()) == {TINY, f"{TINY}:2", f"{TINY}:3"}
+
+
+@pytest.mark.parametrize("asked", [TINY, f"{TINY}@f16", "acme/pair", "acme/pair@q4_0", "acme/pair@q8_0", "bare"])
+def test_a_model_is_loaded_by_its_key_and_by_its_variant_and_the_id_is_the_key_as_asked(
+    service: Service, asked: str
+) -> None:
+    maximum = {TINY: 4096, "bare": 8192, "acme/pair@q8_0": 1024}.get(asked.removesuffix("@f16"), 2048)
+    reply = service.loaded(asked, context_length=maximum, echo_load_config=True)
+    assert (reply["instance_id"], reply["load_config"]["context_length"]) == (asked, maximum)
+    assert list(service.instances()) == [asked]
+    assert service.unload(asked).status == 200
+    assert service.instances() == {}
+
+
+def test_the_plain_key_of_several_quantizations_means_the_one_closest_to_four_and_a_half_bits(
+    service: Service,
+) -> None:
+    service.loaded("acme/pair")
+    listed = service.models()
+    assert "acme/pair" not in listed
+    assert [instance["id"] for instance in listed["acme/pair@q4_0"]["loaded_instances"]] == ["acme/pair"]
+    assert listed["acme/pair@q8_0"]["loaded_instances"] == []
+
+
+@pytest.mark.parametrize("other", ["Acme/Tiny", "acme/tiny ", "acme/tiny-gguf", "acme/tiny@f32", "tiny"])
+def test_keys_are_matched_exactly(service: Service, other: str) -> None:
+    error(service.load(other), 404, "model_not_found", param="model")
+
+
+# ---- what applied
+
+
+@pytest.mark.parametrize(
+    ("model", "applied"),
+    [
+        (TINY, {"context_length": 4096, "eval_batch_size": 512}),
+        ("bare", {"context_length": 4096, "eval_batch_size": 512}),
+        ("acme/pair", {"context_length": 2048, "eval_batch_size": 512}),
+        ("acme/sharded", {"context_length": 4096, "eval_batch_size": 512}),
+        (DOCUMENTED, {"context_length": 4096, "eval_batch_size": 512, "num_experts": 4}),
+    ],
+)
+def test_what_is_left_out_has_the_documented_default(service: Service, model: str, applied: dict[str, Any]) -> None:
+    config = service.loaded(model, echo_load_config=True)["load_config"]
+    assert isinstance(config.pop("flash_attention"), bool)  # as the engine decided
+    assert config == {**applied, "offload_kv_cache_to_gpu": True}
+
+
+@pytest.mark.parametrize("asked", [1, 100, 257, 1000, 4095, 4096])
+def test_a_context_length_is_echoed_as_asked_and_not_as_llama_cpp_pads_it(service: Service, asked: int) -> None:
+    config = service.loaded(TINY, context_length=asked, echo_load_config=True)["load_config"]
+    assert config["context_length"] == asked
+    assert config["eval_batch_size"] == min(512, asked)
+
+
+@pytest.mark.parametrize(("model", "default"), [(BERT, None), (CAUSAL, 4096)])
+def test_an_embedding_model_echoes_its_context_length_and_nothing_else(
+    service: Service, model: str, default: int | None
+) -> None:
+    maximum = service.models()[model]["max_context_length"]
+    reply = service.loaded(model, echo_load_config=True)
+    assert reply["type"] == "embedding"
+    assert reply["load_config"] == {"context_length": default or maximum}
+    of_a_language_model = {
+        "eval_batch_size": 3,
+        "flash_attention": True,
+        "num_experts": 1000,
+        "offload_kv_cache_to_gpu": False,
+        "parallel": 4,
+    }
+    reply = service.loaded(model, context_length=300, echo_load_config=True, **of_a_language_model)
+    assert reply["load_config"] == {"context_length": 300}
+    assert [i["config"]["context_length"] for i in service.instances().values()] == [default or maximum, 300]
+
+
+def test_the_number_of_experts_is_echoed_for_a_mixture_and_has_no_effect_on_a_dense_model(service: Service) -> None:
+    assert service.loaded(DOCUMENTED, num_experts=8, echo_load_config=True)["load_config"]["num_experts"] == 8
+    assert "num_experts" not in service.loaded(TINY, num_experts=1000, echo_load_config=True)["load_config"]
+
+
+# ---- the list
+
+
+def test_the_entry_of_a_language_model_field_by_field(service: Service) -> None:
+    reply = service.loaded(TINY, parallel=2, context_length=300, echo_load_config=True)
+    entry = service.models()[TINY]
+    (instance,) = entry.pop("loaded_instances")
+    assert instance.pop("worker")
+    assert instance == {"id": TINY, "config": reply["load_config"]}
+    file = service.models_dir / "Acme/Tiny-GGUF/tiny-f16.gguf"
+    assert 16 <= entry["quantization"].pop("bits_per_weight") < 16.5
+    assert entry == {
+        "type": "llm",
+        "publisher": "Acme",
+        "key": TINY,
+        "display_name": "Tiny Llama",
+        "architecture": "llama",
+        "quantization": {"name": "F16"},
+        "size_bytes": file.stat().st_size,
+        "params_string": "250K",
+        "max_context_length": 4096,
+        "format": "gguf",
+        "capabilities": {"vision": False, "trained_for_tool_use": True},
+        "description": "Says nothing that makes sense.",
+    }
+
+
+def test_the_entry_of_an_embedding_model_field_by_field(service: Service) -> None:
+    entry = service.models()[BERT]
+    assert 32 <= entry["quantization"].pop("bits_per_weight") < 32.5
+    assert entry.pop("params_string").endswith(("K", "M"))
+    assert entry.pop("max_context_length") > 0
+    assert entry == {
+        "type": "embedding",
+        "publisher": "nomic",
+        "key": BERT,
+        "display_name": "Tiny BERT",
+        "quantization": {"name": "F32"},
+        "size_bytes": (service.models_dir / f"{BERT}/bert-f32.gguf").stat().st_size,
+        "loaded_instances": [],
+        "format": "gguf",
+    }
+
+
+def test_a_model_in_shards_is_one_of_their_size_together(service: Service) -> None:
+    listed = service.models()
+    shards = list((service.models_dir / "acme/sharded").glob("*-of-00003.gguf"))
+    assert len(shards) == 3
+    assert listed["acme/sharded"]["size_bytes"] == sum(shard.stat().st_size for shard in shards)
+    assert [key for key in listed if "sharded" in key] == ["acme/sharded"]
+
+
+def test_everything_that_can_be_loaded_is_listed_once_and_nothing_else(service: Service) -> None:
+    keys = [model["key"] for model in service.send("GET", "/api/v1/models").json()["models"]]
+    assert sorted(keys) == sorted(
+        [DOCUMENTED, TINY, "bare", "acme/sharded", "acme/pair@q4_0", "acme/pair@q8_0", BERT, CAUSAL]
+    )
+
+
+# ---- files that come, change and go
+
+
+def listed(service: Service, key: str, maximum: int | None) -> None:
+    """Wait until the list shows this maximum for a key; None: until it does not show the key."""
+    wanted = None if maximum is None else {"max_context_length": maximum}
+
+    def shown() -> bool:
+        model = service.models().get(key)
+        return (None if model is None else {"max_context_length": model["max_context_length"]}) == wanted
+
+    until(shown, f"{key} is listed with {maximum}")
+
+
+def test_a_file_that_is_added_replaced_or_removed_is_seen_while_running(service: Service) -> None:
+    error(service.load("new/model"), 404, "model_not_found", param="model")
+    path = service.models_dir / "new/model/model-f16.gguf"
+    synthetic.tiny_llama(path, metadata={"llama.context_length": 1024})
+    listed(service, "new/model", 1024)
+    assert service.loaded("new/model", echo_load_config=True)["load_config"]["context_length"] == 1024
+    synthetic.tiny_llama(path, metadata={"llama.context_length": 2048})
+    listed(service, "new/model", 2048)
+    assert service.loaded("new/model", echo_load_config=True)["load_config"]["context_length"] == 2048
+    assert set(service.instances()) == {"new/model", "new/model:2"}
+    service.unload_all()
+    path.unlink()
+    listed(service, "new/model", None)
+    error(service.load("new/model"), 404, "model_not_found", param="model")
+
+
+def test_a_broken_file_hides_no_other_and_says_what_is_wrong_when_it_is_loaded(service: Service) -> None:
+    found = error(service.load("acme/broken"), 500, "model_load_failed", "invalid_model_file")
+    assert found["message"].startswith("Failed to load LLM 'acme/broken': Error: broken.gguf ")
+    path = service.models_dir / "acme/broken2/broken2.gguf"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"GGUF\x03\0\0\0")
+    until(lambda: service.load("acme/broken2").status == 500, "the new broken file is known")
+    found = error(service.load("acme/broken2"), 500, "model_load_failed", "invalid_model_file")
+    assert found["message"].startswith("Failed to load LLM 'acme/broken2': Error: broken2.gguf ")
+    assert not {"acme/broken", "acme/broken2"} & service.models().keys()
+    synthetic.tiny_llama(path)
+    listed(service, "acme/broken2", 4096)
+    assert service.loaded("acme/broken2")["status"] == "loaded"
+    service.unload_all()
+    remove(path)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+    path.parent.rmdir()
+
+
+# ---- many at once
+
+
+def test_twenty_loads_at_once_are_twenty_instances(service: Service) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        replies = list(pool.map(lambda _: service.load(TINY), range(20)))
+    assert [reply.status for reply in replies] == [200] * 20
+    wanted = {TINY, *(f"{TINY}:{n}" for n in range(2, 21))}
+    assert {reply.json()["instance_id"] for reply in replies} == wanted
+    assert set(service.instances()) == wanted
+    with ThreadPoolExecutor(20) as pool:
+        gone = list(pool.map(service.unload, sorted(wanted)))
+    assert [reply.status for reply in gone] == [200] * 20
+    assert service.instances() == {}
+    until(lambda: len(service.runners()) <= 1, "no runner but the one that waits")

@@ -1,0 +1,169 @@
+"""`loadstone up` as a whole: how it starts, how it ends, and what it leaves behind, however it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from shared import synthetic
+from tests.service import Running, Service, below, check_keys, error, is_alive, meanwhile, until, up, wait_gone
+
+TINY, OTHER = "acme/tiny", "acme/other"
+LEASE_S = 3
+Start = Callable[..., Service]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts `loadstone up` on the test's directory; what still runs at the end is stopped as it should be."""
+    synthetic.tiny_llama(tmp_path / f"models/{TINY}/tiny-f16.gguf")
+    synthetic.tiny_llama(tmp_path / f"models/{OTHER}/other-f16.gguf")
+    with ExitStack() as undo:
+
+        def begin() -> Service:
+            return undo.enter_context(up(tmp_path, LOADSTONE_LEASE_S=str(LEASE_S)))
+
+        yield begin
+
+
+def test_what_is_ready_is_listed_at_once(start: Start) -> None:
+    """Not a beat later: the first thing that a client does is to look what there is."""
+    assert set(start().models()) == {TINY, OTHER}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_everything_in_time_whatever_it_does(start: Start, signum: signal.Signals) -> None:
+    service = start()
+    service.loaded(TINY)
+    with service.frozen(1), meanwhile(service.load, OTHER) as reply:
+        until(lambda: service.state(OTHER) == "loading", "it is loading")
+        began = time.monotonic()
+        service.stop(signum)
+        assert time.monotonic() - began < 10
+        assert reply.result(1).status >= 500
+    assert re.fullmatch(r"ready: http://127\.0\.0\.1:[1-9]\d*\n", service.stdout)
+    assert "Traceback" not in service.stderr
+
+
+def test_a_stop_that_was_asked_for_is_not_reported_as_a_crash(start: Start) -> None:
+    service = start()
+    service.loaded(TINY)
+    service.warm_runner(1)
+    service.stop()
+    assert "engine_crashed" not in service.stderr
+    assert "[error" not in service.stderr
+
+
+def test_a_supervisor_that_is_killed_takes_everything_with_it(start: Start) -> None:
+    service = start()
+    service.loaded(TINY)
+    service.warm_runner(1)
+    tree = service.tree()
+    assert len(tree) >= 7  # Redis, API, worker, scanner, runners and what starts them
+    service.popen.kill()
+    service.popen.wait()
+    wait_gone(tree, 3)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", service.port)) != 0
+
+
+@pytest.mark.parametrize("how", ["asked to stop", "killed"])
+def test_a_restart_keeps_the_data_and_starts_with_nothing_loaded(start: Start, how: str) -> None:
+    before = start()
+    before.loaded(TINY)
+    before.loaded(TINY)
+    tree = before.tree()
+    if how == "killed":
+        before.popen.kill()
+        before.popen.wait()
+        wait_gone(tree, 3)
+    else:
+        before.stop()
+    service = start()
+    assert service.instances() == {}
+    assert service.loaded(TINY)["instance_id"] == TINY
+    assert set(service.instances()) == {TINY}
+    with service.redis() as redis:
+        counters = {name.decode(): int(n) for name, n in redis.hgetall("counters").items()}  # type: ignore[union-attr]
+        check_keys(redis)
+    assert counters["loaded"] == 3
+    assert counters["loaded"] == sum(counters.get(end, 0) for end in ("lost", "failed", "unloaded")) + 1
+
+
+def test_what_is_queued_when_it_stops_is_not_loaded_behind_the_back_of_its_client(start: Start) -> None:
+    service = start()
+    with service.frozen(), meanwhile(service.load, TINY) as first:
+        until(lambda: service.state(TINY) == "loading", "the first load has begun")
+        with meanwhile(service.load, OTHER) as second:
+            until(lambda: service.state(OTHER) == "queued", "the second load is queued")
+            service.stop()
+            assert first.result(1).status >= 500
+            assert second.result(1).status >= 500
+
+
+def test_a_second_up_on_one_data_directory_is_refused_with_a_sentence(start: Start, tmp_path: Path) -> None:
+    service = start()
+    second = Running(tmp_path / "second", "up", "--port", "0", "--data-dir", str(service.data_dir))
+    assert second.popen.wait(10) == 2
+    assert second.stdout == ""
+    assert re.fullmatch(r"loadstone: .*another `loadstone up` runs: each must have its own\.\n", second.stderr)
+    assert service.loaded(TINY)["status"] == "loaded"
+
+
+def test_to_listen_for_others_without_a_token_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    refused = Running(tmp_path, "up", "--port", "0", "--host", "0.0.0.0", "--data-dir", str(tmp_path / "data"))
+    assert refused.popen.wait(10) == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("loadstone: LOADSTONE_HOST is '0.0.0.0', which others can reach, and no token")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_worker_that_is_killed_comes_back_and_what_it_held_is_lost(start: Start) -> None:
+    service = start()
+    service.loaded(TINY)
+    with service.frozen(1), meanwhile(service.load, OTHER) as reply:
+        until(lambda: service.state(OTHER) == "loading", "it is loading")
+        worker = service.worker()
+        held = below(worker.pid)
+        began = time.monotonic()
+        os.kill(worker.pid, signal.SIGKILL)
+        found = error(reply.result(LEASE_S + 2), 500, "model_load_failed", "worker_lost")
+        assert time.monotonic() - began < LEASE_S + 2
+        assert found["message"].startswith(f"Failed to load LLM '{OTHER}': Error: the worker ")
+    until(lambda: not service.instances(), "nothing is shown as loaded", LEASE_S + 2)
+    until(lambda: service.send("GET", "/readyz").status == 200, "another worker is ready")
+    wait_gone(held, 3)
+    assert not is_alive(worker)
+    assert service.worker().pid != worker.pid
+    assert service.loaded(TINY)["instance_id"] == TINY
+
+
+def test_an_api_that_is_killed_comes_back_and_what_is_loaded_stays(start: Start) -> None:
+    service = start()
+    service.loaded(TINY)
+    (api,) = (process for process in service.tree() if process.words[2:4] == ("-m", "api"))
+    os.kill(api.pid, signal.SIGKILL)
+    until(lambda: not is_alive(api), "the API is gone")
+    assert set(service.instances()) == {TINY}  # the connection waits for the next one
+    assert service.unload(TINY).status == 200
+
+
+def test_a_redis_that_is_killed_comes_back_with_what_it_knew(start: Start) -> None:
+    service = start()
+    service.loaded(TINY)
+    (redis,) = (process for process in service.tree() if "valkey" in process.words[0] or "redis" in process.words[0])
+    time_of_the_next_write_to_disk = time.monotonic() + 1.5  # the embedded Redis writes through once a second
+    until(lambda: time.monotonic() > time_of_the_next_write_to_disk, "what happened is on disk")
+    os.kill(redis.pid, signal.SIGKILL)
+    until(lambda: not is_alive(redis), "Redis is gone")
+    until(lambda: service.send("GET", "/readyz").status == 200, "Redis is back")
+    until(lambda: set(service.instances()) == {TINY}, "the loaded instance is known", 15)
+    assert service.loaded(TINY)["instance_id"] == f"{TINY}:2"

@@ -1,0 +1,197 @@
+"""Fake GPUs on a machine without one: ggml devices of type GPU over the CPU backend, each with its own memory.
+
+A device computes on the CPU and its buffers are host memory, but it has a name and a capacity of its own,
+reports what is free, and refuses what exceeds it, so llama.cpp offloads to it, splits over several and runs out
+of memory as on a card.  Pure ctypes over the stock build: it lays out ggml's private structs
+(ggml/src/ggml-backend-impl.h) as llama-cpp-python 0.3.36 has them.  For tests only.
+
+Every ggml function comes from the handle of libllama: a second handle on libggml would be a second copy of
+it, with a device registry of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_bool, c_int, c_size_t, c_void_p
+from typing import Any
+
+from llama_cpp import llama_cpp
+
+TYPE_CPU, TYPE_GPU = 0, 1  # enum ggml_backend_dev_type
+
+_ggml: Any = llama_cpp._lib
+
+
+def _pointers(*names: str) -> list[tuple[str, type[c_void_p]]]:
+    return [(name, c_void_p) for name in names]
+
+
+class _BufferType(ctypes.Structure):  # ggml_backend_buffer_type
+    _fields_ = _pointers(
+        *("get_name", "alloc_buffer", "get_alignment", "get_max_size", "get_alloc_size", "is_host"),
+        *("device", "context"),
+    )
+
+
+class _Device(ctypes.Structure):  # ggml_backend_device
+    _fields_ = _pointers(
+        *("get_name", "get_description", "get_memory", "get_type", "get_props", "init_backend", "get_buffer_type"),
+        *("get_host_buffer_type", "buffer_from_host_ptr", "supports_op", "supports_buft", "offload_op"),
+        *("event_new", "event_free", "event_synchronize", "reg", "context"),
+    )
+
+
+class _Backend(ctypes.Structure):  # ggml_backend
+    _fields_ = _pointers("guid", *(f"function_{i}" for i in range(16)), "device", "context")
+
+
+class _Capabilities(ctypes.Structure):  # ggml_backend_dev_caps
+    _fields_ = [(name, c_bool) for name in ("async_", "host_buffer", "buffer_from_host_ptr", "events", "mmap_support")]
+
+
+class _Properties(ctypes.Structure):  # ggml_backend_dev_props; strings as addresses of bytes kept elsewhere
+    _fields_ = [
+        *_pointers("name", "description"),
+        ("memory_free", c_size_t),
+        ("memory_total", c_size_t),
+        ("type", c_int),
+        ("device_id", c_void_p),
+        ("caps", _Capabilities),
+    ]
+
+
+_Pointer = ctypes.CFUNCTYPE(c_void_p, c_void_p)  # also for strings: ctypes keeps no string that a callback returns
+_PointerOfTwo = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_void_p)
+_Type = ctypes.CFUNCTYPE(c_int, c_void_p)
+_Bool = ctypes.CFUNCTYPE(c_bool, c_void_p)
+_BoolOfTwo = ctypes.CFUNCTYPE(c_bool, c_void_p, c_void_p)
+_Memory = ctypes.CFUNCTYPE(None, c_void_p, ctypes.POINTER(c_size_t), ctypes.POINTER(c_size_t))
+_Props = ctypes.CFUNCTYPE(None, c_void_p, ctypes.POINTER(_Properties))
+_Alloc = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_size_t)
+_Free = ctypes.CFUNCTYPE(None, c_void_p)
+
+
+def _bind(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    function = getattr(_ggml, name)
+    function.restype, function.argtypes = result, arguments
+    return function  # type: ignore[no-any-return]  # a C function has no type
+
+
+_cpu_buffer_type = _bind("ggml_backend_cpu_buffer_type", c_void_p)
+_cpu_backend = _bind("ggml_backend_cpu_init", c_void_p)
+_free_backend = _bind("ggml_backend_free", None, c_void_p)
+_device_by_type = _bind("ggml_backend_dev_by_type", c_void_p, c_int)
+_register = _bind("ggml_backend_device_register", None, c_void_p)
+
+_registered: list[FakeGPU] = []  # ggml keeps devices for good, so what they point to is kept too
+
+
+class FakeGPU:
+    """One fake device.  `used_bytes` and `peak_bytes` count what llama.cpp holds, and held at most, on it.
+
+    Made and registered by `add`; never unregistered, as ggml has no way to.
+    """
+
+    def __init__(self, name: str, total_bytes: int) -> None:
+        self.name = name
+        self.total_bytes = total_bytes
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        self._live: dict[int, tuple[int, int]] = {}  # buffer -> its bytes, the CPU backend's way to free it
+        self._strings = [ctypes.create_string_buffer(text.encode()) for text in (name, "fake GPU", f"fake:{name}")]
+        self._name, self._description, self._id = map(ctypes.addressof, self._strings)
+
+        cpu = _Device.from_address(_device_by_type(TYPE_CPU))
+        cpu_buffers = _BufferType.from_address(_cpu_buffer_type())
+        self._cpu_alloc = _Alloc(cpu_buffers.alloc_buffer)
+        self._device = _Device.from_buffer_copy(cpu)
+        self._buffers = _BufferType.from_buffer_copy(cpu_buffers)
+        self._device_at = ctypes.addressof(self._device)
+        self._buffers_at = ctypes.addressof(self._buffers)
+
+        self._free_callback = _Free(self._free)
+        self._device_callbacks: dict[str, Any] = {
+            "get_name": _Pointer(lambda _: self._name),
+            "get_description": _Pointer(lambda _: self._description),
+            "get_memory": _Memory(self._get_memory),
+            "get_type": _Type(lambda _: TYPE_GPU),
+            "get_props": _Props(self._get_properties),
+            "init_backend": _PointerOfTwo(self._init_backend),
+            "get_buffer_type": _Pointer(lambda _: self._buffers_at),
+            "supports_buft": _BoolOfTwo(lambda _, buffer_type: buffer_type == self._buffers_at),
+        }
+        self._buffer_callbacks: dict[str, Any] = {
+            "get_name": _Pointer(lambda _: self._name),
+            "alloc_buffer": _Alloc(self._alloc),
+            "is_host": _Bool(lambda _: False),
+        }
+        for name_of, callback in self._device_callbacks.items():
+            setattr(self._device, name_of, _address(callback))
+        for absent in ("get_host_buffer_type", "buffer_from_host_ptr", "offload_op"):
+            setattr(self._device, absent, None)
+        for name_of, callback in self._buffer_callbacks.items():
+            setattr(self._buffers, name_of, _address(callback))
+        self._buffers.device = self._device_at
+
+    @property
+    def free_bytes(self) -> int:
+        return self.total_bytes - self.used_bytes
+
+    def _alloc(self, buffer_type: int, n_bytes: int) -> int | None:
+        if n_bytes > self.free_bytes:
+            return None  # out of memory, as a device says it
+        buffer: int | None = self._cpu_alloc(buffer_type, n_bytes)
+        if buffer:
+            self.used_bytes += n_bytes
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            free_buffer = c_void_p.from_address(buffer)  # the first field of a ggml_backend_buffer
+            self._live[buffer] = n_bytes, free_buffer.value or 0
+            free_buffer.value = _address(self._free_callback)
+        return buffer
+
+    def _free(self, buffer: int) -> None:
+        n_bytes, cpu_free = self._live.pop(buffer)
+        self.used_bytes -= n_bytes
+        if cpu_free:
+            _Free(cpu_free)(buffer)
+
+    def _get_memory(self, _: int, free: Any, total: Any) -> None:
+        free[0], total[0] = self.free_bytes, self.total_bytes
+
+    def _get_properties(self, _: int, properties: Any) -> None:
+        properties[0] = _Properties(
+            *(self._name, self._description, self.free_bytes, self.total_bytes, TYPE_GPU, self._id),
+            _Capabilities(mmap_support=True),  # as a card of its own: weights are copied from a mapped file
+        )
+
+    def _init_backend(self, *_: int) -> int:
+        backend: int = _cpu_backend()
+        _Backend.from_address(backend).device = self._device_at
+        return backend
+
+
+def add(name: str, total_bytes: int) -> FakeGPU:
+    """A new device `name`, with a name no other has, in this process.
+
+    Before the first model load and after llama_backend_init; any number of times.
+    """
+    _check_layout()
+    gpu = FakeGPU(name, total_bytes)
+    _registered.append(gpu)
+    _register(gpu._device_at)
+    return gpu
+
+
+def _check_layout() -> None:
+    """Raise RuntimeError if ggml's structs are not laid out as above, rather than crash later."""
+    cpu = _device_by_type(TYPE_CPU)
+    backend = _cpu_backend()
+    found = _Backend.from_address(backend).device
+    _free_backend(backend)
+    if found != cpu or _Type(_Device.from_address(cpu).get_type)(cpu) != TYPE_CPU:
+        raise RuntimeError("ggml's private structs have changed; see ggml-backend-impl.h of this llama.cpp")
+
+
+def _address(callback: Any) -> int | None:
+    return ctypes.cast(callback, c_void_p).value

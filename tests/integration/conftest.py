@@ -1,0 +1,94 @@
+"""A real Redis, and what a runner needs beside itself, for the tests that ask for them."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from shared import devredis
+from shared.catalog import Catalog
+from shared.schema import Model
+from shared.store import Store, connected
+from shared.synthetic import tiny_bert, tiny_embedding, tiny_llama, tiny_moe
+
+DEADLINE_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server of this module's own."""
+    with (
+        devredis.prepared(tmp_path_factory.mktemp("redis")) as server,
+        subprocess.Popen(server.argv, pass_fds=server.pass_fds, stderr=subprocess.DEVNULL, stdout=2) as process,
+    ):
+        try:
+            until = time.monotonic() + DEADLINE_S
+            while reason := asyncio.run(devredis.missing(server.socket)):
+                assert time.monotonic() < until, reason
+                time.sleep(0.01)
+            yield server.url
+        finally:
+            process.terminate()
+
+
+@pytest.fixture
+def raw(redis_server: str) -> Iterator[redis.Redis]:
+    """A client that knows nothing of the store, on an empty server."""
+    with redis.Redis.from_url(redis_server) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+async def store(redis_server: str, raw: redis.Redis) -> AsyncIterator[Store]:
+    """A store, and workers "w" and "another" that hold leases."""
+    for name in ("w", "another"):
+        raw.set(f"lease:{name}", "e", ex=60)
+    async with connected(redis_server) as client:
+        yield Store(client, 10.0)
+
+
+@pytest.fixture(scope="module")
+def forkserver() -> Iterator[None]:
+    """The server that runners are forked from, and its tracker: gone with the module."""
+    yield
+    servers: tuple[Any, Any] = (
+        multiprocessing.forkserver._forkserver,
+        multiprocessing.resource_tracker._resource_tracker,
+    )
+    for server in servers:
+        server._stop()
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny model of each kind."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_llama(root / "p/llama/llama-f16.gguf")
+    tiny_moe(root / "p/moe/moe-f16.gguf")
+    tiny_embedding(root / "p/embedding/embedding-f16.gguf")
+    tiny_bert(root / "p/bert/bert-f32.gguf")
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
+
+
+def catalog(models_dir: Path, cache: Path) -> dict[str, Model]:
+    """What a scanner would find, by key."""
+    found = Catalog(models_dir, cache / "cache")
+    found.look()
+    while found.is_shallow:
+        found.deepen(1.0)
+    return {model.key: model for model in found.models()}

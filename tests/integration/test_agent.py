@@ -1,0 +1,488 @@
+"""An agent with a real Redis and real runners: each way an instance ends, and no runner that outlives its record."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from msgspec import UNSET
+
+import worker.agent
+import worker.runner
+from shared.lifecycle import TERMINAL, Event, State
+from shared.schema import Instance, LoadRequest, Model, Problem
+from shared.settings import Settings
+from shared.store import Store
+from shared.synthetic import tiny_llama
+from tests.runners import freeze, is_gone
+from tests.service import below
+from worker.agent import Agent
+from worker.runner import Runner, RunnerDied
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+DEADLINE_S = 10.0
+SHORT_S = 0.3  # of a rung of the stop ladder, where a runner will not answer
+EPOCH = "e"  # of the lease that "w" holds
+
+
+@pytest.fixture
+async def agent(store: Store, models: dict[str, Model], models_dir: Path) -> AsyncIterator[Agent]:
+    """Worker "w" with one model of each kind; nothing moves in it but what a test asks for."""
+    made = Agent(Settings(worker_name="w", models_dir=models_dir), store, EPOCH)
+    await made.publish([*models.values()])
+    yield made
+    if made.runners._next is not None:
+        await asyncio.wait([made.runners._next])  # the end of one that is half started is another test's subject
+    await made.drain()
+    await until(no_runners, "all runners gone")
+    assert (made.held, made.tasks) == ({}, {})
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch, agent: Agent) -> Iterator[None]:
+    """A frozen runner is killed soon, until the agent's own end."""
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.runner, "GRACE_S", SHORT_S)
+        yield
+
+
+async def until(condition: Callable[[], Awaitable[bool] | bool], what: str) -> None:
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                answer = condition()
+                if answer if isinstance(answer, bool) else await answer:
+                    return
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        pytest.fail(f"not in time: {what}")
+
+
+def no_runners() -> bool:
+    """Their parent is the server that forked them, not we."""
+    return all(process.parent == os.getpid() for process in below(os.getpid()))
+
+
+async def submitted(agent: Agent, number: int = 1, key: str = "p/llama", worker_: str = "w") -> str:
+    """The id of a new record in the queue of a worker."""
+    model = agent.models.get(key)
+    record = Instance(
+        id=f"load_{number}",
+        model=key,
+        key=key,
+        type="llm" if model is None else model.type,
+        worker=worker_,
+        request=LoadRequest(model=key, context_length=256),
+        total_size_bytes=1 if model is None else model.size_bytes,
+    )
+    return (await agent.store.create(record)).id
+
+
+async def delivered(agent: Agent, number: int = 1, key: str = "p/llama") -> str:
+    id_ = await submitted(agent, number, key)
+    agent.deliver(id_)
+    return id_
+
+
+async def record(agent: Agent, id_: str) -> Instance:
+    found = await agent.store.get(id_)
+    assert found is not None
+    return found
+
+
+async def reached(agent: Agent, id_: str, state: State) -> Instance:
+    """The record once it is in this state; fails at once where it ended in another."""
+
+    async def is_there() -> bool:
+        found = await record(agent, id_)
+        assert found.state is state or found.state not in TERMINAL, found
+        return found.state is state
+
+    await until(is_there, f"{id_} {state}")
+    return await record(agent, id_)
+
+
+async def released(agent: Agent, id_: str) -> None:
+    """Wait until the agent holds nothing of it any more."""
+    await until(lambda: id_ not in agent.held, f"{id_} released")
+
+
+async def states(agent: Agent, id_: str) -> list[State]:
+    """Through which states a record went, in order."""
+    found = [past.state for _, past in await agent.store.history(await record(agent, id_))]
+    return [found[0], *(b for a, b in pairwise(found) if a is not b)]
+
+
+async def warm(agent: Agent) -> Runner:
+    """The runner that the next load will take."""
+    async with asyncio.timeout(DEADLINE_S):
+        await agent.runners.warmed()
+    assert agent.runners._next is not None
+    return agent.runners._next.result()
+
+
+async def frozen(agent: Agent) -> Runner:
+    """The same, and it will not answer."""
+    runner = await warm(agent)
+    await freeze(runner)
+    return runner
+
+
+async def loaded(agent: Agent, number: int = 1, key: str = "p/llama") -> tuple[str, Runner]:
+    """A loaded instance and the runner that holds it."""
+    runner = await warm(agent)
+    id_ = await delivered(agent, number, key)
+    await reached(agent, id_, State.LOADED)
+    assert not is_gone(runner.pid)
+    return id_, runner
+
+
+async def loading(agent: Agent, number: int = 1) -> tuple[str, Runner]:
+    """An instance that stays in its load, and its frozen runner."""
+    runner = await frozen(agent)
+    id_ = await delivered(agent, number)
+    await reached(agent, id_, State.LOADING)
+    return id_, runner
+
+
+def check_failed(instance: Instance, code: str, *words: str) -> None:
+    assert instance.state is State.FAILED
+    assert instance.error is not None
+    assert (instance.error.type, instance.error.code) == ("model_load_failed", code)
+    for word in words:
+        assert word in instance.error.message
+    assert instance.completed_at is not None
+    shown = [
+        instance.error.message,
+        *map(str, ({} if instance.error.detail is UNSET else instance.error.detail).values()),
+    ]
+    assert not any(word.startswith("/") for text in shown for word in text.split()), shown
+
+
+# ---- a whole life
+
+
+@pytest.mark.parametrize("key", ["p/llama", "p/moe", "p/embedding", "p/bert"])
+async def test_from_the_queue_into_memory_and_out_again(agent: Agent, key: str) -> None:
+    id_, runner = await loaded(agent, key=key)
+    found = await record(agent, id_)
+    assert (found.epoch, found.phase, found.progress) == (EPOCH, None, 1.0)
+    assert found.loaded_bytes == found.total_size_bytes == agent.models[key].size_bytes
+    assert found.load_config is not None
+    assert found.load_config.context_length == 256
+    assert [*found.timing] == ["queue", "spawn", "metadata", "weights", "context", "warmup"]
+    assert found.load_time_seconds == sum([*found.timing.values()][2:])
+    assert found.started_at is not None
+    assert found.loaded_at is not None
+    assert found.started_at <= found.loaded_at
+
+    assert await agent.store.request_stop(id_)
+    agent.stop(id_)
+    await released(agent, id_)
+    ended = await record(agent, id_)
+    assert ended.state is State.UNLOADED
+    assert ended.completed_at is not None
+    assert ended.error is None
+    assert is_gone(runner.pid)
+    assert await states(agent, id_) == [
+        State.QUEUED,
+        State.LOADING,
+        State.LOADED,
+        State.UNLOADING,
+        State.UNLOADED,
+    ]
+
+
+async def test_progress_in_the_record_never_goes_back(agent: Agent) -> None:
+    id_, _ = await loaded(agent)
+    past = [old for _, old in await agent.store.history(await record(agent, id_))]
+    progress = [old.progress for old in past]
+    assert progress == sorted(progress)
+    assert all(old.progress < 1 for old in past if old.state is not State.LOADED)
+    phases = [old.phase for old in past if old.state is State.LOADING and old.phase is not None]
+    assert [*dict.fromkeys(phases)] == ["metadata", "weights", "context", "warmup"]
+
+
+async def test_a_record_is_unloaded_only_after_its_runner_is_gone(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads "unloaded" may count on the memory."""
+    id_, runner = await loaded(agent)
+    seen: dict[Event, bool] = {}
+    commit = agent.commit
+
+    async def watched(instance: Instance, event: Event, **changes: Any) -> tuple[Instance, float]:
+        seen[event] = is_gone(runner.pid)
+        return await commit(instance, event, **changes)
+
+    monkeypatch.setattr(agent, "commit", watched)
+    agent.stop(id_)
+    await released(agent, id_)
+    assert seen == {Event.STOP: False, Event.EXIT: True}
+
+
+async def test_several_live_beside_each_other_and_end_alone(agent: Agent) -> None:
+    first, kept = await loaded(agent, 1)
+    second, stopped = await loaded(agent, 2, "p/moe")
+    agent.stop(second)
+    await released(agent, second)
+    assert is_gone(stopped.pid)
+    assert not is_gone(kept.pid)
+    assert (await record(agent, first)).state is State.LOADED
+
+
+# ---- deliveries
+
+
+async def test_what_is_delivered_twice_is_loaded_once(agent: Agent) -> None:
+    id_ = await submitted(agent)
+    agent.deliver(id_)
+    agent.deliver(id_)
+    await reached(agent, id_, State.LOADED)
+    agent.deliver(id_)
+    assert [*agent.held] == [id_]
+    agent.stop(id_)
+    await released(agent, id_)
+    agent.deliver(id_)
+    await released(agent, id_)
+    assert (await states(agent, id_)).count(State.LOADING) == 1
+    assert (await record(agent, id_)).state is State.UNLOADED
+
+
+async def test_what_is_anothers_or_nobodys_is_left_alone(agent: Agent) -> None:
+    anothers = await submitted(agent, worker_="another")
+    for id_ in (anothers, "load_none"):
+        agent.deliver(id_)
+        await released(agent, id_)
+    assert (await record(agent, anothers)).state is State.QUEUED
+    assert (await record(agent, anothers)).rev == 1
+
+
+async def test_one_load_at_a_time(agent: Agent, impatient: None) -> None:
+    first, _ = await loading(agent)
+    second = await delivered(agent, 2)
+    await asyncio.gather(*(agent.store.get(second) for _ in range(20)))  # time enough for a claim
+    assert (await record(agent, second)).state is State.QUEUED
+    agent.stop(first)
+    await reached(agent, second, State.LOADED)
+    assert (await record(agent, first)).state is State.CANCELLED
+
+
+async def test_what_was_cancelled_in_the_queue_is_not_loaded(agent: Agent, impatient: None) -> None:
+    first, _ = await loading(agent)
+    second = await delivered(agent, 2)
+    queued = await record(agent, second)
+    await agent.store.commit(queued, queued.after(Event.STOP))
+    agent.stop(second)
+    agent.stop(first)
+    await released(agent, second)
+    assert await states(agent, second) == [State.QUEUED, State.CANCELLED]
+
+
+# ---- loads that come to nothing
+
+
+async def test_a_cancelled_load(agent: Agent, impatient: None) -> None:
+    id_, runner = await loading(agent)
+    assert await agent.store.request_stop(id_)
+    agent.stop(id_)
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    ended = await record(agent, id_)
+    assert (ended.state, ended.error, ended.loaded_at) == (State.CANCELLED, None, None)
+    assert await states(agent, id_) == [State.QUEUED, State.LOADING, State.UNLOADING, State.CANCELLED]
+
+
+async def test_a_stalled_load(agent: Agent, impatient: None) -> None:
+    agent.settings = msgspec.structs.replace(agent.settings, stall_limit_s=0.25)
+    runner = await frozen(agent)
+    id_ = await delivered(agent)
+    check_failed(await reached(agent, id_, State.FAILED), "load_stalled", "0.25 s")
+    assert is_gone(runner.pid)
+
+
+async def test_a_runner_that_dies_in_its_load(agent: Agent) -> None:
+    id_, runner = await loading(agent)
+    runner.kill()
+    check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "SIGKILL")
+    assert is_gone(runner.pid)
+
+
+async def test_a_runner_that_dies_while_it_holds_its_model(agent: Agent) -> None:
+    id_, runner = await loaded(agent)
+    runner.kill()
+    ended = await reached(agent, id_, State.FAILED)
+    check_failed(ended, "engine_crashed", "SIGKILL")
+    assert ended.loaded_at is not None
+    await released(agent, id_)
+    await loaded(agent, 2)  # the agent goes on
+
+
+async def test_a_model_that_left_the_catalog(agent: Agent) -> None:
+    id_ = await delivered(agent, key="p/gone")
+    check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", "gone")
+    assert await states(agent, id_) == [State.QUEUED, State.FAILED]
+
+
+async def test_a_model_that_the_catalog_warns_of(agent: Agent) -> None:
+    problem = Problem(code="invalid_model_file", message="its header ends early")
+    agent.models["p/bad"] = msgspec.structs.replace(agent.models["p/llama"], key="p/bad", problem=problem)
+    id_ = await delivered(agent, key="p/bad")
+    check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", problem.message)
+
+
+async def test_a_file_that_the_catalog_does_not_know_to_be_gone(agent: Agent, models: dict[str, Model]) -> None:
+    model = msgspec.structs.replace(models["p/llama"], key="p/late", shards=["p/late/late-f16.gguf"])
+    agent.models[model.key] = model
+    id_ = await delivered(agent, key=model.key)
+    check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", "cannot be opened")
+
+
+async def test_a_file_that_is_not_what_its_header_says(agent: Agent, models: dict[str, Model], tmp_path: Path) -> None:
+    """Its reason names it by its place under the models directory, not by where that is."""
+    model = msgspec.structs.replace(models["p/llama"], key="p/cut", shards=["p/cut/cut.gguf"])
+    cut = tiny_llama(tmp_path / model.shards[0])
+    os.truncate(cut, cut.stat().st_size // 2)
+    agent.models[model.key] = model
+    agent.settings = msgspec.structs.replace(agent.settings, models_dir=tmp_path)
+    id_ = await delivered(agent, key=model.key)
+    ended = await reached(agent, id_, State.FAILED)
+    check_failed(ended, "invalid_model_file")
+    assert str(tmp_path) not in str(ended.error)
+
+
+async def test_no_runner_can_be_started(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.runner, "_run_child", operator.is_)  # anything that returns at once
+        id_ = await delivered(agent)
+        check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "could not start")
+        await released(agent, id_)
+        with pytest.raises(RunnerDied):
+            await agent.runners.take()  # the next one was begun as well
+    await loaded(agent, 2)
+
+
+# ---- records that moved on without the agent
+
+
+async def test_a_wish_that_was_not_heard_is_found_by_the_beat(agent: Agent) -> None:
+    id_, runner = await loaded(agent)
+    assert await agent.store.request_stop(id_)
+    await agent._reconcile()
+    await released(agent, id_)
+    assert (await record(agent, id_)).state is State.UNLOADED
+    assert is_gone(runner.pid)
+
+
+async def test_the_beat_leaves_alone_what_is_as_it_should_be(agent: Agent) -> None:
+    id_, runner = await loaded(agent)
+    before = await record(agent, id_)
+    await agent._reconcile()
+    assert not agent.held[id_].stop.is_set()
+    assert await record(agent, id_) == before
+    assert not is_gone(runner.pid)
+
+
+async def test_an_emptied_redis_stops_what_it_no_longer_knows(agent: Agent, raw: redis.Redis) -> None:
+    id_, runner = await loaded(agent)
+    raw.flushall()
+    await agent._reconcile()
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    assert raw.dbsize() == 0
+
+
+async def test_what_was_swept_stays_lost_and_its_runner_stops(agent: Agent) -> None:
+    id_, runner = await loaded(agent)
+    await sweep(agent, id_)
+    swept = await record(agent, id_)
+    await agent._reconcile()
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    assert await record(agent, id_) == swept
+
+
+async def test_what_was_swept_in_its_load_stays_lost(agent: Agent, impatient: None) -> None:
+    id_, runner = await loading(agent)
+    await sweep(agent, id_)
+    await agent._reconcile()
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    assert (await record(agent, id_)).state is State.LOST
+
+
+async def test_a_load_that_ends_after_the_sweep_is_not_recorded(agent: Agent) -> None:
+    """The agent learns of it when it writes, without a beat."""
+    id_, runner = await loading(agent)
+    await sweep(agent, id_)
+    os.kill(runner.pid, signal.SIGCONT)
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    assert (await record(agent, id_)).state is State.LOST
+
+
+async def test_a_claim_whose_reply_was_lost_is_given_up(agent: Agent) -> None:
+    """Nobody works on it."""
+    queued = await record(agent, await submitted(agent))
+    await agent.store.commit(queued, queued.after(Event.CLAIM, epoch=EPOCH))
+    await agent._reconcile()
+    assert (await record(agent, queued.id)).state is State.LOST
+
+
+async def sweep(agent: Agent, id_: str) -> None:
+    """What an API process does with the instances of a worker that is silent for too long."""
+    while True:
+        found = await record(agent, id_)
+        if found.state is State.LOST:
+            return
+        await agent.store.commit(found, found.after(Event.EXPIRE))
+
+
+# ---- the end
+
+
+async def test_drain_stops_all_in_parallel_and_they_are_lost(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes the whole ladder: one after the other they would not be done within the limit."""
+    monkeypatch.setattr(worker.agent, "DRAIN_S", 5 * SHORT_S)
+    held = [await loaded(agent, number) for number in (1, 2, 3)]
+    next_ = await warm(agent)
+    monkeypatch.setattr(worker.runner, "GRACE_S", SHORT_S)
+    for _, runner in held:
+        await freeze(runner)
+    async with asyncio.timeout(DEADLINE_S):
+        await agent.drain()
+    for id_, runner in held:
+        ended = await record(agent, id_)
+        assert (ended.state, ended.error) == (State.LOST, None)
+        assert is_gone(runner.pid)
+    assert is_gone(next_.pid)
+    assert (agent.held, agent.tasks) == ({}, {})
+
+
+async def test_drain_loses_what_was_loading_and_leaves_what_was_queued(agent: Agent, impatient: None) -> None:
+    first, runner = await loading(agent)
+    second = await delivered(agent, 2)
+    await warm(agent)
+    await agent.drain()
+    assert (await record(agent, first)).state is State.LOST
+    assert (await record(agent, second)).state is State.QUEUED
+    assert is_gone(runner.pid)
+
+
+async def test_nothing_is_taken_after_the_end_began(agent: Agent) -> None:
+    await agent.drain()
+    id_ = await delivered(agent)
+    assert agent.held == {}
+    await agent._reconcile()
+    assert agent.held == {}
+    assert (await record(agent, id_)).state is State.QUEUED

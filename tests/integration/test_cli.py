@@ -1,0 +1,269 @@
+"""The command line as its users meet it, with small stand-ins for the API and the worker."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shared import cli, synthetic
+from tests.integration.test_supervisor import wait_gone
+
+API = """
+import http.server, os, signal, socket, sys
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = f"{os.getpid()} {os.environ['LOADSTONE_REDIS_URL']}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+open(os.environ["NOTES"] + f"/api-{os.getpid()}", "w")
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+server = http.server.HTTPServer(("", 0), Answer, bind_and_activate=False)
+server.socket = socket.socket(fileno=int(sys.argv[2]))
+print("noise")
+server.serve_forever()
+"""
+WORKER = """
+import os, sys, time
+names = sorted(name for name in os.environ if name.startswith("LOADSTONE_") and os.environ[name])
+open(os.environ["NOTES"] + f"/worker-{os.getpid()}", "w").write(" ".join(names))
+if "REFUSE" in os.environ:
+    sys.exit("loadstone: it is not to be" if os.environ["REFUSE"] == "1" else int(os.environ["REFUSE"]))
+time.sleep(60)
+"""
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    for package, code in (("api", API), ("worker", WORKER)):
+        (tmp_path / "standins" / package).mkdir(parents=True)
+        (tmp_path / "standins" / package / "__init__.py").touch()
+        (tmp_path / "standins" / package / "__main__.py").write_text(code)
+    (tmp_path / "notes").mkdir()
+    ours = {
+        "PYTHONPATH": str(tmp_path / "standins"),
+        "NOTES": str(tmp_path / "notes"),
+        "HOME": str(tmp_path),
+        "LOADSTONE_PORT": "0",
+    }
+    return {name: value for name, value in os.environ.items() if not name.startswith("LOADSTONE_")} | ours
+
+
+@pytest.fixture
+def start(tmp_path: Path, environ: dict[str, str]) -> Iterator[Start]:
+    """Starts `loadstone` in the background; at the end nothing that it started is left."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str, **variables: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-c", "from shared.cli import main; main()", *words]
+        process = subprocess.Popen(
+            argv, env=environ | variables, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=10)
+    assert all(wait_gone(pid, 3) for pid in children(tmp_path))
+
+
+def children(tmp_path: Path, name: str = "") -> list[int]:
+    return [int(note.name.partition("-")[2]) for note in (tmp_path / "notes").glob(f"{name}*")]
+
+
+def ask(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def stop(process: subprocess.Popen[str], signum: signal.Signals = signal.SIGTERM) -> tuple[str, str]:
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0, err
+    return out, err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_up_says_once_where_it_is_ready_and_leaves_nothing(
+    tmp_path: Path, start: Start, signum: signal.Signals
+) -> None:
+    process = start("up", "--data-dir", "data", "--models-dir", "models")
+    ready = first_line(process)
+    assert re.fullmatch(r"ready: http://127\.0\.0\.1:\d+", ready)
+    assert f"unix://{tmp_path}/data/redis/redis.sock" in ask(ready.removeprefix("ready: "))
+    out, _ = stop(process, signum)
+    assert out == ""
+    assert all(wait_gone(pid, 0) for pid in children(tmp_path))
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "models").is_dir()
+
+
+def test_after_sigkill_of_up_all_of_it_leaves_and_up_can_start_again(tmp_path: Path, start: Start) -> None:
+    process = start("up", "--data-dir", "data")
+    first_line(process)
+    process.kill()
+    process.wait()
+    assert first_line(start("up", "--data-dir", "data")).startswith("ready: ")
+    assert len(children(tmp_path, "worker")) == 2
+
+
+def test_a_second_up_on_one_data_directory_is_refused(tmp_path: Path, start: Start) -> None:
+    first_line(start("up", "--data-dir", "data"))
+    second = start("up", "--data-dir", "data")
+    _, err = second.communicate(timeout=10)
+    assert second.returncode == 2
+    assert (
+        err == "loadstone: LOADSTONE_DATA_DIR is 'data', where another `loadstone up` runs: each must have its own.\n"
+    )
+
+
+def test_a_crashed_api_process_is_replaced_and_no_client_is_turned_away(tmp_path: Path, start: Start) -> None:
+    process = start("up")
+    url = first_line(process).removeprefix("ready: ")
+    (before,) = children(tmp_path, "api")
+    os.kill(before, signal.SIGKILL)
+    assert int(ask(url).split()[0]) != before
+    _, err = stop(process)
+    assert "action=child_exited" in err
+
+
+def test_the_worker_gets_no_token_and_the_api_does(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "tokens").write_text("t0ken\n")
+    process = start("up", "--host", "0.0.0.0", LOADSTONE_API_TOKENS_FILE=str(tmp_path / "tokens"))
+    ready = first_line(process)
+    assert re.fullmatch(r"ready: http://0\.0\.0\.0:\d+", ready)
+    (worker,) = (tmp_path / "notes").glob("worker-*")
+    assert "LOADSTONE_REDIS_URL" in worker.read_text().split()
+    assert not {"LOADSTONE_API_TOKENS", "LOADSTONE_API_TOKENS_FILE"} & set(worker.read_text().split())
+    (api,) = children(tmp_path, "api")
+    assert b"LOADSTONE_API_TOKENS_FILE=" in Path(f"/proc/{api}/environ").read_bytes()
+
+
+def test_a_given_redis_is_used_and_none_is_started(tmp_path: Path, start: Start) -> None:
+    process = start("up", "--redis-url", "redis://:hunter2@127.0.0.1:1/0", "--data-dir", "data")
+    assert "redis://:hunter2@127.0.0.1:1/0" in ask(first_line(process).removeprefix("ready: "))
+    assert not (tmp_path / "data/redis").exists()
+    _, err = stop(process)
+    assert "hunter2" not in err
+
+
+def test_an_ipv6_address_is_written_in_brackets(start: Start) -> None:
+    if not has_ipv6():
+        pytest.skip("this machine has no IPv6 loopback")
+    ready = first_line(start("up", "--host", "::1"))
+    assert re.fullmatch(r"ready: http://\[::1\]:\d+", ready)
+    assert ask(ready.removeprefix("ready: "))
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_demo_writes_models_and_says_how_to_load_one(tmp_path: Path, start: Start) -> None:
+    process = start("up", "--demo", "--models-dir", "models", LOADSTONE_API_TOKENS="s3cret")
+    url = first_line(process).removeprefix("ready: ")
+    assert process.stderr
+    line = next(line for line in process.stderr if "curl" in line)
+    assert f"curl {url}/api/v1/models/load" in line
+    assert "-H 'Content-Type: application/json'" in line
+    assert '"model": "loadstone/demo-llm"' in line
+    assert "Authorization: Bearer" in line
+    assert "s3cret" not in line
+    assert list((tmp_path / "models" / cli.DEMO_MODEL).glob("*.gguf"))
+
+
+def test_the_demo_model_is_one_that_is_written(tmp_path: Path) -> None:
+    assert synthetic.write_demo(tmp_path)[0] == cli.DEMO_MODEL
+
+
+def test_a_worker_that_refuses_its_settings_ends_up_with_its_status(start: Start) -> None:
+    process = start("up", REFUSE="2")
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (2, "")
+    assert err.endswith("loadstone: The worker process refused its settings.\n")
+
+
+def test_api_serves_with_as_many_processes_as_asked(tmp_path: Path, start: Start) -> None:
+    process = start("api", "--workers", "3", "--redis-url", "redis://db")
+    line = first_line(process)
+    assert re.fullmatch(r"listening: http://127\.0\.0\.1:\d+", line)
+    until = time.monotonic() + 10
+    while len(children(tmp_path, "api")) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert len(children(tmp_path, "api")) == 3
+    stop(process)
+
+
+def test_worker_restarts_what_crashes_and_ends_with_a_configuration_error(tmp_path: Path, start: Start) -> None:
+    crashing = start("worker", "--redis-url", "redis://db", REFUSE="1")
+    until = time.monotonic() + 10
+    while len(children(tmp_path, "worker")) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert len(children(tmp_path, "worker")) >= 2
+    stop(crashing)
+    refused = start("worker", "--redis-url", "redis://db", REFUSE="2")
+    refused.communicate(timeout=10)
+    assert refused.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["up", "--port", "x"], "--port is 'x': it must be an integer from 0 to 65535."),
+        (["up", "--host", "0.0.0.0"], "LOADSTONE_HOST is '0.0.0.0', which others can reach, and no token is set"),
+        (["up", "--host", "nosuch.invalid", "--insecure"], "LOADSTONE_HOST is 'nosuch.invalid': it must be an address"),
+        (["up", "--data-dir", "/dev/null"], "LOADSTONE_DATA_DIR is '/dev/null': it must be a directory"),
+        (["api"], "LOADSTONE_REDIS_URL is not set"),
+        (["worker"], "LOADSTONE_REDIS_URL is not set"),
+        (["api", "--workers", "0"], "--workers is '0': it must be an integer from 1 to 64."),
+    ],
+)
+def test_what_is_refused_is_a_sentence_and_status_2(start: Start, words: list[str], sentence: str) -> None:
+    process = start(*words)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith(f"loadstone: {sentence}")
+    assert "Traceback" not in err
+
+
+def test_a_busy_port_is_a_sentence(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        process = start("up", "--port", str(port))
+        _, err = process.communicate(timeout=10)
+    assert process.returncode == 2
+    expected = (
+        f"LOADSTONE_PORT is {port}: it must be free on 127.0.0.1, or 0 to pick a free one (Address already in use)."
+    )
+    assert err == f"loadstone: {expected}\n"
+
+
+def test_help_names_the_variable_and_the_default_of_a_flag(start: Start) -> None:
+    out, _ = start("up", "--help").communicate(timeout=10)
+    assert "[LOADSTONE_MODELS_DIR; default: ~/.loadstone/models]" in " ".join(out.split())

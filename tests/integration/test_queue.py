@@ -1,0 +1,293 @@
+"""Deliveries on a real Redis: fast by notification, right without one, and never unpickled."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import redis
+from msgspec import msgpack
+
+import worker.agent
+import worker.main
+from api.follow import Follower
+from api.loads import Loads
+from api.roster import Roster
+from shared.lifecycle import State
+from shared.schema import Instance, LoadRequest, Model, WorkerSnapshot
+from shared.settings import Settings
+from shared.store import Store, queue_of
+from worker.agent import Agent
+
+DEADLINE_S = 10.0
+FAST_S = 0.5  # far below the fallback's 1 s, far above the few milliseconds that it takes
+MODEL = Model(key="p/m", base="p/m", variant="", shards=["p/m/m.gguf"], max_context_length=512)
+
+
+class Recording(Agent):
+    """An agent that only writes down what it is given."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(Settings(worker_name="w"), store, "e")
+        self.delivered: list[str] = []
+        self.wished: list[str] = []
+        self.something = asyncio.Event()
+
+    def deliver(self, id_: str) -> None:
+        self.delivered.append(id_)
+        self.something.set()
+
+    def stop(self, id_: str) -> None:
+        self.wished.append(id_)
+        self.something.set()
+
+    async def until(self, *ids: str) -> None:
+        """Wait until all of `ids` were delivered."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not set(ids) <= {*self.delivered}:
+                self.something.clear()
+                await self.something.wait()
+
+
+@pytest.fixture
+def agent(store: Store) -> Recording:
+    return Recording(store)
+
+
+@pytest.fixture
+async def loads(store: Store) -> Loads:
+    """The API's side, with one live worker that has a model."""
+    digest = await store.publish_catalog("w", [MODEL])
+    await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest, residents=0))
+    roster = Roster(store)
+    await roster.refresh()
+    return Loads(store, roster, Follower(store))
+
+
+@pytest.fixture
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a notification nothing is looked at any more."""
+    monkeypatch.setattr(worker.main, "FALLBACK_S", 3600.0)
+
+
+@pytest.fixture
+async def working(store: Store, agent: Recording, raw: redis.Redis) -> AsyncIterator[None]:
+    """arq and the wake channel, as a worker runs them, from when they listen."""
+    task = asyncio.create_task(worker.main._deliveries(store.redis, agent))
+    async with asyncio.timeout(DEADLINE_S):
+        while not listeners(raw):
+            assert not task.done()
+            await asyncio.sleep(0.005)
+    yield
+    assert not task.done(), "nothing ends the loop but its end"
+    await end(task)
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=DEADLINE_S)
+    assert done, "it went on after its cancellation"
+
+
+async def submit(loads: Loads) -> Instance:
+    return await loads.submit(LoadRequest(model="p/m"))
+
+
+def listeners(raw: redis.Redis) -> int:
+    counts: Any = raw.pubsub_numsub("wake:w")
+    return int(counts[0][1])
+
+
+def kill_connections(raw: redis.Redis) -> None:
+    """All but our own."""
+    for kind in ("normal", "pubsub"):
+        raw.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")  # type: ignore[no-untyped-call]
+
+
+# ---- by notification
+
+
+@pytest.mark.usefixtures("no_fallback", "working")
+async def test_a_load_is_delivered_at_once(loads: Loads, agent: Recording) -> None:
+    for _ in range(5):
+        began = time.monotonic()
+        made = await submit(loads)
+        await agent.until(made.id)
+        assert time.monotonic() - began < FAST_S
+    assert len(agent.delivered) == 5
+
+
+@pytest.mark.usefixtures("no_fallback", "working")
+async def test_many_at_once_are_all_delivered_once(loads: Loads, agent: Recording, raw: redis.Redis) -> None:
+    made = await asyncio.gather(*(submit(loads) for _ in range(50)))
+    await agent.until(*(one.id for one in made))
+    assert sorted(agent.delivered) == sorted(one.id for one in made)
+    async with asyncio.timeout(DEADLINE_S):
+        while raw.exists(*(f"arq:{kind}:{one.id}" for one in made for kind in ("job", "result", "in-progress"))):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert raw.zcard(queue_of("w")) == 0
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_what_was_queued_before_the_worker_came_is_delivered(loads: Loads, agent: Recording) -> None:
+    made = await submit(loads)
+    assert agent.delivered == []
+    task = asyncio.create_task(worker.main._deliveries(loads.store.redis, agent))
+    await agent.until(made.id)
+    await end(task)
+
+
+@pytest.mark.usefixtures("no_fallback", "working")
+async def test_a_wish_reaches_the_agent(loads: Loads, agent: Recording) -> None:
+    made = await submit(loads)
+    await agent.until(made.id)
+    assert await loads.store.request_stop(made.id)
+    async with asyncio.timeout(FAST_S):
+        while made.id not in agent.wished:
+            agent.something.clear()
+            await agent.something.wait()
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_an_entry_that_is_queued_twice_is_delivered_once(loads: Loads, agent: Recording) -> None:
+    made = await submit(loads)
+    again: dict[str, Any] = {"_job_id": made.id, "_queue_name": queue_of("w"), "_expires": 3600}
+    assert await loads.store.redis.enqueue_job("load", made.id, **again) is None
+    last = await submit(loads)
+    task = asyncio.create_task(worker.main._deliveries(loads.store.redis, agent))
+    await agent.until(made.id, last.id)
+    await end(task)
+    assert agent.delivered.count(made.id) == 1
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_one_cancellation_ends_it_whenever_it_comes(loads: Loads, agent: Recording) -> None:
+    """A worker that is told to stop waits for this before it drains: a cancellation that gets lost stops nothing."""
+    for _ in range(5):
+        made = await submit(loads)
+        task = asyncio.create_task(worker.main._deliveries(loads.store.redis, agent))
+        await agent.until(made.id)
+        await end(task)
+
+
+# ---- right without one
+
+
+@pytest.mark.usefixtures("working")
+async def test_a_delivery_without_its_notification_arrives_a_fallback_later(loads: Loads, agent: Recording) -> None:
+    record = await loads.store.create(Instance(**QUEUED))
+    await loads.store.redis.enqueue_job("load", record.id, _job_id=record.id, _queue_name=queue_of("w"))
+    await agent.until(record.id)
+
+
+QUEUED: dict[str, Any] = {
+    "id": "load_1",
+    "model": "p/m",
+    "key": "p/m",
+    "type": "llm",
+    "worker": "w",
+    "request": LoadRequest(model="p/m"),
+}
+
+
+async def test_a_delivery_that_was_lost_is_found_by_the_beat(
+    store: Store, agent: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API wrote the record and died before it could enqueue, or Redis lost the queue."""
+    monkeypatch.setattr(worker.agent, "BEAT_S", 0.02)
+    mine = await store.create(Instance(**QUEUED))
+    await store.create(Instance(**{**QUEUED, "id": "load_2", "worker": "another"}))
+    beat = asyncio.create_task(agent.beat())
+    await agent.until(mine.id)
+    await end(beat)
+    assert set(agent.delivered) == {mine.id}
+
+
+# ---- when Redis drops everybody
+
+
+@pytest.mark.usefixtures("no_fallback", "working")
+async def test_it_comes_back_by_itself_when_all_connections_are_cut(
+    loads: Loads, agent: Recording, raw: redis.Redis
+) -> None:
+    for _ in range(4):
+        kill_connections(raw)
+        made = await submit(loads)
+        await agent.until(made.id)
+    kill_connections(raw)
+    async with asyncio.timeout(DEADLINE_S):  # wishes, too: the channel is open again
+        while not listeners(raw):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await loads.store.request_stop(made.id)
+    async with asyncio.timeout(DEADLINE_S):
+        while made.id not in agent.wished:
+            agent.something.clear()
+            await agent.something.wait()
+
+
+@pytest.mark.usefixtures("no_fallback", "working")
+async def test_nothing_is_delivered_twice_or_lost_in_a_storm_of_cuts(
+    loads: Loads, agent: Recording, raw: redis.Redis
+) -> None:
+    """An arq job may be lost in a storm (its claim's reply never came); its record is not, and a beat finds it."""
+    made = []
+    for _ in range(10):
+        made.append(await submit(loads))
+        kill_connections(raw)
+    missing = {one.id for one in made}
+    async with asyncio.timeout(DEADLINE_S):
+        while not missing <= {*agent.delivered}:
+            await agent._reconcile()
+            await asyncio.sleep(0.05)
+    states = {one.state for one in await loads.store.live()}
+    assert states == {State.QUEUED}
+
+
+# ---- what is in the queue
+
+
+async def test_nothing_in_the_queue_is_pickled(loads: Loads, raw: redis.Redis) -> None:
+    made = await submit(loads)
+    data = cast(bytes, raw.get(f"arq:job:{made.id}"))
+    job = msgpack.decode(data)
+    assert (job["f"], job["a"], job["k"]) == ("load", [made.id], {})
+    with pytest.raises(Exception, match="."):  # noqa: RUF043
+        pickle.loads(data)
+
+
+class Crafted:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.usefixtures("no_fallback", "working")
+@pytest.mark.parametrize("kind", ["pickle", "noise", "another function", "no arguments"])
+async def test_a_crafted_entry_runs_nothing_and_stops_nobody(
+    loads: Loads, agent: Recording, raw: redis.Redis, tmp_path: Path, kind: str
+) -> None:
+    entries = {
+        "pickle": pickle.dumps({"t": None, "f": "load", "a": (Crafted(tmp_path / "run"),), "k": {}, "et": 1}),
+        "noise": b"\xc1\x00\xff",
+        "another function": msgpack.encode({"t": None, "f": "os.system", "a": ["true"], "k": {}, "et": 1}),
+        "no arguments": msgpack.encode({"t": None, "f": "load", "a": [], "k": {}, "et": 1}),
+    }
+    raw.set("arq:job:crafted", entries[kind], ex=60)
+    raw.zadd(queue_of("w"), {"crafted": time.time() * 1000})
+    for _ in range(2):
+        made = await submit(loads)
+        await agent.until(made.id)
+    async with asyncio.timeout(DEADLINE_S):
+        while raw.zscore(queue_of("w"), "crafted") is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not (tmp_path / "run").exists()
+    assert set(agent.delivered) <= {one.id for one in await loads.store.live()}

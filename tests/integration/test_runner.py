@@ -1,0 +1,413 @@
+"""Real runner processes: what they answer, how they end, and that none outlives its owner's wish."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import worker.runner
+from shared.architectures import TINY, TINY_MOE
+from shared.schema import LoadConfig, LoadRequest, Model, Phase
+from shared.settings import Settings
+from shared.synthetic import sharded, tiny_llama, tiny_moe
+from tests.runners import freeze, is_gone
+from tests.service import below
+from worker.child import ORPHANED
+from worker.death import from_exit, from_reason
+from worker.plan import plan
+from worker.protocol import Failed, FromRunner, Load, Progress, Ready
+from worker.runner import Runner, RunnerDied, Runners
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+DEADLINE_S = 10.0
+SHORT_S = 0.3  # of a rung of the ladder, for runners that will not answer
+PHASES: list[Phase] = ["metadata", "weights", "context", "warmup"]
+
+
+@pytest.fixture
+async def runners() -> AsyncIterator[Runners]:
+    made = Runners()
+    yield made
+    await made.close()
+
+
+@asynccontextmanager
+async def taken(runners: Runners) -> AsyncIterator[Runner]:
+    """A runner that does not outlive the test."""
+    async with asyncio.timeout(DEADLINE_S):
+        runner = await runners.take()
+    try:
+        yield runner
+    finally:
+        runner.kill()
+        await runner.reaped()
+
+
+@pytest.fixture
+async def runner(runners: Runners) -> AsyncIterator[Runner]:
+    async with taken(runners) as one:
+        yield one
+
+
+def given(*shards: Path, **changes: Any) -> Load:
+    """A load of files that no catalog has seen."""
+    fields: dict[str, Any] = {
+        "shards": [str(shard) for shard in shards],
+        "total_bytes": sum(shard.stat().st_size for shard in shards if shard.is_file()),
+        "embedding": False,
+        "n_ctx": 256,
+        "n_batch": 256,
+        "n_ubatch": 256,
+        "n_seq_max": 1,
+        "flash_attn": None,
+        "offload_kqv": True,
+        "expert_override": None,
+        "moe": False,
+        "parallel_asked": False,
+    }
+    return Load(**{**fields, **changes})
+
+
+async def answers(runner: Runner, load: Load) -> tuple[list[Progress], FromRunner | None]:
+    """The progress of a load, and what came of it: None where the stream ended."""
+    await runner.send(load)
+    steps = []
+    async with asyncio.timeout(DEADLINE_S):
+        while isinstance(message := await runner.receive(), Progress):
+            steps.append(message)
+    return steps, message
+
+
+async def ready(runner: Runner, load: Load) -> Ready:
+    _, message = await answers(runner, load)
+    assert isinstance(message, Ready), (message, list(runner.tail))
+    return message
+
+
+async def ending(runner: Runner) -> int:
+    """Its status, once it has ended without being told to."""
+    async with asyncio.timeout(DEADLINE_S):
+        await runner.reaped()
+    assert is_gone(runner.pid)
+    return runner.status
+
+
+# ---- a load
+
+
+@pytest.mark.parametrize(
+    ("request_", "config"),
+    [
+        pytest.param(
+            LoadRequest(model="p/llama"),
+            LoadConfig(context_length=512, eval_batch_size=512, flash_attention=True, offload_kv_cache_to_gpu=True),
+            id="llm",
+        ),
+        pytest.param(
+            LoadRequest(
+                model="p/llama",
+                context_length=300,
+                eval_batch_size=70,
+                flash_attention=False,
+                offload_kv_cache_to_gpu=False,
+                parallel=3,
+            ),
+            LoadConfig(
+                context_length=300,
+                eval_batch_size=70,
+                flash_attention=False,
+                offload_kv_cache_to_gpu=False,
+                parallel=3,
+            ),
+            id="llm with everything",
+        ),
+        pytest.param(
+            LoadRequest(model="p/moe", context_length=256, flash_attention=True, num_experts=3),
+            LoadConfig(
+                context_length=256,
+                eval_batch_size=256,
+                flash_attention=True,
+                offload_kv_cache_to_gpu=True,
+                num_experts=3,
+            ),
+            id="moe",
+        ),
+        pytest.param(
+            LoadRequest(model="p/embedding", context_length=100), LoadConfig(context_length=100), id="embedding"
+        ),
+        pytest.param(LoadRequest(model="p/bert"), LoadConfig(context_length=512), id="encoder"),
+    ],
+)
+async def test_a_load_is_ready_with_what_applied_and_stop_ends_it(
+    runner: Runner, models: dict[str, Model], models_dir: Path, request_: LoadRequest, config: LoadConfig
+) -> None:
+    settings = Settings(models_dir=models_dir, context_length=512)
+    message = await ready(runner, plan(request_, models[request_.model], settings))
+    assert message.config == config
+    assert list(message.timing) == PHASES
+    assert all(seconds >= 0 for seconds in message.timing.values())
+    assert sum(message.timing.values()) < DEADLINE_S
+    assert not is_gone(runner.pid)
+    async with asyncio.timeout(DEADLINE_S):
+        await runner.stop()
+    assert runner.status == 0
+    assert is_gone(runner.pid)
+
+
+async def test_stop_may_be_repeated(runner: Runner, models_dir: Path) -> None:
+    await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.gather(runner.stop(), runner.stop())
+        await runner.stop()
+    runner.kill()
+    assert is_gone(runner.pid)
+
+
+async def test_a_warm_runner_that_was_given_nothing_stops_at_once(runner: Runner) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        await runner.stop()
+    assert runner.status == 0
+    assert is_gone(runner.pid)
+
+
+async def test_progress_never_goes_back_and_its_phases_come_in_order(runner: Runner, tmp_path: Path) -> None:
+    """The file is larger than one step of reading."""
+    shape = replace(TINY, embedding_length=512, feed_forward_length=2048, block_count=6)
+    load = given(tiny_llama(tmp_path / "m.gguf", shape=shape))
+    assert load.total_bytes > 40e6
+    steps, message = await answers(runner, load)
+    assert isinstance(message, Ready)
+    assert list(dict.fromkeys(step.phase for step in steps)) == PHASES
+    assert [PHASES.index(step.phase) for step in steps] == sorted(PHASES.index(step.phase) for step in steps)
+    loaded = [step.loaded_bytes for step in steps]
+    assert loaded == sorted(loaded)
+    assert loaded[0] == 0
+    assert loaded[-1] == load.total_bytes
+    assert any(0 < n < load.total_bytes for n in loaded)
+    assert all(step.loaded_bytes == load.total_bytes for step in steps if step.phase in ("context", "warmup"))
+
+
+async def test_all_shards_of_a_model_are_loaded(runner: Runner, tmp_path: Path) -> None:
+    load = given(*sharded(tmp_path / "m.gguf", 3))
+    steps, message = await answers(runner, load)
+    assert isinstance(message, Ready)
+    assert steps[-1].loaded_bytes == load.total_bytes
+
+
+async def test_its_owner_sees_what_the_engine_says(runner: Runner, models_dir: Path) -> None:
+    """The end of a phase passes on what came up in it; the lines about the context come late in a load."""
+    await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
+    await runner.stop()
+    assert any("n_ctx" in line for line in runner.tail), list(runner.tail)
+
+
+# ---- files that are none
+
+
+def _fifo(path: Path) -> list[Path]:
+    os.mkfifo(path)
+    return [path]
+
+
+def _directory(path: Path) -> list[Path]:
+    path.mkdir()
+    return [path]
+
+
+def _missing(path: Path) -> list[Path]:
+    return [path]
+
+
+def _empty(path: Path) -> list[Path]:
+    path.touch()
+    return [path]
+
+
+def _garbage(path: Path) -> list[Path]:
+    path.write_bytes(bytes(range(256)) * 64)
+    return [path]
+
+
+def _truncated(path: Path) -> list[Path]:
+    tiny_llama(path)
+    os.truncate(path, path.stat().st_size // 2)
+    return [path]
+
+
+def _dangling(path: Path) -> list[Path]:
+    path.symlink_to(path.with_name("nothing"))
+    return [path]
+
+
+def _missing_shard(path: Path) -> list[Path]:
+    shards = sharded(path, 3)
+    shards[1].unlink()
+    return shards
+
+
+@pytest.mark.parametrize("made", [_fifo, _directory, _missing, _empty, _garbage, _truncated, _dangling, _missing_shard])
+async def test_what_cannot_be_loaded_is_refused_with_a_reason_and_the_process_ends(
+    runner: Runner, tmp_path: Path, made: Callable[[Path], list[Path]]
+) -> None:
+    _, message = await answers(runner, given(*made(tmp_path / "m.gguf")))
+    assert isinstance(message, Failed)
+    code, sentence = from_reason(message.reason)
+    assert code == "invalid_model_file"
+    assert sentence
+    assert "/" not in sentence
+    assert await ending(runner) == 0
+    assert await runner.receive() is None
+
+
+# ---- other ends
+
+
+async def test_a_warm_runner_ends_with_its_channel(runner: Runner) -> None:
+    runner._writer.close()
+    assert await ending(runner) == ORPHANED == 3
+
+
+async def test_a_loaded_runner_ends_with_its_channel(runner: Runner, models_dir: Path) -> None:
+    await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
+    runner._writer.close()
+    assert await ending(runner) == ORPHANED
+
+
+@pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM])
+async def test_the_signal_that_ends_it_is_its_status(runner: Runner, models_dir: Path, signum: signal.Signals) -> None:
+    await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
+    os.kill(runner.pid, signum)
+    assert await ending(runner) == -signum
+    assert await runner.receive() is None
+    code, sentence = from_exit(runner.status, runner.tail)
+    assert code == "engine_crashed"
+    assert signum.name in sentence
+
+
+async def test_an_interrupt_from_a_terminal_is_its_owners_business(runner: Runner, models_dir: Path) -> None:
+    os.kill(runner.pid, signal.SIGINT)
+    await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+async def test_one_that_does_not_answer_is_killed(
+    runner: Runner, models_dir: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    monkeypatch.setattr(worker.runner, "GRACE_S", SHORT_S)
+    if loaded:
+        await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
+    await freeze(runner)
+    async with asyncio.timeout(DEADLINE_S):
+        await runner.stop()
+    assert runner.status == -signal.SIGKILL
+    assert is_gone(runner.pid)
+
+
+@pytest.mark.parametrize("experts", [0, 9])
+async def test_an_abort_of_the_engine_ends_the_stream_and_leaves_its_words(
+    runner: Runner, tmp_path: Path, experts: int
+) -> None:
+    """Eight experts are in the file; plans with such a number are never made."""
+    override = (f"{TINY_MOE.architecture}.expert_used_count", experts)
+    _, message = await answers(runner, given(tiny_moe(tmp_path / "m.gguf"), moe=True, expert_override=override))
+    assert message is None
+    assert await ending(runner) == -signal.SIGABRT
+    assert any("GGML_ASSERT" in line for line in runner.tail), list(runner.tail)
+    code, sentence = from_exit(runner.status, runner.tail)
+    assert code == "engine_crashed"
+    assert "GGML_ASSERT" in sentence
+    assert "SIGABRT" in sentence
+    assert str(tmp_path) not in sentence
+    assert not any(word.startswith("/") for word in sentence.split())
+
+
+# ---- the one that waits
+
+
+async def test_the_warm_one_is_taken_and_the_next_is_another(runners: Runners) -> None:
+    await runners.warmed()
+    pid = warm(runners).pid
+    await runners.warmed()
+    assert warm(runners).pid == pid
+    async with taken(runners) as first, taken(runners) as second:
+        assert first.pid == pid
+        assert second.pid != pid
+
+
+async def test_a_warm_one_that_died_is_replaced(runners: Runners, models_dir: Path) -> None:
+    await runners.warmed()
+    dead = warm(runners)
+    dead.kill()
+    async with asyncio.timeout(DEADLINE_S):
+        await dead.exited.wait()
+    async with taken(runners) as runner:
+        assert runner.pid != dead.pid
+        await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
+
+
+async def test_close_ends_the_warm_one_and_only_it(runners: Runners) -> None:
+    async with taken(runners) as runner:
+        await runners.warmed()
+        pid = warm(runners).pid
+        async with asyncio.timeout(DEADLINE_S):
+            await runners.close()
+            await runners.close()
+        assert is_gone(pid)
+        assert not is_gone(runner.pid)
+
+
+async def test_close_ends_a_warm_one_that_does_not_answer(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process could not exit otherwise: at its end, multiprocessing waits for every child."""
+    await runners.warmed()
+    frozen = warm(runners)
+    await freeze(frozen)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(worker.runner, "GRACE_S", SHORT_S)
+            await runners.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                await frozen.exited.wait()
+        assert frozen.exited.is_set()
+    finally:
+        frozen.kill()
+        await frozen.reaped()
+
+
+async def test_one_that_ends_before_it_is_warm_is_told_of(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.runner, "_run_child", operator.is_)  # anything that returns at once
+        with pytest.raises(RunnerDied, match="it said nothing"):
+            await runners.take()
+    async with taken(runners):  # the next one is another try
+        pass
+
+
+async def test_close_while_one_is_being_started_leaves_nothing(runners: Runners) -> None:
+    """Whatever the moment: before the fork, in it, before the runner is warm."""
+    await runners.warmed()
+    await runners.close()
+    for delay in (0, 0.002, 0.01, 0.02, 0.04):
+        runners.prepare()
+        await asyncio.sleep(delay)
+        async with asyncio.timeout(DEADLINE_S):
+            await runners.close()
+    async with asyncio.timeout(DEADLINE_S):
+        while any(process.parent != os.getpid() for process in below(os.getpid())):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def warm(runners: Runners) -> Runner:
+    """The runner that waits, left where it is."""
+    assert runners._next is not None
+    return runners._next.result()

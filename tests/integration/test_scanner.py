@@ -1,0 +1,203 @@
+"""The scanner as a real process: what it tells a worker, and that neither outlives the other unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from shared.schema import Model
+from tests.headers import vocabulary, write
+from tests.service import processes
+from worker.scanner import LENGTH, catalogs
+
+DEADLINE_S = 20.0
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    path = tmp_path / "models"
+    path.mkdir()
+    return path
+
+
+def children() -> list[int]:
+    return [process.pid for process in processes(zombies=True) if process.parent == os.getpid()]
+
+
+def watch(root: Path) -> AsyncGenerator[list[Model], None]:
+    return catalogs(root, root.parent / "data" / "cache")
+
+
+async def until(stream: AsyncGenerator[list[Model], None], wanted: Callable[[list[Model]], object]) -> list[Model]:
+    """The first catalog that is as wanted."""
+    async with asyncio.timeout(DEADLINE_S):
+        async for models in stream:
+            if wanted(models):
+                return models
+    raise AssertionError("the stream ended")
+
+
+def keys(models: list[Model]) -> list[str]:
+    return [model.key for model in models]
+
+
+async def test_the_catalog_comes_at_once_and_again_when_all_is_known(root: Path) -> None:
+    write(root / "p/m/m-Q8_0.gguf", vocabulary(5000))
+    async with aclosing(watch(root)) as stream:
+        first = await until(stream, lambda models: True)
+        assert keys(first) == ["p/m"]
+        assert (first[0].max_context_length, first[0].bits_per_weight) == (4096, None)
+        whole = await until(stream, lambda models: models[0].bits_per_weight)
+        assert (whole[0].bits_per_weight, whole[0].params_string) == (32.0, "2K")
+    async with aclosing(watch(root)) as stream:
+        assert await until(stream, lambda models: True) == whole, "known from the cache at once"
+
+
+async def test_files_that_come_change_and_go_are_noticed(root: Path) -> None:
+    async with aclosing(watch(root)) as stream:
+        assert await until(stream, lambda models: True) == []
+        path = write(root / "p/m/m.gguf")
+        await until(stream, lambda models: keys(models) == ["p/m"])
+        write(path, {"llama.context_length": 1})
+        await until(stream, lambda models: models[0].max_context_length == 1)
+        path.unlink()
+        await until(stream, lambda models: models == [])
+
+
+async def test_a_models_directory_may_be_made_later(root: Path) -> None:
+    async with aclosing(watch(root / "later")) as stream:
+        assert await until(stream, lambda models: True) == []
+        write(root / "later/m.gguf")
+        await until(stream, lambda models: keys(models) == ["m"])
+
+
+async def test_two_hundred_large_models_are_listed_within_a_second(root: Path) -> None:
+    """Read whole, these take seven seconds, which a worker that just started cannot wait to announce itself."""
+    one = write(root.parent / "one", vocabulary(150_000))
+    for i in range(200):
+        (root / f"p{i}").mkdir()
+        os.link(one, root / f"p{i}" / "m-Q4_0.gguf")
+    start = time.perf_counter()
+    async with aclosing(watch(root)) as stream:
+        models = await until(stream, lambda models: True)
+    assert time.perf_counter() - start < 1.0
+    assert len(models) == 200
+    assert all(model.max_context_length == 4096 and model.problem is None for model in models)
+
+
+async def test_a_scanner_that_is_killed_is_started_again(root: Path) -> None:
+    async with aclosing(watch(root)) as stream:
+        await until(stream, lambda models: True)
+        (pid,) = children()
+        os.kill(pid, signal.SIGKILL)
+        write(root / "m.gguf")
+        await until(stream, lambda models: keys(models) == ["m"])
+        assert children() != [pid]
+
+
+async def test_a_cancelled_worker_takes_its_scanner_along(root: Path) -> None:
+    seen = asyncio.Event()
+
+    async def work() -> None:
+        async with aclosing(watch(root)) as stream:
+            async for _ in stream:
+                seen.set()
+
+    task = asyncio.create_task(work())
+    await asyncio.wait_for(seen.wait(), DEADLINE_S)
+    assert len(children()) == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, DEADLINE_S)
+    assert children() == []
+
+
+async def test_a_scanner_that_has_much_to_say_to_nobody_still_ends(root: Path) -> None:
+    """More than a pipe and asyncio's own buffer hold, so that it is blocked in a write when the worker goes."""
+    one = write(root.parent / "one", {"general.description": "x" * 2000})
+    for i in range(300):
+        (root / f"p{i}").mkdir()
+        os.link(one, root / f"p{i}" / "m.gguf")
+    stream = watch(root)
+    async with aclosing(stream):
+        await until(stream, lambda models: True)
+
+
+# ---- without the worker's side
+
+
+@pytest.fixture
+def scanner(root: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "worker.scanner", str(root), str(root.parent / "cache"), "--log-format", "json"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def frame(scanner: subprocess.Popen[bytes]) -> list[Model]:
+    assert scanner.stdout is not None
+    (size,) = LENGTH.unpack(scanner.stdout.read(LENGTH.size))
+    return msgspec.msgpack.decode(scanner.stdout.read(size), type=list[Model])
+
+
+def test_a_scanner_is_nice_and_deaf_to_a_terminals_interrupt(scanner: subprocess.Popen[bytes], root: Path) -> None:
+    frame(scanner)
+    assert os.getpriority(os.PRIO_PROCESS, scanner.pid) >= 10
+    scanner.send_signal(signal.SIGINT)
+    write(root / "m.gguf")
+    assert keys(frame(scanner)) == ["m"]
+
+
+def test_a_scanner_whose_worker_died_goes_by_itself(scanner: subprocess.Popen[bytes]) -> None:
+    frame(scanner)
+    assert scanner.stdin is not None
+    scanner.stdin.close()
+    assert scanner.wait(DEADLINE_S) == 0
+
+
+def test_a_scanner_whose_worker_died_while_it_wrote_goes_without_a_word(
+    scanner: subprocess.Popen[bytes], root: Path
+) -> None:
+    frame(scanner)
+    assert scanner.stdout is not None
+    assert scanner.stderr is not None
+    scanner.stdout.close()
+    write(root / "m.gguf")
+    assert scanner.wait(DEADLINE_S) == 0
+    assert scanner.stderr.read() == b""
+
+
+def test_an_unreadable_file_is_logged_once_and_again_when_the_reason_changes(
+    scanner: subprocess.Popen[bytes], root: Path
+) -> None:
+    frame(scanner)
+    (root / "bad.gguf").write_bytes(b"")
+    assert frame(scanner)[0].problem is not None
+    write(root / "good.gguf")
+    while [model.bits_per_weight for model in frame(scanner)] != [None, 32.0]:
+        pass
+    (root / "bad.gguf").write_bytes(b"GGUF")
+    frame(scanner)
+    assert scanner.stdin is not None
+    assert scanner.stderr is not None
+    scanner.stdin.close()
+    lines = [json.loads(line) for line in scanner.stderr]
+    assert [(line["action"], line["file"], line["reason"]) for line in lines] == [
+        ("unreadable_model", "bad.gguf", "bad.gguf is empty"),
+        (
+            "unreadable_model",
+            "bad.gguf",
+            "bad.gguf ends within its header: it is damaged, or its download is incomplete",
+        ),
+    ]

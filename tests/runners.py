@@ -1,0 +1,29 @@
+"""What tests do to a runner's process from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+from tests.service import all_stopped
+from worker.runner import Runner
+
+DEADLINE_S = 10.0
+
+
+async def freeze(runner: Runner) -> None:
+    """Stop all of its threads.  One that the signal has not reached yet could still answer."""
+    os.kill(runner.pid, signal.SIGSTOP)
+    async with asyncio.timeout(DEADLINE_S):
+        while not all_stopped(runner.pid):  # noqa: ASYNC110 - no event tells of it
+            await asyncio.sleep(0.002)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether it is reaped: a zombie still has its number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False

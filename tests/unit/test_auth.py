@@ -1,0 +1,232 @@
+"""Who may call: tokens where there are any, else only this machine; and what a browser's page may do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.app import create_app
+from api.auth import Auth
+from shared.settings import Settings, read_tokens
+
+LOOPBACK, EXPOSED = True, False
+PATH = "/api/v1/models"
+
+
+async def call(
+    *headers: tuple[bytes, bytes],
+    tokens: frozenset[bytes] = frozenset(),
+    loopback: bool = LOOPBACK,
+    path: str = PATH,
+    kind: str = "http",
+) -> tuple[int, dict[str, Any], dict[bytes, bytes]]:
+    """Status, error and headers of the answer; status 204 where the application itself was reached."""
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "method": "GET", "path": path, "headers": list(headers), "query_string": b""}
+    await Auth(app, tokens, loopback)(scope, receive, send)
+    body = sent[1]["body"]
+    return sent[0]["status"], msgspec.json.decode(body)["error"] if body else {}, dict(sent[0]["headers"])
+
+
+def bearer(value: bytes) -> tuple[bytes, bytes]:
+    return b"authorization", value
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize("token", [b"secret", b"id:secret", b"sk-lm-abc:def", b"a=b,c;d", b"!~", b"x" * 4000])
+@pytest.mark.parametrize("scheme", [b"Bearer", b"bearer", b"BEARER", b"bEaReR"])
+async def test_a_configured_token_is_let_in(token: bytes, scheme: bytes) -> None:
+    known = frozenset({b"another", token})
+    assert (await call(bearer(scheme + b" " + token), tokens=known))[0] == 204
+    assert (await call(bearer(scheme + b"   " + token + b" "), tokens=known))[0] == 204
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        b"",
+        b"Bearer",
+        b"Bearer ",
+        b"Bearer    ",
+        b"Basic secret",
+        b"secret",
+        b"Bearersecret",
+        b"Token secret",
+        b"Bearer\tsecret",
+        b"\xff\xfe secret",
+    ],
+)
+async def test_without_a_token_one_is_asked_for(value: bytes | None) -> None:
+    headers = [] if value is None else [bearer(value)]
+    status, error, answer = await call(*headers, tokens=frozenset({b"secret"}))
+    assert (status, error["type"], error["code"]) == (401, "invalid_request", "invalid_api_key")
+    assert error["message"] == "A token is required: send it as 'Authorization: Bearer TOKEN'."
+    assert answer[b"www-authenticate"] == b"Bearer"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"Bearer wrong", b"Bearer secre", b"Bearer secret2", b"Bearer SECRET", b"Bearer \xff\x00\xe9", b"bearer a b"],
+)
+async def test_a_wrong_token_is_told_so_and_not_repeated(value: bytes) -> None:
+    status, error, answer = await call(bearer(value), tokens=frozenset({b"secret"}))
+    assert (status, error["code"]) == (401, "invalid_api_key")
+    assert error["message"] == "The token is not one that this server knows."
+    assert answer[b"www-authenticate"] == b"Bearer"
+
+
+@given(st.binary(max_size=40))
+def test_no_other_header_opens_the_door(value: bytes) -> None:
+    token = b"K7-2f61c0"
+    status = asyncio.run(call(bearer(value), tokens=frozenset({token})))[0]
+    scheme, _, rest = value.partition(b" ")
+    assert status == (204 if scheme.lower() == b"bearer" and rest.strip() == token else 401)
+
+
+@pytest.mark.parametrize(("path", "status"), [("/healthz", 204), ("/readyz", 204), ("/healthz/", 401), ("/", 401)])
+async def test_health_needs_no_token(path: str, status: int) -> None:
+    assert (await call(tokens=frozenset({b"secret"}), path=path))[0] == status
+
+
+async def test_with_tokens_any_host_name_will_do() -> None:
+    answer = await call((b"host", b"evil.com"), bearer(b"Bearer s"), tokens=frozenset({b"s"}))
+    assert answer[0] == 204
+
+
+async def test_the_lifespan_is_not_looked_at() -> None:
+    assert (await call(tokens=frozenset({b"secret"}), kind="lifespan"))[0] == 204
+
+
+def test_tokens_come_from_the_file_and_the_variable(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("id:one\n\n  two \n")
+    settings = Settings(api_tokens="three, id:one", api_tokens_file=tmp_path / "tokens")
+    assert read_tokens(settings) == {b"id:one", b"two", b"three"}
+
+
+# ---- the Host header
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "localhost:1234",
+        "LOCALHOST:1",
+        "localhost.",
+        "127.0.0.1",
+        "127.0.0.1:1234",
+        "127.1.2.3",
+        "[::1]",
+        "[::1]:1234",
+        "foo.localhost",
+        "foo.localhost:1234",
+    ],
+)
+async def test_a_loopback_name_is_let_in(host: str) -> None:
+    assert (await call((b"host", host.encode())))[0] == 204
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.com",
+        "evil.com:1234",
+        "",
+        ":1234",
+        "127.0.0.1.evil.com",
+        "localhost.evil.com",
+        "notlocalhost",
+        "evil.com#localhost",
+        "evil.com/@localhost",
+        "10.0.0.1",
+        "0.0.0.0",
+        "[::2]",
+        "[::1",
+        "[evil.com]:1",
+        "127.0.0.1 evil.com",
+        "\xff\xfe",
+        "2130706433.evil.com",
+    ],
+)
+async def test_another_name_is_refused(host: str) -> None:
+    status, error, _ = await call((b"host", host.encode("latin-1")))
+    assert (status, error["type"], error["code"]) == (403, "invalid_request", "forbidden_host")
+
+
+async def test_no_host_header_at_all_is_refused() -> None:
+    assert (await call())[0] == 403
+
+
+@given(st.binary(max_size=30))
+def test_any_host_header_is_answered(host: bytes) -> None:
+    assert asyncio.run(call((b"host", host)))[0] in {204, 403}
+
+
+async def test_whoever_listens_beyond_loopback_has_other_names() -> None:
+    assert (await call((b"host", b"gpu-host-1:1234"), loopback=EXPOSED))[0] == 204
+
+
+# ---- browsers
+
+
+def client(settings: Settings) -> httpx.AsyncClient:
+    """The whole application, without its lifespan: nothing here reaches Redis."""
+    app = create_app(settings, asyncio.Event())
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:1234")
+
+
+PREFLIGHT = {
+    "Origin": "https://chat.example",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization, content-type",
+}
+
+
+async def test_no_page_may_read_answers_unless_its_origin_is_set() -> None:
+    async with client(Settings()) as http:
+        for answer in (
+            await http.options("/api/v1/models/load", headers=PREFLIGHT),
+            await http.get("/healthz", headers={"Origin": "https://chat.example"}),
+        ):
+            assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+async def test_a_preflight_carries_no_token_and_needs_none() -> None:
+    settings = Settings(cors_origins="https://chat.example, http://other.example", api_tokens="secret")
+    async with client(settings) as http:
+        answer = await http.options("/api/v1/models/load", headers=PREFLIGHT)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        assert "authorization" in answer.headers["access-control-allow-headers"]
+        refused = await http.options("/api/v1/models/load", headers={**PREFLIGHT, "Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in refused.headers
+
+
+async def test_a_page_can_read_why_it_was_refused() -> None:
+    async with client(Settings(cors_origins="*", api_tokens="secret")) as http:
+        answer = await http.get(PATH, headers={"Origin": "https://chat.example"})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "*")
+        options = await http.options(PATH)
+        assert options.status_code == 401, "without the headers of a preflight it is a request like others"

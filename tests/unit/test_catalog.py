@@ -1,0 +1,488 @@
+"""The catalog: which models a directory holds, by which keys, and what is said of those that are none."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import modelkeys
+from shared.catalog import Catalog, resolve
+from shared.modelfile import abbreviated
+from shared.modelkeys import Place
+from shared.quantization import nominal_bits, tag
+from shared.schema import Model, Problem
+from tests.headers import LLAMA, Value, header, vocabulary, write
+
+Look = Callable[[], dict[str, Model]]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    path = tmp_path / "models"
+    path.mkdir()
+    return path
+
+
+def everything(root: Path) -> Catalog:
+    catalog = Catalog(root, root.parent / "cache")
+    catalog.look()
+    while catalog.is_shallow:
+        catalog.deepen(60)
+    return catalog
+
+
+@pytest.fixture
+def look(root: Path) -> Look:
+    """The models by key, all headers read to the end."""
+    return lambda: {model.key: model for model in everything(root).models()}
+
+
+def problem(model: Model) -> str:
+    assert model.problem is not None
+    assert model.problem.code == "invalid_model_file"
+    return model.problem.message
+
+
+# ---- keys
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("Qwen/Qwen3-0.6B-GGUF/Qwen3-0.6B-Q8_0.gguf", "qwen/qwen3-0.6b"),
+        ("lmstudio-community/gpt-oss-20b/any name.gguf", "lmstudio-community/gpt-oss-20b"),
+        ("a/b/Pub/Name-GGUF/f.gguf", "pub/name"),
+        ("Name-gguf/f.gguf", "name"),
+        ("My-Model-Q4_K_M.gguf", "my-model-q4_k_m"),
+        ("pub/name/UPPER.GGUF", "pub/name"),
+        ("pub/-gguf/f.gguf", "pub/-gguf"),
+    ],
+)
+def test_the_key_comes_from_the_last_two_folders(root: Path, look: Look, path: str, key: str) -> None:
+    write(root / path)
+    assert list(look()) == [key]
+
+
+def test_several_quantizations_in_a_folder_are_told_apart_by_their_tags(root: Path, look: Look) -> None:
+    for name in ("m-Q4_K_M.gguf", "m-UD-Q4_K_XL.gguf", "m-IQ2_XXS.gguf", "m-bf16.gguf", "notes.gguf"):
+        write(root / "pub/M-GGUF" / name)
+    assert sorted(look()) == ["pub/m@bf16", "pub/m@iq2_xxs", "pub/m@notes", "pub/m@q4_k_m", "pub/m@ud-q4_k_xl"]
+
+
+def test_files_of_the_same_quantization_are_told_apart_by_their_stems(root: Path, look: Look) -> None:
+    for name in ("M-Q8_0.gguf", "M.i1-Q8_0.gguf", "M-Q4_0.gguf"):
+        write(root / "pub/m" / name)
+    assert sorted(look()) == ["pub/m@m-q8_0", "pub/m@m.i1-q8_0", "pub/m@q4_0"]
+
+
+def test_folders_that_differ_only_in_what_a_key_drops_still_have_a_key_for_each_file(root: Path, look: Look) -> None:
+    write(root / "Pub/M-GGUF/f.gguf")
+    write(root / "pub/m/f.gguf")
+    write(root / "x/pub/m/g-f16.gguf")
+    found = look()
+    assert sorted(found) == ["pub/m@f", "pub/m@f-2", "pub/m@f16"]
+    assert found["pub/m@f"].shards == ["Pub/M-GGUF/f.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [
+        ("Qwen3-0.6B-Q4_K_M", "q4_k_m"),
+        ("m.i1-IQ2_XXS", "iq2_xxs"),
+        ("Qwen3-30B-UD-Q4_K_XL", "ud-q4_k_xl"),
+        ("gpt-oss-20b-MXFP4", "mxfp4"),
+        ("m-f16", "f16"),
+        ("m_fp16", "fp16"),
+        ("BF16", "bf16"),
+        ("m-TQ1_0", "tq1_0"),
+        ("m-Q4_0_4_4", "q4_0_4_4"),
+        ("f16-to-q4_0", "q4_0"),
+        ("t5-v1_1-xxl", ""),
+        ("llama-7b", ""),
+    ],
+)
+def test_the_tag_is_found_in_the_files_name(stem: str, expected: str) -> None:
+    assert tag(stem) == expected
+
+
+names = st.text("ab@-2Q", min_size=1, max_size=3)
+places = st.builds(
+    Place,
+    st.lists(st.one_of(names, st.sampled_from(["m", "M-GGUF", "m@q4_0"])), max_size=3).map(tuple),
+    st.one_of(names, st.sampled_from(["m-Q4_0", "M-q4_0", "q4_0", "q4_0-2", "m"])),
+)
+
+
+@given(places=st.lists(places, unique=True, max_size=8), seed=st.randoms(use_true_random=False))
+def test_keys_are_unique_and_do_not_depend_on_the_order_of_a_walk(places: list[Place], seed: random.Random) -> None:
+    named = modelkeys.name_all(places)
+    assert len({name.key for name in named}) == len(places)
+    shuffled = seed.sample(places, len(places))
+    assert dict(zip(places, named, strict=True)) == dict(zip(shuffled, modelkeys.name_all(shuffled), strict=True))
+
+
+# ---- what a key means
+
+
+def model(base: str, variant: str, bits: float | None = None, *, alone: bool = False, **more: object) -> Model:
+    key = base if alone else f"{base}@{variant}"
+    fields = {"key": key, "base": base, "variant": variant, "shards": [], "bits_per_weight": bits, **more}
+    return msgspec.convert(fields, Model)
+
+
+def test_a_plain_key_means_the_quantization_closest_to_four_and_a_half_bits() -> None:
+    models = [model("p/m", "q8_0", 8.5), model("p/m", "q4_k_m", 4.9), model("p/m", "q4_0", 4.6), model("p/x", "f", 4.5)]
+    assert resolve(models, "p/m") is models[2]
+    assert resolve(models, "p/m@q8_0") is models[0]
+
+
+def test_until_the_bits_are_known_the_name_tells_them() -> None:
+    models = [model("p/m", "f16"), model("p/m", "iq4_xs"), model("p/m", "unknown"), model("p/m", "q2_k")]
+    assert resolve(models, "p/m") is models[1]
+
+
+def test_a_plain_key_prefers_a_file_that_can_be_loaded() -> None:
+    broken = Problem(code="invalid_model_file", message="m is empty")
+    models = [model("p/m", "q4_0", 4.5, problem=broken), model("p/m", "q8_0", 8.5)]
+    assert resolve(models, "p/m") is models[1]
+    assert resolve(models[:1], "p/m") is models[0], "which then says what is wrong"
+
+
+def test_the_only_model_of_a_folder_may_be_asked_for_by_its_variant() -> None:
+    models = [model("p/m", "q4_0", alone=True), model("p/n", "", alone=True)]
+    assert resolve(models, "p/m@q4_0") is models[0]
+    for unknown in ("p/m@q8_0", "P/M", "p/m@Q4_0", "p/n@", "m", ""):
+        assert resolve(models, unknown) is None
+
+
+def test_a_nominal_size_is_known_for_every_common_name() -> None:
+    assert nominal_bits("ud-q4_k_m") == nominal_bits("Q4_K_M")
+    assert nominal_bits("f16") == 16
+    assert nominal_bits("q8_0") == 8.5
+    assert nominal_bits("model") is None
+
+
+# ---- shards, companions, adapters
+
+
+def test_shards_are_one_model_of_their_common_size(root: Path, look: Look) -> None:
+    sizes = [
+        write(root / f"p/m/M-Q8_0-0000{i}-of-00003.gguf", {"split.count": 3}, [(f"t{i}", (32, i), 8)]).stat().st_size
+        for i in (1, 2, 3)
+    ]
+    found = look()["p/m"]
+    assert found.problem is None
+    assert found.size_bytes == sum(sizes)
+    assert found.shards == [f"p/m/M-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    assert (found.variant, found.bits_per_weight, found.params_string) == ("q8_0", 8.5, "192")
+
+
+def test_missing_shards_are_named(root: Path, look: Look) -> None:
+    write(root / "p/m/M-00002-of-00004.gguf")
+    write(root / "p/m/M-00003-of-00004.gguf")
+    message = problem(look()["p/m"])
+    assert "M-00001-of-00004.gguf, M-00004-of-00004.gguf cannot be found" in message
+
+
+def test_a_broken_shard_is_named(root: Path, look: Look) -> None:
+    write(root / "p/m/M-00001-of-00002.gguf")
+    (root / "p/m/M-00002-of-00002.gguf").write_bytes(b"")
+    assert problem(look()["p/m"]) == "M-00002-of-00002.gguf is empty"
+
+
+def test_a_shard_under_another_name_is_no_model(root: Path, look: Look) -> None:
+    write(root / "p/m/part.gguf", {"split.count": 2})
+    assert "one of the 2 files of a split model" in problem(look()["p/m"])
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [
+        ("mmproj-F16.gguf", {}),
+        ("vision.gguf", {"general.type": "mmproj"}),
+        ("vision.gguf", {"general.architecture": "clip"}),
+    ],
+)
+def test_a_companion_is_no_model_but_gives_sight_to_those_beside_it(
+    root: Path, look: Look, name: str, metadata: dict[str, Value]
+) -> None:
+    write(root / "p/m/m-Q4_0.gguf")
+    write(root / "p/m" / name, metadata)
+    write(root / "p/blind/m-Q4_0.gguf")
+    assert {key: model.vision for key, model in look().items()} == {"p/m": True, "p/blind": False}
+
+
+def test_a_companion_that_only_hears_gives_no_sight(root: Path, look: Look) -> None:
+    write(root / "p/m/m.gguf")
+    write(root / "p/m/mmproj.gguf", {"general.type": "mmproj", "clip.has_vision_encoder": False})
+    assert not look()["p/m"].vision
+
+
+@pytest.mark.parametrize(("kind", "word"), [("adapter", "LoRA adapter"), ("imatrix", "importance matrix")])
+def test_what_is_not_a_model_keeps_its_key_and_says_what_it_is(root: Path, look: Look, kind: str, word: str) -> None:
+    write(root / "p/m/x.gguf", {"general.type": kind})
+    assert look()["p/m"].problem == Problem(code="unsupported_model", message=f"x.gguf is {_a(word)}, not a model")
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+# ---- what a model is
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, ("llm", True, -1)),
+        ({"llama.pooling_type": 0}, ("llm", True, 0)),
+        ({"llama.pooling_type": 3}, ("embedding", True, 3)),
+        ({"llama.pooling_type": 4}, ("embedding", True, 4)),
+        ({"llama.attention.causal": False}, ("embedding", False, -1)),
+        ({"llama.pooling_type": 1, "llama.attention.causal": False}, ("embedding", False, 1)),
+        ({"general.architecture": "bert", "bert.context_length": 512}, ("embedding", False, -1)),
+        ({"general.architecture": "gemma-embedding", "gemma-embedding.context_length": 512}, ("embedding", False, -1)),
+        (
+            {"general.architecture": "dream", "dream.context_length": 512, "dream.attention.causal": False},
+            ("llm", False, -1),
+        ),
+    ],
+)
+def test_embedding_models_are_known_by_their_metadata(
+    root: Path, look: Look, metadata: dict[str, Value], expected: tuple[str, bool, int]
+) -> None:
+    write(root / "m.gguf", metadata)
+    found = look()["m"]
+    assert found.problem is None
+    assert (found.type, found.causal, found.pooling) == expected
+
+
+def test_what_stands_before_the_vocabulary_is_known_at_once_and_the_rest_afterwards(root: Path) -> None:
+    metadata: dict[str, Value] = {
+        "general.name": "My Model",
+        "general.description": "It talks.",
+        "llama.expert_count": 8,
+        "llama.expert_used_count": 2,
+        **vocabulary(2000),
+        "tokenizer.chat_template": "{% if tools %}{{ tools }}{% endif %}",
+        "general.file_type": 7,
+    }
+    path = write(root / "Pub/M-GGUF/m.gguf", metadata, [("a", (1024, 1000), 8), ("b", (1024, 4), 0)])
+    os.truncate(path, 2 << 20)
+    catalog = Catalog(root, root.parent / "cache")
+    catalog.look()
+    quick = catalog.models()[0]
+    assert (quick.publisher, quick.display_name, quick.description) == ("Pub", "My Model", "It talks.")
+    assert (quick.architecture, quick.max_context_length, quick.expert_count) == ("llama", 4096, 8)
+    assert quick.size_bytes == 2 << 20
+    assert (quick.quantization, quick.bits_per_weight, quick.params_string) == (None, None, None)
+    catalog.deepen(60)
+    whole = catalog.models()[0]
+    assert not catalog.is_shallow
+    assert whole == msgspec.structs.replace(
+        quick, quantization="Q8_0", bits_per_weight=8.59, params_string="1M", trained_for_tool_use=True
+    )
+
+
+def test_without_names_in_the_header_the_files_name_has_to_do(root: Path, look: Look) -> None:
+    write(root / "Some-Q5_K_M.gguf", {"general.organization": "Org"})
+    found = look()["some-q5_k_m"]
+    assert (found.display_name, found.quantization, found.publisher) == ("Some-Q5_K_M", "Q5_K_M", "Org")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [(7_000_000_000, "7B"), (1_540_000_000, "1.5B"), (32_800_000_000, "33B"), (596_000_000, "596M"),
+     (999_900_000, "1B"), (22_700, "23K"), (2_000_000_000_000, "2T"), (12, "12")],
+)  # fmt: skip
+def test_numbers_of_weights_are_written_as_people_do(parameters: int, text: str) -> None:
+    assert abbreviated(parameters) == text
+
+
+# ---- problems
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.block_count": 0},
+        {"llama.block_count": 513},
+        {"llama.expert_count": 1025, "llama.expert_used_count": 2},
+        {"llama.expert_count": 8},
+        {"llama.expert_count": 8, "llama.expert_used_count": 9},
+        {"llama.expert_used_count": 1},
+        {"llama.expert_count": 8, "llama.expert_used_count": 2, "llama.expert_group_count": 3},
+        {"llama.expert_group_count": 1},
+        {"llama.rope.scaling.type": "sideways"},
+        {"llama.context_length": 0},
+        {"llama.context_length": 2**31},
+        {"general.architecture": ""},
+        {"general.architecture": "other"},
+    ],
+)
+def test_values_that_would_abort_the_engine_are_found_first(root: Path, look: Look, metadata: dict[str, Value]) -> None:
+    write(root / "m.gguf", metadata)
+    assert problem(look()["m"]).startswith("m.gguf ")
+
+
+def test_experts_may_be_given_per_layer(root: Path, look: Look) -> None:
+    write(root / "m.gguf", {"llama.expert_count": 8, "llama.expert_used_count": [2, 4]})
+    assert look()["m"].problem is None
+
+
+def test_a_vocabulary_alone_is_no_model(root: Path, look: Look) -> None:
+    write(root / "m.gguf", vocabulary(4), [])
+    assert "it is a vocabulary" in problem(look()["m"])
+
+
+def test_no_bad_file_hides_the_others_and_each_keeps_its_key(root: Path, look: Look) -> None:
+    write(root / "p/good/m.gguf")
+    for name, content in (("empty", b""), ("text", b"hello"), ("cut", header()[:-80]), ("short", header())):
+        (root / "p" / name).mkdir()
+        (root / "p" / name / "m.gguf").write_bytes(content)
+    (root / "p/fifo").mkdir()
+    os.mkfifo(root / "p/fifo/m.gguf")
+    (root / "p/folder/m.gguf").mkdir(parents=True)
+    (root / "p/dangling").mkdir()
+    (root / "p/dangling/m.gguf").symlink_to("nowhere")
+    (root / "p/loop").mkdir()
+    (root / "p/loop/m.gguf").symlink_to("m.gguf")
+    found = look()
+    assert [key for key, model in found.items() if model.problem is None] == ["p/good"]
+    assert sorted(found) == [f"p/{n}" for n in ("cut", "dangling", "empty", "fifo", "good", "loop", "short", "text")]
+    assert not any(str(root) in problem(model) for model in found.values() if model.problem)
+
+
+def test_links_out_of_the_directory_are_refused_unopened(root: Path, look: Look) -> None:
+    """llama.cpp would follow them, and put the first bytes of the target into its log."""
+    outside = write(root.parent / "outside/p/m.gguf").parent
+    (root / "p/file").mkdir(parents=True)
+    (root / "p/file/m.gguf").symlink_to(outside / "m.gguf")
+    (root / "p/folder").symlink_to(outside)
+    found = look()
+    assert sorted(found) == ["p/file", "p/folder"]
+    for refused in found.values():
+        assert problem(refused).endswith("is a symbolic link out of the models directory")
+        assert refused.architecture == ""
+
+
+def test_links_within_the_directory_are_as_good_as_files(root: Path, look: Look) -> None:
+    """The layout of the Hugging Face cache: snapshots link to blobs, which have no ending."""
+    blob = write(root / "models--p--m/blobs/0a1b")
+    snapshot = root / "models--p--m/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "m-Q4_0.gguf").symlink_to("../../blobs/0a1b")
+    (root / "p").mkdir()
+    (root / "p/nice-name").symlink_to(snapshot)
+    found = look()
+    assert sorted(found) == ["p/nice-name", "snapshots/abc"]
+    assert all(model.problem is None and model.size_bytes == blob.stat().st_size for model in found.values())
+
+
+def test_folders_that_link_to_each_other_are_walked_once(root: Path, look: Look) -> None:
+    write(root / "p/m/m.gguf")
+    (root / "p/m/up").symlink_to(root)
+    (root / "p/m/self").symlink_to(".")
+    (root / "a").mkdir()
+    (root / "a/to-p").symlink_to("../p")
+    (root / "p/to-a").symlink_to("../a")
+    assert sorted(look()) == ["p/m", "to-p/m"]
+
+
+def test_hidden_files_are_passed_over(root: Path, look: Look) -> None:
+    write(root / ".cache/m.gguf")
+    write(root / "p/m/._m.gguf")
+    assert look() == {}
+
+
+def test_a_name_that_is_not_utf_8_is_a_problem_and_can_still_be_sent(root: Path, look: Look) -> None:
+    (root / os.fsdecode(b"m\xff.gguf")).write_bytes(header())
+    (found,) = look().values()
+    assert "not UTF-8" in problem(found)
+    msgspec.msgpack.encode(found)
+
+
+def test_a_file_that_nobody_may_read_is_tried_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of permissions changes neither time nor size."""
+    write(root / "m.gguf")
+    catalog = Catalog(root, root.parent / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", _forbidden)
+        catalog.look()
+    assert problem(catalog.models()[0]) == "m.gguf cannot be read: Permission denied"
+    assert catalog.look()
+    assert catalog.models()[0].problem is None
+
+
+def _forbidden(*_: object) -> int:
+    raise PermissionError(13, "Permission denied")
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files opened through os.open, which is how headers are read."""
+    names: list[str] = []
+    really_open = os.open
+
+    def recording(path: Path, flags: int, *rest: int) -> int:
+        names.append(path.name)
+        return really_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", recording)
+    return names
+
+
+def test_an_unchanged_file_is_read_once_even_by_the_next_process(root: Path, opened: list[str]) -> None:
+    write(root / "a.gguf", vocabulary(10))
+    (root / "bad.gguf").write_bytes(b"bad")
+    first = everything(root)
+    first.save()
+    assert opened == ["a.gguf", "bad.gguf", "a.gguf"], "a quick look at both, and then the rest of the good one"
+    opened.clear()
+    assert not first.look()
+    second = everything(root)
+    assert second.models() == first.models()
+    assert opened == []
+
+
+def test_a_file_that_changed_is_read_again(root: Path) -> None:
+    path = write(root / "a.gguf")
+    catalog = everything(root)
+    write(path, {"llama.context_length": 99})
+    os.utime(path, ns=(1, 1))
+    assert catalog.look()
+    assert catalog.models()[0].max_context_length == 99
+    path.unlink()
+    assert catalog.look()
+    assert catalog.models() == []
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x82\xa7version\xa1x\xa5files\x80", b"\xc1" * 100])
+def test_a_damaged_cache_is_ignored_and_written_anew(root: Path, content: bytes, opened: list[str]) -> None:
+    write(root / "a.gguf")
+    cache = root.parent / "cache"
+    cache.write_bytes(content)
+    everything(root).save()
+    opened.clear()
+    assert everything(root).models()[0].max_context_length == LLAMA["llama.context_length"]
+    assert opened == []
+    assert sorted(path.name for path in root.parent.iterdir()) == ["cache", "models"]
+
+
+def test_a_models_directory_that_goes_away_holds_no_models(root: Path) -> None:
+    write(root / "a.gguf")
+    catalog = everything(root)
+    root.rename(root.parent / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        catalog.look()
+    assert catalog.models() == []

