@@ -1,0 +1,54 @@
+# syntax=docker/dockerfile:1
+# Two images, `--target cpu` and `--target cuda`, that differ in how llama.cpp was built and in what that needs.
+# The build of llama.cpp has a stage of its own, so that it is repeated only when constraints.txt changes.
+
+FROM python:3.12-slim-bookworm AS engine-cpu
+RUN apt-get update && apt-get install --yes --no-install-recommends build-essential cmake git ninja-build
+COPY constraints.txt .
+# Not for the building machine's processor only, but for every x86-64 with AVX2.
+RUN CMAKE_ARGS="-DGGML_NATIVE=OFF" pip wheel --no-cache-dir --no-deps --no-binary llama-cpp-python \
+    --constraint constraints.txt --wheel-dir /wheels llama-cpp-python
+
+FROM nvidia/cuda:12.6.3-devel-ubuntu24.04 AS engine-cuda
+RUN apt-get update && apt-get install --yes --no-install-recommends \
+    build-essential cmake git ninja-build python3-dev python3-pip
+COPY constraints.txt .
+# The driver's library, libcuda.so.1, comes with the host: here it may stay unresolved.
+RUN CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=on -DCMAKE_EXE_LINKER_FLAGS=-Wl,--allow-shlib-undefined" \
+    pip wheel --no-cache-dir --no-deps --no-binary llama-cpp-python \
+    --constraint constraints.txt --wheel-dir /wheels llama-cpp-python
+
+FROM python:3.12-slim-bookworm AS base-cpu
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
+RUN useradd --uid 10001 --create-home loadstone && install -d -o loadstone -m 700 /data && install -d /models
+
+FROM nvidia/cuda:12.6.3-runtime-ubuntu24.04 AS base-cuda
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+RUN useradd --uid 10001 --create-home loadstone && install -d -o loadstone -m 700 /data && install -d /models
+
+FROM base-cpu AS install-cpu
+COPY . /src
+RUN --mount=from=engine-cpu,source=/wheels,target=/wheels python3 -m venv /opt/loadstone \
+    && /opt/loadstone/bin/pip install --no-cache-dir --find-links /wheels --only-binary llama-cpp-python \
+    --constraint /src/constraints.txt "/src[demo]"
+
+FROM base-cuda AS install-cuda
+COPY . /src
+RUN --mount=from=engine-cuda,source=/wheels,target=/wheels python3 -m venv /opt/loadstone \
+    && /opt/loadstone/bin/pip install --no-cache-dir --find-links /wheels --only-binary llama-cpp-python \
+    --constraint /src/constraints.txt "/src[demo]"
+
+FROM base-cuda AS cuda
+COPY --from=install-cuda /opt/loadstone /opt/loadstone
+ENV PATH=/opt/loadstone/bin:$PATH LOADSTONE_MODELS_DIR=/models LOADSTONE_DATA_DIR=/data
+WORKDIR /data
+USER loadstone
+ENTRYPOINT ["loadstone"]
+
+FROM base-cpu AS cpu
+COPY --from=install-cpu /opt/loadstone /opt/loadstone
+ENV PATH=/opt/loadstone/bin:$PATH LOADSTONE_MODELS_DIR=/models LOADSTONE_DATA_DIR=/data
+WORKDIR /data
+USER loadstone
+ENTRYPOINT ["loadstone"]

@@ -1,0 +1,1 @@
+"""What Loadstone adds to a load: `python -m bench` measures it against llama-cpp-python alone and prints a report."""

@@ -1,0 +1,165 @@
+"""The two things that are measured, each with a `load`: the service over HTTP, and llama-cpp-python alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+
+from shared.settings import PREFIX
+
+CONTEXT_LENGTH = 4096
+EVAL_BATCH_SIZE = 512
+REPLY_S = 600.0
+STOP_S = 20.0  # `loadstone up` takes 10 at most
+
+
+class Failure(Exception):
+    """Something could not be measured; the sentence says why."""
+
+
+class Load(Struct, frozen=True, kw_only=True):
+    """`total_s` is from the request to the whole reply, `load_s` the load as the service itself counts it."""
+
+    total_s: float
+    load_s: float
+    phases_s: dict[str, float]  # "model" is metadata and weights together
+
+    @property
+    def overhead_s(self) -> float:
+        return self.total_s - self.load_s
+
+
+class Service:
+    """A running Loadstone, reached over one connection that is kept open."""
+
+    def __init__(self, url: str) -> None:
+        host = urlsplit(url)
+        self._connection = http.client.HTTPConnection(host.hostname or "", host.port, timeout=REPLY_S)
+
+    def reconnect(self) -> None:
+        """To be called after a while without requests, since the server ends a connection that idles for seconds."""
+        self._connection.close()
+        self._connection.connect()
+
+    def load(self, key: str) -> Load:
+        """Load and unload a model; unloading is not measured."""
+        wanted = {
+            "model": key,
+            "context_length": CONTEXT_LENGTH,
+            "eval_batch_size": EVAL_BATCH_SIZE,
+            "echo_load_config": True,
+        }
+        seconds, reply, timing = self._post("/api/v1/models/load", wanted)
+        applied = reply["load_config"]
+        if (applied["context_length"], applied["eval_batch_size"]) != (CONTEXT_LENGTH, EVAL_BATCH_SIZE):
+            raise Failure(f"the service loaded something else than was asked for: {applied}")
+        self._post("/api/v1/models/unload", {"instance_id": reply["instance_id"]})
+        phases = {name: float(ms) / 1000 for name, ms in re.findall(r"(\w+);dur=([\d.]+)", timing)}
+        phases["model"] = phases["metadata"] + phases["weights"]
+        return Load(total_s=seconds, load_s=reply["load_time_seconds"], phases_s=phases)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _post(self, path: str, body: dict[str, object]) -> tuple[float, dict[str, Any], str]:
+        """How long it took, the reply, and its Server-Timing."""
+        content = json.dumps(body).encode()
+        started = time.monotonic()
+        try:
+            self._connection.request("POST", path, content, {"Content-Type": "application/json"})
+            response = self._connection.getresponse()
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as e:
+            raise Failure(f"{path} got no answer: {e!r}") from e
+        seconds = time.monotonic() - started
+        if response.status != 200:
+            raise Failure(f"{path} answered {response.status}: {answer.decode('utf-8', 'replace')}")
+        return seconds, json.loads(answer), response.headers.get("Server-Timing", "")
+
+
+class Bare:
+    """A process that has imported llama-cpp-python and waits to be told to load one model: see bench.bare."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self._process, self._log = process, log
+        self.use_extra_bufts: bool = self._answer()["use_extra_bufts"]
+
+    def load(self) -> Load:
+        """Load and free the model.  The process takes the time itself, so the pipe to it costs nothing."""
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        phases = self._answer()
+        load_s = phases["model"] + phases["context"] + phases["warmup"]
+        return Load(total_s=phases.pop("total", load_s), load_s=load_s, phases_s=phases)
+
+    def _answer(self) -> Any:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise Failure(f"the bare process ended; see {self._log}")
+        return json.loads(line)
+
+
+@contextmanager
+def service(models_dir: Path, out: Path) -> Iterator[Service]:
+    """`loadstone up` with an embedded Redis, on a port and a data directory of its own, both gone afterwards."""
+    log = out / "service.log"
+    with tempfile.TemporaryDirectory(prefix="data-", dir=out) as data_dir, log.open("w") as stderr:
+        program = Path(sys.executable).with_name("loadstone")
+        argv = [str(program), "up", "--port", "0", "--models-dir", str(models_dir), "--data-dir", data_dir]
+        with _running(argv, stderr) as process:
+            assert process.stdout
+            ready = re.fullmatch(r"ready: (\S+)\n", process.stdout.readline())
+            if not ready:
+                raise Failure(f"`loadstone up` did not become ready; see {log}")
+            running = Service(ready[1])
+            try:
+                yield running
+            finally:
+                running.close()
+
+
+@contextmanager
+def bare(how: Literal["warm", "fork"], model: Path, out: Path) -> Iterator[Bare]:
+    log = out / "bare.log"
+    argv = [sys.executable, "-m", "bench.bare", how, str(model), str(CONTEXT_LENGTH), str(EVAL_BATCH_SIZE)]
+    with log.open("a") as stderr, _running(argv, stderr) as process:
+        yield Bare(process, log)
+
+
+@contextmanager
+def _running(argv: list[str], stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    """A child process, stopped and reaped afterwards.  Ctrl-C in a terminal reaches it through us alone, once."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=environ,
+        cwd=Path(__file__).parents[1],
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
