@@ -35,6 +35,7 @@ class ServiceError(Exception):
 
     type: ClassVar[str] = "internal_error"
     code: str | UnsetType = UNSET
+    retry_after_s: int | None = None  # when the same request may succeed, where that is known
 
     def __init__(self, message: str, *, param: str | UnsetType = UNSET, **detail: object) -> None:
         super().__init__(message)
@@ -95,6 +96,18 @@ class ForbiddenHost(InvalidRequest):
     code = "forbidden_host"
 
 
+class JobAlreadyFinished(InvalidRequest):
+    """A load that has ended cannot be cancelled."""
+
+    code = "job_already_finished"
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    """The key was sent before, with another request."""
+
+    code = "idempotency_key_reused"
+
+
 class UnsupportedMediaType(InvalidRequest):
     """The body is not declared as JSON."""
 
@@ -125,6 +138,34 @@ class ModelNotFound(ServiceError):
     type = "model_not_found"
 
 
+class JobNotFound(ServiceError):
+    """No load with this id in the last day."""
+
+    type = "job_not_found"
+
+
+class TooManyRequests(ServiceError):
+    """A limit of the service's is reached; the same request may succeed later."""
+
+    type = "too_many_requests"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(TooManyRequests):
+    """As many loads wait as may."""
+
+    code = "queue_full"
+
+
+class TooManyWaiting(TooManyRequests):
+    """As many replies of this process are held open as may."""
+
+    code = "too_many_waiting"
+
+
 class LoadFailed(ServiceError):
     """A load ended without a model in memory."""
 
@@ -141,6 +182,7 @@ class ServiceUnavailable(ServiceError):
     """Something the service needs is away for now; the same request may succeed later."""
 
     type = "service_unavailable"
+    retry_after_s = 2
 
 
 class NoWorker(ServiceUnavailable):

@@ -7,6 +7,7 @@ tolerant between our own processes: a new field has a default, so that two versi
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -17,6 +18,7 @@ from shared.lifecycle import TERMINAL, Event, State, step
 
 ModelType = Literal["llm", "embedding"]
 Phase = Literal["metadata", "weights", "context", "warmup"]
+JobStatus = Literal["queued", "loading", "loaded", "failed", "cancelled"]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what any field of llama.cpp's can hold
 Parallel = Annotated[int, Meta(ge=1, le=64)]
 
@@ -65,13 +67,86 @@ class LoadResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     load_config: LoadConfig | UnsetType = UNSET
 
 
+class Job(Struct, frozen=True, kw_only=True):
+    """A load as its followers see it.  Its status is the load's outcome, and stays when the instance is unloaded.
+
+    Sizes are in bytes; `timing` is in seconds by phase, with their sum as `total` once the load has ended.
+    """
+
+    job_id: str
+    status: JobStatus
+    model: str
+    instance_id: str
+    model_instance_id: str
+    worker: str
+    devices: list[str]
+    attempt: int
+    progress: float
+    phase: Phase | None
+    total_size_bytes: int
+    loaded_bytes: int
+    bytes_per_second: float | None
+    estimated_completion: datetime | None
+    created_at: datetime
+    started_at: datetime | None
+    completed_at: datetime | None
+    timing: dict[str, float]
+    result: LoadResult | None
+    error: ErrorBody | None
+
+
+class JobList(Struct, frozen=True, kw_only=True):
+    jobs: list[Job]
+
+
+class LoadStart(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.start"):
+    """The first event of a load: it was accepted."""
+
+    model_instance_id: str
+    job_id: str
+
+
+class LoadProgress(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.progress"):
+    """How far a load has come; the fields are the job's."""
+
+    model_instance_id: str
+    job_id: str
+    status: JobStatus
+    progress: float
+    phase: Phase | None
+    total_size_bytes: int
+    loaded_bytes: int
+    bytes_per_second: float | None
+    estimated_completion: datetime | None
+
+
+class LoadEnd(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.end"):
+    """The last event of a load that came to `loaded`."""
+
+    model_instance_id: str
+    job_id: str
+    load_time_seconds: float
+    result: LoadResult
+
+
+class LoadError(Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
+    """The last event of any other load."""
+
+    error: ErrorBody
+
+
+LoadEvent = LoadStart | LoadProgress | LoadEnd | LoadError
+
+
 class UnloadResult(Struct, frozen=True, kw_only=True):
     instance_id: str
 
 
 class Quantization(Struct, frozen=True, kw_only=True):
+    """`bits_per_weight` is whole and rounded down, as LM Studio lists it: typed clients refuse a fraction."""
+
     name: str | None
-    bits_per_weight: float | None
+    bits_per_weight: int | None
 
 
 class Capabilities(Struct, frozen=True, kw_only=True):
@@ -180,6 +255,9 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     progress: float = 0.0  # 0..1, never decreases, 1 only when loaded
     total_size_bytes: int = 0
     loaded_bytes: int = 0
+    bytes_per_second: float | None = None  # of the last seconds; once loaded, of all the weights
+    estimated_completion: float | None = None
+    devices: list[str] = []
     started_at: float | None = None
     loaded_at: float | None = None
     completed_at: float | None = None

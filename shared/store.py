@@ -1,10 +1,15 @@
-"""Redis: every key, every script, and the one way to change an instance's record.
+"""Redis: every key (their scripts are in `shared.scripts`), and the one way to change an instance's record.
 
-  inst:{id}         hash    rev, instance_id, worker, at (creation, Redis' clock, microseconds), doc (msgpack),
-                            stop (a wish)                     expires RETAIN_S after a terminal state
+  inst:{id}         hash    rev, instance_id, worker, at (creation, Redis' clock, microseconds), doc (msgpack), state,
+                            stop (a wish), engine (log lines)  expires RETAIN_S after a terminal state
   inst:{id}:log     stream  rev, doc: one entry a revision     expires with inst:{id}
   insts             set     ids of instances that are not terminal
   names             hash    instance_id -> id, while not terminal
+  queued            set     ids in state queued; queued:{worker} those of one worker
+  pace              list    when the last 16 left the queue (microseconds); pace:{worker} those of one worker
+                                                              expires an hour after the last
+  jobs              zset    id -> creation (microseconds), of the last RETAIN_S; expires RETAIN_S after the last
+  idem:{digest}     hash    id, and digest of the request, that came with an Idempotency-Key; expires after RETAIN_S
   workers           zset    name -> time of its last beat (seconds); forgotten after RETAIN_S
   lease:{worker}    string  epoch of its process               expires a lease after its last beat
   worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
@@ -21,8 +26,9 @@ reply: each finds out that its work was done and answers as before.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -36,71 +42,17 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from shared import log
-from shared.lifecycle import TERMINAL
+from shared.lifecycle import TERMINAL, State
 from shared.schema import Instance, Model, WorkerSnapshot
+from shared.scripts import COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, STOP
 
 RETAIN_S = 24 * 3600
+HISTORY_N = 256  # revisions that are read at once
+PAGE_N = 200
+NO_LIMITS = (2**53, 2**53)
+UNKNOWN_PACE_S, LONGEST_RETRY_S = 30, 300
 NEWS = "news"
 UNAVAILABLE = (RedisError, OSError)  # redis-py lets a refused socket through as an OSError
-
-CREATE = """
-local at = redis.call('HMGET', KEYS[1], 'instance_id', 'at')
-if at[1] then return at end
-if redis.call('EXISTS', KEYS[6]) == 0 then return false end
-local name, n = ARGV[2], 1
-while redis.call('HEXISTS', KEYS[3], name) == 1 do n = n + 1; name = ARGV[2] .. ':' .. n end
-local now = redis.call('TIME'); now = now[1] * 1000000 + now[2]; now = string.format('%.0f', now)
-redis.call('HSET', KEYS[1], 'rev', 1, 'instance_id', name, 'worker', ARGV[4], 'at', now, 'doc', ARGV[3])
-redis.call('XADD', KEYS[2], '*', 'rev', 1, 'doc', ARGV[3])
-redis.call('HSET', KEYS[3], name, ARGV[1])
-redis.call('SADD', KEYS[4], ARGV[1])
-redis.call('HINCRBY', KEYS[5], 'queued', 1)
-redis.call('PUBLISH', 'news', ARGV[1])
-return {name, now}
-"""
-
-# Compare the revision, write the document, tell everybody.  ARGV: id, rev, rev + 1, doc, state if it changed, retention
-# in seconds if it is terminal.  Answers Redis' time in microseconds, or false to whoever was overtaken.
-COMMIT = """
-local held = redis.call('HMGET', KEYS[1], 'rev', 'doc', 'instance_id')
-local now = redis.call('TIME'); now = string.format('%.0f', now[1] * 1000000 + now[2])
-if held[1] == ARGV[3] and held[2] == ARGV[4] then return now end
-if held[1] ~= ARGV[2] then return false end
-redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'doc', ARGV[4])
-redis.call('XADD', KEYS[2], '*', 'rev', ARGV[3], 'doc', ARGV[4])
-if ARGV[5] ~= '' then redis.call('HINCRBY', KEYS[5], ARGV[5], 1) end
-if ARGV[6] ~= '' then
-  if redis.call('HGET', KEYS[3], held[3]) == ARGV[1] then redis.call('HDEL', KEYS[3], held[3]) end
-  redis.call('SREM', KEYS[4], ARGV[1])
-  redis.call('EXPIRE', KEYS[1], ARGV[6])
-  redis.call('EXPIRE', KEYS[2], ARGV[6])
-end
-redis.call('PUBLISH', 'news', ARGV[1])
-return now
-"""
-
-STOP = """
-local worker = redis.call('HGET', KEYS[1], 'worker')
-if not worker then return 0 end
-redis.call('HSET', KEYS[1], 'stop', 1)
-redis.call('PUBLISH', 'wake:' .. worker, ARGV[1])
-return 1
-"""
-
-# ARGV: epoch, an older epoch that is known to be dead, lease in ms, snapshot, name, now in s, retention in s
-RENEW = """
-local held = redis.call('GET', KEYS[1])
-if held and held ~= ARGV[1] and held ~= ARGV[2] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
-redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[3])
-redis.call('ZADD', KEYS[4], ARGV[6], ARGV[5])
-redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', ARGV[6] - ARGV[7])
-return 1 + redis.call('EXPIRE', KEYS[3], ARGV[7])
-"""
-
-RELEASE = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1], KEYS[2]) end
-"""
 
 
 class Fenced(Exception):
@@ -109,6 +61,33 @@ class Fenced(Exception):
 
 class NoLease(Exception):
     """The worker that was to take an instance is gone."""
+
+
+class Full(Exception):
+    """As many instances wait as may: `limit`.  One leaves about every `retry_after_s` seconds."""
+
+    def __init__(self, limit: int, retry_after_s: int) -> None:
+        super().__init__(limit)
+        self.limit, self.retry_after_s = limit, retry_after_s
+
+
+class StopWished(Exception):
+    """What was to become loaded is to be stopped: that wish came first."""
+
+
+class Remembered(Struct, frozen=True):
+    """What an Idempotency-Key stands for: a load, and the digest of the request that made it."""
+
+    id: str
+    digest: str
+
+
+class KeyTaken(Exception):
+    """The Idempotency-Key has made a load already."""
+
+    def __init__(self, remembered: Remembered) -> None:
+        super().__init__(remembered)
+        self.remembered = remembered
 
 
 class Worker(Struct, frozen=True, kw_only=True):
@@ -178,6 +157,7 @@ class Store:
     def __init__(self, redis: ArqRedis, lease_s: float) -> None:
         self.redis = redis
         self.lease_s = lease_s
+        self._engine_log = redis.register_script(ENGINE_LOG)
         self._create = redis.register_script(CREATE)
         self._commit = redis.register_script(COMMIT)
         self._stop = redis.register_script(STOP)
@@ -186,28 +166,59 @@ class Store:
 
     # ---- instances
 
-    async def create(self, instance: Instance) -> Instance:
+    async def create(
+        self, instance: Instance, *, at_most: tuple[int, int] = NO_LIMITS, key: str = "", digest: str = ""
+    ) -> Instance:
         """Write a queued record under the lowest free name of its key: `key`, `key:2`, `key:3`, ...
 
-        Raises NoLease if its worker is gone.
+        `at_most` may be queued at its worker, and in all.  With the digests of an Idempotency-Key and of the request
+        that came with it, only the first call writes; the others raise KeyTaken.  Raises NoLease if its worker is
+        gone, and Full.
         """
-        reply = await self._create(
-            keys=[*_keys(instance.id), f"lease:{instance.worker}"],
-            args=[instance.id, instance.model, _pack(instance), instance.worker],
+        outcome, *found = await self._create(
+            keys=[*_keys(instance.id), f"lease:{instance.worker}", f"idem:{key}"],
+            args=[instance.id, instance.model, _pack(instance), instance.worker, digest, *at_most, RETAIN_S],
         )
-        if reply is None:
-            raise NoLease(f"worker '{instance.worker}' holds no lease")
-        return msgspec.structs.replace(instance, instance_id=reply[0].decode(), created_at=int(reply[1]) / 1e6, rev=1)
+        match outcome:
+            case b"created":
+                return msgspec.structs.replace(
+                    instance, instance_id=found[0].decode(), created_at=int(found[1]) / 1e6, rev=1
+                )
+            case b"remembered":
+                raise KeyTaken(Remembered(found[1].decode(), found[0].decode()))
+            case b"full":
+                limit, departures, within_us = map(int, found)
+                pace = within_us / 1e6 / departures if departures else UNKNOWN_PACE_S
+                raise Full(limit, min(LONGEST_RETRY_S, max(1, math.ceil(pace))))
+        raise NoLease(f"worker '{instance.worker}' holds no lease")
+
+    async def remembered(self, key: str) -> Remembered | None:
+        """What the Idempotency-Key with this digest stands for."""
+        id_, digest = await self.redis.hmget(f"idem:{key}", ["id", "digest"])  # type: ignore[misc]
+        return None if id_ is None or digest is None else Remembered(id_.decode(), digest.decode())
 
     async def commit(self, old: Instance, new: Instance) -> tuple[Instance, float]:
-        """Replace `old` by `new`; returns it with its revision, and Redis' time in seconds.  Raises Fenced."""
+        """Replace `old` by `new`; returns it with its revision, and Redis' time in seconds.
+
+        Raises Fenced, and StopWished where `new` is loaded and somebody wished it stopped before.
+        """
         assert old.id == new.id
         retain = RETAIN_S if new.state in TERMINAL else ""
         state = new.state.value if new.state is not old.state else ""
         now = await self._commit(keys=_keys(new.id), args=[new.id, old.rev, old.rev + 1, _pack(new), state, retain])
         if now is None:
             raise Fenced(f"{new.id} is no longer at revision {old.rev}")
+        if now == b"stop":
+            raise StopWished(f"{new.id} is to be stopped")
         return msgspec.structs.replace(new, rev=old.rev + 1), int(now) / 1e6
+
+    async def write_engine_log(self, id_: str, text: str) -> None:
+        """Keep what the engine said in a load, for as long as its record."""
+        await self._engine_log(keys=[f"inst:{id_}"], args=[text])
+
+    async def engine_log(self, id_: str) -> bytes | None:
+        found: bytes | None = await self.redis.hget(f"inst:{id_}", "engine")  # type: ignore[misc]
+        return found
 
     async def get(self, id_: str) -> Instance | None:
         found = await self.many([id_])
@@ -228,6 +239,20 @@ class Store:
                 log.get("store").error("unreadable record", action="unreadable_record", instance=id_, error=str(e))
         return found
 
+    async def newest(self) -> AsyncGenerator[Instance, None]:
+        """The records of the last RETAIN_S, newest first, then the older ones that live."""
+        seen: set[str] = set()
+        before: Any = "+inf"
+        while page := await self.redis.zrevrangebyscore("jobs", before, "-inf", 0, PAGE_N, withscores=True):
+            ids = [id_.decode() for id_, _ in page]
+            seen.update(ids)
+            for instance in await self.many(ids):
+                yield instance
+            before = f"({page[-1][1]:.0f}"
+        old = [instance for instance in await self.live() if instance.id not in seen]
+        for instance in sorted(old, key=lambda i: i.created_at, reverse=True):
+            yield instance
+
     async def live(self) -> list[Instance]:
         """Every instance that is not in a terminal state, in no order."""
         ids: set[bytes] = await self.redis.smembers("insts")  # type: ignore[misc]
@@ -240,8 +265,8 @@ class Store:
         return None if id_ is None else id_.decode()
 
     async def history(self, instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
-        """The revisions of a record since entry `after` of its log, oldest first, each with its entry's id."""
-        entries = await self.redis.xrange(f"inst:{instance.id}:log", min=f"({after}")
+        """Up to HISTORY_N revisions since entry `after` of a record's log, oldest first, each with its entry's id."""
+        entries = await self.redis.xrange(f"inst:{instance.id}:log", min=f"({after}", count=HISTORY_N)
         return [
             (
                 entry.decode(),
@@ -261,9 +286,14 @@ class Store:
                 pipe.hget(f"inst:{id_}", "rev")
             return [None if rev is None else int(rev) for rev in await pipe.execute()]
 
-    async def request_stop(self, id_: str) -> bool:
-        """Wish that an instance be stopped; its worker acts on it.  False if there is no such record."""
-        return bool(await self._stop(keys=[f"inst:{id_}"], args=[id_]))
+    async def request_stop(self, id_: str, *, unless_loaded: bool = False) -> State | None:
+        """Wish that an instance be stopped; its worker acts on it.
+
+        Returns the state in which the wish found it, None if there is no such record.  `unless_loaded`: a load that
+        is over stays as it is.
+        """
+        state = await self._stop(keys=[f"inst:{id_}"], args=[id_, int(unless_loaded)])
+        return None if state is None else State(state.decode())
 
     # ---- workers
 

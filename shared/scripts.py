@@ -1,0 +1,105 @@
+"""The scripts that run in Redis: each changes several keys of `shared.store` at once, or none.
+
+A script may be repeated after a lost reply: it finds out that its work was done, and answers as before.
+"""
+
+# ARGV: id, key as asked, doc, worker, digest of the request ("" without an Idempotency-Key), how many may be queued at
+# the worker, and in all, retention in seconds.
+CREATE = """
+local inst, log, names, insts, counters, lease, idem = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local id, name, doc, worker, digest, n = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], 1
+local at = redis.call('HMGET', inst, 'instance_id', 'at')
+if at[1] then return {'created', at[1], at[2]} end
+if digest ~= '' then
+  local first = redis.call('HMGET', idem, 'digest', 'id')
+  if first[1] then return {'remembered', first[1], first[2]} end
+end
+if redis.call('EXISTS', lease) == 0 then return {'no lease'} end
+local now = redis.call('TIME'); now = now[1] * 1000000 + now[2]
+for i, place in ipairs({':' .. worker, ''}) do
+  if redis.call('SCARD', 'queued' .. place) >= tonumber(ARGV[5 + i]) then
+    local left = redis.call('LRANGE', 'pace' .. place, 0, -1)
+    return {'full', ARGV[5 + i], #left, #left > 0 and string.format('%.0f', now - left[#left]) or 0}
+  end
+end
+while redis.call('HEXISTS', names, name) == 1 do n = n + 1; name = ARGV[2] .. ':' .. n end
+local since = string.format('(%.0f', now - ARGV[8] * 1000000); now = string.format('%.0f', now)
+redis.call('HSET', inst, 'rev', 1, 'instance_id', name, 'worker', worker, 'at', now, 'doc', doc, 'state', 'queued')
+redis.call('XADD', log, '*', 'rev', 1, 'doc', doc)
+redis.call('HSET', names, name, id)
+redis.call('SADD', insts, id)
+redis.call('SADD', 'queued', id)
+redis.call('SADD', 'queued:' .. worker, id)
+redis.call('ZADD', 'jobs', now, id)
+redis.call('ZREMRANGEBYSCORE', 'jobs', '-inf', since)
+redis.call('EXPIRE', 'jobs', ARGV[8])
+if digest ~= '' then
+  redis.call('HSET', idem, 'digest', digest, 'id', id)
+  redis.call('EXPIRE', idem, ARGV[8])
+end
+redis.call('HINCRBY', counters, 'queued', 1)
+redis.call('PUBLISH', 'news', id)
+return {'created', name, now}
+"""
+
+# Compare the revision, write the document, tell everybody.  ARGV: id, rev, rev + 1, doc, state if it changed, retention
+# in seconds if it is terminal.  Answers Redis' time in microseconds; false to whoever was overtaken by another writer,
+# "stop" where the wish to stop what was to be loaded came first.
+COMMIT = """
+local held = redis.call('HMGET', KEYS[1], 'rev', 'doc', 'instance_id', 'worker', 'stop')
+local now = redis.call('TIME'); now = string.format('%.0f', now[1] * 1000000 + now[2])
+if held[1] == ARGV[3] and held[2] == ARGV[4] then return now end
+if held[1] ~= ARGV[2] then return false end
+if ARGV[5] == 'loaded' and held[5] then return 'stop' end
+redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'doc', ARGV[4])
+redis.call('XADD', KEYS[2], '*', 'rev', ARGV[3], 'doc', ARGV[4])
+if ARGV[5] ~= '' then
+  redis.call('HSET', KEYS[1], 'state', ARGV[5])
+  redis.call('HINCRBY', KEYS[5], ARGV[5], 1)
+  if redis.call('SREM', 'queued', ARGV[1]) == 1 then
+    redis.call('SREM', 'queued:' .. held[4], ARGV[1])
+    for _, pace in ipairs({'pace', 'pace:' .. held[4]}) do
+      redis.call('LPUSH', pace, now)
+      redis.call('LTRIM', pace, 0, 15)
+      redis.call('EXPIRE', pace, 3600)
+    end
+  end
+end
+if ARGV[6] ~= '' then
+  if redis.call('HGET', KEYS[3], held[3]) == ARGV[1] then redis.call('HDEL', KEYS[3], held[3]) end
+  redis.call('SREM', KEYS[4], ARGV[1])
+  redis.call('EXPIRE', KEYS[1], ARGV[6])
+  redis.call('EXPIRE', KEYS[2], ARGV[6])
+end
+redis.call('PUBLISH', 'news', ARGV[1])
+return now
+"""
+
+# ARGV: id, "1" to wish it only of what is not loaded yet.  False where there is no such record.
+STOP = """
+local held = redis.call('HMGET', KEYS[1], 'worker', 'state')
+if not held[1] then return false end
+if ARGV[2] == '1' and held[2] ~= 'queued' and held[2] ~= 'loading' then return held[2] end
+redis.call('HSET', KEYS[1], 'stop', 1)
+redis.call('PUBLISH', 'wake:' .. held[1], ARGV[1])
+return held[2]
+"""
+
+ENGINE_LOG = """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'engine', ARGV[1]) end
+"""
+
+# ARGV: epoch, an older epoch that is known to be dead, lease in ms, snapshot, name, now in s, retention in s
+RENEW = """
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[1] and held ~= ARGV[2] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[3])
+redis.call('ZADD', KEYS[4], ARGV[6], ARGV[5])
+redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', ARGV[6] - ARGV[7])
+return 1 + redis.call('EXPIRE', KEYS[3], ARGV[7])
+"""
+
+RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1], KEYS[2]) end
+"""
