@@ -36,7 +36,8 @@ class Agent:
         self.draining = False
         self.models: dict[str, Model] = {}
         self._digest = ""
-        self.loading = asyncio.Semaphore(1)  # a second load at once would slow both
+        self.devices: list[str] = []
+        self.loading = asyncio.Semaphore(1)
 
     # ---- what the worker's main gives it
 
@@ -44,6 +45,12 @@ class Agent:
         """Take a new catalog, and publish it."""
         self.models = {model.key: model for model in models}
         self._digest = await self.store.publish_catalog(self.name, models)
+
+    async def warm(self) -> None:
+        """Wait until a runner is warm, which tells what devices there are: one load at once on each, since two on
+        one would slow each other.  Raises RunnerDied and TimeoutError."""
+        self.devices = await self.runners.warmed()
+        self.loading = asyncio.Semaphore(self.settings.loads_at_once or len(self.devices))
 
     def deliver(self, id_: str) -> None:
         """Take an instance from the queue; a second delivery of the same one is ignored."""

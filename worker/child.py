@@ -38,7 +38,7 @@ def main(control: socket.socket, output: socket.socket) -> None:
         control.sendall(frame(message))
 
     log = llama.initialise()
-    send(Warm())
+    send(Warm(llama.devices()))
     load = inbox.get()
     log.lines.clear()
     try:

@@ -23,6 +23,7 @@ from worker.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: nothing of it is typed
 
+GPUS = (1, 2)  # enum ggml_backend_dev_type: GPU, and one that shares the host's memory
 ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's own table is an older one
 GENERIC = re.compile(r"failed to load model|error loading model$")
 
@@ -80,6 +81,22 @@ def initialise() -> Log:
     log = Log()
     lib.llama_backend_init()
     return log
+
+
+def devices() -> list[str]:
+    """What a model is loaded onto: the engine's names of the GPUs it sees ("CUDA0"), or "CPU".
+
+    ggml's functions are reached through libllama's handle, as llama-cpp-python wraps only llama.h.
+    """
+    ggml = lib._lib
+    for function in (ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_type):
+        function.argtypes = [ctypes.c_void_p]
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    ggml.ggml_backend_dev_name.restype = ctypes.c_char_p
+    found = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+    gpus = [ggml.ggml_backend_dev_name(d).decode() for d in found if ggml.ggml_backend_dev_type(d) in GPUS]
+    return gpus or ["CPU"]
 
 
 class Loaded:

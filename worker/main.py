@@ -128,7 +128,7 @@ async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: s
         async with asyncio.timeout(FIRST_CATALOG_S):
             first = await anext(lists)
         await _published(agent, first)
-        await agent.runners.warmed()
+        await agent.warm()
         await _take_lease(agent, dead_epoch)
         _log.info("ready", action="ready", models=len(first))
         async with asyncio.TaskGroup() as group:

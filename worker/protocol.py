@@ -43,6 +43,8 @@ ToRunner = Load | Stop
 class Warm(Struct, frozen=True, tag="warm"):
     """The engine is initialised; a load may be given."""
 
+    devices: list[str]  # the GPUs that the engine sees, else the CPU
+
 
 class Progress(Struct, frozen=True, tag="progress"):
     phase: Phase

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -11,9 +12,10 @@ import msgspec
 from shared import log
 from shared.errors import ErrorBody, LoadFailed, LoadFailure
 from shared.lifecycle import Event, State
-from shared.schema import Instance, Model
-from shared.store import UNAVAILABLE, Fenced
+from shared.schema import Instance, Model, Phase
+from shared.store import UNAVAILABLE, Fenced, StopWished
 from worker.death import from_exit, from_reason
+from worker.pace import Pace
 from worker.plan import plan
 from worker.protocol import Failed, Progress, Ready
 from worker.runner import Runner, RunnerDied, RunnerStuck
@@ -21,7 +23,8 @@ from worker.runner import Runner, RunnerDied, RunnerStuck
 if TYPE_CHECKING:
     from worker.agent import Agent
 
-COMMIT_FRACTION, COMMIT_S = 0.02, 0.2  # progress is recorded after this much of the bytes, or this long
+COMMIT_FRACTION, COMMIT_S = 0.02, 0.5  # progress is recorded after this much of the bytes, or this long
+ENGINE_LOG_S = 0.1  # what the engine says is recorded in bunches
 
 _log = log.get("worker")
 
@@ -34,6 +37,8 @@ class Resident:
         self.id = id_
         self.stop = asyncio.Event()  # an unload, a cancel, a record that is no longer ours, or our own end
         self.claimed = False
+        self._claimed_at = 0.0
+        self._recording: asyncio.Future[None] | None = None
 
     async def live(self) -> None:
         try:
@@ -42,7 +47,8 @@ class Resident:
                 if found is None:
                     return
                 try:
-                    loaded = await self._load(*found)
+                    runner = await self._take(found[0])
+                    loaded = None if runner is None else await self._load(*found, runner)
                 finally:
                     self.agent.runners.prepare()  # not earlier: it would take a core from a load of milliseconds
             if loaded is not None:
@@ -51,6 +57,9 @@ class Resident:
             _log.warning("instance put off", action="redis_unavailable", instance=self.id, error=str(e))
         except Fenced:  # before the claim: cancelled, or given to another
             _log.info("delivery void", action="delivery_void", instance=self.id)
+        finally:
+            if self._recording is not None:
+                self._recording.cancel()
 
     async def _claim(self) -> tuple[Instance, Model] | None:
         """Make a queued record ours.  Raises Fenced and what UNAVAILABLE lists."""
@@ -62,20 +71,37 @@ class Resident:
             reason = "its file is gone" if model is None or model.problem is None else model.problem.message
             await self.agent.commit(record, Event.FAIL, error=_error(record, "invalid_model_file", reason))
             return None
-        instance, now = await self.agent.commit(record, Event.CLAIM, epoch=self.agent.epoch, started_at=time.time())
-        self.claimed = True
+        instance, now = await self.agent.commit(
+            record, Event.CLAIM, epoch=self.agent.epoch, devices=self.agent.devices, started_at=time.time()
+        )
+        self.claimed, self._claimed_at = True, time.monotonic()
         timing = {"queue": max(0.0, now - record.created_at)}
         return msgspec.structs.replace(instance, timing=timing), model
 
-    async def _load(self, instance: Instance, model: Model) -> tuple[Instance, Runner] | None:
-        """Have a warm runner load it.  Returns the loaded instance, or None once it has ended otherwise."""
-        started = time.monotonic()
+    async def _take(self, instance: Instance) -> Runner | None:
+        """A warm runner, or None once the instance has ended without one."""
+        taking, stopping = asyncio.ensure_future(self.agent.runners.take()), asyncio.ensure_future(self.stop.wait())
         try:
-            runner = await self.agent.runners.take()
+            await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if taking.done():
+                return taking.result()
+            taking.cancel()
+            await asyncio.wait({taking})
+            await self._unload(instance, None)
+        except Fenced:
+            _log.warning("instance is no longer ours", action="fenced", instance=instance.id)
         except (RunnerDied, RunnerStuck, TimeoutError) as e:
-            await self._surely(instance, Event.FAIL, error=_error(instance, "engine_crashed", str(e) or "no runner"))
-            return None
-        instance = msgspec.structs.replace(instance, timing={**instance.timing, "spawn": time.monotonic() - started})
+            await self._fail(instance, "engine_crashed", str(e) or "no runner")
+        finally:
+            taking.cancel()
+            stopping.cancel()
+        return None
+
+    async def _load(self, instance: Instance, model: Model, runner: Runner) -> tuple[Instance, Runner] | None:
+        """Have a warm runner load it.  Returns the loaded instance, or None once it has ended otherwise."""
+        spawn = time.monotonic() - self._claimed_at
+        instance = msgspec.structs.replace(instance, timing={**instance.timing, "spawn": spawn})
+        self._recording = asyncio.ensure_future(self._record_engine_log(runner))
         try:
             await runner.send(plan(instance.request, model, self.agent.settings))
             instance, outcome = await self._watch(instance, runner)
@@ -87,6 +113,8 @@ class Resident:
                         phase=None,
                         progress=1.0,
                         loaded_bytes=instance.total_size_bytes,
+                        bytes_per_second=instance.total_size_bytes / max(1e-6, outcome.timing["weights"]),
+                        estimated_completion=None,
                         loaded_at=time.time(),
                         timing={**instance.timing, **outcome.timing},
                         load_time_seconds=sum(outcome.timing.values()),
@@ -105,6 +133,8 @@ class Resident:
                 case "died":
                     await self._stopped(runner)
                     await self._fail(instance, *from_exit(runner.status, map(self._relative, runner.tail)))
+        except StopWished:
+            await self._unload(instance, runner)
         except Fenced:
             await self._abandon(instance, runner)
         except BaseException:  # cancelled at our own end, or a fault of ours: no runner is left without an owner
@@ -113,48 +143,78 @@ class Resident:
         return None
 
     async def _watch(self, instance: Instance, runner: Runner) -> tuple[Instance, Any]:
-        """Follow a runner through a load, recording its progress, until it is over one way or another."""
+        """Follow a runner through a load, recording its progress, until it is over one way or another.
+
+        Followers are told at least every COMMIT_S, whether or not there is progress.
+        """
         stopping = asyncio.ensure_future(self.stop.wait())
         receiving = asyncio.ensure_future(runner.receive())
-        committed_at = time.monotonic()
+        phase: Phase = "metadata"
+        began = heard_at = committed_at = time.monotonic()
+        pace = Pace(began)
+        latest: Progress | None = None
+        timing = instance.timing
         try:
             while True:
-                await asyncio.wait(
-                    {stopping, receiving},
-                    timeout=self.agent.settings.stall_limit_s,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
+                await asyncio.wait({stopping, receiving}, timeout=COMMIT_S, return_when=asyncio.FIRST_COMPLETED)
+                now = time.monotonic()
+                so_far = msgspec.structs.replace(instance, timing={**timing, phase: now - began})
                 if stopping.done():
-                    return instance, "stop"
-                if not receiving.done():
-                    return instance, "stalled"
-                message = receiving.result()
-                if message is None:
-                    return instance, "died"
-                if not isinstance(message, Progress):
-                    return instance, message
-                receiving = asyncio.ensure_future(runner.receive())
-                progress = min(0.999, message.loaded_bytes / max(1, instance.total_size_bytes))
-                due = (
-                    message.phase != instance.phase
-                    or progress >= instance.progress + COMMIT_FRACTION
-                    or time.monotonic() - committed_at >= COMMIT_S
-                )
-                if due:
-                    committed_at = time.monotonic()
-                    instance = await self._record_progress(instance, message, max(progress, instance.progress))
+                    return so_far, "stop"
+                if receiving.done():
+                    message = receiving.result()
+                    if message is None:
+                        return so_far, "died"
+                    if not isinstance(message, Progress):
+                        return so_far, message
+                    receiving = asyncio.ensure_future(runner.receive())
+                    heard_at, latest = now, message
+                    pace.add(now, message.loaded_bytes)
+                    if message.phase != phase:
+                        timing = {**timing, phase: now - began}
+                        phase, began = message.phase, now
+                elif now - heard_at >= self.agent.settings.stall_limit_s:
+                    return so_far, "stalled"
+                reached = 0 if latest is None else latest.loaded_bytes
+                progress = max(instance.progress, min(0.999, reached / max(1, instance.total_size_bytes)))
+                changed = phase != instance.phase or progress >= instance.progress + COMMIT_FRACTION
+                if changed or now - committed_at >= COMMIT_S:
+                    committed_at = now
+                    rate = pace.bytes_per_second()
+                    left = max(0, instance.total_size_bytes - reached)
+                    new = msgspec.structs.replace(
+                        instance,
+                        phase=phase,
+                        progress=progress,
+                        loaded_bytes=reached,
+                        bytes_per_second=rate,
+                        estimated_completion=time.time() + left / rate if rate else None,
+                        timing=timing,
+                    )
+                    instance = await self._record_progress(instance, new)
         finally:
             stopping.cancel()
             receiving.cancel()
 
-    async def _record_progress(self, instance: Instance, message: Progress, progress: float) -> Instance:
-        new = msgspec.structs.replace(
-            instance, phase=message.phase, progress=progress, loaded_bytes=message.loaded_bytes
-        )
+    async def _record_progress(self, instance: Instance, new: Instance) -> Instance:
         try:
             return (await self.agent.store.commit(instance, new))[0]
         except UNAVAILABLE:  # the next one will do
             return instance
+
+    async def _record_engine_log(self, runner: Runner) -> None:
+        """Keep what the engine says readable while the instance lives."""
+        while True:
+            await runner.tail.grown.wait()
+            await asyncio.sleep(ENGINE_LOG_S)
+            await self._save_engine_log(runner)
+
+    async def _save_engine_log(self, runner: Runner) -> None:
+        if runner.tail.grown.is_set():
+            runner.tail.grown.clear()
+            with suppress(*UNAVAILABLE):
+                text = "".join(f"{line}\n" for line in runner.tail)
+                await self.agent.store.write_engine_log(self.id, self._relative(text))
 
     async def _keep(self, instance: Instance, runner: Runner) -> None:
         """Hold a loaded instance until it is stopped or its runner dies."""
@@ -175,7 +235,7 @@ class Resident:
             for wait in waits:
                 wait.cancel()
 
-    async def _unload(self, instance: Instance, runner: Runner) -> None:
+    async def _unload(self, instance: Instance, runner: Runner | None) -> None:
         """Stop a runner because it was asked for; at our own end the instance counts as lost, since nobody asked."""
         if self.agent.draining:
             await self._stopped(runner)
@@ -190,13 +250,17 @@ class Resident:
         _log.warning("instance is no longer ours", action="fenced", instance=instance.id)
         await self._stopped(runner)
 
-    async def _stopped(self, runner: Runner) -> None:
+    async def _stopped(self, runner: Runner | None) -> None:
         """Return once the runner is reaped: until then its memory is not free, and nothing may say so."""
+        if runner is None:
+            return
         while True:
             try:
-                return await runner.stop()
+                await runner.stop()
+                break
             except RunnerStuck as e:
                 _log.error("runner stuck", action="runner_stuck", pid=runner.pid, error=str(e))
+        await self._save_engine_log(runner)
 
     async def _fail(self, instance: Instance, code: LoadFailure, reason: str) -> None:
         await self._surely(instance, Event.FAIL, error=_error(instance, code, reason))

@@ -7,14 +7,13 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections import deque
 from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 
 from shared import log
 from worker.protocol import LENGTH, FromRunner, Stop, ToRunner, Warm, decode_from_runner, frame
+from worker.tail import Tail
 
-TAIL_LINES = 200
 WARM_DEADLINE_S = 60.0  # a first CUDA context on a machine with many GPUs takes seconds
 GRACE_S = 1.0  # of each rung of the stop ladder
 REAP_S = 30.0  # after SIGKILL: freeing a large mapping takes a while
@@ -34,7 +33,8 @@ class Runner:
     def __init__(self, process: ForkServerProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         assert process.pid is not None
         self.pid: int = process.pid
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)  # last lines of its stdout and stderr
+        self.tail = Tail()
+        self.devices: list[str] = []  # what a model is loaded onto; known once it is warm
         self.exited = asyncio.Event()
         self.status = 0  # once exited, -n is signal n
         self._process = process
@@ -133,19 +133,29 @@ class Runners:
         if self._next is None or _failed(self._next):
             self._next = asyncio.create_task(self._start())
 
-    async def warmed(self) -> None:
-        """Wait until a runner is warm: the engine can be started here.  Raises RunnerDied and TimeoutError."""
+    async def warmed(self) -> list[str]:
+        """Wait until a runner is warm: the engine can be started here.  Returns the devices that it sees.
+
+        Raises RunnerDied and TimeoutError.
+        """
         self.prepare()
         assert self._next is not None
-        await asyncio.shield(self._next)
+        return (await asyncio.shield(self._next)).devices
 
     async def take(self) -> Runner:
-        """A warm runner.  Raises RunnerDied and TimeoutError where none can be started."""
+        """A warm runner.  Raises RunnerDied and TimeoutError where none can be started.
+
+        Whoever stops waiting leaves it to the next.
+        """
         while True:
             self.prepare()
-            assert self._next is not None
-            coming, self._next = self._next, None
-            runner = await coming
+            coming = self._next
+            assert coming is not None
+            await asyncio.wait([coming])
+            if self._next is not coming:  # another load took it
+                continue
+            self._next = None
+            runner = coming.result()
             if not runner.exited.is_set():
                 return runner
             log.get("worker").warning("a warm runner died", action="warm_runner_died", status=runner.status)
@@ -186,7 +196,9 @@ class Runners:
             raise
         if not isinstance(message, Warm):
             await runner.stop()
-            raise RunnerDied("a runner could not start: " + (runner.tail[-1] if runner.tail else "it said nothing"))
+            *_, last = ["it said nothing", *runner.tail]
+            raise RunnerDied(f"a runner could not start: {last}")
+        runner.devices = message.devices
         return runner
 
 
