@@ -17,6 +17,7 @@ from api.follow import Follower
 from api.loads import Loads
 from api.roster import Roster
 from api.routes import ROUTES
+from api.waiting import Waiting
 from shared.settings import Settings, is_loopback, read_tokens, redis_url
 from shared.store import Store, connected
 
@@ -30,7 +31,11 @@ def create_app(settings: Settings, closing: asyncio.Event) -> Starlette:
             store = Store(redis, settings.lease_s)
             roster, follower = Roster(store), Follower(store)
             tasks = [group.create_task(part.run()) for part in (roster, follower)]
-            yield {"loads": Loads(store, roster, follower), "closing": closing}
+            yield {
+                "loads": Loads(settings, store, roster, follower),
+                "waiting": Waiting(settings.waiting_limit),
+                "closing": closing,
+            }
             for task in tasks:
                 task.cancel()
 

@@ -14,8 +14,6 @@ from shared import log
 from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError
 from shared.store import UNAVAILABLE
 
-RETRY_AFTER_S = 2
-
 # One row for each `type`, and one for each `type/code` that differs from it.
 STATUS: dict[str, int] = {
     "invalid_request": 400,
@@ -23,9 +21,13 @@ STATUS: dict[str, int] = {
     "invalid_request/forbidden_host": 403,
     "invalid_request/body_too_large": 413,
     "invalid_request/unsupported_media_type": 415,
+    "invalid_request/job_already_finished": 409,
+    "invalid_request/idempotency_key_reused": 422,
     "not_found": 404,
     "method_not_allowed": 405,
     "model_not_found": 404,
+    "job_not_found": 404,
+    "too_many_requests": 429,
     "model_load_failed": 500,
     "model_load_failed/load_cancelled": 409,
     "service_unavailable": 503,
@@ -48,8 +50,8 @@ def reply(error: ServiceError, headers: dict[str, str] | None = None) -> Respons
     extra = dict(headers or {})
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
-    if status == 503:
-        extra["Retry-After"] = str(RETRY_AFTER_S)
+    if error.retry_after_s is not None:
+        extra["Retry-After"] = str(error.retry_after_s)
     return Response(msgspec.json.encode(ErrorReply(body)), status, extra, media_type="application/json")
 
 

@@ -11,7 +11,7 @@ from shared import log
 from shared.errors import QueueUnavailable
 from shared.lifecycle import TERMINAL
 from shared.schema import Instance
-from shared.store import NEWS, UNAVAILABLE, Store
+from shared.store import HISTORY_N, NEWS, UNAVAILABLE, Store
 
 RECHECK_S = 1.0
 AWAY = -1  # no record has this revision
@@ -23,6 +23,7 @@ class Follower:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._bells: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._readings: dict[tuple[str, str], asyncio.Future[list[tuple[str, Instance]]]] = {}
 
     async def run(self) -> None:
         """Keep the subscription and the recheck going; ends only by cancellation."""
@@ -30,27 +31,45 @@ class Follower:
             group.create_task(self._listen())
             group.create_task(self._recheck())
 
-    async def follow(self, instance: Instance) -> AsyncGenerator[Instance, None]:
-        """Every revision of a record, from the first to the terminal one.
+    async def follow(self, instance: Instance, after: str = "0") -> AsyncGenerator[tuple[str, Instance], None]:
+        """Every revision of a record since entry `after` of its log, each with its entry, up to the terminal one.
 
         To be used within `aclosing`.  Raises QueueUnavailable if the record is gone from Redis, and what UNAVAILABLE
         lists if Redis is.
         """
-        last = "0"
+        last = after
         with self._bell(instance.id) as bell:
             while True:
                 bell.clear()
-                history = await self.store.history(instance, last)
+                history = await self._read(instance, last)
                 for entry, revision in history:
                     last = entry
-                    yield revision
+                    yield entry, revision
                     if revision.state in TERMINAL:
                         return
-                if not history and await self.store.get(instance.id) is None:
-                    raise QueueUnavailable(
-                        "Redis lost the record of this load. Ask for the model list, then try again."
-                    )
-                await bell.wait()
+                if not history:
+                    record = await self.store.get(instance.id)
+                    if record is None:
+                        raise QueueUnavailable(
+                            "Redis lost the record of this load. Ask for the model list, then try again."
+                        )
+                    if record.state in TERMINAL and not await self._read(instance, last):
+                        return  # whoever comes back after the last entry has seen everything
+                if len(history) < HISTORY_N:
+                    await bell.wait()
+
+    async def _read(self, instance: Instance, after: str) -> list[tuple[str, Instance]]:
+        """The revisions since `after`, read once for all who ask for the same before the reading begins: hundreds
+        of followers are woken together, and each reply of Redis would have to be decoded for each."""
+        key = (instance.id, after)
+        if (reading := self._readings.get(key)) is None:
+
+            async def read() -> list[tuple[str, Instance]]:
+                del self._readings[key]  # whoever asks from now on may have been woken by something newer
+                return await self.store.history(instance, after)
+
+            reading = self._readings[key] = asyncio.ensure_future(read())
+        return await asyncio.shield(reading)
 
     @contextmanager
     def _bell(self, id_: str) -> Iterator[asyncio.Event]:

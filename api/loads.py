@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import math
 import uuid
 from contextlib import aclosing, suppress
-from typing import NoReturn
 
+import msgspec
 from msgspec import UNSET
 
 from api.follow import Follower
+from api.jobs import is_over, outcome, status
 from api.roster import Roster
 from shared import log
-from shared.errors import ErrorBody, InvalidValue, LoadFailed, ModelNotFound, NoWorker, QueueUnavailable, ServiceError
+from shared.errors import (
+    ErrorBody,
+    IdempotencyKeyReused,
+    InvalidValue,
+    JobAlreadyFinished,
+    JobNotFound,
+    LoadFailed,
+    ModelNotFound,
+    NoWorker,
+    QueueFull,
+    QueueUnavailable,
+    ServiceError,
+)
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema import (
     Capabilities,
     Instance,
+    JobStatus,
     ListedModel,
     LoadedInstance,
     LoadRequest,
     Model,
     Quantization,
 )
-from shared.store import UNAVAILABLE, Fenced, NoLease, Store, queue_of
+from shared.settings import Settings
+from shared.store import UNAVAILABLE, Fenced, Full, KeyTaken, NoLease, Remembered, Store, queue_of
 
-UNLOAD_DEADLINE_S = 60.0
+STOP_DEADLINE_S = 60.0
 
 
 class ReportedFailure(ServiceError):
@@ -40,34 +57,51 @@ class ReportedFailure(ServiceError):
 
 
 class Loads:
-    def __init__(self, store: Store, roster: Roster, follower: Follower) -> None:
+    def __init__(self, settings: Settings, store: Store, roster: Roster, follower: Follower) -> None:
+        self.settings = settings
         self.store = store
         self.roster = roster
         self.follower = follower
 
-    async def submit(self, request: LoadRequest) -> Instance:
-        """Accept a load: choose a worker, write the record, put the delivery into the worker's queue.
+    async def submit(self, request: LoadRequest, idempotency_key: str = "") -> Instance:
+        """Accept a load: choose a worker, write the record, put the delivery into the worker's queue; or, where the
+        key was sent before with the same request, return the load that it made.
 
-        Raises ModelNotFound, NoWorker, InvalidValue (against the model's limits) and LoadFailed for a file that its
-        worker could not read.
+        Raises ModelNotFound, NoWorker, QueueFull, InvalidValue (against the model's limits), LoadFailed for a file
+        that its worker could not read, and IdempotencyKeyReused.  Then nothing was accepted.
         """
+        key = digest = ""
+        if idempotency_key:
+            key, digest = _digest(idempotency_key.encode()), _digest(msgspec.msgpack.encode(request))
+            if (found := await self.store.remembered(key)) is not None:
+                return await self._joined(found, digest)
+        full: Full | None = None
+        model: Model | None = None
         for last in (False, True):
             workers, model = self.roster.with_model(request.model)
-            if workers:
-                with suppress(NoLease):
-                    return await self._create(request, *workers[0])
-            if not last:
+            for worker, its in workers:
+                try:
+                    return await self._create(request, worker, its, key, digest)
+                except NoLease:
+                    continue
+                except KeyTaken as e:
+                    return await self._joined(e.remembered, digest)
+                except Full as e:
+                    full = e if full is None else min(full, e, key=lambda f: f.retry_after_s)
+            if not last and full is None:
                 await self.roster.refresh()  # it may be a beat behind
+        if full is not None:
+            raise QueueFull(f"{full.limit} loads wait already, and no more may.", full.retry_after_s)
         if model is None:
             raise ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
         raise NoWorker(f"No worker that has {request.model} is alive. Try again shortly.")
 
-    async def _create(self, request: LoadRequest, worker: str, model: Model) -> Instance:
-        """Write the record and its delivery.  Raises NoLease if the worker has just gone."""
+    async def _create(self, request: LoadRequest, worker: str, model: Model, key: str, digest: str) -> Instance:
+        """Write the record and its delivery.  Raises NoLease if the worker has just gone, KeyTaken and Full."""
         if model.problem is not None:
             raise LoadFailed(model.problem.code, model.type, request.model, model.problem.message)
         check(request, model)
-        instance = await self.store.create(
+        made = await self.store.create(
             Instance(
                 id=f"load_{uuid.uuid4().hex}",
                 model=request.model,
@@ -76,53 +110,116 @@ class Loads:
                 worker=worker,
                 request=request,
                 total_size_bytes=model.size_bytes,
-            )
+            ),
+            at_most=(self.settings.worker_queue_limit, self.settings.queue_limit),
+            key=key,
+            digest=digest,
         )
         self.roster.placed(worker)
         try:
             await self.store.redis.enqueue_job(
-                "load", instance.id, _job_id=instance.id, _queue_name=queue_of(worker), _expires=3600
+                "load", made.id, _job_id=made.id, _queue_name=queue_of(worker), _expires=3600
             )
             await self.store.ring(worker)
         except UNAVAILABLE as e:  # the record stands: its worker finds it at one of its next beats
-            log.get("api").warning("delivery lost", action="delivery_lost", instance=instance.id, error=str(e))
-        return instance
+            log.get("api").warning("delivery lost", action="delivery_lost", instance=made.id, error=str(e))
+        return made
+
+    async def _joined(self, found: Remembered, digest: str) -> Instance:
+        """The load that an Idempotency-Key stands for.  Raises IdempotencyKeyReused."""
+        if found.digest != digest:
+            raise IdempotencyKeyReused(
+                "This Idempotency-Key was sent before with another request. Send a new key with a new request.",
+                param="Idempotency-Key",
+            )
+        return await self.job(found.id)
+
+    # ---- following
 
     async def loaded(self, instance: Instance) -> Instance:
         """Follow a load to its end.  Returns the record at `loaded`; raises what became of it otherwise."""
         async with aclosing(self.follower.follow(instance)) as revisions:
-            async for revision in revisions:
+            async for _, revision in revisions:
                 if revision.state is State.LOADED:
                     return revision
-                if revision.state in TERMINAL:
-                    _raise_outcome(revision)
+                if (error := outcome(revision)) is not None:
+                    raise ReportedFailure(error)
         raise QueueUnavailable("The log of this load ended without an outcome.")
+
+    async def job(self, job_id: str) -> Instance:
+        """The record of a load.  Raises JobNotFound."""
+        instance = await self.store.get(job_id)
+        if instance is None:
+            raise JobNotFound(f"Job '{job_id}' not found.", param="job_id")
+        return instance
+
+    async def settled(self, instance: Instance, within_s: float) -> Instance:
+        """The record once its load is over, or as it is when the time is up."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s), aclosing(self.follower.follow(instance)) as revisions:
+                async for _, revision in revisions:
+                    if is_over(revision):
+                        break
+        return await self.job(instance.id)
+
+    async def jobs(self, status_wanted: JobStatus | None, limit: int) -> list[Instance]:
+        """Loads of the last day, newest first."""
+        found: list[Instance] = []
+        async with aclosing(self.store.newest()) as newest:
+            async for instance in newest:
+                if status_wanted is None or status(instance) == status_wanted:
+                    found.append(instance)
+                if len(found) == limit:
+                    break
+        return found
+
+    async def engine_log(self, job_id: str) -> bytes:
+        """What the engine said in a load, empty before it said anything.  Raises JobNotFound."""
+        found = await self.store.engine_log(job_id)
+        if found is None:
+            await self.job(job_id)
+        return found or b""
+
+    # ---- stopping
+
+    async def cancel(self, job_id: str) -> Instance:
+        """Stop a load; returns its record once its runner is gone.
+
+        Raises JobNotFound, JobAlreadyFinished, also where the load comes to its end first, and QueueUnavailable after
+        STOP_DEADLINE_S.
+        """
+        instance = await self.job(job_id)
+        if is_over(instance):
+            raise _finished(job_id)
+        ended = await self._stop(instance, unless_loaded=True)
+        if ended.loaded_at is not None:
+            raise _finished(job_id)
+        return ended
 
     async def unload(self, instance_id: str) -> None:
         """Stop an instance and return once its runner is gone; one that is not loaded yet is cancelled.
 
-        Raises ModelNotFound, also where its worker died meanwhile, and QueueUnavailable after UNLOAD_DEADLINE_S.
+        Raises ModelNotFound, also where its worker died meanwhile, and QueueUnavailable after STOP_DEADLINE_S.
         """
         id_ = await self.store.named(instance_id)
         instance = await self.store.get(id_) if id_ else None
-        if id_ is None or instance is None or not await self.store.request_stop(id_):
-            raise _not_loaded(instance_id)
-        if instance.state is State.QUEUED and await self._cancelled_in_queue(instance):
-            return
-        try:
-            async with asyncio.timeout(UNLOAD_DEADLINE_S), aclosing(self.follower.follow(instance)) as revisions:
-                async for revision in revisions:
-                    if revision.state is State.LOST:
-                        raise _not_loaded(instance_id)
-        except TimeoutError:
-            raise QueueUnavailable(f"'{instance_id}' was asked to stop and has not yet. Try again shortly.") from None
+        if instance is None or (await self._stop(instance)).state is State.LOST:
+            raise ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
 
-    async def _cancelled_in_queue(self, instance: Instance) -> bool:
+    async def _stop(self, instance: Instance, *, unless_loaded: bool = False) -> Instance:
+        """Ask for a stop and follow it to the terminal revision, or to `loaded` where that is to stay."""
+        await self.store.request_stop(instance.id, unless_loaded=unless_loaded)
+        if instance.state is State.QUEUED:
+            with suppress(Fenced):  # its worker was quicker
+                return (await self.store.commit(instance, instance.after(Event.STOP)))[0]
         try:
-            await self.store.commit(instance, instance.after(Event.STOP))
-        except Fenced:
-            return False  # its worker was quicker
-        return True
+            async with asyncio.timeout(STOP_DEADLINE_S), aclosing(self.follower.follow(instance)) as revisions:
+                async for _, revision in revisions:
+                    if revision.state in TERMINAL or (unless_loaded and revision.state is State.LOADED):
+                        return revision
+        except TimeoutError:
+            pass
+        raise QueueUnavailable(f"'{instance.instance_id}' was asked to stop and has not yet. Try again shortly.")
 
     async def models(self) -> list[ListedModel]:
         """Every model that can be loaded, with its instances that are loaded now."""
@@ -177,7 +274,10 @@ def listed(model: Model, loaded: list[LoadedInstance]) -> ListedModel:
         key=model.key,
         display_name=model.display_name,
         architecture=model.architecture if llm else UNSET,
-        quantization=Quantization(name=model.quantization, bits_per_weight=model.bits_per_weight),
+        quantization=Quantization(
+            name=model.quantization,
+            bits_per_weight=None if model.bits_per_weight is None else math.floor(model.bits_per_weight),
+        ),
         size_bytes=model.size_bytes,
         params_string=model.params_string,
         loaded_instances=loaded,
@@ -190,15 +290,9 @@ def listed(model: Model, loaded: list[LoadedInstance]) -> ListedModel:
     )
 
 
-def _not_loaded(instance_id: str) -> ModelNotFound:
-    return ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
+def _finished(job_id: str) -> JobAlreadyFinished:
+    return JobAlreadyFinished(f"Job '{job_id}' has already finished.", param="job_id")
 
 
-def _raise_outcome(instance: Instance) -> NoReturn:
-    if instance.error is not None:
-        raise ReportedFailure(instance.error)
-    if instance.state is State.CANCELLED:
-        raise LoadFailed("load_cancelled", instance.type, instance.model, "the load was cancelled")
-    if instance.epoch is None:
-        raise NoWorker(f"The worker '{instance.worker}' went away before it took the load. Try again shortly.")
-    raise LoadFailed("worker_lost", instance.type, instance.model, f"the worker '{instance.worker}' is gone")
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Coroutine
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -12,20 +13,81 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from api.decode import decode, read_body
-from api.errors import RETRY_AFTER_S
+from api.headers import (
+    LONGEST_WAIT_S,
+    accepts_events,
+    idempotency_key,
+    last_event_id,
+    one_of,
+    preference,
+    whole_number,
+)
+from api.jobs import event, is_over, job
 from api.loads import Loads
+from api.stream import EventStream, events
+from api.waiting import Waiting
 from shared.errors import QueueUnavailable
-from shared.schema import Instance, LoadRequest, ModelList, UnloadRequest, UnloadResult
+from shared.schema import Instance, JobList, JobStatus, LoadRequest, ModelList, UnloadRequest, UnloadResult
 from shared.store import UNAVAILABLE
 
 T = TypeVar("T")
 
 
 async def load(request: Request) -> Response:
+    """Three ways to follow it: an event stream, a job to poll, or a reply when it is over; the last may become a job
+    when the client's patience ends."""
     wanted = decode(await read_body(request), LoadRequest, '"{}" is required')
+    key = idempotency_key(request.headers.getlist("idempotency-key"))
     loads: Loads = request.state.loads
-    instance = await waited_for(request, loads.loaded(await loads.submit(wanted)))
-    return _json(instance.result(), {"Server-Timing": server_timing(instance)})
+    if accepts_events(request.headers.getlist("accept")):
+        return await _stream(request, loads.submit(wanted, key), "0")
+    prefer = preference(request.headers.getlist("prefer"))
+    applied = {"Preference-Applied": prefer.applied} if prefer.applied else {}
+    if prefer.wait_s == 0:
+        return _accepted(await loads.submit(wanted, key), applied)
+    with _place(request):
+        instance = await loads.submit(wanted, key)
+        try:
+            async with asyncio.timeout(prefer.wait_s):
+                instance = await waited_for(request, loads.loaded(instance))
+        except TimeoutError:
+            return _accepted(await loads.job(instance.id), applied)
+    return _json(instance.result(), headers={"Server-Timing": server_timing(instance), **applied})
+
+
+async def jobs(request: Request) -> Response:
+    loads: Loads = request.state.loads
+    status = one_of(request.query_params, "status", get_args(JobStatus))
+    limit = whole_number(request.query_params, "limit", default=100, lowest=1, highest=1000)
+    found = await loads.jobs(status, limit)
+    return _json(JobList(jobs=[job(instance) for instance in found]))
+
+
+async def one_job(request: Request) -> Response:
+    """The job as it is, or once it is over and at the latest after `wait` seconds."""
+    loads: Loads = request.state.loads
+    wait_s = whole_number(request.query_params, "wait", default=0, lowest=0, highest=LONGEST_WAIT_S)
+    instance = await loads.job(request.path_params["job_id"])
+    if wait_s and not is_over(instance):
+        with _place(request):
+            instance = await waited_for(request, loads.settled(instance, wait_s))
+    return _json(job(instance))
+
+
+async def cancel(request: Request) -> Response:
+    loads: Loads = request.state.loads
+    return _json(job(await waited_for(request, loads.cancel(request.path_params["job_id"]))))
+
+
+async def job_events(request: Request) -> Response:
+    loads: Loads = request.state.loads
+    after = last_event_id(request.headers.get("last-event-id"))
+    return await _stream(request, loads.job(request.path_params["job_id"]), after)
+
+
+async def job_logs(request: Request) -> Response:
+    loads: Loads = request.state.loads
+    return PlainTextResponse(await loads.engine_log(request.path_params["job_id"]))
 
 
 async def unload(request: Request) -> Response:
@@ -52,17 +114,50 @@ async def readyz(request: Request) -> Response:
     except UNAVAILABLE:
         missing = "Redis does not answer\n"
     if missing:
-        return PlainTextResponse(missing, 503, {"Retry-After": str(RETRY_AFTER_S)})
+        return PlainTextResponse(missing, 503, {"Retry-After": str(QueueUnavailable.retry_after_s)})
     return PlainTextResponse("ready\n")
 
 
+LOAD = "/api/v1/models/load"
+STATUS = f"{LOAD}/status"
+
 ROUTES = [
-    Route("/api/v1/models/load", load, methods=["POST"]),
+    Route(LOAD, load, methods=["POST"]),
+    Route(STATUS, jobs, methods=["GET"]),
+    Route(STATUS + "/{job_id}", one_job, methods=["GET"]),
+    Route(STATUS + "/{job_id}", cancel, methods=["DELETE"]),
+    Route(STATUS + "/{job_id}/events", job_events, methods=["GET"]),
+    Route(STATUS + "/{job_id}/logs", job_logs, methods=["GET"]),
     Route("/api/v1/models/unload", unload, methods=["POST"]),
     Route("/api/v1/models", models, methods=["GET"]),
     Route("/healthz", healthz, methods=["GET"]),
     Route("/readyz", readyz, methods=["GET"]),
 ]
+
+
+def _place(request: Request) -> AbstractContextManager[None]:
+    waiting: Waiting = request.state.waiting
+    return waiting.place()
+
+
+async def _stream(request: Request, found: Awaitable[Instance], after: str) -> Response:
+    """The events of a load since entry `after`; 204, which tells a browser to stop coming back, if there are none
+    any more.  What `found` refuses is a plain error."""
+    loads: Loads = request.state.loads
+    with ExitStack() as undo:
+        undo.enter_context(_place(request))
+        instance = await found
+        if is_over(instance) and after != "0":
+            left = await loads.store.history(instance, after)
+            if all(event(revision) is None for _, revision in left):
+                return Response(status_code=204)
+        place = undo.pop_all()
+    return EventStream(events(loads.follower, instance, after, request.state.closing), place)
+
+
+def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
+    headers = {"Location": f"{STATUS}/{instance.id}", "Retry-After": "1", **applied}
+    return _json(job(instance), 202, headers)
 
 
 async def waited_for(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -93,5 +188,5 @@ def server_timing(instance: Instance) -> str:
     return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in phases.items())
 
 
-def _json(value: object, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), headers=headers, media_type="application/json")
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 PREFIX = "LOADSTONE_"
+OF_CLIENTS = frozenset({"LOADSTONE_URL", "LOADSTONE_TOKEN"})  # read by the client commands; no settings
 PATHS = ("models_dir", "data_dir", "api_tokens_file")
 
 
@@ -108,6 +109,29 @@ class Settings(Struct, frozen=True, kw_only=True):
             pattern=r"^[A-Za-z0-9._-]{0,64}\Z",
         ),
     ] = ""
+    loads_at_once: Annotated[
+        int,
+        setting(
+            "loads that a worker runs at once; 0: one for each of its devices", "an integer from 0 to 64", ge=0, le=64
+        ),
+    ] = 0
+    worker_queue_limit: Annotated[
+        int,
+        setting("loads that may wait for one worker", "an integer from 1 to 1000000", ge=1, le=1_000_000),
+    ] = 128
+    queue_limit: Annotated[
+        int,
+        setting("loads that may wait in all", "an integer from 1 to 1000000", ge=1, le=1_000_000),
+    ] = 1024
+    waiting_limit: Annotated[
+        int,
+        setting(
+            "replies that an API process holds open for loads: waiting ones, long polls, streams",
+            "an integer from 1 to 1000000",
+            ge=1,
+            le=1_000_000,
+        ),
+    ] = 1024
     context_length: Annotated[
         int,
         setting("context length of a load that asks for none (LLMs), in tokens", "an integer of at least 1", ge=1),
@@ -175,7 +199,7 @@ def from_environ(environ: Mapping[str, str], flags: Mapping[str, object] = {}) -
     known = {variable(field): field for field in Settings.__struct_fields__}
     values: dict[str, Any] = {}
     for name, text in environ.items():
-        if not name.startswith(PREFIX) or not text:
+        if not name.startswith(PREFIX) or not text or name in OF_CLIENTS:
             continue
         if name not in known:
             raise SettingsError(f"{name} is not a setting of Loadstone; the README lists those that are.")

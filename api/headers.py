@@ -1,0 +1,85 @@
+"""What a request asks for outside its body: preferences, event streams, keys for safe retries, query parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from msgspec import Struct
+from starlette.datastructures import QueryParams
+
+from shared.errors import InvalidType, InvalidValue
+
+LONGEST_WAIT_S = 300
+PREFERENCE = re.compile(r"^\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)\s*(?:=\s*(?:\"([^\"]*)\"|([^\s;\"]*)))?\s*(?:;.*)?$")
+ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}", re.ASCII)
+
+
+class Preference(Struct, frozen=True, kw_only=True):
+    """How long a client would wait for a reply (RFC 7240); None: until the end.  `applied` says which were heard."""
+
+    wait_s: int | None = None
+    applied: str = ""
+
+
+def preference(headers: Iterable[str]) -> Preference:
+    """What the Prefer headers ask for: the first of each name counts, one that cannot be read is ignored."""
+    found: dict[str, str] = {}
+    for text in ",".join(headers).split(","):
+        if (match := PREFERENCE.match(text)) is not None:
+            found.setdefault(match[1].lower(), match[2] or match[3] or "")
+    applied = ["respond-async"] if "respond-async" in found else []
+    wait_s = 0 if applied else None
+    if re.fullmatch(r"[0-9]+", found.get("wait", "")):
+        wait_s = int(found["wait"][-12:]) if len(found["wait"]) < 12 else LONGEST_WAIT_S
+        wait_s = min(wait_s, LONGEST_WAIT_S)
+        applied.append(f"wait={wait_s}")
+    return Preference(wait_s=wait_s, applied=", ".join(applied))
+
+
+def accepts_events(accept: Iterable[str]) -> bool:
+    """Whether the Accept headers name an event stream, and do not refuse it."""
+    for text in ",".join(accept).split(","):
+        media_type, *parameters = (part.strip().lower() for part in text.split(";"))
+        if media_type == "text/event-stream":
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False
+
+
+def idempotency_key(headers: list[str]) -> str:
+    """The Idempotency-Key, "" where there is none.  Raises InvalidValue."""
+    if not headers:
+        return ""
+    if len(headers) > 1 or not re.fullmatch(r"[!-~]{1,255}", headers[0]):
+        raise InvalidValue(
+            "'Idempotency-Key': expected one of 1 to 255 visible ASCII characters.", param="Idempotency-Key"
+        )
+    return headers[0]
+
+
+def last_event_id(header: str | None) -> str:
+    """The entry of a load's log after which to go on: the first one where the header names none."""
+    if header is None or not ENTRY_ID.fullmatch(header) or any(int(n) >= 1 << 64 for n in header.split("-")):
+        return "0"
+    return header
+
+
+def whole_number(query: QueryParams, name: str, default: int, lowest: int, highest: int) -> int:
+    """A query parameter; more than `highest` counts as that.  Raises InvalidType and InvalidValue."""
+    text = query.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"-?[0-9]{1,12}", text):
+        raise InvalidType(f"'{name}': expected integer, got '{text}'.", param=name)
+    if int(text) < lowest:
+        raise InvalidValue(f"'{name}': expected integer >= {lowest}, got {text}.", param=name)
+    return min(int(text), highest)
+
+
+def one_of(query: QueryParams, name: str, allowed: tuple[str, ...]) -> Any:
+    """A query parameter that is one of `allowed`, None where it is not given.  Raises InvalidValue."""
+    text = query.get(name)
+    if text is not None and text not in allowed:
+        raise InvalidValue(f"'{name}': expected one of {', '.join(allowed)}, got '{text}'.", param=name)
+    return text
