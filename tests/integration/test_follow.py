@@ -26,7 +26,7 @@ async def record(store: Store) -> Instance:
 async def states(follower: Follower, record: Instance, first: asyncio.Event) -> list[State]:
     found = []
     async with asyncio.timeout(DEADLINE_S), aclosing(follower.follow(record)) as revisions:
-        async for revision in revisions:
+        async for _, revision in revisions:
             found.append(revision.state)
             first.set()
     return found

@@ -11,6 +11,7 @@ from api.loads import Loads
 from api.roster import Roster
 from shared.errors import LoadFailed
 from shared.schema import LoadRequest, Model, Problem, WorkerSnapshot
+from shared.settings import Settings
 from shared.store import Store
 
 MODEL = Model(key="p/m", base="p/m", variant="", shards=["p/m/m.gguf"], max_context_length=2048)
@@ -26,7 +27,7 @@ async def alive(store: Store, name: str, model: Model, residents: int = 0) -> No
 
 @pytest.fixture
 def loads(store: Store) -> Loads:
-    return Loads(store, Roster(store), Follower(store))
+    return Loads(Settings(), store, Roster(store), Follower(store))
 
 
 async def test_loads_at_once_are_spread_over_the_workers(store: Store, loads: Loads) -> None:

@@ -66,7 +66,7 @@ async def loads(store: Store) -> Loads:
     await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest, residents=0))
     roster = Roster(store)
     await roster.refresh()
-    return Loads(store, roster, Follower(store))
+    return Loads(Settings(), store, roster, Follower(store))
 
 
 @pytest.fixture

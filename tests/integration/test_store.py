@@ -214,7 +214,7 @@ async def test_a_repeated_commit_answers_as_before(store: Store, raw: redis.Redi
 
 async def test_repeated_wishes_renewals_and_releases(store: Store, raw: redis.Redis) -> None:
     record = await claimed(store)
-    assert [await store.request_stop(record.id) for _ in range(2)] == [True, True]
+    assert [await store.request_stop(record.id) for _ in range(2)] == [State.LOADING, State.LOADING]
     assert [await store.renew(snapshot()) for _ in range(2)] == ["no catalog", "no catalog"]
     for _ in range(2):
         await store.release("s", "e")

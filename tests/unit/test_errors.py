@@ -10,7 +10,6 @@ import pytest
 from msgspec import UNSET
 
 from api.errors import STATUS, reply, status_of
-from api.loads import ReportedFailure
 from shared import errors
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, ServiceError
 
@@ -25,7 +24,13 @@ CONTRACT = {
     ("invalid_request", "forbidden_host"): 403,
     ("invalid_request", "body_too_large"): 413,
     ("invalid_request", "unsupported_media_type"): 415,
+    ("invalid_request", "job_already_finished"): 409,
+    ("invalid_request", "idempotency_key_reused"): 422,
     ("model_not_found", None): 404,
+    ("job_not_found", None): 404,
+    ("too_many_requests", None): 429,
+    ("too_many_requests", "queue_full"): 429,
+    ("too_many_requests", "too_many_waiting"): 429,
     ("not_found", None): 404,
     ("method_not_allowed", None): 405,
     ("model_load_failed", "invalid_model_file"): 500,
@@ -50,11 +55,15 @@ def kinds(of: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]
             yield from kinds(kind)
 
 
-def bodies() -> dict[tuple[str, str | None], ErrorBody]:
-    """Every error that there can be, by type and code."""
+def instances() -> list[ServiceError]:
+    """Every error that there can be."""
     made: list[ServiceError] = [kind("a sentence") for kind in kinds() if kind is not LoadFailed]
-    made += [LoadFailed(code, "llm", "p/m", "why") for code in get_args(LoadFailure)]
-    found = [error.body() for error in made]
+    return made + [LoadFailed(code, "llm", "p/m", "why") for code in get_args(LoadFailure)]
+
+
+def bodies() -> dict[tuple[str, str | None], ErrorBody]:
+    """They by type and code."""
+    found = [error.body() for error in instances()]
     return {(body.type, None if body.code is UNSET else body.code): body for body in found}
 
 
@@ -94,13 +103,13 @@ def test_a_failed_load_names_its_model_and_the_reason(type_: str, noun: str) -> 
     assert error.body().detail == {"needed": 3}
 
 
-@pytest.mark.parametrize("body", bodies().values(), ids=lambda body: f"{body.type}/{body.code or ''}")
-def test_one_shape_on_the_wire(body: ErrorBody) -> None:
-    response = reply(ReportedFailure(body))
+@pytest.mark.parametrize("error", instances(), ids=lambda error: type(error).__name__)
+def test_one_shape_on_the_wire(error: ServiceError) -> None:
+    response = reply(error)
     document = msgspec.json.decode(response.body)
     assert set(document) == {"error"}
     assert set(document["error"]) <= {"type", "message", "code", "param", "detail"}
     assert {"type", "message"} <= set(document["error"])
-    assert response.status_code == status_of(body)
+    assert response.status_code == status_of(error.body())
     assert ("www-authenticate" in response.headers) == (response.status_code == 401)
-    assert ("retry-after" in response.headers) == (response.status_code == 503)
+    assert ("retry-after" in response.headers) == (response.status_code in (429, 503))
