@@ -26,8 +26,9 @@ from shared.schema import Instance
 LOADSTONE = Path(sys.executable).with_name("loadstone")
 START_S, STOP_S = 60.0, 10.0
 POLL_S = 0.02
-WITHOUT_EXPIRY = {b"insts", b"names", b"workers", b"counters"}
+WITHOUT_EXPIRY = {b"insts", b"names", b"workers", b"counters", b"queued"}
 JSON = {"Content-Type": "application/json"}
+LOAD, STATUS = "/api/v1/models/load", "/api/v1/models/load/status"
 DIRECTORY = re.compile(r"(?<![\w.:/])/[\w.+-]+/[\w.+-]+")  # the start of an absolute path of two parts or more
 
 T = TypeVar("T")
@@ -209,6 +210,12 @@ class Reply(NamedTuple):
         return json.loads(self.text)
 
 
+class SentEvent(NamedTuple):
+    id: str
+    name: str
+    data: Any
+
+
 class Client:
     """Asks one service; keeps no connection between requests."""
 
@@ -239,13 +246,46 @@ class Client:
         return self.send("POST", path, content=content, headers=JSON)
 
     def load(self, model: str, **fields: object) -> Reply:
-        return self.post("/api/v1/models/load", {"model": model, **fields})
+        return self.post(LOAD, {"model": model, **fields})
 
     def loaded(self, model: str, **fields: object) -> Any:
         """The reply to a load that must succeed."""
         reply = self.load(model, **fields)
         assert reply.status == 200, reply.text
         return reply.json()
+
+    def accepted(self, model: str, **fields: object) -> Any:
+        """The job of a load that nobody waits for."""
+        body = json.dumps({"model": model, **fields}).encode()
+        reply = self.send("POST", LOAD, content=body, headers={**JSON, "Prefer": "respond-async"})
+        assert reply.status == 202, reply.text
+        return reply.json()
+
+    def job(self, job_id: str, wait_s: int = 0) -> Any:
+        reply = self.send("GET", f"{STATUS}/{job_id}", params={"wait": wait_s} if wait_s else None)
+        assert reply.status == 200, reply.text
+        return reply.json()
+
+    def cancel(self, job_id: str) -> Reply:
+        return self.send("DELETE", f"{STATUS}/{job_id}")
+
+    def events(self, job_id: str, after: str = "") -> Iterator[SentEvent]:
+        """The events of a job, as they come."""
+        return self.stream("GET", f"{STATUS}/{job_id}/events", headers={"Last-Event-ID": after} if after else {})
+
+    def stream(self, method: str, path: str, **options: Any) -> Iterator[SentEvent]:
+        """The events of a reply that must be a stream of them, up to its end; comments are left out."""
+        with self._http.stream(method, path, **options) as answer:
+            assert answer.status_code == 200, answer.read()
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            fields: dict[str, str] = {}
+            for line in answer.iter_lines():
+                name, _, value = line.partition(": ")
+                if name:
+                    fields[name] = value
+                elif "data" in fields:
+                    yield SentEvent(fields.get("id", ""), fields["event"], json.loads(fields["data"]))
+                    fields = {}
 
     def unload(self, instance_id: str) -> Reply:
         return self.post("/api/v1/models/unload", {"instance_id": instance_id})
@@ -359,7 +399,8 @@ def check_keys(redis: Redis) -> None:
     live = {b"inst:" + id_ for id_ in redis.sscan_iter("insts")}
     known = WITHOUT_EXPIRY | live | {key + b":log" for key in live}
     forever = [key for key in redis.scan_iter() if redis.ttl(key) == -1]
-    assert not [key for key in forever if key not in known and not key.startswith(b"arq:queue:")]
+    queues = (b"arq:queue:", b"queued:")
+    assert not [key for key in forever if key not in known and not key.startswith(queues)]
 
 
 @contextmanager

@@ -1,0 +1,152 @@
+"""Idempotency-Key: a load that is asked for again, by whomever and wherever, is made once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from shared import synthetic
+from tests.service import JSON, LOAD, STATUS, Client, RedisServer, Reply, Running, check_keys, error, meanwhile, until
+
+TINY = "acme/tiny"
+
+
+class Pair:
+    """Two API processes and a worker on one Redis."""
+
+    def __init__(self, home: Path) -> None:
+        synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+        self.redis = RedisServer(home / "redis")
+        environ = {"LOADSTONE_REDIS_URL": self.redis.url}
+        flags = ["--models-dir", str(home / "models"), "--data-dir", str(home / "data")]
+        self.worker = Running(home / "worker", "worker", *flags, environ=environ)
+        self.running = [Running(home / name, "api", "--port", "0", environ=environ) for name in ("one", "other")]
+        self.apis = [Client(api.first_line().removeprefix("listening: ")) for api in self.running]
+        for api in self.apis:
+            until(lambda api=api: TINY in api.models(), "the model is listed", 30)  # type: ignore[misc]
+
+    def close(self) -> None:
+        for api in self.apis:
+            api.close()
+        for running in (*self.running, self.worker):
+            running.kill()
+        self.redis.kill()
+
+
+@pytest.fixture(scope="module")
+def the_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    try:
+        yield pair
+        with pair.redis.client() as redis:
+            check_keys(redis)
+        for running in (*pair.running, pair.worker):
+            running.stop()
+    finally:
+        pair.close()
+
+
+@pytest.fixture
+def pair(the_pair: Pair) -> Iterator[Pair]:
+    yield the_pair
+    the_pair.apis[0].unload_all()
+
+
+def load(client: Client, key: str, model: str = TINY, prefer: str = "", **fields: object) -> Reply:
+    headers = {**JSON, "Idempotency-Key": key, **({"Prefer": prefer} if prefer else {})}
+    return client.send("POST", LOAD, content=json.dumps({"model": model, **fields}).encode(), headers=headers)
+
+
+def jobs(client: Client) -> int:
+    return len(client.send("GET", STATUS, params={"limit": 1000}).json()["jobs"])
+
+
+def connections(api: Running) -> int:
+    (process,) = (process for process in api.tree() if "api" in process.words)
+    return len(os.listdir(f"/proc/{process.pid}/fd"))
+
+
+def everybody(pair: Pair) -> list[tuple[int, str, str]]:
+    async def ask() -> list[tuple[int, str, str]]:
+        limits = httpx.Limits(max_connections=512)
+        async with httpx.AsyncClient(timeout=60, limits=limits, trust_env=False) as http:
+
+            async def one(i: int) -> tuple[int, str, str]:
+                url = f"{pair.apis[i % 2].url}{LOAD}"
+                answer = await http.post(url, json={"model": TINY}, headers={"Idempotency-Key": "everybody"})
+                return answer.status_code, answer.text, answer.headers["server-timing"]
+
+            return await asyncio.gather(*map(one, range(512)))
+
+    return asyncio.run(ask())
+
+
+def test_five_hundred_and_twelve_at_once_over_two_apis_make_one_load_and_get_one_answer(pair: Pair) -> None:
+    before = jobs(pair.apis[0])
+    idle = [connections(api) for api in pair.running]
+    with ExitStack() as asking, pair.worker.frozen():
+        answers = asking.enter_context(meanwhile(everybody, pair))
+        for api, few in zip(pair.running, idle, strict=True):
+            until(lambda api=api, few=few: connections(api) >= few + 256, "256 wait here", 30)  # type: ignore[misc]
+    assert len(answers.result()) == 512
+    (answer,) = set(answers.result())
+    assert answer[0] == 200
+    assert list(pair.apis[1].instances()) == [TINY]
+    assert jobs(pair.apis[1]) == before + 1
+
+
+def test_a_load_that_ended_is_answered_as_it_ended(pair: Pair) -> None:
+    one, other = pair.apis
+    first = load(one, "again", echo_load_config=True)
+    assert first.status == 200
+    assert one.unload(TINY).status == 200
+    again = load(other, "again", echo_load_config=True)
+    assert (again.status, again.text) == (200, first.text)
+    assert again.headers["server-timing"] == first.headers["server-timing"]
+    accepted = load(other, "again", prefer="respond-async", echo_load_config=True)
+    assert (accepted.status, accepted.json()["status"]) == (202, "loaded")
+    assert accepted.json()["result"] == first.json()
+    assert one.instances() == {}
+
+
+def test_a_cancelled_load_stays_so_for_its_key_and_another_key_makes_another_load(pair: Pair) -> None:
+    one, other = pair.apis
+    with pair.worker.frozen():
+        held, job = load(one, "held", prefer="respond-async"), load(one, "c", prefer="respond-async").json()
+        assert one.cancel(job["job_id"]).status == 200
+    error(load(other, "c"), 409, "model_load_failed", "load_cancelled")
+    assert one.job(held.json()["job_id"], wait_s=20)["status"] == "loaded"
+    assert load(other, "d").json()["instance_id"] == f"{TINY}:2"
+
+
+@pytest.mark.parametrize("fields", [{"context_length": 300}, {"echo_load_config": True}])
+def test_a_key_with_another_request_is_refused(pair: Pair, fields: dict[str, Any]) -> None:
+    one, other = pair.apis
+    assert load(one, "mine", context_length=200).status == 200
+    error(load(other, "mine", **fields), 422, "invalid_request", "idempotency_key_reused", "Idempotency-Key")
+    assert load(other, "mine", context_length=200).status == 200
+    integral = {**JSON, "Idempotency-Key": "mine"}  # the same request, once it is decoded
+    body = b'{"context_length": 200.0, "model": "acme/tiny"}'
+    assert other.send("POST", LOAD, content=body, headers=integral).status == 200
+
+
+def test_a_refusal_is_not_remembered(pair: Pair) -> None:
+    one, other = pair.apis
+    error(load(one, "early", model="acme/later"), 404, "model_not_found", param="model")
+    error(load(one, "early", context_length=1 << 30), 400, "invalid_request", "invalid_value", "context_length")
+    assert load(other, "early").status == 200
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256, "\xe4"])
+def test_a_key_that_is_none_is_refused(pair: Pair, key: str) -> None:
+    reply = pair.apis[0].send("POST", LOAD, json={"model": TINY}, headers=[(b"Idempotency-Key", key.encode("latin-1"))])
+    error(reply, 400, "invalid_request", "invalid_value", "Idempotency-Key")
+    assert load(pair.apis[0], "~" * 255).status == 200

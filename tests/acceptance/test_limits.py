@@ -1,0 +1,92 @@
+"""No is said in time: what is accepted is carried out, what cannot be is refused with a time to come back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from shared import synthetic
+from tests.service import JSON, LOAD, STATUS, Reply, Service, error, until, up
+
+TINY = "acme/tiny"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("limits")
+    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+    with up(home, LOADSTONE_WORKER_QUEUE_LIMIT="2", LOADSTONE_WAITING_LIMIT="3") as service:
+        yield service
+
+
+@pytest.fixture
+def service(running: Service) -> Iterator[Service]:
+    yield running
+    running.unload_all()
+
+
+def asked(service: Service, **headers: str) -> Reply:
+    body = json.dumps({"model": TINY}).encode()
+    return service.send("POST", LOAD, content=body, headers={**JSON, **headers})
+
+
+def in_state(service: Service, status: str) -> int:
+    return len(service.send("GET", STATUS, params={"status": status}).json()["jobs"])
+
+
+def refused(reply: Reply, code: str) -> str:
+    sentence = error(reply, 429, "too_many_requests", code)["message"]
+    assert 1 <= int(reply.headers["retry-after"]) <= 300
+    return str(sentence)
+
+
+def test_a_full_queue_refuses_and_everything_accepted_is_loaded(service: Service) -> None:
+    with service.frozen():
+        jobs = [service.accepted(TINY)["job_id"]]
+        until(lambda: in_state(service, "loading") == 1, "the first one loads")
+        jobs += [service.accepted(TINY)["job_id"] for _ in range(2)]
+        for headers in ({"Prefer": "respond-async"}, {}, {"Accept": "text/event-stream"}):
+            assert refused(asked(service, **headers), "queue_full") == "2 loads wait already, and no more may."
+        known = asked(service, **{"Prefer": "respond-async", "Idempotency-Key": "later"})
+        refused(known, "queue_full")
+        assert service.cancel(jobs.pop()).status == 200
+        jobs.append(asked(service, **{"Prefer": "respond-async", "Idempotency-Key": "later"}).json()["job_id"])
+        again = asked(service, **{"Prefer": "respond-async", "Idempotency-Key": "later"})
+        assert (again.status, again.json()["job_id"]) == (202, jobs[-1])  # no new load, so no limit
+        refused(asked(service), "queue_full")
+    assert [service.job(job, wait_s=20)["status"] for job in jobs] == ["loaded"] * 3
+    assert len(service.instances()) == 3
+    assert in_state(service, "queued") == 0
+
+
+def test_one_reply_too_many_that_would_be_held_open_is_refused_and_nothing_is_accepted(service: Service) -> None:
+    with ThreadPoolExecutor(3) as pool, service.frozen():
+        waiting = pool.submit(asked, service)
+        until(lambda: in_state(service, "loading") == 1, "one waits")
+        (job,) = service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"]
+        events = service.events(job["job_id"])
+        next(events)
+        polling = pool.submit(service.job, job["job_id"], 20)
+        until(lambda: asked(service, Prefer="wait=0").status == 202, "no place is needed for that")
+        sentence = until(lambda: one_too_many(service), "all places are taken")
+        assert sentence.startswith("3 requests wait here for loads, and no more may.")
+        refused(asked(service, Accept="text/event-stream"), "too_many_waiting")
+        refused(service.send("GET", f"{STATUS}/{job['job_id']}?wait=5"), "too_many_waiting")
+        refused(service.send("GET", f"{STATUS}/{job['job_id']}/events"), "too_many_waiting")
+        assert service.job(job["job_id"])["status"] == "loading"
+        assert in_state(service, "queued") == 1
+    assert waiting.result().status == 200
+    assert polling.result()["status"] == "loaded"
+    assert [*events][-1].name == "model_load.end"
+    until(lambda: len(service.instances()) == 2, "what was accepted is loaded")
+    assert asked(service).status == 200
+
+
+def one_too_many(service: Service) -> str:
+    """What a poll is told that would wait, once there is no place for it."""
+    (job,) = service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"]
+    reply = service.send("GET", f"{STATUS}/{job['job_id']}?wait=1")
+    return refused(reply, "too_many_waiting") if reply.status == 429 else ""

@@ -1,0 +1,100 @@
+"""The stream of a load where nothing, or too much, happens: on a real Redis, without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack, aclosing
+from typing import Any
+
+import pytest
+
+import api.stream
+from api.follow import Follower
+from api.stream import EventStream, events
+from api.waiting import Waiting
+from shared.errors import TooManyWaiting
+from shared.lifecycle import Event
+from shared.schema import Instance, LoadRequest
+from shared.store import Store
+
+DEADLINE_S = 10.0
+
+
+@pytest.fixture
+async def record(store: Store) -> Instance:
+    request = LoadRequest(model="p/m")
+    return await store.create(Instance(id="load_1", model="p/m", key="p/m", type="llm", worker="w", request=request))
+
+
+async def test_comments_come_while_nothing_happens(
+    store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxies cut a connection on which nothing is sent, and a load may be queued for long."""
+    monkeypatch.setattr(api.stream, "HEARTBEAT_S", 0.01)
+    async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", asyncio.Event())) as stream:
+        first, *others = [await anext(stream) for _ in range(3)]
+    assert first.startswith(b"id: ")
+    assert others == [b": nothing new\n\n"] * 2
+
+
+async def test_a_process_that_is_told_to_stop_ends_its_streams_without_a_terminal_event(
+    store: Store, record: Instance
+) -> None:
+    """So that a client comes back, to another process, with the id it saw last."""
+    closing = asyncio.Event()
+    async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", closing)) as stream:
+        await anext(stream)
+        closing.set()
+        assert [chunk async for chunk in stream] == [b": shutting down\n\n"]
+
+
+async def test_where_redis_lost_the_record_the_last_event_says_so_and_has_no_id(
+    store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.follow, "RECHECK_S", 0.01)
+    follower = Follower(store)
+    looking = asyncio.create_task(follower._recheck())
+    async with asyncio.timeout(DEADLINE_S), aclosing(events(follower, record, "0", asyncio.Event())) as stream:
+        await anext(stream)
+        await store.redis.flushall()
+        (last,) = [chunk async for chunk in stream]
+    looking.cancel()
+    assert last.startswith(b'event: error\ndata: {"type":"error","error":{"type":"service_unavailable"')
+
+
+async def test_there_is_nothing_after_the_terminal_event(store: Store, record: Instance) -> None:
+    claimed, _ = await store.commit(record, record.after(Event.CLAIM, epoch="e"))
+    stopping, _ = await store.commit(claimed, claimed.after(Event.STOP))
+    await store.commit(stopping, stopping.after(Event.EXIT))
+    async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", asyncio.Event())) as stream:
+        names = [chunk.partition(b"event: ")[2].partition(b"\n")[0] async for chunk in stream]
+    assert names == [b"model_load.start", b"model_load.progress", b"model_load.progress", b"error"]
+
+
+async def test_a_reader_that_takes_nothing_is_left_after_a_while_and_costs_nothing_until_then(
+    store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has not taken stays in Redis: one event is on its way, and none is read ahead of it."""
+    monkeypatch.setattr(api.stream, "SEND_DEADLINE_S", 0.2)
+    waiting = Waiting(1)
+    with ExitStack() as undo:
+        undo.enter_context(waiting.place())
+        place = undo.pop_all()
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 2:  # the head of the response went out; the first event never does
+            await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    stream = EventStream(events(Follower(store), record, "0", asyncio.Event()), place)
+    with pytest.raises(TooManyWaiting), waiting.place():
+        pass
+    async with asyncio.timeout(DEADLINE_S):
+        await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+    assert len(sent) == 2
+    with waiting.place():
+        pass
