@@ -34,6 +34,7 @@ from shared.settings import (
 from shared.supervisor import Command, StartFailed, Stopped, Supervisor
 
 DEMO_MODEL = "loadstone/demo-llm"  # the first of what shared.synthetic writes
+CLIENT_COMMANDS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs")  # of shared.commands
 
 # What `up` takes to stop is the sum of these: 10 s, as long as container runtimes wait before they kill.
 API_GRACE_S = 4.0  # above what the API gives replies that are being written
@@ -88,7 +89,21 @@ def _metavar(kind: Any) -> str:
     return {int: "N", Path: "PATH", Path | None: "PATH"}.get(kind, "TEXT")
 
 
-@click.group()
+class Program(click.Group):
+    """Besides its own commands those of a client, imported only where one is wanted: servers need no HTTP client."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *CLIENT_COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in CLIENT_COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        from shared import commands
+
+        return commands.client.get_command(ctx, cmd_name)
+
+
+@click.group(cls=Program)
 @click.version_option(shared.__version__, prog_name="loadstone", message="%(prog)s %(version)s")
 def main() -> None:
     """Loads GGUF models into memory on request: an LM Studio compatible model API for a pool of GPUs."""

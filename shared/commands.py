@@ -1,0 +1,283 @@
+"""The client commands of the command line: each asks a server, and says what came of it.
+
+stdout has the result, or with --json exactly one JSON document (a failure's is the error, as the API shows it), and
+stderr everything else.  Exit status: 0 done, 1 failed, 2 wrong usage, 130 cancelled.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, NoReturn, get_args
+
+import click
+import msgspec
+from msgspec import UNSET
+
+from shared.client import Client, Failure, cancelled, checked_url
+from shared.display import clean, following, percent, size, stage, table, when
+from shared.errors import ErrorBody
+from shared.schema import Job, JobStatus, LoadConfig, LoadEnd, LoadRequest, LoadResult
+
+FAILED, CANCELLED = 1, 130
+VISIBLE = {chr(code) for code in range(0x21, 0x7F)}
+
+
+class Interrupted(Failure):
+    """Ctrl-C, whatever became of the load."""
+
+
+@click.group()
+def client() -> None:
+    """The commands that ask a server."""
+
+
+def visible_ascii(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    """What a header can hold.  The sentence does not show it: it may be the token."""
+    if text is not None and not (text and set(text) <= VISIBLE):
+        raise click.BadParameter("it must be visible ASCII: letters, digits and signs.")
+    return text
+
+
+def http_url(context: click.Context, option: click.Parameter, text: str) -> str:
+    if (url := checked_url(text)) is None:
+        raise click.BadParameter("it must be like http://host:1234, without a user or password.")
+    return url
+
+
+OPTIONS: list[click.Parameter] = [
+    click.Option(
+        ["--url"],
+        envvar="LOADSTONE_URL",
+        default="http://127.0.0.1:1234",
+        callback=http_url,
+        help="Server to ask. [LOADSTONE_URL; default: http://127.0.0.1:1234]",
+    ),
+    click.Option(
+        ["--token"],
+        envvar="LOADSTONE_TOKEN",
+        callback=visible_ascii,
+        help="Bearer token; safer in the variable, since others can read a command line. [LOADSTONE_TOKEN]",
+    ),
+    click.Option(["--json", "as_json"], is_flag=True, help="Write one JSON document to stdout."),
+]
+
+
+def command(function: Callable[..., None]) -> click.Command:
+    """Add a command with the OPTIONS.  It gets a Client, whether to write JSON, and what options it has itself."""
+
+    @functools.wraps(function)
+    def run(url: str, token: str | None, as_json: bool, **words: Any) -> None:
+        try:
+            with Client(url, token or "", note=say) as server:
+                function(server, as_json, **words)
+        except Failure as failure:
+            if as_json:
+                document({"error": failure.error})
+            say(str(failure))
+            is_cancelled = isinstance(failure, Interrupted) or failure.error.code == "load_cancelled"
+            sys.exit(CANCELLED if is_cancelled else FAILED)
+        except KeyboardInterrupt:
+            sys.exit(CANCELLED)
+
+    made = client.command(function.__name__)(run)
+    made.params += OPTIONS
+    return made
+
+
+@command
+def ls(server: Client, as_json: bool) -> None:
+    """List the models."""
+    found = server.models()
+    if as_json:
+        return document(found)
+    headings = ("MODEL", "TYPE", "ARCHITECTURE", "QUANTIZATION", "SIZE", "MAX CONTEXT", "LOADED")
+    rows = [
+        (
+            model.key,
+            model.type,
+            model.architecture or "-",
+            model.quantization.name or "-",
+            size(model.size_bytes),
+            str(model.max_context_length),
+            str(len(model.loaded_instances)),
+        )
+        for model in found.models
+    ]
+    return table(headings, rows)
+
+
+@command
+def ps(server: Client, as_json: bool) -> None:
+    """List the instances that are loaded, and the loads that are under way."""
+    # In the order in which they move on: what does so meanwhile is seen in its later state, and not missed.
+    under_way = {
+        job.instance_id: job for status in ("queued", "loading") for job in server.jobs(status=status, limit=1000).jobs
+    }
+    instances = [(model.key, instance) for model in server.models().models for instance in model.loaded_instances]
+    jobs = [job for id_, job in under_way.items() if id_ not in {instance.id for _, instance in instances}]
+    if as_json:
+        loaded = [{"model": key, "state": "loaded", **msgspec.to_builtins(instance)} for key, instance in instances]
+        return document({"instances": loaded, "jobs": jobs})
+    rows = [(i.id, key, "loaded", i.worker, str(i.config.context_length), "100%") for key, i in instances]
+    rows += [
+        (job.instance_id, job.model, stage(job.status, job.phase), job.worker, "-", percent(job.progress))
+        for job in jobs
+    ]
+    return table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS"), rows)
+
+
+@command
+@click.argument("model", metavar="KEY")
+@click.option("--context-length", type=click.IntRange(1), metavar="N", help="Tokens that the context holds.")
+@click.option("--eval-batch-size", type=click.IntRange(1), metavar="N", help="Tokens that are evaluated at once.")
+@click.option("--flash-attention/--no-flash-attention", default=None, help="Left out: the engine decides.")
+@click.option("--num-experts", type=click.IntRange(1), metavar="N", help="Experts that are used per token.")
+@click.option(
+    "--offload-kv-cache/--no-offload-kv-cache",
+    "offload_kv_cache_to_gpu",
+    default=None,
+    help="Keep the KV cache on the GPU.",
+)
+@click.option("--parallel", type=click.IntRange(1), metavar="N", help="Sequences that the context holds.")
+@click.option("--detach", is_flag=True, help="Do not wait: write the job's id to stdout.")
+@click.option(
+    "--idempotency-key", metavar="KEY", callback=visible_ascii, help="The same key again joins the load it began."
+)
+def load(server: Client, as_json: bool, model: str, detach: bool, idempotency_key: str | None, **fields: Any) -> None:
+    """Load a model, and write the id of its instance to stdout once it is in memory.
+
+    Ctrl-C cancels the load; a second one does not wait until it has ended.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    request = LoadRequest(model=model, echo_load_config=True, **given)
+    key = idempotency_key or uuid.uuid4().hex
+    job: Job | None = None
+    try:
+        job = server.submit(request, key)
+        if detach:
+            return document(job) if as_json else click.echo(job.job_id)
+        result = outcome(server, job)
+    except KeyboardInterrupt:
+        interrupted(server, request, key, job)
+    if as_json:
+        return document(result)
+    applied = describe(result.load_config) if result.load_config is not UNSET else ""
+    say(f"loaded in {result.load_time_seconds:.3g} s{applied}")
+    return click.echo(clean(result.instance_id))
+
+
+def outcome(server: Client, job: Job) -> LoadResult:
+    """Follow a load, showing how far it has come.  Raises Failure where it does not end loaded."""
+    with following(job.model, say) as shown, closing(server.follow(job.job_id)) as events:
+        server.note = shown.note
+        for event in events:
+            shown.show(event)
+            if isinstance(event, LoadEnd):
+                return event.result
+    raise AssertionError("a load is followed to its end")
+
+
+def interrupted(server: Client, request: LoadRequest, key: str, job: Job | None) -> NoReturn:
+    """Have the load cancelled and wait for that, unless told again to leave."""
+    server.note = say
+    try:
+        say("Cancelling the load. Ctrl-C again does not wait for that.")
+        # Without an answer so far the server may have it or not; under the same key this finds it, or makes it.
+        job = job or server.submit(request, key)
+        ended = server.cancel(job.job_id)
+    except KeyboardInterrupt:
+        left = "Not waiting; `loadstone jobs` shows what becomes of the load."
+        raise Interrupted(ErrorBody(type="interrupted", message=left)) from None
+    except Failure as failure:
+        raise Interrupted(failure.error) from None
+    raise Interrupted(ended.error or cancelled(request.model))
+
+
+def describe(config: LoadConfig) -> str:
+    return "".join(f", {name} {str(value).lower()}" for name, value in msgspec.to_builtins(config).items())
+
+
+@command
+@click.argument("instances", nargs=-1, metavar="[INSTANCE]...")
+@click.option("--all", "everything", is_flag=True, help="Every instance that is loaded.")
+def unload(server: Client, as_json: bool, instances: tuple[str, ...], everything: bool) -> None:
+    """Unload instances, and return once their memory is back; what is still loading is cancelled."""
+    if bool(instances) == everything:
+        raise click.UsageError("Name the instances to unload, or give --all.")
+    if everything:
+        instances = tuple(i.id for model in server.models().models for i in model.loaded_instances)
+    unloaded, errors = [], []
+    for instance_id in instances:
+        try:
+            server.unload(instance_id)
+        except Failure as failure:
+            if everything and failure.error.type == "model_not_found":
+                continue  # it went by itself
+            errors.append({"instance_id": instance_id, "error": failure.error})
+            say(str(failure))
+        else:
+            unloaded.append(instance_id)
+            if not as_json:
+                click.echo(clean(instance_id))
+    if as_json:
+        document({"unloaded": unloaded, "errors": errors})
+    if errors:
+        sys.exit(FAILED)
+
+
+@command
+@click.option("--status", type=click.Choice(get_args(JobStatus)), help="Only those with this status.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many.")
+def jobs(server: Client, as_json: bool, status: str | None, limit: int | None) -> None:
+    """List loads, newest first."""
+    found = server.jobs(status=status, limit=limit)
+    if as_json:
+        return document(found)
+    headings = ("JOB", "STATUS", "INSTANCE", "WORKER", "PROGRESS", "CREATED", "ERROR")
+    rows = [
+        (
+            job.job_id,
+            job.status,
+            job.instance_id,
+            job.worker,
+            percent(job.progress),
+            when(job.created_at),
+            str(job.error.code or job.error.type) if job.error else "-",
+        )
+        for job in found.jobs
+    ]
+    return table(headings, rows)
+
+
+@command
+@click.argument("job_id", metavar="JOB")
+def cancel(server: Client, as_json: bool, job_id: str) -> None:
+    """Cancel a load, and return once its memory is back."""
+    ended = server.cancel(job_id)
+    return document(ended) if as_json else click.echo(clean(ended.job_id))
+
+
+@command
+@click.argument("job_id", metavar="JOB")
+def logs(server: Client, as_json: bool, job_id: str) -> None:
+    """Write what the engine said during a load."""
+    lines = server.logs(job_id).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    if as_json:
+        return document({"job_id": job_id, "lines": lines})
+    for line in lines:
+        click.echo(clean(line))
+    return None
+
+
+def document(value: object) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(value)))
+
+
+def say(sentence: str) -> None:
+    click.echo(f"loadstone: {clean(sentence)}", err=True)

@@ -1,0 +1,351 @@
+"""The client commands as their users have them: `loadstone load` and the others against a running service."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from shared import synthetic
+from tests.service import LOADSTONE, Running, Service, is_alive, until, up
+
+TINY, MOE, BERT = "acme/tiny", "acme/moe", "nomic/bert"
+TOKEN = "t0ken-of-the-test"
+ENDS_S = 15.0
+BEGUN = ("starting", "metadata")  # where a load stands whose runner is frozen: its worker names a phase after a while
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("commands")
+    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+    synthetic.tiny_moe(home / f"models/{MOE}/moe-f16.gguf")
+    synthetic.tiny_bert(home / f"models/{BERT}/bert-f32.gguf")
+    url = "http://127.0.0.1:1"  # the client's variables do not bother a server
+    with up(home, token=TOKEN, LOADSTONE_API_TOKENS=TOKEN, LOADSTONE_URL=url, LOADSTONE_TOKEN="x") as service:
+        until(lambda: all(model["params_string"] for model in service.models().values()), "every header read whole")
+        yield service
+
+
+@pytest.fixture
+def service(running: Service) -> Iterator[Service]:
+    """The module's service, with nothing loaded before and after."""
+    yield running
+    running.unload_all()
+
+
+class Done:
+    """A command that has ended; what it wrote holds no token and no traceback."""
+
+    def __init__(self, command: Running) -> None:
+        self.status = command.popen.wait(ENDS_S)
+        self.out, self.err = command.stdout, command.stderr
+        for text in (self.out, self.err):
+            assert TOKEN not in text
+            assert "Traceback" not in text
+
+    def json(self) -> Any:
+        """The one document on stdout."""
+        return json.loads(self.out)
+
+    def rows(self) -> list[list[str]]:
+        """The cells of the table on stdout, without its headings."""
+        return [re.split(r" {2,}", line.strip()) for line in self.out.splitlines()[1:]]
+
+
+@contextmanager
+def began(service: Service, *words: str, **variables: str) -> Iterator[Running]:
+    """A command in the background, which has ended at the end of the block."""
+    environ = {"LOADSTONE_URL": service.url, "LOADSTONE_TOKEN": TOKEN, **variables}
+    command = Running(service.directory / "command", *words, environ=environ)
+    try:
+        yield command
+        command.popen.wait(ENDS_S)
+    finally:
+        command.kill()
+
+
+def run(service: Service, *words: str, **variables: str) -> Done:
+    with began(service, *words, **variables) as command:
+        return Done(command)
+
+
+def result(service: Service, *words: str) -> Any:
+    """The JSON document of a command that did what it was asked."""
+    done = run(service, *words, "--json")
+    assert (done.status, done.err if words[0] != "load" else "") == (0, "")
+    return done.json()
+
+
+def is_loading(service: Service, command: Running) -> None:
+    until(lambda: "starting" in command.stderr, "its client knows that it is loading")
+    assert service.state(TINY) == "loading"
+
+
+def last_job(service: Service) -> Any:
+    return service.send("GET", "/api/v1/models/load/status").json()["jobs"][0]
+
+
+# ---- each once for people and once for programs
+
+
+def test_ls_lists_the_models(service: Service) -> None:
+    service.loaded(TINY)
+    done = run(service, "ls")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.split()[:6] == ["MODEL", "TYPE", "ARCHITECTURE", "QUANTIZATION", "SIZE", "MAX"]
+    rows = {row[0]: row for row in done.rows()}
+    assert set(rows) == {TINY, MOE, BERT}
+    assert rows[TINY][1:4] + rows[TINY][5:] == ["llm", "llama", "F16", "4096", "1"]
+    assert rows[BERT][1:4] == ["embedding", "-", "F32"]
+    assert result(service, "ls") == service.send("GET", "/api/v1/models").json()
+
+
+def test_load_writes_the_id_and_how_it_went(service: Service) -> None:
+    done = run(service, "load", TINY, "--context-length", "1024")
+    assert (done.status, done.out) == (0, f"{TINY}\n")
+    lines = done.err.splitlines()
+    assert any(re.fullmatch(rf"loadstone: {TINY}: \d+% weights, .*", line) for line in lines)
+    assert lines[-1].startswith("loadstone: loaded in 0.")
+    assert "context_length 1024" in lines[-1]
+    assert "\x1b" not in done.err
+    assert set(service.instances()) == {TINY}
+
+
+def test_load_hands_every_option_on_and_shows_the_reply(service: Service) -> None:
+    options = ["--context-length", "512", "--eval-batch-size", "64", "--no-flash-attention", "--no-offload-kv-cache"]
+    reply = result(service, "load", MOE, *options, "--num-experts", "3", "--parallel", "2")
+    assert reply.pop("load_time_seconds") > 0
+    applied = {
+        "context_length": 512,
+        "eval_batch_size": 64,
+        "parallel": 2,
+        "flash_attention": False,
+        "offload_kv_cache_to_gpu": False,
+        "num_experts": 3,
+    }
+    ids = {"model_instance_id": MOE, "instance_id": MOE}
+    assert reply == {"type": "llm", **ids, "status": "loaded", "load_config": applied}
+
+
+def test_the_same_idempotency_key_joins_the_load(service: Service) -> None:
+    first = result(service, "load", TINY, "--idempotency-key", "once")
+    assert result(service, "load", TINY, "--idempotency-key", "once") == first
+    assert set(service.instances()) == {TINY}
+
+
+def test_load_with_detach_writes_the_job_and_leaves(service: Service) -> None:
+    with service.frozen():
+        done = run(service, "load", TINY, "--detach")
+        (word,) = done.out.split()
+        assert done.status == 0
+        assert word == last_job(service)["job_id"]
+        job = result(service, "load", TINY, "--detach")
+        assert (job["job_id"], job["status"]) == (last_job(service)["job_id"], "queued")
+    until(lambda: len(service.instances()) == 2, "both are loaded")
+
+
+def test_ps_shows_what_is_loaded_and_what_is_under_way(service: Service) -> None:
+    service.loaded(BERT)
+    with service.frozen(1):
+        service.send("POST", "/api/v1/models/load", json={"model": TINY}, headers={"Prefer": "respond-async"})
+        until(lambda: service.state(TINY) == "loading", "it is loading")
+        done, shown = run(service, "ps"), result(service, "ps")
+    assert done.status == 0
+    (loaded, loading) = done.rows()
+    assert (loaded[:3], loaded[4:]) == ([BERT, BERT, "loaded"], ["512", "100%"])
+    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["-", "0%"])
+    assert loading[2] in BEGUN
+    (instance,), (job,) = shown["instances"], shown["jobs"]
+    assert (instance["id"], instance["model"], instance["state"]) == (BERT, BERT, "loaded")
+    assert (job["instance_id"], job["status"]) == (TINY, "loading")
+    until(lambda: TINY in service.instances(), "it is loaded")
+
+
+def test_jobs_and_their_logs(service: Service) -> None:
+    service.loaded(TINY)
+    job = last_job(service)
+    done = run(service, "jobs", "--status", "loaded", "--limit", "1")
+    assert done.status == 0
+    (row,) = done.rows()
+    assert row[:3] == [job["job_id"], "loaded", TINY]
+    assert result(service, "jobs", "--limit", "1") == {"jobs": [job]}
+    logs = result(service, "logs", job["job_id"])
+    assert logs["job_id"] == job["job_id"]
+    assert any("llama" in line for line in logs["lines"])
+    done = run(service, "logs", job["job_id"])
+    assert (done.status, done.err, done.out.splitlines()) == (0, "", logs["lines"])
+
+
+def test_unload_of_some_and_of_all(service: Service) -> None:
+    for _ in range(4):
+        service.loaded(TINY)
+    assert run(service, "unload", TINY).out == f"{TINY}\n"
+    done = run(service, "unload", "nobody", f"{TINY}:2")
+    assert (done.status, done.out) == (1, f"{TINY}:2\n")
+    assert done.err == "loadstone: Model with instance identifier 'nobody' is not loaded.\n"
+    assert set(service.instances()) == {f"{TINY}:3", f"{TINY}:4"}
+    assert result(service, "unload", "--all") == {"unloaded": [f"{TINY}:3", f"{TINY}:4"], "errors": []}
+    assert service.instances() == {}
+    assert run(service, "unload", "--all").status == 0
+
+
+# ---- cancelled
+
+
+def test_cancel_ends_the_load_of_somebody_who_waits_for_it(service: Service) -> None:
+    with service.frozen(), began(service, "load", TINY) as waiting:
+        is_loading(service, waiting)
+        job = result_of_cancel(service, last_job(service)["job_id"])
+        done = Done(waiting)
+    assert job["status"] == "cancelled"
+    assert (done.status, done.out) == (130, "")
+    assert "the load was cancelled" in done.err.splitlines()[-1]
+    again = run(service, "cancel", job["job_id"])
+    assert (again.status, again.out) == (1, "")
+    assert len(again.err.splitlines()) == 1
+
+
+def result_of_cancel(service: Service, job_id: str) -> Any:
+    environ = {"LOADSTONE_URL": service.url, "LOADSTONE_TOKEN": TOKEN}
+    command = Running(service.directory / "cancel", "cancel", job_id, "--json", environ=environ)
+    done = Done(command)
+    assert (done.status, done.err) == (0, "")
+    return done.json()
+
+
+def test_ctrl_c_cancels_the_load_and_waits_for_that(service: Service) -> None:
+    with service.frozen() as runner, began(service, "load", TINY, "--json") as command:
+        is_loading(service, command)
+        command.popen.send_signal(signal.SIGINT)
+        done = Done(command)
+        assert not is_alive(runner)
+    assert done.status == 130
+    assert (done.json()["error"]["type"], done.json()["error"]["code"]) == ("model_load_failed", "load_cancelled")
+    assert last_job(service)["status"] == "cancelled"
+
+
+def test_a_second_ctrl_c_does_not_wait(service: Service) -> None:
+    with service.frozen(), began(service, "load", TINY) as command:
+        is_loading(service, command)
+        command.popen.send_signal(signal.SIGINT)
+        until(lambda: service.state(TINY) == "unloading", "the server was asked to cancel")
+        command.popen.send_signal(signal.SIGINT)
+        done = Done(command)
+        until(lambda: last_job(service)["status"] == "cancelled", "it is cancelled")
+    assert (done.status, done.out) == (130, "")
+    assert done.err.splitlines()[-1].startswith("loadstone: Not waiting;")
+
+
+# ---- the terminal
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_stdout_has_the_id_alone(service: Service) -> None:
+    with terminal() as (master, slave), service.frozen() as runner:
+        command = subprocess.Popen(
+            [str(LOADSTONE), "load", TINY, "--url", service.url],
+            env={"PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "120", "LOADSTONE_TOKEN": TOKEN},
+            stdin=slave,
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            text=True,
+        )
+        with command:
+            drawn = ""
+            while not any(stage in drawn for stage in BEGUN):
+                drawn += os.read(master, 4096).decode(errors="replace")
+            os.kill(runner.pid, signal.SIGCONT)
+            out, _ = command.communicate(timeout=ENDS_S)
+            while "loaded in" not in drawn:
+                drawn += os.read(master, 4096).decode(errors="replace")
+    assert (command.returncode, out) == (0, f"{TINY}\n")
+    assert drawn.count("━" * 5) > 1
+    assert "\x1b[?25l" in drawn  # the cursor is hidden, ...
+    assert drawn.index("\x1b[?25l") < drawn.rindex("\x1b[?25h")  # ... and back at the end
+    shares = [int(share) for share in re.findall(r"(\d+)%", drawn)]
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[int, int]]:
+    master, slave = pty.openpty()
+    try:
+        yield master, slave
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+# ---- what goes wrong
+
+
+def test_a_load_is_followed_over_the_death_of_its_api(service: Service) -> None:
+    with service.frozen() as runner, began(service, "load", TINY) as command:
+        is_loading(service, command)
+        (api,) = (process for process in service.tree() if process.words[2:4] == ("-m", "api"))
+        os.kill(api.pid, signal.SIGKILL)
+        until(lambda: "Trying again." in command.stderr, "its client noticed")
+        os.kill(runner.pid, signal.SIGCONT)
+        done = Done(command)
+    assert (done.status, done.out) == (0, f"{TINY}\n")
+    assert set(service.instances()) == {TINY}
+
+
+def test_what_the_server_refuses_is_its_sentence(service: Service) -> None:
+    done = run(service, "load", "acme/none")
+    assert (done.status, done.out) == (1, "")
+    assert done.err == "loadstone: Model acme/none not found in downloaded models\n"
+    done = run(service, "load", "acme/none", "--json")
+    assert done.status == 1
+    assert done.json()["error"]["type"] == "model_not_found"
+    for words in (("cancel", ".."), ("logs", "../../x"), ("cancel", "load_0")):
+        done = run(service, *words)
+        assert (done.status, done.out, len(done.err.splitlines())) == (1, "", 1)
+
+
+def test_the_token_comes_from_the_variable_or_the_option(service: Service) -> None:
+    wrong = run(service, "ls", "--token", "wr0ng")
+    assert (wrong.status, wrong.out) == (1, "")
+    assert wrong.err.startswith("loadstone: ")
+    assert "wr0ng" not in wrong.err
+    none = run(service, "ls", LOADSTONE_TOKEN="")
+    assert none.status == 1
+    assert none.err != wrong.err
+    assert run(service, "ls", "--token", TOKEN, LOADSTONE_TOKEN="wr0ng").status == 0
+    assert run(service, "ls", "--url", service.url, LOADSTONE_URL="http://127.0.0.1:1").status == 0
+    unsendable = run(service, "ls", LOADSTONE_TOKEN=f"{TOKEN}\n")
+    assert (unsendable.status, unsendable.out) == (2, "")
+
+
+@pytest.mark.parametrize("words", [("ls",), ("load", TINY), ("unload", "--all")])
+def test_a_server_that_is_not_there_is_a_sentence(service: Service, words: tuple[str, ...]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        done = run(service, *words, LOADSTONE_URL=url)
+        assert (done.status, done.out) == (1, "")
+        assert done.err == f"loadstone: No server can be reached at {url} ([Errno 111] Connection refused).\n"
+        if words[0] == "load":
+            assert run(service, *words, "--json", LOADSTONE_URL=url).json()["error"]["type"] == "unreachable"
+
+
+def test_what_is_no_loadstone_is_a_sentence(service: Service) -> None:
+    done = run(service, "ls", "--url", f"{service.url}/elsewhere")
+    assert (done.status, done.out) == (1, "")
+    assert done.err == "loadstone: Unexpected endpoint or method. (GET /elsewhere/api/v1/models)\n"
+
+
+def test_wrong_usage_is_status_2(service: Service) -> None:
+    done = run(service, "load", TINY, "--context-length", "x")
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("Usage: loadstone load ")

@@ -1,0 +1,194 @@
+"""What the client commands decide: when to ask again, what to show, and what they take from a stream."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from shared import cli, commands
+from shared.client import LONGEST_PAUSE_S, PATIENCE_S, Failure, Patience, _status, checked_url, events
+from shared.display import Lines, Meter, clean, facts
+from shared.errors import ErrorBody
+from shared.schema import LoadProgress
+
+ERROR = ErrorBody(type="service_unavailable", message="Redis does not answer.")
+
+
+class Clock:
+    """Time that passes by being slept."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.pauses: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+def progress(**fields: object) -> LoadProgress:
+    base = {
+        "type": "model_load.progress",
+        "model_instance_id": "m",
+        "job_id": "load_1",
+        "status": "loading",
+        "progress": 0.25,
+        "phase": "weights",
+        "total_size_bytes": 8_000_000_000,
+        "loaded_bytes": 2_000_000_000,
+        "bytes_per_second": 100_000_000,
+        "estimated_completion": None,
+    }
+    return msgspec.convert(base | fields, LoadProgress)
+
+
+# ---- asking again
+
+
+def test_patience_ends_when_nothing_was_heard_for_long_enough() -> None:
+    clock = Clock()
+    patience = Patience(lambda sentence: None, clock, clock.sleep)
+    with pytest.raises(Failure, match="Redis does not answer"):
+        ask_for_ever(patience)
+    assert PATIENCE_S - LONGEST_PAUSE_S <= clock.now - 100 <= PATIENCE_S
+    assert clock.pauses == sorted(clock.pauses)
+    assert clock.pauses[-1] == LONGEST_PAUSE_S
+
+
+def ask_for_ever(patience: Patience) -> None:
+    while True:
+        patience.wait(Failure(ERROR, 0.0))
+
+
+def test_an_answer_renews_patience() -> None:
+    clock = Clock()
+    patience = Patience(lambda sentence: None, clock, clock.sleep)
+    for _ in range(50):
+        patience.wait(Failure(ERROR, 4.0))
+        patience.heard()
+    assert clock.now == 300
+
+
+def test_the_server_says_how_long_to_wait_and_why_is_told() -> None:
+    clock, told = Clock(), list[str]()
+    patience = Patience(told.append, clock, clock.sleep)
+    patience.wait(Failure(ERROR, 7.0))
+    assert clock.pauses == [7.0]
+    assert told == ["Redis does not answer. Trying again."]
+
+
+@pytest.mark.parametrize("retry_after_s", [None, PATIENCE_S + 1])
+def test_what_is_final_or_takes_too_long_is_not_waited_for(retry_after_s: float | None) -> None:
+    clock = Clock()
+    with pytest.raises(Failure):
+        Patience(lambda sentence: None, clock, clock.sleep).wait(Failure(ERROR, retry_after_s))
+    assert clock.pauses == []
+
+
+# ---- the stream
+
+
+def test_events_are_taken_from_a_stream_with_comments_and_unknown_fields() -> None:
+    stream = b": hello\n\nid: 1-0\nevent: e\ndata: {}\nretry: 5\n\n: still here\n\nid:2-0\ndata:a\ndata: b\n\ndata: cut"
+    assert list(events(stream.split(b"\n"))) == [("1-0", b"{}"), ("2-0", b"a\nb")]
+
+
+def test_an_event_without_an_id_keeps_the_last() -> None:
+    assert list(events([b"id: 1", b"data: a", b"", b"data: b", b""])) == [("1", b"a"), ("1", b"b")]
+
+
+@pytest.mark.parametrize("job_id", ["..", "a/b", "a?b#c", "a%2Fb", "é"])
+def test_a_job_id_is_one_segment_of_a_path(job_id: str) -> None:
+    path = _status(job_id)
+    assert path.count("/") == _status("x").count("/")
+    assert set(path) & set(".?#") == set()
+    assert path.isascii()
+
+
+# ---- what is shown
+
+
+def test_the_share_moves_evenly_and_never_back_or_ahead() -> None:
+    clock = Clock()
+    meter = Meter(clock)
+    shown = []
+    for share in (0.0, 0.2, 0.4, 0.3, 0.6):  # one each second, and one that goes back
+        meter.saw(share)
+        for _ in range(10):
+            clock.now += 0.1
+            shown.append(meter.share())
+            assert shown[-1] <= max(share, 0.4 if share == 0.3 else 0) + 1e-9
+    assert shown == sorted(shown)
+    assert max(after - before for before, after in pairwise(shown)) < 0.025
+    assert shown[-1] == pytest.approx(0.6)
+
+
+def test_lines_are_written_for_each_phase_and_each_tenth() -> None:
+    said = list[str]()
+    lines = Lines("m", said.append)
+    lines.show(progress(status="queued", phase=None, progress=0.0))
+    lines.show(progress(status="loading", phase=None, progress=0.0))
+    for hundredth in range(100):
+        lines.show(progress(progress=hundredth / 100, loaded_bytes=hundredth * 80_000_000))
+    lines.show(progress(phase="context", progress=0.995, loaded_bytes=8_000_000_000))
+    assert said[:2] == ["m: 0% queued", "m: 0% starting"]
+    assert said[3] == "m: 10% weights, 800.0 MB of 8.0 GB, 100.0 MB/s, 0:01:12 left"
+    assert said[-1] == "m: 99% context, 8.0 GB of 8.0 GB"
+    assert len(said) == 13
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    assert facts(progress(bytes_per_second=None)) == "weights, 2.0 GB of 8.0 GB"
+    assert facts(progress(bytes_per_second=0)) == "weights, 2.0 GB of 8.0 GB"
+
+
+def test_a_terminal_is_not_told_what_to_do_by_a_models_name() -> None:
+    assert clean("a\x1b[2Jb\x07\tc\n") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\tc\n"
+
+
+# ---- the commands
+
+
+def test_the_program_knows_every_client_command() -> None:
+    assert set(cli.CLIENT_COMMANDS) == set(commands.client.commands)
+
+
+@pytest.mark.parametrize("url", ["http://h", "https://h:1/prefix/", "http://[::1]:1234"])
+def test_a_server_is_named_by_a_url(url: str) -> None:
+    assert checked_url(url) == url.rstrip("/")
+
+
+@pytest.mark.parametrize("url", ["", "h:1", "ftp://h", "http://", "http://u:p@h", "http://h?x", "http://h:x", "/x"])
+def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
+    assert checked_url(url) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["load"],
+        ["load", "m", "--context-length", "0"],
+        ["load", "m", "--idempotency-key", "a b"],
+        ["unload"],
+        ["unload", "m", "--all"],
+        ["ls", "--url", "h:1"],
+        ["jobs", "--status", "lost"],
+        ["cancel"],
+    ],
+)
+def test_wrong_usage_is_status_2(words: list[str]) -> None:
+    done = CliRunner().invoke(cli.main, words)
+    assert (done.exit_code, done.stdout) == (2, "")
+
+
+def test_a_token_that_no_header_can_hold_is_not_shown() -> None:
+    done = CliRunner().invoke(cli.main, ["ls"], env={"LOADSTONE_TOKEN": "s3cret\n"})
+    assert done.exit_code == 2
+    assert "visible ASCII" in done.stderr
+    assert "s3cret" not in done.output
