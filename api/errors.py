@@ -9,6 +9,7 @@ from msgspec import UNSET, Struct
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from shared import log
 from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError
@@ -61,11 +62,14 @@ async def on_service_error(request: Request, exc: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, exc: Exception) -> Response:
-    """Starlette's own 404 and 405, in our shape."""
+    """Starlette's own 404 and 405, in our shape; a 405 names the methods of every route of the path."""
     assert isinstance(exc, HTTPException)
-    kind = MethodNotAllowed if exc.status_code == 405 else NotFound
-    headers: Any = exc.headers
-    return reply(kind(f"Unexpected endpoint or method. ({request.method} {request.url.path})"), headers)
+    sentence = f"Unexpected endpoint or method. ({request.method} {request.url.path})"
+    if exc.status_code != 405:
+        return reply(NotFound(sentence))
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    allowed = sorted({method for route in routes for method in route.methods})
+    return reply(MethodNotAllowed(sentence), {"Allow": ", ".join(allowed)})
 
 
 async def on_unavailable(request: Request, exc: Exception) -> Response:

@@ -12,6 +12,7 @@ from starlette.datastructures import QueryParams
 from shared.errors import InvalidType, InvalidValue
 
 LONGEST_WAIT_S = 300
+USUAL_JOBS, MOST_JOBS = 100, 1000  # of a list
 PREFERENCE = re.compile(r"^\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)\s*(?:=\s*(?:\"([^\"]*)\"|([^\s;\"]*)))?\s*(?:;.*)?$")
 ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}", re.ASCII)
 
@@ -70,11 +71,12 @@ def whole_number(query: QueryParams, name: str, default: int, lowest: int, highe
     text = query.get(name)
     if text is None:
         return default
-    if not re.fullmatch(r"-?[0-9]{1,12}", text):
+    if not re.fullmatch(r"-?[0-9]+", text):
         raise InvalidType(f"'{name}': expected integer, got '{text}'.", param=name)
-    if int(text) < lowest:
+    number = int(text[:40])  # more digits change nothing
+    if number < lowest:
         raise InvalidValue(f"'{name}': expected integer >= {lowest}, got {text}.", param=name)
-    return min(int(text), highest)
+    return min(number, highest)
 
 
 def one_of(query: QueryParams, name: str, allowed: tuple[str, ...]) -> Any:

@@ -15,6 +15,8 @@ from starlette.routing import Route
 from api.decode import decode, read_body
 from api.headers import (
     LONGEST_WAIT_S,
+    MOST_JOBS,
+    USUAL_JOBS,
     accepts_events,
     idempotency_key,
     last_event_id,
@@ -24,6 +26,8 @@ from api.headers import (
 )
 from api.jobs import event, is_over, job
 from api.loads import Loads
+from api.openapi import docs_page, openapi_json
+from api.operations import LOAD, STATUS
 from api.stream import EventStream, events
 from api.waiting import Waiting
 from shared.errors import QueueUnavailable
@@ -58,7 +62,7 @@ async def load(request: Request) -> Response:
 async def jobs(request: Request) -> Response:
     loads: Loads = request.state.loads
     status = one_of(request.query_params, "status", get_args(JobStatus))
-    limit = whole_number(request.query_params, "limit", default=100, lowest=1, highest=1000)
+    limit = whole_number(request.query_params, "limit", default=USUAL_JOBS, lowest=1, highest=MOST_JOBS)
     found = await loads.jobs(status, limit)
     return _json(JobList(jobs=[job(instance) for instance in found]))
 
@@ -118,9 +122,6 @@ async def readyz(request: Request) -> Response:
     return PlainTextResponse("ready\n")
 
 
-LOAD = "/api/v1/models/load"
-STATUS = f"{LOAD}/status"
-
 ROUTES = [
     Route(LOAD, load, methods=["POST"]),
     Route(STATUS, jobs, methods=["GET"]),
@@ -132,6 +133,8 @@ ROUTES = [
     Route("/api/v1/models", models, methods=["GET"]),
     Route("/healthz", healthz, methods=["GET"]),
     Route("/readyz", readyz, methods=["GET"]),
+    Route("/openapi.json", openapi_json, methods=["GET"]),
+    Route("/docs", docs_page, methods=["GET"]),
 ]
 
 

@@ -21,6 +21,7 @@ Phase = Literal["metadata", "weights", "context", "warmup"]
 JobStatus = Literal["queued", "loading", "loaded", "failed", "cancelled"]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what any field of llama.cpp's can hold
 Parallel = Annotated[int, Meta(ge=1, le=64)]
+Moment = Annotated[datetime, Meta(tz=True)]
 
 # ---- what a client sends
 
@@ -86,10 +87,10 @@ class Job(Struct, frozen=True, kw_only=True):
     total_size_bytes: int
     loaded_bytes: int
     bytes_per_second: float | None
-    estimated_completion: datetime | None
-    created_at: datetime
-    started_at: datetime | None
-    completed_at: datetime | None
+    estimated_completion: Moment | None
+    created_at: Moment
+    started_at: Moment | None
+    completed_at: Moment | None
     timing: dict[str, float]
     result: LoadResult | None
     error: ErrorBody | None
@@ -117,7 +118,7 @@ class LoadProgress(Struct, frozen=True, kw_only=True, tag_field="type", tag="mod
     total_size_bytes: int
     loaded_bytes: int
     bytes_per_second: float | None
-    estimated_completion: datetime | None
+    estimated_completion: Moment | None
 
 
 class LoadEnd(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.end"):

@@ -1,0 +1,188 @@
+"""The service does what its OpenAPI document says, as schemathesis finds out, and shows it as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import configuration
+from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.config import SchemathesisConfig
+from schemathesis.engine import Status, StopReason, events, from_schema
+
+from api.operations import LOAD
+from api.routes import ROUTES
+from shared import synthetic
+from tests.service import Service, error, until, up
+
+TOKEN = "a-token-of-the-tests"
+MODEL, CONTEXT_LENGTH = "acme/tiny", 4096
+CONFIG: dict[str, Any] = {
+    "seed": 1,
+    "cache": {"enabled": False},
+    "generation": {"deterministic": True, "database": "none", "max-examples": 20},
+    "headers": {"Authorization": f"Bearer {TOKEN}"},
+    "checks": {
+        # 404: a model of this name does not exist.  409: the load is over and cannot be cancelled.  422: the generated
+        # Idempotency-Key went with another request before; nothing else is answered with it.
+        "positive_data_acceptance": {"expected-statuses": ["2xx", "404", "409", "422"]},
+        "negative_data_rejection": {"expected-statuses": ["400", "404", "405", "415"]},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("openapi")
+    metadata = {"llama.context_length": CONTEXT_LENGTH}
+    synthetic.tiny_llama(home / "models" / MODEL / "tiny-f16.gguf", metadata=metadata)
+    with up(home, token=TOKEN, LOADSTONE_API_TOKENS=TOKEN) as service:
+        until(lambda: MODEL in service.models(), "the model")
+        yield service
+
+
+@contextmanager
+def hooks(service: Service) -> Iterator[Counter[str]]:
+    """Of the requests to load that are right, every third is for the model that exists, and every fifth is to be
+    followed as events.  What one loads is unloaded, so that a step after it finds the load over.
+
+    A schema knows no model's limits: those of the model are kept here.  The result counts the replies to loads.
+    """
+    replies: Counter[str] = Counter()
+    sent = 0
+
+    def is_load(case: Any) -> bool:
+        return case.method == "POST" and case.operation.path == LOAD and isinstance(case.body, dict)
+
+    def before_call(context: Any, case: Any, kwargs: Any) -> None:
+        nonlocal sent
+        if not is_load(case) or case.meta.generation.mode.is_negative:
+            return
+        sent += 1
+        if sent % 3 == 0:
+            case.body = {**case.body, "model": MODEL}
+        if case.body["model"] == MODEL:
+            limits = {"context_length": CONTEXT_LENGTH, "parallel": case.body.get("eval_batch_size", 64)}
+            limits["parallel"] = min(limits["parallel"], case.body.get("context_length", 64))
+            case.body = {name: min(value, limits.get(name, value)) for name, value in case.body.items()}
+        if sent % 5 == 0:
+            case.headers["Accept"] = "text/event-stream"
+
+    def after_call(context: Any, case: Any, response: Any) -> None:
+        if not is_load(case):
+            return
+        replies[f"{response.status_code} {response.headers['content-type'][0].partition(';')[0]}"] += 1
+        if response.status_code == 202:
+            job = service.send("GET", f"{response.headers['location'][0]}?wait=20")
+            assert job.json()["status"] == "loaded", job.text
+        if response.status_code in (200, 202):
+            service.unload_all()
+
+    schemathesis.hook(before_call)
+    schemathesis.hook(after_call)
+    try:
+        yield replies
+    finally:
+        schemathesis.hooks.unregister(before_call)
+        schemathesis.hooks.unregister(after_call)
+
+
+def problem(event: events.ScenarioFinished, case_id: str, check: Any) -> str:
+    """A check that failed, with the request that shows it and the reply to it."""
+    found = event.recorder.interactions.get(case_id)
+    reply = f"{found.response.status_code} {found.response.text[:500]}" if found and found.response else "no reply"
+    request = event.recorder.cases[case_id].value.as_curl_command()
+    return f"{check.name}: {check.failure_info.failure}\n{request}\n{reply}"
+
+
+def test_the_service_does_what_its_document_says(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_all_checks()
+    monkeypatch.setattr(configuration, "__hypothesis_home_directory", tmp_path)
+    problems: list[str] = []
+    tested: set[str] = set()
+    passed: set[str] = set()
+    document = service.send("GET", "/openapi.json").json()
+    config = SchemathesisConfig.from_dict({**CONFIG, "base-url": service.url})
+    schema = schemathesis.openapi.from_dict(document, config=config)
+    with hooks(service) as replies:
+        for event in from_schema(schema).execute():
+            match event:
+                case events.NonFatalError() | events.FatalError():
+                    problems.append(str(event))
+                case events.EngineFinished():
+                    assert event.stop_reason is StopReason.COMPLETED
+                case events.ScenarioFinished():
+                    tested |= {node.value.operation.label for node in event.recorder.cases.values()}
+                    for case_id, checks in event.recorder.checks.items():
+                        passed |= {check.name for check in checks if check.status is Status.SUCCESS}
+                        failed = [check for check in checks if check.status is not Status.SUCCESS]
+                        problems += [problem(event, case_id, check) for check in failed]
+    assert not problems, "\n\n".join(problems)
+    assert tested == {
+        f"{method} {route.path}" for route in ROUTES for method in route.methods or () if method != "HEAD"
+    }
+    assert passed == set(CHECKS.get_all_names())
+    assert {"200 application/json", "200 text/event-stream", "202 application/json"} <= set(replies)
+
+
+class Page(HTMLParser):
+    """What of a page a reader finds, and what a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.anchors.append(value or "")
+            elif name in ("href", "src", "action", "data", "srcset"):
+                self.links.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_shows_every_path_and_fetches_nothing(service: Service) -> None:
+    reply = service.send("GET", "/docs")
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert reply.headers["content-security-policy"] == "default-src 'none'; style-src 'unsafe-inline'"
+    page = Page(reply.text)
+    assert [route.path for route in ROUTES if f"{route.path}\n" not in page.text + "\n"] == []
+    assert not page.tags & {"script", "link", "img", "iframe", "form"}
+    assert "url(" not in reply.text
+    assert "@import" not in reply.text
+    assert len(page.anchors) == len(set(page.anchors))
+    assert set(page.links) <= {"openapi.json", *(f"#{anchor}" for anchor in page.anchors)}
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", "/docs"])
+def test_the_document_and_the_page_need_a_token(service: Service, path: str) -> None:
+    error(service.send("GET", path, headers={"Authorization": ""}), 401, "invalid_request", "invalid_api_key")
+
+
+def test_a_refused_method_names_those_of_every_route(service: Service) -> None:
+    reply = service.send("PUT", f"{LOAD}/status/load_1")
+    error(reply, 405, "method_not_allowed")
+    assert reply.headers["allow"] == "DELETE, GET, HEAD"
+
+
+@pytest.mark.parametrize("number", ["301", "1" + 12 * "0", "9" * 5000])
+def test_a_number_over_a_limit_counts_as_the_limit(service: Service, number: str) -> None:
+    reply = service.send("GET", f"{LOAD}/status?limit={number}")
+    assert reply.status == 200, reply.text
+    error(service.send("GET", f"{LOAD}/status?limit=-{number}"), 400, "invalid_request", "invalid_value", "limit")

@@ -1,0 +1,138 @@
+"""The OpenAPI document: valid, complete, and made of the same types and the same table as the service."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
+
+from api import docs
+from api.auth import OPEN_PATHS
+from api.errors import STATUS
+from api.openapi import bodies, document
+from api.operations import FIELDS, OPERATIONS, PARAMETERS
+from api.routes import ROUTES
+from shared.errors import ServiceError
+from shared.schema import LoadRequest
+from tests.unit.test_errors import kinds
+
+DOCUMENT = document()
+ROUTED = {(method, route.path) for route in ROUTES for method in route.methods or () if method != "HEAD"}
+OPERATION_IDS = [operation["operationId"] for item in DOCUMENT["paths"].values() for operation in item.values()]
+
+
+def within(node: Any) -> Iterator[dict[str, Any]]:
+    """Every object of the document."""
+    if isinstance(node, dict):
+        yield node
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from within(value)
+
+
+def errors(node: Any) -> set[tuple[str, str | None]]:
+    """The types and codes of the errors of a reply, or of everything."""
+    shapes = [shape for reply in within(node) for part in reply.get("allOf", []) for shape in within(part)]
+    named = [shape["properties"] for shape in shapes if "type" in shape.get("properties", {})]
+    return {(each["type"]["const"], each.get("code", {}).get("const")) for each in named}
+
+
+def test_it_is_valid() -> None:
+    OPENAPI_31_VALIDATOR.validate(json.loads(json.dumps(DOCUMENT)))
+    for schema in DOCUMENT["components"]["schemas"].values():
+        jsonschema_rs.meta.validate(schema)
+
+
+def test_it_has_every_route_and_no_other() -> None:
+    assert set(OPERATIONS) == ROUTED
+    found = {(method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item}
+    assert found == ROUTED
+    assert len(OPERATION_IDS) == len(set(OPERATION_IDS))
+
+
+def test_it_has_every_error_with_its_status() -> None:
+    every = {(body.type, body.code or None) for kind in kinds() for body in bodies(kind)}
+    # What is only the base of others is never a reply itself.
+    bases = {(kind.type, None) for kind in kinds() if kind.__subclasses__() and kind is not ServiceError}
+    assert errors(DOCUMENT) == every - bases
+    assert {kind for kind, _ in errors(DOCUMENT)} == {row.partition("/")[0] for row in STATUS}
+    for item in DOCUMENT["paths"].values():
+        for operation in item.values():
+            for status, reply in operation["responses"].items():
+                for kind, code in errors(reply):
+                    assert STATUS.get(f"{kind}/{code}", STATUS[kind]) == int(status)
+                    assert f"`{code or kind}`" in reply["description"]
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(ROUTED))
+def test_an_operation_needs_a_token_and_describes_what_its_path_has(method: str, path: str) -> None:
+    operation = DOCUMENT["paths"][path][method.lower()]
+    assert (operation.get("security") == []) == (path in OPEN_PATHS)
+    assert ("401" in operation["responses"]) == (path not in OPEN_PATHS)
+    in_path = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
+    assert in_path == set(re.findall(r"{(\w+)}", path))
+    assert ("requestBody" in operation) == (method == "POST")
+
+
+def test_every_reference_leads_somewhere_and_every_type_is_used() -> None:
+    used = {node["$ref"].rpartition("/")[2] for node in within(DOCUMENT) if isinstance(node.get("$ref"), str)}
+    assert used == set(DOCUMENT["components"]["schemas"])
+    linked = {link["operationId"] for node in within(DOCUMENT) for link in (node.get("links") or {}).values()}
+    assert linked <= set(OPERATION_IDS)
+    assert {name for operation in OPERATIONS.values() for name in operation.parameters} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_request_is_closed_and_every_field_is_described(kind: Any) -> None:
+    assert set(FIELDS[kind]) == set(kind.__struct_fields__)
+    schema = DOCUMENT["components"]["schemas"][kind.__name__]
+    assert schema["additionalProperties"] is False
+    jsonschema_rs.validate(schema, schema["examples"][0])
+
+
+@pytest.mark.parametrize(
+    ("body", "accepted"),
+    [
+        ({"model": "a/b"}, True),
+        ({"model": "a/b", "context_length": 8192.0}, True),
+        ({"model": "a/b", "context_length": 0}, False),
+        ({"model": "a/b", "context_length": None}, False),
+        ({"model": "a/b", "parallel": 65}, False),
+        ({"model": "a/b", "ttl": 60}, False),
+        ({"context_length": 8192}, False),
+    ],
+)
+def test_the_schema_of_a_load_takes_what_the_service_takes(body: object, accepted: bool) -> None:
+    schema = DOCUMENT["components"]["schemas"][LoadRequest.__name__]
+    assert jsonschema_rs.is_valid(schema, body) is accepted
+
+
+def test_replies_that_ask_to_come_back_say_when() -> None:
+    for item in DOCUMENT["paths"].values():
+        for operation in item.values():
+            for status in {"202", "429", "503"} & set(operation["responses"]):
+                assert operation["responses"][status]["headers"]["Retry-After"]["required"]
+
+
+def test_the_page_is_in_the_package_and_escapes_what_it_shows() -> None:
+    assert files("api").joinpath("templates/docs.html").is_file()
+    changed = document()
+    changed["info"]["title"] = "<script>alert(1)</script>"
+    page = docs.page(changed)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_curl_command_of_the_page_calls_what_it_stands_by() -> None:
+    load = DOCUMENT["paths"]["/api/v1/models/load"]["post"]
+    command = docs.curl(DOCUMENT, "/api/v1/models/load", "post", load)
+    assert command.startswith("curl http://localhost:1234/api/v1/models/load")
+    assert '-H "Authorization: Bearer $TOKEN"' in command
+    assert '-d \'{"model":' in command
+    health = docs.curl(DOCUMENT, "/healthz", "get", DOCUMENT["paths"]["/healthz"]["get"])
+    assert health == "curl http://localhost:1234/healthz"
