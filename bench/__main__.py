@@ -1,4 +1,5 @@
-"""`python -m bench`: measure everything once, print the report, keep every single figure in bench/out/bench.json."""
+"""`python -m bench [load] [follow]`: measure everything, or what is named; print the report, and keep every single
+figure in bench/out: bench.json of loads, follow.json of accepting, polling and doing nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import msgspec
 
-from bench import pagecache, report
+from bench import follow, follow_report, pagecache, report
 from bench.report import Cache, Measured, Run, Who
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, Load, Service, bare, service
 from shared import devredis, synthetic
 
 OUT = Path(__file__).parent / "out"
+MODELS = OUT / "models"
 TINY, BIG = "loadstone/bench-tiny", "loadstone/bench-big"
 BIG_GB = 2
 N_TINY, N_BIG = 50, 9  # the first token after a cold load takes 0.2 to 2 s on a virtual machine: 3 runs decide nothing
@@ -30,29 +32,53 @@ PAUSE_S = 0.15
 def main() -> int:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: what runs is then stopped
+    parts = sys.argv[1:] or list(PARTS)
+    if not set(parts) <= PARTS.keys():
+        print(f"usage: python -m bench {' '.join(f'[{part}]' for part in PARTS)}", file=sys.stderr)
+        return 2
     try:
-        measured = measure()
+        about = machine()
+        say("models")
+        synthetic.tiny_llama(path_of(TINY))
+        sections = [PARTS[part](about) for part in PARTS if part in parts]
     except (Failure, devredis.RedisUnavailable) as e:
         print(f"bench: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    kept = msgspec.to_builtins(measured) | {"goals": msgspec.to_builtins(report.goals(measured))}
-    (OUT / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(kept)))
-    print(report.markdown(measured))
+    print("\n\n".join([report.head(about), *sections]))
     return 0
 
 
-def measure() -> Measured:
-    models_dir = OUT / "models"
-    tiny, big = (models_dir / key / f"{key.rpartition('/')[2]}.gguf" for key in (TINY, BIG))
-    load_average = os.getloadavg()[0]
+def loading(about: dict[str, str]) -> str:
+    measured = measure(about)
+    keep("bench", msgspec.to_builtins(measured) | {"goals": msgspec.to_builtins(report.goals(measured))})
+    return report.markdown(measured)
+
+
+def following(about: dict[str, str]) -> str:
+    followed = follow.measure(MODELS, TINY, OUT, say)
+    keep("follow", {"machine": about} | msgspec.to_builtins(followed))
+    return follow_report.markdown(followed)
+
+
+PARTS = {"load": loading, "follow": following}
+
+
+def keep(name: str, figures: dict[str, object]) -> None:
+    (OUT / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+
+
+def path_of(key: str) -> Path:
+    return MODELS / key / f"{key.rpartition('/')[2]}.gguf"
+
+
+def measure(about: dict[str, str]) -> Measured:
+    tiny, big = path_of(TINY), path_of(BIG)
     (OUT / "bare.log").unlink(missing_ok=True)
-    say("models")
-    synthetic.tiny_llama(tiny)
     if not is_complete(big):
         synthetic.big(big, BIG_GB)
-    with service(models_dir, OUT) as running:
+    with service(MODELS, OUT) as running:
         found: dict[str, list[Load]] = {}
         say("tiny model, service")
         found["service"] = series(lambda: running.load(TINY), PAUSE_S)
@@ -65,7 +91,11 @@ def measure() -> Measured:
         with bare("fork", tiny, OUT) as alone:
             found["bare, fresh fork"] = series(alone.load, PAUSE_S)
         runs = big_runs(running, big)
-    return Measured(machine=machine(load_average, use_extra_bufts), big_bytes=big.stat().st_size, tiny=found, big=runs)
+    about["both sides"] = (
+        f"n_ctx {CONTEXT_LENGTH}, n_batch {EVAL_BATCH_SIZE}, one token decoded by one thread, "
+        f"use_extra_bufts {use_extra_bufts} (as Loadstone sets it; llama.cpp's default is True)"
+    )
+    return Measured(machine=about, big_bytes=big.stat().st_size, tiny=found, big=runs)
 
 
 def series(load: Callable[[], Load], pause_s: float) -> list[Load]:
@@ -115,7 +145,7 @@ def is_complete(model: Path) -> bool:
     return model.is_file() and abs(model.stat().st_size / (BIG_GB * 1e9) - 1) < 0.1
 
 
-def machine(load_average: float, use_extra_bufts: bool) -> dict[str, str]:
+def machine() -> dict[str, str]:
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*: (.+)$", cpuinfo, re.MULTILINE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -125,11 +155,9 @@ def machine(load_average: float, use_extra_bufts: bool) -> dict[str, str]:
     )[0]
     return {
         "machine": f"{len(os.sched_getaffinity(0))} cores, {model[1] if model else platform.machine()}, "
-        f"{memory:.0f} GiB of memory, load average {load_average:.2f} at the start",
+        f"{memory:.0f} GiB of memory, load average {os.getloadavg()[0]:.2f} at the start",
         "software": f"Linux {platform.release()}, Python {platform.python_version()}, "
         f"llama-cpp-python {metadata.version('llama-cpp-python')}, {version.strip()} (embedded)",
-        "both sides": f"n_ctx {CONTEXT_LENGTH}, n_batch {EVAL_BATCH_SIZE}, one token decoded by one thread, "
-        f"use_extra_bufts {use_extra_bufts} (as Loadstone sets it; llama.cpp's default is True)",
     }
 
 

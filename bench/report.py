@@ -75,12 +75,14 @@ def goals(measured: Measured) -> list[Goal]:
     ]
 
 
+def head(machine: dict[str, str]) -> str:
+    return "\n".join(["# Loadstone's benchmark", "", *(f"- {name}: {value}" for name, value in machine.items())])
+
+
 def markdown(measured: Measured) -> str:
     found = goals(measured)
-    lines = ["# Loadstone's benchmark", ""]
-    lines += [f"- {name}: {value}" for name, value in measured.machine.items()]
-    lines += ["", f"## Goals: {sum(goal.met for goal in found)} of {len(found)} met", ""]
-    lines += _table(
+    lines = [f"## Goals: {sum(goal.met for goal in found)} of {len(found)} met", ""]
+    lines += table(
         ["goal", "measured", "limit", "met"],
         [[g.what, _in_unit(g.measured, g), _in_unit(g.limit, g), "yes" if g.met else "**no**"] for g in found],
     )
@@ -104,7 +106,7 @@ def _tiny(measured: Measured) -> list[str]:
         ]
         rows.append([row, *(f"{percentile(column, q) * 1000:.2f}" for column in columns for q in (0.5, 0.99))])
     heads = [f"{what} {q}" for what in ("total", "load", "overhead") for q in ("p50", "p99")]
-    lines += ["", *_table(["ms", *heads], rows)]
+    lines += ["", *table(["ms", *heads], rows)]
     lines += [
         "",
         "Every load was unloaded, and followed by a pause of 150 ms except where a row says back to back. Total is the "
@@ -114,7 +116,7 @@ def _tiny(measured: Measured) -> list[str]:
         "",
     ]
     phases = [[row, *_phases(loads, 1000, "{:.2f}")] for row, loads in measured.tiny.items()]
-    lines += _table(["p50, ms", *PHASES], phases)
+    lines += table(["p50, ms", *PHASES], phases)
     lines += ["", "Model is metadata and weights together; model, context and warmup add up to the load."]
     return lines
 
@@ -132,7 +134,7 @@ def _big(measured: Measured) -> list[str]:
         for run in (run for run in measured.big if run.cache == cache):
             figures = _phases([run.load], 1, "{:.3f}")
             rows.append([cache, run.who, f"{run.residency:.1%}", f"{run.load.total_s:.3f}", *figures])
-    lines += ["", *_table(["s", "who", "in cache before", "total", *PHASES], rows)]
+    lines += ["", *table(["s", "who", "in cache before", "total", *PHASES], rows)]
     lines += [
         "",
         "In the order they were run, per cache. The service's total is the HTTP request; bare is a fresh process, "
@@ -156,5 +158,5 @@ def _in_unit(value: float, goal: Goal) -> str:
     return f"{value:.2f} x" if goal.unit == "x" else f"{value:.1f} ms"
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]

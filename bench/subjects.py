@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -45,8 +45,9 @@ class Load(Struct, frozen=True, kw_only=True):
 class Service:
     """A running Loadstone, reached over one connection that is kept open."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, pid: int) -> None:
         host = urlsplit(url)
+        self.port, self.pid = host.port or 80, pid
         self._connection = http.client.HTTPConnection(host.hostname or "", host.port, timeout=REPLY_S)
 
     def reconnect(self) -> None:
@@ -115,34 +116,34 @@ class Bare:
 
 
 @contextmanager
-def service(models_dir: Path, out: Path) -> Iterator[Service]:
+def service(models_dir: Path, out: Path, **variables: str) -> Iterator[Service]:
     """`loadstone up` with an embedded Redis, on a port and a data directory of its own, both gone afterwards."""
     log = out / "service.log"
     with tempfile.TemporaryDirectory(prefix="data-", dir=out) as data_dir, log.open("w") as stderr:
         program = Path(sys.executable).with_name("loadstone")
         argv = [str(program), "up", "--port", "0", "--models-dir", str(models_dir), "--data-dir", data_dir]
-        with _running(argv, stderr) as process:
+        with running(argv, stderr, variables) as process:
             assert process.stdout
             ready = re.fullmatch(r"ready: (\S+)\n", process.stdout.readline())
             if not ready:
                 raise Failure(f"`loadstone up` did not become ready; see {log}")
-            running = Service(ready[1])
+            found = Service(ready[1], process.pid)
             try:
-                yield running
+                yield found
             finally:
-                running.close()
+                found.close()
 
 
 @contextmanager
 def bare(how: Literal["warm", "fork"], model: Path, out: Path) -> Iterator[Bare]:
     log = out / "bare.log"
     argv = [sys.executable, "-m", "bench.bare", how, str(model), str(CONTEXT_LENGTH), str(EVAL_BATCH_SIZE)]
-    with log.open("a") as stderr, _running(argv, stderr) as process:
+    with log.open("a") as stderr, running(argv, stderr) as process:
         yield Bare(process, log)
 
 
 @contextmanager
-def _running(argv: list[str], stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
+def running(argv: list[str], stderr: IO[str], variables: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[str]]:
     """A child process, stopped and reaped afterwards.  Ctrl-C in a terminal reaches it through us alone, once."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     with subprocess.Popen(
@@ -151,7 +152,7 @@ def _running(argv: list[str], stderr: IO[str]) -> Iterator[subprocess.Popen[str]
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
-        env=environ,
+        env={**environ, **variables},
         cwd=Path(__file__).parents[1],
         start_new_session=True,
     ) as process:
