@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup run test check bench
+.PHONY: setup run test soak check bench
 
 setup: $(STAMP)
 
@@ -16,6 +16,9 @@ run: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+soak: setup
+	$(BIN)/python -m pytest tests/soak
 
 check: setup
 	$(BIN)/ruff format --check
