@@ -71,7 +71,7 @@ class Agent:
             epoch=self.epoch,
             version=shared.__version__,
             catalog=self._digest,
-            residents=len(self.held),
+            residents=sum(held.claimed or not held.stop.is_set() for held in self.held.values()),
         )
 
     async def beat(self) -> None:
