@@ -29,6 +29,7 @@ POLL_S = 0.02
 WITHOUT_EXPIRY = {b"insts", b"names", b"workers", b"counters", b"queued"}
 JSON = {"Content-Type": "application/json"}
 LOAD, STATUS = "/api/v1/models/load", "/api/v1/models/load/status"
+TINY = "acme/tiny"  # the model of a service that needs no other
 DIRECTORY = re.compile(r"(?<![\w.:/])/[\w.+-]+/[\w.+-]+")  # the start of an absolute path of two parts or more
 
 T = TypeVar("T")

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import httpx
 import pytest
 
-from shared import synthetic
-from tests.service import JSON, LOAD, STATUS, Service, error, is_alive, meanwhile, until, up
-
-TINY = "acme/tiny"
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    home = tmp_path_factory.mktemp("cancel")
-    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
-    with up(home) as service:
-        yield service
-
-
-@pytest.fixture
-def service(running: Service) -> Iterator[Service]:
-    yield running
-    running.unload_all()
+from tests.service import JSON, LOAD, STATUS, TINY, Service, error, is_alive, meanwhile, until
 
 
 def loading(service: Service) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
@@ -16,30 +15,14 @@ from typing import Any
 import httpx
 import pytest
 
-from shared import synthetic
-from tests.service import JSON, LOAD, STATUS, Reply, SentEvent, Service, error, is_alive, meanwhile, until, up
+from tests.service import JSON, LOAD, STATUS, TINY, Reply, SentEvent, Service, error, is_alive, meanwhile, until
 
-TINY = "acme/tiny"
 PHASES = ["metadata", "weights", "context", "warmup"]
 FIELDS = [
     *("job_id", "status", "model", "instance_id", "model_instance_id", "worker", "devices", "attempt", "progress"),
     *("phase", "total_size_bytes", "loaded_bytes", "bytes_per_second", "estimated_completion", "created_at"),
     *("started_at", "completed_at", "timing", "result", "error"),
 ]
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    home = tmp_path_factory.mktemp("follow")
-    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
-    with up(home) as service:
-        yield service
-
-
-@pytest.fixture
-def service(running: Service) -> Iterator[Service]:
-    yield running
-    running.unload_all()
 
 
 def asked(service: Service, prefer: str = "", **fields: object) -> Reply:

@@ -13,9 +13,20 @@ from typing import Any
 import pytest
 
 from shared import synthetic
-from tests.service import JSON, LOAD, STATUS, Client, RedisServer, Reply, Running, check_keys, error, meanwhile, until
-
-TINY = "acme/tiny"
+from tests.service import (
+    JSON,
+    LOAD,
+    STATUS,
+    TINY,
+    Client,
+    RedisServer,
+    Reply,
+    Running,
+    check_keys,
+    error,
+    meanwhile,
+    until,
+)
 
 
 class Pair:

@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
+from tests.service import JSON, LOAD, STATUS, TINY, Reply, Service, error, until
 
-from shared import synthetic
-from tests.service import JSON, LOAD, STATUS, Reply, Service, error, until, up
-
-TINY = "acme/tiny"
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    home = tmp_path_factory.mktemp("limits")
-    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
-    with up(home, LOADSTONE_WORKER_QUEUE_LIMIT="2", LOADSTONE_WAITING_LIMIT="3") as service:
-        yield service
-
-
-@pytest.fixture
-def service(running: Service) -> Iterator[Service]:
-    yield running
-    running.unload_all()
+VARIABLES = {"LOADSTONE_WORKER_QUEUE_LIMIT": "2", "LOADSTONE_WAITING_LIMIT": "3"}
 
 
 def asked(service: Service, **headers: str) -> Reply:

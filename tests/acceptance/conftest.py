@@ -1,0 +1,26 @@
+"""A service with one tiny model, for the modules that need no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from shared import synthetic
+from tests.service import TINY, Service, up
+
+
+@pytest.fixture(scope="module")
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The module's own, with its VARIABLES."""
+    home = tmp_path_factory.mktemp("service")
+    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+    with up(home, **getattr(request.module, "VARIABLES", {})) as service:
+        yield service
+
+
+@pytest.fixture
+def service(running: Service) -> Iterator[Service]:
+    """The module's service, with nothing loaded before and after."""
+    yield running
+    running.unload_all()
