@@ -14,6 +14,7 @@ from shared.schema import Instance
 from shared.store import HISTORY_N, NEWS, UNAVAILABLE, Store
 
 RECHECK_S = 1.0
+RECORD_LOST = "Redis lost the record of this load. Ask for the model list, then try again."
 AWAY = -1  # no record has this revision
 
 
@@ -50,9 +51,7 @@ class Follower:
                 if not history:
                     record = await self.store.get(instance.id)
                     if record is None:
-                        raise QueueUnavailable(
-                            "Redis lost the record of this load. Ask for the model list, then try again."
-                        )
+                        raise QueueUnavailable(RECORD_LOST)
                     if record.state in TERMINAL and not await self._read(instance, last):
                         return  # whoever comes back after the last entry has seen everything
                 if len(history) < HISTORY_N:

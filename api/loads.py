@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 import math
 import uuid
+from collections.abc import Callable
 from contextlib import aclosing, suppress
 
 import msgspec
 from msgspec import UNSET
 
-from api.follow import Follower
+from api.follow import RECORD_LOST, Follower
 from api.jobs import is_over, outcome, status
 from api.roster import Roster
 from shared import log
@@ -156,11 +157,23 @@ class Loads:
     async def settled(self, instance: Instance, within_s: float) -> Instance:
         """The record once its load is over, or as it is when the time is up."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(within_s), aclosing(self.follower.follow(instance)) as revisions:
-                async for _, revision in revisions:
-                    if is_over(revision):
-                        break
+            async with asyncio.timeout(within_s):
+                return await self._until(instance.id, is_over)
         return await self.job(instance.id)
+
+    async def _until(self, id_: str, is_wanted: Callable[[Instance], bool]) -> Instance:
+        """The record as soon as it is as wanted.  What the log held before is in the record, and not read again."""
+        last = await self.store.last_entry(id_)
+        record = await self.store.get(id_)
+        if record is None:
+            raise QueueUnavailable(RECORD_LOST)
+        if is_wanted(record):
+            return record
+        async with aclosing(self.follower.follow(record, last)) as revisions:
+            async for _, revision in revisions:
+                if is_wanted(revision):
+                    return revision
+        raise QueueUnavailable("The log of this load ended without an outcome.")
 
     async def jobs(self, status_wanted: JobStatus | None, limit: int) -> list[Instance]:
         """Loads of the last day, newest first."""
@@ -212,13 +225,11 @@ class Loads:
         if instance.state is State.QUEUED:
             with suppress(Fenced):  # its worker was quicker
                 return (await self.store.commit(instance, instance.after(Event.STOP)))[0]
-        try:
-            async with asyncio.timeout(STOP_DEADLINE_S), aclosing(self.follower.follow(instance)) as revisions:
-                async for _, revision in revisions:
-                    if revision.state in TERMINAL or (unless_loaded and revision.state is State.LOADED):
-                        return revision
-        except TimeoutError:
-            pass
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_DEADLINE_S):
+                return await self._until(
+                    instance.id, lambda i: i.state in TERMINAL or (unless_loaded and i.loaded_at is not None)
+                )
         raise QueueUnavailable(f"'{instance.instance_id}' was asked to stop and has not yet. Try again shortly.")
 
     async def models(self) -> list[ListedModel]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -44,7 +45,7 @@ async def load(request: Request) -> Response:
     key = idempotency_key(request.headers.getlist("idempotency-key"))
     loads: Loads = request.state.loads
     if accepts_events(request.headers.getlist("accept")):
-        return await _stream(request, loads.submit(wanted, key), "0")
+        return await _stream(request, partial(loads.submit, wanted, key), "0")
     prefer = preference(request.headers.getlist("prefer"))
     applied = {"Preference-Applied": prefer.applied} if prefer.applied else {}
     if prefer.wait_s == 0:
@@ -52,9 +53,11 @@ async def load(request: Request) -> Response:
     with _place(request):
         instance = await loads.submit(wanted, key)
         try:
-            async with asyncio.timeout(prefer.wait_s):
+            async with asyncio.timeout(prefer.wait_s) as patience:
                 instance = await waited_for(request, loads.loaded(instance))
         except TimeoutError:
+            if not patience.expired():
+                raise
             return _accepted(await loads.job(instance.id), applied)
     return _json(instance.result(), headers={"Server-Timing": server_timing(instance), **applied})
 
@@ -86,7 +89,7 @@ async def cancel(request: Request) -> Response:
 async def job_events(request: Request) -> Response:
     loads: Loads = request.state.loads
     after = last_event_id(request.headers.get("last-event-id"))
-    return await _stream(request, loads.job(request.path_params["job_id"]), after)
+    return await _stream(request, partial(loads.job, request.path_params["job_id"]), after)
 
 
 async def job_logs(request: Request) -> Response:
@@ -143,13 +146,13 @@ def _place(request: Request) -> AbstractContextManager[None]:
     return waiting.place()
 
 
-async def _stream(request: Request, found: Awaitable[Instance], after: str) -> Response:
+async def _stream(request: Request, find: Callable[[], Awaitable[Instance]], after: str) -> Response:
     """The events of a load since entry `after`; 204, which tells a browser to stop coming back, if there are none
-    any more.  What `found` refuses is a plain error."""
+    any more.  What `find` refuses is a plain error."""
     loads: Loads = request.state.loads
     with ExitStack() as undo:
         undo.enter_context(_place(request))
-        instance = await found
+        instance = await find()
         if is_over(instance) and after != "0":
             left = await loads.store.history(instance, after)
             if all(event(revision) is None for _, revision in left):

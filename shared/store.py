@@ -280,6 +280,11 @@ class Store:
             for entry, fields in entries
         ]
 
+    async def last_entry(self, id_: str) -> str:
+        """The entry that a record's log ends with; the one before the first where there is none."""
+        found = await self.redis.xrevrange(f"inst:{id_}:log", count=1)
+        return found[0][0].decode() if found else "0"
+
     async def revisions(self, ids: list[str]) -> list[int | None]:
         async with self.redis.pipeline(transaction=False) as pipe:
             for id_ in ids:
