@@ -13,7 +13,7 @@ from shared.errors import InvalidType, InvalidValue
 
 LONGEST_WAIT_S = 300
 USUAL_JOBS, MOST_JOBS = 100, 1000  # of a list
-PREFERENCE = re.compile(r"^\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)\s*(?:=\s*(?:\"([^\"]*)\"|([^\s;\"]*)))?\s*(?:;.*)?$")
+PREFERENCE = re.compile(r'(?:"[^"]*+"|[^",]++)++')  # up to a comma that is not quoted
 ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}", re.ASCII)
 
 
@@ -27,14 +27,13 @@ class Preference(Struct, frozen=True, kw_only=True):
 def preference(headers: Iterable[str]) -> Preference:
     """What the Prefer headers ask for: the first of each name counts, one that cannot be read is ignored."""
     found: dict[str, str] = {}
-    for text in ",".join(headers).split(","):
-        if (match := PREFERENCE.match(text)) is not None:
-            found.setdefault(match[1].lower(), match[2] or match[3] or "")
-    applied = ["respond-async"] if "respond-async" in found else []
+    for text in PREFERENCE.findall(",".join(headers)):
+        name, _, value = text.partition(";")[0].partition("=")
+        found.setdefault(name.strip().lower(), re.sub(r'^"(.*)"$', r"\1", value.strip()))
+    applied = ["respond-async"] if found.get("respond-async") == "" else []
     wait_s = 0 if applied else None
     if re.fullmatch(r"[0-9]+", found.get("wait", "")):
-        wait_s = int(found["wait"][-12:]) if len(found["wait"]) < 12 else LONGEST_WAIT_S
-        wait_s = min(wait_s, LONGEST_WAIT_S)
+        wait_s = min(_number(found["wait"]), LONGEST_WAIT_S)
         applied.append(f"wait={wait_s}")
     return Preference(wait_s=wait_s, applied=", ".join(applied))
 
@@ -73,10 +72,16 @@ def whole_number(query: QueryParams, name: str, default: int, lowest: int, highe
         return default
     if not re.fullmatch(r"-?[0-9]+", text):
         raise InvalidType(f"'{name}': expected integer, got '{text}'.", param=name)
-    number = int(text[:40])  # more digits change nothing
+    number = _number(text)
     if number < lowest:
         raise InvalidValue(f"'{name}': expected integer >= {lowest}, got {text}.", param=name)
     return min(number, highest)
+
+
+def _number(text: str) -> int:
+    """An integer; one of more than 18 digits only keeps its sign, and is still a large one."""
+    digits = text.lstrip("-0")[:18] or "0"
+    return -int(digits) if text.startswith("-") else int(digits)
 
 
 def one_of(query: QueryParams, name: str, allowed: tuple[str, ...]) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -207,14 +206,15 @@ class Resident:
         while True:
             await runner.tail.grown.wait()
             await asyncio.sleep(ENGINE_LOG_S)
+            runner.tail.grown.clear()
             await self._save_engine_log(runner)
 
     async def _save_engine_log(self, runner: Runner) -> None:
-        if runner.tail.grown.is_set():
-            runner.tail.grown.clear()
-            with suppress(*UNAVAILABLE):
-                text = "".join(f"{line}\n" for line in runner.tail)
-                await self.agent.store.write_engine_log(self.id, self._relative(text))
+        text = "".join(f"{line}\n" for line in runner.tail)
+        try:
+            await self.agent.store.write_engine_log(self.id, self._relative(text))
+        except UNAVAILABLE:
+            runner.tail.grown.set()  # once more
 
     async def _keep(self, instance: Instance, runner: Runner) -> None:
         """Hold a loaded instance until it is stopped or its runner dies."""

@@ -7,6 +7,7 @@ import operator
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,20 @@ import redis
 from msgspec import UNSET
 
 import worker.agent
+import worker.resident
 import worker.runner
+from shared.architectures import TINY
 from shared.lifecycle import TERMINAL, Event, State
-from shared.schema import Instance, LoadRequest, Model, Problem
+from shared.schema import Instance, LoadConfig, LoadRequest, Model, Problem
 from shared.settings import Settings
 from shared.store import Store
 from shared.synthetic import tiny_llama
+from tests.integration import gpus
 from tests.runners import freeze, is_gone
 from tests.service import below
 from worker.agent import Agent
-from worker.runner import Runner, RunnerDied
+from worker.protocol import Failed, FromRunner, Load, Progress, Ready, ToRunner
+from worker.runner import Runner, RunnerDied, Runners
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -486,3 +491,342 @@ async def test_nothing_is_taken_after_the_end_began(agent: Agent) -> None:
     await agent._reconcile()
     assert agent.held == {}
     assert (await record(agent, id_)).state is State.QUEUED
+
+
+# ---- what followers see of a load
+
+
+class Engine:
+    """Says what a test wants said, in the place of a real runner's messages; its process is real."""
+
+    def __init__(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.messages: asyncio.Queue[FromRunner | None] = asyncio.Queue()
+        monkeypatch.setattr(runner, "receive", self.messages.get)
+
+    def says(self, *messages: FromRunner | None) -> None:
+        for message in messages:
+            self.messages.put_nowait(message)
+
+
+READY = Ready(
+    config=LoadConfig(context_length=256),
+    timing={"metadata": 0.125, "weights": 0.5, "context": 0.0625, "warmup": 0.0625},
+)
+
+
+async def directed(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Runner, Engine]:
+    """An instance in its load, of which an engine says what a test wants."""
+    runner = await warm(agent)
+    engine = Engine(runner, monkeypatch)
+    id_ = await delivered(agent)
+    await reached(agent, id_, State.LOADING)
+    return id_, runner, engine
+
+
+async def of_a_load(agent: Agent, id_: str) -> list[Instance]:
+    """The revisions of a load between its claim and its end."""
+    past = [old for _, old in await agent.store.history(await record(agent, id_))]
+    return [old for old in past if old.state is State.LOADING]
+
+
+async def test_pace_expected_end_and_phases_of_a_load_are_recorded_as_it_goes(
+    agent: Agent, models: dict[str, Model], tmp_path: Path
+) -> None:
+    """A file that is read in several steps."""
+    shape = replace(TINY, embedding_length=512, feed_forward_length=2048, block_count=6)
+    path = tiny_llama(tmp_path / "p/large/large-f16.gguf", shape=shape)
+    shards = [str(path.relative_to(tmp_path))]
+    model = msgspec.structs.replace(models["p/llama"], key="p/large", shards=shards, size_bytes=path.stat().st_size)
+    agent.models[model.key] = model
+    agent.settings = msgspec.structs.replace(agent.settings, models_dir=tmp_path)
+    id_, _ = await loaded(agent, key=model.key)
+    past = await of_a_load(agent, id_)
+    sizes = [old.loaded_bytes for old in past]
+    assert sizes == sorted(sizes)
+    assert any(0 < size < model.size_bytes for size in sizes)
+    for old in past:
+        assert (old.bytes_per_second is not None) == (old.estimated_completion is not None) == (old.loaded_bytes > 0)
+        if old.bytes_per_second is not None and old.estimated_completion is not None:
+            assert old.bytes_per_second > 0
+            assert old.started_at is not None
+            assert old.estimated_completion >= old.started_at
+            assert 0 <= old.progress - old.loaded_bytes / model.size_bytes < 0.001 or old.progress == 0.999
+    for old, new in pairwise(past):
+        assert old.timing.items() <= new.timing.items(), "a phase that is over keeps its time"
+
+    done = await record(agent, id_)
+    assert (done.estimated_completion, done.phase, done.progress) == (None, None, 1.0)
+    assert done.bytes_per_second == model.size_bytes / done.timing["weights"]
+
+
+async def test_the_end_of_a_load_says_what_the_engine_measured(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    id_, _, engine = await directed(agent, monkeypatch)
+    engine.says(Progress("metadata", 0), READY)
+    done = await reached(agent, id_, State.LOADED)
+    assert (done.load_time_seconds, done.load_config) == (0.75, READY.config)
+    assert done.bytes_per_second == done.total_size_bytes / 0.5
+    assert all(done.timing[phase] == seconds for phase, seconds in READY.timing.items())
+    assert [*done.timing] == ["queue", "spawn", *READY.timing]
+
+
+async def test_followers_hear_of_a_load_in_which_nothing_happens(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worker.resident.COMMIT_S <= 0.5, "at least once a second, whatever the machine does beside it"
+    monkeypatch.setattr(worker.resident, "COMMIT_S", 0.05)
+    id_, runner = await loading(agent)
+    before = await record(agent, id_)
+
+    async def heard() -> bool:
+        return (await record(agent, id_)).rev >= before.rev + 4
+
+    await until(heard, "four revisions")
+    runner.kill()
+    past = await of_a_load(agent, id_)
+    assert {(old.loaded_bytes, old.progress, old.bytes_per_second) for old in past} == {(0, 0.0, None)}
+
+
+async def test_progress_is_never_whole_before_the_load_is_and_never_goes_back(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever an engine says."""
+    id_, _, engine = await directed(agent, monkeypatch)
+    size = agent.models["p/llama"].size_bytes
+    engine.says(Progress("weights", size // 2), Progress("context", size // 4), Progress("warmup", 2 * size), READY)
+    await reached(agent, id_, State.LOADED)
+    progress = {old.phase: round(old.progress, 3) for old in await of_a_load(agent, id_)}
+    assert progress == {None: 0.0, "weights": 0.5, "context": 0.5, "warmup": 0.999}
+
+
+@pytest.mark.parametrize("end", ["died", "refused", "cancelled", "stalled"])
+async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_in(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(worker.resident, "COMMIT_S", 0.05)
+    agent.settings = msgspec.structs.replace(agent.settings, stall_limit_s=0.1 if end == "stalled" else 60.0)
+    id_, _, engine = await directed(agent, monkeypatch)
+    engine.says(Progress("metadata", 0), Progress("weights", 1))
+
+    async def in_weights() -> bool:
+        found = await record(agent, id_)
+        return found.phase == "weights" or found.state is State.FAILED
+
+    await until(in_weights, "the phase is recorded")
+    match end:
+        case "died":
+            engine.says(None)
+        case "refused":
+            engine.says(Failed("it will not"))
+        case "cancelled":
+            agent.stop(id_)
+    await released(agent, id_)
+    ended = await record(agent, id_)
+    assert ended.state is (State.CANCELLED if end == "cancelled" else State.FAILED)
+    assert [*ended.timing] == ["queue", "spawn", "metadata", "weights"]
+    assert all(0 <= seconds < DEADLINE_S for seconds in ended.timing.values())
+    assert ended.timing["weights"] > (0.09 if end == "stalled" else 0)
+
+
+# ---- cancelled at an awkward moment
+
+
+async def test_a_cancel_does_not_wait_for_a_runner_that_starts_and_leaves_it_to_the_next(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, starts, start = asyncio.Event(), 0, worker.runner.Runners._start
+
+    async def slow(self: Runners) -> Runner:
+        nonlocal starts
+        starts += 1
+        await go.wait()
+        return await start(self)
+
+    monkeypatch.setattr(worker.runner.Runners, "_start", slow)
+    first = await delivered(agent)
+    await reached(agent, first, State.LOADING)
+    await agent.store.request_stop(first, unless_loaded=True)
+    agent.stop(first)
+    await released(agent, first)
+    ended = await record(agent, first)
+    assert (ended.state, ended.error) == (State.CANCELLED, None)
+    assert await states(agent, first) == [State.QUEUED, State.LOADING, State.UNLOADING, State.CANCELLED]
+    assert [*ended.timing] == ["queue"]
+    assert starts == 1
+    coming = agent.runners._next
+    assert coming is not None
+    assert not coming.done()
+
+    second = await delivered(agent, 2)
+    go.set()
+    await reached(agent, second, State.LOADED)
+    assert not is_gone(coming.result().pid)
+    agent.stop(second)
+    await released(agent, second)
+    assert is_gone(coming.result().pid), "the second load had taken it"
+
+
+async def test_a_cancel_that_comes_just_before_the_load_is_recorded_wins(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its waiter was told that the wish was heard; no notification of it ever reaches the agent."""
+    commit = agent.commit
+
+    async def beaten(instance: Instance, event: Event, **changes: Any) -> tuple[Instance, float]:
+        if event is Event.LOAD:
+            assert await agent.store.request_stop(instance.id, unless_loaded=True) is State.LOADING
+        return await commit(instance, event, **changes)
+
+    monkeypatch.setattr(agent, "commit", beaten)
+    runner = await warm(agent)
+    id_ = await delivered(agent)
+    await released(agent, id_)
+    ended = await record(agent, id_)
+    assert (ended.state, ended.error, ended.loaded_at) == (State.CANCELLED, None, None)
+    assert State.LOADED not in await states(agent, id_)
+    assert is_gone(runner.pid)
+    monkeypatch.setattr(agent, "commit", commit)
+    await loaded(agent, 2)  # the agent goes on
+
+
+async def test_a_cancel_that_comes_just_after_the_load_was_recorded_changes_nothing(agent: Agent) -> None:
+    id_, runner = await loaded(agent)
+    assert await agent.store.request_stop(id_, unless_loaded=True) is State.LOADED
+    await agent._reconcile()
+    assert not agent.held[id_].stop.is_set()
+    assert not is_gone(runner.pid)
+
+
+# ---- what the engine said
+
+
+async def said(agent: Agent, id_: str) -> str:
+    return (await agent.store.engine_log(id_) or b"").decode()
+
+
+async def test_what_the_engine_says_of_a_load_can_be_read_while_the_instance_lives(
+    agent: Agent, models_dir: Path
+) -> None:
+    id_, _ = await loaded(agent)
+
+    async def is_there() -> bool:
+        return "n_ctx" in await said(agent, id_)
+
+    await until(is_there, "the engine's lines about the context")
+    assert str(models_dir) not in await said(agent, id_)
+    assert "p/llama/llama-f16.gguf" in await said(agent, id_)
+
+
+async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_failure(
+    agent: Agent, models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads "failed" may read why at once: nothing is left to a later writer."""
+    monkeypatch.setattr(worker.resident, "ENGINE_LOG_S", 3600.0)
+    model = msgspec.structs.replace(models["p/llama"], key="p/cut", shards=["p/cut/cut.gguf"])
+    cut = tiny_llama(tmp_path / model.shards[0])
+    os.truncate(cut, cut.stat().st_size // 2)
+    agent.models[model.key] = model
+    agent.settings = msgspec.structs.replace(agent.settings, models_dir=tmp_path)
+    commit, before = agent.commit, ""
+
+    async def watched(instance: Instance, event: Event, **changes: Any) -> tuple[Instance, float]:
+        nonlocal before
+        before = await said(agent, instance.id)
+        return await commit(instance, event, **changes)
+
+    monkeypatch.setattr(agent, "commit", watched)
+    id_ = await delivered(agent, key=model.key)
+    await reached(agent, id_, State.FAILED)
+    assert "not within the file bounds" in before
+    assert str(tmp_path) not in before
+    assert await said(agent, id_) == before
+
+
+async def test_what_the_engine_said_of_a_load_that_was_cancelled_is_there_with_the_cancel(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.resident, "ENGINE_LOG_S", 3600.0)
+    id_, runner, _ = await directed(agent, monkeypatch)  # its process loads, and nobody hears what came of it
+    await until(lambda: any("n_ctx" in line for line in runner.tail), "the engine has said something")
+    assert await said(agent, id_) == ""
+    agent.stop(id_)
+    await reached(agent, id_, State.CANCELLED)
+    assert "n_ctx" in await said(agent, id_)
+
+
+async def test_what_one_engine_said_is_not_anothers(agent: Agent) -> None:
+    for number, key in ((1, "p/llama"), (2, "p/moe")):
+        id_, _ = await loaded(agent, number, key)
+        agent.stop(id_)
+        await released(agent, id_)
+        assert f"{key}/" in await said(agent, id_)
+        assert ("p/llama/" in await said(agent, id_)) == (key == "p/llama")
+
+
+# ---- loads at once
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load goes on until it is stopped: its runner never hears of it."""
+    send = Runner.send
+
+    async def all_but_loads(self: Runner, message: ToRunner) -> None:
+        if not isinstance(message, Load):
+            await send(self, message)
+
+    monkeypatch.setattr(Runner, "send", all_but_loads)
+
+
+async def check_loads_at_once(agent: Agent, number: int) -> None:
+    """That exactly so many load at the same time, and the next one when one of them has ended."""
+    ids = [await delivered(agent, n) for n in range(1, number + 3)]
+
+    async def of(state: State) -> list[str]:
+        return [id_ for id_ in ids if (await record(agent, id_)).state is state]
+
+    async def all_load() -> bool:
+        return len(await of(State.LOADING)) >= number
+
+    await until(all_load, f"{number} load")
+    await asyncio.gather(*(agent.store.get(ids[0]) for _ in range(20)))  # time enough for one claim too many
+    assert (len(await of(State.LOADING)), len(await of(State.QUEUED))) == (number, 2)
+    first = (await of(State.LOADING))[0]
+    agent.stop(first)
+    await released(agent, first)
+    await until(all_load, "another one loads")
+    assert (len(await of(State.LOADING)), len(await of(State.QUEUED))) == (number, 1)
+    for id_ in ids:
+        agent.stop(id_)
+
+
+@pytest.mark.usefixtures("endless")
+@pytest.mark.parametrize("number", [1, 2])
+async def test_as_many_load_at_once_as_are_allowed(agent: Agent, number: int) -> None:
+    agent.settings = msgspec.structs.replace(agent.settings, loads_at_once=number)
+    await agent.warm()
+    await check_loads_at_once(agent, number)
+
+
+@pytest.mark.usefixtures("endless")
+async def test_one_loads_at_once_where_there_is_no_gpu(agent: Agent) -> None:
+    await agent.warm()
+    assert agent.devices == ["CPU"]
+    await check_loads_at_once(agent, 1)
+
+
+@pytest.mark.usefixtures("endless")
+@pytest.mark.parametrize(("loads_at_once", "number"), [(0, 2), (1, 1)])
+async def test_one_loads_at_once_on_each_gpu_if_not_told_otherwise(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, loads_at_once: int, number: int
+) -> None:
+    agent.settings = msgspec.structs.replace(agent.settings, loads_at_once=loads_at_once)
+    monkeypatch.setattr(worker.runner, "_run_child", gpus.main)
+    await agent.warm()
+    assert agent.devices == gpus.NAMES
+    await check_loads_at_once(agent, number)
+
+
+async def test_two_load_at_once_and_both_are_loaded(agent: Agent) -> None:
+    agent.settings = msgspec.structs.replace(agent.settings, loads_at_once=2)
+    await agent.warm()
+    ids = [await delivered(agent, number, key) for number, key in ((1, "p/llama"), (2, "p/moe"), (3, "p/bert"))]
+    found = [await reached(agent, id_, State.LOADED) for id_ in ids]
+    assert [one.devices for one in found] == [["CPU"]] * 3

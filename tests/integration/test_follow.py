@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
+import msgspec
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 import api.follow
+import shared.store
 from api.follow import Follower
 from shared.errors import QueueUnavailable
 from shared.lifecycle import Event, State
 from shared.schema import Instance, LoadRequest
-from shared.store import Store
+from shared.store import HISTORY_N, Store
 
 DEADLINE_S = 10.0
 
@@ -71,3 +74,198 @@ async def test_a_record_that_is_gone_ends_the_wait(
     with pytest.raises(QueueUnavailable):
         await following
     looking.cancel()
+
+
+# ---- where to begin
+
+
+async def moved(store: Store, record: Instance, revisions: int, *, ended: bool) -> Instance:
+    """The record with so many revisions in its log, the last of them terminal or not."""
+    record, _ = await store.commit(record, record.after(Event.CLAIM, epoch="e"))
+    while record.rev < revisions - ended:
+        new = msgspec.structs.replace(record, loaded_bytes=record.loaded_bytes + 1)
+        record, _ = await store.commit(record, new)
+    if ended:
+        record, _ = await store.commit(record, record.after(Event.EXPIRE))
+    assert record.rev == revisions
+    return record
+
+
+async def seen(follower: Follower, record: Instance, after: str = "0", most: int = 10_000) -> list[int]:
+    """The revisions that somebody sees who follows to the end, or for so many of them."""
+    found: list[int] = []
+    async with asyncio.timeout(DEADLINE_S), aclosing(follower.follow(record, after)) as revisions:
+        async for _, revision in revisions:
+            found.append(revision.rev)
+            if len(found) == most:
+                break
+    return found
+
+
+async def test_whoever_comes_back_gets_what_came_after_and_the_end_after_the_last(
+    store: Store, record: Instance
+) -> None:
+    await moved(store, record, 6, ended=True)
+    entries = [entry for entry, _ in await store.history(record)]
+    for n, entry in enumerate(entries):
+        assert await seen(Follower(store), record, entry) == [*range(n + 2, 7)]
+    assert await seen(Follower(store), record, "9999999999999-0") == []
+
+
+async def test_whoever_comes_back_after_the_last_entry_of_a_load_that_goes_on_waits_for_the_next(
+    store: Store, record: Instance
+) -> None:
+    last = await moved(store, record, 3, ended=False)
+    (*_, (entry, _)) = await store.history(record)
+    follower = Follower(store)
+    following = asyncio.create_task(seen(follower, record, entry))
+    await reading_done(follower)
+    assert not following.done()
+    await store.commit(last, last.after(Event.EXPIRE))
+    follower._ring(record.id)
+    assert await following == [4]
+
+
+async def reading_done(follower: Follower) -> None:
+    """Wait until somebody follows, and has read what there is."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not follower._bells or follower._readings:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await follower.store.redis.ping()
+
+
+@pytest.mark.parametrize("revisions", [7, 8, 9, 15, 16, 17, 40])
+async def test_a_log_of_several_readings_is_seen_whole_and_once(
+    store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch, revisions: int
+) -> None:
+    for module in (api.follow, shared.store):
+        monkeypatch.setattr(module, "HISTORY_N", 8)
+    last = await moved(store, record, revisions, ended=False)
+    assert await seen(Follower(store), record, most=revisions) == [*range(1, revisions + 1)]
+    await store.commit(last, last.after(Event.EXPIRE))
+    assert await seen(Follower(store), record) == [*range(1, revisions + 2)]
+
+
+async def test_a_log_longer_than_one_reading_is_seen_whole(store: Store, record: Instance) -> None:
+    await moved(store, record, HISTORY_N + 2, ended=True)
+    assert await seen(Follower(store), record) == [*range(1, HISTORY_N + 3)]
+
+
+# ---- many at once
+
+
+class Readings:
+    """Counts what is read of logs, and can hold back what was read."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.passing = asyncio.Event()
+        self.passing.set()
+        self.held = asyncio.Event()
+        self._history = store.history
+        monkeypatch.setattr(store, "history", self._read)
+
+    async def _read(self, instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
+        self.count += 1
+        passing = self.passing
+        found = await self._history(instance, after)
+        if not passing.is_set():
+            self.held.set()
+        await passing.wait()
+        return found
+
+
+@pytest.fixture
+def readings(store: Store, monkeypatch: pytest.MonkeyPatch) -> Readings:
+    return Readings(store, monkeypatch)
+
+
+async def test_many_followers_that_are_woken_together_read_once_and_all_see_everything(
+    store: Store, record: Instance, readings: Readings
+) -> None:
+    follower = Follower(store)
+    following = [asyncio.create_task(seen(follower, record)) for _ in range(200)]
+    async with asyncio.timeout(DEADLINE_S):
+        while len(follower._bells.get(record.id, ())) < len(following):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await reading_done(follower)
+    last = await moved(store, record, 5, ended=False)
+    follower._ring(record.id)
+    await reading_done(follower)
+    await store.commit(last, last.after(Event.EXPIRE))
+    follower._ring(record.id)
+    assert await asyncio.gather(*following) == [[*range(1, 7)]] * 200
+    assert readings.count <= 6, "three times there was something to read"
+
+
+async def test_followers_of_different_loads_or_from_different_entries_do_not_share(
+    store: Store, record: Instance
+) -> None:
+    other = await store.create(msgspec.structs.replace(record, id="load_2", instance_id=""))
+    await moved(store, record, 6, ended=True)
+    await moved(store, other, 3, ended=True)
+    entries = [entry for entry, _ in await store.history(record)]
+    follower = Follower(store)
+    found = await asyncio.gather(
+        seen(follower, record), seen(follower, other), seen(follower, record, entries[3]), seen(follower, record)
+    )
+    assert (*found,) == ([1, 2, 3, 4, 5, 6], [1, 2, 3], [5, 6], [1, 2, 3, 4, 5, 6])
+
+
+async def test_whoever_comes_while_something_older_is_read_does_not_get_that(
+    store: Store, record: Instance, readings: Readings
+) -> None:
+    """It would sleep until the recheck on what it could have seen at once."""
+    follower = Follower(store)
+    readings.passing.clear()
+    early = asyncio.create_task(seen(follower, record))
+    async with asyncio.timeout(DEADLINE_S):
+        await readings.held.wait()
+    held, readings.passing = readings.passing, asyncio.Event()
+    readings.passing.set()
+    await store.commit(record, record.after(Event.STOP))
+    assert await seen(follower, record) == [1, 2]
+    assert not early.done()
+    follower._ring(record.id)
+    held.set()
+    assert await early == [1, 2]
+
+
+async def test_a_follower_that_goes_away_while_several_read_disturbs_nobody(
+    store: Store, record: Instance, readings: Readings
+) -> None:
+    """Whichever it is: also the one that began the reading."""
+    await moved(store, record, 3, ended=True)
+    follower = Follower(store)
+    readings.passing.clear()
+    following = [asyncio.create_task(seen(follower, record)) for _ in range(5)]
+    async with asyncio.timeout(DEADLINE_S):
+        await readings.held.wait()
+    gone = [following.pop(0), following.pop(1)]
+    for one in gone:
+        one.cancel()
+    done, _ = await asyncio.wait(gone, timeout=DEADLINE_S)
+    assert all(one.cancelled() for one in done)
+    assert len(done) == 2
+    readings.passing.set()
+    assert await asyncio.gather(*following) == [[1, 2, 3]] * 3
+    assert readings.count == 1
+    assert (follower._readings, dict(follower._bells)) == ({}, {}), "nothing is kept of followers that are gone"
+
+
+async def test_where_redis_fails_in_a_shared_reading_all_are_told_and_the_next_one_reads_again(
+    store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await moved(store, record, 3, ended=True)
+    follower, history = Follower(store), store.history
+
+    async def fail(instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
+        await history(instance, after)
+        raise RedisConnectionError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "history", fail)
+        found = await asyncio.gather(*(seen(follower, record) for _ in range(5)), return_exceptions=True)
+    assert [type(one) for one in found] == [RedisConnectionError] * 5
+    assert await seen(follower, record) == [1, 2, 3]

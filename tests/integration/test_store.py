@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,10 +17,25 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from msgspec import msgpack
 
+import shared.store
 from shared.errors import ErrorBody
 from shared.lifecycle import Event, State
 from shared.schema import Instance, LoadConfig, LoadRequest, Model, Problem, WorkerSnapshot
-from shared.store import NEWS, RETAIN_S, Fenced, NoLease, Store, connected, pack_job, queue_of, unpack_job
+from shared.store import (
+    NEWS,
+    RETAIN_S,
+    Fenced,
+    Full,
+    KeyTaken,
+    NoLease,
+    Remembered,
+    StopWished,
+    Store,
+    connected,
+    pack_job,
+    queue_of,
+    unpack_job,
+)
 
 DEADLINE_S = 10.0
 WITHOUT_EXPIRY = {"insts", "names", "workers", "counters"}  # as the store's header says, beside live records
@@ -453,3 +469,377 @@ def test_a_job_is_msgpack_and_an_exception_in_it_is_its_text() -> None:
     assert unpack_job(pack_job({"r": ValueError("why")})) == {"r": "why"}
     with pytest.raises(msgspec.DecodeError):
         unpack_job(pickle.dumps({"f": "load"}))
+
+
+# ---- limits
+
+ROOM = 1000
+
+
+async def refused(store: Store, number: int, at_most: tuple[int, int], worker: str = "w") -> Full:
+    """How one too many was refused; nothing of it is left."""
+    before = len(await store.live())
+    with pytest.raises(Full) as full:
+        await store.create(queued(number, worker=worker), at_most=at_most)
+    assert await store.get(f"load_{number}") is None
+    assert len(await store.live()) == before
+    return full.value
+
+
+async def test_so_many_may_wait_for_one_worker_and_no_more(store: Store) -> None:
+    for number in (1, 2):
+        await store.create(queued(number), at_most=(2, ROOM))
+    assert (await refused(store, 3, (2, ROOM))).limit == 2
+    await store.create(queued(4, worker="another"), at_most=(2, ROOM))
+    await store.create(queued(5), at_most=(3, ROOM))
+
+
+async def test_so_many_may_wait_in_all_and_no_more(store: Store) -> None:
+    await store.create(queued(1), at_most=(ROOM, 2))
+    await store.create(queued(2, worker="another"), at_most=(ROOM, 2))
+    for worker in ("w", "another"):
+        assert (await refused(store, 3, (ROOM, 2), worker)).limit == 2
+
+
+async def test_of_many_at_once_exactly_as_many_are_accepted_as_may_wait(store: Store) -> None:
+    creations = (store.create(queued(n, worker=("w", "another")[n % 2]), at_most=(8, 12)) for n in range(60))
+    results = await asyncio.gather(*creations, return_exceptions=True)
+    made = [result for result in results if isinstance(result, Instance)]
+    assert len(made) == 12
+    assert max(sum(one.worker == worker for one in made) for worker in ("w", "another")) <= 8
+    assert {type(result) for result in results} == {Instance, Full}
+    assert {one.id for one in await store.live()} == {one.id for one in made}
+
+
+@pytest.mark.parametrize("event", [Event.CLAIM, Event.STOP, Event.FAIL, Event.EXPIRE])
+async def test_whatever_leaves_the_queue_makes_room_for_one_and_only_once(
+    store: Store, raw: redis.Redis, event: Event
+) -> None:
+    first = await store.create(queued(1), at_most=(1, 1))
+    await refused(store, 2, (1, 1))
+    left = first.after(event, **({"error": ERROR} if event is Event.FAIL else {}))
+    for _ in range(2):  # as after a lost reply
+        await store.commit(first, left)
+    assert raw.llen("pace") == raw.llen("pace:w") == 1
+    await store.create(queued(2), at_most=(1, 1))
+    await refused(store, 3, (1, 1))
+
+
+async def test_what_loads_or_is_loaded_does_not_wait(store: Store, raw: redis.Redis) -> None:
+    for number in range(3):
+        loading = await claimed(store, number)
+        await store.commit(loading, loading.after(Event.LOAD, loaded_at=1.0))
+    assert raw.llen("pace") == 3, "one for each claim"
+    await store.create(queued(9), at_most=(1, 1))
+
+
+async def test_a_creation_repeated_after_a_lost_reply_is_no_second_one_at_the_limit(store: Store) -> None:
+    made = await store.create(queued(1), at_most=(1, 1))
+    assert await store.create(queued(1), at_most=(1, 1)) == made
+    moved, _ = await store.commit(made, made.after(Event.CLAIM, epoch="e"))
+    await store.create(queued(2), at_most=(1, 1))
+    assert (await store.create(queued(1), at_most=(1, 1))).instance_id == moved.instance_id
+
+
+# ---- when to come back
+
+
+def departed(raw: redis.Redis, key: str, *seconds_ago: float) -> None:
+    """That so many left the queue, so long ago each; the last one first."""
+    seconds, microseconds = raw.time()  # type: ignore[misc]
+    now = int(seconds) * 1_000_000 + int(microseconds)
+    raw.rpush(key, *(round(now - ago * 1e6) for ago in seconds_ago))
+
+
+async def test_where_nothing_left_the_queue_lately_a_client_comes_back_in_half_a_minute(store: Store) -> None:
+    await store.create(queued(1))
+    assert (await refused(store, 2, (1, ROOM))).retry_after_s == 30
+    assert (await refused(store, 2, (ROOM, 1))).retry_after_s == 30
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "retry_after_s"),
+    [
+        ([9.0], 10),
+        ([0.0, 1.0, 2.0, 9.0], 3),
+        ([0.5] * 16, 1),  # the least
+        ([0.0], 1),
+        ([299.5], 300),
+        ([3000.0], 300),  # the most
+        ([0.0, 3500.0], 300),
+    ],
+)
+async def test_a_client_comes_back_when_one_will_have_left_at_the_pace_of_the_last_ones(
+    store: Store, raw: redis.Redis, seconds_ago: list[float], retry_after_s: int
+) -> None:
+    """In whole seconds and rounded up, and since nobody left meanwhile, it is never sooner than that."""
+    await store.create(queued(1))
+    departed(raw, "pace:w", *seconds_ago)
+    assert (await refused(store, 2, (1, ROOM))).retry_after_s == retry_after_s
+
+
+async def test_the_pace_that_counts_is_that_of_what_is_full(store: Store, raw: redis.Redis) -> None:
+    await store.create(queued(1))
+    departed(raw, "pace:w", 99.1)
+    departed(raw, "pace", 49.1)
+    assert (await refused(store, 2, (1, 1))).retry_after_s == 100, "its worker's"
+    assert (await refused(store, 2, (ROOM, 1))).retry_after_s == 50, "that of all"
+
+
+async def test_the_pace_is_that_of_the_last_departures(store: Store, raw: redis.Redis) -> None:
+    departed(raw, "pace:w", *[3000.0] * 16)
+    for number in range(20):
+        await claimed(store, number)
+    await store.create(queued(21))
+    assert (await refused(store, 22, (1, ROOM))).retry_after_s <= 2, "twenty left within moments"
+    assert raw.llen("pace:w") == raw.llen("pace") == 16
+
+
+# ---- the same request again
+
+
+async def test_the_second_creation_with_a_key_is_told_of_the_first(store: Store, raw: redis.Redis) -> None:
+    assert await store.remembered("k") is None
+    made = await store.create(queued(1), key="k", digest="d")
+    for digest in ("d", "another request's"):
+        with pytest.raises(KeyTaken) as taken:
+            await store.create(queued(2), key="k", digest=digest)
+        assert taken.value.remembered == Remembered("load_1", "d")
+    assert await store.remembered("k") == Remembered("load_1", "d")
+    assert await store.live() == [made]
+    assert (await store.create(queued(3), key="another", digest="d")).id == "load_3"
+
+
+async def test_a_key_is_remembered_when_its_load_has_ended(store: Store) -> None:
+    made = await store.create(queued(1), key="k", digest="d")
+    await store.commit(made, made.after(Event.STOP))
+    with pytest.raises(KeyTaken):
+        await store.create(queued(2), key="k", digest="d")
+
+
+async def test_of_many_creations_at_once_with_one_key_exactly_one_makes_a_record(
+    store: Store, raw: redis.Redis
+) -> None:
+    creations = (store.create(queued(n), key="k", digest=str(n % 2)) for n in range(100))
+    results = await asyncio.gather(*creations, return_exceptions=True)
+    (made,) = (result for result in results if isinstance(result, Instance))
+    told = {result.remembered.id for result in results if isinstance(result, KeyTaken)}
+    assert told == {made.id}
+    assert len(results) == 1 + sum(isinstance(result, KeyTaken) for result in results)
+    assert await store.live() == [made]
+    assert raw.hgetall("counters") == {b"queued": b"1"}
+
+
+async def test_a_creation_with_a_key_repeated_after_a_lost_reply_is_the_first_one(store: Store) -> None:
+    made = await store.create(queued(1), key="k", digest="d")
+    assert await store.create(queued(1), key="k", digest="d") == made
+
+
+async def test_what_was_refused_is_not_remembered(store: Store) -> None:
+    with pytest.raises(NoLease):
+        await store.create(queued(1, worker="gone"), key="k", digest="d")
+    await store.create(queued(2))
+    with pytest.raises(Full):
+        await store.create(queued(1), at_most=(1, 1), key="k", digest="d")
+    assert await store.remembered("k") is None
+    assert (await store.create(queued(1), key="k", digest="d")).id == "load_1"
+
+
+async def test_a_known_key_is_answered_where_a_new_load_would_be_refused(store: Store, raw: redis.Redis) -> None:
+    await store.create(queued(1), key="k", digest="d")
+    with pytest.raises(KeyTaken):
+        await store.create(queued(2), at_most=(1, 1), key="k", digest="d")
+    raw.delete("lease:w")
+    with pytest.raises(KeyTaken):
+        await store.create(queued(2), key="k", digest="d")
+
+
+async def test_without_a_key_nothing_is_remembered(store: Store, raw: redis.Redis) -> None:
+    for number in (1, 2):
+        await store.create(queued(number))
+    assert not [key for key in keys(raw) if key.startswith("idem:")]
+
+
+async def test_what_helps_to_find_a_load_expires_after_it(store: Store, raw: redis.Redis) -> None:
+    made = await store.create(queued(1), key="k", digest="d")
+    await store.commit(made, made.after(Event.STOP))
+    found = keys(raw)
+    assert 0 < found["pace"] <= 3600
+    assert 0 < found["pace:w"] <= 3600
+    for key in ("idem:k", "jobs"):
+        assert RETAIN_S - 60 < found[key] <= RETAIN_S
+    assert {key for key, left in found.items() if left == -1} == {"counters"}
+
+
+# ---- the list
+
+
+async def listed(store: Store) -> list[str]:
+    return [instance.id async for instance in store.newest()]
+
+
+async def test_records_are_listed_newest_first_whatever_has_become_of_them(store: Store) -> None:
+    assert await listed(store) == []
+    first, second = await ended(store, 1), await claimed(store, 2)
+    third = await store.create(queued(3, worker="another"))
+    assert [instance async for instance in store.newest()] == [third, second, first]
+
+
+async def test_a_list_of_several_pages_has_every_record_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for page in (1, 7, 20, 21, 200):
+        monkeypatch.setattr(shared.store, "PAGE_N", page)
+        if not await store.live():
+            for number in range(20):
+                await (ended if number % 3 else claimed)(store, number)
+        assert await listed(store) == [f"load_{number}" for number in reversed(range(20))]
+
+
+async def test_a_list_longer_than_a_page_is_whole(store: Store) -> None:
+    made = await asyncio.gather(*(store.create(queued(n)) for n in range(shared.store.PAGE_N + 1)))
+    wanted = sorted(made, key=lambda one: one.created_at, reverse=True)
+    assert await listed(store) == [one.id for one in wanted]
+
+
+async def test_what_was_made_while_a_list_is_read_does_not_move_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared.store, "PAGE_N", 2)
+    for number in range(5):
+        await store.create(queued(number))
+    found = []
+    async for instance in store.newest():
+        found.append(instance.id)
+        await ended(store, 10 + len(found))
+    assert [id_ for id_ in found if id_ in {f"load_{n}" for n in range(5)}] == [f"load_{n}" for n in (4, 3, 2, 1, 0)]
+    assert len(found) == len({*found})
+
+
+async def test_records_of_long_ago_are_listed_last_and_only_if_they_live(store: Store, raw: redis.Redis) -> None:
+    """A loaded instance may be older than the index; one that has ended by then is forgotten."""
+    old = [await claimed(store, number) for number in (1, 2)]
+    await ended(store, 3)
+    now = round(time.time())
+    raw.zadd("jobs", {f"load_{number}": (now - RETAIN_S - number) * 1_000_000 for number in (1, 2, 3)})
+    assert (await listed(store))[0] == "load_1", "nothing has cleared the index yet"
+    new = await store.create(queued(4))
+    assert raw.zcard("jobs") == 1
+    assert await listed(store) == [new.id, old[1].id, old[0].id]
+
+
+async def test_a_record_that_expired_is_left_out_of_the_list(store: Store, raw: redis.Redis) -> None:
+    for number in (1, 2, 3):
+        await ended(store, number)
+    raw.delete("inst:load_2", "inst:load_2:log")
+    assert await listed(store) == ["load_3", "load_1"]
+
+
+# ---- wishes
+
+
+async def test_what_is_to_be_stopped_does_not_become_loaded(store: Store, raw: redis.Redis) -> None:
+    """Whoever was told that his cancel was heard must not find the load at its end."""
+    loading = await claimed(store)
+    assert await store.request_stop(loading.id, unless_loaded=True) is State.LOADING
+    with pytest.raises(StopWished):
+        await store.commit(loading, loading.after(Event.LOAD, loaded_at=1.0))
+    found = await store.get(loading.id)
+    assert found is not None
+    assert (found.state, found.rev) == (State.LOADING, loading.rev)
+    assert raw.xlen(f"inst:{loading.id}:log") == loading.rev
+    stopping, _ = await store.commit(loading, loading.after(Event.STOP))
+    assert (await store.commit(stopping, stopping.after(Event.EXIT)))[0].state is State.CANCELLED
+
+
+async def test_a_wish_after_the_load_does_not_undo_it(store: Store) -> None:
+    loading = await claimed(store)
+    new = loading.after(Event.LOAD, loaded_at=1.0)
+    loaded, _ = await store.commit(loading, new)
+    assert await store.request_stop(loading.id) is State.LOADED
+    assert (await store.commit(loading, new))[0] == loaded, "its reply may have been lost"
+    stopping, _ = await store.commit(loaded, loaded.after(Event.STOP))
+    assert (await store.commit(stopping, stopping.after(Event.EXIT)))[0].state is State.UNLOADED
+
+
+async def test_of_a_cancel_and_the_end_of_a_load_at_once_exactly_one_wins(store: Store) -> None:
+    for number in range(20):
+        loading = await claimed(store, number)
+        state, done = await asyncio.gather(
+            store.request_stop(loading.id, unless_loaded=True),
+            store.commit(loading, loading.after(Event.LOAD, loaded_at=1.0)),
+            return_exceptions=True,
+        )
+        if state is State.LOADING:
+            assert isinstance(done, StopWished)
+        else:
+            assert state is State.LOADED
+            assert isinstance(done, tuple)
+
+
+PATHS: dict[State, list[Event]] = {
+    State.QUEUED: [],
+    State.LOADING: [Event.CLAIM],
+    State.LOADED: [Event.CLAIM, Event.LOAD],
+    State.UNLOADING: [Event.CLAIM, Event.LOAD, Event.STOP],
+    State.UNLOADED: [Event.CLAIM, Event.LOAD, Event.STOP, Event.EXIT],
+    State.CANCELLED: [Event.STOP],
+    State.FAILED: [Event.CLAIM, Event.FAIL],
+    State.LOST: [Event.CLAIM, Event.EXPIRE],
+}
+
+
+async def in_state(store: Store, state: State) -> Instance:
+    record = await store.create(queued())
+    for event in PATHS[state]:
+        changes = {"loaded_at": 1.0} if event is Event.LOAD else {"error": ERROR} if event is Event.FAIL else {}
+        record, _ = await store.commit(record, record.after(event, **changes))
+    assert record.state is state
+    return record
+
+
+@pytest.mark.parametrize("state", list(State))
+async def test_a_cancel_is_told_the_state_and_is_wished_only_of_what_is_not_loaded_yet(
+    store: Store, raw: redis.Redis, state: State
+) -> None:
+    record = await in_state(store, state)
+    assert raw.hmget(f"inst:{record.id}", ["state"]) == [state.value.encode()]
+    async with listening(store, "wake:w") as heard:
+        assert await store.request_stop(record.id, unless_loaded=True) is state
+        await store.ring("w")
+        wished = await heard.get() == record.id.encode()
+    found = await store.get(record.id)
+    assert found is not None
+    assert found.stop_requested == wished == (state in (State.QUEUED, State.LOADING))
+
+
+@pytest.mark.parametrize("state", list(State))
+async def test_an_unload_is_wished_of_anything(store: Store, state: State) -> None:
+    record = await in_state(store, state)
+    assert await store.request_stop(record.id) is state
+    found = await store.get(record.id)
+    assert found is not None
+    assert found.stop_requested
+
+
+# ---- what the engine said
+
+
+async def test_what_the_engine_said_is_kept_with_the_record_for_as_long_as_that(store: Store, raw: redis.Redis) -> None:
+    record = await claimed(store)
+    assert await store.engine_log(record.id) is None
+    await store.write_engine_log(record.id, "one\n")
+    await store.write_engine_log(record.id, "one\ntwo \u00e9\n")
+    assert await store.engine_log(record.id) == "one\ntwo \u00e9\n".encode()
+    assert await store.get(record.id) == record, "it is no revision"
+    failed, _ = await store.commit(record, record.after(Event.FAIL, error=ERROR))
+    await store.write_engine_log(record.id, "three\n")
+    assert await store.engine_log(record.id) == b"three\n"
+    assert await store.get(record.id) == failed
+    assert RETAIN_S - 60 < int(raw.ttl(f"inst:{record.id}")) <= RETAIN_S  # type: ignore[arg-type]
+
+
+async def test_what_the_engine_said_does_not_bring_back_a_record_that_is_gone(store: Store, raw: redis.Redis) -> None:
+    record = await claimed(store)
+    raw.flushall()
+    await store.write_engine_log(record.id, "one\n")
+    assert await store.engine_log(record.id) is None
+    assert keys(raw) == {}
