@@ -13,7 +13,7 @@ from shared.errors import InvalidType, InvalidValue
 
 LONGEST_WAIT_S = 300
 USUAL_JOBS, MOST_JOBS = 100, 1000  # of a list
-PREFERENCE = re.compile(r'(?:"[^"]*+"|[^",]++)++')  # up to a comma that is not quoted
+PREFERENCE = re.compile(r'(?:"[^"]*+"|[^",]++|")++')  # up to a comma that is not quoted
 ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}", re.ASCII)
 
 
