@@ -73,7 +73,8 @@ async def on_http_exception(request: Request, exc: Exception) -> Response:
 
 
 async def on_unavailable(request: Request, exc: Exception) -> Response:
-    """Redis did not answer: nothing was accepted, so the same request may be sent again."""
+    """Redis did not answer.  What was asked for may have been done all the same: for a load that is to be sent again
+    there are idempotency keys."""
     log.get("api").warning("redis unavailable", action="redis_unavailable", error=str(exc), path=request.url.path)
     return reply(QueueUnavailable("The queue (Redis) does not answer. Try again shortly."))
 

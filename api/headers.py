@@ -65,6 +65,11 @@ def last_event_id(header: str | None) -> str:
     return header
 
 
+def is_after(entry: str, other: str) -> bool:
+    """Whether one entry of a log comes after another."""
+    return [int(n) for n in entry.split("-")] > [int(n) for n in other.split("-")]
+
+
 def whole_number(query: QueryParams, name: str, default: int, lowest: int, highest: int) -> int:
     """A query parameter; more than `highest` counts as that.  Raises InvalidType and InvalidValue."""
     text = query.get(name)

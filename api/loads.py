@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import uuid
 from collections.abc import Callable
 from contextlib import aclosing, suppress
 
 import msgspec
-from msgspec import UNSET
 
 from api.follow import RECORD_LOST, Follower
 from api.jobs import is_over, outcome, status
+from api.models import check, listed
 from api.roster import Roster
 from shared import log
 from shared.errors import (
     ErrorBody,
     IdempotencyKeyReused,
-    InvalidValue,
     JobAlreadyFinished,
     JobNotFound,
     LoadFailed,
@@ -31,14 +29,12 @@ from shared.errors import (
 )
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema import (
-    Capabilities,
     Instance,
     JobStatus,
     ListedModel,
     LoadedInstance,
     LoadRequest,
     Model,
-    Quantization,
 )
 from shared.settings import Settings
 from shared.store import UNAVAILABLE, Fenced, Full, KeyTaken, NoLease, Remembered, Store, queue_of
@@ -198,14 +194,14 @@ class Loads:
     async def cancel(self, job_id: str) -> Instance:
         """Stop a load; returns its record once its runner is gone.
 
-        Raises JobNotFound, JobAlreadyFinished, also where the load comes to its end first, and QueueUnavailable after
-        STOP_DEADLINE_S.
+        Raises JobNotFound, JobAlreadyFinished, also where the load comes to another end first, and QueueUnavailable
+        after STOP_DEADLINE_S.
         """
         instance = await self.job(job_id)
         if is_over(instance):
             raise _finished(job_id)
         ended = await self._stop(instance, unless_loaded=True)
-        if ended.loaded_at is not None:
+        if ended.state is not State.CANCELLED:  # another end came first; of a lost one nobody knows the memory
             raise _finished(job_id)
         return ended
 
@@ -244,61 +240,6 @@ class Loads:
                     LoadedInstance(id=instance.instance_id, config=instance.load_config, worker=instance.worker)
                 )
         return [listed(model, loaded.get(model.key, [])) for model in self.roster.listed()]
-
-
-def check(request: LoadRequest, model: Model) -> None:
-    """Refuse what the model cannot do, and what llama.cpp would abort on.  Raises InvalidValue."""
-    if request.context_length is not UNSET and request.context_length > model.max_context_length:
-        raise InvalidValue(
-            f"'context_length': {request.context_length} is more than the maximum of {model.max_context_length} "
-            f"tokens that '{request.model}' supports.",
-            param="context_length",
-            maximum=model.max_context_length,
-        )
-    if model.type != "llm":
-        return
-    if model.expert_count and request.num_experts is not UNSET and request.num_experts > model.expert_count:
-        raise InvalidValue(
-            f"'num_experts': expected integer from 1 to {model.expert_count}, got {request.num_experts}.",
-            param="num_experts",
-            maximum=model.expert_count,
-        )
-    if request.parallel is not UNSET:
-        limits = {
-            "context_length": model.max_context_length if request.context_length is UNSET else request.context_length,
-            "eval_batch_size": request.eval_batch_size,
-        }
-        for name, limit in limits.items():
-            if limit is not UNSET and limit < request.parallel:
-                raise InvalidValue(
-                    f"'parallel': {request.parallel} sequences do not fit into {limit} tokens of '{name}'.",
-                    param="parallel",
-                    maximum=limit,
-                )
-
-
-def listed(model: Model, loaded: list[LoadedInstance]) -> ListedModel:
-    llm = model.type == "llm"
-    return ListedModel(
-        type=model.type,
-        publisher=model.publisher,
-        key=model.key,
-        display_name=model.display_name,
-        architecture=model.architecture if llm else UNSET,
-        quantization=Quantization(
-            name=model.quantization,
-            bits_per_weight=None if model.bits_per_weight is None else math.floor(model.bits_per_weight),
-        ),
-        size_bytes=model.size_bytes,
-        params_string=model.params_string,
-        loaded_instances=loaded,
-        max_context_length=model.max_context_length,
-        format="gguf",
-        capabilities=Capabilities(vision=model.vision, trained_for_tool_use=model.trained_for_tool_use)
-        if llm
-        else UNSET,
-        description=model.description if llm else UNSET,
-    )
 
 
 def _finished(job_id: str) -> JobAlreadyFinished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -20,6 +21,7 @@ from api.headers import (
     USUAL_JOBS,
     accepts_events,
     idempotency_key,
+    is_after,
     last_event_id,
     one_of,
     preference,
@@ -31,7 +33,7 @@ from api.openapi import docs_page, openapi_json
 from api.operations import LOAD, STATUS
 from api.stream import EventStream, events
 from api.waiting import Waiting
-from shared.errors import QueueUnavailable
+from shared.errors import JobNotFound, QueueUnavailable
 from shared.schema import Instance, JobList, JobStatus, LoadRequest, ModelList, UnloadRequest, UnloadResult
 from shared.store import UNAVAILABLE
 
@@ -74,7 +76,7 @@ async def one_job(request: Request) -> Response:
     """The job as it is, or once it is over and at the latest after `wait` seconds."""
     loads: Loads = request.state.loads
     wait_s = whole_number(request.query_params, "wait", default=0, lowest=0, highest=LONGEST_WAIT_S)
-    instance = await loads.job(request.path_params["job_id"])
+    instance = await loads.job(_job_id(request))
     if wait_s and not is_over(instance):
         with _place(request):
             instance = await waited_for(request, loads.settled(instance, wait_s))
@@ -83,18 +85,21 @@ async def one_job(request: Request) -> Response:
 
 async def cancel(request: Request) -> Response:
     loads: Loads = request.state.loads
-    return _json(job(await waited_for(request, loads.cancel(request.path_params["job_id"]))))
+    return _json(job(await waited_for(request, loads.cancel(_job_id(request)))))
 
 
 async def job_events(request: Request) -> Response:
     loads: Loads = request.state.loads
+    if request.method == "HEAD":
+        await loads.job(_job_id(request))
+        return Response(media_type=EventStream.media_type)
     after = last_event_id(request.headers.get("last-event-id"))
-    return await _stream(request, partial(loads.job, request.path_params["job_id"]), after)
+    return await _stream(request, partial(loads.job, _job_id(request)), after)
 
 
 async def job_logs(request: Request) -> Response:
     loads: Loads = request.state.loads
-    return PlainTextResponse(await loads.engine_log(request.path_params["job_id"]))
+    return PlainTextResponse(await loads.engine_log(_job_id(request)))
 
 
 async def unload(request: Request) -> Response:
@@ -141,6 +146,14 @@ ROUTES = [
 ]
 
 
+def _job_id(request: Request) -> str:
+    """The id in the path.  Raises JobNotFound for what can be none: it would name another key in Redis."""
+    job_id: str = request.path_params["job_id"]
+    if not re.fullmatch(r"load_[0-9a-f]{32}", job_id):
+        raise JobNotFound(f"Job '{job_id}' not found.", param="job_id")
+    return job_id
+
+
 def _place(request: Request) -> AbstractContextManager[None]:
     waiting: Waiting = request.state.waiting
     return waiting.place()
@@ -153,12 +166,15 @@ async def _stream(request: Request, find: Callable[[], Awaitable[Instance]], aft
     with ExitStack() as undo:
         undo.enter_context(_place(request))
         instance = await find()
+        if after != "0" and is_after(after, await loads.store.last_entry(instance.id)):
+            after = "0"  # it is of another load, or of none
         if is_over(instance) and after != "0":
             left = await loads.store.history(instance, after)
             if all(event(revision) is None for _, revision in left):
                 return Response(status_code=204)
         place = undo.pop_all()
-    return EventStream(events(loads.follower, instance, after, request.state.closing), place)
+    closing: asyncio.Event = request.state.closing
+    return EventStream(events(loads.follower, instance, after, closing), place, closing)
 
 
 def _accepted(instance: Instance, applied: dict[str, str]) -> Response:

@@ -9,42 +9,50 @@ from typing import Any
 
 import msgspec
 from starlette.responses import StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from api.follow import Follower
 from api.jobs import event, is_over
-from shared import log
 from shared.errors import QueueUnavailable
 from shared.schema import Instance, LoadError, LoadEvent
 from shared.store import UNAVAILABLE
 
 HEARTBEAT_S = 10.0  # a comment this often while nothing happens, for proxies that cut what is silent
-SEND_DEADLINE_S = 30.0  # for a reader that takes nothing; what it has not taken waits in Redis, not here
+LAST_WORDS_S = 0.5  # for what is still to be sent when the process is told to stop
 
 
 class EventStream(StreamingResponse):
-    """The events of a load to one client, for which `place` is held."""
+    """The events of a load to one client, for which `place` is held; ends soon after `closing` is set.
+
+    A reader that takes nothing is cut off by the kernel (`shared.listener`).
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], place: AbstractContextManager[object]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], place: AbstractContextManager[object], closing: asyncio.Event
+    ) -> None:
         super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self.events, self.place = events, place
+        self.place, self.closing = place, closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Not Starlette's: its way to cancel comes again and again, and would cut off what `events` has to tidy up."""
+        streaming = asyncio.ensure_future(self.stream_response(send))
+        others = [
+            asyncio.ensure_future(self.listen_for_disconnect(receive)),
+            asyncio.ensure_future(self.closing.wait()),
+        ]
         with self.place:
-            async with aclosing(self.events):
-                await super().__call__(scope, receive, send)
-
-    async def stream_response(self, send: Send) -> None:
-        async def in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_DEADLINE_S):
-                await send(message)
-
-        try:
-            await super().stream_response(in_time)
-        except TimeoutError:  # uvicorn closes the connection of a response that was not completed
-            log.get("api").warning("an event stream's reader takes nothing", action="stream_stalled")
+            try:
+                await asyncio.wait([streaming, *others], return_when=asyncio.FIRST_COMPLETED)
+                if self.closing.is_set():
+                    await asyncio.wait([streaming], timeout=LAST_WORDS_S)
+            finally:
+                for task in (streaming, *others):
+                    task.cancel()
+                results = await asyncio.gather(streaming, *others, return_exceptions=True)
+        if isinstance(results[0], Exception):
+            raise results[0]
 
 
 async def events(

@@ -157,6 +157,7 @@ async def _up(settings: Settings, listening: socket.socket, redis: Server | None
             )
             supervisor.start(command)
             await supervisor.until(partial(devredis.missing, redis.socket), "The embedded Redis")
+            await devredis.forget_lease(redis.socket, settings.name)
         supervisor.start(_worker_command(settings, WORKER_GRACE_S))
         supervisor.start(_api_command(settings, listening))
         await supervisor.until(partial(listener.missing, listening, "/readyz"), "Loadstone")

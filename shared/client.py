@@ -13,7 +13,17 @@ import httpx
 import msgspec
 
 from shared.errors import ErrorBody
-from shared.schema import Job, JobList, LoadEnd, LoadError, LoadEvent, LoadRequest, ModelList, UnloadRequest
+from shared.schema import (
+    Job,
+    JobList,
+    LoadEnd,
+    LoadError,
+    LoadEvent,
+    LoadProgress,
+    LoadRequest,
+    ModelList,
+    UnloadRequest,
+)
 from shared.settings import is_loopback
 
 PATIENCE_S = 30.0  # without any answer, for a load that is under way or to be accepted
@@ -54,6 +64,7 @@ class Patience:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._note, self._now, self._sleep = note, now, sleep
+        self._noted = ""
         self.heard()
 
     def heard(self) -> None:
@@ -69,7 +80,9 @@ class Patience:
         if failure.retry_after_s is None or self._now() + pause > self._until:
             raise failure
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-        self._note(f"{failure} Trying again.")
+        if (sentence := f"{failure} Trying again.") != self._noted:
+            self._note(sentence)
+            self._noted = sentence
         self._sleep(pause)
 
 
@@ -145,6 +158,14 @@ class Client:
                         return
                 raise self._broken()
             except Failure as failure:
+                if failure.error.code == "too_many_waiting":  # a poll that waits for nothing needs no place
+                    event = _as_event(self.job(job_id))
+                    if isinstance(event, LoadError):
+                        raise _ended(event.error) from None
+                    yield event
+                    if isinstance(event, LoadEnd):
+                        return
+                    patience.heard()
                 patience.wait(failure)
 
     def _events(self, job_id: str, after: str, patience: Patience) -> Iterator[tuple[str, LoadEvent]]:
@@ -155,15 +176,7 @@ class Client:
                 for id_, data in events(_lines(answer, patience)):
                     yield id_, self._decode(data, LoadEvent)
                 return
-        job = self.job(job_id)  # no event is left after that id
-        if job.result is not None:
-            seconds = job.result.load_time_seconds
-            yield (
-                after,
-                LoadEnd(model_instance_id=job.instance_id, job_id=job_id, load_time_seconds=seconds, result=job.result),
-            )
-        elif job.status in ("failed", "cancelled"):
-            yield after, LoadError(error=job.error or cancelled(job.model))
+        yield after, _as_event(self.job(job_id))  # no event is left after that id
 
     def _ask(self, kind: type[T], method: str, path: str, **options: Any) -> T:
         with self._answer(method, path, **options) as answer:
@@ -216,6 +229,30 @@ def checked_url(text: str) -> str | None:
 
 def cancelled(model: str) -> ErrorBody:
     return _error("model_load_failed", f"The load of {model} was cancelled.", code="load_cancelled")
+
+
+def _as_event(job: Job) -> LoadEvent:
+    """What its stream would say last of a load as it is now."""
+    if job.result is not None:
+        return LoadEnd(
+            model_instance_id=job.instance_id,
+            job_id=job.job_id,
+            load_time_seconds=job.result.load_time_seconds,
+            result=job.result,
+        )
+    if job.error is not None:
+        return LoadError(error=job.error)
+    return LoadProgress(
+        model_instance_id=job.instance_id,
+        job_id=job.job_id,
+        status=job.status,
+        progress=job.progress,
+        phase=job.phase,
+        total_size_bytes=job.total_size_bytes,
+        loaded_bytes=job.loaded_bytes,
+        bytes_per_second=job.bytes_per_second,
+        estimated_completion=job.estimated_completion,
+    )
 
 
 def _ended(error: ErrorBody) -> Failure:

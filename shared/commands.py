@@ -163,6 +163,10 @@ def load(server: Client, as_json: bool, model: str, detach: bool, idempotency_ke
         result = outcome(server, job)
     except KeyboardInterrupt:
         interrupted(server, request, key, job)
+    except Failure as failure:
+        if job is not None and failure.retry_after_s is not None:  # patience ended, and not the load
+            say(f"The load goes on as {job.job_id}.")
+        raise
     if as_json:
         return document(result)
     applied = describe(result.load_config) if result.load_config is not UNSET else ""

@@ -143,13 +143,29 @@ async def missing(socket: Path) -> str | None:
     While it reads its file it accepts connections and answers every command with an error, -LOADING.
     """
     try:
-        async with asyncio.timeout(ANSWER_S):
-            reader, writer = await asyncio.open_unix_connection(socket)
-            try:
-                writer.write(b"PING\r\n")
-                answer = (await reader.readline()).decode(errors="replace").strip()
-            finally:
-                writer.close()
+        answer = await _ask(socket, "PING")
     except (OSError, TimeoutError) as e:
         return f"its socket does not answer ({type(e).__name__})"
     return None if answer == "+PONG" else f"it answers {answer!r}"
+
+
+async def forget_lease(socket: Path, worker: str) -> None:
+    """End the lease that the worker of a killed `loadstone up` left behind: until it runs out, it would count as
+    alive.  Raises RedisUnavailable."""
+    try:
+        answer = await _ask(socket, f"DEL lease:{worker} worker:{worker}")
+    except (OSError, TimeoutError) as e:
+        raise RedisUnavailable(f"The embedded Redis does not answer ({type(e).__name__}).") from None
+    if not answer.startswith(":"):
+        raise RedisUnavailable(f"The embedded Redis answers {answer!r}.")
+
+
+async def _ask(socket: Path, command: str) -> str:
+    """The first line of the answer to a command of plain words, within ANSWER_S."""
+    async with asyncio.timeout(ANSWER_S):
+        reader, writer = await asyncio.open_unix_connection(socket)
+        try:
+            writer.write(f"{command}\r\n".encode())
+            return (await reader.readline()).decode(errors="replace").strip()
+        finally:
+            writer.close()

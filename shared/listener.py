@@ -18,6 +18,7 @@ from shared.settings import Settings, SettingsError, check_exposure, variable
 
 BACKLOG = 2048
 ANSWER_S = 2.0
+UNTAKEN_MS = 30_000
 BODY_BYTES = 1024
 ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}  # as for ::1 on a machine without IPv6
 
@@ -38,11 +39,15 @@ def bind(settings: Settings) -> socket.socket:
         check_exposure(msgspec.structs.replace(settings, host=str(address[0])))
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: means IPv4 too
         try:
-            return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
+            listening = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
         except OSError as e:
             if e.errno not in ABSENT:
                 raise _refused(settings, "port", _reason(e)) from None
             reason = _reason(e)
+            continue
+        # Its connections inherit this: one whose client takes nothing, or is gone without a word, ends (tcp(7)).
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNTAKEN_MS)
+        return listening
     raise _refused(settings, "host", reason)
 
 

@@ -25,6 +25,7 @@ reply: each finds out that its work was done and answers as before.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import time
@@ -367,6 +368,9 @@ class Store:
             await pubsub.subscribe(channel)
             while True:
                 message = await pubsub.get_message(timeout=5)
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():  # somewhere in redis-py a cancellation can get lost
+                    raise asyncio.CancelledError
                 if message is not None:
                     heard(message["data"] if message["type"] == "message" else b"")
 

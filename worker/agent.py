@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import shared
 from shared import log
@@ -106,7 +105,7 @@ class Agent:
     async def expire(self, instance: Instance) -> None:
         """Give up an instance that nobody holds any more."""
         try:
-            await self.commit(instance, Event.EXPIRE)
+            await self.commit(instance, instance.after(Event.EXPIRE))
         except Fenced:
             return
 
@@ -121,7 +120,6 @@ class Agent:
                 task.cancel()
             if late:
                 await asyncio.wait(late, timeout=1)
-        await self.runners.close()
 
     async def _live(self, resident: Resident) -> None:
         try:
@@ -129,17 +127,21 @@ class Agent:
         finally:
             del self.held[resident.id], self.tasks[resident.id]
 
-    async def commit(self, instance: Instance, event: Event, **changes: Any) -> tuple[Instance, float]:
-        """One transition: one commit, one log line.  Returns Redis' time in seconds too.  Raises Fenced."""
-        committed, now = await self.store.commit(instance, instance.after(event, **changes))
-        facts = {"code": committed.error.code, "reason": committed.error.message} if committed.error else {}
-        _log.info(
-            f"{instance.state} -> {committed.state}",
-            action="transition",
-            instance=instance.id,
-            instance_id=instance.instance_id,
-            old=instance.state.value,
-            new=committed.state.value,
-            **facts,
-        )
+    async def commit(self, old: Instance, new: Instance) -> tuple[Instance, float]:
+        """One commit, and one log line for a transition.  Returns Redis' time in seconds too.
+
+        Raises Fenced, StopWished and what UNAVAILABLE lists.
+        """
+        committed, now = await self.store.commit(old, new)
+        if old.state is not committed.state:
+            facts = {"code": committed.error.code, "reason": committed.error.message} if committed.error else {}
+            _log.info(
+                f"{old.state} -> {committed.state}",
+                action="transition",
+                instance=old.id,
+                instance_id=old.instance_id,
+                old=old.state.value,
+                new=committed.state.value,
+                **facts,
+            )
         return committed, now

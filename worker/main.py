@@ -90,6 +90,7 @@ async def run(settings: Settings) -> None:
                 await agent.drain()
                 with suppress(*UNAVAILABLE):
                     await agent.store.release(agent.name, epoch)
+                await agent.runners.close()
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from shared.errors import ErrorBody, LoadFailed, LoadFailure
 from shared.lifecycle import Event, State
 from shared.schema import Instance, Model, Phase
 from shared.store import UNAVAILABLE, Fenced, StopWished
-from worker.death import from_exit, from_reason
+from worker.death import from_exit, from_reason, scrub
 from worker.pace import Pace
 from worker.plan import plan
 from worker.protocol import Failed, Progress, Ready
 from worker.runner import Runner, RunnerDied, RunnerStuck
+from worker.writer import Writer
 
 if TYPE_CHECKING:
     from worker.agent import Agent
@@ -35,6 +36,7 @@ class Resident:
         self.agent = agent
         self.id = id_
         self.stop = asyncio.Event()  # an unload, a cancel, a record that is no longer ours, or our own end
+        self.writer = Writer(agent)
         self.claimed = False
         self._claimed_at = 0.0
         self._recording: asyncio.Future[None] | None = None
@@ -46,8 +48,9 @@ class Resident:
                 if found is None:
                     return
                 try:
-                    runner = await self._take(found[0])
-                    loaded = None if runner is None else await self._load(*found, runner)
+                    instance, model = found
+                    taken = await self._take(instance)
+                    loaded = None if taken is None else await self._load(taken[0], model, taken[1])
                 finally:
                     self.agent.runners.prepare()  # not earlier: it would take a core from a load of milliseconds
             if loaded is not None:
@@ -68,33 +71,42 @@ class Resident:
         model = self.agent.models.get(record.key)
         if model is None or model.problem is not None:
             reason = "its file is gone" if model is None or model.problem is None else model.problem.message
-            await self.agent.commit(record, Event.FAIL, error=_error(record, "invalid_model_file", reason))
+            await self.writer.surely(record, Event.FAIL, error=_error(record, "invalid_model_file", reason))
             return None
-        instance, now = await self.agent.commit(
+        instance = await self.writer.surely(
             record, Event.CLAIM, epoch=self.agent.epoch, devices=self.agent.devices, started_at=time.time()
         )
         self.claimed, self._claimed_at = True, time.monotonic()
-        timing = {"queue": max(0.0, now - record.created_at)}
+        timing = {"queue": max(0.0, self.writer.redis_time - record.created_at)}
         return msgspec.structs.replace(instance, timing=timing), model
 
-    async def _take(self, instance: Instance) -> Runner | None:
-        """A warm runner, or None once the instance has ended without one."""
+    async def _take(self, instance: Instance) -> tuple[Instance, Runner] | None:
+        """A warm runner, or None once the instance has ended without one.  Followers are told every COMMIT_S."""
         taking, stopping = asyncio.ensure_future(self.agent.runners.take()), asyncio.ensure_future(self.stop.wait())
+        both: list[asyncio.Future[Any]] = [taking, stopping]
         try:
-            await asyncio.wait({taking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            while not (await asyncio.wait(both, timeout=COMMIT_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+                instance = await self.writer.progress(instance, instance)
             if taking.done():
-                return taking.result()
-            taking.cancel()
-            await asyncio.wait({taking})
+                return instance, taking.result()
+            await self._leave(taking)
             await self._unload(instance, None)
         except Fenced:
             _log.warning("instance is no longer ours", action="fenced", instance=instance.id)
+            await self._leave(taking)
         except (RunnerDied, RunnerStuck, TimeoutError) as e:
             await self._fail(instance, "engine_crashed", str(e) or "no runner")
         finally:
             taking.cancel()
             stopping.cancel()
         return None
+
+    async def _leave(self, taking: asyncio.Future[Runner]) -> None:
+        """Wait for a runner no longer; one that came at the same moment has no other owner."""
+        taking.cancel()
+        await asyncio.wait({taking})
+        if not taking.cancelled() and taking.exception() is None:
+            await self._stopped(taking.result())
 
     async def _load(self, instance: Instance, model: Model, runner: Runner) -> tuple[Instance, Runner] | None:
         """Have a warm runner load it.  Returns the loaded instance, or None once it has ended otherwise."""
@@ -106,20 +118,10 @@ class Resident:
             instance, outcome = await self._watch(instance, runner)
             match outcome:
                 case Ready():
-                    instance = await self._surely(
-                        instance,
-                        Event.LOAD,
-                        phase=None,
-                        progress=1.0,
-                        loaded_bytes=instance.total_size_bytes,
-                        bytes_per_second=instance.total_size_bytes / max(1e-6, outcome.timing["weights"]),
-                        estimated_completion=None,
-                        loaded_at=time.time(),
-                        timing={**instance.timing, **outcome.timing},
-                        load_time_seconds=sum(outcome.timing.values()),
-                        load_config=outcome.config,
-                    )
-                    return instance, runner
+                    loaded = await self._loaded(instance, outcome)
+                    if loaded is not None:
+                        return loaded, runner
+                    await self._unload(instance, runner)
                 case Failed():
                     await self._stopped(runner)
                     await self._fail(instance, *from_reason(self._relative(outcome.reason)))
@@ -132,14 +134,31 @@ class Resident:
                 case "died":
                     await self._stopped(runner)
                     await self._fail(instance, *from_exit(runner.status, map(self._relative, runner.tail)))
-        except StopWished:
-            await self._unload(instance, runner)
         except Fenced:
             await self._abandon(instance, runner)
         except BaseException:  # cancelled at our own end, or a fault of ours: no runner is left without an owner
             runner.kill()
             raise
         return None
+
+    async def _loaded(self, instance: Instance, ready: Ready) -> Instance | None:
+        """The record of a load that is ready, or None where a wish to stop it came before."""
+        try:
+            return await self.writer.surely(
+                instance,
+                Event.LOAD,
+                phase=None,
+                progress=1.0,
+                loaded_bytes=instance.total_size_bytes,
+                bytes_per_second=instance.total_size_bytes / max(1e-6, ready.timing["weights"]),
+                estimated_completion=None,
+                loaded_at=time.time(),
+                timing={**instance.timing, **ready.timing},
+                load_time_seconds=sum(ready.timing.values()),
+                load_config=ready.config,
+            )
+        except StopWished:
+            return None
 
     async def _watch(self, instance: Instance, runner: Runner) -> tuple[Instance, Any]:
         """Follow a runner through a load, recording its progress, until it is over one way or another.
@@ -190,16 +209,10 @@ class Resident:
                         estimated_completion=time.time() + left / rate if rate else None,
                         timing=timing,
                     )
-                    instance = await self._record_progress(instance, new)
+                    instance = await self.writer.progress(instance, new)
         finally:
             stopping.cancel()
             receiving.cancel()
-
-    async def _record_progress(self, instance: Instance, new: Instance) -> Instance:
-        try:
-            return (await self.agent.store.commit(instance, new))[0]
-        except UNAVAILABLE:  # the next one will do
-            return instance
 
     async def _record_engine_log(self, runner: Runner) -> None:
         """Keep what the engine says readable while the instance lives."""
@@ -210,9 +223,9 @@ class Resident:
             await self._save_engine_log(runner)
 
     async def _save_engine_log(self, runner: Runner) -> None:
-        text = "".join(f"{line}\n" for line in runner.tail)
+        text = "".join(f"{scrub(self._relative(line))}\n" for line in runner.tail)
         try:
-            await self.agent.store.write_engine_log(self.id, self._relative(text))
+            await self.agent.store.write_engine_log(self.id, text)
         except UNAVAILABLE:
             runner.tail.grown.set()  # once more
 
@@ -239,11 +252,11 @@ class Resident:
         """Stop a runner because it was asked for; at our own end the instance counts as lost, since nobody asked."""
         if self.agent.draining:
             await self._stopped(runner)
-            await self._surely(instance, Event.EXPIRE)
+            await self.writer.surely(instance, Event.EXPIRE)
             return
-        instance = await self._surely(instance, Event.STOP)
+        instance = await self.writer.surely(instance, Event.STOP)
         await self._stopped(runner)
-        await self._surely(instance, Event.EXIT)
+        await self.writer.surely(instance, Event.EXIT)
 
     async def _abandon(self, instance: Instance, runner: Runner) -> None:
         """Somebody else moved the record on: whatever we hold for it is void."""
@@ -260,27 +273,16 @@ class Resident:
                 break
             except RunnerStuck as e:
                 _log.error("runner stuck", action="runner_stuck", pid=runner.pid, error=str(e))
+        if self._recording is not None:
+            self._recording.cancel()
         await self._save_engine_log(runner)
 
     async def _fail(self, instance: Instance, code: LoadFailure, reason: str) -> None:
-        await self._surely(instance, Event.FAIL, error=_error(instance, code, reason))
+        await self.writer.surely(instance, Event.FAIL, error=_error(instance, code, reason))
 
     def _relative(self, text: str) -> str:
         """The engine's words with the models directory left out of the paths."""
         return text.replace(f"{self.agent.settings.models_dir}/", "")
-
-    async def _surely(self, instance: Instance, event: Event, **changes: Any) -> Instance:
-        """Commit, however long Redis is away; at our own end only once.  Raises Fenced and what UNAVAILABLE lists."""
-        pause = 0.05
-        while True:
-            try:
-                return (await self.agent.commit(instance, event, **changes))[0]
-            except UNAVAILABLE as e:
-                if self.agent.draining:  # the sweep, or our successor, will say what became of it
-                    raise
-                _log.warning("commit put off", action="redis_unavailable", instance=instance.id, error=str(e))
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 1.0)
 
 
 def _error(instance: Instance, code: LoadFailure, reason: str) -> ErrorBody:

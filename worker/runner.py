@@ -167,7 +167,7 @@ class Runners:
             coming, self._next = self._next, None
             await asyncio.wait({coming}, timeout=2 * GRACE_S)  # it is about to be warm: stopped then, it leaves nothing
             coming.cancel()
-            await asyncio.wait({coming}, timeout=REAP_S)
+            await asyncio.wait({coming}, timeout=GRACE_S)
             if coming.done() and not _failed(coming):
                 with suppress(RunnerStuck):
                     await coming.result().stop()
@@ -179,9 +179,11 @@ class Runners:
             with control_child, output_child:
                 process = self._context.Process(target=_run_child, args=(control_child, output_child), daemon=True)
                 await asyncio.to_thread(process.start)
-        except BaseException:
+        except BaseException as e:
             control.close()
             output.close()
+            if isinstance(e, (OSError, EOFError)):  # no descriptor, no process, no memory left for one more
+                raise RunnerDied(f"a runner could not start: {e}") from e
             raise
         runner = Runner(process, *await asyncio.open_connection(sock=control))
         runner._output = asyncio.create_task(runner._collect(output))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.service import JSON, LOAD, STATUS, TINY, Reply, Service, error, until
+from tests.service import JSON, LOAD, STATUS, TINY, Reply, Running, Service, error, until
 
 VARIABLES = {"LOADSTONE_WORKER_QUEUE_LIMIT": "2", "LOADSTONE_WAITING_LIMIT": "3"}
 
@@ -72,3 +72,21 @@ def one_too_many(service: Service) -> str:
     (job,) = service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"]
     reply = service.send("GET", f"{STATUS}/{job['job_id']}?wait=1")
     return refused(reply, "too_many_waiting") if reply.status == 429 else ""
+
+
+def test_the_command_line_follows_its_load_where_no_stream_may_be_opened(service: Service) -> None:
+    with service.frozen():
+        held = service.accepted(TINY)["job_id"]
+        until(lambda: in_state(service, "loading") == 1, "it loads")
+        streams = [service.events(held) for _ in range(3)]
+        for events in streams:
+            next(events)
+        command = Running(service.directory / "command", "load", TINY, environ={"LOADSTONE_URL": service.url})
+        until(lambda: "3 requests wait here" in command.stderr, "it was refused a stream")
+    try:
+        assert [[*events][-1].name for events in streams] == ["model_load.end"] * 3
+        assert command.popen.wait(20) == 0
+    finally:
+        command.kill()
+    assert command.stdout == f"{TINY}:2\n"
+    assert command.stderr.count("3 requests wait here") == 1

@@ -9,8 +9,8 @@ import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -49,6 +49,7 @@ async def agent(store: Store, models: dict[str, Model], models_dir: Path) -> Asy
     if made.runners._next is not None:
         await asyncio.wait([made.runners._next])  # the end of one that is half started is another test's subject
     await made.drain()
+    await made.runners.close()
     await until(no_runners, "all runners gone")
     assert (made.held, made.tasks) == ({}, {})
 
@@ -223,17 +224,17 @@ async def test_a_record_is_unloaded_only_after_its_runner_is_gone(
 ) -> None:
     """Whoever reads "unloaded" may count on the memory."""
     id_, runner = await loaded(agent)
-    seen: dict[Event, bool] = {}
+    seen: dict[State, bool] = {}
     commit = agent.commit
 
-    async def watched(instance: Instance, event: Event, **changes: Any) -> tuple[Instance, float]:
-        seen[event] = is_gone(runner.pid)
-        return await commit(instance, event, **changes)
+    async def watched(old: Instance, new: Instance) -> tuple[Instance, float]:
+        seen[new.state] = is_gone(runner.pid)
+        return await commit(old, new)
 
     monkeypatch.setattr(agent, "commit", watched)
     agent.stop(id_)
     await released(agent, id_)
-    assert seen == {Event.STOP: False, Event.EXIT: True}
+    assert seen == {State.UNLOADING: False, State.UNLOADED: True}
 
 
 async def test_several_live_beside_each_other_and_end_alone(agent: Agent) -> None:
@@ -470,6 +471,7 @@ async def test_drain_stops_all_in_parallel_and_they_are_lost(agent: Agent, monke
         ended = await record(agent, id_)
         assert (ended.state, ended.error) == (State.LOST, None)
         assert is_gone(runner.pid)
+    await agent.runners.close()
     assert is_gone(next_.pid)
     assert (agent.held, agent.tasks) == ({}, {})
 
@@ -669,10 +671,10 @@ async def test_a_cancel_that_comes_just_before_the_load_is_recorded_wins(
     """Its waiter was told that the wish was heard; no notification of it ever reaches the agent."""
     commit = agent.commit
 
-    async def beaten(instance: Instance, event: Event, **changes: Any) -> tuple[Instance, float]:
-        if event is Event.LOAD:
-            assert await agent.store.request_stop(instance.id, unless_loaded=True) is State.LOADING
-        return await commit(instance, event, **changes)
+    async def beaten(old: Instance, new: Instance) -> tuple[Instance, float]:
+        if new.state is State.LOADED:
+            assert await agent.store.request_stop(old.id, unless_loaded=True) is State.LOADING
+        return await commit(old, new)
 
     monkeypatch.setattr(agent, "commit", beaten)
     runner = await warm(agent)
@@ -726,10 +728,10 @@ async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_fail
     agent.settings = msgspec.structs.replace(agent.settings, models_dir=tmp_path)
     commit, before = agent.commit, ""
 
-    async def watched(instance: Instance, event: Event, **changes: Any) -> tuple[Instance, float]:
+    async def watched(old: Instance, new: Instance) -> tuple[Instance, float]:
         nonlocal before
-        before = await said(agent, instance.id)
-        return await commit(instance, event, **changes)
+        before = await said(agent, old.id)
+        return await commit(old, new)
 
     monkeypatch.setattr(agent, "commit", watched)
     id_ = await delivered(agent, key=model.key)
@@ -830,3 +832,68 @@ async def test_two_load_at_once_and_both_are_loaded(agent: Agent) -> None:
     ids = [await delivered(agent, number, key) for number, key in ((1, "p/llama"), (2, "p/moe"), (3, "p/bert"))]
     found = [await reached(agent, id_, State.LOADED) for id_ in ids]
     assert [one.devices for one in found] == [["CPU"]] * 3
+
+
+# ---- where Redis answers late, or not at all
+
+
+async def test_what_redis_wrote_without_an_answer_is_no_end_of_a_load(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that pauses longer than a reply may take carries out what it was sent, when it wakes."""
+    commit, unanswered = agent.commit, set()
+
+    async def deaf(old: Instance, new: Instance) -> tuple[Instance, float]:
+        done = await commit(old, new)
+        if (what := (new.state, new.phase)) not in unanswered:
+            unanswered.add(what)
+            raise redis.ConnectionError("no answer")
+        return done
+
+    monkeypatch.setattr(agent, "commit", deaf)
+    runner = await warm(agent)
+    id_ = await delivered(agent)
+    await reached(agent, id_, State.LOADED)
+    assert unanswered >= {(State.LOADING, None), (State.LOADING, "metadata"), (State.LOADED, None)}
+    assert not is_gone(runner.pid)
+    agent.stop(id_)
+    await released(agent, id_)
+    passed = [State.QUEUED, State.LOADING, State.LOADED, State.UNLOADING, State.UNLOADED]
+    assert await states(agent, id_) == passed
+    assert is_gone(runner.pid)
+
+
+async def test_a_load_that_is_taken_away_while_it_is_cancelled_leaves_no_runner(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = agent.commit
+
+    async def overtaken(old: Instance, new: Instance) -> tuple[Instance, float]:
+        if new.state is State.LOADED:
+            await agent.store.request_stop(old.id, unless_loaded=True)
+        if new.state is State.UNLOADING:
+            await agent.store.commit(old, old.after(Event.EXPIRE))
+        return await commit(old, new)
+
+    monkeypatch.setattr(agent, "commit", overtaken)
+    runner = await warm(agent)
+    id_ = await delivered(agent)
+    await released(agent, id_)
+    assert (await record(agent, id_)).state is State.LOST
+    assert is_gone(runner.pid)
+
+
+async def test_a_host_without_room_for_another_process_says_so(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker lives on, and the next load may find room."""
+
+    def full(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ForkServerProcess, "start", full)
+        id_ = await delivered(agent)
+        ended = await reached(agent, id_, State.FAILED)
+        await until(lambda: agent.runners._next is not None and agent.runners._next.done(), "the next one failed too")
+    assert ended.error is not None
+    assert (ended.error.code, "Too many open files" in ended.error.message) == ("engine_crashed", True)
+    await loaded(agent, 2)

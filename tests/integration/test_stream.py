@@ -71,12 +71,12 @@ async def test_there_is_nothing_after_the_terminal_event(store: Store, record: I
     assert names == [b"model_load.start", b"model_load.progress", b"model_load.progress", b"error"]
 
 
-async def test_a_reader_that_takes_nothing_is_left_after_a_while_and_costs_nothing_until_then(
+async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has not taken stays in Redis: one event is on its way, and none is read ahead of it."""
-    monkeypatch.setattr(api.stream, "SEND_DEADLINE_S", 0.2)
-    waiting = Waiting(1)
+    monkeypatch.setattr(api.stream, "LAST_WORDS_S", 0.01)
+    waiting, closing = Waiting(1), asyncio.Event()
     with ExitStack() as undo:
         undo.enter_context(waiting.place())
         place = undo.pop_all()
@@ -85,16 +85,49 @@ async def test_a_reader_that_takes_nothing_is_left_after_a_while_and_costs_nothi
     async def send(message: Any) -> None:
         sent.append(message)
         if len(sent) == 2:  # the head of the response went out; the first event never does
+            closing.set()
             await asyncio.Event().wait()
 
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    stream = EventStream(events(Follower(store), record, "0", asyncio.Event()), place)
+    stream = EventStream(events(Follower(store), record, "0", closing), place, closing)
     with pytest.raises(TooManyWaiting), waiting.place():
         pass
     async with asyncio.timeout(DEADLINE_S):
-        await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        await stream({"type": "http"}, receive, send)
     assert len(sent) == 2
     with waiting.place():
         pass
+
+
+async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(store: Store, record: Instance) -> None:
+    """Also in the midst of a reading: no error, no task, and its place is free."""
+    follower = Follower(store)
+    before = asyncio.all_tasks()
+    for turns in range(40):
+        gone = asyncio.Event()
+
+        async def send(message: Any) -> None: ...
+
+        async def receive(gone: asyncio.Event = gone) -> Any:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        waiting = Waiting(1)
+        with ExitStack() as undo:
+            undo.enter_context(waiting.place())
+            place = undo.pop_all()
+        stream = EventStream(events(follower, record, "0", asyncio.Event()), place, asyncio.Event())
+        async with asyncio.timeout(DEADLINE_S):
+            streaming = asyncio.create_task(stream({"type": "http"}, receive, send))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            gone.set()
+            await streaming
+        assert waiting.count == 0
+    left = asyncio.all_tasks() - before  # a shared reading goes on to its end
+    if left:
+        _, late = await asyncio.wait(left, timeout=DEADLINE_S)
+        assert not late
+    assert not follower._bells

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from api.loads import check
+from api.models import check
 from shared.errors import InvalidValue
 from shared.schema import LoadRequest, Model
 from shared.settings import Settings

@@ -1,0 +1,67 @@
+"""The only writer of an instance's record while its worker holds it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from shared import log
+from shared.lifecycle import Event
+from shared.schema import Instance
+from shared.store import UNAVAILABLE
+
+if TYPE_CHECKING:
+    from worker.agent import Agent
+
+_log = log.get("worker")
+
+
+class Writer:
+    """Writes revision after revision.
+
+    Where Redis does not answer, it may have carried out the write or not.  So that very revision is sent again
+    before any other: the script answers a repeat as it did the first time, and would refuse another revision in its
+    place, as if somebody else had moved the record on.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.redis_time = 0.0  # of the last write, in seconds
+        self._unanswered: Instance | None = None
+
+    async def progress(self, old: Instance, new: Instance) -> Instance:
+        """Write `new`, or what was not answered before it; `old` where Redis is away, since the next one will do."""
+        try:
+            return await self._write(old, self._unanswered or new)
+        except UNAVAILABLE:
+            return old
+
+    async def surely(self, instance: Instance, event: Event, **changes: Any) -> Instance:
+        """Write what comes of `event`, however long Redis is away; at our own end only once.
+
+        Raises Fenced, StopWished and what UNAVAILABLE lists.
+        """
+        pause, new = 0.05, None
+        while True:
+            try:
+                if (unanswered := self._unanswered) is not None:
+                    instance = await self._write(instance, unanswered)
+                    if unanswered is new:
+                        return instance
+                new = instance.after(event, **changes)
+                return await self._write(instance, new)
+            except UNAVAILABLE as e:
+                if self.agent.draining:  # the sweep, or our successor, will say what became of it
+                    raise
+                _log.warning("commit put off", action="redis_unavailable", instance=instance.id, error=str(e))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    async def _write(self, old: Instance, new: Instance) -> Instance:
+        self._unanswered = None
+        try:
+            committed, self.redis_time = await self.agent.commit(old, new)
+        except UNAVAILABLE:
+            self._unanswered = new
+            raise
+        return committed
