@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import httpx
@@ -89,15 +88,16 @@ def test_one_waiter_of_several_that_goes_away_cancels_nothing(service: Service) 
 
 def test_a_cancel_that_meets_the_end_of_the_load_has_one_outcome(service: Service) -> None:
     """Whichever comes first: a load that is cancelled is not there, one that is there was not cancelled."""
-    outcomes = set()
-    with ThreadPoolExecutor(1) as pool:
-        for i in range(24):
-            job_id = service.accepted(TINY)["job_id"]
-            time.sleep(i / 1000)  # a load takes about 15 ms: some cancels are early, some late, some in between
-            reply = pool.submit(service.cancel, job_id).result()
-            status = service.job(job_id, wait_s=20)["status"]
-            assert (reply.status, status) in ((200, "cancelled"), (409, "loaded"))
-            assert list(service.instances()) == ([TINY] if status == "loaded" else [])
-            outcomes.add(status)
-            service.unload_all()
-    assert outcomes == {"cancelled", "loaded"}
+    outcomes: set[str] = set()
+    attempt = 0
+    while attempt < 24 or len(outcomes) < 2:  # each cancel a little later: the first ones early, the last ones late
+        assert attempt < 200, outcomes
+        job_id = service.accepted(TINY)["job_id"]
+        time.sleep(attempt / 500)
+        reply = service.cancel(job_id)
+        status = service.job(job_id, wait_s=20)["status"]
+        assert (reply.status, status) in ((200, "cancelled"), (409, "loaded"))
+        assert list(service.instances()) == ([TINY] if status == "loaded" else [])
+        outcomes.add(status)
+        attempt += 1
+        service.unload_all()
