@@ -10,6 +10,7 @@ import sys
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
 
 from api.app import create_app
 from shared import log
@@ -44,7 +45,12 @@ def main() -> int:
     except SettingsError as e:
         print(f"loadstone: {e}", file=sys.stderr)  # noqa: T201  the log is not set up yet
         return 2
-    config = uvicorn.Config(
+    Server(server_config(app), closing).run(sockets=[listening])
+    return 0
+
+
+def server_config(app: Starlette) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         loop="uvloop",
         http="httptools",
@@ -56,8 +62,6 @@ def main() -> int:
         timeout_keep_alive=75,  # clients keep connections; 5 s, uvicorn's default, would cut them between two calls
         timeout_graceful_shutdown=GRACE_S,
     )
-    Server(config, closing).run(sockets=[listening])
-    return 0
 
 
 if __name__ == "__main__":

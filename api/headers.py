@@ -14,6 +14,7 @@ from shared.errors import InvalidType, InvalidValue
 LONGEST_WAIT_S = 300
 USUAL_JOBS, MOST_JOBS = 100, 1000  # of a list
 PREFERENCE = re.compile(r'(?:"[^"]*+"|[^",]++|")++')  # up to a comma that is not quoted
+FIRST = "0"  # before any entry of a log
 ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}", re.ASCII)
 
 
@@ -61,7 +62,7 @@ def idempotency_key(headers: list[str]) -> str:
 def last_event_id(header: str | None) -> str:
     """The entry of a load's log after which to go on: the first one where the header names none."""
     if header is None or not ENTRY_ID.fullmatch(header) or any(int(n) >= 1 << 64 for n in header.split("-")):
-        return "0"
+        return FIRST
     return header
 
 

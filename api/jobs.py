@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from shared.errors import ErrorBody, LoadFailed
 from shared.lifecycle import TERMINAL, State
-from shared.schema import Instance, Job, JobStatus, LoadEnd, LoadError, LoadEvent, LoadProgress, LoadStart
+from shared.schema import Instance, Job, JobStatus, LoadEvent, LoadStart
 
 
 def is_over(instance: Instance) -> bool:
@@ -60,48 +60,24 @@ def job(instance: Instance) -> Job:
         phase=None if is_over(instance) else instance.phase,
         total_size_bytes=instance.total_size_bytes,
         loaded_bytes=instance.loaded_bytes,
-        bytes_per_second=_rate(instance),
+        bytes_per_second=None if instance.bytes_per_second is None else round(instance.bytes_per_second),
         estimated_completion=_moment(instance.estimated_completion) if not is_over(instance) else None,
         created_at=_time(instance.created_at),
         started_at=_moment(instance.started_at),
         completed_at=_moment(instance.loaded_at if is_loaded else instance.completed_at),
         timing=timing,
         result=instance.result() if is_loaded else None,
-        error=outcome(instance) if instance.state in TERMINAL else None,
+        error=outcome(instance),
     )
 
 
 def event(instance: Instance) -> LoadEvent | None:
     """The event that a revision of the record is; None for those after the terminal one."""
-    if instance.loaded_at is not None:
-        if instance.state is not State.LOADED:
-            return None
-        result = instance.result()
-        return LoadEnd(
-            model_instance_id=instance.instance_id,
-            job_id=instance.id,
-            load_time_seconds=result.load_time_seconds,
-            result=result,
-        )
-    if (error := outcome(instance)) is not None:
-        return LoadError(error=error)
+    if instance.loaded_at is not None and instance.state is not State.LOADED:
+        return None
     if instance.state is State.QUEUED:
         return LoadStart(model_instance_id=instance.instance_id, job_id=instance.id)
-    return LoadProgress(
-        model_instance_id=instance.instance_id,
-        job_id=instance.id,
-        status=status(instance),
-        progress=round(instance.progress, 4),
-        phase=instance.phase,
-        total_size_bytes=instance.total_size_bytes,
-        loaded_bytes=instance.loaded_bytes,
-        bytes_per_second=_rate(instance),
-        estimated_completion=_moment(instance.estimated_completion),
-    )
-
-
-def _rate(instance: Instance) -> float | None:
-    return None if instance.bytes_per_second is None else round(instance.bytes_per_second)
+    return job(instance).event()
 
 
 def _moment(at: float | None) -> datetime | None:

@@ -11,7 +11,8 @@ from contextlib import aclosing, suppress
 import msgspec
 
 from api.follow import RECORD_LOST, Follower
-from api.jobs import is_over, outcome, status
+from api.headers import FIRST, is_after
+from api.jobs import event, is_over, outcome, status
 from api.models import check, listed
 from api.roster import Roster
 from shared import log
@@ -170,6 +171,17 @@ class Loads:
                 if is_wanted(revision):
                     return revision
         raise QueueUnavailable("The log of this load ended without an outcome.")
+
+    async def resumed(self, instance: Instance, after: str) -> str | None:
+        """The entry of a load's log after which its events go on for a client that saw `after` last; None where it
+        has seen them all."""
+        if after == FIRST or is_after(after, await self.store.last_entry(instance.id)):
+            return FIRST  # what it saw was of another load, or of none
+        if is_over(instance):
+            left = await self.store.history(instance, after)
+            if all(event(revision) is None for _, revision in left):
+                return None
+        return after
 
     async def jobs(self, status_wanted: JobStatus | None, limit: int) -> list[Instance]:
         """Loads of the last day, newest first."""

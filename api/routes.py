@@ -16,18 +16,18 @@ from starlette.routing import Route
 
 from api.decode import decode, read_body
 from api.headers import (
+    FIRST,
     LONGEST_WAIT_S,
     MOST_JOBS,
     USUAL_JOBS,
     accepts_events,
     idempotency_key,
-    is_after,
     last_event_id,
     one_of,
     preference,
     whole_number,
 )
-from api.jobs import event, is_over, job
+from api.jobs import is_over, job
 from api.loads import Loads
 from api.openapi import docs_page, openapi_json
 from api.operations import LOAD, STATUS
@@ -47,7 +47,7 @@ async def load(request: Request) -> Response:
     key = idempotency_key(request.headers.getlist("idempotency-key"))
     loads: Loads = request.state.loads
     if accepts_events(request.headers.getlist("accept")):
-        return await _stream(request, partial(loads.submit, wanted, key), "0")
+        return await _stream(request, partial(loads.submit, wanted, key), FIRST)
     prefer = preference(request.headers.getlist("prefer"))
     applied = {"Preference-Applied": prefer.applied} if prefer.applied else {}
     if prefer.wait_s == 0:
@@ -166,15 +166,12 @@ async def _stream(request: Request, find: Callable[[], Awaitable[Instance]], aft
     with ExitStack() as undo:
         undo.enter_context(_place(request))
         instance = await find()
-        if after != "0" and is_after(after, await loads.store.last_entry(instance.id)):
-            after = "0"  # it is of another load, or of none
-        if is_over(instance) and after != "0":
-            left = await loads.store.history(instance, after)
-            if all(event(revision) is None for _, revision in left):
-                return Response(status_code=204)
+        start = await loads.resumed(instance, after)
+        if start is None:
+            return Response(status_code=204)
         place = undo.pop_all()
     closing: asyncio.Event = request.state.closing
-    return EventStream(events(loads.follower, instance, after, closing), place, closing)
+    return EventStream(events(loads.follower, instance, start, closing), place, closing)
 
 
 def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
@@ -205,9 +202,8 @@ async def _gone(request: Request) -> None:
 
 
 def server_timing(instance: Instance) -> str:
-    """W3C Server-Timing: phases in milliseconds, and their sum."""
-    phases = {**instance.timing, "total": sum(instance.timing.values())}
-    return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in phases.items())
+    """W3C Server-Timing: the job's phases in milliseconds, and their sum."""
+    return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in job(instance).timing.items())
 
 
 def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -1,7 +1,7 @@
 """The bare handler: what Starlette, uvicorn and redis-py cost without Loadstone.
 
 `python -m bench.handler REDIS_URL` prints the port it listens on.  Each request's small JSON body is decoded, and one
-command is sent to Redis.  uvicorn has the options of `api.__main__`; there is no middleware.
+command is sent to Redis.  uvicorn has the API's options; there is no middleware.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+from api.__main__ import server_config
 
 KEY = "bench"
 
@@ -39,19 +41,7 @@ def create_app(redis_url: str) -> Starlette:
 def main(redis_url: str) -> None:
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
     print(listening.getsockname()[1], flush=True)
-    config = uvicorn.Config(
-        create_app(redis_url),
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=3,
-    )
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(server_config(create_app(redis_url))).run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from shared.schema import (
     LoadEnd,
     LoadError,
     LoadEvent,
-    LoadProgress,
     LoadRequest,
     ModelList,
     UnloadRequest,
@@ -159,7 +158,7 @@ class Client:
                 raise self._broken()
             except Failure as failure:
                 if failure.error.code == "too_many_waiting":  # a poll that waits for nothing needs no place
-                    event = _as_event(self.job(job_id))
+                    event = self.job(job_id).event()
                     if isinstance(event, LoadError):
                         raise _ended(event.error) from None
                     yield event
@@ -176,7 +175,7 @@ class Client:
                 for id_, data in events(_lines(answer, patience)):
                     yield id_, self._decode(data, LoadEvent)
                 return
-        yield after, _as_event(self.job(job_id))  # no event is left after that id
+        yield after, self.job(job_id).event()  # no event is left after that id
 
     def _ask(self, kind: type[T], method: str, path: str, **options: Any) -> T:
         with self._answer(method, path, **options) as answer:
@@ -229,30 +228,6 @@ def checked_url(text: str) -> str | None:
 
 def cancelled(model: str) -> ErrorBody:
     return _error("model_load_failed", f"The load of {model} was cancelled.", code="load_cancelled")
-
-
-def _as_event(job: Job) -> LoadEvent:
-    """What its stream would say last of a load as it is now."""
-    if job.result is not None:
-        return LoadEnd(
-            model_instance_id=job.instance_id,
-            job_id=job.job_id,
-            load_time_seconds=job.result.load_time_seconds,
-            result=job.result,
-        )
-    if job.error is not None:
-        return LoadError(error=job.error)
-    return LoadProgress(
-        model_instance_id=job.instance_id,
-        job_id=job.job_id,
-        status=job.status,
-        progress=job.progress,
-        phase=job.phase,
-        total_size_bytes=job.total_size_bytes,
-        loaded_bytes=job.loaded_bytes,
-        bytes_per_second=job.bytes_per_second,
-        estimated_completion=job.estimated_completion,
-    )
 
 
 def _ended(error: ErrorBody) -> Failure:

@@ -95,6 +95,29 @@ class Job(Struct, frozen=True, kw_only=True):
     result: LoadResult | None
     error: ErrorBody | None
 
+    def event(self) -> LoadEvent:
+        """What the stream of this load says of it as it is now."""
+        if self.result is not None:
+            return LoadEnd(
+                model_instance_id=self.instance_id,
+                job_id=self.job_id,
+                load_time_seconds=self.result.load_time_seconds,
+                result=self.result,
+            )
+        if self.error is not None:
+            return LoadError(error=self.error)
+        return LoadProgress(
+            model_instance_id=self.instance_id,
+            job_id=self.job_id,
+            status=self.status,
+            progress=self.progress,
+            phase=self.phase,
+            total_size_bytes=self.total_size_bytes,
+            loaded_bytes=self.loaded_bytes,
+            bytes_per_second=self.bytes_per_second,
+            estimated_completion=self.estimated_completion,
+        )
+
 
 class JobList(Struct, frozen=True, kw_only=True):
     jobs: list[Job]
