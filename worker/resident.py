@@ -174,7 +174,8 @@ class Resident:
         timing = instance.timing
         try:
             while True:
-                await asyncio.wait({stopping, receiving}, timeout=COMMIT_S, return_when=asyncio.FIRST_COMPLETED)
+                left_s = max(0.0, committed_at + COMMIT_S - time.monotonic())
+                done, _ = await asyncio.wait({stopping, receiving}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 now = time.monotonic()
                 so_far = msgspec.structs.replace(instance, timing={**timing, phase: now - began})
                 if stopping.done():
@@ -196,7 +197,7 @@ class Resident:
                 reached = 0 if latest is None else latest.loaded_bytes
                 progress = max(instance.progress, min(0.999, reached / max(1, instance.total_size_bytes)))
                 changed = phase != instance.phase or progress >= instance.progress + COMMIT_FRACTION
-                if changed or now - committed_at >= COMMIT_S:
+                if changed or not done or now - committed_at >= COMMIT_S:  # a timer may be a little early
                     committed_at = now
                     rate = pace.bytes_per_second()
                     left = max(0, instance.total_size_bytes - reached)
