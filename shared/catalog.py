@@ -19,8 +19,8 @@ from shared import gguf, modelfile, modelkeys, quantization
 from shared.gguf import InvalidGGUF
 from shared.modelfile import ModelFile
 from shared.modelkeys import Named, Place
-from shared.modelsdir import Found, Identity, walk
-from shared.schema import Model, Problem
+from shared.modelsdir import Found, walk
+from shared.schema import FileStat, Model, Problem
 
 CACHE_VERSION = f"1 {shared.__version__}"  # what is concluded from a header may change with every release
 NAMED_SHARDS = 5  # missing files that are named in a message
@@ -29,7 +29,7 @@ COMPANION = "mmproj"  # in a file's name: the part of a vision model that encode
 
 
 class Entry(Struct, frozen=True, array_like=True):
-    identity: Identity
+    stat: FileStat
     file: ModelFile
 
 
@@ -58,7 +58,7 @@ class Catalog:
         changed = before != self._found
         for found in self._found:
             known = self._entries.get(found.path)
-            if found.refusal or (known and known.identity == found.identity and known.file.lasting):
+            if found.refusal or (known and known.stat == found.stat and known.file.lasting):
                 continue
             changed |= self._read(found, whole=False)
         return changed
@@ -101,7 +101,7 @@ class Catalog:
         except InvalidGGUF as e:
             file = modelfile.unreadable(e)
         before = self._entries.get(found.path)
-        self._entries[found.path] = Entry(found.identity, file)
+        self._entries[found.path] = Entry(found.stat, file)
         self._unsaved |= file.lasting
         return before is None or before.file != file
 
@@ -156,7 +156,7 @@ def _model(
         base=name.base,
         variant=name.variant,
         shards=[one.path for one in shards],
-        size_bytes=sum(one.identity.size for one in shards),
+        size_bytes=sum(one.stat.size for one in shards),
         problem=_problem(place, of, parts, files),
         type=first.type,
         publisher=modelkeys.publisher(place) or first.organization,
@@ -172,6 +172,7 @@ def _model(
         pooling=first.pooling,
         vision=vision,
         trained_for_tool_use=first.tool_use,
+        files=[one.stat for one in shards],
     )
 
 

@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shared.modelkeys import GGUF
+from shared.schema import FileStat
 
 OUTSIDE = "is a symbolic link out of the models directory"
 NOT_UTF8 = "has a name that is not UTF-8"
 MAX_DEPTH = 32  # folders below each other
-
-
-class Identity(NamedTuple):
-    """While all of this stays the same, a file is taken to be unchanged."""
-
-    size: int  # bytes
-    mtime_ns: int
-    inode: int
 
 
 class Found(NamedTuple):
@@ -29,7 +22,7 @@ class Found(NamedTuple):
     """
 
     path: str  # under the models directory, with slashes
-    identity: Identity = Identity(0, 0, 0)
+    stat: FileStat = FileStat(0, 0, 0)
     refusal: str = ""
     is_folder: bool = False
 
@@ -78,7 +71,7 @@ def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> 
         if path.count("/") < MAX_DEPTH:
             yield from _folder(entry.path, root, path, linked=linked)
     elif info is not None:
-        yield Found(path, Identity(info.st_size, info.st_mtime_ns, info.st_ino))
+        yield Found(path, FileStat(info.st_size, info.st_mtime_ns, info.st_ino))
 
 
 def _holds(folder: str, path: str) -> bool:

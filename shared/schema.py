@@ -6,9 +6,10 @@ tolerant between our own processes: a new field has a default, so that two versi
 
 from __future__ import annotations
 
+import hashlib
 import time
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -19,6 +20,7 @@ from shared.lifecycle import TERMINAL, Event, State, step
 ModelType = Literal["llm", "embedding"]
 Phase = Literal["metadata", "weights", "context", "warmup"]
 JobStatus = Literal["queued", "loading", "loaded", "failed", "cancelled"]
+WorkerState = Literal["ready", "draining"]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what any field of llama.cpp's can hold
 Parallel = Annotated[int, Meta(ge=1, le=64)]
 Moment = Annotated[datetime, Meta(tz=True)]
@@ -37,6 +39,7 @@ class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     offload_kv_cache_to_gpu: bool | UnsetType = UNSET
     parallel: Parallel | UnsetType = UNSET
     echo_load_config: bool = False
+    force: bool = False
 
 
 class UnloadRequest(Struct, frozen=True, kw_only=True):
@@ -216,6 +219,14 @@ class Problem(Struct, frozen=True, kw_only=True):
     message: str
 
 
+class FileStat(NamedTuple):
+    """While all of this stays the same, a file is taken to be unchanged."""
+
+    size: int  # bytes
+    mtime_ns: int
+    inode: int
+
+
 class Model(Struct, frozen=True, kw_only=True):
     """A GGUF model on a worker's disk, as its file header describes it.
 
@@ -244,6 +255,28 @@ class Model(Struct, frozen=True, kw_only=True):
     pooling: int = -1  # llama.cpp's pooling type, -1: the file names none (0 none, 1 mean, 2 cls, 3 last, 4 rank)
     vision: bool = False
     trained_for_tool_use: bool = False
+    files: list[FileStat] = []  # of each shard
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of its files' paths, sizes and times: the same wherever the same files were copied to."""
+        facts = [(path, stat.size, stat.mtime_ns) for path, stat in zip(self.shards, self.files, strict=True)]
+        return hashlib.sha256(msgspec.msgpack.encode(facts)).hexdigest()[:32]
+
+
+class Device(Struct, frozen=True, kw_only=True):
+    """What models are loaded onto, as its worker knew it at its last beat.
+
+    `reserved_bytes` are the weights of the instances that hold memory there; one that has several devices counts in
+    equal parts.
+    """
+
+    id: str  # the engine's name of it: "CUDA0", "CPU"
+    kind: Literal["gpu", "cpu"]
+    name: str
+    total_bytes: int
+    free_bytes: int
+    reserved_bytes: int = 0
 
 
 class WorkerSnapshot(Struct, frozen=True, kw_only=True):
@@ -254,9 +287,23 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True):
     version: str
     catalog: str  # digest of the catalog it last published
     residents: int  # instances that it holds or has queued
+    state: WorkerState = "ready"  # a draining one takes nothing more
+    devices: list[Device] = []
+    lease_s: float = 0.0
 
 
 # ---- the record of an instance
+
+UNBEGUN: dict[str, Any] = {  # what of a record goes back when it is requeued; its progress does not
+    "epoch": None,
+    "phase": None,
+    "loaded_bytes": 0,
+    "bytes_per_second": None,
+    "estimated_completion": None,
+    "devices": [],
+    "started_at": None,
+    "timing": {},
+}
 
 
 class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -274,7 +321,9 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     request: LoadRequest
     state: State = State.QUEUED
     epoch: str | None = None  # of the worker process that claimed it
-    attempt: int = 1
+    attempt: int = 1  # how often it was begun, counting this time
+    restoring: int = 0  # how often what a worker's end took was tried to be loaded again; 0: a client asked for it
+    not_before: float = 0.0  # its worker begins it at this time, not earlier
     phase: Phase | None = None
     progress: float = 0.0  # 0..1, never decreases, 1 only when loaded
     total_size_bytes: int = 0
@@ -306,6 +355,8 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise ValueError(f"{state} and its error do not go together: {changes}")
         if state in TERMINAL:
             changes["completed_at"] = time.time()
+        if event is Event.REQUEUE:
+            changes = {**UNBEGUN, "attempt": self.attempt + (self.state is not State.QUEUED), **changes}
         return msgspec.structs.replace(self, state=state, **changes)
 
     def result(self) -> LoadResult:

@@ -132,6 +132,23 @@ class Settings(Struct, frozen=True, kw_only=True):
             le=1_000_000,
         ),
     ] = 1024
+    load_attempts: Annotated[
+        int,
+        setting(
+            "times that a load is begun before it fails, where workers end under it",
+            "an integer from 1 to 100",
+            ge=1,
+            le=100,
+        ),
+    ] = 3
+    restore: Annotated[
+        Literal["on", "off"],
+        setting("load again, when a worker comes back, what it held", "on or off", flags=("up", "worker")),
+    ] = "on"
+    check_tensors: Annotated[
+        Literal["on", "off"],
+        setting("look at every weight of a load, and refuse NaN and infinity; takes about as long again", "on or off"),
+    ] = "off"
     context_length: Annotated[
         int,
         setting("context length of a load that asks for none (LLMs), in tokens", "an integer of at least 1", ge=1),
@@ -155,6 +172,16 @@ class Settings(Struct, frozen=True, kw_only=True):
             le=86400,
         ),
     ] = 300.0
+    drain_s: Annotated[
+        float,
+        setting(
+            "an API process that is told to stop answers for this long, in seconds, while /readyz says 503",
+            "a number from 0 to 3600",
+            flags=("api",),
+            ge=0,
+            le=3600,
+        ),
+    ] = 5.0
     lease_s: Annotated[
         float,
         setting(

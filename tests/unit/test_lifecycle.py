@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,10 +28,12 @@ def test_the_table_is_the_designs() -> None:
         (S.QUEUED, E.CLAIM, S.LOADING),
         (S.QUEUED, E.STOP, S.CANCELLED),
         (S.QUEUED, E.FAIL, S.FAILED),
+        (S.QUEUED, E.REQUEUE, S.QUEUED),
         (S.QUEUED, E.EXPIRE, S.LOST),
         (S.LOADING, E.LOAD, S.LOADED),
         (S.LOADING, E.STOP, S.UNLOADING),
         (S.LOADING, E.FAIL, S.FAILED),
+        (S.LOADING, E.REQUEUE, S.QUEUED),
         (S.LOADING, E.EXPIRE, S.LOST),
         (S.LOADED, E.STOP, S.UNLOADING),
         (S.LOADED, E.FAIL, S.FAILED),
@@ -92,7 +95,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         if event is E.LOAD:
             changes |= {"loaded_at": 1.0, "progress": 1.0}
         elif event is E.CLAIM:
-            changes |= {"epoch": "e", "progress": 0.9 * progress}
+            changes |= {"epoch": "e", "progress": max(before.progress, 0.9 * progress)}
         try:
             self.it = before.after(event, **changes)
         except IllegalTransition:
@@ -102,7 +105,8 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             assert with_error is not (event is E.FAIL)
             return
         self.steps.append(self.it)
-        self.reserved += (event is E.CLAIM) - (before.state in HOLDS_MEMORY and self.it.state in TERMINAL)
+        gave_back = self.it.state in TERMINAL or event is E.REQUEUE
+        self.reserved += (event is E.CLAIM) - (before.state in HOLDS_MEMORY and gave_back)
         self.was_loaded |= event is E.LOAD
 
     @invariant()
@@ -129,6 +133,12 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         progress = [revision.progress for revision in self.steps]
         assert progress == sorted(progress)
         assert (self.it.progress == 1) == self.was_loaded
+
+    @invariant()
+    def it_counts_how_often_it_was_begun_and_belongs_to_whoever_began_it(self) -> None:
+        begun = sum(after.state is S.LOADING and before.state is S.QUEUED for before, after in pairwise(self.steps))
+        assert max(1, begun) <= self.it.attempt <= begun + 1
+        assert self.it.state is not S.QUEUED or self.it.epoch is None
 
     @invariant()
     def no_refused_or_accepted_event_changes_an_older_revision(self) -> None:
