@@ -10,6 +10,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Auth
 from api.errors import HANDLERS
@@ -22,18 +23,37 @@ from shared.settings import Settings, is_loopback, read_tokens, redis_url
 from shared.store import Store, connected
 
 
-def create_app(settings: Settings, closing: asyncio.Event) -> Starlette:
-    """`closing` is set when the process is told to stop: waiting replies then end at once."""
+class LastReplies:
+    """Middleware: once `draining` is set, every reply ends its connection, so that the next request goes elsewhere."""
+
+    def __init__(self, app: ASGIApp, draining: asyncio.Event) -> None:
+        self.app = app
+        self.draining = draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.draining.is_set():
+                message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            await send(message)
+
+        await self.app(scope, receive, send_last)
+
+
+def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Event | None = None) -> Starlette:
+    """`draining` is set when the process is told to stop: it takes no more loads from then on, and answers the rest.
+    `closing` is set when that comes to its end: waiting replies then end at once."""
+    draining = draining or asyncio.Event()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with connected(redis_url(settings)) as redis, asyncio.TaskGroup() as group:
             store = Store(redis, settings.lease_s)
-            roster, follower = Roster(store), Follower(store)
+            roster, follower = Roster(store, settings.load_attempts), Follower(store)
             tasks = [group.create_task(part.run()) for part in (roster, follower)]
             yield {
                 "loads": Loads(settings, store, roster, follower),
                 "waiting": Waiting(settings.waiting_limit),
+                "draining": draining,
                 "closing": closing,
             }
             for task in tasks:
@@ -45,6 +65,7 @@ def create_app(settings: Settings, closing: asyncio.Event) -> Starlette:
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
+    middleware.insert(0, Middleware(LastReplies, draining))
     app = Starlette(routes=ROUTES, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False  # an unknown path is an error, in our shape
     return app

@@ -18,7 +18,7 @@ from shared.schema import Instance, LoadError, LoadEvent
 from shared.store import UNAVAILABLE
 
 HEARTBEAT_S = 10.0  # a comment this often while nothing happens, for proxies that cut what is silent
-LAST_WORDS_S = 0.5  # for what is still to be sent when the process is told to stop
+LAST_WORDS_S = 0.5  # for what is still to be sent when the process comes to its end
 
 
 class EventStream(StreamingResponse):
@@ -60,7 +60,7 @@ async def events(
 ) -> AsyncGenerator[bytes, None]:
     """The events since entry `after` of a load's log, with comments in between, up to the terminal one.
 
-    Without one it ends when this process is told to stop or Redis goes away: the client reconnects with the id it
+    Without one it ends when this process comes to its end or Redis goes away: the client reconnects with the id it
     saw last, here or at another process.  Where Redis lost the record, there is nothing to come back to: an error.
     """
     ending: asyncio.Future[Any] = asyncio.ensure_future(closing.wait())

@@ -37,10 +37,13 @@ DEMO_MODEL = "loadstone/demo-llm"  # the first of what shared.synthetic writes
 CLIENT_COMMANDS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs")  # of shared.commands
 
 # What `up` takes to stop is the sum of these: 10 s, as long as container runtimes wait before they kill.
-API_GRACE_S = 4.0  # above what the API gives replies that are being written
+UP_DRAIN_S = 1.0  # nothing balances here: the API ends as soon as no request is under way, and at the latest then
+API_GRACE_S = 3.0  # after its drain; above what the API gives replies that are being written
 WORKER_GRACE_S = 5.0
 REDIS_GRACE_S = 1.0
+
 LONE_WORKER_GRACE_S = 25.0  # a worker of a pool hands its loads over to others
+WATCHDOG_S = 30.0  # a beat waits some 15 s for a Redis that hangs
 
 
 @contextmanager
@@ -159,7 +162,7 @@ async def _up(settings: Settings, listening: socket.socket, redis: Server | None
             await supervisor.until(partial(devredis.missing, redis.socket), "The embedded Redis")
             await devredis.forget_lease(redis.socket, settings.name)
         supervisor.start(_worker_command(settings, WORKER_GRACE_S))
-        supervisor.start(_api_command(settings, listening))
+        supervisor.start(_api_command(settings, listening, (0.0, UP_DRAIN_S)))
         await supervisor.until(partial(listener.missing, listening, "/readyz"), "Loadstone")
         url = listener.url(settings.host, listening)
         click.echo(f"ready: {url}")
@@ -170,7 +173,8 @@ async def _up(settings: Settings, listening: socket.socket, redis: Server | None
 
 async def _api(settings: Settings, listening: socket.socket) -> None:
     async with Supervisor() as supervisor:
-        supervisor.start(*[_api_command(settings, listening)] * settings.api_workers)
+        command = _api_command(settings, listening, (settings.drain_s, settings.drain_s))
+        supervisor.start(*[command] * settings.api_workers)
         await supervisor.until(partial(listener.missing, listening, "/healthz"), "The API")
         click.echo(f"listening: {listener.url(settings.host, listening)}")
         await supervisor.forever()
@@ -182,21 +186,29 @@ async def _worker(settings: Settings) -> None:
         await supervisor.forever()
 
 
-def _api_command(settings: Settings, listening: socket.socket) -> Command:
+def _api_command(settings: Settings, listening: socket.socket, drain_s: tuple[float, float]) -> Command:
+    """`drain_s`: how long it drains at least, and at most while requests are under way."""
     fd = listening.fileno()
     return Command(
         name="api",
-        argv=(*_module("api"), "--fd", str(fd)),
+        argv=(*_module("api"), "--fd", str(fd), "--drain", *map(str, drain_s)),
         environ=_foreign() | to_environ(settings),
         pass_fds=(fd,),
-        grace_s=API_GRACE_S,
+        grace_s=drain_s[1] + API_GRACE_S,
+        watchdog_s=WATCHDOG_S,
     )
 
 
 def _worker_command(settings: Settings, grace_s: float) -> Command:
     # Whoever breaks the engine with a crafted file shall not find the clients' tokens beside it.
     settings = msgspec.structs.replace(settings, api_tokens="", api_tokens_file=None)
-    return Command(name="worker", argv=_module("worker"), environ=_foreign() | to_environ(settings), grace_s=grace_s)
+    return Command(
+        name="worker",
+        argv=_module("worker"),
+        environ=_foreign() | to_environ(settings),
+        grace_s=grace_s,
+        watchdog_s=WATCHDOG_S,
+    )
 
 
 def _module(name: str) -> tuple[str, ...]:

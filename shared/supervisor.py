@@ -2,6 +2,9 @@
 
 A child never outlives the supervisor: the kernel sends it SIGTERM when the thread that started it dies, however that
 came (PR_SET_PDEATHSIG in prctl(2)).  So a supervisor lives in the main thread, where asyncio.run puts it.
+
+A child that lives but does nothing any more is replaced where it has a watchdog: it gets the end of a pipe and writes
+a byte at each of its beats (`heartbeat`).  One that wrote and then fell silent is killed.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Self
 
 from msgspec import Struct
@@ -26,6 +29,8 @@ LAST_BACKOFF_S = 5.0
 POLL_S = 0.05
 START_DEADLINE_S = 60.0
 KILL_S = 5.0  # what survives SIGKILL this long is stuck in the kernel, and waiting does not help
+LOOKS = 10  # of a watchdog, all without a beat, before a child is killed
+PIPE_BYTES = 65536  # what a pipe holds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _libc = ctypes.CDLL(None)
@@ -35,7 +40,8 @@ _log = log.get(__name__)
 class Command(Struct, frozen=True, kw_only=True):
     """How to start a child.  Its standard output goes to our standard error; it reads nothing.
 
-    `grace_s` is the time it gets between SIGTERM and SIGKILL.
+    `grace_s` is the time it gets between SIGTERM and SIGKILL.  With `watchdog_s` it is given `--beat-fd N` besides, and
+    replaced once it has been silent for that long; one that has not begun to beat may take its time.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Command(Struct, frozen=True, kw_only=True):
     environ: Mapping[str, str]
     pass_fds: tuple[int, ...] = ()
     grace_s: float = 10.0
+    watchdog_s: float | None = None
 
 
 class StartFailed(Exception):
@@ -204,21 +211,31 @@ class _Process:
         self.exited = asyncio.Event()
         self.status = 0
         self._command = command
-        self._popen = subprocess.Popen(
-            command.argv,
-            env=command.environ,
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            pass_fds=command.pass_fds,
-            start_new_session=True,
-            preexec_fn=_leave_with(os.getpid()),
-        )
-        try:
-            self._pidfd = os.pidfd_open(self._popen.pid)
-        except OSError:
-            self._popen.kill()
-            self._popen.wait()
-            raise
+        with ExitStack() as undo:
+            self._watchdog = _Watchdog(command.watchdog_s, self._on_silence) if command.watchdog_s else None
+            argv, pass_fds = command.argv, command.pass_fds
+            if self._watchdog:
+                undo.callback(self._watchdog.close)
+                argv = (*argv, "--beat-fd", str(self._watchdog.theirs))
+                pass_fds = (*pass_fds, self._watchdog.theirs)
+            self._popen = subprocess.Popen(
+                argv,
+                env=command.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=pass_fds,
+                start_new_session=True,
+                preexec_fn=_leave_with(os.getpid()),
+            )
+            try:
+                self._pidfd = os.pidfd_open(self._popen.pid)
+            except OSError:
+                self._popen.kill()
+                self._popen.wait()
+                raise
+            undo.pop_all()
+        if self._watchdog:
+            self._watchdog.start()
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
 
     @property
@@ -238,6 +255,8 @@ class _Process:
                 (os.killpg if signum is signal.SIGKILL else os.kill)(self._popen.pid, signum)
 
     async def stop(self, grace_s: float) -> None:
+        if self._watchdog:
+            self._watchdog.stop()
         for signum, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_S)):
             self.signal(signum)
             with suppress(TimeoutError):
@@ -246,12 +265,87 @@ class _Process:
                     return
         _log.error("a child survived SIGKILL", action="child_stuck", child=self._command.name, pid=self._popen.pid)
 
+    def _on_silence(self) -> None:
+        _log.error(
+            f"the {self._command.name} process gives no sign of life: it is killed",
+            action="child_silent",
+            child=self._command.name,
+            pid=self._popen.pid,
+            silent_s=self._command.watchdog_s,
+        )
+        self.signal(signal.SIGKILL)
+
     def _on_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
+        if self._watchdog:
+            self._watchdog.close()
         self.signal(signal.SIGKILL)  # what it left behind in its group: still ours, for it is not reaped yet
         self.status = self._popen.wait()
         self.exited.set()
+
+
+class _Watchdog:
+    """Reads the beats of one child, and calls `bite` once there was a first one and then none for `silence_s`.
+
+    It counts looks, not time: where all of us were paused together, there are none in between.
+    """
+
+    def __init__(self, silence_s: float, bite: Callable[[], None]) -> None:
+        self._silence_s = silence_s
+        self._bite = bite
+        self._task: asyncio.Task[None] | None = None
+        self._ours, self.theirs = os.pipe()
+        os.set_blocking(self._ours, False)
+
+    def start(self) -> None:
+        """The child has its end now."""
+        os.close(self.theirs)
+        self._task = asyncio.create_task(self._watch())
+
+    def stop(self) -> None:
+        if self._task:
+            self._task.cancel()
+
+    def close(self) -> None:
+        if self._task:
+            self._task.cancel()
+        else:
+            os.close(self.theirs)
+        os.close(self._ours)
+
+    async def _watch(self) -> None:
+        silent, is_armed = 0, False
+        while silent < LOOKS:
+            await asyncio.sleep(self._silence_s / LOOKS)
+            if self._heard():
+                silent, is_armed = 0, True
+            elif is_armed:
+                silent += 1
+        self._bite()
+
+    def _heard(self) -> bool:
+        try:
+            return bool(os.read(self._ours, PIPE_BYTES))
+        except BlockingIOError:
+            return False
+
+
+def heartbeat(fd: int | None) -> Callable[[], None]:
+    """In a child: what to call at each beat.  `fd` is the number of `--beat-fd`, None for one that nobody watches.
+
+    The descriptor goes no further: who holds it could beat in the child's place.
+    """
+    if fd is None:
+        return lambda: None
+    os.set_inheritable(fd, False)
+    os.set_blocking(fd, False)
+
+    def beat() -> None:
+        with suppress(OSError):  # the pipe is full, or nobody reads it
+            os.write(fd, b".")
+
+    return beat
 
 
 def _leave_with(parent: int) -> Callable[[], None]:

@@ -143,7 +143,7 @@ class Running:
         return below(self.popen.pid)
 
     def worker(self) -> Process:
-        return until(lambda: next((p for p in self.tree() if p.words[-3:-1] == ("-m", "worker")), None), "a worker")
+        return until(lambda: next((p for p in self.tree() if p.words[2:4] == ("-m", "worker")), None), "a worker")
 
     def runners(self) -> list[Process]:
         """The processes that hold models, and the one that waits warm, oldest first."""

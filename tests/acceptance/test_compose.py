@@ -31,7 +31,8 @@ from typing import Any
 import pytest
 import yaml
 
-from shared import devredis, synthetic
+from shared import cli, devredis, synthetic
+from shared.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docker-compose.yml"
@@ -161,6 +162,21 @@ def test_the_services_of_the_compose_file_become_healthy_together_and_stop_clean
     assert stack.get("/api/v1/models") == 401
     assert stack.get("/api/v1/models", stack.token) == 200
     assert [stack.stop(name) for name in ("api", "worker-2", "worker-1", "redis")] == [0, 0, 0, 0]
+
+
+def test_an_api_that_is_told_to_stop_is_unhealthy_first_and_has_the_time_for_it(stack: Stack) -> None:
+    grace_s = float(stack.services["api"]["stop_grace_period"].rstrip("s"))
+    assert grace_s > Settings().drain_s + cli.API_GRACE_S
+    for name, instance in (("redis", "redis"), ("worker", "worker-1"), ("api", "api")):
+        stack.start(name, instance)
+    stack.wait_until_healthy("api")
+    api, told = stack.processes["api"], time.monotonic()
+    api.send_signal(signal.SIGTERM)
+    assert not stack.is_healthy("api")
+    assert stack.get("/healthz") == 200
+    assert stack.get("/api/v1/models", stack.token) == 200
+    assert api.wait(grace_s) == 0
+    assert time.monotonic() - told >= Settings().drain_s
 
 
 def test_without_a_worker_the_api_is_alive_but_not_healthy(stack: Stack) -> None:

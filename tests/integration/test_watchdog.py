@@ -1,0 +1,194 @@
+"""What lives but does nothing any more is replaced: small children that fall silent, and the real ones, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from shared import cli, listener
+from shared.settings import Settings
+from shared.supervisor import PIPE_BYTES, Command, Supervisor, heartbeat
+from tests.integration.test_supervisor import SLEEP, command, is_gone, pids, started, wait_gone
+from tests.service import Process, RedisServer, below, until
+from tests.service import wait_gone as wait_all_gone
+
+SILENCE_S = 0.5
+BEAT = """
+import time
+fd = int(sys.argv[sys.argv.index('--beat-fd') + 1])
+beat = lambda: (os.write(fd, b'.'), time.sleep(0.05))"""
+BEATING = f"{BEAT}\nwhile True: beat()"
+BEATING_ONCE = f"{BEAT}\nbeat(); time.sleep(60)"
+LEAVING_SLOWLY = f"""
+import signal
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep({3 * SILENCE_S}), open(sys.argv[1] + '.left', 'w'), sys.exit(0)))
+{BEATING}"""
+
+
+def watched(base: Command, silence_s: float = SILENCE_S) -> Command:
+    return msgspec.structs.replace(base, watchdog_s=silence_s)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "pids"
+
+
+async def test_a_child_that_falls_silent_is_killed_and_started_again(file: Path) -> None:
+    async with Supervisor() as supervisor:
+        supervisor.start(watched(command(file, BEATING_ONCE)))
+        await supervisor.until(started(file, 1), "The child")
+        began = time.monotonic()
+        await supervisor.until(started(file, 2), "The child again")
+        assert time.monotonic() - began > SILENCE_S
+        assert is_gone(pids(file)[0])
+
+
+async def test_what_it_started_in_its_group_goes_with_it(file: Path) -> None:
+    grandchild = (
+        "\nimport subprocess; print(subprocess.Popen(['sleep', '60']).pid, file=open(sys.argv[1] + '.grand', 'a'))"
+    )
+    async with Supervisor() as supervisor:
+        supervisor.start(watched(command(file, grandchild + BEATING_ONCE)))
+        await supervisor.until(started(file, 2), "The child again")
+        first = pids(file.with_suffix(".grand"))[0]
+        assert await asyncio.to_thread(wait_gone, first, 3)
+
+
+@pytest.mark.parametrize("code", [BEATING, SLEEP], ids=["it beats", "it has not begun to"])
+async def test_a_child_is_left_alone_as_long_as(file: Path, code: str) -> None:
+    async with Supervisor() as supervisor:
+        supervisor.start(watched(command(file, code)))
+        await supervisor.until(started(file, 1), "The child")
+        await asyncio.sleep(3 * SILENCE_S)
+        assert len(pids(file)) == 1
+        assert not is_gone(pids(file)[0])
+
+
+async def test_a_child_that_is_being_stopped_need_not_beat(file: Path) -> None:
+    async with Supervisor() as supervisor:
+        supervisor.start(watched(command(file, BEAT + LEAVING_SLOWLY)))
+        await supervisor.until(started(file, 1), "The child")
+        await asyncio.sleep(SILENCE_S)
+    assert file.with_suffix(".left").exists()
+
+
+async def test_a_pause_of_everything_is_no_silence(file: Path) -> None:
+    """As of a container that is frozen for a while: the supervisor stands still too."""
+    async with Supervisor() as supervisor:
+        supervisor.start(watched(command(file, BEATING)))
+        await supervisor.until(started(file, 1), "The child")
+        await asyncio.sleep(SILENCE_S)
+        (pid,) = pids(file)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(3 * SILENCE_S)  # noqa: ASYNC251
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.sleep(3 * SILENCE_S)
+        assert pids(file) == [pid]
+        assert not is_gone(pid)
+
+
+async def test_a_child_without_a_watchdog_is_told_of_none(file: Path) -> None:
+    async with Supervisor() as supervisor:
+        supervisor.start(command(file, "print(*sys.argv, file=open(sys.argv[1] + '.argv', 'w'), flush=True); " + SLEEP))
+        await supervisor.until(started(file, 1), "The child")
+        said = file.with_suffix(".argv")
+        await asyncio.to_thread(until, lambda: said.exists() and said.read_text().strip(), "its arguments")
+    assert "--beat-fd" not in said.read_text()
+
+
+def test_a_beat_never_waits_and_never_fails() -> None:
+    ours, theirs = os.pipe()
+    try:
+        os.set_inheritable(theirs, True)
+        beat = heartbeat(theirs)
+        assert not os.get_inheritable(theirs)
+        for _ in range(PIPE_BYTES + 1):
+            beat()
+        assert len(os.read(ours, 2 * PIPE_BYTES)) == PIPE_BYTES
+    finally:
+        os.close(ours)
+    beat()
+    os.close(theirs)
+    heartbeat(None)()
+
+
+# ---- the real ones
+
+REAL_SILENCE_S = 3.0  # they beat once a second
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path / "redis")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, redis: RedisServer) -> Settings:
+    return Settings(
+        redis_url=redis.url, models_dir=tmp_path, data_dir=tmp_path / "data", worker_name="w", port=0, lease_s=3.0
+    )
+
+
+def child(name: str) -> Process:
+    """Our child that is `python -m NAME`."""
+    return until(lambda: next((p for p in below(os.getpid()) if p.words[2:4] == ("-m", name)), None), name)
+
+
+def holders(pipe: str) -> list[Process]:
+    """Which of our descendants have this pipe open."""
+    found = []
+    for process in below(os.getpid()):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if any(os.readlink(link) == pipe for link in Path(f"/proc/{process.pid}/fd").iterdir()):
+                found.append(process)
+    return found
+
+
+async def check_replaced(command: Command, missing: Callable[[], Awaitable[str | None]]) -> None:
+    """Its process is stopped, once it has beaten; another one comes, and nothing is left of the first.  Nobody else
+    could have beaten in its place."""
+    async with Supervisor() as supervisor:
+        supervisor.start(watched(command, REAL_SILENCE_S))
+        await supervisor.until(missing, command.name)
+        await asyncio.sleep(1.5)
+        first = child(command.name)
+        pipe = os.readlink(f"/proc/{first.pid}/fd/{first.words[first.words.index('--beat-fd') + 1]}")
+        assert [process.pid for process in holders(pipe)] == [first.pid]
+        all_of_it = [first, *below(first.pid)]
+        os.kill(first.pid, signal.SIGSTOP)
+        await asyncio.to_thread(wait_all_gone, all_of_it, REAL_SILENCE_S + 3)
+        await supervisor.until(missing, f"another {command.name}")
+        assert child(command.name).pid != first.pid
+
+
+async def test_a_worker_that_stands_still_is_replaced(settings: Settings, redis: RedisServer) -> None:
+    epochs: list[bytes] = []
+
+    async def missing() -> str | None:
+        with redis.client() as client:
+            epoch: Any = client.get("lease:w")
+        if epoch in [None, *epochs]:
+            return "a lease"
+        epochs.append(epoch)
+        return None
+
+    await check_replaced(cli._worker_command(settings, 5.0), missing)
+
+
+async def test_an_api_that_stands_still_is_replaced(settings: Settings) -> None:
+    with listener.bind(settings) as listening:
+        command = cli._api_command(settings, listening, (0.0, 0.0))
+        await check_replaced(command, partial(listener.missing, listening, "/healthz"))
