@@ -75,7 +75,7 @@ def event(instance: Instance) -> LoadEvent | None:
     """The event that a revision of the record is; None for those after the terminal one."""
     if instance.loaded_at is not None and instance.state is not State.LOADED:
         return None
-    if instance.state is State.QUEUED:
+    if instance.rev == 1:
         return LoadStart(model_instance_id=instance.instance_id, job_id=instance.id)
     return job(instance).event()
 

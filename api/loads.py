@@ -15,7 +15,6 @@ from api.headers import FIRST, is_after
 from api.jobs import event, is_over, outcome, status
 from api.models import check, listed
 from api.roster import Roster
-from shared import log
 from shared.errors import (
     ErrorBody,
     IdempotencyKeyReused,
@@ -30,15 +29,17 @@ from shared.errors import (
 )
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema import (
+    HeldInstance,
     Instance,
     JobStatus,
     ListedModel,
+    ListedWorker,
     LoadedInstance,
     LoadRequest,
     Model,
 )
 from shared.settings import Settings
-from shared.store import UNAVAILABLE, Fenced, Full, KeyTaken, NoLease, Remembered, Store, queue_of
+from shared.store import Crashed, Fenced, Full, KeyTaken, NoLease, Remembered, Store
 
 STOP_DEADLINE_S = 60.0
 
@@ -49,6 +50,8 @@ class ReportedFailure(ServiceError):
     def __init__(self, body: ErrorBody) -> None:
         super().__init__(body.message)
         self._body = body
+        if body.type == NoWorker.type:
+            self.retry_after_s = NoWorker.retry_after_s
 
     def body(self) -> ErrorBody:
         return self._body
@@ -66,7 +69,8 @@ class Loads:
         key was sent before with the same request, return the load that it made.
 
         Raises ModelNotFound, NoWorker, QueueFull, InvalidValue (against the model's limits), LoadFailed for a file
-        that its worker could not read, and IdempotencyKeyReused.  Then nothing was accepted.
+        that its worker could not read or that crashed the engine lately, and IdempotencyKeyReused.  Then nothing was
+        accepted.
         """
         key = digest = ""
         if idempotency_key:
@@ -84,6 +88,12 @@ class Loads:
                     continue
                 except KeyTaken as e:
                     return await self._joined(e.remembered, digest)
+                except Crashed as e:
+                    reason = (
+                        f"it crashed the engine lately: {e.reason}. It is not tried again for {e.left_s} s; "
+                        '"force": true tries it now'
+                    )
+                    raise LoadFailed("engine_crashed", its.type, request.model, reason, retry_after_s=e.left_s) from e
                 except Full as e:
                     full = e if full is None else min(full, e, key=lambda f: f.retry_after_s)
             if not last and full is None:
@@ -95,7 +105,7 @@ class Loads:
         raise NoWorker(f"No worker that has {request.model} is alive. Try again shortly.")
 
     async def _create(self, request: LoadRequest, worker: str, model: Model, key: str, digest: str) -> Instance:
-        """Write the record and its delivery.  Raises NoLease if the worker has just gone, KeyTaken and Full."""
+        """Write the record and its delivery.  Raises NoLease if the worker has just gone, KeyTaken, Full, Crashed."""
         if model.problem is not None:
             raise LoadFailed(model.problem.code, model.type, request.model, model.problem.message)
         check(request, model)
@@ -112,15 +122,10 @@ class Loads:
             at_most=(self.settings.worker_queue_limit, self.settings.queue_limit),
             key=key,
             digest=digest,
+            fingerprint=model.fingerprint,
         )
         self.roster.placed(worker)
-        try:
-            await self.store.redis.enqueue_job(
-                "load", made.id, _job_id=made.id, _queue_name=queue_of(worker), _expires=3600
-            )
-            await self.store.ring(worker)
-        except UNAVAILABLE as e:  # the record stands: its worker finds it at one of its next beats
-            log.get("api").warning("delivery lost", action="delivery_lost", instance=made.id, error=str(e))
+        await self.store.deliver(made)
         return made
 
     async def _joined(self, found: Remembered, digest: str) -> Instance:
@@ -218,12 +223,16 @@ class Loads:
         return ended
 
     async def unload(self, instance_id: str) -> None:
-        """Stop an instance and return once its runner is gone; one that is not loaded yet is cancelled.
+        """Stop an instance and return once its runner is gone; one that is not loaded yet is cancelled, and one that
+        its worker, which is away, would load again, is not wanted any more.
 
         Raises ModelNotFound, also where its worker died meanwhile, and QueueUnavailable after STOP_DEADLINE_S.
         """
+        was_wanted = await self.store.unwant(instance_id)  # first: nothing is restored from now on
         id_ = await self.store.named(instance_id)
         instance = await self.store.get(id_) if id_ else None
+        if instance is None and was_wanted:
+            return
         if instance is None or (await self._stop(instance)).state is State.LOST:
             raise ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
 
@@ -239,6 +248,28 @@ class Loads:
                     instance.id, lambda i: i.state in TERMINAL or (unless_loaded and i.loaded_at is not None)
                 )
         raise QueueUnavailable(f"'{instance.instance_id}' was asked to stop and has not yet. Try again shortly.")
+
+    async def workers(self) -> list[ListedWorker]:
+        """Every worker that is alive, with what it holds or is to hold."""
+        held: dict[str, list[HeldInstance]] = {}
+        for instance in sorted(await self.store.live(), key=lambda i: (i.created_at, i.id)):
+            held.setdefault(instance.worker, []).append(
+                HeldInstance(
+                    id=instance.instance_id, state=instance.state, model=instance.model, devices=instance.devices
+                )
+            )
+        return [
+            ListedWorker(
+                name=worker.name,
+                state=snapshot.state,
+                devices=snapshot.devices,
+                instances=held.get(worker.name, []),
+                lease_age_seconds=round(max(0.0, snapshot.lease_s - worker.lease_left_s), 3),
+                version=snapshot.version,
+            )
+            for worker in await self.store.workers()
+            if (snapshot := worker.snapshot) is not None
+        ]
 
     async def models(self) -> list[ListedModel]:
         """Every model that can be loaded, with its instances that are loaded now."""

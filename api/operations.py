@@ -20,6 +20,7 @@ from shared.schema import (
     ModelList,
     UnloadRequest,
     UnloadResult,
+    WorkerList,
 )
 
 LOAD = "/api/v1/models/load"
@@ -260,6 +261,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         name="list_models",
         summary="List the models that can be loaded, with their loaded instances",
         replies={200: Reply(description="The models of all live workers.", content={JSON: ModelList})},
+        errors=(errors.QueueUnavailable,),
+    ),
+    ("GET", "/api/v1/workers"): Operation(
+        name="list_workers",
+        summary="List the workers that are alive, with their devices and their instances in every state",
+        replies={200: Reply(description="The workers.", content={JSON: WorkerList})},
         errors=(errors.QueueUnavailable,),
     ),
     ("GET", "/healthz"): Operation(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 import msgspec
 
+from api.models import check
 from shared import log
 from shared.catalog import resolve
+from shared.errors import InvalidValue, NoWorker
 from shared.lifecycle import Event, State
 from shared.schema import Instance, Model, WorkerSnapshot
 from shared.store import UNAVAILABLE, Fenced, Store
@@ -19,8 +22,9 @@ BEAT_S = 1.0
 class Roster:
     """Workers and catalogs, at most a beat old.  `refresh` reads them now."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, load_attempts: int) -> None:
         self.store = store
+        self.load_attempts = load_attempts
         self.alive: dict[str, WorkerSnapshot] = {}
         self.catalogs: dict[str, list[Model]] = {}  # of every worker of the last day, alive or not
         self._digests: dict[str, str] = {}
@@ -32,6 +36,7 @@ class Roster:
         while True:
             started = time.monotonic()
             try:
+                await self.store.check()  # a full disk lets us read that leases ran out, and workers not renew them
                 epochs = await self.refresh()
                 if time.monotonic() - started > 1.0:  # a paused Redis breaks no connection
                     self._sweep_from = time.monotonic() + self.store.lease_s
@@ -65,12 +70,12 @@ class Roster:
         return {worker.name: worker.epoch for worker in workers}
 
     def with_model(self, wanted: str) -> tuple[list[tuple[str, Model]], Model | None]:
-        """Live workers that have a model, best first, and the model as any worker knows it.
+        """Workers that have a model and take loads, best first, and the model as any worker knows it.
 
         One that can read the file is better than one that cannot, then one that holds less.
         """
         found = {name: model for name, models in self.catalogs.items() if (model := resolve(models, wanted))}
-        live = [name for name in found if name in self.alive]
+        live = [name for name in found if name in self.alive and self.alive[name].state == "ready"]
         live.sort(key=lambda name: (found[name].problem is not None, self.alive[name].residents, name))
         return [(name, found[name]) for name in live], next(iter(found.values()), None)
 
@@ -89,23 +94,63 @@ class Roster:
         return [by_key[key] for key in sorted(by_key)]
 
     async def _sweep(self, epochs: dict[str, str | None]) -> None:
-        """Declare lost what no living worker holds: a claimed instance whose worker's lease is gone or of another
-        epoch, and a queued one whose worker has been away for a whole lease (a quick restart takes it up again)."""
+        """Move on what no worker that takes loads has: a claimed instance whose worker's lease is gone or of another
+        epoch, and a queued one whose worker's is gone, or which is draining."""
         for instance in await self.store.live():
             epoch = epochs.get(instance.worker)
             if instance.state is State.QUEUED:
-                absent = self._absent_since.get(instance.worker)
-                gone = epoch is None and absent is not None and time.monotonic() - absent > self.store.lease_s
+                snapshot = self.alive.get(instance.worker)
+                is_held = snapshot is not None and snapshot.state == "ready"
             else:
-                gone = epoch != instance.epoch
-            if gone:
-                await self._expire(instance)
+                is_held = epoch == instance.epoch
+            if not is_held:
+                with suppress(Fenced):  # its worker, or another API process, moved it on
+                    await self._move(instance)
 
-    async def _expire(self, instance: Instance) -> None:
-        try:
-            await self.store.commit(instance, instance.after(Event.EXPIRE))
-        except Fenced:
-            return  # its worker, or another API process, moved it on: then it is not lost, or is already
+    async def _move(self, instance: Instance) -> None:
+        """What was never loaded goes to another worker, or waits for its own to come back, a whole lease long; what
+        was is lost.  A restoration stays with its worker.  Raises Fenced."""
+        if instance.state not in (State.QUEUED, State.LOADING):
+            return await self._commit(instance, instance.after(Event.EXPIRE))
+        if instance.stop_requested:
+            if instance.state is State.LOADING:
+                instance, _ = await self.store.commit(instance, instance.after(Event.REQUEUE))
+            return await self._commit(instance, instance.after(Event.STOP))
+        place = None if instance.restoring else self._place(instance)
+        if place is not None:
+            worker, model = place
+            changes = {"worker": worker, "key": model.key, "total_size_bytes": model.size_bytes}
+            return await self._commit(instance, instance.abandoned(self.load_attempts, **changes))
+        if instance.state is State.LOADING:
+            return await self._commit(instance, instance.abandoned(self.load_attempts))
+        absent_s = time.monotonic() - self._absent_since.setdefault(instance.worker, time.monotonic())
+        if absent_s <= self.store.lease_s or instance.worker in self.alive:
+            return None
+        if instance.restoring:
+            return await self._commit(instance, instance.after(Event.EXPIRE))
+        nowhere = NoWorker(f"Its worker '{instance.worker}' is gone, and no other that has {instance.model} is alive.")
+        return await self._commit(instance, instance.after(Event.FAIL, error=nowhere.body()))
+
+    def _place(self, instance: Instance) -> tuple[str, Model] | None:
+        """The best worker for a load that lost its own, with the model as it is there."""
+        for worker, model in self.with_model(instance.model)[0]:
+            with suppress(InvalidValue):
+                check(instance.request, model)
+                if model.problem is None and model.type == instance.type:
+                    return worker, model
+        return None
+
+    async def _commit(self, old: Instance, new: Instance) -> None:
+        committed, _ = await self.store.commit(old, new)
         log.get("api").warning(
-            "instance lost", action="transition", instance=instance.id, old=instance.state, new=State.LOST
+            f"{old.state} -> {new.state}: its worker is gone",
+            action="transition",
+            instance=old.id,
+            old=old.state,
+            new=new.state,
+            worker=old.worker,
+            to=new.worker,
         )
+        if committed.state is State.QUEUED:
+            self.placed(committed.worker)
+            await self.store.deliver(committed)

@@ -34,7 +34,7 @@ from api.operations import LOAD, STATUS
 from api.stream import EventStream, events
 from api.waiting import Waiting
 from shared.errors import JobNotFound, QueueUnavailable
-from shared.schema import Instance, JobList, JobStatus, LoadRequest, ModelList, UnloadRequest, UnloadResult
+from shared.schema import Instance, JobList, JobStatus, LoadRequest, ModelList, UnloadRequest, UnloadResult, WorkerList
 from shared.store import UNAVAILABLE
 
 T = TypeVar("T")
@@ -45,6 +45,9 @@ async def load(request: Request) -> Response:
     when the client's patience ends."""
     wanted = decode(await read_body(request), LoadRequest, '"{}" is required')
     key = idempotency_key(request.headers.getlist("idempotency-key"))
+    draining: asyncio.Event = request.state.draining
+    if draining.is_set():
+        raise QueueUnavailable("This server is shutting down and takes no more loads. Try again shortly.")
     loads: Loads = request.state.loads
     if accepts_events(request.headers.getlist("accept")):
         return await _stream(request, partial(loads.submit, wanted, key), FIRST)
@@ -114,17 +117,26 @@ async def models(request: Request) -> Response:
     return _json(ModelList(models=await loads.models()))
 
 
+async def workers(request: Request) -> Response:
+    loads: Loads = request.state.loads
+    return _json(WorkerList(workers=await loads.workers()))
+
+
 async def healthz(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
 async def readyz(request: Request) -> Response:
-    """200 if Redis answers and a worker holds a lease: then a load can be accepted and carried out."""
+    """200 if Redis answers and a worker holds a lease: then a load can be accepted and carried out; 503 as soon as
+    this process is told to stop."""
     loads: Loads = request.state.loads
+    draining: asyncio.Event = request.state.draining
     try:
         missing = "" if any(w.epoch for w in await loads.store.workers()) else "no worker holds a lease\n"
     except UNAVAILABLE:
         missing = "Redis does not answer\n"
+    if draining.is_set():
+        missing = "shutting down\n"
     if missing:
         return PlainTextResponse(missing, 503, {"Retry-After": str(QueueUnavailable.retry_after_s)})
     return PlainTextResponse("ready\n")
@@ -139,6 +151,7 @@ ROUTES = [
     Route(STATUS + "/{job_id}/logs", job_logs, methods=["GET"]),
     Route("/api/v1/models/unload", unload, methods=["POST"]),
     Route("/api/v1/models", models, methods=["GET"]),
+    Route("/api/v1/workers", workers, methods=["GET"]),
     Route("/healthz", healthz, methods=["GET"]),
     Route("/readyz", readyz, methods=["GET"]),
     Route("/openapi.json", openapi_json, methods=["GET"]),
@@ -180,7 +193,7 @@ def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
 
 
 async def waited_for(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, unless the client goes away or this process is told to stop: then waiting ends, and
+    """The result of `work`, unless the client goes away or this process comes to its end: then waiting ends, and
     nothing else does, since a load belongs to its worker."""
     closing: asyncio.Event = request.state.closing
     job = asyncio.ensure_future(work)

@@ -143,6 +143,7 @@ def ps(server: Client, as_json: bool) -> None:
     help="Keep the KV cache on the GPU.",
 )
 @click.option("--parallel", type=click.IntRange(1), metavar="N", help="Sequences that the context holds.")
+@click.option("--force", is_flag=True, default=None, help="Try a model that crashed the engine lately.")
 @click.option("--detach", is_flag=True, help="Do not wait: write the job's id to stdout.")
 @click.option(
     "--idempotency-key", metavar="KEY", callback=visible_ascii, help="The same key again joins the load it began."

@@ -22,29 +22,15 @@ class Event(StrEnum):
     STOP = "stop"  # an unload or a cancel was asked for
     EXIT = "exit"  # its runner was reaped after a stop
     FAIL = "fail"  # its load failed, or its runner died
-    REQUEUE = (
-        "requeue"  # never loaded, and its worker died or hands it back: it is to be loaded once more, or elsewhere
-    )
+    REQUEUE = "requeue"  # never loaded, and its worker died or hands it back: it is begun anew, there or elsewhere
     EXPIRE = "expire"  # its worker's lease is gone
 
 
 S, E = State, Event
 
 NEXT: dict[State, dict[Event, State]] = {  # a state without a row is terminal
-    S.QUEUED: {
-        E.CLAIM: S.LOADING,
-        E.STOP: S.CANCELLED,
-        E.FAIL: S.FAILED,
-        E.REQUEUE: S.QUEUED,
-        E.EXPIRE: S.LOST,
-    },
-    S.LOADING: {
-        E.LOAD: S.LOADED,
-        E.STOP: S.UNLOADING,
-        E.FAIL: S.FAILED,
-        E.REQUEUE: S.QUEUED,
-        E.EXPIRE: S.LOST,
-    },
+    S.QUEUED: {E.CLAIM: S.LOADING, E.STOP: S.CANCELLED, E.FAIL: S.FAILED, E.REQUEUE: S.QUEUED, E.EXPIRE: S.LOST},
+    S.LOADING: {E.LOAD: S.LOADED, E.STOP: S.UNLOADING, E.FAIL: S.FAILED, E.REQUEUE: S.QUEUED, E.EXPIRE: S.LOST},
     S.LOADED: {E.STOP: S.UNLOADING, E.FAIL: S.FAILED, E.EXPIRE: S.LOST},
     S.UNLOADING: {E.EXIT: S.UNLOADED, E.EXPIRE: S.LOST},  # CANCELLED instead, if it was never loaded
 }

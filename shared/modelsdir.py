@@ -71,7 +71,7 @@ def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> 
         if path.count("/") < MAX_DEPTH:
             yield from _folder(entry.path, root, path, linked=linked)
     elif info is not None:
-        yield Found(path, FileStat(info.st_size, info.st_mtime_ns, info.st_ino))
+        yield Found(path, FileStat.of(info))
 
 
 def _holds(folder: str, path: str) -> bool:

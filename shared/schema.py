@@ -7,6 +7,7 @@ tolerant between our own processes: a new field has a default, so that two versi
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from datetime import datetime
 from typing import Annotated, Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from shared.errors import ErrorBody
+from shared.errors import ErrorBody, LoadFailed
 from shared.lifecycle import TERMINAL, Event, State, step
 
 ModelType = Literal["llm", "embedding"]
@@ -209,6 +210,15 @@ class ModelList(Struct, frozen=True, kw_only=True):
     models: list[ListedModel]
 
 
+class HeldInstance(Struct, frozen=True, kw_only=True):
+    """An instance in whatever state, and where it is or is to be."""
+
+    id: str
+    state: State
+    model: str
+    devices: list[str]
+
+
 # ---- what workers publish
 
 
@@ -225,6 +235,10 @@ class FileStat(NamedTuple):
     size: int  # bytes
     mtime_ns: int
     inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileStat:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -259,7 +273,10 @@ class Model(Struct, frozen=True, kw_only=True):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of its files' paths, sizes and times: the same wherever the same files were copied to."""
+        """A digest of its files' paths, sizes and times: the same wherever the same files were copied to.  "" where
+        they are not known, as in what an older version published."""
+        if not self.files:
+            return ""
         facts = [(path, stat.size, stat.mtime_ns) for path, stat in zip(self.shards, self.files, strict=True)]
         return hashlib.sha256(msgspec.msgpack.encode(facts)).hexdigest()[:32]
 
@@ -277,6 +294,21 @@ class Device(Struct, frozen=True, kw_only=True):
     total_bytes: int
     free_bytes: int
     reserved_bytes: int = 0
+
+
+class ListedWorker(Struct, frozen=True, kw_only=True):
+    """A worker that is alive; `lease_age_seconds` have passed since its last sign of life."""
+
+    name: str
+    state: WorkerState
+    devices: list[Device]
+    instances: list[HeldInstance]
+    lease_age_seconds: float
+    version: str
+
+
+class WorkerList(Struct, frozen=True, kw_only=True):
+    workers: list[ListedWorker]
 
 
 class WorkerSnapshot(Struct, frozen=True, kw_only=True):
@@ -333,6 +365,7 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     devices: list[str] = []
     started_at: float | None = None
     loaded_at: float | None = None
+    used_at: float | None = None  # until there is something to use it for: when it was loaded, if not restored
     completed_at: float | None = None
     timing: dict[str, float] = {}
     load_time_seconds: float | None = None
@@ -358,6 +391,16 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
         if event is Event.REQUEUE:
             changes = {**UNBEGUN, "attempt": self.attempt + (self.state is not State.QUEUED), **changes}
         return msgspec.structs.replace(self, state=state, **changes)
+
+    def abandoned(self, attempts: int, **changes: Any) -> Instance:
+        """This record once its worker ended under it.  What was never loaded is begun anew, with `changes`, unless it
+        was begun `attempts` times; what was, or is being unloaded, is lost."""
+        if self.state not in (State.QUEUED, State.LOADING):
+            return self.after(Event.EXPIRE)
+        if self.state is State.QUEUED or self.attempt < attempts:
+            return self.after(Event.REQUEUE, **changes)
+        reason = f"its worker ended under it, the last time '{self.worker}', and it was begun {self.attempt} times"
+        return self.after(Event.FAIL, error=LoadFailed("worker_lost", self.type, self.model, reason).body())
 
     def result(self) -> LoadResult:
         """The reply of a load that came to `loaded`."""

@@ -4,7 +4,8 @@ A script may be repeated after a lost reply: it finds out that its work was done
 """
 
 # ARGV: id, key as asked, doc, worker, digest of the request ("" without an Idempotency-Key), how many may be queued at
-# the worker, and in all, retention in seconds.
+# the worker, and in all, retention in seconds, an instance id that it must get (or ""), "1" to try what crashed lately,
+# the id under which that instance must be wanted (or "").
 CREATE = """
 local inst, log, names, insts, counters, lease, idem = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local id, name, doc, worker, digest, n = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], 1
@@ -14,6 +15,8 @@ if digest ~= '' then
   local first = redis.call('HMGET', idem, 'digest', 'id')
   if first[1] then return {'remembered', first[1], first[2]} end
 end
+local reason = ARGV[10] == '' and redis.call('GET', KEYS[8])
+if reason then return {'crashed', reason, redis.call('TTL', KEYS[8])} end
 if redis.call('EXISTS', lease) == 0 then return {'no lease'} end
 local now = redis.call('TIME'); now = now[1] * 1000000 + now[2]
 for i, place in ipairs({':' .. worker, ''}) do
@@ -21,6 +24,14 @@ for i, place in ipairs({':' .. worker, ''}) do
     local left = redis.call('LRANGE', 'pace' .. place, 0, -1)
     return {'full', ARGV[5 + i], #left, #left > 0 and string.format('%.0f', now - left[#left]) or 0}
   end
+end
+if ARGV[9] ~= '' then
+  name = ARGV[9]
+  local wanted = 'wanted:' .. worker
+  if ARGV[11] ~= '' and redis.call('HGET', wanted, name) ~= ARGV[11] then return {'unwanted'} end
+  if redis.call('HEXISTS', names, name) == 1 then return {'name taken'} end
+  redis.call('HSET', wanted, name, id)
+  redis.call('EXPIRE', wanted, ARGV[8])
 end
 while redis.call('HEXISTS', names, name) == 1 do n = n + 1; name = ARGV[2] .. ':' .. n end
 local since = string.format('(%.0f', now - ARGV[8] * 1000000); now = string.format('%.0f', now)
@@ -43,8 +54,9 @@ return {'created', name, now}
 """
 
 # Compare the revision, write the document, tell everybody.  ARGV: id, rev, rev + 1, doc, state if it changed, retention
-# in seconds if it is terminal.  Answers Redis' time in microseconds; false to whoever was overtaken by another writer,
-# "stop" where the wish to stop what was to be loaded came first.
+# in seconds if it is terminal, worker if it is requeued, retention if it is wanted from now on or "no" if not any more.
+# Answers Redis' time in microseconds; false to whoever was overtaken by another writer, "stop" where the wish to stop
+# what was to be loaded came first.
 COMMIT = """
 local held = redis.call('HMGET', KEYS[1], 'rev', 'doc', 'instance_id', 'worker', 'stop')
 local now = redis.call('TIME'); now = string.format('%.0f', now[1] * 1000000 + now[2])
@@ -53,7 +65,13 @@ if held[1] ~= ARGV[2] then return false end
 if ARGV[5] == 'loaded' and held[5] then return 'stop' end
 redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'doc', ARGV[4])
 redis.call('XADD', KEYS[2], '*', 'rev', ARGV[3], 'doc', ARGV[4])
-if ARGV[5] ~= '' then
+if ARGV[7] ~= '' then
+  redis.call('HSET', KEYS[1], 'state', 'queued', 'worker', ARGV[7])
+  redis.call('HINCRBY', KEYS[5], 'requeued', 1)
+  redis.call('SREM', 'queued:' .. held[4], ARGV[1])
+  redis.call('SADD', 'queued', ARGV[1])
+  redis.call('SADD', 'queued:' .. ARGV[7], ARGV[1])
+elseif ARGV[5] ~= '' then
   redis.call('HSET', KEYS[1], 'state', ARGV[5])
   redis.call('HINCRBY', KEYS[5], ARGV[5], 1)
   if redis.call('SREM', 'queued', ARGV[1]) == 1 then
@@ -65,6 +83,13 @@ if ARGV[5] ~= '' then
     end
   end
 end
+local wanted = 'wanted:' .. held[4]
+if ARGV[8] == 'no' then
+  if redis.call('HGET', wanted, held[3]) == ARGV[1] then redis.call('HDEL', wanted, held[3]) end
+elseif ARGV[8] ~= '' then
+  redis.call('HSET', wanted, held[3], ARGV[1])
+  redis.call('EXPIRE', wanted, ARGV[8])
+end
 if ARGV[6] ~= '' then
   if redis.call('HGET', KEYS[3], held[3]) == ARGV[1] then redis.call('HDEL', KEYS[3], held[3]) end
   redis.call('SREM', KEYS[4], ARGV[1])
@@ -73,6 +98,24 @@ if ARGV[6] ~= '' then
 end
 redis.call('PUBLISH', 'news', ARGV[1])
 return now
+"""
+
+# Write again what Redis lost of a loaded instance, if it did.  ARGV: id, instance id, rev, worker, creation, doc,
+# retention in seconds.
+REWRITE = """
+local rev, holder = redis.call('HGET', KEYS[1], 'rev'), redis.call('HGET', KEYS[3], ARGV[2])
+if rev and tonumber(rev) == tonumber(ARGV[3]) then return 'there' end
+if rev and tonumber(rev) > tonumber(ARGV[3]) then return 'newer' end
+if holder and holder ~= ARGV[1] then return 'name taken' end
+redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'instance_id', ARGV[2], 'worker', ARGV[4], 'at', ARGV[5], 'doc', ARGV[6],
+  'state', 'loaded')
+redis.call('HSET', 'wanted:' .. ARGV[4], ARGV[2], ARGV[1])
+redis.call('EXPIRE', 'wanted:' .. ARGV[4], ARGV[7])
+redis.call('XADD', KEYS[2], '*', 'rev', ARGV[3], 'doc', ARGV[6])
+redis.call('HSET', KEYS[3], ARGV[2], ARGV[1])
+redis.call('SADD', KEYS[4], ARGV[1])
+redis.call('PUBLISH', 'news', ARGV[1])
+return 'written'
 """
 
 # ARGV: id, "1" to wish it only of what is not loaded yet.  False where there is no such record.
@@ -97,6 +140,7 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
 redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[3])
 redis.call('ZADD', KEYS[4], ARGV[6], ARGV[5])
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', ARGV[6] - ARGV[7])
+redis.call('EXPIRE', 'wanted:' .. ARGV[5], ARGV[7])
 return 1 + redis.call('EXPIRE', KEYS[3], ARGV[7])
 """
 

@@ -10,12 +10,14 @@
                                                               expires an hour after the last
   jobs              zset    id -> creation (microseconds), of the last RETAIN_S; expires RETAIN_S after the last
   idem:{digest}     hash    id, and digest of the request, that came with an Idempotency-Key; expires after RETAIN_S
+  crashed:{digest}  string  why a model (Model.fingerprint) crashed the engine; expires after CRASH_MEMORY_S
+  wanted:{worker}   hash    instance_id -> id of what it is to hold; expires RETAIN_S after its last beat
   workers           zset    name -> time of its last beat (seconds); forgotten after RETAIN_S
   lease:{worker}    string  epoch of its process               expires a lease after its last beat
   worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
   catalog:{worker}  string  list[Model] (msgpack)              expires RETAIN_S after the last beat
-  counters          hash    instances that came to each state
-  arq:*             arq's own  queue, jobs and health check of each worker (queues last until they are empty)
+  counters          hash    instances that came to each state, and how often one was requeued
+  arq:*             arq's own  queue, jobs and health check of each worker; queues expire RETAIN_S after the last entry
   wake:{worker}     channel "" for a delivery in its queue, an id for a wish
   news              channel ids whose record changed
 
@@ -45,9 +47,11 @@ from redis.exceptions import RedisError
 from shared import log
 from shared.lifecycle import TERMINAL, State
 from shared.schema import Instance, Model, WorkerSnapshot
-from shared.scripts import COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, STOP
+from shared.scripts import COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, REWRITE, STOP
 
 RETAIN_S = 24 * 3600
+CRASH_MEMORY_S = 600
+DELIVERY_S = 3600  # arq's entry; a record that is queued for longer is found by its worker's beat
 HISTORY_N = 256  # revisions that are read at once
 PAGE_N = 200
 NO_LIMITS = (2**53, 2**53)
@@ -70,6 +74,22 @@ class Full(Exception):
     def __init__(self, limit: int, retry_after_s: int) -> None:
         super().__init__(limit)
         self.limit, self.retry_after_s = limit, retry_after_s
+
+
+class NameTaken(Exception):
+    """Another instance lives under the id that this one was to have."""
+
+
+class Unwanted(Exception):
+    """What was to be restored was unloaded meanwhile."""
+
+
+class Crashed(Exception):
+    """The model's files crashed the engine lately: `reason`.  They are not tried for `left_s` seconds more."""
+
+    def __init__(self, reason: str, left_s: int) -> None:
+        super().__init__(reason)
+        self.reason, self.left_s = reason, left_s
 
 
 class StopWished(Exception):
@@ -97,6 +117,7 @@ class Worker(Struct, frozen=True, kw_only=True):
     name: str
     epoch: str | None
     snapshot: WorkerSnapshot | None
+    lease_left_s: float = 0.0
 
 
 def queue_of(worker: str) -> str:
@@ -160,6 +181,7 @@ class Store:
         self.lease_s = lease_s
         self._engine_log = redis.register_script(ENGINE_LOG)
         self._create = redis.register_script(CREATE)
+        self._rewrite = redis.register_script(REWRITE)
         self._commit = redis.register_script(COMMIT)
         self._stop = redis.register_script(STOP)
         self._renew = redis.register_script(RENEW)
@@ -168,17 +190,37 @@ class Store:
     # ---- instances
 
     async def create(
-        self, instance: Instance, *, at_most: tuple[int, int] = NO_LIMITS, key: str = "", digest: str = ""
+        self,
+        instance: Instance,
+        *,
+        at_most: tuple[int, int] = NO_LIMITS,
+        key: str = "",
+        digest: str = "",
+        fingerprint: str = "",
+        restores: str = "",
     ) -> Instance:
-        """Write a queued record under the lowest free name of its key: `key`, `key:2`, `key:3`, ...
+        """Write a queued record under its instance_id, or else the lowest free name of its key: `key`, `key:2`, ...
 
         `at_most` may be queued at its worker, and in all.  With the digests of an Idempotency-Key and of the request
-        that came with it, only the first call writes; the others raise KeyTaken.  Raises NoLease if its worker is
-        gone, and Full.
+        that came with it, only the first call writes; the others raise KeyTaken.  `fingerprint` is the model's, and
+        `restores` the id of the load that it is to bring back.  Raises NoLease if its worker is gone, Full, NameTaken,
+        Unwanted, and Crashed unless the request has `force`.
         """
+        name, force = instance.instance_id, "1" if instance.request.force or not fingerprint else ""
         outcome, *found = await self._create(
-            keys=[*_keys(instance.id), f"lease:{instance.worker}", f"idem:{key}"],
-            args=[instance.id, instance.model, _pack(instance), instance.worker, digest, *at_most, RETAIN_S],
+            keys=[*_keys(instance.id), f"lease:{instance.worker}", f"idem:{key}", f"crashed:{fingerprint}"],
+            args=[
+                instance.id,
+                instance.model,
+                _pack(instance),
+                instance.worker,
+                digest,
+                *at_most,
+                RETAIN_S,
+                name,
+                force,
+                restores,
+            ],
         )
         match outcome:
             case b"created":
@@ -191,6 +233,12 @@ class Store:
                 limit, departures, within_us = map(int, found)
                 pace = within_us / 1e6 / departures if departures else UNKNOWN_PACE_S
                 raise Full(limit, min(LONGEST_RETRY_S, max(1, math.ceil(pace))))
+            case b"crashed":
+                raise Crashed(found[0].decode(), int(found[1]))
+            case b"unwanted":
+                raise Unwanted(name)
+            case b"name taken":
+                raise NameTaken(name)
         raise NoLease(f"worker '{instance.worker}' holds no lease")
 
     async def remembered(self, key: str) -> Remembered | None:
@@ -201,17 +249,80 @@ class Store:
     async def commit(self, old: Instance, new: Instance) -> tuple[Instance, float]:
         """Replace `old` by `new`; returns it with its revision, and Redis' time in seconds.
 
-        Raises Fenced, and StopWished where `new` is loaded and somebody wished it stopped before.
+        A queued one that replaces another was requeued.  Raises Fenced, and StopWished where `new` is loaded and
+        somebody wished it stopped before.
         """
         assert old.id == new.id
         retain = RETAIN_S if new.state in TERMINAL else ""
         state = new.state.value if new.state is not old.state else ""
-        now = await self._commit(keys=_keys(new.id), args=[new.id, old.rev, old.rev + 1, _pack(new), state, retain])
+        requeued_at = new.worker if new.state is State.QUEUED else ""
+        now = await self._commit(
+            keys=_keys(new.id),
+            args=[new.id, old.rev, old.rev + 1, _pack(new), state, retain, requeued_at, _wanted(new) if state else ""],
+        )
         if now is None:
             raise Fenced(f"{new.id} is no longer at revision {old.rev}")
         if now == b"stop":
             raise StopWished(f"{new.id} is to be stopped")
         return msgspec.structs.replace(new, rev=old.rev + 1), int(now) / 1e6
+
+    async def deliver(self, instance: Instance) -> None:
+        """Put a queued instance into its worker's queue, and ring.
+
+        Where that fails the record stands: its worker finds it at one of its next beats.
+        """
+        queue = queue_of(instance.worker)
+        try:
+            await self.redis.enqueue_job(
+                "load", instance.id, _job_id=f"{instance.id}:{instance.rev}", _queue_name=queue, _expires=DELIVERY_S
+            )
+            async with self.redis.pipeline(transaction=False) as pipe:
+                pipe.publish(f"wake:{instance.worker}", b"")
+                pipe.expire(queue, RETAIN_S)
+                await pipe.execute()
+        except UNAVAILABLE as e:
+            log.get("store").warning("delivery lost", action="delivery_lost", instance=instance.id, error=str(e))
+
+    async def rewrite(self, instance: Instance) -> Literal["written", "there", "newer", "name taken"]:
+        """Write the record of a loaded instance again that Redis lost, or of which it lost the last revisions; nothing
+        where it did not."""
+        found: Any = await self._rewrite(
+            keys=_keys(instance.id),
+            args=[
+                instance.id,
+                instance.instance_id,
+                instance.rev,
+                instance.worker,
+                round(instance.created_at * 1e6),
+                _pack(instance),
+                RETAIN_S,
+            ],
+        )
+        outcome: Literal["written", "there", "newer", "name taken"] = found.decode()
+        return outcome
+
+    async def wanted(self, worker: str) -> dict[str, str]:
+        """What a worker is to hold: instance_id -> id of the load that made it."""
+        found: dict[bytes, bytes] = await self.redis.hgetall(f"wanted:{worker}")  # type: ignore[misc]
+        return {name.decode(): id_.decode() for name, id_ in found.items()}
+
+    async def unwant(self, instance_id: str) -> bool:
+        """Have no worker bring an instance back; whether one would have."""
+        names = [name.decode() for name in await self.redis.zrange("workers", 0, -1)]
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hdel(f"wanted:{name}", instance_id)
+            return any(await pipe.execute())
+
+    async def want_nothing(self, worker: str) -> None:
+        await self.redis.delete(f"wanted:{worker}")
+
+    async def remember_crash(self, fingerprint: str, reason: str) -> None:
+        """Have what crashed the engine refused for CRASH_MEMORY_S."""
+        await self.redis.set(f"crashed:{fingerprint}", reason, ex=CRASH_MEMORY_S)
+
+    async def forget_crash(self, fingerprint: str) -> None:
+        await self.redis.delete(f"crashed:{fingerprint}")
 
     async def write_engine_log(self, id_: str, text: str) -> None:
         """Keep what the engine said in a load, for as long as its record."""
@@ -331,14 +442,19 @@ class Store:
         names = [name.decode() for name in await self.redis.zrange("workers", 0, -1)]
         if not names:
             return []
-        found = await self.redis.mget([f"{kind}:{name}" for name in names for kind in ("lease", "worker")])
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.mget([f"{kind}:{name}" for name in names for kind in ("lease", "worker")])
+            for name in names:
+                pipe.pttl(f"lease:{name}")
+            found, *left_ms = await pipe.execute()
         return [
             Worker(
                 name=name,
                 epoch=lease.decode() if lease else None,
                 snapshot=msgpack.decode(snapshot, type=WorkerSnapshot) if lease and snapshot else None,
+                lease_left_s=max(0, left) / 1000,
             )
-            for name, lease, snapshot in zip(names, found[::2], found[1::2], strict=True)
+            for name, lease, snapshot, left in zip(names, found[::2], found[1::2], left_ms, strict=True)
         ]
 
     async def publish_catalog(self, worker: str, models: list[Model]) -> str:
@@ -352,9 +468,12 @@ class Store:
         data = await self.redis.get(f"catalog:{worker}")
         return None if data is None else msgpack.decode(data, type=list[Model])
 
-    async def ring(self, worker: str) -> None:
-        """Tell a worker that something is in its queue."""
-        await self.redis.publish(f"wake:{worker}", b"")
+    async def check(self) -> None:
+        """Whether Redis can be written to: where its disk is full it reads on, but refuses this as it does a write.
+
+        (src/server.c of Redis and Valkey: MISCONF, "write commands or PING".)
+        """
+        await self.redis.ping()
 
     # ---- notifications
 
@@ -377,6 +496,14 @@ class Store:
 
 def _keys(id_: str) -> list[str]:
     return [f"inst:{id_}", f"inst:{id_}:log", "names", "insts", "counters"]
+
+
+def _wanted(new: Instance) -> int | str:
+    """What a change of state says of whether an instance is wanted: what was lost is still."""
+    if new.state is State.LOADED:
+        return RETAIN_S
+    was_loaded = new.state is State.FAILED and new.loaded_at is not None
+    return "no" if was_loaded or new.state in (State.UNLOADED, State.CANCELLED) else ""
 
 
 def _pack(instance: Instance) -> bytes:
