@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
 import uvloop
 
 from shared import log
-from shared.settings import PREFIX, SettingsError, from_environ
+from shared.settings import SettingsError, from_environ
+from shared.supervisor import heartbeat
 from worker.agent import LeaseLost
+from worker.confine import strip_environment
 from worker.main import run
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m worker")
+    parser.add_argument("--beat-fd", type=int, help="where the supervisor hears that we live")
+    beat = heartbeat(parser.parse_args().beat_fd)
     status = 0
     try:
         settings = from_environ(os.environ)
-        for name in [name for name in os.environ if name.startswith(PREFIX)]:
-            del os.environ[name]  # runners inherit this environment, and no secret
+        strip_environment()
         log.configure(settings.log_level, settings.log_format, service="worker", worker=settings.name)
-        uvloop.run(run(settings))
+        uvloop.run(run(settings, beat))
     except* (SettingsError, LeaseLost) as group:
         print(f"loadstone: {_first(group)}", file=sys.stderr)  # noqa: T201
         status = 2

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
 
 import shared
 from shared import log
-from shared.lifecycle import Event, State
-from shared.schema import Instance, Model, WorkerSnapshot
+from shared.lifecycle import HOLDS_MEMORY, Event, State
+from shared.schema import Device, Instance, Model, WorkerSnapshot
 from shared.settings import Settings
-from shared.store import UNAVAILABLE, Fenced, Store
-from worker.resident import Resident
+from shared.store import CRASH_MEMORY_S, UNAVAILABLE, Fenced, NameTaken, NoLease, Store, Unwanted
+from worker.hostmemory import host_memory
+from worker.resident import Resident, changed
 from worker.runner import Runners
+from worker.wanted import Wanted, decide, restoration
 
 BEAT_S = 1.0
 DRAIN_S = 4.0
@@ -24,19 +33,26 @@ class LeaseLost(Exception):
 
 
 class Agent:
-    def __init__(self, settings: Settings, store: Store, epoch: str) -> None:
+    """`heartbeat` tells the supervisor that the beat goes on."""
+
+    def __init__(
+        self, settings: Settings, store: Store, epoch: str, heartbeat: Callable[[], None] = lambda: None
+    ) -> None:
         self.settings = settings
         self.store = store
         self.name = settings.name
         self.epoch = epoch
-        self.runners = Runners()
+        self.heartbeat = heartbeat
+        self.runners = Runners(settings.lease_s / 2)
+        self.wanted = Wanted(settings.data_dir / f"wanted-{self.name}.json", is_on=settings.restore == "on")
         self.held: dict[str, Resident] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.draining = False
         self.models: dict[str, Model] = {}
         self._digest = ""
-        self.devices: list[str] = []
+        self.devices: list[Device] = []
         self.loading = asyncio.Semaphore(1)
+        self._crashes: dict[str, tuple[float, str]] = {}  # by fingerprint: until when, and why
 
     # ---- what the worker's main gives it
 
@@ -51,10 +67,10 @@ class Agent:
         self.devices = await self.runners.warmed()
         self.loading = asyncio.Semaphore(self.settings.loads_at_once or len(self.devices))
 
-    def deliver(self, id_: str) -> None:
+    def deliver(self, id_: str, not_before: float = 0.0) -> None:
         """Take an instance from the queue; a second delivery of the same one is ignored."""
         if id_ not in self.held and not self.draining:
-            self.held[id_] = Resident(self, id_)
+            self.held[id_] = Resident(self, id_, not_before)
             self.tasks[id_] = asyncio.create_task(self._live(self.held[id_]))
 
     def stop(self, id_: str) -> None:
@@ -64,6 +80,25 @@ class Agent:
 
     # ---- the beat
 
+    def memory(self) -> tuple[list[Device], dict[str, list[str]]]:
+        """The devices, as the engine found them last, or in the case of the CPU as the host is now; and the instances
+        that hold memory of each, as clients name them."""
+        holders: defaultdict[str, list[str]] = defaultdict(list)
+        reserved: Counter[str] = Counter()
+        for held in self.held.values():
+            if held.instance is not None and held.instance.state in HOLDS_MEMORY:
+                for device in held.instance.devices:
+                    holders[device].append(held.instance.instance_id)
+                    reserved[device] += held.instance.total_size_bytes // len(held.instance.devices)
+        devices = [msgspec.structs.replace(device, reserved_bytes=reserved[device.id]) for device in self.devices]
+        host = host_memory()
+        return [
+            msgspec.structs.replace(d, total_bytes=host.total_bytes, free_bytes=host.free_bytes)
+            if d.kind == "cpu"
+            else d
+            for d in devices
+        ], holders
+
     def snapshot(self) -> WorkerSnapshot:
         return WorkerSnapshot(
             name=self.name,
@@ -71,49 +106,172 @@ class Agent:
             version=shared.__version__,
             catalog=self._digest,
             residents=sum(held.claimed or not held.stop.is_set() for held in self.held.values()),
+            state="draining" if self.draining else "ready",
+            devices=self.memory()[0],
+            lease_s=self.store.lease_s,
         )
 
     async def beat(self) -> None:
-        """Renew the lease, make what runs match what the records say; repeat.  Raises LeaseLost."""
+        """Renew the lease, make what runs match what the records say; repeat.  Raises LeaseLost.
+
+        The lease depends on runners: while none answers and none can be started, it is left to run out.
+        """
         while True:
+            self.heartbeat()
+            await self.runners.watch(BEAT_S)
             try:
-                lease = await self.store.renew(self.snapshot())
-                if lease == "refused":
-                    raise LeaseLost(f"the lease of worker '{self.name}' is held by another process")
-                if lease == "no catalog":
-                    await self.publish(list(self.models.values()))
-                await self._reconcile()
+                if self.runners.silent_s < self.store.lease_s:
+                    await self._beat()
+                else:
+                    _log.error("no runner answers", action="runners_silent", silent_s=round(self.runners.silent_s))
             except UNAVAILABLE as e:  # the runners stay: nobody else can have been given their work
                 _log.warning("beat missed", action="redis_unavailable", error=str(e))
             await asyncio.sleep(BEAT_S)
+
+    async def _beat(self) -> None:
+        lease = await self.store.renew(self.snapshot())
+        if lease == "refused":
+            raise LeaseLost(f"the lease of worker '{self.name}' is held by another process")
+        if lease == "no catalog":
+            await self.publish(list(self.models.values()))
+        await self._reconcile()
+        await self._restore()
 
     async def _reconcile(self) -> None:
         claimed = [held for held in self.held.values() if held.claimed]
         mine = {instance.id: instance for instance in await self.store.live() if instance.worker == self.name}
         for held in claimed:
             record = mine.get(held.id)
-            if record is None or record.stop_requested or record.epoch != self.epoch:
+            if record is None or record.epoch != self.epoch:
+                if not await self._kept(held):
+                    held.stop.set()
+            elif record.stop_requested:
                 held.stop.set()
+            elif held.instance is not None and record.rev < held.instance.rev:
+                await self._kept(held)
         for instance in mine.values():
             if instance.id in self.held:
                 continue
-            if instance.state is State.QUEUED:  # its delivery was lost
-                self.deliver(instance.id)
+            if instance.state is State.QUEUED:  # its delivery was lost, or it is to be begun later
+                self.deliver(instance.id, instance.not_before)
             elif instance.epoch == self.epoch:  # claimed, but the reply to the claim was lost
-                await self.expire(instance)
+                await self.give_up(instance)
 
-    async def expire(self, instance: Instance) -> None:
-        """Give up an instance that nobody holds any more."""
-        try:
-            await self.commit(instance, instance.after(Event.EXPIRE))
-        except Fenced:
+    async def _kept(self, held: Resident) -> bool:
+        """Whether a loaded instance whose record is not as we left it stays: Redis was emptied, or lost what it was
+        told last, and is told again.  Where somebody else moved it on, or its id was given away, it is not ours."""
+        loaded = held.instance
+        if not self.wanted.is_on or loaded is None or loaded.state is not State.LOADED:
+            return False
+        found = await self.store.rewrite(loaded)
+        if found == "written":
+            _log.warning("record written again", action="record_rewritten", instance=held.id)
+        return found in ("written", "there")
+
+    async def give_up(self, instance: Instance) -> None:
+        """Give up a claimed instance that nobody holds any more: one that was never loaded is begun anew."""
+        if instance.state is State.LOADED and not instance.stop_requested:
+            self.wanted.add(instance)
+        with suppress(Fenced):
+            instance, _ = await self.commit(instance, instance.abandoned(self.settings.load_attempts))
+            if instance.state is State.QUEUED and instance.stop_requested:
+                await self.commit(instance, instance.after(Event.STOP))
+
+    async def recall(self) -> None:
+        """Learn from Redis what this worker is to hold and its file does not know of.  Without restoring, forget it."""
+        if not self.wanted.is_on:
+            return await self.store.want_nothing(self.name)
+        unknown = [
+            id_ for name, id_ in (await self.store.wanted(self.name)).items() if name not in self.wanted.instances
+        ]
+        for record in await self.store.many(unknown):
+            self.wanted.add(record)
+        return None
+
+    async def _restore(self) -> None:
+        """Begin to load again what is wanted and not held, what was used last first."""
+        missing = [wanted for wanted in self.wanted.instances.values() if wanted.id not in self.held]
+        if not missing or self.draining:
             return
+        records = {record.id: record for record in await self.store.many([wanted.id for wanted in missing])}
+        known = await self.store.wanted(self.name)
+        for wanted in sorted(missing, key=lambda w: w.used_at or 0.0, reverse=True):
+            record = records.get(wanted.id)
+            todo = decide(wanted, record, known.get(wanted.instance_id))
+            if todo == "wait":
+                continue
+            if todo == "drop":
+                self._forget(wanted, record)
+                continue
+            begun = restoration(wanted, f"load_{uuid.uuid4().hex}", todo)
+            try:
+                begun = await self.store.create(begun, restores=wanted.id if record else "")
+            except (NameTaken, Unwanted):  # it was loaded anew, or unloaded, while we were away
+                self.wanted.discard(wanted)
+            except NoLease:
+                return
+            else:
+                _log.info(
+                    "restoring", action="restoring", instance=begun.id, instance_id=begun.instance_id, number=todo
+                )
+                self.wanted.add(begun)
+                self.deliver(begun.id, begun.not_before)
+
+    def _forget(self, wanted: Instance, record: Instance | None) -> None:
+        self.wanted.discard(wanted)
+        if record is not None and record.state is State.FAILED:
+            reason = record.error.message if record.error else ""
+            _log.error("not restored", action="restore_given_up", instance_id=wanted.instance_id, reason=reason)
+
+    # ---- models that crashed the engine
+
+    async def crashed(self, model: Model, reason: str) -> None:
+        """Remember for a while that a model crashed the engine."""
+        self._crashes[model.fingerprint] = (time.monotonic() + CRASH_MEMORY_S, reason)
+        with suppress(*UNAVAILABLE):
+            await self.store.remember_crash(model.fingerprint, reason)
+
+    async def survived(self, instance: Instance, model: Model) -> None:
+        """Forget it, since the model was loaded all the same."""
+        if self._crashes.pop(model.fingerprint, None) is not None or instance.request.force:
+            with suppress(*UNAVAILABLE):
+                await self.store.forget_crash(model.fingerprint)
+
+    def crash(self, model: Model) -> str | None:
+        """Why a model crashed the engine lately."""
+        until, reason = self._crashes.get(model.fingerprint, (0.0, ""))
+        return reason if time.monotonic() < until else None
+
+    # ---- files that change
+
+    async def watch_files(self) -> None:
+        """Look at the files of what is loaded, and tell whose have changed; repeat.
+
+        A change in place is under the mapping that the weights are; a file that was replaced is not what its key
+        names any more.  One that is gone harms nobody.  In a thread, for a network file system may hang.
+        """
+        while True:
+            await asyncio.sleep(BEAT_S)
+            held = {resident: resident.files for resident in self.held.values() if resident.files}
+            for resident in await asyncio.to_thread(changed, held):
+                resident.changed.set()
+
+    # ---- the end
 
     async def drain(self) -> None:
-        """Take nothing more, and stop all runners in parallel; what is queued stays queued."""
+        """Take nothing more, hand back what is loading, and stop all runners in parallel; what is queued stays
+        queued, for another worker or for our successor."""
         self.draining = True
         for held in self.held.values():
             held.stop.set()
+        ending = asyncio.create_task(self._drained())
+        with suppress(*UNAVAILABLE, TimeoutError):
+            async with asyncio.timeout(DRAIN_S / 2):
+                await self.store.renew(self.snapshot())  # nothing more is placed here
+        await ending
+        self.wanted.flush()
+
+    async def _drained(self) -> None:
         if self.tasks:
             _, late = await asyncio.wait(self.tasks.values(), timeout=DRAIN_S)
             for task in late:

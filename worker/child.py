@@ -13,10 +13,25 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from shared.schema import Phase
 from worker import llama
-from worker.protocol import LENGTH, Failed, FromRunner, Load, Progress, Stop, ToRunner, Warm, decode_to_runner, frame
+from worker.confine import confine
+from worker.protocol import (
+    LENGTH,
+    Failed,
+    FromRunner,
+    Load,
+    Ping,
+    Pong,
+    Progress,
+    Stop,
+    ToRunner,
+    Warm,
+    decode_to_runner,
+    frame,
+)
 
 ORPHANED = 3  # exit status
 
@@ -29,14 +44,17 @@ def main(control: socket.socket, output: socket.socket) -> None:
     output.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    confine(control.fileno())
     os.environ["GGML_NO_BACKTRACE"] = "1"  # or an abort would fork a debugger
 
     inbox: queue.SimpleQueue[Load] = queue.SimpleQueue()
-    threading.Thread(target=read_channel, args=(control, inbox), daemon=True).start()
+    sending = threading.Lock()
 
     def send(message: FromRunner) -> None:
-        control.sendall(frame(message))
+        with sending:
+            control.sendall(frame(message))
 
+    threading.Thread(target=read_channel, args=(control, inbox, send), daemon=True).start()
     log = llama.initialise()
     send(Warm(llama.devices()))
     load = inbox.get()
@@ -45,7 +63,7 @@ def main(control: socket.socket, output: socket.socket) -> None:
         loaded = llama.Loaded(load, log, Throttled(send, load.total_bytes))
     except llama.LoadError as e:
         log.write()
-        send(Failed(str(e)))
+        send(Failed(str(e), llama.devices()))
         return
     send(loaded.ready(load))
     log.write()
@@ -68,7 +86,7 @@ class Throttled:
             self.send(Progress(phase, self.sent_bytes))
 
 
-def read_channel(control: socket.socket, inbox: queue.SimpleQueue[Load]) -> None:
+def read_channel(control: socket.socket, inbox: queue.SimpleQueue[Load], send: Callable[[FromRunner], None]) -> None:
     """Reader thread.  Stop, or the end of the stream, ends the process whatever the main thread is deep in."""
     with control.makefile("rb") as stream:
         while True:
@@ -79,5 +97,8 @@ def read_channel(control: socket.socket, inbox: queue.SimpleQueue[Load]) -> None
             match message:
                 case Load():
                     inbox.put(message)
+                case Ping():
+                    with suppress(OSError):  # the end of the stream is about to be read
+                        send(Pong())
                 case Stop():
                     os._exit(0)

@@ -12,18 +12,19 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from llama_cpp import llama_cpp
 from msgspec import UNSET
 
-from shared.schema import LoadConfig, Phase
-from worker.prefetch import NotAFile, open_model, prefetch
+from shared.schema import Device, FileStat, LoadConfig, Phase
+from worker.prefetch import Unreadable, open_model, prefetch
 from worker.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: nothing of it is typed
 
-GPUS = (1, 2)  # enum ggml_backend_dev_type: GPU, and one that shares the host's memory
+CPU, GPUS = 0, (1, 2)  # enum ggml_backend_dev_type: GPU, and one that shares the host's memory
 ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's own table is an older one
 GENERIC = re.compile(r"failed to load model|error loading model$")
 
@@ -83,20 +84,37 @@ def initialise() -> Log:
     return log
 
 
-def devices() -> list[str]:
-    """What a model is loaded onto: the engine's names of the GPUs it sees ("CUDA0"), or "CPU".
+def devices() -> list[Device]:
+    """What a model is loaded onto: the GPUs that the engine sees, with their memory as the engine finds it now, or
+    the CPU.
 
     ggml's functions are reached through libllama's handle, as llama-cpp-python wraps only llama.h.
     """
     ggml = lib._lib
-    for function in (ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_type):
-        function.argtypes = [ctypes.c_void_p]
+    for function in (ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description):
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
+    size_p = ctypes.POINTER(ctypes.c_size_t)
+    ggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+    ggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size_p, size_p]
+    ggml.ggml_backend_dev_memory.restype = None
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
-    ggml.ggml_backend_dev_name.restype = ctypes.c_char_p
+
+    def device(handle: int, kind: Literal["gpu", "cpu"]) -> Device:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        ggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+        return Device(
+            id=ggml.ggml_backend_dev_name(handle).decode(),
+            kind=kind,
+            name=ggml.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
+            total_bytes=total.value,
+            free_bytes=free.value,
+        )
+
     found = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
-    gpus = [ggml.ggml_backend_dev_name(d).decode() for d in found if ggml.ggml_backend_dev_type(d) in GPUS]
-    return gpus or ["CPU"]
+    of_type = {handle: ggml.ggml_backend_dev_type(handle) for handle in found}
+    gpus = [device(handle, "gpu") for handle in found if of_type[handle] in GPUS]
+    return gpus or [device(handle, "cpu") for handle in found if of_type[handle] == CPU]
 
 
 class Loaded:
@@ -105,6 +123,7 @@ class Loaded:
     def __init__(self, load: Load, log: Log, report: Callable[[Phase, int], None]) -> None:
         """Load, create the context, decode one token.  Raises LoadError; what was taken by then is given back."""
         self.timing: dict[Phase, float] = {}
+        self.files: list[FileStat] = []  # as they were opened
         self._log = log
         with ExitStack() as undo:
             self.model = self._load_model(load, report)
@@ -117,6 +136,7 @@ class Loaded:
             report("warmup", load.total_bytes)
             with _timed(self.timing, "warmup"):
                 self._warm_up()
+            self._check_files(load)
             self.close = undo.pop_all().close
 
     def _load_model(self, load: Load, report: Callable[[Phase, int], None]) -> Any:
@@ -129,6 +149,7 @@ class Loaded:
         gpu = lib.llama_supports_gpu_offload()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = -1
+        params.check_tensors = load.check_tensors
         params.use_extra_bufts = False  # repacking costs 20 times the load of a Q4_0 file, and crashed on AMX
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE if gpu else lib.LLAMA_LOAD_MODE_MMAP
         overrides = (lib.llama_model_kv_override * 2)()  # the last one, empty, ends the list
@@ -150,13 +171,16 @@ class Loaded:
         reading = 0.0
         try:
             for shard in load.shards:
-                if gpu:
-                    os.close(open_model(shard))
-                else:
-                    started = time.monotonic()
-                    prefetch(shard, advanced)
-                    reading += time.monotonic() - started
-        except NotAFile as e:
+                started = time.monotonic()
+                fd = open_model(shard)
+                try:
+                    self.files.append(FileStat.of(os.fstat(fd)))
+                    if not gpu:
+                        prefetch(fd, advanced)
+                finally:
+                    os.close(fd)
+                reading += time.monotonic() - started
+        except Unreadable as e:
             raise LoadError(str(e)) from None
 
         first_tensor = 0.0
@@ -212,6 +236,16 @@ class Loaded:
             lib.llama_memory_clear(memory, False)  # the cells, not their data: that takes 15 ms for 2 GB
         lib.llama_synchronize(self.context)
 
+    def _check_files(self, load: Load) -> None:
+        """What was read is of the files that were opened, and these are what their paths still name."""
+        for shard, before in zip(load.shards, self.files, strict=True):
+            try:
+                now = FileStat.of(Path(shard).stat())
+            except OSError as e:
+                raise LoadError(f"a file of the model went away while it was loaded: {e.strerror}") from None
+            if now != before:
+                raise LoadError("a file of the model changed while it was loaded")
+
     def _run(self, name: str, function: Callable[..., int], tokens: Any) -> None:
         status = function(self.context, lib.llama_batch_get_one(tokens, 1))
         if status != 0:
@@ -221,7 +255,7 @@ class Loaded:
         """What applied, read back from the model, the context and the engine's log."""
         n_ctx = min(load.n_ctx, lib.llama_n_ctx(self.context))  # llama.cpp pads up to a multiple of 256
         if load.embedding:
-            return Ready(config=LoadConfig(context_length=n_ctx), timing=self.timing)
+            return Ready(config=LoadConfig(context_length=n_ctx), timing=self.timing, files=self.files)
         return Ready(
             config=LoadConfig(
                 context_length=n_ctx,
@@ -232,6 +266,7 @@ class Loaded:
                 num_experts=int(self._log.find("n_expert_used", r"= (\d+)")[-1]) if load.moe else UNSET,
             ),
             timing=self.timing,
+            files=self.files,
         )
 
     def _flash_attention(self) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, cast
 
@@ -69,15 +70,22 @@ class Deliveries(ArqWorker):
                     await self.woken.wait()
 
 
-async def run(settings: Settings) -> None:
-    """Work until SIGTERM or SIGINT.  Raises SettingsError, and LeaseLost (also in a group)."""
+async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
+    """Work until SIGTERM or SIGINT, then drain; a second signal ends the process where it stands, and runners leave
+    at the end of their stream.  Raises SettingsError, and LeaseLost (also in a group)."""
     stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
     for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+        asyncio.get_running_loop().add_signal_handler(signum, on_signal)
     epoch = uuid.uuid4().hex
     with owned(settings, epoch) as dead_epoch:
         async with connected(redis_url(settings)) as redis:
-            agent = Agent(settings, Store(redis, settings.lease_s), epoch)
+            agent = Agent(settings, Store(redis, settings.lease_s), epoch, heartbeat)
             work = asyncio.create_task(_work(settings, redis, agent, dead_epoch))
             stopping = asyncio.create_task(stop.wait())
             try:
@@ -119,6 +127,7 @@ def owned(settings: Settings, epoch: str) -> Iterator[str]:
 async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: str) -> None:
     """Ready means: a catalog is published, a runner is warm, the lease is ours.  In this order."""
     agent.runners.prepare()
+    agent.wanted.read()
     found = catalogs(
         settings.models_dir,
         settings.data_dir / f"catalog-{agent.name}.msgpack",
@@ -135,6 +144,8 @@ async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: s
         async with asyncio.TaskGroup() as group:
             group.create_task(agent.beat())
             group.create_task(_deliveries(redis, agent))
+            group.create_task(agent.wanted.keep())
+            group.create_task(agent.watch_files())
             async for models in lists:
                 await _published(agent, models)
 
@@ -151,16 +162,17 @@ async def _published(agent: Agent, models: list[Model]) -> None:
 async def _take_lease(agent: Agent, dead_epoch: str) -> None:
     """Take the lease at once from our own dead predecessor, or as soon as another's runs out.  Raises LeaseLost.
 
-    What the predecessor held is lost: its runners left when it died.
+    What the predecessor held is lost, or begun anew if it was not loaded yet: its runners left when it died.
     """
     deadline = asyncio.get_running_loop().time() + agent.store.lease_s + 1
     while True:
         try:
             if await agent.store.renew(agent.snapshot(), dead_epoch) != "refused":
+                await agent.recall()
                 for instance in await agent.store.live():
                     claimed = instance.state is not State.QUEUED
                     if instance.worker == agent.name and claimed and instance.epoch != agent.epoch:
-                        await agent.expire(instance)
+                        await agent.give_up(instance)
                 return
         except UNAVAILABLE as e:
             _log.warning("lease not taken", action="redis_unavailable", error=str(e))

@@ -54,6 +54,7 @@ def plan(request: LoadRequest, model: Model, settings: Settings) -> Load:
         expert_override=None if experts is UNSET else (f"{model.architecture}.expert_used_count", experts),
         moe=moe,
         parallel_asked=llm and request.parallel is not UNSET,
+        check_tensors=settings.check_tensors == "on",
     )
 
 

@@ -18,35 +18,34 @@ SAMPLE_BYTES = 1 << 20
 MADV_POPULATE_READ = 22
 
 
-class NotAFile(Exception):
-    """Something that cannot be mapped: a FIFO, a device, a directory, or nothing at all."""
+class Unreadable(Exception):
+    """What cannot be mapped (a FIFO, a device, a directory, nothing at all), or not be read to its end."""
 
 
 def open_model(path: str) -> int:
     """A descriptor of a regular file.  A FIFO would block an ordinary open for ever; this one never blocks.
 
-    Raises NotAFile with a reason that names no path.
+    Raises Unreadable with a reason that names no path.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
-        raise NotAFile(f"the file cannot be opened: {e.strerror}") from None
+        raise Unreadable(f"the file cannot be opened: {e.strerror}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise NotAFile("it is not a regular file")
+        raise Unreadable("it is not a regular file")
     return fd
 
 
-def prefetch(path: str, advanced: Callable[[int], None]) -> None:
+def prefetch(fd: int, advanced: Callable[[int], None]) -> None:
     """Bring a file into the page cache; `advanced` gets the bytes of each step.  Cached steps cost microseconds.
 
-    Raises NotAFile, and OSError if the device fails.
+    Raises Unreadable, also where the device fails or the file ends early.
     """
-    fd = open_model(path)
+    size = os.fstat(fd).st_size
+    if size == 0:
+        return
     try:
-        size = os.fstat(fd).st_size
-        if size == 0:
-            return
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapping:
             for at in range(0, size, STEP_BYTES):
@@ -54,8 +53,10 @@ def prefetch(path: str, advanced: Callable[[int], None]) -> None:
                 if not _cached(fd, at, length):
                     _populate(mapping, fd, at, length)
                 advanced(length)
-    finally:
-        os.close(fd)
+    except OSError as e:
+        is_short = e.errno == errno.EFAULT  # madvise(2): where a read would be a SIGBUS
+        why = "it was cut short, or its device fails" if is_short else e.strerror
+        raise Unreadable(f"the file cannot be read: {why}") from None
 
 
 def _cached(fd: int, at: int, length: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from msgspec import Struct, msgpack
 
-from shared.schema import LoadConfig, Phase
+from shared.schema import Device, FileStat, LoadConfig, Phase
 
 LENGTH = struct.Struct("<I")
 
@@ -29,13 +29,18 @@ class Load(Struct, frozen=True, kw_only=True, tag="load"):
     expert_override: tuple[str, int] | None  # metadata key and value: how many experts a token uses
     moe: bool
     parallel_asked: bool
+    check_tensors: bool
+
+
+class Ping(Struct, frozen=True, tag="ping"):
+    """Give a sign of life."""
 
 
 class Stop(Struct, frozen=True, tag="stop"):
     """Leave at once; dying is how a runner gives its memory back."""
 
 
-ToRunner = Load | Stop
+ToRunner = Load | Ping | Stop
 
 # ---- from the runner
 
@@ -43,7 +48,11 @@ ToRunner = Load | Stop
 class Warm(Struct, frozen=True, tag="warm"):
     """The engine is initialised; a load may be given."""
 
-    devices: list[str]  # the GPUs that the engine sees, else the CPU
+    devices: list[Device]  # the GPUs that the engine sees, else the CPU
+
+
+class Pong(Struct, frozen=True, tag="pong"):
+    """The answer to a Ping, in whatever the engine is deep."""
 
 
 class Progress(Struct, frozen=True, tag="progress"):
@@ -56,15 +65,17 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
 
     config: LoadConfig  # as read back
     timing: dict[Phase, float]  # seconds, disjoint
+    files: list[FileStat]  # of each shard, as it was opened; it was the same at the end
 
 
 class Failed(Struct, frozen=True, tag="failed"):
     """The engine refused; the runner ends after this."""
 
     reason: str
+    devices: list[Device]  # once what it had taken was given back
 
 
-FromRunner = Warm | Progress | Ready | Failed
+FromRunner = Warm | Pong | Progress | Ready | Failed
 
 
 def frame(message: ToRunner | FromRunner) -> bytes:

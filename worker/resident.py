@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from shared import log
-from shared.errors import ErrorBody, LoadFailed, LoadFailure
+from shared.errors import LoadFailed, LoadFailure
 from shared.lifecycle import Event, State
-from shared.schema import Instance, Model, Phase
+from shared.schema import FileStat, Instance, Model, Phase
 from shared.store import UNAVAILABLE, Fenced, StopWished
-from worker.death import from_exit, from_reason, scrub
+from worker.death import from_exit, from_reason, needed_bytes, scrub, shortage
+from worker.hostmemory import oom_kills
 from worker.pace import Pace
 from worker.plan import plan
 from worker.protocol import Failed, Progress, Ready
@@ -23,6 +28,8 @@ from worker.writer import Writer
 if TYPE_CHECKING:
     from worker.agent import Agent
 
+SOMEBODYS = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})  # not the engine's own ends
+SILENCE_S = 5.0  # how often it is looked whether the runner of a loaded model answers
 COMMIT_FRACTION, COMMIT_S = 0.02, 0.5  # progress is recorded after this much of the bytes, or this long
 ENGINE_LOG_S = 0.1  # what the engine says is recorded in bunches
 
@@ -32,17 +39,27 @@ _log = log.get("worker")
 class Resident:
     """What an agent holds of one instance; `live` is its whole life."""
 
-    def __init__(self, agent: Agent, id_: str) -> None:
+    def __init__(self, agent: Agent, id_: str, not_before: float = 0.0) -> None:
         self.agent = agent
         self.id = id_
+        self.not_before = not_before
         self.stop = asyncio.Event()  # an unload, a cancel, a record that is no longer ours, or our own end
+        self.changed = asyncio.Event()  # a file of a loaded model
+        self.files: list[tuple[str, FileStat]] = []  # what is loaded: paths, and how they were when they were opened
         self.writer = Writer(agent)
         self.claimed = False
         self._claimed_at = 0.0
+        self._oom_kills = 0
         self._recording: asyncio.Future[None] | None = None
+
+    @property
+    def instance(self) -> Instance | None:
+        """The record as it was written here last."""
+        return self.writer.written
 
     async def live(self) -> None:
         try:
+            await self._wait()
             async with self.agent.loading:
                 found = None if self.stop.is_set() else await self._claim()
                 if found is None:
@@ -63,6 +80,13 @@ class Resident:
             if self._recording is not None:
                 self._recording.cancel()
 
+    async def _wait(self) -> None:
+        """Until it is time to begin: nobody waits behind it meanwhile."""
+        if (left_s := self.not_before - time.time()) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self.stop.wait()
+
     async def _claim(self) -> tuple[Instance, Model] | None:
         """Make a queued record ours.  Raises Fenced and what UNAVAILABLE lists."""
         record = await self.agent.store.get(self.id)
@@ -71,10 +95,18 @@ class Resident:
         model = self.agent.models.get(record.key)
         if model is None or model.problem is not None:
             reason = "its file is gone" if model is None or model.problem is None else model.problem.message
-            await self.writer.surely(record, Event.FAIL, error=_error(record, "invalid_model_file", reason))
+            await self._fail(record, "invalid_model_file", reason)
+            return None
+        crash = self.agent.crash(model)
+        if crash is not None and not record.request.force and not record.restoring:
+            await self._fail(record, "engine_crashed", f"it crashed the engine lately: {crash}")
             return None
         instance = await self.writer.surely(
-            record, Event.CLAIM, epoch=self.agent.epoch, devices=self.agent.devices, started_at=time.time()
+            record,
+            Event.CLAIM,
+            epoch=self.agent.epoch,
+            devices=[device.id for device in self.agent.devices],
+            started_at=time.time(),
         )
         self.claimed, self._claimed_at = True, time.monotonic()
         timing = {"queue": max(0.0, self.writer.redis_time - record.created_at)}
@@ -113,18 +145,23 @@ class Resident:
         spawn = time.monotonic() - self._claimed_at
         instance = msgspec.structs.replace(instance, timing={**instance.timing, "spawn": spawn})
         self._recording = asyncio.ensure_future(self._record_engine_log(runner))
+        self._oom_kills = oom_kills()
+        load = plan(instance.request, model, self.agent.settings)
         try:
-            await runner.send(plan(instance.request, model, self.agent.settings))
+            await runner.send(load)
             instance, outcome = await self._watch(instance, runner)
             match outcome:
                 case Ready():
+                    self.files = [*zip(load.shards, outcome.files, strict=True)]
                     loaded = await self._loaded(instance, outcome)
                     if loaded is not None:
+                        await self.agent.survived(loaded, model)
                         return loaded, runner
                     await self._unload(instance, runner)
                 case Failed():
                     await self._stopped(runner)
-                    await self._fail(instance, *from_reason(self._relative(outcome.reason)))
+                    self.agent.devices = outcome.devices
+                    await self._failed(instance, runner, *from_reason(self._relative(outcome.reason)))
                 case "stop":
                     await self._unload(instance, runner)
                 case "stalled":
@@ -133,7 +170,12 @@ class Resident:
                     await self._fail(instance, "load_stalled", reason)
                 case "died":
                     await self._stopped(runner)
-                    await self._fail(instance, *from_exit(runner.status, map(self._relative, runner.tail)))
+                    code, reason = self._end(runner)
+                    if code == "engine_crashed" and await self._changed(load.shards, model):
+                        code, reason = "invalid_model_file", "a file of the model changed while it was loaded"
+                    if code == "engine_crashed" and runner.status not in SOMEBODYS:
+                        await self.agent.crashed(model, reason)
+                    await self._failed(instance, runner, code, reason)
         except Fenced:
             await self._abandon(instance, runner)
         except BaseException:  # cancelled at our own end, or a fault of ours: no runner is left without an owner
@@ -143,8 +185,9 @@ class Resident:
 
     async def _loaded(self, instance: Instance, ready: Ready) -> Instance | None:
         """The record of a load that is ready, or None where a wish to stop it came before."""
+        now = time.time()
         try:
-            return await self.writer.surely(
+            loaded = await self.writer.surely(
                 instance,
                 Event.LOAD,
                 phase=None,
@@ -152,13 +195,16 @@ class Resident:
                 loaded_bytes=instance.total_size_bytes,
                 bytes_per_second=instance.total_size_bytes / max(1e-6, ready.timing["weights"]),
                 estimated_completion=None,
-                loaded_at=time.time(),
+                loaded_at=now,
+                used_at=instance.used_at or now,
                 timing={**instance.timing, **ready.timing},
                 load_time_seconds=sum(ready.timing.values()),
                 load_config=ready.config,
             )
         except StopWished:
             return None
+        self.agent.wanted.add(loaded)
+        return loaded
 
     async def _watch(self, instance: Instance, runner: Runner) -> tuple[Instance, Any]:
         """Follow a runner through a load, recording its progress, until it is over one way or another.
@@ -231,15 +277,24 @@ class Resident:
             runner.tail.grown.set()  # once more
 
     async def _keep(self, instance: Instance, runner: Runner) -> None:
-        """Hold a loaded instance until it is stopped or its runner dies."""
-        waits = [asyncio.ensure_future(self.stop.wait()), asyncio.ensure_future(runner.exited.wait())]
+        """Hold a loaded instance until it is stopped, its runner dies or falls silent, or its file changes."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.stop, runner.exited, self.changed)]
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            while not (await asyncio.wait(waits, timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED))[0]:
+                if runner.silent_s >= self.agent.settings.stall_limit_s:
+                    break
             if self.stop.is_set():
                 await self._unload(instance, runner)
             else:
+                has_died = runner.exited.is_set()
                 await self._stopped(runner)
-                await self._fail(instance, *from_exit(runner.status, map(self._relative, runner.tail)))
+                if has_died:
+                    await self._failed(instance, runner, *self._end(runner))
+                elif self.changed.is_set():
+                    await self._fail(instance, "invalid_model_file", "a file of the model changed while it was loaded")
+                else:
+                    limit = self.agent.settings.stall_limit_s
+                    await self._fail(instance, "engine_crashed", f"the engine did not answer for {limit:g} s")
         except Fenced:
             await self._abandon(instance, runner)
         except BaseException:
@@ -250,14 +305,15 @@ class Resident:
                 wait.cancel()
 
     async def _unload(self, instance: Instance, runner: Runner | None) -> None:
-        """Stop a runner because it was asked for; at our own end the instance counts as lost, since nobody asked."""
+        """Stop a runner because it was asked for.  At our own end nobody asked: what is loaded counts as lost, and
+        what is not is handed back, to be begun anew."""
         if self.agent.draining:
             await self._stopped(runner)
-            await self.writer.surely(instance, Event.EXPIRE)
+            await self.writer.abandon(instance, self.agent.settings.load_attempts)
             return
         instance = await self.writer.surely(instance, Event.STOP)
         await self._stopped(runner)
-        await self.writer.surely(instance, Event.EXIT)
+        self.agent.wanted.discard(await self.writer.surely(instance, Event.EXIT))
 
     async def _abandon(self, instance: Instance, runner: Runner) -> None:
         """Somebody else moved the record on: whatever we hold for it is void."""
@@ -278,13 +334,42 @@ class Resident:
             self._recording.cancel()
         await self._save_engine_log(runner)
 
-    async def _fail(self, instance: Instance, code: LoadFailure, reason: str) -> None:
-        await self.writer.surely(instance, Event.FAIL, error=_error(instance, code, reason))
+    def _end(self, runner: Runner) -> tuple[LoadFailure, str]:
+        """Code and sentence for a runner that died."""
+        lines = map(self._relative, runner.tail)
+        return from_exit(runner.status, lines, oom_killed=oom_kills() > self._oom_kills)
+
+    async def _changed(self, paths: list[str], model: Model) -> bool:
+        """Whether the files are not any more what the catalog had read when the load began."""
+        files = {self: [*zip(paths, model.files, strict=False)]}
+        return bool(await asyncio.to_thread(changed, files))
+
+    async def _failed(self, instance: Instance, runner: Runner, code: LoadFailure, reason: str) -> None:
+        """Fail it for what its runner came to; where memory was too short, with the numbers."""
+        if code != "insufficient_memory":
+            return await self._fail(instance, code, reason)
+        needed = needed_bytes(runner.tail) or instance.total_size_bytes
+        return await self._fail(instance, code, *shortage(reason, needed, *self.agent.memory()))
+
+    async def _fail(
+        self, instance: Instance, code: LoadFailure, reason: str, detail: Mapping[str, object] = {}
+    ) -> None:
+        error = LoadFailed(code, instance.type, instance.model, reason, **detail).body()
+        failed = await self.writer.surely(instance, Event.FAIL, error=error)
+        if failed.loaded_at is not None:
+            self.agent.wanted.discard(failed)
 
     def _relative(self, text: str) -> str:
         """The engine's words with the models directory left out of the paths."""
         return text.replace(f"{self.agent.settings.models_dir}/", "")
 
 
-def _error(instance: Instance, code: LoadFailure, reason: str) -> ErrorBody:
-    return LoadFailed(code, instance.type, instance.model, reason).body()
+def changed(files: Mapping[Resident, list[tuple[str, FileStat]]]) -> list[Resident]:
+    """Those of which a file is not what it was.  One that is gone harms nobody: what was mapped stays."""
+    found = []
+    for resident, of_it in files.items():
+        for path, before in of_it:
+            with suppress(OSError):
+                if FileStat.of(Path(path).stat()) != before:
+                    found.append(resident)
+    return found

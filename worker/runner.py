@@ -10,8 +10,11 @@ import socket
 from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 
+import msgspec
+
 from shared import log
-from worker.protocol import LENGTH, FromRunner, Stop, ToRunner, Warm, decode_from_runner, frame
+from shared.schema import Device
+from worker.protocol import LENGTH, FromRunner, Ping, Pong, Stop, ToRunner, Warm, decode_from_runner, frame
 from worker.tail import Tail
 
 WARM_DEADLINE_S = 60.0  # a first CUDA context on a machine with many GPUs takes seconds
@@ -34,11 +37,15 @@ class Runner:
         assert process.pid is not None
         self.pid: int = process.pid
         self.tail = Tail()
-        self.devices: list[str] = []  # what a model is loaded onto; known once it is warm
+        self.devices: list[Device] = []  # what a model is loaded onto; known once it is warm
+        self.silent_s = 0.0  # for how long it has not answered a ping
         self.exited = asyncio.Event()
         self.status = 0  # once exited, -n is signal n
         self._process = process
         self._reader, self._writer = reader, writer
+        self._inbox: asyncio.Queue[FromRunner | None] = asyncio.Queue()
+        self._listening = asyncio.create_task(self._listen())
+        self._is_asked = False
         self._output: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(process.sentinel, self._on_exit)
 
@@ -49,11 +56,30 @@ class Runner:
 
     async def receive(self) -> FromRunner | None:
         """The next message, or None at the end of the stream."""
-        try:
-            head = await self._reader.readexactly(LENGTH.size)
-            return decode_from_runner(await self._reader.readexactly(LENGTH.unpack(head)[0]))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
+        message = await self._inbox.get()
+        if message is None:
+            self._inbox.put_nowait(None)
+        return message
+
+    def ping(self, since_s: float) -> None:
+        """Ask for a sign of life, `since_s` after the last time.  Only that counts as silence: where this process
+        was paused, answers may lie unread."""
+        if self._is_asked:
+            self.silent_s += since_s
+            return
+        self._is_asked = True
+        with suppress(ConnectionError, RuntimeError):
+            self._writer.write(frame(Ping()))
+
+    async def _listen(self) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
+            while True:
+                head = await self._reader.readexactly(LENGTH.size)
+                message = decode_from_runner(await self._reader.readexactly(LENGTH.unpack(head)[0]))
+                self._is_asked, self.silent_s = False, 0.0  # whatever it says
+                if not isinstance(message, Pong):
+                    self._inbox.put_nowait(message)
+        self._inbox.put_nowait(None)
 
     async def stop(self) -> None:
         """The stop ladder: ask, SIGTERM, SIGKILL to its process group; done when it is reaped and its output is read.
@@ -76,6 +102,8 @@ class Runner:
         if self._output is not None:
             await asyncio.wait([self._output], timeout=GRACE_S)  # a grandchild may hold the other end
             self._output.cancel()
+        self._listening.cancel()
+        self._inbox.put_nowait(None)
         self._writer.close()
 
     def kill(self) -> None:
@@ -121,9 +149,15 @@ class Runners:
 
     They are forked from a server process that has imported the engine but never initialised it: CUDA cannot be used
     in the fork of a process that did.
+
+    `silent_s`: for how long no runner has answered, and none could be started that does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float) -> None:
+        """A warm runner that is silent for `patience_s` is replaced."""
+        self.silent_s = 0.0
+        self._patience_s = patience_s
+        self._all: set[Runner] = set()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["worker.child"])
         self._next: asyncio.Task[Runner] | None = None
@@ -133,7 +167,28 @@ class Runners:
         if self._next is None or _failed(self._next):
             self._next = asyncio.create_task(self._start())
 
-    async def warmed(self) -> list[str]:
+    async def watch(self, since_s: float) -> None:
+        """Ping every runner, `since_s` after the last time, and replace the warm one where it is gone or silent."""
+        self._all = {runner for runner in self._all if not runner.exited.is_set()}
+        heard = [runner for runner in self._all if runner.silent_s == 0]
+        self.silent_s = 0.0 if heard else self.silent_s + since_s
+        for runner in self._all:
+            runner.ping(since_s)
+        if (coming := self._next) is None or not coming.done():
+            return None
+        if _failed(coming):
+            return self.prepare()
+        runner = coming.result()
+        if runner.silent_s >= self._patience_s:
+            log.get("worker").warning("a warm runner is silent", action="warm_runner_silent", pid=runner.pid)
+            runner.kill()
+        if runner.exited.is_set():
+            self._next = None
+            self.prepare()
+            await runner.reaped()
+        return None
+
+    async def warmed(self) -> list[Device]:
         """Wait until a runner is warm: the engine can be started here.  Returns the devices that it sees.
 
         Raises RunnerDied and TimeoutError.
@@ -186,6 +241,7 @@ class Runners:
                 raise RunnerDied(f"a runner could not start: {e}") from e
             raise
         runner = Runner(process, *await asyncio.open_connection(sock=control))
+        self._all.add(runner)
         runner._output = asyncio.create_task(runner._collect(output))
         try:
             async with asyncio.timeout(WARM_DEADLINE_S):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shared import log
@@ -27,6 +28,7 @@ class Writer:
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.redis_time = 0.0  # of the last write, in seconds
+        self.written: Instance | None = None  # what the record was made last
         self._unanswered: Instance | None = None
 
     async def progress(self, old: Instance, new: Instance) -> Instance:
@@ -41,6 +43,13 @@ class Writer:
 
         Raises Fenced, StopWished and what UNAVAILABLE lists.
         """
+        return await self._surely(instance, lambda last: last.after(event, **changes))
+
+    async def abandon(self, instance: Instance, attempts: int) -> Instance:
+        """The same for what becomes of it where its worker ends."""
+        return await self._surely(instance, lambda last: last.abandoned(attempts))
+
+    async def _surely(self, instance: Instance, follow: Callable[[Instance], Instance]) -> Instance:
         pause, new = 0.05, None
         while True:
             try:
@@ -48,7 +57,7 @@ class Writer:
                     instance = await self._write(instance, unanswered)
                     if unanswered is new:
                         return instance
-                new = instance.after(event, **changes)
+                new = follow(instance)
                 return await self._write(instance, new)
             except UNAVAILABLE as e:
                 if self.agent.draining:  # the sweep, or our successor, will say what became of it
@@ -64,4 +73,5 @@ class Writer:
         except UNAVAILABLE:
             self._unanswered = new
             raise
+        self.written = committed
         return committed

@@ -17,12 +17,13 @@ import pytest
 import redis
 from msgspec import UNSET
 
+import shared.store
 import worker.agent
 import worker.resident
 import worker.runner
 from shared.architectures import TINY
 from shared.lifecycle import TERMINAL, Event, State
-from shared.schema import Instance, LoadConfig, LoadRequest, Model, Problem
+from shared.schema import FileStat, Instance, LoadConfig, LoadRequest, Model, Problem
 from shared.settings import Settings
 from shared.store import Store
 from shared.synthetic import tiny_llama
@@ -41,9 +42,9 @@ EPOCH = "e"  # of the lease that "w" holds
 
 
 @pytest.fixture
-async def agent(store: Store, models: dict[str, Model], models_dir: Path) -> AsyncIterator[Agent]:
+async def agent(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Agent]:
     """Worker "w" with one model of each kind; nothing moves in it but what a test asks for."""
-    made = Agent(Settings(worker_name="w", models_dir=models_dir), store, EPOCH)
+    made = Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path), store, EPOCH)
     await made.publish([*models.values()])
     yield made
     if made.runners._next is not None:
@@ -399,13 +400,61 @@ async def test_the_beat_leaves_alone_what_is_as_it_should_be(agent: Agent) -> No
     assert not is_gone(runner.pid)
 
 
-async def test_an_emptied_redis_stops_what_it_no_longer_knows(agent: Agent, raw: redis.Redis) -> None:
+async def test_an_emptied_redis_is_told_again_of_what_is_loaded(agent: Agent, raw: redis.Redis) -> None:
+    id_, runner = await loaded(agent)
+    before = await record(agent, id_)
+    raw.flushall()
+    for _ in range(2):
+        await agent._reconcile()
+        assert await record(agent, id_) == before
+    assert not is_gone(runner.pid)
+    assert await agent.store.named("p/llama") == id_
+    assert await agent.store.wanted("w") == {"p/llama": id_}
+    agent.stop(id_)
+    await reached(agent, id_, State.UNLOADED)
+
+
+async def test_a_redis_that_lost_its_last_seconds_is_told_again(agent: Agent, raw: redis.Redis) -> None:
+    """As one that keeps an append-only file, and is killed before it has written the end."""
+    id_, runner = await loaded(agent)
+    now, before = await record(agent, id_), (await agent.store.history(await record(agent, id_)))[1][1]
+    older = {"rev": before.rev, "doc": shared.store._pack(before), "state": before.state.value}
+    raw.hset(f"inst:{id_}", mapping=older)  # type: ignore[arg-type]
+    await agent._reconcile()
+    assert await record(agent, id_) == now
+    assert not is_gone(runner.pid)
+
+
+async def test_an_emptied_redis_stops_what_was_still_loading(agent: Agent, raw: redis.Redis, impatient: None) -> None:
+    id_, runner = await loading(agent)
+    raw.flushall()
+    await agent._reconcile()
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    assert raw.dbsize() == 0
+
+
+async def test_an_emptied_redis_stops_what_is_loaded_where_nothing_is_to_be_restored(
+    agent: Agent, raw: redis.Redis
+) -> None:
+    agent.wanted.is_on = False
     id_, runner = await loaded(agent)
     raw.flushall()
     await agent._reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
     assert raw.dbsize() == 0
+
+
+async def test_a_name_that_an_emptied_redis_gave_away_is_not_taken_back(agent: Agent, raw: redis.Redis) -> None:
+    id_, runner = await loaded(agent)
+    raw.flushall()
+    raw.set("lease:another", "e")
+    other = await submitted(agent, 2, worker_="another")
+    await agent._reconcile()
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    assert await agent.store.named("p/llama") == other
 
 
 async def test_what_was_swept_stays_lost_and_its_runner_stops(agent: Agent) -> None:
@@ -437,12 +486,15 @@ async def test_a_load_that_ends_after_the_sweep_is_not_recorded(agent: Agent) ->
     assert (await record(agent, id_)).state is State.LOST
 
 
-async def test_a_claim_whose_reply_was_lost_is_given_up(agent: Agent) -> None:
+async def test_a_claim_whose_reply_was_lost_is_begun_anew(agent: Agent) -> None:
     """Nobody works on it."""
     queued = await record(agent, await submitted(agent))
     await agent.store.commit(queued, queued.after(Event.CLAIM, epoch=EPOCH))
     await agent._reconcile()
-    assert (await record(agent, queued.id)).state is State.LOST
+    again = await record(agent, queued.id)
+    assert (again.state, again.attempt, again.epoch) == (State.QUEUED, 2, None)
+    await agent._reconcile()
+    assert (await reached(agent, queued.id, State.LOADED)).attempt == 2
 
 
 async def sweep(agent: Agent, id_: str) -> None:
@@ -476,12 +528,13 @@ async def test_drain_stops_all_in_parallel_and_they_are_lost(agent: Agent, monke
     assert (agent.held, agent.tasks) == ({}, {})
 
 
-async def test_drain_loses_what_was_loading_and_leaves_what_was_queued(agent: Agent, impatient: None) -> None:
+async def test_drain_hands_back_what_was_loading_and_leaves_what_was_queued(agent: Agent, impatient: None) -> None:
     first, runner = await loading(agent)
     second = await delivered(agent, 2)
     await warm(agent)
     await agent.drain()
-    assert (await record(agent, first)).state is State.LOST
+    back = await record(agent, first)
+    assert (back.state, back.attempt, back.epoch, back.devices) == (State.QUEUED, 2, None, [])
     assert (await record(agent, second)).state is State.QUEUED
     assert is_gone(runner.pid)
 
@@ -513,6 +566,7 @@ class Engine:
 READY = Ready(
     config=LoadConfig(context_length=256),
     timing={"metadata": 0.125, "weights": 0.5, "context": 0.0625, "warmup": 0.0625},
+    files=[FileStat(0, 0, 0)],
 )
 
 
@@ -616,7 +670,7 @@ async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_i
         case "died":
             engine.says(None)
         case "refused":
-            engine.says(Failed("it will not"))
+            engine.says(Failed("it will not", []))
         case "cancelled":
             agent.stop(id_)
     await released(agent, id_)
@@ -810,7 +864,7 @@ async def test_as_many_load_at_once_as_are_allowed(agent: Agent, number: int) ->
 @pytest.mark.usefixtures("endless")
 async def test_one_loads_at_once_where_there_is_no_gpu(agent: Agent) -> None:
     await agent.warm()
-    assert agent.devices == ["CPU"]
+    assert [device.id for device in agent.devices] == ["CPU"]
     await check_loads_at_once(agent, 1)
 
 
@@ -822,7 +876,7 @@ async def test_one_loads_at_once_on_each_gpu_if_not_told_otherwise(
     agent.settings = msgspec.structs.replace(agent.settings, loads_at_once=loads_at_once)
     monkeypatch.setattr(worker.runner, "_run_child", gpus.main)
     await agent.warm()
-    assert agent.devices == gpus.NAMES
+    assert [device.id for device in agent.devices] == gpus.NAMES
     await check_loads_at_once(agent, number)
 
 

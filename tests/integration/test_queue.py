@@ -38,7 +38,7 @@ class Recording(Agent):
         self.wished: list[str] = []
         self.something = asyncio.Event()
 
-    def deliver(self, id_: str) -> None:
+    def deliver(self, id_: str, not_before: float = 0.0) -> None:
         self.delivered.append(id_)
         self.something.set()
 
@@ -64,7 +64,7 @@ async def loads(store: Store) -> Loads:
     """The API's side, with one live worker that has a model."""
     digest = await store.publish_catalog("w", [MODEL])
     await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest, residents=0))
-    roster = Roster(store)
+    roster = Roster(store, 3)
     await roster.refresh()
     return Loads(Settings(), store, roster, Follower(store))
 
@@ -128,7 +128,7 @@ async def test_many_at_once_are_all_delivered_once(loads: Loads, agent: Recordin
     await agent.until(*(one.id for one in made))
     assert sorted(agent.delivered) == sorted(one.id for one in made)
     async with asyncio.timeout(DEADLINE_S):
-        while raw.exists(*(f"arq:{kind}:{one.id}" for one in made for kind in ("job", "result", "in-progress"))):  # noqa: ASYNC110
+        while raw.exists(*(f"arq:{kind}:{one.id}:1" for one in made for kind in ("job", "result", "in-progress"))):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert raw.zcard(queue_of("w")) == 0
 
@@ -156,7 +156,7 @@ async def test_a_wish_reaches_the_agent(loads: Loads, agent: Recording) -> None:
 @pytest.mark.usefixtures("no_fallback")
 async def test_an_entry_that_is_queued_twice_is_delivered_once(loads: Loads, agent: Recording) -> None:
     made = await submit(loads)
-    again: dict[str, Any] = {"_job_id": made.id, "_queue_name": queue_of("w"), "_expires": 3600}
+    again: dict[str, Any] = {"_job_id": f"{made.id}:1", "_queue_name": queue_of("w"), "_expires": 3600}
     assert await loads.store.redis.enqueue_job("load", made.id, **again) is None
     last = await submit(loads)
     task = asyncio.create_task(worker.main._deliveries(loads.store.redis, agent))
@@ -253,7 +253,7 @@ async def test_nothing_is_delivered_twice_or_lost_in_a_storm_of_cuts(
 
 async def test_nothing_in_the_queue_is_pickled(loads: Loads, raw: redis.Redis) -> None:
     made = await submit(loads)
-    data = cast(bytes, raw.get(f"arq:job:{made.id}"))
+    data = cast(bytes, raw.get(f"arq:job:{made.id}:1"))
     job = msgpack.decode(data)
     assert (job["f"], job["a"], job["k"]) == ("load", [made.id], {})
     with pytest.raises(Exception, match="."):  # noqa: RUF043

@@ -36,7 +36,7 @@ PHASES: list[Phase] = ["metadata", "weights", "context", "warmup"]
 
 @pytest.fixture
 async def runners() -> AsyncIterator[Runners]:
-    made = Runners()
+    made = Runners(10.0)
     yield made
     await made.close()
 
@@ -74,6 +74,7 @@ def given(*shards: Path, **changes: Any) -> Load:
         "expert_override": None,
         "moe": False,
         "parallel_asked": False,
+        "check_tensors": False,
     }
     return Load(**{**fields, **changes})
 

@@ -320,7 +320,7 @@ async def test_a_wish_is_told_to_its_worker(store: Store) -> None:
     async with listening(store, "wake:w") as heard:
         assert await store.request_stop(record.id)
         assert await heard.get() == record.id.encode()
-        await store.ring("w")
+        await store.redis.publish("wake:w", b"")
         assert await heard.get() == b""
     found = await store.get(record.id)
     assert found is not None
@@ -804,7 +804,7 @@ async def test_a_cancel_is_told_the_state_and_is_wished_only_of_what_is_not_load
     assert raw.hmget(f"inst:{record.id}", ["state"]) == [state.value.encode()]
     async with listening(store, "wake:w") as heard:
         assert await store.request_stop(record.id, unless_loaded=True) is state
-        await store.ring("w")
+        await store.redis.publish("wake:w", b"")
         wished = await heard.get() == record.id.encode()
     found = await store.get(record.id)
     assert found is not None

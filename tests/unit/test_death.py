@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from worker.death import from_exit, from_reason, scrub
+from shared.schema import Device
+from worker.death import from_exit, from_reason, needed_bytes, scrub, shortage
 
 ABSOLUTE = re.compile(r"(?:^|[\s'\"(=:,\[<])/[^\s/]+/")
 FILE = "/srv/models/p/m/m-q8_0.gguf"
@@ -121,7 +122,6 @@ def test_an_assert_is_told_without_the_path_of_the_build() -> None:
         (-signal.SIGABRT, "of SIGABRT"),
         (-signal.SIGTERM, "of SIGTERM"),
         (-signal.SIGKILL, "killed by SIGKILL"),
-        (-signal.SIGBUS, "of SIGBUS"),
     ],
 )
 def test_how_it_died_is_told(status: int, words: str) -> None:
@@ -129,6 +129,55 @@ def test_how_it_died_is_told(status: int, words: str) -> None:
         code, sentence = from_exit(status, tail)
         assert code == "engine_crashed"
         assert words in sentence
+
+
+def test_a_file_that_ends_under_its_mapping_is_at_fault_and_not_the_engine() -> None:
+    assert from_exit(-signal.SIGBUS, ["a line"])[0] == "invalid_model_file"
+
+
+def test_a_kill_for_want_of_memory_is_told_as_that() -> None:
+    assert from_exit(-signal.SIGKILL, ["a line"], oom_killed=True)[0] == "insufficient_memory"
+    assert from_exit(-signal.SIGSEGV, ["a line"], oom_killed=True)[0] == "engine_crashed", "the kill was another's"
+
+
+@pytest.mark.parametrize(
+    ("lines", "asked"),
+    [
+        (["ggml_aligned_malloc: insufficient memory (attempted to allocate 512.00 MB)"], 512 << 20),
+        (["ggml_aligned_malloc: insufficient memory (attempted to allocate   1.50 MB)"], 3 << 19),
+        (["alloc_tensor_range: failed to allocate FAKE0 buffer of size 1048576"], 1 << 20),
+        (
+            [
+                "cuda_buffer_type_alloc_buffer: allocating 9.00 MiB on device 0: cudaMalloc failed: out of memory"
+            ],
+            9 << 20,
+        ),
+        (["failed to allocate A buffer of size 7", "failed to allocate B buffer of size 9", "unable to allocate"], 9),
+        (["llama_model_load: error loading model: mmap failed: Cannot allocate memory"], None),
+        (["llama_kv_cache: size = 512.00 MiB", "buffer of size 12"], None),
+        ([], None),
+    ],
+)
+def test_what_the_engine_asked_for_in_vain(lines: list[str], asked: int | None) -> None:
+    assert needed_bytes(lines) == asked
+
+
+def test_a_shortage_has_numbers_for_people_and_for_machines() -> None:
+    devices = [
+        Device(id="CUDA0", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=3 << 29),
+        Device(id="CUDA1", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=700),
+    ]
+    sentence, detail = shortage("it refused", 5 << 20, devices, {"CUDA1": ["p/m", "p/m:2"]})
+    assert sentence == (
+        "it refused: 5.0 MiB needed, 1.5 GiB of 8.0 GiB free on CUDA0, 700 bytes of 8.0 GiB free on CUDA1"
+    )
+    assert detail == {
+        "needed_bytes": 5 << 20,
+        "devices": [
+            {"id": "CUDA0", "total_bytes": 8 << 30, "free_bytes": 3 << 29, "instances": []},
+            {"id": "CUDA1", "total_bytes": 8 << 30, "free_bytes": 700, "instances": ["p/m", "p/m:2"]},
+        ],
+    }
 
 
 @pytest.mark.parametrize("status", [-34, -40, -64])
@@ -159,7 +208,7 @@ def test_ordinary_lines_are_no_reason(line: str) -> None:
 @given(st.integers(-64, 255), st.lists(st.text(max_size=60), max_size=5))
 def test_every_end_has_a_sentence(status: int, tail: list[str]) -> None:
     code, sentence = from_exit(status, tail)
-    assert code in {"engine_crashed", "insufficient_memory"}
+    assert code in {"engine_crashed", "insufficient_memory", "invalid_model_file"}
     assert sentence.strip()
 
 

@@ -58,7 +58,7 @@ def happened(instance: Instance, *events: Event) -> Instance:
                 changes |= {"bytes_per_second": 2000.0, "estimated_completion": None}
             case E.FAIL:
                 changes = {"error": ERROR}
-        instance = instance.after(one, **changes)
+        instance = instance.after(one, rev=instance.rev + 1, **changes)
     return instance
 
 
@@ -66,6 +66,7 @@ def under_way(instance: Instance, progress: float, phase: Phase = "weights") -> 
     """The record of a load after some progress."""
     return msgspec.structs.replace(
         instance,
+        rev=instance.rev + 1,
         phase=phase,
         progress=progress,
         loaded_bytes=int(progress * 1000),

@@ -1,0 +1,74 @@
+"""How much memory a runner may take on this host: the machine's, its cgroup's and its address space's."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+# Files of a cgroup: its limit, what it uses, and what of that the kernel would give back (a page cache), by version:
+# Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+class Memory(NamedTuple):
+    total_bytes: int
+    free_bytes: int  # what may be taken, a page cache included
+
+
+def host_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory:
+    """The least of what the machine, every cgroup we are in and our limit on address space allow.
+
+    Raises OSError where /proc is not there.
+    """
+    found = dict(_numbers((proc / "meminfo").read_text().replace(":", " ")))
+    bounds = [Memory(found["MemTotal"] << 10, found["MemAvailable"] << 10), *_cgroups(proc, cgroup)]
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if space != resource.RLIM_INFINITY:
+        bounds.append(Memory(space, space))  # a runner begins with next to nothing of it
+    return Memory(min(b.total_bytes for b in bounds), max(0, min(b.free_bytes for b in bounds)))
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it started, in any cgroup (proc_vmstat(5));
+    0 where it does not say."""
+    try:
+        return dict(_numbers((PROC / "vmstat").read_text())).get("oom_kill", 0)
+    except OSError:
+        return 0
+
+
+def _numbers(text: str) -> Iterator[tuple[str, int]]:
+    for line in text.splitlines():
+        name, value, *_ = [*line.split(), "", ""]
+        if value.isdigit():
+            yield name, int(value)
+
+
+def _cgroups(proc: Path, root: Path) -> Iterator[Memory]:
+    """The bounds of our memory cgroup and of those it is in.  In a container the root is often the cgroup itself."""
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, files = (root / "memory", V1) if controllers else (root, V2)
+        place = base / path.lstrip("/")
+        for folder in (place, *place.parents):
+            if not folder.is_relative_to(base):
+                break
+            if (bound := _bound(folder, files)) is not None:
+                yield bound
+
+
+def _bound(folder: Path, files: tuple[str, str, str]) -> Memory | None:
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in files[:2])
+        cache = dict(_numbers((folder / "memory.stat").read_text())).get(files[2], 0)
+    except OSError:  # no such cgroup here, or one without this controller
+        return None
+    if not limit.isdigit():  # "max"
+        return None
+    return Memory(int(limit), int(limit) - int(used) + cache)
