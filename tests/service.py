@@ -185,7 +185,8 @@ class Running:
         status = self.popen.wait(STOP_S)
         assert status == 0, self.stderr
         wait_gone(tree, 1.0)
-        assert "Traceback" not in self.stderr
+        said = self.stderr
+        assert "Traceback" not in said, said[said.index("Traceback") :]
 
     def kill(self) -> None:
         """For the end of a test that failed."""
@@ -304,7 +305,8 @@ class Client:
 
     def unload_all(self) -> None:
         for instance_id in self.instances():
-            assert self.unload(instance_id).status == 200
+            reply = self.unload(instance_id)
+            assert reply.status == 200, reply.text
 
     def shell(self, command: str) -> Reply:
         """A `curl` command of the documentation, to the letter; only where it connects to is ours."""
@@ -382,6 +384,13 @@ class Service(Running, Client):
         """What Redis says of a live instance."""
         with self.redis() as redis:
             return state(redis, instance_id)
+
+    def wanted(self) -> list[str]:
+        """The ids of what the worker's own file has to be loaded again."""
+        files = self.data_dir.glob("wanted-*.json")
+        return [
+            one.instance_id for file in files for one in msgspec.json.decode(file.read_bytes(), type=list[Instance])
+        ]
 
     @contextmanager
     def redis(self) -> Iterator[Redis]:

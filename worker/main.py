@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 from arq.connections import ArqRedis
@@ -26,6 +30,7 @@ from worker.scanner import catalogs
 FALLBACK_S = 1.0  # a notification may be lost; the queue is looked at this often without one
 FIRST_CATALOG_S = 60.0
 END_S = 2.0
+TEMPORARY = "loadstone-worker-"  # how the names of our temporary directories begin
 
 _log = log.get("worker")
 
@@ -105,7 +110,9 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
 def owned(settings: Settings, epoch: str) -> Iterator[str]:
     """Hold this worker's name on this data directory for life; yields the epoch of its last, dead holder.
 
-    The lock is a `flock`: the kernel drops it when the process dies, however it dies.  Raises SettingsError.
+    The lock is a `flock`: the kernel drops it when the process dies, however it dies.  Its file names the holder's
+    epoch and directory for temporary files, where multiprocessing puts its sockets: what a holder that was killed left
+    of it is removed by the next one.  Raises SettingsError.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = settings.data_dir / f"worker-{settings.name}.lock"
@@ -117,11 +124,16 @@ def owned(settings: Settings, epoch: str) -> Iterator[str]:
                 f"a worker named '{settings.name}' already runs on the data directory {settings.data_dir}."
             ) from None
         file.seek(0)
-        dead_epoch = file.read().strip()
-        file.truncate(0)
-        file.write(epoch)
-        file.flush()
-        yield dead_epoch
+        dead_epoch, _, left = file.read().strip().partition(" ")
+        if left and Path(left).name.startswith(TEMPORARY):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as temporary:
+            file.truncate(0)
+            file.write(f"{epoch} {temporary}")
+            file.flush()
+            # As multiprocessing.util.get_temp_dir remembers it; one that it made itself would stay after a SIGKILL.
+            multiprocessing.current_process()._config["tempdir"] = temporary  # type: ignore[attr-defined]
+            yield dead_epoch
 
 
 async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: str) -> None:

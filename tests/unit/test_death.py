@@ -147,9 +147,7 @@ def test_a_kill_for_want_of_memory_is_told_as_that() -> None:
         (["ggml_aligned_malloc: insufficient memory (attempted to allocate   1.50 MB)"], 3 << 19),
         (["alloc_tensor_range: failed to allocate FAKE0 buffer of size 1048576"], 1 << 20),
         (
-            [
-                "cuda_buffer_type_alloc_buffer: allocating 9.00 MiB on device 0: cudaMalloc failed: out of memory"
-            ],
+            ["cuda_buffer_type_alloc_buffer: allocating 9.00 MiB on device 0: cudaMalloc failed: out of memory"],
             9 << 20,
         ),
         (["failed to allocate A buffer of size 7", "failed to allocate B buffer of size 9", "unable to allocate"], 9),

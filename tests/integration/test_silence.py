@@ -1,0 +1,120 @@
+"""Who proves that he lives: runners answer pings, the lease depends on it, and what is silent is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+import redis
+
+import worker.agent
+import worker.resident
+import worker.runner
+from shared.lifecycle import State
+from tests.integration.test_agent import (
+    SHORT_S,
+    agent,
+    check_failed,
+    loaded,
+    reached,
+    released,
+    until,
+    warm,
+)
+from tests.runners import freeze, is_gone
+from worker.agent import Agent
+from worker.runner import Runner, RunnerDied, Runners
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+__all__ = ["agent"]  # a fixture
+BEAT_S = 1.0
+
+
+async def beats(agent: Agent, number: int) -> None:
+    """As many rounds of pings, with time for the answers in between, but less than a second each."""
+    for _ in range(number):
+        await agent.runners.watch(BEAT_S)
+        await asyncio.sleep(0.05)
+
+
+async def test_whoever_answers_is_not_silent_whatever_it_does(agent: Agent) -> None:
+    """Warm, or holding a model."""
+    _, holder = await loaded(agent)
+    waiting = await warm(agent)
+    await beats(agent, 20)
+    assert (holder.silent_s, waiting.silent_s, agent.runners.silent_s) == (0, 0, 0)
+    assert not is_gone(waiting.pid)
+
+
+async def test_a_warm_runner_that_is_silent_is_replaced(agent: Agent) -> None:
+    silent = await warm(agent)
+    await freeze(silent)
+    patience = round(agent.settings.lease_s / 2)
+    await beats(agent, patience)
+    assert not is_gone(silent.pid)
+    await beats(agent, 2)
+    await until(lambda: is_gone(silent.pid), "it is killed")
+    await beats(agent, 2)
+    fresh = await warm(agent)
+    assert fresh is not silent
+    await beats(agent, 2)
+    assert (fresh.silent_s, agent.runners.silent_s) == (0, 0)
+
+
+async def test_a_warm_runner_that_died_is_replaced_before_a_load_needs_it(agent: Agent) -> None:
+    dead = await warm(agent)
+    dead.kill()
+    await until(dead.exited.is_set, "it is dead")
+    await beats(agent, 1)
+    assert await warm(agent) is not dead
+
+
+async def test_without_a_runner_that_answers_the_lease_runs_out(
+    agent: Agent, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is held again once there is one."""
+
+    async def fail(self: Runners) -> Runner:
+        raise RunnerDied("no room")
+
+    monkeypatch.setattr(worker.agent, "BEAT_S", 0.05)
+    monkeypatch.setattr(agent.store, "lease_s", 0.5)
+    runner = await warm(agent)
+    with monkeypatch.context() as patched:
+        patched.setattr(Runners, "_start", fail)
+        runner.kill()
+        beating = asyncio.create_task(agent.beat())
+        await until(lambda: not raw.exists("lease:w"), "the lease is gone")
+    await until(lambda: raw.get("lease:w") == b"e", "the lease is held again")
+    beating.cancel()
+    await asyncio.wait([beating])
+
+
+async def test_a_loaded_model_whose_runner_is_silent_is_failed_and_its_memory_is_back(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.resident, "SILENCE_S", 0.05)
+    monkeypatch.setattr(worker.runner, "GRACE_S", SHORT_S)
+    agent.settings = msgspec.structs.replace(agent.settings, stall_limit_s=3.0)
+    id_, runner = await loaded(agent)
+    _, healthy = await loaded(agent, 2, "p/moe")
+    await freeze(runner)
+    await beats(agent, 5)
+    check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "did not answer for 3 s")
+    assert is_gone(runner.pid)
+    assert not is_gone(healthy.pid)
+    await released(agent, id_)
+    assert [*agent.wanted.instances] == ["p/moe"], "what failed is not loaded again by itself"
+
+
+async def test_a_pause_of_the_worker_is_no_silence_of_its_runners(agent: Agent) -> None:
+    """The answers lie unread meanwhile."""
+    runner = await warm(agent)
+    await agent.runners.watch(BEAT_S)
+    for _ in range(3):
+        await agent.runners.watch(BEAT_S)  # without a chance to read between two of them
+    assert runner.silent_s <= 3 * BEAT_S
+    await beats(agent, 2)
+    assert runner.silent_s == 0
