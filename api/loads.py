@@ -228,7 +228,7 @@ class Loads:
 
         Raises ModelNotFound, also where its worker died meanwhile, and QueueUnavailable after STOP_DEADLINE_S.
         """
-        was_wanted = await self.store.unwant(instance_id)  # first: nothing is restored from now on
+        was_wanted = await self.store.unwant_everywhere(instance_id)  # first: nothing is restored from now on
         id_ = await self.store.named(instance_id)
         instance = await self.store.get(id_) if id_ else None
         if instance is None and was_wanted:

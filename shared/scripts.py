@@ -128,8 +128,22 @@ redis.call('PUBLISH', 'wake:' .. held[1], ARGV[1])
 return held[2]
 """
 
+# Have an instance wanted no more, unless it is another load of that name.  ARGV: instance id, id.
+UNWANT = """
+if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
+"""
+
+# Keep what the engine said with its record, for as many as ARGV[3] of those that have ended.  ARGV: text, id, that
+# number, retention in seconds.
 ENGINE_LOG = """
-if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'engine', ARGV[1]) end
+if redis.call('EXISTS', KEYS[1]) == 0 then return end
+if redis.call('HSET', KEYS[1], 'engine', ARGV[1]) == 0 then return end
+redis.call('LPUSH', KEYS[2], ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+if redis.call('LLEN', KEYS[2]) <= tonumber(ARGV[3]) then return end
+local old = redis.call('RPOP', KEYS[2])
+if redis.call('SISMEMBER', KEYS[3], old) == 1 then redis.call('LPUSH', KEYS[2], old)
+else redis.call('HDEL', 'inst:' .. old, 'engine') end
 """
 
 # ARGV: epoch, an older epoch that is known to be dead, lease in ms, snapshot, name, now in s, retention in s

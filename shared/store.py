@@ -4,6 +4,8 @@
                             stop (a wish), engine (log lines)  expires RETAIN_S after a terminal state
   inst:{id}:log     stream  rev, doc: one entry a revision     expires with inst:{id}
   insts             set     ids of instances that are not terminal
+  logs              list    ids of those that have `engine`: of those that ended the last ENGINE_LOGS_N keep it
+                                                              expires RETAIN_S after the last
   names             hash    instance_id -> id, while not terminal
   queued            set     ids in state queued; queued:{worker} those of one worker
   pace              list    when the last 16 left the queue (microseconds); pace:{worker} those of one worker
@@ -47,13 +49,14 @@ from redis.exceptions import RedisError
 from shared import log
 from shared.lifecycle import TERMINAL, State
 from shared.schema import Instance, Model, WorkerSnapshot
-from shared.scripts import COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, REWRITE, STOP
+from shared.scripts import COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, REWRITE, STOP, UNWANT
 
 RETAIN_S = 24 * 3600
 CRASH_MEMORY_S = 600
 DELIVERY_S = 3600  # arq's entry; a record that is queued for longer is found by its worker's beat
 HISTORY_N = 256  # revisions that are read at once
 PAGE_N = 200
+ENGINE_LOGS_N = 256  # some 35 KiB each
 NO_LIMITS = (2**53, 2**53)
 UNKNOWN_PACE_S, LONGEST_RETRY_S = 30, 300
 NEWS = "news"
@@ -184,6 +187,7 @@ class Store:
         self._rewrite = redis.register_script(REWRITE)
         self._commit = redis.register_script(COMMIT)
         self._stop = redis.register_script(STOP)
+        self._unwant = redis.register_script(UNWANT)
         self._renew = redis.register_script(RENEW)
         self._release = redis.register_script(RELEASE)
 
@@ -306,7 +310,11 @@ class Store:
         found: dict[bytes, bytes] = await self.redis.hgetall(f"wanted:{worker}")  # type: ignore[misc]
         return {name.decode(): id_.decode() for name, id_ in found.items()}
 
-    async def unwant(self, instance_id: str) -> bool:
+    async def unwant(self, instance: Instance) -> None:
+        """Have its worker want an instance no more."""
+        await self._unwant(keys=[f"wanted:{instance.worker}"], args=[instance.instance_id, instance.id])
+
+    async def unwant_everywhere(self, instance_id: str) -> bool:
         """Have no worker bring an instance back; whether one would have."""
         names = [name.decode() for name in await self.redis.zrange("workers", 0, -1)]
         async with self.redis.pipeline(transaction=False) as pipe:
@@ -325,8 +333,8 @@ class Store:
         await self.redis.delete(f"crashed:{fingerprint}")
 
     async def write_engine_log(self, id_: str, text: str) -> None:
-        """Keep what the engine said in a load, for as long as its record."""
-        await self._engine_log(keys=[f"inst:{id_}"], args=[text])
+        """Keep what the engine said in a load with its record, until ENGINE_LOGS_N later ones have ended."""
+        await self._engine_log(keys=[f"inst:{id_}", "logs", "insts"], args=[text, id_, ENGINE_LOGS_N, RETAIN_S])
 
     async def engine_log(self, id_: str) -> bytes | None:
         found: bytes | None = await self.redis.hget(f"inst:{id_}", "engine")  # type: ignore[misc]

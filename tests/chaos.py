@@ -41,14 +41,15 @@ from tests.service import (
     until,
 )
 
-N_MODELS, N_CLIENTS = 30, 4
+N_MODELS, N_CLIENTS = 30, 6
 LEASE_S = 3
 PATIENCE_S = 8  # that a client asks for
 DEADLINE_S = 40.0  # of any request: far over all that a request may have to wait for
+STABLE_S = 2.5
 QUIET_S = 60.0  # after the chaos, for all to come to its end
 MOST_LOADED = 12
 DOCUMENTED = ("inst:", "idem:", "crashed:", "lease:", "worker:", "catalog:", "wanted:", "queued:", "pace:", "arq:")
-NAMES = {"insts", "names", "queued", "pace", "jobs", "workers", "counters"}
+NAMES = {"insts", "names", "queued", "pace", "jobs", "workers", "counters", "logs"}
 KEPT = ("catalog-", "worker-", "wanted-")  # what a worker's data directory may hold
 
 
@@ -353,6 +354,19 @@ def held(client: Client) -> tuple[int, int]:
     return sum(len(worker["instances"]) for worker in workers), reserved
 
 
+def settled(pool: Pool, client: Client) -> Callable[[], bool]:
+    """Whether it is, and has been for some beats: what is to be restored is begun at one of them."""
+    since = time.monotonic()
+
+    def has_been() -> bool:
+        nonlocal since
+        if not is_settled(pool, client):
+            since = time.monotonic()
+        return time.monotonic() - since > STABLE_S
+
+    return has_been
+
+
 def is_settled(pool: Pool, client: Client) -> bool:
     """Whether nothing is under way, and what is said to be loaded is what there is."""
     instances = {i["id"]: i for w in client.send("GET", "/api/v1/workers").json()["workers"] for i in w["instances"]}
@@ -434,12 +448,12 @@ def run(home: Path, seconds: float, seed: int) -> None:
         pool.wait_ready()
         client = Client(pool.urls[0])
         try:
-            until(lambda: is_settled(pool, client), "what is said to be loaded is what there is", QUIET_S)
+            until(settled(pool, client), "what is said to be loaded is what there is", QUIET_S)
             check_each_load(pool)
             for job_id in clients.jobs.values():
                 assert client.job(job_id)["status"] in ("loaded", "failed", "cancelled")
             client.unload_all()
-            until(lambda: is_settled(pool, client), "nothing is loaded", QUIET_S)
+            until(settled(pool, client), "nothing is loaded", QUIET_S)
             until(lambda: held(client) == (0, 0), "the pool holds nothing")
             check_each_load(pool)
             until(lambda: not holders(pool), "no runner holds a model")

@@ -14,6 +14,7 @@ from shared.supervisor import heartbeat
 from worker.agent import LeaseLost
 from worker.confine import strip_environment
 from worker.main import run
+from worker.runner import RunnerDied
 
 
 def main() -> int:
@@ -29,6 +30,9 @@ def main() -> int:
     except* (SettingsError, LeaseLost) as group:
         print(f"loadstone: {_first(group)}", file=sys.stderr)  # noqa: T201
         status = 2
+    except* RunnerDied as group:  # the supervisor starts us again
+        print(f"loadstone: {_first(group)}", file=sys.stderr)  # noqa: T201
+        status = 1
     return status
 
 

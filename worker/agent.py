@@ -201,13 +201,13 @@ class Agent:
             if todo == "wait":
                 continue
             if todo == "drop":
-                self._forget(wanted, record)
+                await self._forget(wanted, record)
                 continue
             begun = restoration(wanted, f"load_{uuid.uuid4().hex}", todo)
             try:
                 begun = await self.store.create(begun, restores=wanted.id if record else "")
             except (NameTaken, Unwanted):  # it was loaded anew, or unloaded, while we were away
-                self.wanted.discard(wanted)
+                await self._forget(wanted, None)
             except NoLease:
                 return
             else:
@@ -217,7 +217,8 @@ class Agent:
                 self.wanted.add(begun)
                 self.deliver(begun.id, begun.not_before)
 
-    def _forget(self, wanted: Instance, record: Instance | None) -> None:
+    async def _forget(self, wanted: Instance, record: Instance | None) -> None:
+        await self.store.unwant(wanted)
         self.wanted.discard(wanted)
         if record is not None and record.state is State.FAILED:
             reason = record.error.message if record.error else ""

@@ -216,7 +216,11 @@ async def _deliveries(redis: ArqRedis, agent: Agent) -> None:
         except UNAVAILABLE as e:
             _log.warning("queue dropped", action="redis_unavailable", error=str(e))
         finally:
-            for task in both:
+            left = both | set(deliveries.tasks.values())
+            for task in left:
                 task.cancel()
-            await asyncio.wait(both, timeout=END_S)
+            await asyncio.wait(left, timeout=END_S)
+            for task in left:
+                if task.done() and not task.cancelled():
+                    task.exception()  # seen: asyncio would report it otherwise
         await asyncio.sleep(0.2)

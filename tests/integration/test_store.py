@@ -837,6 +837,23 @@ async def test_what_the_engine_said_is_kept_with_the_record_for_as_long_as_that(
     assert RETAIN_S - 60 < int(raw.ttl(f"inst:{record.id}")) <= RETAIN_S  # type: ignore[arg-type]
 
 
+async def test_the_last_that_ended_keep_what_the_engine_said_and_so_does_what_lives(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared.store, "ENGINE_LOGS_N", 3)
+    alive = await claimed(store, 1)
+    await store.write_engine_log(alive.id, "it lives")
+    for number in range(2, 8):
+        record = await claimed(store, number)
+        await store.write_engine_log(record.id, "first")
+        await store.write_engine_log(record.id, f"of {number}")
+        await store.commit(record, record.after(Event.FAIL, error=ERROR))
+    said = [await store.engine_log(f"load_{number}") for number in range(1, 8)]
+    assert said[0] == b"it lives"
+    assert said[1:4] == [None, None, None]
+    assert said[-1] == b"of 7"
+
+
 async def test_what_the_engine_said_does_not_bring_back_a_record_that_is_gone(store: Store, raw: redis.Redis) -> None:
     record = await claimed(store)
     raw.flushall()
