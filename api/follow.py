@@ -68,6 +68,7 @@ class Follower:
                 return await self.store.history(instance, after)
 
             reading = self._readings[key] = asyncio.ensure_future(read())
+            reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if all have gone
         return await asyncio.shield(reading)
 
     @contextmanager

@@ -233,12 +233,13 @@ class Runners:
         try:
             with control_child, output_child:
                 process = self._context.Process(target=_run_child, args=(control_child, output_child), daemon=True)
-                await asyncio.to_thread(process.start)
+                async with asyncio.timeout(WARM_DEADLINE_S):  # the server that forks them may be stuck
+                    await asyncio.to_thread(process.start)
         except BaseException as e:
             control.close()
             output.close()
-            if isinstance(e, (OSError, EOFError)):  # no descriptor, no process, no memory left for one more
-                raise RunnerDied(f"a runner could not start: {e}") from e
+            if isinstance(e, (OSError, EOFError)):  # no descriptor, no process, no memory left for one more; or no time
+                raise RunnerDied(f"a runner could not start: {str(e) or 'none was forked in time'}") from e
             raise
         runner = Runner(process, *await asyncio.open_connection(sock=control))
         self._all.add(runner)

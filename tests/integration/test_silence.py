@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing.forkserver
+import os
+import signal
 
 import msgspec
 import pytest
@@ -16,6 +19,7 @@ from tests.integration.test_agent import (
     SHORT_S,
     agent,
     check_failed,
+    delivered,
     loaded,
     reached,
     released,
@@ -118,3 +122,22 @@ async def test_a_pause_of_the_worker_is_no_silence_of_its_runners(agent: Agent) 
     assert runner.silent_s <= 3 * BEAT_S
     await beats(agent, 2)
     assert runner.silent_s == 0
+
+
+async def test_a_server_that_forks_no_more_fails_loads_in_time(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it without end; it is stopped, not dead, so that nothing else tells."""
+    first = await warm(agent)
+    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    monkeypatch.setattr(worker.runner, "WARM_DEADLINE_S", SHORT_S)
+    os.kill(server, signal.SIGSTOP)
+    try:
+        id_, _ = await loaded(agent)
+        other = await delivered(agent, 2)
+        check_failed(await reached(agent, other, State.FAILED), "engine_crashed", "none was forked in time")
+        await released(agent, other)
+        assert not is_gone(first.pid)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    monkeypatch.undo()
+    await loaded(agent, 3)
+    agent.stop(id_)
