@@ -26,6 +26,7 @@ from shared.errors import (
     QueueFull,
     QueueUnavailable,
     ServiceError,
+    crashed_lately,
 )
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema import (
@@ -89,11 +90,7 @@ class Loads:
                 except KeyTaken as e:
                     return await self._joined(e.remembered, digest)
                 except Crashed as e:
-                    reason = (
-                        f"it crashed the engine lately: {e.reason}. It is not tried again for {e.left_s} s; "
-                        '"force": true tries it now'
-                    )
-                    raise LoadFailed("engine_crashed", its.type, request.model, reason, retry_after_s=e.left_s) from e
+                    raise crashed_lately(its.type, request.model, e.reason, e.left_s) from e
                 except Full as e:
                     full = e if full is None else min(full, e, key=lambda f: f.retry_after_s)
             if not last and full is None:

@@ -178,6 +178,12 @@ class LoadFailed(ServiceError):
         self.code: LoadFailure = code
 
 
+def crashed_lately(model_type: str, model: str, reason: str, left_s: int) -> LoadFailed:
+    """A model that crashed the engine, for `reason`, is not tried again for `left_s` seconds more."""
+    words = f'it crashed the engine lately: {reason}. It is not tried again for {left_s} s; "force": true tries it now'
+    return LoadFailed("engine_crashed", model_type, model, words, retry_after_s=left_s)
+
+
 class ServiceUnavailable(ServiceError):
     """Something the service needs is away for now; the same request may succeed later."""
 

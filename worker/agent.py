@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections import Counter, defaultdict
@@ -238,10 +239,11 @@ class Agent:
             with suppress(*UNAVAILABLE):
                 await self.store.forget_crash(model.fingerprint)
 
-    def crash(self, model: Model) -> str | None:
-        """Why a model crashed the engine lately."""
+    def crash(self, model: Model) -> tuple[str, int] | None:
+        """Why a model crashed the engine lately, and for how many seconds that is remembered."""
         until, reason = self._crashes.get(model.fingerprint, (0.0, ""))
-        return reason if time.monotonic() < until else None
+        left_s = math.ceil(until - time.monotonic())
+        return (reason, left_s) if left_s > 0 else None
 
     # ---- files that change
 

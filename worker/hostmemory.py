@@ -50,7 +50,11 @@ def _numbers(text: str) -> Iterator[tuple[str, int]]:
 
 def _cgroups(proc: Path, root: Path) -> Iterator[Memory]:
     """The bounds of our memory cgroup and of those it is in.  In a container the root is often the cgroup itself."""
-    for line in (proc / "self/cgroup").read_text().splitlines():
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except FileNotFoundError:  # a kernel without cgroups
+        return
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shared import log
-from shared.errors import LoadFailed, LoadFailure
+from shared.errors import LoadFailed, LoadFailure, crashed_lately
 from shared.lifecycle import Event, State
 from shared.schema import FileStat, Instance, Model, Phase
 from shared.store import UNAVAILABLE, Fenced, StopWished
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SOMEBODYS = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})  # not the engine's own ends
 SILENCE_S = 5.0  # how often it is looked whether the runner of a loaded model answers
 COMMIT_FRACTION, COMMIT_S = 0.02, 0.5  # progress is recorded after this much of the bytes, or this long
+CHANGED = "a file of the model changed while it was loaded"
 ENGINE_LOG_S = 0.1  # what the engine says is recorded in bunches
 
 _log = log.get("worker")
@@ -99,7 +100,8 @@ class Resident:
             return None
         crash = self.agent.crash(model)
         if crash is not None and not record.request.force and not record.restoring:
-            await self._fail(record, "engine_crashed", f"it crashed the engine lately: {crash}")
+            error = crashed_lately(record.type, record.model, *crash).body()
+            await self.writer.surely(record, Event.FAIL, error=error)
             return None
         instance = await self.writer.surely(
             record,
@@ -151,11 +153,14 @@ class Resident:
             await runner.send(load)
             instance, outcome = await self._watch(instance, runner)
             match outcome:
+                case Ready() if outcome.files != model.files:  # all was decided by the header of another file
+                    await self._stopped(runner)
+                    await self._fail(instance, "invalid_model_file", CHANGED)
                 case Ready():
+                    await self.agent.survived(instance, model)  # before anybody reads "loaded"
                     self.files = [*zip(load.shards, outcome.files, strict=True)]
                     loaded = await self._loaded(instance, outcome)
                     if loaded is not None:
-                        await self.agent.survived(loaded, model)
                         return loaded, runner
                     await self._unload(instance, runner)
                 case Failed():
@@ -172,7 +177,7 @@ class Resident:
                     await self._stopped(runner)
                     code, reason = self._end(runner)
                     if code == "engine_crashed" and await self._changed(load.shards, model):
-                        code, reason = "invalid_model_file", "a file of the model changed while it was loaded"
+                        code, reason = "invalid_model_file", CHANGED
                     if code == "engine_crashed" and runner.status not in SOMEBODYS:
                         await self.agent.crashed(model, reason)
                     await self._failed(instance, runner, code, reason)
@@ -291,7 +296,7 @@ class Resident:
                 if has_died:
                     await self._failed(instance, runner, *self._end(runner))
                 elif self.changed.is_set():
-                    await self._fail(instance, "invalid_model_file", "a file of the model changed while it was loaded")
+                    await self._fail(instance, "invalid_model_file", CHANGED)
                 else:
                     limit = self.agent.settings.stall_limit_s
                     await self._fail(instance, "engine_crashed", f"the engine did not answer for {limit:g} s")
@@ -349,7 +354,9 @@ class Resident:
         if code != "insufficient_memory":
             return await self._fail(instance, code, reason)
         needed = needed_bytes(runner.tail) or instance.total_size_bytes
-        return await self._fail(instance, code, *shortage(reason, needed, *self.agent.memory()))
+        devices, holders = self.agent.memory()
+        others = {id_: [name for name in names if name != instance.instance_id] for id_, names in holders.items()}
+        return await self._fail(instance, code, *shortage(reason, needed, devices, others))
 
     async def _fail(
         self, instance: Instance, code: LoadFailure, reason: str, detail: Mapping[str, object] = {}

@@ -570,6 +570,11 @@ READY = Ready(
 )
 
 
+def ready(agent: Agent) -> Ready:
+    """The same of the file that the catalog has read."""
+    return msgspec.structs.replace(READY, files=agent.models["p/llama"].files)
+
+
 async def directed(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Runner, Engine]:
     """An instance in its load, of which an engine says what a test wants."""
     runner = await warm(agent)
@@ -592,7 +597,13 @@ async def test_pace_expected_end_and_phases_of_a_load_are_recorded_as_it_goes(
     shape = replace(TINY, embedding_length=512, feed_forward_length=2048, block_count=6)
     path = tiny_llama(tmp_path / "p/large/large-f16.gguf", shape=shape)
     shards = [str(path.relative_to(tmp_path))]
-    model = msgspec.structs.replace(models["p/llama"], key="p/large", shards=shards, size_bytes=path.stat().st_size)
+    model = msgspec.structs.replace(
+        models["p/llama"],
+        key="p/large",
+        shards=shards,
+        files=[FileStat.of(path.stat())],
+        size_bytes=path.stat().st_size,
+    )
     agent.models[model.key] = model
     agent.settings = msgspec.structs.replace(agent.settings, models_dir=tmp_path)
     id_, _ = await loaded(agent, key=model.key)
@@ -617,7 +628,7 @@ async def test_pace_expected_end_and_phases_of_a_load_are_recorded_as_it_goes(
 
 async def test_the_end_of_a_load_says_what_the_engine_measured(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     id_, _, engine = await directed(agent, monkeypatch)
-    engine.says(Progress("metadata", 0), READY)
+    engine.says(Progress("metadata", 0), ready(agent))
     done = await reached(agent, id_, State.LOADED)
     assert (done.load_time_seconds, done.load_config) == (0.75, READY.config)
     assert done.bytes_per_second == done.total_size_bytes / 0.5
@@ -646,7 +657,9 @@ async def test_progress_is_never_whole_before_the_load_is_and_never_goes_back(
     """Whatever an engine says."""
     id_, _, engine = await directed(agent, monkeypatch)
     size = agent.models["p/llama"].size_bytes
-    engine.says(Progress("weights", size // 2), Progress("context", size // 4), Progress("warmup", 2 * size), READY)
+    engine.says(
+        Progress("weights", size // 2), Progress("context", size // 4), Progress("warmup", 2 * size), ready(agent)
+    )
     await reached(agent, id_, State.LOADED)
     progress = {old.phase: round(old.progress, 3) for old in await of_a_load(agent, id_)}
     assert progress == {None: 0.0, "weights": 0.5, "context": 0.5, "warmup": 0.999}
