@@ -164,7 +164,22 @@ def connect(url: str) -> ArqRedis:
         retry_on_error=list(broken),
         **options,
     )
+    pool.connection_class = _told(pool.connection_class)
     return ArqRedis(pool, job_serializer=pack_job, job_deserializer=unpack_job)
+
+
+def _told(kind: Any) -> Any:
+    """A class of connections that tells of a closed one as redis-py expects it: asyncio raises an OSError there, uvloop
+    a RuntimeError ("the handler is closed", uvloop/handles/handle.pyx), which would be taken for a fault of ours."""
+
+    class Told(kind):  # type: ignore[misc]
+        async def send_packed_command(self, *args: Any, **options: Any) -> None:
+            try:
+                await super().send_packed_command(*args, **options)
+            except RuntimeError as e:
+                raise RedisConnectionError(str(e)) from e
+
+    return Told
 
 
 @asynccontextmanager

@@ -419,7 +419,7 @@ async def test_a_redis_that_lost_its_last_seconds_is_told_again(agent: Agent, ra
     id_, runner = await loaded(agent)
     now, before = await record(agent, id_), (await agent.store.history(await record(agent, id_)))[1][1]
     older = {"rev": before.rev, "doc": shared.store._pack(before), "state": before.state.value}
-    raw.hset(f"inst:{id_}", mapping=older)  # type: ignore[arg-type]
+    raw.hset(f"inst:{id_}", mapping=older)
     await agent._reconcile()
     assert await record(agent, id_) == now
     assert not is_gone(runner.pid)

@@ -22,7 +22,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One that was started with secrets in its environment, and holds a model."""
     home = tmp_path_factory.mktemp("service")
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
-    with up(home, token="hush", **SECRETS, CUDA_VISIBLE_DEVICES="") as running:
+    with up(home, token="hush", models=None, **SECRETS, CUDA_VISIBLE_DEVICES="") as running:
         running.loaded(TINY)
         running.warm_runner(1)
         yield running

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import redis
+import uvloop
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -462,6 +463,28 @@ async def test_a_record_of_an_earlier_version_has_defaults(store: Store, raw: re
 
 
 # ---- jobs
+
+
+@pytest.fixture(scope="module")
+def uvloops() -> None:
+    """uvloop has run before: what it keeps for as long as the process lives is there."""
+    uvloop.run(asyncio.sleep(0))
+
+
+@pytest.mark.usefixtures("uvloops")
+def test_a_connection_that_was_closed_is_no_fault_of_ours_on_the_loop_that_serves(redis_server: str) -> None:
+    """uvloop has an error of its own for it."""
+
+    async def write_to_a_closed_one() -> None:
+        async with connected(redis_server) as client:
+            connection = await client.connection_pool.get_connection()
+            connection._writer.transport.abort()
+            with pytest.raises(redis.ConnectionError):
+                await connection.send_command("PING")
+            await client.connection_pool.release(connection)
+            assert await client.ping()
+
+    uvloop.run(write_to_a_closed_one())
 
 
 def test_a_job_is_msgpack_and_an_exception_in_it_is_its_text() -> None:
