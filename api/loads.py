@@ -220,17 +220,16 @@ class Loads:
         return ended
 
     async def unload(self, instance_id: str) -> None:
-        """Stop an instance and return once its runner is gone; one that is not loaded yet is cancelled, and one that
-        its worker, which is away, would load again, is not wanted any more.
+        """Stop an instance and return once its runner is gone; one that is not loaded yet is cancelled, and one whose
+        worker is away, or dies meanwhile, is not loaded again when that comes back.
 
-        Raises ModelNotFound, also where its worker died meanwhile, and QueueUnavailable after STOP_DEADLINE_S.
+        Raises ModelNotFound, and QueueUnavailable after STOP_DEADLINE_S.
         """
         was_wanted = await self.store.unwant_everywhere(instance_id)  # first: nothing is restored from now on
         id_ = await self.store.named(instance_id)
         instance = await self.store.get(id_) if id_ else None
-        if instance is None and was_wanted:
-            return
-        if instance is None or (await self._stop(instance)).state is State.LOST:
+        is_gone = instance is None or (await self._stop(instance)).state is State.LOST
+        if is_gone and not was_wanted:
             raise ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
 
     async def _stop(self, instance: Instance, *, unless_loaded: bool = False) -> Instance:

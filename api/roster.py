@@ -36,7 +36,6 @@ class Roster:
         while True:
             started = time.monotonic()
             try:
-                await self.store.check()  # a full disk lets us read that leases ran out, and workers not renew them
                 epochs = await self.refresh()
                 if time.monotonic() - started > 1.0:  # a paused Redis breaks no connection
                     self._sweep_from = time.monotonic() + self.store.lease_s

@@ -133,10 +133,10 @@ UNWANT = """
 if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then redis.call('HDEL', KEYS[1], ARGV[1]) end
 """
 
-# Keep what the engine said with its record, for as many as ARGV[3] of those that have ended.  ARGV: text, id, that
-# number, retention in seconds.
+# Keep what the engine said with its record, unless that is another worker's by now, for as many as ARGV[3] of those
+# that have ended.  ARGV: text, id, that number, retention in seconds, worker.
 ENGINE_LOG = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return end
+if redis.call('HGET', KEYS[1], 'worker') ~= ARGV[5] then return end
 if redis.call('HSET', KEYS[1], 'engine', ARGV[1]) == 0 then return end
 redis.call('LPUSH', KEYS[2], ARGV[2])
 redis.call('EXPIRE', KEYS[2], ARGV[4])
@@ -156,6 +156,15 @@ redis.call('ZADD', KEYS[4], ARGV[6], ARGV[5])
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', ARGV[6] - ARGV[7])
 redis.call('EXPIRE', 'wanted:' .. ARGV[5], ARGV[7])
 return 1 + redis.call('EXPIRE', KEYS[3], ARGV[7])
+"""
+
+# Publish a catalog, unless another process holds the worker's lease.  ARGV: epoch, an older epoch that is known to be
+# dead, catalog, retention in seconds.
+CATALOG = """
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[1] and held ~= ARGV[2] then return 0 end
+redis.call('SET', KEYS[2], ARGV[3], 'EX', ARGV[4])
+return 1
 """
 
 RELEASE = """

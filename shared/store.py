@@ -49,7 +49,7 @@ from redis.exceptions import RedisError
 from shared import log
 from shared.lifecycle import TERMINAL, State
 from shared.schema import Instance, Model, WorkerSnapshot
-from shared.scripts import COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, REWRITE, STOP, UNWANT
+from shared.scripts import CATALOG, COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, REWRITE, STOP, UNWANT
 
 RETAIN_S = 24 * 3600
 CRASH_MEMORY_S = 600
@@ -205,6 +205,7 @@ class Store:
         self._unwant = redis.register_script(UNWANT)
         self._renew = redis.register_script(RENEW)
         self._release = redis.register_script(RELEASE)
+        self._catalog = redis.register_script(CATALOG)
 
     # ---- instances
 
@@ -347,9 +348,11 @@ class Store:
     async def forget_crash(self, fingerprint: str) -> None:
         await self.redis.delete(f"crashed:{fingerprint}")
 
-    async def write_engine_log(self, id_: str, text: str) -> None:
-        """Keep what the engine said in a load with its record, until ENGINE_LOGS_N later ones have ended."""
-        await self._engine_log(keys=[f"inst:{id_}", "logs", "insts"], args=[text, id_, ENGINE_LOGS_N, RETAIN_S])
+    async def write_engine_log(self, id_: str, text: str, worker: str) -> None:
+        """Keep what the engine said in a load with its record, until ENGINE_LOGS_N later ones have ended; nothing where
+        the load is another worker's by now."""
+        args: list[str | int] = [text, id_, ENGINE_LOGS_N, RETAIN_S, worker]
+        await self._engine_log(keys=[f"inst:{id_}", "logs", "insts"], args=args)
 
     async def engine_log(self, id_: str) -> bytes | None:
         found: bytes | None = await self.redis.hget(f"inst:{id_}", "engine")  # type: ignore[misc]
@@ -461,15 +464,22 @@ class Store:
         await self._release(keys=[f"lease:{worker}", f"worker:{worker}"], args=[epoch])
 
     async def workers(self) -> list[Worker]:
-        """Every worker of the last RETAIN_S, alive or not."""
+        """Every worker of the last RETAIN_S, alive or not.
+
+        Raises what UNAVAILABLE lists also where Redis can be read but not written to, as with a full disk: workers
+        cannot renew their leases then, and would be taken for dead.  It refuses a PING there as it does a write
+        (src/server.c of Redis and Valkey: MISCONF, "write commands or PING").
+        """
         names = [name.decode() for name in await self.redis.zrange("workers", 0, -1)]
-        if not names:
-            return []
         async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.ping()
+            if not names:
+                await pipe.execute()
+                return []
             pipe.mget([f"{kind}:{name}" for name in names for kind in ("lease", "worker")])
             for name in names:
                 pipe.pttl(f"lease:{name}")
-            found, *left_ms = await pipe.execute()
+            _, found, *left_ms = await pipe.execute()
         return [
             Worker(
                 name=name,
@@ -480,23 +490,19 @@ class Store:
             for name, lease, snapshot, left in zip(names, found[::2], found[1::2], left_ms, strict=True)
         ]
 
-    async def publish_catalog(self, worker: str, models: list[Model]) -> str:
-        """Publish what a worker has on its disk; returns the digest that its snapshot is to carry."""
+    async def publish_catalog(self, worker: str, models: list[Model], epoch: str, dead_epoch: str = "") -> str | None:
+        """Publish what a worker has on its disk; returns the digest that its snapshot is to carry, None where another
+        process holds its lease (`dead_epoch` does not count)."""
         data = msgpack.encode(models)
-        await self.redis.set(f"catalog:{worker}", data, ex=RETAIN_S)
+        keys = [f"lease:{worker}", f"catalog:{worker}"]
+        if not await self._catalog(keys=keys, args=[epoch, dead_epoch, data, RETAIN_S]):
+            return None
         return hashlib.sha256(data).hexdigest()[:16]
 
     async def catalog(self, worker: str) -> list[Model] | None:
         """What a worker published last; None if Redis has nothing of it."""
         data = await self.redis.get(f"catalog:{worker}")
         return None if data is None else msgpack.decode(data, type=list[Model])
-
-    async def check(self) -> None:
-        """Whether Redis can be written to: where its disk is full it reads on, but refuses this as it does a write.
-
-        (src/server.c of Redis and Valkey: MISCONF, "write commands or PING".)
-        """
-        await self.redis.ping()
 
     # ---- notifications
 

@@ -57,10 +57,12 @@ class Agent:
 
     # ---- what the worker's main gives it
 
-    async def publish(self, models: list[Model]) -> None:
-        """Take a new catalog, and publish it."""
+    async def publish(self, models: list[Model], dead_epoch: str = "") -> bool:
+        """Take a new catalog, and publish it; not where another process holds our lease."""
         self.models = {model.key: model for model in models}
-        self._digest = await self.store.publish_catalog(self.name, models)
+        digest = await self.store.publish_catalog(self.name, models, self.epoch, dead_epoch)
+        self._digest = digest or self._digest
+        return digest is not None
 
     async def warm(self) -> None:
         """Wait until a runner is warm, which tells what devices there are: one load at once on each, since two on
@@ -182,10 +184,8 @@ class Agent:
         """Learn from Redis what this worker is to hold and its file does not know of.  Without restoring, forget it."""
         if not self.wanted.is_on:
             return await self.store.want_nothing(self.name)
-        unknown = [
-            id_ for name, id_ in (await self.store.wanted(self.name)).items() if name not in self.wanted.instances
-        ]
-        for record in await self.store.many(unknown):
+        known = {wanted.id for wanted in self.wanted.instances.values()}
+        for record in await self.store.many([*set((await self.store.wanted(self.name)).values()) - known]):
             self.wanted.add(record)
         return None
 

@@ -149,9 +149,8 @@ async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: s
     async with aclosing(found) as lists:
         async with asyncio.timeout(FIRST_CATALOG_S):
             first = await anext(lists)
-        await _published(agent, first)
         await agent.warm()
-        await _take_lease(agent, dead_epoch)
+        await _take_lease(agent, first, dead_epoch)
         _log.info("ready", action="ready", models=len(first))
         async with asyncio.TaskGroup() as group:
             group.create_task(agent.beat())
@@ -165,21 +164,25 @@ async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: s
 async def _published(agent: Agent, models: list[Model]) -> None:
     while True:
         try:
-            return await agent.publish(models)
+            await agent.publish(models)
         except UNAVAILABLE as e:
             _log.warning("catalog not published", action="redis_unavailable", error=str(e))
-        await asyncio.sleep(1)
+            await asyncio.sleep(1)
+        else:
+            return
 
 
-async def _take_lease(agent: Agent, dead_epoch: str) -> None:
-    """Take the lease at once from our own dead predecessor, or as soon as another's runs out.  Raises LeaseLost.
+async def _take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> None:
+    """Take the lease at once from our own dead predecessor, or as soon as another's runs out; with it, and not before,
+    the catalog is ours.  Raises LeaseLost.
 
     What the predecessor held is lost, or begun anew if it was not loaded yet: its runners left when it died.
     """
     deadline = asyncio.get_running_loop().time() + agent.store.lease_s + 1
     while True:
         try:
-            if await agent.store.renew(agent.snapshot(), dead_epoch) != "refused":
+            is_free = await agent.publish(models, dead_epoch)
+            if is_free and await agent.store.renew(agent.snapshot(), dead_epoch) != "refused":
                 await agent.recall()
                 for instance in await agent.store.live():
                     claimed = instance.state is not State.QUEUED
@@ -216,11 +219,9 @@ async def _deliveries(redis: ArqRedis, agent: Agent) -> None:
         except UNAVAILABLE as e:
             _log.warning("queue dropped", action="redis_unavailable", error=str(e))
         finally:
-            left = both | set(deliveries.tasks.values())
-            for task in left:
+            for task in both:
                 task.cancel()
-            await asyncio.wait(left, timeout=END_S)
-            for task in left:
-                if task.done() and not task.cancelled():
-                    task.exception()  # seen: asyncio would report it otherwise
+            for delivery in deliveries.tasks.values():  # not cancelled: they would leave behind what arq shields
+                delivery.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen
+            await asyncio.wait(both, timeout=END_S)
         await asyncio.sleep(0.2)

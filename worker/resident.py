@@ -277,7 +277,7 @@ class Resident:
     async def _save_engine_log(self, runner: Runner) -> None:
         text = "".join(f"{scrub(self._relative(line))}\n" for line in runner.tail)
         try:
-            await self.agent.store.write_engine_log(self.id, text)
+            await self.agent.store.write_engine_log(self.id, text, self.agent.name)
         except UNAVAILABLE:
             runner.tail.grown.set()  # once more
 

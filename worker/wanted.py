@@ -45,7 +45,7 @@ class Wanted:
             found = msgspec.json.decode(self.path.read_bytes(), type=list[Instance])
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as e:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             _log.error("wanted file not read", action="wanted_unreadable", file=self.path.name, error=str(e))
             return None
         self.instances = {instance.instance_id: instance for instance in found}

@@ -21,8 +21,8 @@ BROKEN = Model(
 
 
 async def alive(store: Store, name: str, model: Model, residents: int = 0) -> None:
-    digest = await store.publish_catalog(name, [model])
-    await store.renew(WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest, residents=residents))
+    digest = await store.publish_catalog(name, [model], "e")
+    await store.renew(WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest or "", residents=residents))
 
 
 @pytest.fixture

@@ -62,8 +62,8 @@ def agent(store: Store) -> Recording:
 @pytest.fixture
 async def loads(store: Store) -> Loads:
     """The API's side, with one live worker that has a model."""
-    digest = await store.publish_catalog("w", [MODEL])
-    await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest, residents=0))
+    digest = await store.publish_catalog("w", [MODEL], "e")
+    await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest or "", residents=0))
     roster = Roster(store, 3)
     await roster.refresh()
     return Loads(Settings(), store, roster, Follower(store))

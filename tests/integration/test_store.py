@@ -305,7 +305,7 @@ async def test_nothing_stays_for_ever_but_what_is_documented(store: Store, raw: 
         await store.request_stop(record.id)
         await store.redis.enqueue_job("load", record.id, _job_id=record.id, _queue_name=queue_of("w"), _expires=3600)
     await store.renew(snapshot())
-    await store.publish_catalog("w", [])
+    await store.publish_catalog("w", [], "e")
     found = keys(raw)
     assert {key for key, left in found.items() if left == -1} <= WITHOUT_EXPIRY | {queue_of("w")}
     assert len(found) > len(WITHOUT_EXPIRY)
@@ -427,14 +427,23 @@ async def test_a_catalog_comes_back_as_it_was(store: Store, raw: redis.Redis) ->
         key="x", base="x", variant="", shards=["x.gguf"], problem=Problem(code="invalid_model_file", message="why")
     )
     assert await store.catalog("w") is None
-    digest = await store.publish_catalog("w", [full, broken])
+    digest = await store.publish_catalog("w", [full, broken], "e")
     assert await store.catalog("w") == [full, broken]
     assert 0 < int(raw.ttl("catalog:w")) <= RETAIN_S  # type: ignore[arg-type]
-    assert await store.publish_catalog("w", [full, broken]) == digest
-    assert await store.publish_catalog("w", [full]) != digest
+    assert await store.publish_catalog("w", [full, broken], "e") == digest
+    assert await store.publish_catalog("w", [full], "e") != digest
 
 
 # ---- two versions on one Redis
+
+
+async def test_only_the_holder_of_a_lease_publishes_under_its_name(store: Store) -> None:
+    """ "e" holds it: a second process of that name must not hide what the first one has."""
+    assert await store.publish_catalog("w", [], "e") is not None
+    assert await store.publish_catalog("w", [Model(key="a", base="a", variant="", shards=["a.gguf"])], "f") is None
+    assert await store.catalog("w") == []
+    assert await store.publish_catalog("w", [], "f", "e") is not None, "one that is known to be dead is no obstacle"
+    assert await store.publish_catalog("new", [], "f") is not None
 
 
 async def test_what_a_later_version_adds_is_no_obstacle(store: Store, raw: redis.Redis) -> None:
@@ -849,12 +858,12 @@ async def test_an_unload_is_wished_of_anything(store: Store, state: State) -> No
 async def test_what_the_engine_said_is_kept_with_the_record_for_as_long_as_that(store: Store, raw: redis.Redis) -> None:
     record = await claimed(store)
     assert await store.engine_log(record.id) is None
-    await store.write_engine_log(record.id, "one\n")
-    await store.write_engine_log(record.id, "one\ntwo \u00e9\n")
+    await store.write_engine_log(record.id, "one\n", "w")
+    await store.write_engine_log(record.id, "one\ntwo \u00e9\n", "w")
     assert await store.engine_log(record.id) == "one\ntwo \u00e9\n".encode()
     assert await store.get(record.id) == record, "it is no revision"
     failed, _ = await store.commit(record, record.after(Event.FAIL, error=ERROR))
-    await store.write_engine_log(record.id, "three\n")
+    await store.write_engine_log(record.id, "three\n", "w")
     assert await store.engine_log(record.id) == b"three\n"
     assert await store.get(record.id) == failed
     assert RETAIN_S - 60 < int(raw.ttl(f"inst:{record.id}")) <= RETAIN_S  # type: ignore[arg-type]
@@ -865,11 +874,11 @@ async def test_the_last_that_ended_keep_what_the_engine_said_and_so_does_what_li
 ) -> None:
     monkeypatch.setattr(shared.store, "ENGINE_LOGS_N", 3)
     alive = await claimed(store, 1)
-    await store.write_engine_log(alive.id, "it lives")
+    await store.write_engine_log(alive.id, "it lives", "w")
     for number in range(2, 8):
         record = await claimed(store, number)
-        await store.write_engine_log(record.id, "first")
-        await store.write_engine_log(record.id, f"of {number}")
+        await store.write_engine_log(record.id, "first", "w")
+        await store.write_engine_log(record.id, f"of {number}", "w")
         await store.commit(record, record.after(Event.FAIL, error=ERROR))
     said = [await store.engine_log(f"load_{number}") for number in range(1, 8)]
     assert said[0] == b"it lives"
@@ -877,9 +886,17 @@ async def test_the_last_that_ended_keep_what_the_engine_said_and_so_does_what_li
     assert said[-1] == b"of 7"
 
 
+async def test_what_the_engine_said_to_a_worker_that_lost_the_load_is_not_kept(store: Store) -> None:
+    record = await claimed(store)
+    await store.commit(record, record.after(Event.REQUEUE, worker="another"))
+    await store.write_engine_log(record.id, "of the second attempt\n", "another")
+    await store.write_engine_log(record.id, "of the first\n", "w")
+    assert await store.engine_log(record.id) == b"of the second attempt\n"
+
+
 async def test_what_the_engine_said_does_not_bring_back_a_record_that_is_gone(store: Store, raw: redis.Redis) -> None:
     record = await claimed(store)
     raw.flushall()
-    await store.write_engine_log(record.id, "one\n")
+    await store.write_engine_log(record.id, "one\n", "w")
     assert await store.engine_log(record.id) is None
     assert keys(raw) == {}

@@ -1,0 +1,390 @@
+"""Workers that die or are paused under a load: it goes on elsewhere under the same ids, and never twice at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from shared import synthetic
+from shared.lifecycle import State
+from shared.schema import Instance, WorkerSnapshot
+from shared.store import connected, queue_of
+from tests.service import (
+    STATUS,
+    TINY,
+    Client,
+    Process,
+    RedisServer,
+    Running,
+    all_stopped,
+    check_keys,
+    is_alive,
+    meanwhile,
+    state,
+    until,
+    wait_gone,
+)
+
+LEASE_S = 3
+GONE_S = 6.0  # for what is to be stopped, the whole ladder included
+START_S = 20.0
+ALONE, OTHER = "acme/alone", "acme/other"  # only worker "a" has the first one, only "b" the second
+MODELS = {"a": (TINY, ALONE), "b": (TINY, OTHER)}
+
+
+class Pool(Client):
+    """A Redis, an API, and workers "a" and "b", each with a data directory of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.redis = RedisServer(home / "redis")
+        self.environ = {"LOADSTONE_REDIS_URL": self.redis.url, "LOADSTONE_LEASE_S": str(LEASE_S)}
+        self.workers: dict[str, Running] = {}
+        for name, models in MODELS.items():
+            for model in models:
+                synthetic.tiny_llama(self.file(name, model))
+        for name in MODELS:
+            self.workers[name] = self.begun(name, name, name)
+        self.start_api()
+        for name in MODELS:
+            self.wait_ready(name)
+
+    def file(self, worker: str, model: str) -> Path:
+        return self.home / f"models-{worker}/{model}/model-f16.gguf"
+
+    def start_api(self, **variables: str) -> None:
+        environ = {**self.environ, "LOADSTONE_DRAIN_S": "0", **variables}
+        self.api = Running(self.home / "api", "api", "--port", "0", environ=environ)
+        Client.__init__(self, self.api.first_line().removeprefix("listening: "))
+
+    def restart_api(self, **variables: str) -> None:
+        self.close()
+        self.api.stop()
+        self.start_api(**variables)
+
+    def begun(self, name: str, home: str, models: str, **variables: str) -> Running:
+        """A worker that was started, and no more: its directory, and whose models it has."""
+        directories = ("--models-dir", str(self.home / f"models-{models}"), "--data-dir", str(self.data(home)))
+        words = ("worker", "--worker-name", name, *directories)
+        return Running(self.home / home, *words, environ={**self.environ, **variables})
+
+    def start(self, name: str, **variables: str) -> None:
+        """Start a worker, and wait until it is ready."""
+        self.workers[name] = self.begun(name, name, name, **variables)
+        self.wait_ready(name)
+
+    def wait_ready(self, name: str) -> None:
+        worker = self.workers[name]
+        until(lambda: "action=ready" in worker.stderr or worker.popen.poll() is not None, "ready", START_S)
+        assert worker.popen.poll() is None, worker.stderr
+        until(lambda: name in self.held(), "the API knows it")
+
+    def data(self, home: str) -> Path:
+        return self.home / f"data-{home}"
+
+    def state(self, instance_id: str) -> str | None:
+        with self.redis.client() as redis:
+            return state(redis, instance_id)
+
+    def held(self) -> dict[str, dict[str, Any]]:
+        """What each live worker holds or is to hold: its instances by their ids."""
+        reply = self.send("GET", "/api/v1/workers")
+        assert reply.status == 200, reply.text
+        return {w["name"]: {i["id"]: i for i in w["instances"]} for w in reply.json()["workers"]}
+
+    def counted(self) -> bool:
+        """Whether what the workers last said of themselves is what they hold."""
+        with self.redis.client() as redis:
+            said: list[Any] = [redis.get(f"worker:{name}") for name in self.workers]
+        residents = [msgspec.msgpack.decode(one, type=WorkerSnapshot).residents for one in said if one]
+        return residents == [len(of_it) for _, of_it in sorted(self.held().items())]
+
+    def settle(self) -> None:
+        """The API knows what each worker holds: a load goes to the one that holds least, or else to "a"."""
+        until(self.counted, "every worker counts what it holds")
+        self.models()  # for that it reads what they say
+
+    def loading(self, model: str, on: str = "a") -> Any:
+        """The job of a load that was begun by this worker, whose next runner is frozen."""
+        self.settle()
+        job = self.accepted(model)
+        until(lambda: self.job(job["job_id"])["status"] == "loading", "it is loading")
+        assert (job["worker"], job["attempt"]) == (on, 1)
+        return job
+
+    def ended(self, job_id: str, within_s: float) -> Any:
+        """A load once it is over, however long the server lets one wait."""
+
+        def is_over() -> Any:
+            found = self.job(job_id)
+            return found if found["status"] not in ("queued", "loading") else None
+
+        return until(is_over, "the load is over", within_s)
+
+    def clear(self) -> None:
+        """Whatever a test did to it: all of it up, and nothing held or under way."""
+        if self.api.popen.poll() is not None:
+            self.close()
+            self.start_api()
+        for name in MODELS:
+            if self.workers[name].popen.poll() is not None:
+                with self.redis.client() as redis:
+                    redis.delete(f"wanted:{name}")
+                (self.data(name) / f"wanted-{name}.json").unlink(missing_ok=True)
+                self.start(name)
+            self.wait_ready(name)
+        for of_it in self.held().values():
+            for instance_id in of_it:
+                self.unload(instance_id)
+        until(lambda: not any(self.held().values()), "nothing is held")
+
+    def end(self) -> None:
+        for worker in self.workers.values():
+            worker.stop()
+            assert worker.stdout == ""
+        self.api.stop()
+
+    def kill(self) -> None:
+        self.close()
+        for running in (self.api, *self.workers.values()):
+            running.kill()
+        self.redis.kill()
+
+
+def jobs(client: Client) -> dict[str, Any]:
+    """Every load by its id, oldest first."""
+    reply = client.send("GET", STATUS, params={"limit": 1000})
+    assert reply.status == 200, reply.text
+    return {job["job_id"]: job for job in reversed(reply.json()["jobs"])}
+
+
+def kill(running: Running) -> list[Process]:
+    """Kill a worker and the supervisor that would start it again, as the end of a host does.  Returns what is left."""
+    left = running.tree()
+    os.kill(running.worker().pid, signal.SIGKILL)
+    running.popen.kill()
+    running.popen.wait()
+    return left
+
+
+@pytest.fixture(scope="module")
+def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(tmp_path_factory.mktemp("pool"))
+    try:
+        yield pool
+        with pool.redis.client() as redis:
+            check_keys(redis)
+        pool.end()
+    finally:
+        pool.kill()
+
+
+@pytest.fixture
+def pool(the_pool: Pool) -> Iterator[Pool]:
+    """With all of it up and nothing loaded, before and after."""
+    the_pool.settle()
+    yield the_pool
+    the_pool.clear()
+
+
+# ---- a worker that dies under a load
+
+
+def test_a_load_whose_worker_is_killed_goes_on_at_another_as_the_same_job(pool: Pool) -> None:
+    a, b = pool.workers["a"], pool.workers["b"]
+    before = set(jobs(pool))
+    with a.frozen():
+        job_id = pool.loading(TINY)["job_id"]
+        with meanwhile(lambda: [*pool.events(job_id)]) as seen:
+            left = kill(a)
+            events = seen.result(LEASE_S + 6)
+    assert (events[-1].name, events[-1].data["job_id"], events[-1].data["model_instance_id"]) == (
+        "model_load.end",
+        job_id,
+        TINY,
+    )
+    done = pool.job(job_id)
+    assert (done["status"], done["worker"], done["attempt"], done["instance_id"]) == ("loaded", "b", 2, TINY)
+    assert pool.instances()[TINY]["worker"] == "b"
+    b.warm_runner(1)  # one that holds it, and the next one
+    wait_gone(left, 3)
+    assert set(jobs(pool)) - before == {job_id}
+
+
+def test_a_load_is_begun_as_often_as_it_may_and_then_is_worker_lost(pool: Pool) -> None:
+    pool.restart_api(LOADSTONE_LOAD_ATTEMPTS="1")
+    a = pool.workers["a"]
+    with a.frozen():
+        job_id = pool.loading(TINY)["job_id"]
+        left = kill(a)
+        done = pool.ended(job_id, 2 * LEASE_S + 6)  # an API that has just begun trusts each lease for a while
+    assert (done["status"], done["worker"], done["attempt"]) == ("failed", "a", 1)
+    assert (done["error"]["type"], done["error"]["code"]) == ("model_load_failed", "worker_lost")
+    assert done["error"]["message"].startswith(f"Failed to load LLM '{TINY}': Error: its worker ended under it")
+    assert pool.instances() == {}
+    wait_gone(left, 3)
+    pool.restart_api()
+
+
+def test_a_load_whose_engine_dies_is_not_begun_again(pool: Pool) -> None:
+    """It would most likely die again, and take its time."""
+    before = set(jobs(pool))
+    with pool.workers["a"].frozen() as runner:
+        job_id = pool.loading(TINY)["job_id"]
+        os.kill(runner.pid, signal.SIGKILL)
+        done = pool.ended(job_id, 5)
+    assert (done["status"], done["worker"], done["attempt"]) == ("failed", "a", 1)
+    assert done["error"]["code"] == "engine_crashed"
+    assert pool.loaded(TINY)["instance_id"] == TINY
+    assert pool.job(job_id) == done
+    assert len(set(jobs(pool)) - before) == 2
+
+
+# ---- a worker that is paused
+
+
+def test_a_worker_that_wakes_after_its_lease_leaves_to_others_what_they_have_and_restores_its_own(pool: Pool) -> None:
+    a, b = pool.workers["a"], pool.workers["b"]
+    pool.loaded(OTHER)
+    pool.loaded(ALONE)
+    with a.frozen(loaded=1) as frozen:
+        job_id = pool.loading(TINY)["job_id"]
+        (held,) = (runner for runner in a.runners() if runner.pid != frozen.pid)
+        worker = a.worker()
+        os.kill(worker.pid, signal.SIGSTOP)
+        try:
+            until(lambda: all_stopped(worker.pid), "every thread of the worker stopped")
+            done = pool.ended(job_id, LEASE_S + 6)
+            assert (done["status"], done["worker"], done["attempt"]) == ("loaded", "b", 2)
+            until(lambda: set(pool.instances()) == {OTHER, TINY}, "what it held counts as lost", LEASE_S + 4)
+            said = until(lambda: engine_log(pool, job_id), "the engine's log is there")
+            old = set(jobs(pool))
+        finally:
+            os.kill(worker.pid, signal.SIGCONT)
+        wait_gone([frozen, held], GONE_S)
+    until(lambda: set(pool.instances()) == {OTHER, ALONE, TINY}, "what it held is loaded again", GONE_S)
+    assert a.worker() == worker, "it is the same process"
+    (again,) = (job for id_, job in jobs(pool).items() if id_ not in old)
+    assert (again["instance_id"], again["worker"], again["status"]) == (ALONE, "a", "loaded")
+    assert {id_: one["worker"] for id_, one in pool.instances().items()} == {OTHER: "b", ALONE: "a", TINY: "b"}
+    a.warm_runner(1)
+    b.warm_runner(2)
+    assert pool.job(job_id) == done
+    assert engine_log(pool, job_id) == said, "and not what the runner of the first attempt said"
+
+
+def engine_log(pool: Pool, job_id: str) -> str:
+    """What the engine said in a load, once it is all there."""
+    text = pool.send("GET", f"{STATUS}/{job_id}/logs").text
+    return text if "n_ctx" in text else ""
+
+
+# ---- what lies in a queue
+
+
+def deliver(pool: Pool, worker: str, *ids: str) -> None:
+    """Put entries into a worker's queue, and return once it has taken them."""
+
+    async def put() -> None:
+        async with connected(pool.redis.url) as redis:
+            for id_ in ids:
+                made = await redis.enqueue_job("load", id_, _job_id=uuid.uuid4().hex, _queue_name=queue_of(worker))
+                assert made is not None
+
+    asyncio.run(put())
+    with pool.redis.client() as redis:
+        until(lambda: redis.zcard(queue_of(worker)) == 0, "they are taken", 5)
+
+
+def begun(pool: Pool, job_id: str) -> int:
+    """How often a load was begun."""
+    with pool.redis.client() as redis:
+        entries: Any = redis.xrange(f"inst:{job_id}:log")
+    states = [msgspec.msgpack.decode(fields[b"doc"], type=Instance).state for _, fields in entries]
+    return sum(now is State.LOADING and before is not now for before, now in pairwise(states))
+
+
+def test_a_load_that_is_delivered_twice_is_loaded_once(pool: Pool) -> None:
+    a = pool.workers["a"]
+    pool.loaded(ALONE)  # a runner that answers: without one a worker gives up its lease
+    with a.frozen(loaded=1):
+        ids = [pool.loading(ALONE)["job_id"], pool.accepted(ALONE)["job_id"]]
+        deliver(pool, "a", *ids)
+    done = [pool.ended(id_, 10) for id_ in ids]
+    assert [(job["status"], job["attempt"]) for job in done] == [("loaded", 1)] * 2
+    deliver(pool, "a", *ids)
+    pool.loaded(ALONE)  # one after the other: by then the worker has dealt with those
+    a.warm_runner(4)
+    assert set(pool.instances()) == {ALONE, *(f"{ALONE}:{n}" for n in (2, 3, 4))}
+    assert [pool.job(id_) for id_ in ids] == done
+    assert [begun(pool, id_) for id_ in ids] == [1, 1]
+
+
+def test_an_entry_of_a_load_that_is_over_or_anothers_is_ignored(pool: Pool) -> None:
+    a, b = pool.workers["a"], pool.workers["b"]
+    over = pool.accepted(ALONE)["job_id"]
+    ended = pool.ended(over, 10)
+    assert pool.unload(ALONE).status == 200
+    pool.loaded(OTHER)
+    with b.frozen(loaded=1):
+        ids = [pool.loading(OTHER, on="b")["job_id"], pool.accepted(OTHER)["job_id"]]
+        before = pool.job(ids[1])
+        assert before["status"] == "queued"
+        deliver(pool, "a", "load_of_nobody", over, *ids)
+        pool.loaded(ALONE)  # one after the other: by then the worker has dealt with those
+        assert pool.job(ids[1]) == before
+        assert pool.job(over) == ended
+    done = [pool.ended(id_, 10) for id_ in ids]
+    assert [(job["status"], job["worker"], job["attempt"]) for job in done] == [("loaded", "b", 1)] * 2
+    assert [begun(pool, id_) for id_ in (over, *ids)] == [1, 1, 1]
+    a.warm_runner(1)
+    b.warm_runner(3)
+
+
+# ---- two workers of one name
+
+
+def refused(second: Running) -> str:
+    """What a worker says that does not start."""
+    try:
+        assert second.popen.wait(START_S) == 2
+    finally:
+        second.kill()
+    assert second.stdout == ""
+    assert "Traceback" not in second.stderr
+    return second.stderr
+
+
+def test_a_second_worker_on_one_data_directory_is_refused_without_waiting(pool: Pool) -> None:
+    first = pool.workers["a"].worker()
+    (pool.home / "beside").mkdir()
+    pool.data("beside").symlink_to(pool.data("a"))
+    said = refused(pool.begun("a", "beside", models="b"))
+    assert "loadstone: a worker named 'a' already runs on the data directory" in said
+    assert is_alive(first)
+    assert pool.loaded(ALONE)["instance_id"] == ALONE
+
+
+def test_a_second_worker_of_a_name_leaves_after_a_lease_and_the_first_goes_on(pool: Pool) -> None:
+    first = pool.workers["a"].worker()
+    pool.loaded(ALONE)
+    began = time.monotonic()
+    said = refused(pool.begun("a", "second", models="b"))
+    assert time.monotonic() - began >= LEASE_S, "the first one might have been dead"
+    assert "loadstone: a worker named 'a' is alive elsewhere; give this one another name.\n" in said
+    assert is_alive(first)
+    assert set(pool.instances()) == {ALONE}
+    assert pool.loaded(ALONE)["instance_id"] == f"{ALONE}:2"
+    pool.restart_api()  # one that knows nothing of before
+    assert set(pool.models()) == {TINY, ALONE, OTHER}
+    assert pool.loaded(ALONE)["instance_id"] == f"{ALONE}:3"

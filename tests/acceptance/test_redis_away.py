@@ -1,0 +1,554 @@
+"""A pool whose Redis is away: started again, hanging, cut off, emptied, or on a full disk.
+
+What is loaded stays loaded, what was accepted comes to one end, and who asks meanwhile is told to come back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from redis.exceptions import ResponseError
+
+from shared import synthetic
+from shared.lifecycle import State
+from shared.schema import Instance
+from tests.service import (
+    JSON,
+    LOAD,
+    STATUS,
+    TINY,
+    Client,
+    Process,
+    RedisServer,
+    Reply,
+    Running,
+    all_stopped,
+    error,
+    is_alive,
+    meanwhile,
+    state,
+    until,
+    wait_gone,
+)
+
+LEASE_S = 3.0
+HANG_S = 6.0  # longer than the lease; the soak tests take 30
+GONE_S = LEASE_S + 0.5
+STORM_S = 4.0
+DROPPED_S = 3.0
+FULL_S = LEASE_S + 2.0
+ANSWER_S = 8.0  # of an API: Redis gets 2 s for a new connection and 5 s for a reply
+BACK_S = 20.0  # generous: after this long everything is as before
+
+LIST = "/api/v1/models"
+SECOND, THIRD = f"{TINY}:2", f"{TINY}:3"
+OTHER = "acme/other"
+UNDER_WAY = ("queued", "loading")
+
+
+class FragileRedis(RedisServer):
+    """A Redis that can be away in every way in which one can be, each until the end of a block."""
+
+    def start(self) -> None:
+        """Blocked signals stay blocked in a child: so SIGXFSZ does not end it where its file may not grow."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXFSZ})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @contextmanager
+    def gone(self) -> Iterator[None]:
+        """It dies without a word, and starts again on the same append-only file."""
+        self.kill()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextmanager
+    def dropping(self) -> Iterator[None]:
+        """It is gone, and what stands before it takes connections only to drop them, as a proxy does."""
+        with self.gone(), socket.socket(socket.AF_UNIX) as front:
+            self.socket.unlink()
+            front.bind(str(self.socket))
+            front.listen()
+
+            def drop() -> None:
+                with suppress(OSError):  # the end
+                    while True:
+                        front.accept()[0].close()
+
+            with meanwhile(drop):
+                try:
+                    yield
+                finally:
+                    front.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Connections stand, and nothing answers."""
+        os.kill(self.popen.pid, signal.SIGSTOP)
+        try:
+            until(lambda: all_stopped(self.popen.pid), "every thread of Redis stopped")
+            yield
+        finally:
+            os.kill(self.popen.pid, signal.SIGCONT)
+
+    @contextmanager
+    def cut_off(self, every_s: float) -> Iterator[None]:
+        """Whoever connects is soon cut off."""
+        over = threading.Event()
+
+        def cut() -> None:
+            with self.client() as redis:
+                while not over.wait(every_s):
+                    for kind in ("normal", "pubsub"):
+                        redis.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")  # type: ignore[no-untyped-call]
+
+        with meanwhile(cut) as cutting:
+            try:
+                yield
+            finally:
+                over.set()
+            cutting.result()
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """Its append-only file cannot grow, so that it answers reads and refuses everything else (MISCONF).
+
+        That is what a full disk does to it; a limit of the process needs no file system of its own.
+        """
+        soft, hard = resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE, (1, hard))
+        try:
+            until(self._refuses_writes, "it cannot write")
+            yield
+        finally:
+            resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE, (soft, hard))
+
+    def _refuses_writes(self) -> bool:
+        try:
+            with self.client() as redis:
+                redis.set("filler", "", px=1)  # it notices when it writes
+                redis.ping()
+        except ResponseError as e:
+            return "MISCONF" in str(e)
+        return False
+
+    def empty(self) -> None:
+        with self.client() as redis:
+            redis.flushall()
+
+
+class Api(Running, Client):
+    """`loadstone api`."""
+
+    def __init__(self, directory: Path, environ: Mapping[str, str]) -> None:
+        Running.__init__(self, directory, "api", "--port", "0", "--drain-s", "0", environ=environ)
+        try:
+            Client.__init__(self, self.first_line().removeprefix("listening: "))
+        except BaseException:
+            self.kill()
+            raise
+
+    def is_ready(self) -> bool:
+        return self.send("GET", "/readyz").status == 200 and self.models().keys() >= {TINY, OTHER}
+
+
+class Pool:
+    """Two APIs and a worker on a Redis of the operator's."""
+
+    def __init__(self, home: Path) -> None:
+        self.redis = FragileRedis(home / "redis")
+        self.environ = {"LOADSTONE_REDIS_URL": self.redis.url, "LOADSTONE_LEASE_S": f"{LEASE_S:g}"}
+        for model in (TINY, OTHER):
+            synthetic.tiny_llama(home / f"models/{model}/model-f16.gguf")
+        self.worker = self.start_worker(home)
+        self.apis = [Api(home / name, self.environ) for name in ("first", "second")]
+
+    def start_worker(self, home: Path, *words: str, **variables: str) -> Running:
+        flags = ("--models-dir", str(home / "models"), "--data-dir", str(home / "data"), *words)
+        return Running(home / "worker", "worker", *flags, environ={**self.environ, **variables})
+
+    # ---- what a client sees, whichever API it asks
+
+    def wait_ready(self) -> None:
+        until(lambda: all(api.is_ready() for api in self.apis), "both APIs are ready", BACK_S)
+
+    def wait_listed(self, *ids: str, within_s: float = BACK_S) -> None:
+        """Until both list these instances, and no other."""
+        until(lambda: all(set(api.instances()) == set(ids) for api in self.apis), f"{ids} are listed", within_s)
+
+    def insist(self, ask: Callable[[Client], Reply]) -> Reply:
+        """Ask the APIs in turn, until one says something else than to come back."""
+        turns = itertools.cycle(self.apis)
+
+        def answer() -> Reply | None:
+            reply = ask(next(turns))
+            return reply if reply.status != 503 else None
+
+        return until(answer, "an answer", BACK_S)
+
+    def ended(self, job_id: str) -> Any:
+        """A job once it is over."""
+
+        def over() -> Any:
+            job = self.insist(lambda api: api.send("GET", f"{STATUS}/{job_id}")).json()
+            return job if job["status"] not in UNDER_WAY else None
+
+        return until(over, f"{job_id} is over", BACK_S)
+
+    def all_jobs(self) -> list[Any]:
+        """Newest first."""
+        jobs: list[Any] = self.apis[0].send("GET", STATUS, params={"limit": 1000}).json()["jobs"]
+        return jobs
+
+    def jobs(self) -> dict[str, Any]:
+        """By instance id: of those that had it, the newest."""
+        return {job["instance_id"]: job for job in reversed(self.all_jobs())}
+
+    # ---- what is so
+
+    def state(self, instance_id: str) -> str | None:
+        with self.redis.client() as redis:
+            return state(redis, instance_id)
+
+    def wait_state(self, instance_id: str, wanted: State) -> None:
+        until(lambda: self.state(instance_id) == wanted, f"{instance_id} is {wanted}")
+
+    def revisions(self, job_id: str) -> list[Instance]:
+        """All that was ever written to a load's record."""
+        with self.redis.client() as redis:
+            entries: Any = redis.xrange(f"inst:{job_id}:log")
+        return [msgspec.msgpack.decode(fields[b"doc"], type=Instance) for _, fields in entries]
+
+    def check_ran_once(self, job_id: str) -> None:
+        """It was claimed once, by one process, and never begun anew."""
+        revisions = self.revisions(job_id)
+        assert {revision.attempt for revision in revisions} == {1}
+        steps = [after.state for before, after in pairwise(revisions) if before.state is not after.state]
+        assert steps[:2] == [State.LOADING, State.LOADED], steps
+        assert steps.count(State.LOADING) == 1, steps
+        assert len({revision.epoch for revision in revisions[1:]}) == 1
+
+    def holders(self, loaded: int) -> list[Process]:
+        """The runners of what is loaded: as many as that, and a warm one beside them."""
+        warm = self.worker.warm_runner(loaded)
+        return [runner for runner in self.worker.runners() if runner != warm]
+
+    def others(self) -> set[Process]:
+        """All processes but the runners."""
+        tree = [process for running in (self.worker, *self.apis) for process in running.tree()]
+        runners = self.worker.runners()
+        return {process for process in tree if process not in runners}
+
+
+@pytest.fixture(scope="module")
+def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(tmp_path_factory.mktemp("pool"))
+    running = (pool.worker, *pool.apis)
+    try:
+        pool.wait_ready()
+        yield pool
+        for command in running:
+            command.stop()
+            assert "[error" not in command.stderr
+    finally:
+        for api in pool.apis:
+            api.close()
+        for command in running:
+            command.kill()
+        pool.redis.kill()
+
+
+@pytest.fixture
+def pool(the_pool: Pool) -> Iterator[Pool]:
+    """With nothing loaded before and after, and by the same processes."""
+    before = the_pool.others()
+    yield the_pool
+    the_pool.wait_ready()
+    until(lambda: not any(job["status"] in UNDER_WAY for job in the_pool.all_jobs()), "nothing is under way")
+    the_pool.apis[0].unload_all()
+    assert the_pool.holders(0) == []
+    assert the_pool.others() == before
+
+
+def unavailable(reply: Reply) -> None:
+    error(reply, 503, "service_unavailable", "queue_unavailable")
+    assert int(reply.headers["retry-after"]) > 0
+
+
+def not_ready(reply: Reply) -> None:
+    assert (reply.status, reply.text) == (503, "Redis does not answer\n")
+    assert int(reply.headers["retry-after"]) > 0
+
+
+def load_with_key(model: str, key: str, api: Client) -> Reply:
+    return api.send("POST", LOAD, content=json.dumps({"model": model}), headers={**JSON, "Idempotency-Key": key})
+
+
+def instances(listed: Reply) -> list[str]:
+    """The ids in a model list."""
+    return [instance["id"] for model in listed.json()["models"] for instance in model["loaded_instances"]]
+
+
+def timed(ask: Callable[[], Reply]) -> tuple[Reply, float]:
+    """A reply, and how long it took in seconds."""
+    began = time.monotonic()
+    return ask(), time.monotonic() - began
+
+
+# ---- gone
+
+
+def test_while_redis_is_gone_every_api_lives_and_says_that_it_is_not_ready(pool: Pool) -> None:
+    with pool.redis.gone():
+        for api in pool.apis:
+            assert api.send("GET", "/healthz").status == 200
+            not_ready(api.send("GET", "/readyz"))
+            assert api.send("GET", "/healthz").status == 200
+    until(lambda: all(api.send("GET", "/readyz").text == "ready\n" for api in pool.apis), "as before", BACK_S)
+    assert all(api.send("GET", "/healthz").status == 200 for api in pool.apis)
+
+
+def test_a_redis_that_starts_again_costs_nothing_that_is_loaded_and_no_load_that_was_accepted(pool: Pool) -> None:
+    first, second = pool.apis
+    first.loaded(TINY)
+    kept = pool.jobs()[TINY]["job_id"]
+    before, holders = pool.revisions(kept), pool.holders(1)
+    with pool.worker.frozen(1) as runner:
+        loading = first.accepted(TINY)["job_id"]
+        pool.wait_state(SECOND, State.LOADING)
+        queued = second.accepted(TINY)["job_id"]
+        with pool.redis.gone():
+            began = time.monotonic()
+            said = len(pool.worker.stderr)
+            os.kill(runner.pid, signal.SIGCONT)
+            until(lambda: "commit put off" in pool.worker.stderr[said:], "it is loaded, and nobody can be told")
+            until(lambda: time.monotonic() - began > GONE_S, "the lease has run out", GONE_S + 1)
+    for job_id in (loading, queued):
+        assert pool.ended(job_id)["status"] == "loaded"
+        pool.check_ran_once(job_id)
+    pool.wait_listed(TINY, SECOND, THIRD)
+    assert pool.holders(3)[:2] == [*holders, runner]
+    assert pool.revisions(kept) == before
+
+
+def test_connections_that_are_dropped_as_soon_as_they_are_made_end_no_process(pool: Pool) -> None:
+    first, second = pool.apis
+    first.loaded(TINY)
+    holders, processes = pool.holders(1), pool.others()
+    with pool.redis.dropping():
+        began = time.monotonic()
+
+        def said_all_the_time() -> bool:
+            with ThreadPoolExecutor(16) as threads:  # more at once than there are connections from better times
+                listed = [threads.submit(api.send, "GET", LIST) for api in pool.apis for _ in range(8)]
+            for reply in listed:
+                unavailable(reply.result())
+            for api in pool.apis:
+                unavailable(api.load(TINY))
+                not_ready(api.send("GET", "/readyz"))
+                assert api.send("GET", "/healthz").status == 200
+            return time.monotonic() - began > DROPPED_S
+
+        until(said_all_the_time, "it is said for a while", DROPPED_S + ANSWER_S)
+    pool.wait_ready()
+    pool.wait_listed(TINY)
+    assert second.loaded(TINY)["instance_id"] == SECOND
+    assert pool.holders(2)[0] == holders[0]
+    assert pool.others() == processes
+
+
+# ---- hanging
+
+
+def test_a_redis_that_hangs_for_longer_than_the_lease_is_said_and_costs_nothing(pool: Pool) -> None:
+    first, second = pool.apis
+    first.loaded(TINY)
+    kept = pool.jobs()[TINY]["job_id"]
+    before, holders = pool.revisions(kept), pool.holders(1)
+    with pool.worker.frozen(1) as runner, meanwhile(second.load, TINY) as waiter:
+        pool.wait_state(SECOND, State.LOADING)
+        loading = pool.jobs()[SECOND]["job_id"]
+        queued = first.accepted(TINY)["job_id"]
+        with pool.redis.hanging():
+            began = time.monotonic()
+            os.kill(runner.pid, signal.SIGCONT)  # it will be loaded while nobody can be told
+            replies = while_it_hangs(pool, kept)
+            until(lambda: time.monotonic() - began > HANG_S, "the lease has run out", HANG_S + 1)
+        for reply, took_s in replies:
+            unavailable(reply)
+            assert took_s < ANSWER_S
+        reply = waiter.result(BACK_S)
+    if reply.status == 200:
+        assert reply.json()["instance_id"] == SECOND
+    else:
+        unavailable(reply)
+    for job_id in (loading, queued):
+        assert pool.ended(job_id)["status"] == "loaded"
+        pool.check_ran_once(job_id)
+    pool.wait_ready()
+    for key in ("hang-0", "hang-1"):  # what was told to come back was not accepted, or is joined
+        assert pool.insist(partial(load_with_key, TINY, key)).status == 200
+    pool.wait_listed(TINY, SECOND, THIRD, f"{TINY}:4", f"{TINY}:5")
+    assert pool.holders(5)[:2] == [*holders, runner]
+    assert pool.revisions(kept) == before
+    assert first.job(kept)["status"] == "loaded"
+
+
+def while_it_hangs(pool: Pool, job_id: str) -> list[tuple[Reply, float]]:
+    """What each API says at once to all that needs Redis, and after how long; what does not need it is answered."""
+    asked: list[Future[tuple[Reply, float]]] = []
+    readiness: list[Future[Reply]] = []
+    with ThreadPoolExecutor(8) as threads:
+        for number, api in enumerate(pool.apis):
+            for ask in (
+                partial(api.send, "GET", LIST),
+                partial(api.send, "GET", f"{STATUS}/{job_id}"),
+                partial(load_with_key, TINY, f"hang-{number}", api),
+            ):
+                asked.append(threads.submit(timed, ask))
+            readiness.append(threads.submit(api.send, "GET", "/readyz"))
+            health, took_s = timed(partial(api.send, "GET", "/healthz"))
+            assert (health.status, took_s < 1) == (200, True)
+    for ready in readiness:
+        not_ready(ready.result())
+    return [reply.result() for reply in asked]
+
+
+# ---- cut off
+
+
+@pytest.mark.parametrize("every_s", [0.03, 0.001])
+def test_connections_that_are_cut_again_and_again_lose_no_load_and_double_none(pool: Pool, every_s: float) -> None:
+    before = {job["job_id"] for job in pool.all_jobs()}
+    processes = pool.others()
+    with ThreadPoolExecutor(2) as threads:
+        with pool.redis.cut_off(every_s):
+            over = time.monotonic() + STORM_S
+            clients = [threads.submit(load_and_unload, pool, model, f"{every_s}", over) for model in (TINY, OTHER)]
+            until(lambda: time.monotonic() > over, "the storm is over", STORM_S + 1)
+        ids = [instance_id for client in clients for instance_id in client.result()]
+    pool.wait_ready()
+    pool.wait_listed(TINY, OTHER)
+    new = [job for job in pool.all_jobs() if job["job_id"] not in before]
+    assert sorted(job["instance_id"] for job in new) == sorted(ids)
+    assert {job["status"] for job in new} == {"loaded"}
+    for job in new:
+        pool.check_ran_once(job["job_id"])
+    assert len(pool.holders(2)) == 2
+    assert pool.others() == processes
+
+
+def load_and_unload(pool: Pool, model: str, name: str, over: float) -> list[str]:
+    """Until that time, each with a key of its own, and the last one stays loaded: the ids that they had."""
+    ids: list[str] = []
+    while True:
+        reply = pool.insist(partial(load_with_key, model, f"{model}-{name}-{len(ids)}"))
+        assert reply.status == 200, reply.text
+        ids.append(reply.json()["instance_id"])
+        if time.monotonic() > over:
+            return ids
+        reply = pool.insist(lambda api: api.unload(ids[-1]))
+        assert reply.status in (200, 404), reply.text  # 404: the answer to an unload was lost, and it was sent again
+
+
+# ---- emptied
+
+
+def test_an_emptied_redis_is_told_of_what_is_loaded_and_what_was_under_way_is_no_more(pool: Pool) -> None:
+    first, second = pool.apis
+    first.loaded(TINY)
+    kept = pool.jobs()[TINY]["job_id"]
+    holders = pool.holders(1)
+    with pool.worker.frozen(1) as runner, meanwhile(second.load, TINY) as waiter:
+        pool.wait_state(SECOND, State.LOADING)
+        under_way = pool.jobs()[SECOND]["job_id"]
+        pool.redis.empty()
+        unavailable(waiter.result(5))
+        for api in pool.apis:
+            error(api.send("GET", f"{STATUS}/{under_way}"), 404, "job_not_found", param="job_id")
+        pool.wait_listed(TINY, within_s=5)
+        wait_gone([runner], 5)
+    assert first.job(kept)["status"] == "loaded"
+    assert pool.holders(1) == holders
+    assert second.loaded(TINY)["instance_id"] == SECOND
+    assert first.unload(TINY).status == 200
+    assert not is_alive(holders[0])
+    pool.wait_listed(SECOND)
+
+
+def test_a_worker_that_restores_nothing_lets_go_of_what_an_emptied_redis_does_not_know(
+    pool: Pool, tmp_path: Path
+) -> None:
+    first, second = pool.apis
+    other = "acme/elsewhere"
+    synthetic.tiny_llama(tmp_path / f"models/{other}/model-f16.gguf")
+    worker = pool.start_worker(tmp_path, "--worker-name", "forgetful", LOADSTONE_RESTORE="off")
+    try:
+        until(lambda: all(other in api.models() for api in pool.apis), "its model is listed", BACK_S)
+        first.loaded(other)
+        warm = worker.warm_runner(1)
+        (holder,) = [runner for runner in worker.runners() if runner != warm]
+        pool.redis.empty()
+        wait_gone([holder], 5)
+        pool.wait_ready()
+        until(lambda: other in first.models(), "it can be loaded again", BACK_S)
+        pool.wait_listed()
+        assert second.loaded(other)["instance_id"] == other
+        assert first.loaded(TINY)["instance_id"] == TINY
+        pool.wait_listed(other, TINY)
+        assert first.unload(other).status == 200
+        worker.stop()
+    finally:
+        worker.kill()
+
+
+# ---- on a full disk
+
+
+def test_a_full_disk_under_redis_is_said_and_all_goes_on_when_there_is_room_again(pool: Pool) -> None:
+    first, _ = pool.apis
+    first.loaded(TINY)
+    kept = pool.jobs()[TINY]["job_id"]
+    before, holders = pool.revisions(kept), pool.holders(1)
+    with pool.redis.full():
+        began = time.monotonic()
+
+        def said_until_leases_ran_out() -> bool:
+            for api in pool.apis:
+                unavailable(api.load(TINY))
+                unavailable(api.unload(TINY))
+                listed = api.send("GET", LIST)
+                if listed.status == 200:
+                    assert set(instances(listed)) == {TINY}
+                else:
+                    unavailable(listed)
+                assert api.send("GET", "/healthz").status == 200
+            return time.monotonic() - began > FULL_S
+
+        until(said_until_leases_ran_out, "leases ran out, and none was renewed", FULL_S + ANSWER_S)
+    pool.wait_ready()
+    pool.wait_listed(TINY)
+    assert pool.holders(1) == holders
+    assert pool.revisions(kept) == before
+    assert first.loaded(TINY)["instance_id"] == SECOND
+    assert pool.holders(2)[0] == holders[0]

@@ -1,0 +1,371 @@
+"""What was loaded is loaded again when its worker comes back, and only that."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import shared
+from shared import synthetic
+from tests.acceptance.test_fencing import ALONE, LEASE_S, OTHER, START_S, Pool, jobs, kill
+from tests.service import (
+    TINY,
+    Running,
+    Service,
+    check_keys,
+    error,
+    is_alive,
+    meanwhile,
+    until,
+    up,
+    wait_gone,
+)
+
+RESTORED_S, STOP_S = 15.0, 15.0
+SECOND, THIRD = f"{ALONE}:2", f"{ALONE}:3"
+
+
+def restored(service: Service | Pool, before: dict[str, Any], *instance_ids: str) -> list[Any]:
+    """The loads that brought these instances back, in the order in which they were begun.
+
+    Each by a new one, with no other beside it; and those of before are as they were.
+    """
+
+    def all_loaded() -> list[Any] | None:
+        new = [job for id_, job in jobs(service).items() if id_ not in before]
+        return new if {job["instance_id"] for job in new if job["status"] == "loaded"} >= {*instance_ids} else None
+
+    new = until(all_loaded, f"{instance_ids} are loaded again", RESTORED_S)
+    assert sorted(job["instance_id"] for job in new) == sorted(instance_ids)
+    assert set(service.instances()) == {*instance_ids}
+    now = jobs(service)
+    for id_, job in before.items():
+        assert (now[id_]["status"], now[id_]["completed_at"]) == (job["status"], job["completed_at"])
+    return sorted(new, key=lambda job: str(job["started_at"]))
+
+
+# ---- a worker that is killed, or told to stop
+
+
+@pytest.fixture(scope="module")
+def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(tmp_path_factory.mktemp("pool"))
+    try:
+        yield pool
+        with pool.redis.client() as redis:
+            check_keys(redis)
+        pool.end()
+    finally:
+        pool.kill()
+
+
+@pytest.fixture
+def pool(the_pool: Pool) -> Iterator[Pool]:
+    """With all of it up and nothing loaded, before and after."""
+    the_pool.settle()
+    yield the_pool
+    the_pool.clear()
+
+
+def killed(pool: Pool, name: str) -> None:
+    """The worker's process is gone, and its supervisor is about to start another one."""
+    worker = pool.workers[name].worker()
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: not is_alive(worker), "it is gone")
+
+
+def test_a_worker_that_is_killed_has_what_it_held_again_what_was_loaded_last_first(pool: Pool) -> None:
+    for _ in range(3):
+        pool.loaded(ALONE, context_length=512)
+    assert pool.unload(ALONE).status == 200
+    pool.loaded(ALONE, context_length=1024)
+    before = jobs(pool)
+    killed(pool, "a")
+    found = restored(pool, before, ALONE, SECOND, THIRD)
+    assert [job["instance_id"] for job in found] == [ALONE, THIRD, SECOND]
+    assert {(job["worker"], job["attempt"]) for job in found} == {("a", 1)}
+    assert [job["created_at"] for job in found] == sorted(job["created_at"] for job in found)
+    lengths = {id_: one["config"]["context_length"] for id_, one in pool.instances().items()}
+    assert lengths == {ALONE: 1024, SECOND: 512, THIRD: 512}, "each as it was asked for"
+    pool.workers["a"].warm_runner(3)
+    pool.workers["b"].warm_runner(0)
+    assert pool.unload(ALONE).status == 200
+
+
+def test_what_was_unloaded_before_or_meanwhile_is_not_loaded_again(pool: Pool) -> None:
+    for _ in range(3):
+        pool.loaded(ALONE)
+    assert pool.unload(SECOND).status == 200
+    before = jobs(pool)
+    pool.workers["a"].stop()
+    assert pool.unload(THIRD).status == 200, "it would have come back"
+    error(pool.unload(THIRD), 404, "model_not_found", param="instance_id")
+    pool.start("a")
+    restored(pool, before, ALONE)  # the one that was used longest ago: the others would have come before it
+
+
+def test_what_is_unloaded_just_after_its_worker_died_is_not_loaded_again(pool: Pool) -> None:
+    """Before its lease has run out: nobody else knows yet."""
+    for _ in range(2):
+        pool.loaded(ALONE)
+    before = jobs(pool)
+    left = kill(pool.workers["a"])
+    with meanwhile(pool.unload, SECOND) as reply:
+        assert reply.result(LEASE_S + 6).status == 200
+    wait_gone(left, 3)
+    pool.start("a")
+    restored(pool, before, ALONE)
+
+
+def test_what_cannot_be_loaded_yet_keeps_no_other_waiting_and_comes_back_when_it_can(pool: Pool) -> None:
+    for key in (TINY, ALONE, ALONE):
+        pool.loaded(key)
+    before = jobs(pool)
+    file, aside = pool.file("a", ALONE), pool.home / "aside"
+    file.rename(aside)
+    killed(pool, "a")
+    waiting = {ALONE, SECOND}
+    until(lambda: in_state(pool, "queued") == waiting and set(pool.instances()) == {TINY}, "the other one", RESTORED_S)
+    new = [job for id_, job in jobs(pool).items() if id_ not in before]
+    failed = [(job["instance_id"], job["error"]["code"]) for job in new if job["status"] == "failed"]
+    assert failed[:2] == [(SECOND, "invalid_model_file"), (ALONE, "invalid_model_file")]
+    assert pool.unload(SECOND).status == 200, "it is not tried any more"
+    with pool.workers["a"].frozen(loaded=1):
+        aside.rename(file)
+        until(lambda: in_state(pool, "loading") == {ALONE}, "it is being restored", RESTORED_S)
+        assert set(pool.instances()) == {TINY}
+        assert shown(pool) == {TINY: "loaded", ALONE: "starting|metadata"}
+    until(lambda: set(pool.instances()) == {TINY, ALONE}, "it is loaded again")
+    last = next(reversed(jobs(pool).values()))
+    assert (last["instance_id"], last["status"], last["attempt"]) == (ALONE, "loaded", 1)
+
+
+def in_state(pool: Pool, state: str) -> set[str]:
+    """What worker "a" has in a state; one that failed is in none until it is tried again."""
+    return {id_ for id_, one in pool.held().get("a", {}).items() if one["state"] == state}
+
+
+def shown(pool: Pool) -> dict[str, str]:
+    """What `loadstone ps` says of each instance; a worker names the first phase after a while."""
+    command = Running(pool.home / "ps", "ps", environ={"LOADSTONE_URL": pool.url})
+    try:
+        assert command.popen.wait(START_S) == 0, command.stderr
+    finally:
+        command.kill()
+    rows = [re.split(r" {2,}", line.strip()) for line in command.stdout.splitlines()[1:]]
+    return {row[0]: "starting|metadata" if row[2] in ("starting", "metadata") else row[2] for row in rows}
+
+
+def test_where_nothing_is_to_be_restored_nothing_is_and_no_file_is_left(pool: Pool) -> None:
+    """Not even what was loaded when it was."""
+    pool.loaded(ALONE)
+    file = pool.data("a") / "wanted-a.json"
+    until(file.exists, "it is wanted")
+    pool.workers["a"].stop()
+    before = jobs(pool)
+    pool.start("a", LOADSTONE_RESTORE="off")
+    beat(pool, "a")
+    assert (pool.held()["a"], pool.instances(), jobs(pool)) == ({}, {}, before)
+    pool.loaded(ALONE)
+    pool.workers["a"].stop()
+    assert not file.exists()
+
+
+def beat(service: Service | Pool, name: str) -> None:
+    """Return once a worker has looked at what it is to hold, from begin to end."""
+    ages: list[float] = []
+
+    def has_renewed_its_lease_twice() -> bool:
+        workers = service.send("GET", "/api/v1/workers").json()["workers"]
+        ages.extend(worker["lease_age_seconds"] for worker in workers if worker["name"] == name)
+        return sum(after < before for before, after in pairwise(ages)) >= 2
+
+    until(has_renewed_its_lease_twice, "it has looked")
+
+
+# ---- what workers hold
+
+
+def test_workers_are_listed_with_what_they_hold_in_every_state(pool: Pool) -> None:
+    pool.loaded(ALONE)
+    with pool.workers["a"].frozen(loaded=1):
+        loading = pool.loading(ALONE)["job_id"]
+        queued = pool.accepted(ALONE)["job_id"]
+        reply = pool.send("GET", "/api/v1/workers")
+        assert (reply.status, set(reply.json())) == (200, {"workers"})
+        a, b = sorted(reply.json()["workers"], key=lambda worker: str(worker["name"]))
+        assert [(one["id"], one["state"], one["model"], len(one["devices"])) for one in a["instances"]] == [
+            (ALONE, "loaded", ALONE, 1),
+            (SECOND, "loading", ALONE, 1),
+            (THIRD, "queued", ALONE, 0),
+        ]
+        for worker in (a, b):
+            assert (worker["state"], worker["version"]) == ("ready", shared.__version__)
+            assert 0 <= worker["lease_age_seconds"] < LEASE_S
+            (device,) = worker["devices"]
+            assert (device["id"], device["kind"]) == ("CPU", "cpu")
+            assert 0 < device["free_bytes"] <= device["total_bytes"]
+        assert b["instances"] == []
+        assert set(pool.instances()) == {ALONE}
+    for job_id in (loading, queued):
+        assert pool.ended(job_id, 10)["status"] == "loaded"
+    assert {one["state"] for one in pool.held()["a"].values()} == {"loaded"}
+    pool.workers["b"].stop()
+    assert set(pool.held()) == {"a"}, "who is gone is not listed"
+
+
+# ---- a worker that is told to stop while it loads
+
+
+def test_a_worker_that_is_told_to_stop_hands_over_what_it_loads(pool: Pool) -> None:
+    a = pool.workers["a"]
+    with a.frozen(), meanwhile(pool.load, TINY) as reply:
+        until(lambda: pool.state(TINY) == "loading", "it is loading")
+        (job_id,) = (id_ for id_, job in jobs(pool).items() if job["status"] == "loading")
+        assert pool.job(job_id)["worker"] == "a"
+        a.popen.send_signal(signal.SIGTERM)
+        assert reply.result(STOP_S).json()["instance_id"] == TINY
+    done = pool.job(job_id)
+    assert (done["status"], done["worker"], done["attempt"], done["instance_id"]) == ("loaded", "b", 2, TINY)
+    assert a.popen.wait(STOP_S) == 0
+    assert "Traceback" not in a.stderr
+    pool.workers["b"].warm_runner(1)
+
+
+def test_its_successor_loads_what_no_other_can_and_restores_the_rest(pool: Pool) -> None:
+    a = pool.workers["a"]
+    pool.loaded(ALONE)
+    before = jobs(pool)
+    with a.frozen(loaded=1):
+        job_id = pool.loading(ALONE)["job_id"]
+        a.stop()
+    waiting = pool.job(job_id)
+    assert (waiting["status"], waiting["attempt"], waiting["started_at"]) == ("queued", 2, None)
+    assert pool.instances() == {}
+    pool.start("a")
+    done = pool.ended(job_id, RESTORED_S)
+    assert (done["status"], done["worker"], done["attempt"], done["instance_id"]) == ("loaded", "a", 2, SECOND)
+    until(lambda: set(pool.instances()) == {ALONE, SECOND}, "the other one is loaded again", RESTORED_S)
+    new = [job["instance_id"] for id_, job in jobs(pool).items() if id_ not in before]
+    assert sorted(new) == [ALONE, SECOND]
+
+
+def test_what_it_was_loading_fails_where_nobody_comes(pool: Pool) -> None:
+    a = pool.workers["a"]
+    with a.frozen(), meanwhile(pool.load, ALONE) as reply:
+        until(lambda: pool.state(ALONE) == "loading", "it is loading")
+        a.popen.send_signal(signal.SIGTERM)
+        answer = reply.result(STOP_S + LEASE_S + 2)
+    assert a.popen.wait(STOP_S) == 0
+    found = error(answer, 503, "service_unavailable", "no_worker")
+    assert ALONE in found["message"]
+    assert int(answer.headers["retry-after"]) > 0
+    last = next(reversed(jobs(pool).values()))
+    assert (last["status"], last["attempt"], last["error"]) == ("failed", 2, found)
+
+
+# ---- `loadstone up`
+
+
+class Home:
+    """`loadstone up` on one directory, begun again and again."""
+
+    def __init__(self, directory: Path) -> None:
+        for model in (TINY, OTHER):
+            synthetic.tiny_llama(directory / f"models/{model}/model-f16.gguf")
+        self.directory, self.undo = directory, ExitStack()
+
+    def start(self) -> Service:
+        """The next one, once the last one has ended as it should, if it was not ended."""
+        self.undo.close()
+        self.service = self.undo.enter_context(up(self.directory, LOADSTONE_LEASE_S=str(LEASE_S)))
+        return self.service
+
+
+@pytest.fixture(scope="module")
+def the_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    home = Home(tmp_path_factory.mktemp("up"))
+    with home.undo:
+        home.start()
+        yield home
+
+
+@pytest.fixture
+def home(the_home: Home) -> Iterator[Home]:
+    """With a service that runs and has nothing loaded, before and after."""
+    yield the_home
+    if the_home.service.popen.poll() is not None:
+        the_home.start()
+    the_home.service.unload_all()
+
+
+def stopped(service: Service) -> None:
+    until(lambda: len(service.wanted()) == len(service.instances()), "the worker's file has all of them")
+    service.stop()
+
+
+def killed_with_all(service: Service) -> None:
+    until(lambda: len(service.wanted()) == len(service.instances()), "the worker's file has all of them")
+    tree = service.tree()
+    service.popen.kill()
+    service.popen.wait()
+    wait_gone(tree, 3)
+
+
+def without_redis(service: Service) -> None:
+    stopped(service)
+    shutil.rmtree(service.data_dir / "redis")
+
+
+def without_file(service: Service) -> None:
+    stopped(service)
+    (file,) = service.data_dir.glob("wanted-*.json")
+    file.unlink()
+
+
+@pytest.mark.parametrize("end", [stopped, killed_with_all, without_redis, without_file])
+def test_what_was_loaded_is_there_after_a_restart(home: Home, end: Callable[[Service], None]) -> None:
+    """Whatever is left: what the worker wrote itself is enough, and so is what Redis knows."""
+    service = home.service
+    for key in (TINY, OTHER, TINY):
+        service.loaded(key)
+    before = jobs(service)
+    end(service)
+    service = home.start()
+    found = restored(service, {} if end is without_redis else before, TINY, OTHER, f"{TINY}:2")
+    assert [job["instance_id"] for job in found] == [f"{TINY}:2", OTHER, TINY]
+    until(lambda: len(service.wanted()) == 3, "and it would be after the next one")
+    assert service.unload(OTHER).status == 200
+    until(lambda: sorted(service.wanted()) == [TINY, f"{TINY}:2"], "what is unloaded is not wanted")
+
+
+def test_a_damaged_file_is_passed_over_with_a_log_line(home: Home) -> None:
+    service = home.service
+    service.loaded(TINY)
+    without_redis(service)
+    (file,) = service.data_dir.glob("wanted-*.json")
+    os.truncate(file, file.stat().st_size // 2)
+    service = home.start()
+    (said,) = (line for line in service.stderr.splitlines() if "action=wanted_unreadable" in line)
+    assert "wanted file not read" in said
+    beat(service, socket.gethostname())
+    assert (service.instances(), jobs(service)) == ({}, {})
+    assert service.loaded(TINY)["instance_id"] == TINY
+    until(lambda: is_whole(service), "the file is whole again")
+
+
+def is_whole(service: Service) -> bool:
+    with suppress(msgspec.MsgspecError):
+        return service.wanted() == [TINY]
+    return False
