@@ -169,10 +169,28 @@ def connect(url: str) -> ArqRedis:
 
 
 def _told(kind: Any) -> Any:
-    """A class of connections that tells of a closed one as redis-py expects it: asyncio raises an OSError there, uvloop
-    a RuntimeError ("the handler is closed", uvloop/handles/handle.pyx), which would be taken for a fault of ours."""
+    """A class of connections that tells of a closed one as the rest of redis-py 5.3 expects it.
+
+    Writing to one raises an OSError on asyncio's loop, but a RuntimeError on uvloop ("the handler is closed",
+    uvloop/handles/handle.pyx), which would be taken for a fault of ours.  And one that is dropped while it is being
+    made would be made anew from within, with all the retries at each level: 16 commands at a server that accepts
+    connections and drops them had no answer after 12 s.
+    """
 
     class Told(kind):  # type: ignore[misc]
+        is_being_made = False
+
+        async def connect(self) -> None:
+            if self.is_connected:
+                return
+            if self.is_being_made:
+                raise RedisConnectionError("Connection dropped while it was being made.")
+            self.is_being_made = True
+            try:
+                await super().connect()
+            finally:
+                self.is_being_made = False
+
         async def send_packed_command(self, *args: Any, **options: Any) -> None:
             try:
                 await super().send_packed_command(*args, **options)

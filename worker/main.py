@@ -221,7 +221,8 @@ async def _deliveries(redis: ArqRedis, agent: Agent) -> None:
         finally:
             for task in both:
                 task.cancel()
-            for delivery in deliveries.tasks.values():  # not cancelled: they would leave behind what arq shields
-                delivery.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen
+            # What arq still does with deliveries is not cancelled: that would leave behind what it shields.
+            for task in (*both, *deliveries.tasks.values()):
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, or asyncio reports it
             await asyncio.wait(both, timeout=END_S)
         await asyncio.sleep(0.2)

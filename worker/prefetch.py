@@ -7,15 +7,26 @@ leaves llama.cpp's own mapping nothing to wait for.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 STEP_BYTES = 32 << 20
 SAMPLE_BYTES = 1 << 20
 MADV_POPULATE_READ = 22
+MAP_FAILED = ctypes.c_void_p(-1).value
+
+# Not Python's mmap, which holds the interpreter's lock while madvise reads (Modules/mmapmodule.c of 3.11): a runner
+# must answer, and be able to leave, while a disk is slow.  ctypes lets go of it.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Unreadable(Exception):
@@ -47,11 +58,11 @@ def prefetch(fd: int, advanced: Callable[[int], None]) -> None:
         return
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as mapping:
+        with _mapped(fd, size) as address:
             for at in range(0, size, STEP_BYTES):
                 length = min(STEP_BYTES, size - at)
                 if not _cached(fd, at, length):
-                    _populate(mapping, fd, at, length)
+                    _populate(address, fd, at, length)
                 advanced(length)
     except OSError as e:
         is_short = e.errno == errno.EFAULT  # madvise(2): where a read would be a SIGBUS
@@ -71,12 +82,28 @@ def _cached(fd: int, at: int, length: int) -> bool:
     return True
 
 
-def _populate(mapping: mmap.mmap, fd: int, at: int, length: int) -> None:
+@contextmanager
+def _mapped(fd: int, size: int) -> Iterator[int]:
+    """The address of a mapping of a file, to be read only."""
+    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address == MAP_FAILED:
+        raise _error()
     try:
-        mapping.madvise(MADV_POPULATE_READ, at, length)
-    except OSError as e:
-        if e.errno != errno.EINVAL:
-            raise
-        buffer = bytearray(1 << 20)  # a kernel before 5.14: read it the plain way
-        for position in range(at, at + length, len(buffer)):
-            os.preadv(fd, [buffer], position)
+        yield address
+    finally:
+        _libc.munmap(address, size)
+
+
+def _populate(address: int, fd: int, at: int, length: int) -> None:
+    if _libc.madvise(address + at, length, MADV_POPULATE_READ) == 0:
+        return
+    if (error := _error()).errno != errno.EINVAL:
+        raise error
+    buffer = bytearray(1 << 20)  # a kernel before 5.14: read it the plain way
+    for position in range(at, at + length, len(buffer)):
+        os.preadv(fd, [buffer], position)
+
+
+def _error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 
 import msgspec
@@ -233,11 +234,13 @@ class Runners:
         try:
             with control_child, output_child:
                 process = self._context.Process(target=_run_child, args=(control_child, output_child), daemon=True)
+                starting = asyncio.ensure_future(asyncio.to_thread(process.start))
                 async with asyncio.timeout(WARM_DEADLINE_S):  # the server that forks them may be stuck
-                    await asyncio.to_thread(process.start)
+                    await asyncio.shield(starting)
         except BaseException as e:
             control.close()
             output.close()
+            starting.add_done_callback(partial(_bury, process))
             if isinstance(e, (OSError, EOFError)):  # no descriptor, no process, no memory left for one more; or no time
                 raise RunnerDied(f"a runner could not start: {str(e) or 'none was forked in time'}") from e
             raise
@@ -259,6 +262,17 @@ class Runners:
             raise RunnerDied(f"a runner could not start: {last}")
         runner.devices = message.devices
         return runner
+
+
+def _bury(process: ForkServerProcess, started: asyncio.Future[None]) -> None:
+    """Reap what was started too late for anybody: its channel is closed, so that it leaves at once."""
+    if not started.cancelled() and started.exception() is None:
+
+        def reap() -> None:
+            process.join()
+            process.close()
+
+        asyncio.get_running_loop().run_in_executor(None, reap)
 
 
 def _failed(start: asyncio.Task[Runner]) -> bool:

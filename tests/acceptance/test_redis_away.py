@@ -496,6 +496,20 @@ def test_an_emptied_redis_is_told_of_what_is_loaded_and_what_was_under_way_is_no
     pool.wait_listed(SECOND)
 
 
+def test_loads_in_the_moment_after_redis_was_emptied_take_no_name_of_what_is_loaded(pool: Pool) -> None:
+    pool.apis[0].loaded(TINY)
+    holders = pool.holders(1)
+    names = [f"{TINY}:{number}" for number in range(2, 6)]
+    with ThreadPoolExecutor(4) as threads:
+        pool.redis.empty()
+        loads = [threads.submit(pool.insist, partial(load_with_key, TINY, f"early-{name}")) for name in names]
+    replies = [load.result() for load in loads]
+    assert [reply.status for reply in replies] == [200] * 4, [reply.text for reply in replies]
+    assert sorted(reply.json()["instance_id"] for reply in replies) == names
+    pool.wait_listed(TINY, *names)
+    assert pool.holders(5)[0] == holders[0]
+
+
 def test_a_worker_that_restores_nothing_lets_go_of_what_an_emptied_redis_does_not_know(
     pool: Pool, tmp_path: Path
 ) -> None:
@@ -542,6 +556,7 @@ def test_a_full_disk_under_redis_is_said_and_all_goes_on_when_there_is_room_agai
                     assert set(instances(listed)) == {TINY}
                 else:
                     unavailable(listed)
+                not_ready(api.send("GET", "/readyz"))  # no load can be accepted
                 assert api.send("GET", "/healthz").status == 200
             return time.monotonic() - began > FULL_S
 

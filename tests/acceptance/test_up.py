@@ -98,7 +98,7 @@ def test_a_restart_brings_back_what_was_loaded(start: Start, how: str) -> None:
     assert counters["lost"] == 2
 
 
-def test_what_is_queued_when_it_stops_is_not_loaded_behind_the_back_of_its_client(start: Start) -> None:
+def test_what_is_loading_or_queued_when_it_stops_is_unavailable_to_its_client(start: Start) -> None:
     service = start()
     with service.frozen(), meanwhile(service.load, TINY) as first:
         until(lambda: service.state(TINY) == "loading", "the first load has begun")
