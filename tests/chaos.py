@@ -48,8 +48,20 @@ DEADLINE_S = 40.0  # of any request: far over all that a request may have to wai
 STABLE_S = 2.5
 QUIET_S = 60.0  # after the chaos, for all to come to its end
 MOST_LOADED = 12
-DOCUMENTED = ("inst:", "idem:", "crashed:", "lease:", "worker:", "catalog:", "wanted:", "queued:", "pace:", "arq:")
-NAMES = {"insts", "names", "queued", "pace", "jobs", "workers", "counters", "logs"}
+DOCUMENTED = (
+    "inst:",
+    "idem:",
+    "crashed:",
+    "lease:",
+    "worker:",
+    "catalog:",
+    "wanted:",
+    "queued:",
+    "pace:",
+    "tallied:",
+    "arq:",
+)
+NAMES = {"insts", "names", "queued", "pace", "jobs", "workers", "counters", "tallies", "logs"}
 KEPT = ("catalog-", "worker-", "wanted-")  # what a worker's data directory may hold
 
 
