@@ -32,7 +32,7 @@ from shared import __version__, log
 from shared.lifecycle import TERMINAL, State
 from shared.schema import WorkerState
 from shared.store import UNAVAILABLE, Readings, Store
-from shared.tally import BOUNDS_S, COUNTERS, HISTOGRAMS, OUTCOMES, LastDid, Tally, field, observed
+from shared.tally import BOUNDS_S, COUNTERS, HISTOGRAMS, OUTCOMES, RunnerState, Tally, field, observed
 
 Row = TypeVar("Row", bound=tuple[str, ...])  # the labels of a sample
 
@@ -44,7 +44,7 @@ HELP = {
     "loads": "Loads that ended, by outcome (loaded, failed, cancelled, lost) and, of failed ones, the error's code.",
     "loaded_bytes": "Bytes of the models that were loaded.",
     "restorations": "Loads begun, each try, to bring back what a worker's end had taken.",
-    "runner_deaths": "Runners that ended untold, by what they did: warm (no load yet), loading, loaded.",
+    "runner_deaths": "Runners that died, by what they were: warm (without a load), loading, loaded.",
     "http_requests": f"Requests, by route and status; {GONE}: the client went away first.",
     "load_phase_seconds": "Phases of the loads that came to loaded, by the class of the model's bytes.",
     "load_seconds": "From acceptance to loaded: all phases of a load.",
@@ -54,7 +54,7 @@ KNOWN: dict[str, list[tuple[str, ...]]] = {  # what counts from 0: a series that
     "loads": [*OUTCOMES],
     "loaded_bytes": [()],
     "restorations": [()],
-    "runner_deaths": [(did,) for did in get_args(LastDid)],
+    "runner_deaths": [(state,) for state in get_args(RunnerState)],
 }
 
 
@@ -162,7 +162,7 @@ def _workers(readings: Readings) -> Iterator[Metric]:
     """Those that are dead for less than a day are down; of their state nothing is known."""
     alive = [(worker, worker.snapshot) for worker in readings.workers if worker.snapshot is not None]
     up = {(worker.name,): float(worker.epoch is not None) for worker in readings.workers}
-    ages = {(worker.name,): max(0.0, snapshot.lease_s - worker.lease_left_s) for worker, snapshot in alive}
+    ages = {(worker.name,): max(0.0, round(snapshot.lease_s - worker.lease_left_s, 3)) for worker, snapshot in alive}
     states = {
         (worker.name, state): float(snapshot.state == state)
         for worker, snapshot in alive
@@ -212,19 +212,20 @@ def _transitions(counters: Mapping[str, int]) -> Iterator[Metric]:
 
 
 def _tallies(tallies: Mapping[str, int]) -> Iterator[Metric]:
-    found: dict[str, dict[tuple[str, ...], int]] = {}
+    """What another version counts, with other labels, is left out."""
+    found: dict[tuple[str, int], dict[tuple[str, ...], int]] = {}  # by family and how many labels
     for name, value in sorted(tallies.items()):
         family, *row = name.split("|")
-        found.setdefault(family, {})[tuple(row)] = value
+        found.setdefault((family, len(row)), {})[tuple(row)] = value
     for name, labels in COUNTERS.items():
         counter = CounterMetricFamily(f"loadstone_{name}", HELP[name], labels=labels)
-        for its, value in (dict.fromkeys(KNOWN.get(name, ()), 0) | found.get(name, {})).items():
+        for its, value in (dict.fromkeys(KNOWN.get(name, ()), 0) | found.get((name, len(labels)), {})).items():
             counter.add_metric(its, value)
         yield counter
     for name, labels in HISTOGRAMS.items():
         histogram = HistogramMetricFamily(f"loadstone_{name}", HELP[name], labels=labels)
         series: dict[tuple[str, ...], dict[str, int]] = {}
-        for (*its_labels, part), value in found.get(name, {}).items():
+        for (*its_labels, part), value in found.get((name, len(labels) + 1), {}).items():
             series.setdefault(tuple(its_labels), {})[part] = value
         for its, parts in series.items():
             total_us = parts.pop("sum", 0)

@@ -35,13 +35,13 @@ BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 PHASES = ("queue", "spawn", *get_args(Phase))
 FAILURES = ({*get_args(LoadFailure)} - {"load_cancelled"}) | {str(NoWorker.code)}  # what a load can fail with
 OUTCOMES = [("loaded", ""), ("cancelled", ""), ("lost", ""), *(("failed", code) for code in sorted(FAILURES))]
-LastDid = Literal["warm", "loading", "loaded"]  # what a runner did when it died; warm: it had no load yet
+RunnerState = Literal["warm", "loading", "loaded"]  # warm: it has no load yet
 
 COUNTERS: dict[str, tuple[str, ...]] = {  # families, and the names of their labels
     "loads": ("outcome", "reason"),
     "loaded_bytes": (),
     "restorations": (),
-    "runner_deaths": ("while",),
+    "runner_deaths": ("state",),
     "http_requests": ("method", "route", "status"),
 }
 HISTOGRAMS: dict[str, tuple[str, ...]] = {
@@ -97,9 +97,9 @@ def moved(old: Instance, new: Instance) -> dict[str, int]:
     return {field("loads", new.state.value, reason): 1}
 
 
-def died(did: LastDid) -> dict[str, int]:
+def died(state: RunnerState) -> dict[str, int]:
     """What the death of a runner adds that nobody had told to end."""
-    return {field("runner_deaths", did): 1}
+    return {field("runner_deaths", state): 1}
 
 
 class Tally:
