@@ -83,8 +83,8 @@ def test_a_bucket_of_prometheus_counts_all_that_is_not_over_its_bound(seconds: l
             part = name.removeprefix("f|")
             counts[part] = counts.get(part, 0) + n
     found = cumulated(counts)
-    assert [(name, sum(one <= float(name) for one in seconds)) for name, _ in found] == found
-    assert found[-1] == ("+Inf", len(seconds))
+    assert [(name, float(sum(one <= float(name) for one in seconds))) for name, _ in found] == found
+    assert found[-1] == ("+Inf", float(len(seconds)))
     assert total_us / 1e6 == pytest.approx(sum(seconds), abs=1e-6 * (len(seconds) + 1), rel=1e-9)
 
 
