@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
@@ -167,10 +169,19 @@ def test_every_family_is_described_and_none_twice() -> None:
     assert all(len(row) == len(COUNTERS[name]) for name, rows in KNOWN.items() for row in rows)
 
 
+NOTHING = Readings(workers=[], counters={}, tallies={}, queued=0, queued_at={}, live={})
+
+
+def test_the_readme_has_every_family_and_no_other() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    listed = re.findall(r"^\| `(loadstone_\w+)` \|", readme, re.MULTILINE)
+    served = re.findall(r"^# TYPE (\w+) ", rendered(NOTHING).decode(), re.MULTILINE)
+    assert sorted(listed) == sorted(served)
+
+
 def test_what_another_version_counts_is_left_out() -> None:
-    nothing = Readings(workers=[], counters={}, tallies={}, queued=0, queued_at={}, live={})
     counters = {"requeued": 1, "evicted": 3}
     tallies = {"evicted|a|b": 3, "loads|failed|later": 2, "loads|loaded||evicted": 3, "load_seconds|evicted|a|1.0": 3}
-    text = rendered(msgspec.structs.replace(nothing, counters=counters, tallies=tallies)).decode()
+    text = rendered(msgspec.structs.replace(NOTHING, counters=counters, tallies=tallies)).decode()
     assert 'loadstone_loads_total{outcome="failed",reason="later"} 2.0' in text
     assert "evicted" not in text
