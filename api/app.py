@@ -16,11 +16,13 @@ from api.auth import Auth
 from api.errors import HANDLERS
 from api.follow import Follower
 from api.loads import Loads
+from api.metrics import Requests, hand_over
 from api.roster import Roster
 from api.routes import ROUTES
 from api.waiting import Waiting
 from shared.settings import Settings, is_loopback, read_tokens, redis_url
 from shared.store import Store, connected
+from shared.tally import Tally
 
 
 class LastReplies:
@@ -43,15 +45,17 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
     """`draining` is set when the process is told to stop: it takes no more loads from then on, and answers the rest.
     `closing` is set when that comes to its end: waiting replies then end at once."""
     draining = draining or asyncio.Event()
+    tally = Tally()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with connected(redis_url(settings)) as redis, asyncio.TaskGroup() as group:
             store = Store(redis, settings.lease_s)
             roster, follower = Roster(store, settings.load_attempts), Follower(store)
-            tasks = [group.create_task(part.run()) for part in (roster, follower)]
+            tasks = [group.create_task(part) for part in (roster.run(), follower.run(), hand_over(tally, store))]
             yield {
                 "loads": Loads(settings, store, roster, follower),
+                "tally": tally,
                 "waiting": Waiting(settings.waiting_limit),
                 "draining": draining,
                 "closing": closing,
@@ -65,7 +69,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
-    middleware.insert(0, Middleware(LastReplies, draining))
+    middleware[:0] = [Middleware(Requests, tally), Middleware(LastReplies, draining)]
     app = Starlette(routes=ROUTES, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False  # an unknown path is an error, in our shape
     return app

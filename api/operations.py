@@ -284,6 +284,18 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             ),
         },
     ),
+    ("GET", "/metrics"): Operation(
+        name="metrics",
+        summary="Say what the pool is and has done, for Prometheus",
+        description="Any API process answers for the whole pool; its README lists the families.",
+        replies={
+            200: Reply(
+                description="Prometheus' text format, version 0.0.4; where Redis does not answer, little more than "
+                "`loadstone_redis_up 0`.",
+                content={TEXT: str},
+            )
+        },
+    ),
     ("GET", "/openapi.json"): Operation(
         name="openapi",
         summary="This API as an OpenAPI document",

@@ -29,6 +29,7 @@ from api.headers import (
 )
 from api.jobs import is_over, job
 from api.loads import Loads
+from api.metrics import metrics
 from api.openapi import docs_page, openapi_json
 from api.operations import LOAD, STATUS
 from api.stream import EventStream, events
@@ -154,6 +155,7 @@ ROUTES = [
     Route("/api/v1/workers", workers, methods=["GET"]),
     Route("/healthz", healthz, methods=["GET"]),
     Route("/readyz", readyz, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
     Route("/openapi.json", openapi_json, methods=["GET"]),
     Route("/docs", docs_page, methods=["GET"]),
 ]

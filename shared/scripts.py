@@ -5,7 +5,7 @@ A script may be repeated after a lost reply: it finds out that its work was done
 
 # ARGV: id, key as asked, doc, worker, digest of the request ("" without an Idempotency-Key), how many may be queued at
 # the worker, and in all, retention in seconds, an instance id that it must get (or ""), "1" to try what crashed lately,
-# the id under which that instance must be wanted (or "").
+# the id under which that instance must be wanted (or ""), and what to add to `tallies`: a field, a number, ...
 CREATE = """
 local inst, log, names, insts, counters, lease, idem = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local id, name, doc, worker, digest, n = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], 1
@@ -49,12 +49,14 @@ if digest ~= '' then
   redis.call('EXPIRE', idem, ARGV[8])
 end
 redis.call('HINCRBY', counters, 'queued', 1)
+for i = 12, #ARGV, 2 do redis.call('HINCRBY', 'tallies', ARGV[i], ARGV[i + 1]) end
 redis.call('PUBLISH', 'news', id)
 return {'created', name, now}
 """
 
 # Compare the revision, write the document, tell everybody.  ARGV: id, rev, rev + 1, doc, state if it changed, retention
-# in seconds if it is terminal, worker if it is requeued, retention if it is wanted from now on or "no" if not any more.
+# in seconds if it is terminal, worker if it is requeued, retention if it is wanted from now on or "no" if not any more,
+# and what to add to `tallies`: a field, a number, ...
 # Answers Redis' time in microseconds; false to whoever was overtaken by another writer, "stop" where the wish to stop
 # what was to be loaded came first.
 COMMIT = """
@@ -65,6 +67,7 @@ if held[1] ~= ARGV[2] then return false end
 if ARGV[5] == 'loaded' and held[5] then return 'stop' end
 redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'doc', ARGV[4])
 redis.call('XADD', KEYS[2], '*', 'rev', ARGV[3], 'doc', ARGV[4])
+for i = 9, #ARGV, 2 do redis.call('HINCRBY', 'tallies', ARGV[i], ARGV[i + 1]) end
 if ARGV[7] ~= '' then
   redis.call('HSET', KEYS[1], 'state', 'queued', 'worker', ARGV[7])
   redis.call('HINCRBY', KEYS[5], 'requeued', 1)
@@ -169,4 +172,11 @@ return 1
 
 RELEASE = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1], KEYS[2]) end
+"""
+
+# Add what a process has counted, once.  ARGV: the number of its batch, retention in seconds, a field, a number, ...
+TALLY = """
+if tonumber(redis.call('GET', KEYS[1]) or 0) >= tonumber(ARGV[1]) then return end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+for i = 3, #ARGV, 2 do redis.call('HINCRBY', 'tallies', ARGV[i], ARGV[i + 1]) end
 """

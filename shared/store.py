@@ -19,6 +19,8 @@
   worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
   catalog:{worker}  string  list[Model] (msgpack)              expires RETAIN_S after the last beat
   counters          hash    instances that came to each state, and how often one was requeued
+  tallies           hash    what /metrics adds up besides: "family|label|..." (`shared.tally`) -> a whole number
+  tallied:{id}      string  number of the last batch that a process added to `tallies`; expires RETAIN_S after it
   arq:*             arq's own  queue, jobs and health check of each worker; queues expire RETAIN_S after the last entry
   wake:{worker}     channel "" for a delivery in its queue, an id for a wish
   news              channel ids whose record changed
@@ -33,7 +35,8 @@ import asyncio
 import hashlib
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
@@ -46,10 +49,10 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from shared import log
+from shared import log, tally
 from shared.lifecycle import TERMINAL, State
 from shared.schema import Instance, Model, WorkerSnapshot
-from shared.scripts import CATALOG, COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, REWRITE, STOP, UNWANT
+from shared.scripts import CATALOG, COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, REWRITE, STOP, TALLY, UNWANT
 
 RETAIN_S = 24 * 3600
 CRASH_MEMORY_S = 600
@@ -121,6 +124,17 @@ class Worker(Struct, frozen=True, kw_only=True):
     epoch: str | None
     snapshot: WorkerSnapshot | None
     lease_left_s: float = 0.0
+
+
+class Readings(Struct, frozen=True, kw_only=True):
+    """What the pool is and has done, as Redis has it: `counters` and `tallies` as the head of this file says."""
+
+    workers: list[Worker]
+    counters: dict[str, int]
+    tallies: dict[str, int]
+    queued: int
+    queued_at: dict[str, int]  # by worker
+    live: dict[tuple[str, str], int]  # instances by worker and state
 
 
 def queue_of(worker: str) -> str:
@@ -224,6 +238,7 @@ class Store:
         self._renew = redis.register_script(RENEW)
         self._release = redis.register_script(RELEASE)
         self._catalog = redis.register_script(CATALOG)
+        self._tally = redis.register_script(TALLY)
 
     # ---- instances
 
@@ -258,6 +273,7 @@ class Store:
                 name,
                 force,
                 restores,
+                *_pairs(tally.accepted(instance)),
             ],
         )
         match outcome:
@@ -296,7 +312,17 @@ class Store:
         requeued_at = new.worker if new.state is State.QUEUED else ""
         now = await self._commit(
             keys=_keys(new.id),
-            args=[new.id, old.rev, old.rev + 1, _pack(new), state, retain, requeued_at, _wanted(new) if state else ""],
+            args=[
+                new.id,
+                old.rev,
+                old.rev + 1,
+                _pack(new),
+                state,
+                retain,
+                requeued_at,
+                _wanted(new) if state else "",
+                *_pairs(tally.moved(old, new)),
+            ],
         )
         if now is None:
             raise Fenced(f"{new.id} is no longer at revision {old.rev}")
@@ -522,6 +548,35 @@ class Store:
         data = await self.redis.get(f"catalog:{worker}")
         return None if data is None else msgpack.decode(data, type=list[Model])
 
+    # ---- what /metrics tells
+
+    async def add_tally(self, process: str, number: int, counts: Mapping[str, int]) -> None:
+        """Add the batch of a process with this number, unless it was added before."""
+        await self._tally(keys=[f"tallied:{process}"], args=[number, RETAIN_S, *_pairs(counts)])
+
+    async def readings(self) -> Readings:
+        workers = await self.workers()
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall("counters")
+            pipe.hgetall("tallies")
+            pipe.smembers("insts")
+            pipe.scard("queued")
+            for worker in workers:
+                pipe.scard(f"queued:{worker.name}")
+            counters, tallies, ids, queued, *queued_at = await pipe.execute()
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for id_ in ids:
+                pipe.hmget(f"inst:{id_.decode()}", ["worker", "state"])
+            rows = await pipe.execute()
+        return Readings(
+            workers=workers,
+            counters={name.decode(): int(n) for name, n in counters.items()},
+            tallies={name.decode(): int(n) for name, n in tallies.items()},
+            queued=queued,
+            queued_at={worker.name: n for worker, n in zip(workers, queued_at, strict=True)},
+            live=Counter((worker.decode(), state.decode()) for worker, state in rows if worker and state),
+        )
+
     # ---- notifications
 
     async def listen(self, channel: str, heard: Callable[[bytes], None]) -> None:
@@ -543,6 +598,10 @@ class Store:
 
 def _keys(id_: str) -> list[str]:
     return [f"inst:{id_}", f"inst:{id_}:log", "names", "insts", "counters"]
+
+
+def _pairs(counts: Mapping[str, int]) -> list[str | int]:
+    return [part for pair in counts.items() for part in pair]
 
 
 def _wanted(new: Instance) -> int | str:

@@ -49,8 +49,20 @@ STABLE_S = 2.5
 ARQ_LOCK_S = 15.0  # worker.main's job_timeout, and the 10 s that arq adds
 QUIET_S = 60.0  # after the chaos, for all to come to its end
 MOST_LOADED = 12
-DOCUMENTED = ("inst:", "idem:", "crashed:", "lease:", "worker:", "catalog:", "wanted:", "queued:", "pace:", "arq:")
-NAMES = {"insts", "names", "queued", "pace", "jobs", "workers", "counters", "logs"}
+DOCUMENTED = (
+    "inst:",
+    "idem:",
+    "crashed:",
+    "lease:",
+    "worker:",
+    "catalog:",
+    "wanted:",
+    "queued:",
+    "pace:",
+    "tallied:",
+    "arq:",
+)
+NAMES = {"insts", "names", "queued", "pace", "jobs", "workers", "counters", "tallies", "logs"}
 KEPT = ("catalog-", "worker-", "wanted-")  # what a worker's data directory may hold
 
 

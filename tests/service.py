@@ -26,7 +26,7 @@ from shared.schema import Instance
 LOADSTONE = Path(sys.executable).with_name("loadstone")
 START_S, STOP_S = 60.0, 10.0
 POLL_S = 0.02
-WITHOUT_EXPIRY = {b"insts", b"names", b"workers", b"counters", b"queued"}
+WITHOUT_EXPIRY = {b"insts", b"names", b"workers", b"counters", b"tallies", b"queued"}
 JSON = {"Content-Type": "application/json"}
 LOAD, STATUS = "/api/v1/models/load", "/api/v1/models/load/status"
 TINY = "acme/tiny"  # the model of a service that needs no other

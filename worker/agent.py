@@ -18,6 +18,7 @@ from shared.lifecycle import HOLDS_MEMORY, Event, State
 from shared.schema import Device, Instance, Model, WorkerSnapshot
 from shared.settings import Settings
 from shared.store import CRASH_MEMORY_S, UNAVAILABLE, Fenced, NameTaken, NoLease, Store, Unwanted
+from shared.tally import Tally, died
 from worker.hostmemory import host_memory
 from worker.resident import Resident, changed
 from worker.runner import Runners
@@ -44,7 +45,8 @@ class Agent:
         self.name = settings.name
         self.epoch = epoch
         self.heartbeat = heartbeat
-        self.runners = Runners(settings.lease_s / 2)
+        self.tally = Tally()
+        self.runners = Runners(settings.lease_s / 2, lambda: self.tally.add(died("warm")))
         self.wanted = Wanted(settings.data_dir / f"wanted-{self.name}.json", is_on=settings.restore == "on")
         self.held: dict[str, Resident] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
@@ -139,6 +141,7 @@ class Agent:
             await self.publish(list(self.models.values()))
         await self._reconcile()
         await self._restore()
+        await self.tally.hand_over(self.store)
 
     async def _reconcile(self) -> None:
         claimed = [held for held in self.held.values() if held.claimed]
@@ -273,6 +276,9 @@ class Agent:
                 await self.store.renew(self.snapshot())  # nothing more is placed here
         await ending
         self.wanted.flush()
+        with suppress(*UNAVAILABLE, TimeoutError):
+            async with asyncio.timeout(DRAIN_S / 4):
+                await self.tally.hand_over(self.store)
 
     async def _drained(self) -> None:
         if self.tasks:

@@ -17,6 +17,7 @@ from shared.errors import LoadFailed, LoadFailure, crashed_lately
 from shared.lifecycle import Event, State
 from shared.schema import FileStat, Instance, Model, Phase
 from shared.store import UNAVAILABLE, Fenced, StopWished
+from shared.tally import died
 from worker.death import from_exit, from_reason, needed_bytes, scrub, shortage
 from worker.hostmemory import oom_kills
 from worker.pace import Pace
@@ -174,6 +175,7 @@ class Resident:
                     reason = f"the engine made no progress for {self.agent.settings.stall_limit_s:g} s"
                     await self._fail(instance, "load_stalled", reason)
                 case "died":
+                    self.agent.tally.add(died("loading"))
                     await self._stopped(runner)
                     code, reason = self._end(runner)
                     if code == "engine_crashed" and await self._changed(load.shards, model):
@@ -294,6 +296,7 @@ class Resident:
                 has_died = runner.exited.is_set()
                 await self._stopped(runner)
                 if has_died:
+                    self.agent.tally.add(died("loaded"))
                     await self._failed(instance, runner, *self._end(runner))
                 elif self.changed.is_set():
                     await self._fail(instance, "invalid_model_file", CHANGED)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.context import ForkServerProcess
@@ -154,10 +155,12 @@ class Runners:
     `silent_s`: for how long no runner has answered, and none could be started that does.
     """
 
-    def __init__(self, patience_s: float) -> None:
-        """A warm runner that is silent for `patience_s` is replaced."""
+    def __init__(self, patience_s: float, on_death: Callable[[], None] = lambda: None) -> None:
+        """A warm runner that is silent for `patience_s` is replaced.  `on_death` is called for each that died before
+        it was taken."""
         self.silent_s = 0.0
         self._patience_s = patience_s
+        self._on_death = on_death
         self._all: set[Runner] = set()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["worker.child"])
@@ -184,6 +187,7 @@ class Runners:
             log.get("worker").warning("a warm runner is silent", action="warm_runner_silent", pid=runner.pid)
             runner.kill()
         if runner.exited.is_set():
+            self._on_death()
             self._next = None
             self.prepare()
             await runner.reaped()
@@ -214,6 +218,7 @@ class Runners:
             runner = coming.result()
             if not runner.exited.is_set():
                 return runner
+            self._on_death()
             log.get("worker").warning("a warm runner died", action="warm_runner_died", status=runner.status)
             await runner.reaped()
 
@@ -257,6 +262,7 @@ class Runners:
                     await runner.reaped()
             raise
         if not isinstance(message, Warm):
+            self._on_death()
             await runner.stop()
             *_, last = ["it said nothing", *runner.tail]
             raise RunnerDied(f"a runner could not start: {last}")

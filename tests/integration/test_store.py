@@ -39,7 +39,7 @@ from shared.store import (
 )
 
 DEADLINE_S = 10.0
-WITHOUT_EXPIRY = {"insts", "names", "workers", "counters"}  # as the store's header says, beside live records
+WITHOUT_EXPIRY = {"insts", "names", "workers", "counters", "tallies"}  # as the store's header says, beside live records
 ERROR = ErrorBody(type="model_load_failed", code="engine_crashed", message="why", detail={"n": 1})
 
 
@@ -700,7 +700,7 @@ async def test_what_helps_to_find_a_load_expires_after_it(store: Store, raw: red
     assert 0 < found["pace:w"] <= 3600
     for key in ("idem:k", "jobs"):
         assert RETAIN_S - 60 < found[key] <= RETAIN_S
-    assert {key for key, left in found.items() if left == -1} == {"counters"}
+    assert {key for key, left in found.items() if left == -1} == {"counters", "tallies"}
 
 
 # ---- the list

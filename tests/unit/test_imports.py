@@ -25,6 +25,7 @@ HOMES = {
     "jinja2": {"api/docs.py"},
     "llama_cpp": {"worker/llama.py"},
     "numpy": {"shared/synthetic.py"},
+    "prometheus_client": {"api/metrics.py"},
     "redis": {"shared/store.py"},
     "rich": {"shared/display.py"},
     "starlette": {"api/"},

@@ -1,0 +1,122 @@
+"""Counts on a real Redis: nothing is added twice, and nothing that was answered is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from shared.errors import LoadFailed
+from shared.lifecycle import Event, State
+from shared.schema import Instance, LoadRequest, WorkerSnapshot
+from shared.store import RETAIN_S, UNAVAILABLE, Fenced, Store
+from shared.tally import Tally
+
+
+def queued(number: int, **fields: Any) -> Instance:
+    request = LoadRequest(model="p/m")
+    return Instance(id=f"load_{number}", model="p/m", key="p/m", type="llm", worker="w", request=request, **fields)
+
+
+async def claimed(store: Store, number: int) -> Instance:
+    record = await store.create(queued(number, total_size_bytes=1000))
+    return (await store.commit(record, record.after(Event.CLAIM, epoch="e")))[0]
+
+
+def tallies(raw: redis.Redis) -> dict[str, int]:
+    found: Any = raw.hgetall("tallies")
+    return {name.decode(): int(n) for name, n in found.items()}
+
+
+class Deaf:
+    """A store whose replies do not arrive as often as it is told to."""
+
+    def __init__(self, store: Store, lost: int) -> None:
+        self.store, self.lost = store, lost
+
+    async def add_tally(self, process: str, number: int, counts: Mapping[str, int]) -> None:
+        await self.store.add_tally(process, number, counts)
+        if self.lost:
+            self.lost -= 1
+            raise RedisConnectionError("the reply is lost")
+
+
+async def test_a_commit_repeated_after_a_lost_reply_counts_once(store: Store, raw: redis.Redis) -> None:
+    loading = await claimed(store, 1)
+    new = loading.after(Event.LOAD, loaded_at=1.0, timing={"queue": 0.5, "weights": 0.25})
+    await store.commit(loading, new)
+    once = tallies(raw)
+    assert (once["loads|loaded|"], once["loaded_bytes"], once["load_seconds|under_1GiB|sum"]) == (1, 1000, 750_000)
+    await store.commit(loading, new)
+    assert tallies(raw) == once
+
+
+async def test_of_two_ends_that_race_one_counts(store: Store, raw: redis.Redis) -> None:
+    loading = await claimed(store, 1)
+    error = LoadFailed("load_stalled", "llm", "p/m", "why").body()
+    ends = [loading.after(Event.EXPIRE), loading.after(Event.FAIL, error=error), loading.after(Event.EXPIRE)]
+    results = await asyncio.gather(*(store.commit(loading, end) for end in ends), return_exceptions=True)
+    assert sum(isinstance(result, Fenced) for result in results) == 2
+    assert list(tallies(raw).values()) == [1]
+
+
+async def test_a_restoration_repeated_after_a_lost_reply_counts_once(store: Store, raw: redis.Redis) -> None:
+    for _ in range(2):
+        await store.create(queued(1, restoring=1, instance_id="p/m"))
+    assert tallies(raw) == {"restorations": 1}
+
+
+async def test_a_batch_whose_reply_was_lost_is_sent_again_and_added_once(store: Store, raw: redis.Redis) -> None:
+    tally, deaf = Tally(), Deaf(store, lost=2)
+    tally.add({"a": 1, "b": 5})
+    for _ in range(2):
+        with pytest.raises(UNAVAILABLE):
+            await tally.hand_over(deaf)  # type: ignore[arg-type]
+        tally.add({"a": 10})
+    await tally.hand_over(deaf)  # type: ignore[arg-type]
+    await tally.hand_over(deaf)  # type: ignore[arg-type]
+    assert tallies(raw) == {"a": 21, "b": 5}
+
+
+async def test_batches_of_many_processes_and_at_once_add_up(store: Store, raw: redis.Redis) -> None:
+    processes = [Tally() for _ in range(5)]
+    for _ in range(4):
+        for tally in processes:
+            tally.add({"a": 1})
+        await asyncio.gather(*(tally.hand_over(store) for tally in processes for _ in range(3)))
+    assert tallies(raw) == {"a": 20}
+    left = [raw.ttl(key) for key in raw.keys("tallied:*")]  # type: ignore[union-attr]
+    assert len(left) == 5
+    assert all(RETAIN_S - 60 < seconds <= RETAIN_S for seconds in left)  # type: ignore[operator]
+
+
+async def test_a_batch_that_arrives_after_a_later_one_is_not_added(store: Store, raw: redis.Redis) -> None:
+    await store.add_tally("p", 2, {"a": 1})
+    await store.add_tally("p", 1, {"a": 1})
+    assert tallies(raw) == {"a": 1}
+
+
+async def test_a_process_with_nothing_to_say_asks_nothing_of_redis(store: Store, raw: redis.Redis) -> None:
+    await Tally().hand_over(store)
+    assert raw.keys("tall*") == []
+
+
+async def test_the_readings_are_what_the_records_are(store: Store) -> None:
+    await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog="", residents=0, lease_s=store.lease_s))
+    loading = await claimed(store, 1)
+    await store.create(queued(2))
+    await store.create(msgspec.structs.replace(queued(3), worker="another"))
+    ended = await claimed(store, 4)
+    await store.commit(ended, ended.after(Event.EXPIRE))
+    found = await store.readings()
+    assert [worker.name for worker in found.workers] == ["w"]
+    assert (found.queued, found.queued_at) == (2, {"w": 1})
+    assert found.live == {("w", "loading"): 1, ("w", "queued"): 1, ("another", "queued"): 1}
+    assert found.counters == {"queued": 4, "loading": 2, "lost": 1}
+    assert found.tallies == {"loads|lost|": 1}
+    assert loading.state is State.LOADING

@@ -1,0 +1,187 @@
+"""What a load adds to the counts, and how buckets become Prometheus'."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.metrics import HELP, KNOWN, cumulated, rendered
+from shared.errors import ErrorBody, LoadFailed, LoadFailure, NoWorker
+from shared.lifecycle import Event
+from shared.schema import Instance, LoadRequest
+from shared.store import Readings
+from shared.tally import (
+    BOUNDS_S,
+    COUNTERS,
+    GIB,
+    HISTOGRAMS,
+    OUTCOMES,
+    PHASES,
+    accepted,
+    bucket,
+    moved,
+    observed,
+    size_class,
+)
+
+TIMING = {"queue": 0.25, "spawn": 0.0005, "metadata": 0.002, "weights": 3.0, "context": 0.01, "warmup": 0.02}
+
+
+def queued(**fields: Any) -> Instance:
+    return Instance(
+        id="load_1", model="p/m", key="p/m", type="llm", worker="w", request=LoadRequest(model="p/m"), **fields
+    )
+
+
+def loading() -> Instance:
+    return queued(total_size_bytes=2 * GIB).after(Event.CLAIM, epoch="e")
+
+
+def loaded(timing: dict[str, float] = TIMING) -> Instance:
+    return loading().after(Event.LOAD, loaded_at=1.0, timing=timing)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "name"),
+    [
+        (0, "under_1GiB"),
+        (GIB - 1, "under_1GiB"),
+        (GIB, "1_8GiB"),
+        (8 * GIB - 1, "1_8GiB"),
+        (8 * GIB, "8_32GiB"),
+        (32 * GIB - 1, "8_32GiB"),
+        (32 * GIB, "over_32GiB"),
+        (2**50, "over_32GiB"),
+    ],
+)
+def test_every_size_has_one_class(size_bytes: int, name: str) -> None:
+    assert size_class(size_bytes) == name
+
+
+@pytest.mark.parametrize(
+    ("seconds", "name"),
+    [(0.0, "0.001"), (0.001, "0.001"), (0.0011, "0.0025"), (1.0, "1.0"), (1800.0, "1800.0"), (1800.1, "+Inf")],
+)
+def test_a_bucket_holds_its_own_bound(seconds: float, name: str) -> None:
+    assert bucket(seconds) == name
+
+
+@given(st.lists(st.floats(0, 1e5)))
+def test_a_bucket_of_prometheus_counts_all_that_is_not_over_its_bound(seconds: list[float]) -> None:
+    counts: dict[str, int] = {}
+    total_us = 0
+    for one in seconds:
+        added = observed("f", one)
+        total_us += added.pop("f|sum")
+        for name, n in added.items():
+            part = name.removeprefix("f|")
+            counts[part] = counts.get(part, 0) + n
+    found = cumulated(counts)
+    assert [(name, float(sum(one <= float(name) for one in seconds))) for name, _ in found] == found
+    assert found[-1] == ("+Inf", float(len(seconds)))
+    assert total_us / 1e6 == pytest.approx(sum(seconds), abs=1e-6 * (len(seconds) + 1), rel=1e-9)
+
+
+def test_bounds_of_another_version_are_kept() -> None:
+    found = dict(cumulated({"0.003": 2, "0.001": 1, "+Inf": 1}))
+    assert (found["0.001"], found["0.0025"], found["0.003"], found["0.005"], found["+Inf"]) == (1, 1, 3, 3, 4)
+    assert all(a < b for a, b in pairwise(map(float, found)))
+
+
+def test_bounds_are_in_order() -> None:
+    bounds: list[float] = [*BOUNDS_S, math.inf]
+    assert bounds == sorted(set(bounds))
+
+
+def test_a_load_that_comes_to_loaded_adds_its_bytes_and_each_phase() -> None:
+    counts = moved(loading(), loaded())
+    assert counts.pop("loads|loaded|") == 1
+    assert counts.pop("loaded_bytes") == 2 * GIB
+    assert {name: counts.pop(f"load_phase_seconds|{name}|1_8GiB|sum") for name in PHASES} == {
+        name: round(seconds * 1e6) for name, seconds in TIMING.items()
+    }
+    for name, seconds in TIMING.items():
+        assert counts.pop(f"load_phase_seconds|{name}|1_8GiB|{bucket(seconds)}") == 1
+    assert counts.pop("load_seconds|1_8GiB|sum") == round(sum(TIMING.values()) * 1e6)
+    assert counts.pop("load_seconds|1_8GiB|5.0") == 1
+    assert counts == {}
+
+
+def test_a_phase_that_nobody_knows_makes_no_label() -> None:
+    assert moved(loading(), loaded({**TIMING, "p/m": 1.0})) == moved(loading(), loaded())
+
+
+def test_a_load_that_ends_otherwise_adds_its_outcome_alone() -> None:
+    for code in get_args(LoadFailure):
+        error = LoadFailed(code, "llm", "p/m", "why").body()
+        assert moved(loading(), loading().after(Event.FAIL, error=error)) == {f"loads|failed|{code}": 1}
+    gone = NoWorker("gone").body()
+    assert moved(queued(), queued().after(Event.FAIL, error=gone)) == {"loads|failed|no_worker": 1}
+    bare = ErrorBody(type="internal_error", message="why")
+    assert moved(queued(), queued().after(Event.FAIL, error=bare)) == {"loads|failed|internal_error": 1}
+    assert moved(queued(), queued().after(Event.STOP)) == {"loads|cancelled|": 1}
+    assert moved(queued(), queued().after(Event.EXPIRE)) == {"loads|lost|": 1}
+    stopping = loading().after(Event.STOP)
+    assert moved(loading(), stopping) == {}
+    assert moved(stopping, stopping.after(Event.EXIT)) == {"loads|cancelled|": 1}
+
+
+def test_what_becomes_of_an_instance_after_its_load_adds_nothing() -> None:
+    stopping = loaded().after(Event.STOP)
+    error = LoadFailed("engine_crashed", "llm", "p/m", "why").body()
+    for old, new in [
+        (loaded(), stopping),
+        (stopping, stopping.after(Event.EXIT)),
+        (loaded(), loaded().after(Event.EXPIRE)),
+        (loaded(), loaded().after(Event.FAIL, error=error)),
+    ]:
+        assert moved(old, new) == {}
+
+
+def test_progress_and_being_begun_anew_add_nothing() -> None:
+    assert moved(loading(), msgspec.structs.replace(loading(), loaded_bytes=1)) == {}
+    assert moved(loading(), loading().after(Event.REQUEUE)) == {}
+
+
+def test_a_load_that_brings_something_back_adds_a_restoration() -> None:
+    assert accepted(queued()) == {}
+    assert accepted(queued(restoring=2)) == {"restorations": 1}
+
+
+def test_every_outcome_that_a_load_can_have_counts_from_nought() -> None:
+    codes = {*get_args(LoadFailure)} - {"load_cancelled"} | {"no_worker"}
+    assert {reason for outcome, reason in OUTCOMES if outcome == "failed"} == codes
+    assert {outcome for outcome, reason in OUTCOMES if not reason} == {"loaded", "cancelled", "lost"}
+
+
+def test_every_family_is_described_and_none_twice() -> None:
+    assert set(HELP) == set(COUNTERS) | set(HISTOGRAMS)
+    assert not set(COUNTERS) & set(HISTOGRAMS)
+    assert set(KNOWN) <= set(COUNTERS)
+    assert all(len(row) == len(COUNTERS[name]) for name, rows in KNOWN.items() for row in rows)
+
+
+NOTHING = Readings(workers=[], counters={}, tallies={}, queued=0, queued_at={}, live={})
+
+
+def test_the_readme_has_every_family_and_no_other() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    listed = re.findall(r"^\| `(loadstone_\w+)` \|", readme, re.MULTILINE)
+    served = re.findall(r"^# TYPE (\w+) ", rendered(NOTHING).decode(), re.MULTILINE)
+    assert sorted(listed) == sorted(served)
+
+
+def test_what_another_version_counts_is_left_out() -> None:
+    counters = {"requeued": 1, "evicted": 3}
+    tallies = {"evicted|a|b": 3, "loads|failed|later": 2, "loads|loaded||evicted": 3, "load_seconds|evicted|a|1.0": 3}
+    text = rendered(msgspec.structs.replace(NOTHING, counters=counters, tallies=tallies)).decode()
+    assert 'loadstone_loads_total{outcome="failed",reason="later"} 2.0' in text
+    assert "evicted" not in text
