@@ -1,0 +1,103 @@
+"""The memory estimate against the engine's own figures, on files with the shapes of real models."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from shared.architectures import SHAPES
+from shared.catalog import Catalog
+from shared.estimate import CELLS, Estimate, estimate, fits, largest_context_length
+from shared.plan import plan
+from shared.schema import Device, LoadRequest, Model
+from shared.settings import Settings
+from shared.synthetic import sparse_shape
+from tests.integration.conftest import catalog
+from tests.noalloc import Case, Figures, measured
+
+BOUND = 0.03  # of the total, either way
+VOCABULARY = 2048  # tokens; a real one takes the engine half a second to read, and matters to the output alone
+VOCABULARIES = {"llama3-8b": 128_256, "qwen3-0.6b": 32_000, "bert-large": 30_522}
+Kind = Literal["gpu", "cpu"]
+KINDS: tuple[Kind, ...] = ("gpu", "cpu")
+
+DECODER: dict[str, dict[str, Any]] = {
+    "default": {},
+    "short": {"context_length": 1000, "eval_batch_size": 64},
+    "batch": {"eval_batch_size": 2048},
+    "no flash attention": {"flash_attention": False},
+    "parallel": {"parallel": 8, "context_length": 4096},
+}
+LONG: dict[str, dict[str, Any]] = {
+    "long": {"context_length": 32_768},
+    "long, no flash attention": {"context_length": 16_384, "flash_attention": False},
+}
+ENCODER: dict[str, dict[str, Any]] = {"default": {}, "short": {"context_length": 100}}
+EXPERTS = {"experts": {"num_experts": 1}}
+
+
+def configurations(preset: str) -> dict[str, dict[str, Any]]:
+    shape, _ = SHAPES[preset]
+    if shape.architecture == "bert":
+        return ENCODER
+    return DECODER | (LONG if shape.context_length >= 32_768 else {}) | (EXPERTS if shape.expert_count else {})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for preset in SHAPES:
+        shards = 3 if preset == "llama3-70b" else 0
+        vocabulary = VOCABULARIES.get(preset, VOCABULARY)
+        sparse_shape(root / f"p/{preset}/m.gguf", preset, shards=shards, vocabulary=vocabulary)
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    found = catalog(root, tmp_path_factory.mktemp("catalog"))
+    return {preset: found[f"p/{preset}"] for preset in SHAPES}
+
+
+def estimated(model: Model, kind: Kind, **fields: Any) -> Estimate:
+    return estimate(model, plan(LoadRequest(model=model.key, **fields), model, Settings()), kind)
+
+
+@pytest.fixture(scope="module")
+def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict[str, Figures]]:
+    """The engine's, by model and kind of device, of each configuration."""
+    loads: list[tuple[str, Kind, list[str]]] = []
+    cases: list[Case] = []
+    for preset, model in models.items():
+        for experts in (False, True):
+            asked = {w: f for w, f in configurations(preset).items() if ("num_experts" in f) == experts}
+            plans = [plan(LoadRequest(model=model.key, **fields), model, Settings()) for fields in asked.values()]
+            for kind in KINDS if plans else ():
+                loads.append((preset, kind, [*asked]))
+                cases.append(Case(path=str(root / model.shards[0]), plans=plans, on_gpu=kind == "gpu"))
+    found: dict[tuple[str, Kind], dict[str, Figures]] = defaultdict(dict)
+    for (preset, kind, names), its_figures in zip(loads, measured(cases), strict=True):
+        found[preset, kind] |= zip(names, its_figures, strict=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("preset", SHAPES)
+def test_the_estimate_is_what_the_engine_would_take(
+    preset: str, kind: Kind, models: dict[str, Model], figures: dict[tuple[str, Kind], dict[str, Figures]]
+) -> None:
+    asked = configurations(preset)
+    assert figures[preset, kind].keys() == asked.keys()
+    for words, engine in figures[preset, kind].items():
+        found = estimated(models[preset], kind, **asked[words])
+        assert found.exact
+        assert found.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), words
+        assert found.context_bytes == engine.context_bytes, words
+        assert found.weights_bytes == pytest.approx(engine.weights_bytes, rel=1e-4), words
