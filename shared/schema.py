@@ -170,6 +170,34 @@ class UnloadResult(Struct, frozen=True, kw_only=True):
     instance_id: str
 
 
+class EstimatedDevice(Struct, frozen=True, kw_only=True):
+    """What a load would take of a device, and what is free there."""
+
+    id: str
+    worker: str
+    weights_bytes: int
+    context_bytes: int
+    compute_bytes: int
+    total_bytes: int
+    free_bytes: int
+
+
+class EstimateResult(Struct, frozen=True, kw_only=True):
+    """What a load would take.
+
+    `evicts` are the instances that would be unloaded for it.  `max_context_length_that_fits` is with everything else
+    as asked, and null where none does.  `exact` is false where it was not compared with the engine's own figures.
+    """
+
+    model: str
+    fits: bool
+    devices: list[EstimatedDevice]
+    total_bytes: int
+    evicts: list[str]
+    max_context_length_that_fits: int | None
+    exact: bool
+
+
 class Quantization(Struct, frozen=True, kw_only=True):
     """`bits_per_weight` is whole and rounded down, as LM Studio lists it: typed clients refuse a fraction."""
 

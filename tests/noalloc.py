@@ -21,7 +21,6 @@ from msgspec import Struct
 
 from shared.plan import Plan
 
-
 GPU = "FAKE0"
 
 
@@ -50,7 +49,7 @@ def measured(cases: list[Case]) -> list[list[Figures]]:
         input=msgspec.json.encode(cases),
         cwd=Path(__file__).parents[1],
         capture_output=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
