@@ -96,9 +96,6 @@ def test_the_estimate_is_what_the_engine_would_take(
     assert figures[preset, kind].keys() == asked.keys()
     for words, engine in figures[preset, kind].items():
         found = estimated(models[preset], kind, **asked[words])
-        print(
-            f"ERR {preset} {kind} {words}: {100 * (found.total_bytes / engine.total_bytes - 1):.2f} {100 * (found.compute_bytes / engine.compute_bytes - 1):.2f}"
-        )
         assert found.exact
         assert found.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), words
         assert found.context_bytes == engine.context_bytes, words
