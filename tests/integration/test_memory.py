@@ -344,6 +344,6 @@ async def test_a_gpu_that_has_no_room_is_insufficient_memory_whatever_was_to_go_
         await held.check_untouched()
         assert (detail["largest_context_length"] is None) == (key == WIDE), "no context is small enough for its weights"
     largest: int = detail["largest_context_length"]
-    _, detail = await held.refused(LONG, largest + 256)
+    _, detail = await held.refused(LONG, largest + 2 * 256)  # two steps, since the estimate may be off by 3 %
     assert detail["largest_context_length"] == largest
     assert (await held.loaded(LONG, largest)).devices == [GPU]
