@@ -44,6 +44,7 @@ class Shape:
     expert_used_count: int = 0
     expert_feed_forward_length: int = 0  # 0: feed_forward_length
     sliding_window: int = 0  # tokens; 0: full attention in every layer
+    pooling_type: int = 0  # 0: none, it writes text
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
     has_post_norm: bool = False
@@ -58,7 +59,7 @@ BERT = Shape(architecture="bert", block_count=2, head_count_kv=4, key_length=16,
 
 TINY = Shape()
 TINY_MOE = replace(QWEN3_MOE, expert_count=8, expert_used_count=2, expert_feed_forward_length=64)
-TINY_EMBEDDING = replace(QWEN3, block_count=2)
+TINY_EMBEDDING = replace(QWEN3, block_count=2, pooling_type=POOL_LAST_TOKEN)
 TINY_GEMMA3 = replace(GEMMA3, block_count=12, head_count_kv=1, context_length=8192, sliding_window=512)
 
 # fmt: off
@@ -69,6 +70,7 @@ LLAMA3_70B = replace(LLAMA3_8B, block_count=80, embedding_length=8192, feed_forw
 MIXTRAL_8X7B = replace(LLAMA3_8B, context_length=32_768, expert_count=8, expert_used_count=2)
 QWEN3_06B = replace(QWEN3, block_count=28, embedding_length=1024, feed_forward_length=3072, head_count=16,
                     head_count_kv=8, key_length=128, context_length=40_960, has_output=False)
+QWEN3_EMBEDDING_06B = replace(QWEN3_06B, context_length=32_768, pooling_type=POOL_LAST_TOKEN)
 QWEN3_30B = replace(QWEN3_MOE, block_count=48, embedding_length=2048, feed_forward_length=6144, head_count=32,
                     head_count_kv=4, key_length=128, context_length=40_960, expert_count=128, expert_used_count=8,
                     expert_feed_forward_length=768)
@@ -84,6 +86,7 @@ BERT_LARGE = replace(BERT, block_count=24, embedding_length=1024, feed_forward_l
 
 SHAPES: dict[str, tuple[Shape, int]] = {  # well-known models: shape, tokens in the vocabulary
     "qwen3-0.6b": (QWEN3_06B, 151_936),
+    "qwen3-embedding-0.6b": (QWEN3_EMBEDDING_06B, 151_669),
     "bert-large": (BERT_LARGE, 30_522),
     "gemma3-1b": (GEMMA3_1B, 262_144),
     "llama2-7b": (LLAMA2_7B, 32_000),
@@ -120,6 +123,7 @@ def decoder(shape: Shape, tokenizer: Metadata, matrix_type: str = "F16") -> Mode
         f"{arch}.expert_used_count": shape.expert_used_count,
         f"{arch}.expert_feed_forward_length": shape.expert_feed_forward_length,
         f"{arch}.attention.sliding_window": shape.sliding_window,
+        f"{arch}.pooling_type": shape.pooling_type,
     }
     metadata |= {key: value for key, value in optional.items() if value}
 

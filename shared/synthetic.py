@@ -25,7 +25,7 @@ from gguf import GGUFValueType as Kind
 from numpy.typing import NDArray
 
 from shared import architectures, tokenizers
-from shared.architectures import LLAMA2_7B, POOL_LAST_TOKEN, SHAPES, TINY, Model, Shape, Tensor, decoder
+from shared.architectures import LLAMA2_7B, SHAPES, TINY, Model, Shape, Tensor, decoder
 from shared.tokenizers import Metadata, Value
 
 TILE_ELEMENTS = 1 << 22  # random numbers drawn per file and tensor type at most; larger tensors repeat them
@@ -62,7 +62,7 @@ def tiny_embedding(
 ) -> Path:
     """An embedding model with a decoder's architecture, as Qwen3-Embedding: the pooling type alone tells it apart."""
     made = decoder(architectures.TINY_EMBEDDING, tokenizers.bpe())
-    made.metadata.update({"qwen3.pooling_type": POOL_LAST_TOKEN, "tokenizer.ggml.add_eos_token": True})
+    made.metadata["tokenizer.ggml.add_eos_token"] = True
     return _write_one(path, _model(made, name, "F16"), metadata, {"tokenizer.chat_template", *drop})
 
 

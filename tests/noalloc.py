@@ -4,8 +4,8 @@ With `no_alloc` the engine builds the model and the context, and sums up what it
 `llama_get_memory_breakdown` tells, which llama.cpp 0c1e57098 has no C interface for.  It returns a std::map by value,
 whose nodes are laid out here as libstdc++ has them on x86-64.  For tests only.
 
-`python -m tests.noalloc` is a process of its own, as the engine may be in none of the tests': it reads one JSON list
-of `Case` from stdin and writes one JSON list of `Figures` to stdout.
+`python -m tests.noalloc [GPU]` is a process of its own, since the engine may not be in that of the tests: it reads a
+JSON list of `Case` from stdin and writes, for each, a list of `Figures` to stdout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ GPU = "FAKE0"
 class Case(Struct, frozen=True, kw_only=True):
     path: str  # of the first shard
     plans: list[Plan]  # of one number of experts
-    on_gpu: bool  # on a large one that is none, or on the CPU
 
 
 class Figures(Struct, frozen=True, kw_only=True):
@@ -42,10 +41,10 @@ class Figures(Struct, frozen=True, kw_only=True):
         return self.weights_bytes + self.context_bytes + self.compute_bytes
 
 
-def measured(cases: list[Case]) -> list[list[Figures]]:
-    """The engine's figures of each case and plan."""
+def measured(cases: list[Case], *, on_gpu: bool) -> list[list[Figures]]:
+    """The engine's figures of each case and plan: on the CPU, or on one large GPU that is none."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.noalloc"],
+        [sys.executable, "-m", "tests.noalloc", *([GPU] if on_gpu else [])],
         input=msgspec.json.encode(cases),
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -91,10 +90,10 @@ def main() -> None:
 
     llama.initialise()
     cases = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Case])
-    if any(case.on_gpu for case in cases):
+    for name in sys.argv[1:]:
         from tests import fakegpu
 
-        fakegpu.add(GPU, 1 << 50)
+        fakegpu.add(name, 1 << 50)
     sys.stdout.buffer.write(msgspec.json.encode([_measure(llama.lib, case) for case in cases]))
 
 
@@ -111,9 +110,6 @@ def _measure(lib: Any, case: Case) -> list[Figures]:
         overrides[0].key = override[0].encode()
         overrides[0].value.val_i64 = override[1]
         params.kv_overrides = overrides
-    no_devices = (ctypes.c_void_p * 1)()
-    if not case.on_gpu:
-        params.devices = ctypes.addressof(no_devices)
     model = lib.llama_model_load_from_file(case.path.encode(), params)
     assert model, case.path
     found = []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shared import synthetic
+from shared.tokenizers import Value
 from tests.service import Reply, Running, Service, error, until, up
 
 PATH = "/api/v1/models/estimate"
@@ -23,7 +24,10 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     synthetic.tiny_llama(home / f"models/{LONG}/long-f16.gguf", metadata={"llama.context_length": LONGEST})
     synthetic.tiny_bert(home / f"models/{BERT}/bert-f32.gguf")
-    other = {"general.architecture": "cohere2", "cohere2.context_length": 4096}  # of which the estimate is not sure
+    other: dict[str, Value] = {
+        "general.architecture": "cohere2",
+        "cohere2.context_length": 4096,
+    }  # of which the estimate is not sure
     synthetic.tiny_llama(home / f"models/{OTHER}/other-f16.gguf", metadata=other)
     (home / f"models/{BROKEN}").mkdir()
     (home / f"models/{BROKEN}/broken.gguf").write_bytes(b"")
