@@ -24,10 +24,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     synthetic.tiny_llama(home / f"models/{LONG}/long-f16.gguf", metadata={"llama.context_length": LONGEST})
     synthetic.tiny_bert(home / f"models/{BERT}/bert-f32.gguf")
-    other: dict[str, Value] = {
-        "general.architecture": "cohere2",
-        "cohere2.context_length": 4096,
-    }  # of which the estimate is not sure
+    # An architecture of which the estimate is not sure; no engine ever sees the file.
+    other: dict[str, Value] = {"general.architecture": "cohere2", "cohere2.context_length": 4096}
     synthetic.tiny_llama(home / f"models/{OTHER}/other-f16.gguf", metadata=other)
     (home / f"models/{BROKEN}").mkdir()
     (home / f"models/{BROKEN}/broken.gguf").write_bytes(b"")

@@ -20,7 +20,7 @@ from tests.noalloc import Case, Figures, measured
 BOUND = 0.03  # of the total, either way
 COMPUTE_BOUND = 0.2  # of the compute buffer alone, so that no term of it can get lost beside the weights
 VOCABULARY = 2048  # tokens; a real one takes the engine half a second to read, and matters to the output alone
-VOCABULARIES = {"llama3-8b": 128_256, "qwen3-0.6b": 32_000, "bert-large": 30_522}
+VOCABULARIES = {"llama3-8b": 128_256, "qwen3-0.6b": 32_000, "bert-large": 30_522, "qwen3-embedding-0.6b": 32_000}
 Kind = Literal["gpu", "cpu"]
 KINDS: tuple[Kind, ...] = ("gpu", "cpu")
 # The fake GPU is slow, since it is asked for every step of a graph: a few models and configurations must do.

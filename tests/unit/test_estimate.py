@@ -153,7 +153,9 @@ def test_what_is_asked_for_counts() -> None:
     assert of(model(), "cpu").weights_bytes == 4_630_000_000
     assert of(model(), context_length=4097).context_bytes == default.context_bytes // 16 * 17
     assert of(model(), parallel=8).context_bytes == default.context_bytes
-    assert of(model(), offload_kv_cache_to_gpu=False).context_bytes == 0
+    beside = of(model(), offload_kv_cache_to_gpu=False)
+    assert beside.context_bytes == 0
+    assert beside.compute_bytes == default.compute_bytes + default.context_bytes // 32, "a block's cache comes over"
     assert of(model(), "cpu", offload_kv_cache_to_gpu=False) == of(model(), "cpu")
 
 
