@@ -13,7 +13,7 @@ import msgspec
 from api.follow import RECORD_LOST, Follower
 from api.headers import FIRST, is_after
 from api.jobs import event, is_over, outcome, status
-from api.models import check, listed
+from api.models import check, listed, nowhere
 from api.roster import Roster
 from shared.errors import (
     ErrorBody,
@@ -97,9 +97,7 @@ class Loads:
                 await self.roster.refresh()  # it may be a beat behind
         if full is not None:
             raise QueueFull(f"{full.limit} loads wait already, and no more may.", full.retry_after_s)
-        if model is None:
-            raise ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
-        raise NoWorker(f"No worker that has {request.model} is alive. Try again shortly.")
+        raise nowhere(request.model, model)
 
     async def _create(self, request: LoadRequest, worker: str, model: Model, key: str, digest: str) -> Instance:
         """Write the record and its delivery.  Raises NoLease if the worker has just gone, KeyTaken, Full, Crashed."""

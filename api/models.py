@@ -6,7 +6,7 @@ import math
 
 from msgspec import UNSET
 
-from shared.errors import InvalidValue
+from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
 from shared.schema import Capabilities, ListedModel, LoadedInstance, LoadRequest, Model, Quantization
 
 
@@ -39,6 +39,13 @@ def check(request: LoadRequest, model: Model) -> None:
                     param="parallel",
                     maximum=limit,
                 )
+
+
+def nowhere(wanted: str, known: Model | None) -> ServiceError:
+    """Why no worker can load what a client wants; `known` is what one that is away has of it."""
+    if known is None:
+        return ModelNotFound(f"Model {wanted} not found in downloaded models", param="model")
+    return NoWorker(f"No worker that has {wanted} is alive. Try again shortly.")
 
 
 def listed(model: Model, loaded: list[LoadedInstance]) -> ListedModel:

@@ -11,6 +11,7 @@ from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
 from shared import errors
 from shared.errors import ServiceError
 from shared.schema import (
+    EstimateResult,
     Job,
     JobList,
     JobStatus,
@@ -25,6 +26,7 @@ from shared.schema import (
 
 LOAD = "/api/v1/models/load"
 STATUS = f"{LOAD}/status"
+ESTIMATE = "/api/v1/models/estimate"
 JSON, SSE, TEXT, HTML = "application/json", "text/event-stream", "text/plain", "text/html"
 REF = "#/components/schemas/{name}"
 
@@ -205,6 +207,22 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             errors.JobNotFound,
             errors.QueueFull,
             errors.TooManyWaiting,
+            errors.LoadFailed,
+            errors.NoWorker,
+            errors.QueueUnavailable,
+        ),
+    ),
+    ("POST", ESTIMATE): Operation(
+        name="estimate_load",
+        summary="Say how much memory a load would take, and whether it would fit",
+        description="The body is that of the load. Loads nothing. The estimate is for the device with the most free "
+        "memory, of all workers that have the model. `exact` is false where it is a guess: `exact` ones are within 3 % "
+        "of what the engine would allocate.",
+        body=LoadRequest,
+        replies={200: Reply(description="The estimate, whether or not it fits.", content={JSON: EstimateResult})},
+        errors=(
+            *IN_A_BODY,
+            errors.ModelNotFound,
             errors.LoadFailed,
             errors.NoWorker,
             errors.QueueUnavailable,

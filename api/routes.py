@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from api.decode import decode, read_body
+from api.estimate import estimated
 from api.headers import (
     FIRST,
     LONGEST_WAIT_S,
@@ -31,7 +32,7 @@ from api.jobs import is_over, job
 from api.loads import Loads
 from api.metrics import metrics
 from api.openapi import docs_page, openapi_json
-from api.operations import LOAD, STATUS
+from api.operations import ESTIMATE, LOAD, STATUS
 from api.stream import EventStream, events
 from api.waiting import Waiting
 from shared.errors import JobNotFound, QueueUnavailable
@@ -66,6 +67,12 @@ async def load(request: Request) -> Response:
                 raise
             return _accepted(await loads.job(instance.id), applied)
     return _json(instance.result(), headers={"Server-Timing": server_timing(instance), **applied})
+
+
+async def estimate(request: Request) -> Response:
+    wanted = decode(await read_body(request), LoadRequest, '"{}" is required')
+    loads: Loads = request.state.loads
+    return _json(await estimated(wanted, loads.roster, loads.settings))
 
 
 async def jobs(request: Request) -> Response:
@@ -145,6 +152,7 @@ async def readyz(request: Request) -> Response:
 
 ROUTES = [
     Route(LOAD, load, methods=["POST"]),
+    Route(ESTIMATE, estimate, methods=["POST"]),
     Route(STATUS, jobs, methods=["GET"]),
     Route(STATUS + "/{job_id}", one_job, methods=["GET"]),
     Route(STATUS + "/{job_id}", cancel, methods=["DELETE"]),

@@ -44,18 +44,22 @@ class Shape:
     expert_used_count: int = 0
     expert_feed_forward_length: int = 0  # 0: feed_forward_length
     sliding_window: int = 0  # tokens; 0: full attention in every layer
+    pooling_type: int = 0  # 0: none, it writes text
+    has_qkv_bias: bool = False
     has_qk_norm: bool = False
     has_post_norm: bool = False
     has_output: bool = True  # False: the embedding matrix is the output matrix too
 
 
+QWEN2 = Shape(architecture="qwen2", has_qkv_bias=True)
 QWEN3 = Shape(architecture="qwen3", has_qk_norm=True)
 QWEN3_MOE = replace(QWEN3, architecture="qwen3moe")
 GEMMA3 = Shape(architecture="gemma3", has_qk_norm=True, has_post_norm=True, has_output=False)
+BERT = Shape(architecture="bert", block_count=2, head_count_kv=4, key_length=16, context_length=512)
 
 TINY = Shape()
 TINY_MOE = replace(QWEN3_MOE, expert_count=8, expert_used_count=2, expert_feed_forward_length=64)
-TINY_EMBEDDING = replace(QWEN3, block_count=2)
+TINY_EMBEDDING = replace(QWEN3, block_count=2, pooling_type=POOL_LAST_TOKEN)
 TINY_GEMMA3 = replace(GEMMA3, block_count=12, head_count_kv=1, context_length=8192, sliding_window=512)
 
 # fmt: off
@@ -66,16 +70,27 @@ LLAMA3_70B = replace(LLAMA3_8B, block_count=80, embedding_length=8192, feed_forw
 MIXTRAL_8X7B = replace(LLAMA3_8B, context_length=32_768, expert_count=8, expert_used_count=2)
 QWEN3_06B = replace(QWEN3, block_count=28, embedding_length=1024, feed_forward_length=3072, head_count=16,
                     head_count_kv=8, key_length=128, context_length=40_960, has_output=False)
+QWEN3_EMBEDDING_06B = replace(QWEN3_06B, context_length=32_768, pooling_type=POOL_LAST_TOKEN)
 QWEN3_30B = replace(QWEN3_MOE, block_count=48, embedding_length=2048, feed_forward_length=6144, head_count=32,
                     head_count_kv=4, key_length=128, context_length=40_960, expert_count=128, expert_used_count=8,
                     expert_feed_forward_length=768)
+QWEN2_7B = replace(QWEN2, block_count=28, embedding_length=3584, feed_forward_length=18_944, head_count=28,
+                   head_count_kv=4, key_length=128, context_length=32_768)
+GEMMA3_1B = replace(GEMMA3, block_count=26, embedding_length=1152, feed_forward_length=6912, head_count=4,
+                    head_count_kv=1, key_length=256, context_length=32_768, sliding_window=512)
 GEMMA3_27B = replace(GEMMA3, block_count=62, embedding_length=5376, feed_forward_length=21_504, head_count=32,
                      head_count_kv=16, key_length=128, context_length=131_072, sliding_window=1024)
+BERT_LARGE = replace(BERT, block_count=24, embedding_length=1024, feed_forward_length=4096, head_count=16,
+                     head_count_kv=16, key_length=64)
 # fmt: on
 
 SHAPES: dict[str, tuple[Shape, int]] = {  # well-known models: shape, tokens in the vocabulary
     "qwen3-0.6b": (QWEN3_06B, 151_936),
+    "qwen3-embedding-0.6b": (QWEN3_EMBEDDING_06B, 151_669),
+    "bert-large": (BERT_LARGE, 30_522),
+    "gemma3-1b": (GEMMA3_1B, 262_144),
     "llama2-7b": (LLAMA2_7B, 32_000),
+    "qwen2-7b": (QWEN2_7B, 152_064),
     "llama3-8b": (LLAMA3_8B, 128_256),
     "gemma3-27b": (GEMMA3_27B, 262_144),
     "qwen3-30b-a3b": (QWEN3_30B, 151_936),
@@ -108,6 +123,7 @@ def decoder(shape: Shape, tokenizer: Metadata, matrix_type: str = "F16") -> Mode
         f"{arch}.expert_used_count": shape.expert_used_count,
         f"{arch}.expert_feed_forward_length": shape.expert_feed_forward_length,
         f"{arch}.attention.sliding_window": shape.sliding_window,
+        f"{arch}.pooling_type": shape.pooling_type,
     }
     metadata |= {key: value for key, value in optional.items() if value}
 
@@ -133,26 +149,34 @@ def decoder(shape: Shape, tokenizer: Metadata, matrix_type: str = "F16") -> Mode
         f"ffn_down{suffix}": (n_ff, n_embd, *experts),
     }
 
+    biases = {name: matrices[name][1:] for name in ("attn_q", "attn_k", "attn_v") if shape.has_qkv_bias}
+
     tensors = [Tensor("token_embd.weight", (n_embd, n_tokens), matrix_type)]
     for block in range(shape.block_count):
         for parts, kind in ((vectors, "F32"), (matrices, matrix_type)):
             tensors += [Tensor(f"blk.{block}.{part}.weight", size, kind) for part, size in parts.items()]
+        tensors += [Tensor(f"blk.{block}.{part}.bias", size, "F32") for part, size in biases.items()]
     tensors.append(Tensor("output_norm.weight", (n_embd,), "F32"))
     if shape.has_output:
         tensors.append(Tensor("output.weight", (n_embd, n_tokens), matrix_type))
     return Model(metadata | dict(tokenizer), tensors)
 
 
-def encoder(tokenizer: Metadata) -> Model:
-    """A BERT of two layers in F32, pooled by mean, that takes 512 tokens at most."""
-    n_embd, n_ff, n_context, n_blocks, n_tokens = 64, 128, 512, 2, tokenizers.n_tokens(tokenizer)
+def encoder(tokenizer: Metadata, shape: Shape = BERT, matrix_type: str = "F32") -> Model:
+    """A BERT, pooled by mean."""
+    n_embd, n_ff, n_context, n_tokens = (
+        shape.embedding_length,
+        shape.feed_forward_length,
+        shape.context_length,
+        tokenizers.n_tokens(tokenizer),
+    )
     metadata: dict[str, Value] = {
         "general.architecture": "bert",
         "bert.context_length": n_context,
         "bert.embedding_length": n_embd,
-        "bert.block_count": n_blocks,
+        "bert.block_count": shape.block_count,
         "bert.feed_forward_length": n_ff,
-        "bert.attention.head_count": 4,
+        "bert.attention.head_count": shape.head_count,
         "bert.attention.layer_norm_epsilon": 1e-12,
         "bert.attention.causal": False,
         "bert.pooling_type": POOL_BY_MEAN,
@@ -167,12 +191,14 @@ def encoder(tokenizer: Metadata) -> Model:
         "token_embd_norm.weight": (n_embd,),
         "token_embd_norm.bias": (n_embd,),
     }
-    for block in (f"blk.{number}." for number in range(n_blocks)):
+    for block in (f"blk.{number}." for number in range(shape.block_count)):
         for part, size in linear.items():
             sizes |= {f"{block}{part}.weight": size, f"{block}{part}.bias": size[1:]}
         for norm in ("attn_output_norm", "layer_output_norm"):
             sizes |= {f"{block}{norm}.weight": (n_embd,), f"{block}{norm}.bias": (n_embd,)}
-    return Model(metadata | dict(tokenizer), [Tensor(name, size, "F32") for name, size in sizes.items()])
+    matrices = {"token_embd.weight", *(f"blk.{n}.{part}.weight" for n in range(shape.block_count) for part in linear)}
+    kinds = {name: matrix_type if name in matrices else "F32" for name in sizes}
+    return Model(metadata | dict(tokenizer), [Tensor(name, size, kinds[name]) for name, size in sizes.items()])
 
 
 def vision_projector() -> Model:

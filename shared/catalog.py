@@ -20,9 +20,9 @@ from shared.gguf import InvalidGGUF
 from shared.modelfile import ModelFile
 from shared.modelkeys import Named, Place
 from shared.modelsdir import Found, walk
-from shared.schema import FileStat, Model, Problem
+from shared.schema import FileStat, Model, Problem, Weights
 
-CACHE_VERSION = f"1 {shared.__version__}"  # what is concluded from a header may change with every release
+CACHE_VERSION = f"2 {shared.__version__}"  # what is concluded from a header may change with every release
 NAMED_SHARDS = 5  # missing files that are named in a message
 PREFERRED_BITS = 4.5  # per weight: what a folder's plain key means, where there is a choice
 COMPANION = "mmproj"  # in a file's name: the part of a vision model that encodes images
@@ -173,12 +173,27 @@ def _model(
         vision=vision,
         trained_for_tool_use=first.tool_use,
         files=[one.stat for one in shards],
+        dimensions=first.dimensions,
+        weights=_all_weights([file.weights for file in read]),
     )
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:
     known = [n for n in numbers if n is not None]
     return sum(known) if len(known) == len(numbers) else None
+
+
+def _all_weights(found: Sequence[Weights | None]) -> Weights | None:
+    """Of all shards, once all are known."""
+    known = [weights for weights in found if weights is not None]
+    if not known or len(known) != len(found):
+        return None
+    return Weights(
+        input_bytes=sum(weights.input_bytes for weights in known),
+        repeating_bytes=sum(weights.repeating_bytes for weights in known),
+        output_bytes=sum(weights.output_bytes for weights in known),
+        has_output=any(weights.has_output for weights in known),
+    )
 
 
 def _problem(place: Place, of: int, parts: dict[int, Found], files: Mapping[str, ModelFile]) -> Problem | None:

@@ -14,6 +14,7 @@ import msgspec
 
 from shared.errors import ErrorBody
 from shared.schema import (
+    EstimateResult,
     Job,
     JobList,
     LoadEnd,
@@ -32,6 +33,7 @@ STOP_ANSWER_S = 90.0  # an unload or a cancel is answered once memory is back: t
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # the same request may succeed later
 LOADS, STATUS = "/api/v1/models/load", "/api/v1/models/load/status"
+ESTIMATE = "/api/v1/models/estimate"
 JSON = {"Content-Type": "application/json"}
 
 T = TypeVar("T")
@@ -124,6 +126,9 @@ class Client:
     def logs(self, job_id: str) -> str:
         with self._answer("GET", _status(job_id) + "/logs") as answer:
             return answer.read().decode(errors="replace")
+
+    def estimate(self, request: LoadRequest) -> EstimateResult:
+        return self._ask(EstimateResult, "POST", ESTIMATE, content=msgspec.json.encode(request), headers=JSON)
 
     def submit(self, request: LoadRequest, idempotency_key: str) -> Job:
         """Have a load accepted.  What was asked twice under one key is one load, so a broken connection is no end;

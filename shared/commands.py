@@ -20,7 +20,7 @@ from msgspec import UNSET
 from shared.client import Client, Failure, cancelled, checked_url
 from shared.display import clean, following, percent, size, stage, table, when
 from shared.errors import ErrorBody
-from shared.schema import Job, JobStatus, LoadConfig, LoadEnd, LoadRequest, LoadResult
+from shared.schema import EstimateResult, Job, JobStatus, LoadConfig, LoadEnd, LoadRequest, LoadResult
 
 FAILED, CANCELLED = 1, 130
 VISIBLE = {chr(code) for code in range(0x21, 0x7F)}
@@ -144,16 +144,29 @@ def ps(server: Client, as_json: bool) -> None:
 )
 @click.option("--parallel", type=click.IntRange(1), metavar="N", help="Sequences that the context holds.")
 @click.option("--force", is_flag=True, default=None, help="Try a model that crashed the engine lately.")
+@click.option("--estimate-only", is_flag=True, help="Load nothing: say what it would take. Exit status 0: it fits.")
 @click.option("--detach", is_flag=True, help="Do not wait: write the job's id to stdout.")
 @click.option(
     "--idempotency-key", metavar="KEY", callback=visible_ascii, help="The same key again joins the load it began."
 )
-def load(server: Client, as_json: bool, model: str, detach: bool, idempotency_key: str | None, **fields: Any) -> None:
+def load(
+    server: Client,
+    as_json: bool,
+    model: str,
+    estimate_only: bool,
+    detach: bool,
+    idempotency_key: str | None,
+    **fields: Any,
+) -> None:
     """Load a model, and write the id of its instance to stdout once it is in memory.
 
     Ctrl-C cancels the load; a second one does not wait until it has ended.
     """
     given = {name: value for name, value in fields.items() if value is not None}
+    if estimate_only:
+        if detach or idempotency_key:
+            raise click.UsageError("--estimate-only loads nothing: leave out --detach and --idempotency-key.")
+        return show(server.estimate(LoadRequest(model=model, **given)), as_json)
     request = LoadRequest(model=model, echo_load_config=True, **given)
     key = idempotency_key or uuid.uuid4().hex
     job: Job | None = None
@@ -173,6 +186,35 @@ def load(server: Client, as_json: bool, model: str, detach: bool, idempotency_ke
     applied = describe(result.load_config) if result.load_config is not UNSET else ""
     say(f"loaded in {result.load_time_seconds:.3g} s{applied}")
     return click.echo(clean(result.instance_id))
+
+
+def show(found: EstimateResult, as_json: bool) -> None:
+    """Write an estimate.  Exits with FAILED where it does not fit."""
+    if as_json:
+        document(found)
+    else:
+        headings = ("DEVICE", "WORKER", "WEIGHTS", "CONTEXT", "COMPUTE", "TOTAL", "FREE", "FITS", "LARGEST CONTEXT")
+        ends = ("yes" if found.fits else "no", str(found.max_context_length_that_fits or "-"))
+        table(
+            headings,
+            [
+                (
+                    device.id,
+                    device.worker,
+                    size(device.weights_bytes),
+                    size(device.context_bytes),
+                    size(device.compute_bytes),
+                    size(device.total_bytes),
+                    size(device.free_bytes),
+                    *ends,
+                )
+                for device in found.devices
+            ],
+        )
+        if not found.exact:
+            say("This is a guess: the formula was not compared with the engine for this.")
+    if not found.fits:
+        sys.exit(FAILED)
 
 
 def outcome(server: Client, job: Job) -> LoadResult:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import Struct, structs
 
 from shared import quantization
-from shared.gguf import Header, InvalidGGUF, Scalar, Value
-from shared.schema import ModelType, Problem
+from shared.gguf import Header, InvalidGGUF, Scalar, Tensor, Value
+from shared.schema import Dimensions, ModelType, PerBlock, Problem, Weights
 
 # Limits that llama.cpp checks with GGML_ASSERT (src/llama-model.cpp, load_hparams): beyond them the process aborts.
 MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS; measured: 1024 passes, 1025 aborts
 ROPE_SCALING_TYPES = frozenset({"none", "linear", "yarn", "longrope"})
 MAX_CONTEXT_LENGTH = 2**31 - 1
+MAX_LENGTH = 2**20  # elements of what a memory estimate counts with: no model comes near
 MAX_TEXT = 2000  # characters of a name or a description that are passed on
 
 # llama.cpp's architectures whose attention looks at the whole input, which is what an embedder does.
@@ -35,6 +38,8 @@ ENCODERS = frozenset(
     }
 )
 DIFFUSERS = frozenset({"dream", "llada", "llada-moe", "rnd1"})  # not causal either, but they write text
+
+INPUT_TENSORS = frozenset({"token_embd.weight", "token_types.weight", "position_embd.weight"})
 
 NO_MODEL = {
     "adapter": "is a LoRA adapter, not a model",
@@ -74,6 +79,8 @@ class ModelFile(Struct, frozen=True, kw_only=True):
     n_tensors: int = 0
     parameters: int | None = None
     tensor_bytes: int | None = None
+    dimensions: Dimensions | None = None
+    weights: Weights | None = None
 
 
 def unreadable(error: InvalidGGUF) -> ModelFile:
@@ -110,6 +117,8 @@ def describe(header: Header) -> ModelFile:
         n_tensors=header.n_tensors,
         parameters=parameters,
         tensor_bytes=tensor_bytes,
+        dimensions=_dimensions(fields, architecture, header.array_lengths.get("tokenizer.ggml.tokens")),
+        weights=None if tensor_bytes is None else _by_place(header.tensors or ()),
     )
     return structs.replace(found, problem=_problem(fields, found))
 
@@ -129,6 +138,20 @@ class _Fields:
         value = self._metadata.get(key)
         values: list[Scalar] = value if isinstance(value, list) else [absent if value is None else value]
         return max((v for v in values if isinstance(v, int)), default=absent)
+
+    def length(self, key: str, absent: int = 0) -> int:
+        """A count of elements, the largest of several; `absent` also for what can be none."""
+        value = self.number(key, absent)
+        return value if 0 <= value <= MAX_LENGTH else absent
+
+    def lengths(self, key: str, blocks: int, absent: PerBlock = 0) -> PerBlock:
+        """A count of elements for each block, or one for all; `absent` also for what can be none."""
+        value = self._metadata.get(key)
+        values = value[:blocks] if isinstance(value, list) else [value]
+        found = [v for v in values if isinstance(v, int) and 0 <= v <= MAX_LENGTH]
+        if len(found) != (blocks if isinstance(value, list) else 1):
+            return absent
+        return found if isinstance(value, list) else found[0]
 
     def flag(self, key: str, absent: bool) -> bool:
         value = self._metadata.get(key)
@@ -208,6 +231,43 @@ def _weigh(header: Header) -> tuple[int | None, int | None]:
     parameters = sum(tensor.elements for tensor in header.tensors)
     sizes = [tensor.size for tensor in header.tensors]
     return parameters, None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def _by_place(tensors: Sequence[Tensor]) -> Weights:
+    """Their bytes; every one is of a known type."""
+    by_place = Counter[str]()
+    for tensor in tensors:
+        place = "repeating" if tensor.name.startswith("blk.") else "input" if tensor.name in INPUT_TENSORS else "output"
+        by_place[place] += tensor.size or 0
+    return Weights(
+        input_bytes=by_place["input"],
+        repeating_bytes=by_place["repeating"],
+        output_bytes=by_place["output"],
+        has_output=any(tensor.name == "output.weight" for tensor in tensors),
+    )
+
+
+def _dimensions(fields: _Fields, architecture: str, tokens: int | None) -> Dimensions | None:
+    """None where something is missing without which llama.cpp loads nothing, or is none of what there can be."""
+    of = f"{architecture}.".__add__
+    blocks, n_embd = fields.length(of("block_count")), fields.length(of("embedding_length"))
+    heads = fields.lengths(of("attention.head_count"), blocks)
+    most_heads = max(heads) if isinstance(heads, list) and heads else heads
+    if not 1 <= blocks <= MAX_BLOCKS or not n_embd or not isinstance(most_heads, int) or not most_heads:
+        return None
+    return Dimensions(
+        block_count=blocks,
+        embedding_length=n_embd,
+        head_count=heads,
+        head_count_kv=fields.lengths(of("attention.head_count_kv"), blocks, heads),
+        key_length=fields.length(of("attention.key_length"), n_embd // most_heads),
+        value_length=fields.length(of("attention.value_length"), n_embd // most_heads),
+        feed_forward_length=fields.lengths(of("feed_forward_length"), blocks),
+        expert_used_count=fields.length(of("expert_used_count")),
+        expert_feed_forward_length=fields.length(of("expert_feed_forward_length")),
+        sliding_window=fields.length(of("attention.sliding_window")),
+        vocabulary=tokens or fields.length(of("vocab_size")) or None,
+    )
 
 
 def abbreviated(parameters: int) -> str:

@@ -170,6 +170,34 @@ class UnloadResult(Struct, frozen=True, kw_only=True):
     instance_id: str
 
 
+class EstimatedDevice(Struct, frozen=True, kw_only=True):
+    """What a load would take of a device, and what is free there."""
+
+    id: str
+    worker: str
+    weights_bytes: int
+    context_bytes: int
+    compute_bytes: int
+    total_bytes: int
+    free_bytes: int
+
+
+class EstimateResult(Struct, frozen=True, kw_only=True):
+    """What a load would take.
+
+    `evicts` are the instances that would be unloaded for it.  `max_context_length_that_fits` is with everything else
+    as asked, and null where none does.  `exact` is false where it was not compared with the engine's own figures.
+    """
+
+    model: str
+    fits: bool
+    devices: list[EstimatedDevice]
+    total_bytes: int
+    evicts: list[str]
+    max_context_length_that_fits: int | None
+    exact: bool
+
+
 class Quantization(Struct, frozen=True, kw_only=True):
     """`bits_per_weight` is whole and rounded down, as LM Studio lists it: typed clients refuse a fraction."""
 
@@ -241,12 +269,48 @@ class FileStat(NamedTuple):
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
+PerBlock = int | list[int]  # the same in every block, or one for each
+
+
+def each(value: PerBlock, block_count: int) -> list[int]:
+    """A value for each block."""
+    return value if isinstance(value, list) else [value] * block_count
+
+
+class Dimensions(Struct, frozen=True, kw_only=True):
+    """What of a header tells how much memory a load takes, by its names there; counts of elements.  0: it names none.
+
+    There is at least one block, and a list has a value for each.
+    """
+
+    block_count: int
+    embedding_length: int
+    head_count: PerBlock
+    head_count_kv: PerBlock
+    key_length: int  # of one head
+    value_length: int
+    feed_forward_length: PerBlock = 0
+    expert_used_count: int = 0
+    expert_feed_forward_length: int = 0
+    sliding_window: int = 0
+    vocabulary: int | None = None  # tokens; None: it is not known yet
+
+
+class Weights(Struct, frozen=True, kw_only=True):
+    """Bytes of the tensors, by the place that llama.cpp has for them."""
+
+    input_bytes: int  # embeddings: of tokens, their positions and their types
+    repeating_bytes: int  # the blocks
+    output_bytes: int  # the output matrix, and what belongs to no block
+    has_output: bool  # False: the tokens' embeddings are the output matrix too
+
+
 class Model(Struct, frozen=True, kw_only=True):
     """A GGUF model on a worker's disk, as its file header describes it.
 
     `problem` is set where the header cannot be read or names something that is no model: such an entry keeps its
     key, so that loading it can say why, and is not listed.  Fields that lie behind a large vocabulary in the file
-    are None until the whole header was read: `bits_per_weight`, `params_string`.
+    are None until the whole header was read: `bits_per_weight`, `params_string`, `weights`.
     """
 
     key: str  # what clients load by: "publisher/name", "publisher/name@q4_k_m" or a bare file's stem
@@ -270,6 +334,8 @@ class Model(Struct, frozen=True, kw_only=True):
     vision: bool = False
     trained_for_tool_use: bool = False
     files: list[FileStat] = []  # of each shard
+    dimensions: Dimensions | None = None  # None: the header lacks some
+    weights: Weights | None = None  # of all shards
 
     @property
     def fingerprint(self) -> str:

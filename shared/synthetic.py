@@ -25,7 +25,7 @@ from gguf import GGUFValueType as Kind
 from numpy.typing import NDArray
 
 from shared import architectures, tokenizers
-from shared.architectures import LLAMA2_7B, POOL_LAST_TOKEN, SHAPES, TINY, Model, Shape, Tensor, decoder
+from shared.architectures import LLAMA2_7B, SHAPES, TINY, Model, Shape, Tensor, decoder
 from shared.tokenizers import Metadata, Value
 
 TILE_ELEMENTS = 1 << 22  # random numbers drawn per file and tensor type at most; larger tensors repeat them
@@ -62,7 +62,7 @@ def tiny_embedding(
 ) -> Path:
     """An embedding model with a decoder's architecture, as Qwen3-Embedding: the pooling type alone tells it apart."""
     made = decoder(architectures.TINY_EMBEDDING, tokenizers.bpe())
-    made.metadata.update({"qwen3.pooling_type": POOL_LAST_TOKEN, "tokenizer.ggml.add_eos_token": True})
+    made.metadata["tokenizer.ggml.add_eos_token"] = True
     return _write_one(path, _model(made, name, "F16"), metadata, {"tokenizer.chat_template", *drop})
 
 
@@ -141,14 +141,20 @@ def big(
     return _write(path, _model(made, f"Big {gb:g} GB", quantization), shards=shards)
 
 
-def sparse_shape(path: Path, preset: str, quantization: str = "Q4_0", *, shards: int = 0) -> list[Path]:
+def sparse_shape(
+    path: Path, preset: str, quantization: str = "Q4_0", *, shards: int = 0, vocabulary: int = 0
+) -> list[Path]:
     """A model of SHAPES whose tensors are a hole in the file: real sizes, zeros for weights, no disk used.
 
-    `quantization` is any that llama.cpp names, but every matrix gets its main type: Q4_K for `Q4_K_M`.
+    `quantization` is any that llama.cpp names, but every matrix gets its main type: Q4_K for `Q4_K_M`.  Another
+    `vocabulary` than the model's, in tokens, makes the file quicker to write and to read.
     """
-    shape, vocabulary = SHAPES[preset]
+    shape, n_tokens = SHAPES[preset]
     main_type = quantization.removesuffix("_S").removesuffix("_M").removesuffix("_L")
-    made = decoder(shape, tokenizers.spm(vocabulary), main_type)
+    if shape.architecture == "bert":
+        made = architectures.encoder(tokenizers.wordpiece(vocabulary or n_tokens), shape, main_type)
+    else:
+        made = decoder(shape, tokenizers.spm(vocabulary or n_tokens), main_type)
     return _write(path, _model(made, preset, quantization), shards=shards, is_sparse=True)
 
 

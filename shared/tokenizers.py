@@ -97,13 +97,14 @@ def bpe(n_tokens: int = 0) -> dict[str, Value]:
     }
 
 
-def wordpiece() -> dict[str, Value]:
-    """WordPiece after BERT's: five control tokens, lower-case letters at the start of and inside a word, WORDS."""
+def wordpiece(n_tokens: int = 0) -> dict[str, Value]:
+    """WordPiece after BERT's: five control tokens, lower-case letters at the start of and inside a word, WORDS.  At
+    least `n_tokens`; those added mean nothing."""
     control = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()]
     whole_words = [SPACE + word.lower() for word in WORDS]
     pieces = [*dict.fromkeys([*(SPACE + letter for letter in letters), *letters, *whole_words])]
-    unused = _filler("[unused", 0, len(control) + len(pieces))
+    unused = _filler("[unused", n_tokens, len(control) + len(pieces))
     return {
         "tokenizer.ggml.model": "bert",
         "tokenizer.ggml.pre": "default",

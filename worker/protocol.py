@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from msgspec import Struct, msgpack
 
+from shared.plan import Plan
 from shared.schema import Device, FileStat, LoadConfig, Phase
 
 LENGTH = struct.Struct("<I")
@@ -14,21 +15,11 @@ LENGTH = struct.Struct("<I")
 # ---- to the runner
 
 
-class Load(Struct, frozen=True, kw_only=True, tag="load"):
-    """Load one model.  Names are llama.cpp's from here on; everything that would make it abort was refused before."""
+class Load(Plan, frozen=True, kw_only=True, tag="load"):
+    """Load one model, with these parameters of llama.cpp's."""
 
     shards: list[str]  # absolute paths, first shard first
     total_bytes: int
-    embedding: bool
-    n_ctx: int
-    n_batch: int
-    n_ubatch: int
-    n_seq_max: int
-    flash_attn: bool | None  # None: the engine decides
-    offload_kqv: bool
-    expert_override: tuple[str, int] | None  # metadata key and value: how many experts a token uses
-    moe: bool
-    parallel_asked: bool
     check_tensors: bool
 
 

@@ -14,8 +14,9 @@ import msgspec
 
 from shared import log
 from shared.errors import LoadFailed, LoadFailure, crashed_lately
+from shared.estimate import estimate, largest_context_length
 from shared.lifecycle import Event, State
-from shared.schema import FileStat, Instance, Model, Phase
+from shared.schema import Device, FileStat, Instance, Model, Phase
 from shared.store import UNAVAILABLE, Fenced, StopWished
 from shared.tally import died
 from worker.death import from_exit, from_reason, needed_bytes, scrub, shortage
@@ -359,7 +360,20 @@ class Resident:
         needed = needed_bytes(runner.tail) or instance.total_size_bytes
         devices, holders = self.agent.memory()
         others = {id_: [name for name in names if name != instance.instance_id] for id_, names in holders.items()}
-        return await self._fail(instance, code, *shortage(reason, needed, devices, others))
+        sentence, detail = shortage(reason, needed, devices, others)
+        return await self._fail(instance, code, sentence, detail | self._that_would_fit(instance, devices))
+
+    def _that_would_fit(self, instance: Instance, devices: list[Device]) -> dict[str, object]:
+        """The largest context length that would, None for none; nothing where that is not known, or where it would be
+        the one that did not."""
+        model, settings = self.agent.models.get(instance.key), self.agent.settings
+        if model is None or not devices:
+            return {}
+        asked = plan(instance.request, model, settings)
+        if not estimate(model, asked, devices[0].kind).exact:
+            return {}
+        largest = largest_context_length(instance.request, model, settings, devices)
+        return {} if largest is not None and largest >= asked.n_ctx else {"largest_context_length": largest}
 
     async def _fail(
         self, instance: Instance, code: LoadFailure, reason: str, detail: Mapping[str, object] = {}

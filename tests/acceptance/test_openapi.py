@@ -16,7 +16,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, StopReason, events, from_schema
 
-from api.operations import LOAD
+from api.operations import ESTIMATE, LOAD
 from api.routes import ROUTES
 from shared import synthetic
 from tests.service import Service, error, until, up
@@ -49,8 +49,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @contextmanager
 def hooks(service: Service) -> Iterator[Counter[str]]:
-    """Of the requests to load that are right, every third is for the model that exists, and every fifth is to be
-    followed as events.  What one loads is unloaded, so that a step after it finds the load over.
+    """Of the requests to load, or to estimate one, that are right, every third is for the model that exists, and every
+    fifth is to be followed as events.  What one loads is unloaded, so that a step after it finds the load over.
 
     A schema knows no model's limits: those of the model are kept here.  The result counts the replies to loads.
     """
@@ -60,9 +60,12 @@ def hooks(service: Service) -> Iterator[Counter[str]]:
     def is_load(case: Any) -> bool:
         return case.method == "POST" and case.operation.path == LOAD and isinstance(case.body, dict)
 
+    def is_estimate(case: Any) -> bool:
+        return case.method == "POST" and case.operation.path == ESTIMATE and isinstance(case.body, dict)
+
     def before_call(context: Any, case: Any, kwargs: Any) -> None:
         nonlocal sent
-        if not is_load(case) or case.meta.generation.mode.is_negative:
+        if not (is_load(case) or is_estimate(case)) or case.meta.generation.mode.is_negative:
             return
         sent += 1
         if sent % 3 == 0:
@@ -71,7 +74,7 @@ def hooks(service: Service) -> Iterator[Counter[str]]:
             limits = {"context_length": CONTEXT_LENGTH, "parallel": case.body.get("eval_batch_size", 64)}
             limits["parallel"] = min(limits["parallel"], case.body.get("context_length", 64))
             case.body = {name: min(value, limits.get(name, value)) for name, value in case.body.items()}
-        if sent % 5 == 0:
+        if sent % 5 == 0 and is_load(case):
             case.headers["Accept"] = "text/event-stream"
 
     def after_call(context: Any, case: Any, response: Any) -> None:

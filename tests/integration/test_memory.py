@@ -197,6 +197,7 @@ async def test_a_limit_on_address_space_is_insufficient_memory_wherever_it_is_me
         resource.prlimit(runner.pid, resource.RLIMIT_AS, (limit, limit))
         _, detail = await held.refused(LONG, LONG_TOKENS)
         check_host(detail["devices"][0], [SMALL])
+        assert "largest_context_length" not in detail, "by what this host has free it is the one that did not fit"
         if spare_mib == 64:
             assert detail["needed_bytes"] == KV_BYTES, "what it asked for in vain"
         await held.check_untouched()
@@ -341,4 +342,8 @@ async def test_a_gpu_that_has_no_room_is_insufficient_memory_whatever_was_to_go_
             {"id": GPU, "total_bytes": GPU_BYTES, "free_bytes": GPU_BYTES - OTHERS_BYTES, "instances": [SMALL]}
         ], "as it was then, and with all that was taken in vain given back"
         await held.check_untouched()
-    assert (await held.loaded(LONG, 1024)).devices == [GPU]
+        assert (detail["largest_context_length"] is None) == (key == WIDE), "no context is small enough for its weights"
+    largest: int = detail["largest_context_length"]
+    _, detail = await held.refused(LONG, largest + 2 * 256)  # two steps, since the estimate may be off by 3 %
+    assert detail["largest_context_length"] == largest
+    assert (await held.loaded(LONG, largest)).devices == [GPU]

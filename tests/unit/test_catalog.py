@@ -17,7 +17,7 @@ from shared.catalog import Catalog, resolve
 from shared.modelfile import abbreviated
 from shared.modelkeys import Place
 from shared.quantization import nominal_bits, tag
-from shared.schema import Model, Problem
+from shared.schema import Dimensions, Model, Problem, Weights
 from tests.headers import LLAMA, Value, header, vocabulary, write
 
 Look = Callable[[], dict[str, Model]]
@@ -287,8 +287,93 @@ def test_what_stands_before_the_vocabulary_is_known_at_once_and_the_rest_afterwa
     whole = catalog.models()[0]
     assert not catalog.is_shallow
     assert whole == msgspec.structs.replace(
-        quick, quantization="Q8_0", bits_per_weight=8.59, params_string="1M", trained_for_tool_use=True
+        quick,
+        quantization="Q8_0",
+        bits_per_weight=8.59,
+        params_string="1M",
+        trained_for_tool_use=True,
+        weights=Weights(input_bytes=0, repeating_bytes=0, output_bytes=1_104_384, has_output=False),
     )
+
+
+# ---- what a memory estimate needs
+
+SIZES: dict[str, Value] = {
+    "llama.embedding_length": 64,
+    "llama.attention.head_count": 4,
+    "llama.feed_forward_length": 128,
+}
+
+
+def test_the_dimensions_are_known_at_once_and_the_vocabulary_once_it_was_read(root: Path) -> None:
+    more: dict[str, Value] = {
+        "llama.attention.head_count_kv": [2, 1],
+        "llama.attention.value_length": 32,
+        "llama.expert_count": 8,
+        "llama.expert_used_count": 2,
+        "llama.expert_feed_forward_length": 48,
+        "llama.attention.sliding_window": 512,
+    }
+    write(root / "m.gguf", SIZES | more | vocabulary(2000))
+    catalog = Catalog(root, root.parent / "cache")
+    catalog.look()
+    quick = catalog.models()[0].dimensions
+    assert quick == Dimensions(
+        block_count=2,
+        embedding_length=64,
+        head_count=4,
+        head_count_kv=[2, 1],
+        key_length=16,
+        value_length=32,
+        feed_forward_length=128,
+        expert_used_count=2,
+        expert_feed_forward_length=48,
+        sliding_window=512,
+        vocabulary=None,
+    )
+    catalog.deepen(60)
+    assert catalog.models()[0].dimensions == msgspec.structs.replace(quick, vocabulary=2000)
+
+
+def test_a_vocabularys_size_that_is_named_before_it_is_known_at_once(root: Path) -> None:
+    write(root / "m.gguf", SIZES | {"llama.vocab_size": 3000} | vocabulary(3000))
+    catalog = Catalog(root, root.parent / "cache")
+    catalog.look()
+    found = catalog.models()[0].dimensions
+    assert found is not None
+    assert (found.vocabulary, found.head_count_kv) == (3000, 4)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.embedding_length": 0},
+        {"llama.embedding_length": 2**31},
+        {"llama.attention.head_count": 0},
+        {"llama.attention.head_count": "four"},
+        {"llama.attention.head_count": [4]},  # there are two blocks
+        {"llama.attention.head_count": [0, 0]},
+        {"llama.block_count": 2**31},
+    ],
+)
+def test_without_dimensions_that_make_sense_there_are_none(root: Path, look: Look, metadata: dict[str, Value]) -> None:
+    write(root / "m.gguf", SIZES | metadata)
+    assert look()["m"].dimensions is None
+
+
+def test_weights_are_summed_by_their_place_over_all_shards(root: Path, look: Look) -> None:
+    embedding, block, last = ("token_embd.weight", (64, 32), 0), ("blk.0.x", (64, 2), 0), ("output.weight", (64, 8), 0)
+    write(root / "m-00001-of-00002.gguf", {"split.count": 2}, [embedding, block])
+    write(
+        root / "m-00002-of-00002.gguf", {"split.count": 2}, [("blk.1.x", (64, 2), 0), ("output_norm", (64,), 0), last]
+    )
+    weights = Weights(input_bytes=8192, repeating_bytes=1024, output_bytes=256 + 2048, has_output=True)
+    assert look()["m"].weights == weights
+
+
+def test_weights_of_a_type_that_is_not_known_are_not_known(root: Path, look: Look) -> None:
+    write(root / "m.gguf", tensors=[("token_embd.weight", (64, 32), 0), ("blk.0.x", (64, 2), 200)])
+    assert look()["m"].weights is None
 
 
 def test_without_names_in_the_header_the_files_name_has_to_do(root: Path, look: Look) -> None:

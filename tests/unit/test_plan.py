@@ -12,9 +12,10 @@ from msgspec import UNSET
 
 from api.models import check
 from shared.errors import InvalidValue
+from shared.plan import MEAN, UBATCH
 from shared.schema import LoadRequest, Model
 from shared.settings import Settings
-from worker.plan import MEAN, UBATCH, plan
+from worker.plan import plan
 from worker.protocol import Load
 
 UINT32 = 2**32 - 1
