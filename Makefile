@@ -15,7 +15,7 @@ run: setup
 	$(BIN)/loadstone up --demo --models-dir .run/models --data-dir .run/data
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile
 
 soak: setup
 	$(BIN)/python -m pytest tests/soak

@@ -61,6 +61,9 @@ class Server(uvicorn.Server):
         if self.draining.is_set() and self._is_drained():
             self.closing.set()
             self.should_exit = True
+        if self.lifespan.error_occurred:  # what follows, refreshes and sweeps is dead: another process will do it
+            self.closing.set()
+            return True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -29,7 +29,7 @@ class Roster:
         self.catalogs: dict[str, list[Model]] = {}  # of every worker of the last day, alive or not
         self._digests: dict[str, str] = {}
         self._absent_since: dict[str, float] = {}  # worker -> when its lease was first seen gone
-        self._sweep_from = time.monotonic() + store.lease_s  # a Redis that was away may have dropped live leases
+        self._sweep_from: float | None = None  # a lease after Redis' first answer: until then leases may have run out
 
     async def run(self) -> None:
         """Refresh and sweep every beat; ends only by cancellation."""
@@ -37,12 +37,12 @@ class Roster:
             started = time.monotonic()
             try:
                 epochs = await self.refresh()
-                if time.monotonic() - started > 1.0:  # a paused Redis breaks no connection
+                if self._sweep_from is None or time.monotonic() - started > 1.0:  # a paused Redis breaks no connection
                     self._sweep_from = time.monotonic() + self.store.lease_s
                 if time.monotonic() >= self._sweep_from:
                     await self._sweep(epochs)
             except UNAVAILABLE as e:
-                self._sweep_from = time.monotonic() + self.store.lease_s
+                self._sweep_from = None
                 log.get("api").warning("roster not refreshed", action="redis_unavailable", error=str(e))
             await asyncio.sleep(BEAT_S)
 
@@ -63,9 +63,9 @@ class Roster:
                 self._absent_since.pop(worker.name, None)
         self.alive = {worker.name: worker.snapshot for worker in workers if worker.snapshot}
         known = {worker.name for worker in workers}
-        for name in self.catalogs.keys() - known:
-            del self.catalogs[name], self._digests[name]
-            self._absent_since.pop(name, None)
+        for name in self.catalogs.keys() - known:  # of long ago, or Redis was emptied: then it is back in a beat
+            if now - self._absent_since.setdefault(name, now) > self.store.lease_s:
+                del self.catalogs[name], self._digests[name], self._absent_since[name]
         return {worker.name: worker.epoch for worker in workers}
 
     def with_model(self, wanted: str) -> tuple[list[tuple[str, Model]], Model | None]:

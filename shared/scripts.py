@@ -17,7 +17,7 @@ if digest ~= '' then
 end
 local reason = ARGV[10] == '' and redis.call('GET', KEYS[8])
 if reason then return {'crashed', reason, redis.call('TTL', KEYS[8])} end
-if redis.call('EXISTS', lease) == 0 then return {'no lease'} end
+if redis.call('EXISTS', lease, KEYS[9]) < 2 then return {'no lease'} end
 local now = redis.call('TIME'); now = now[1] * 1000000 + now[2]
 for i, place in ipairs({':' .. worker, ''}) do
   if redis.call('SCARD', 'queued' .. place) >= tonumber(ARGV[5 + i]) then

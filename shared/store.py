@@ -256,12 +256,19 @@ class Store:
 
         `at_most` may be queued at its worker, and in all.  With the digests of an Idempotency-Key and of the request
         that came with it, only the first call writes; the others raise KeyTaken.  `fingerprint` is the model's, and
-        `restores` the id of the load that it is to bring back.  Raises NoLease if its worker is gone, Full, NameTaken,
+        `restores` the id of the load that it is to bring back.  Raises NoLease if its worker is gone or Redis
+        was emptied of what it publishes, Full, NameTaken,
         Unwanted, and Crashed unless the request has `force`.
         """
         name, force = instance.instance_id, "1" if instance.request.force or not fingerprint else ""
         outcome, *found = await self._create(
-            keys=[*_keys(instance.id), f"lease:{instance.worker}", f"idem:{key}", f"crashed:{fingerprint}"],
+            keys=[
+                *_keys(instance.id),
+                f"lease:{instance.worker}",
+                f"idem:{key}",
+                f"crashed:{fingerprint}",
+                f"catalog:{instance.worker}",
+            ],
             args=[
                 instance.id,
                 instance.model,

@@ -53,9 +53,13 @@ class Agent:
         self.draining = False
         self.models: dict[str, Model] = {}
         self._digest = ""
-        self.devices: list[Device] = []
         self.loading = asyncio.Semaphore(1)
         self._crashes: dict[str, tuple[float, str]] = {}  # by fingerprint: until when, and why
+
+    @property
+    def devices(self) -> list[Device]:
+        """As the engine found them last."""
+        return self.runners.devices
 
     # ---- what the worker's main gives it
 
@@ -69,7 +73,7 @@ class Agent:
     async def warm(self) -> None:
         """Wait until a runner is warm, which tells what devices there are: one load at once on each, since two on
         one would slow each other.  Raises RunnerDied and TimeoutError."""
-        self.devices = await self.runners.warmed()
+        await self.runners.warmed()
         self.loading = asyncio.Semaphore(self.settings.loads_at_once or len(self.devices))
 
     def deliver(self, id_: str, not_before: float = 0.0) -> None:
@@ -137,9 +141,9 @@ class Agent:
         lease = await self.store.renew(self.snapshot())
         if lease == "refused":
             raise LeaseLost(f"the lease of worker '{self.name}' is held by another process")
-        if lease == "no catalog":
-            await self.publish(list(self.models.values()))
         await self._reconcile()
+        if lease == "no catalog":  # Redis was emptied: nothing is placed here before what we hold has its names again
+            await self.publish(list(self.models.values()))
         await self._restore()
         await self.tally.hand_over(self.store)
 

@@ -167,7 +167,7 @@ class Resident:
                     await self._unload(instance, runner)
                 case Failed():
                     await self._stopped(runner)
-                    self.agent.devices = outcome.devices
+                    self.agent.runners.devices = outcome.devices
                     await self._failed(instance, runner, *from_reason(self._relative(outcome.reason)))
                 case "stop":
                     await self._unload(instance, runner)

@@ -39,7 +39,6 @@ class Runner:
         assert process.pid is not None
         self.pid: int = process.pid
         self.tail = Tail()
-        self.devices: list[Device] = []  # what a model is loaded onto; known once it is warm
         self.silent_s = 0.0  # for how long it has not answered a ping
         self.exited = asyncio.Event()
         self.status = 0  # once exited, -n is signal n
@@ -159,6 +158,7 @@ class Runners:
         """A warm runner that is silent for `patience_s` is replaced.  `on_death` is called for each that died before
         it was taken."""
         self.silent_s = 0.0
+        self.devices: list[Device] = []  # what a model is loaded onto, as the runner that was warmed last found it
         self._patience_s = patience_s
         self._on_death = on_death
         self._all: set[Runner] = set()
@@ -193,14 +193,14 @@ class Runners:
             await runner.reaped()
         return None
 
-    async def warmed(self) -> list[Device]:
-        """Wait until a runner is warm: the engine can be started here.  Returns the devices that it sees.
+    async def warmed(self) -> None:
+        """Wait until a runner is warm: the engine can be started here, and `devices` is known.
 
         Raises RunnerDied and TimeoutError.
         """
         self.prepare()
         assert self._next is not None
-        return (await asyncio.shield(self._next)).devices
+        await asyncio.shield(self._next)
 
     async def take(self) -> Runner:
         """A warm runner.  Raises RunnerDied and TimeoutError where none can be started.
@@ -266,7 +266,7 @@ class Runners:
             await runner.stop()
             *_, last = ["it said nothing", *runner.tail]
             raise RunnerDied(f"a runner could not start: {last}")
-        runner.devices = message.devices
+        self.devices = message.devices
         return runner
 
 

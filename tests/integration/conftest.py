@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import redis
+from msgspec import msgpack
 
 from shared import devredis
 from shared.catalog import Catalog
@@ -48,11 +49,17 @@ def raw(redis_server: str) -> Iterator[redis.Redis]:
         yield client
 
 
+def hold(raw: redis.Redis, *workers: str) -> None:
+    """Have these workers alive: each with a lease, of epoch "e", and an empty catalog."""
+    for name in workers:
+        raw.set(f"lease:{name}", "e", ex=60)
+        raw.set(f"catalog:{name}", msgpack.encode([]), ex=60)
+
+
 @pytest.fixture
 async def store(redis_server: str, raw: redis.Redis) -> AsyncIterator[Store]:
     """A store, and workers "w" and "another" that hold leases."""
-    for name in ("w", "another"):
-        raw.set(f"lease:{name}", "e", ex=60)
+    hold(raw, "w", "another")
     async with connected(redis_server) as client:
         yield Store(client, 10.0)
 

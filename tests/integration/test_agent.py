@@ -28,6 +28,7 @@ from shared.settings import Settings
 from shared.store import Store
 from shared.synthetic import tiny_llama
 from tests.integration import gpus
+from tests.integration.conftest import hold
 from tests.runners import freeze, is_gone
 from tests.service import below
 from worker.agent import Agent
@@ -449,7 +450,7 @@ async def test_an_emptied_redis_stops_what_is_loaded_where_nothing_is_to_be_rest
 async def test_a_name_that_an_emptied_redis_gave_away_is_not_taken_back(agent: Agent, raw: redis.Redis) -> None:
     id_, runner = await loaded(agent)
     raw.flushall()
-    raw.set("lease:another", "e")
+    hold(raw, "another")
     other = await submitted(agent, 2, worker_="another")
     await agent._reconcile()
     await released(agent, id_)

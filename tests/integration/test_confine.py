@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,8 +72,7 @@ def test_a_stopped_runner_goes_with_its_worker(tmp_path: Path) -> None:
 
 def test_what_a_killed_worker_left_among_the_temporary_files_is_removed_by_the_next(tmp_path: Path) -> None:
     synthetic.tiny_llama(tmp_path / f"models/{TINY}/tiny-f16.gguf")
-    temporary = tmp_path / "t"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="t-"))  # short: the paths of sockets end at 107 bytes
 
     def made() -> set[str]:
         return {path.name for path in temporary.iterdir() if path.name.startswith("loadstone-worker-")}
@@ -85,3 +85,4 @@ def test_what_a_killed_worker_left_among_the_temporary_files_is_removed_by_the_n
         assert not is_alive(worker)
         until(lambda: service.send("GET", "/readyz").status == 200, "another worker is ready")
     assert made() == set()
+    temporary.rmdir()

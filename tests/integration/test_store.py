@@ -37,6 +37,7 @@ from shared.store import (
     queue_of,
     unpack_job,
 )
+from tests.integration.conftest import hold
 
 DEADLINE_S = 10.0
 WITHOUT_EXPIRY = {"insts", "names", "workers", "counters", "tallies"}  # as the store's header says, beside live records
@@ -122,7 +123,7 @@ def test_names_by_a_simple_model(redis_server: str, raw: redis.Redis, ends: list
 
     async def play() -> None:
         raw.flushall()
-        raw.set("lease:w", "e", ex=60)
+        hold(raw, "w")
         live: list[Instance] = []
         async with connected(redis_server) as client:
             store = Store(client, 10.0)
@@ -426,7 +427,7 @@ async def test_a_catalog_comes_back_as_it_was(store: Store, raw: redis.Redis) ->
     broken = Model(
         key="x", base="x", variant="", shards=["x.gguf"], problem=Problem(code="invalid_model_file", message="why")
     )
-    assert await store.catalog("w") is None
+    assert await store.catalog("nobody") is None
     digest = await store.publish_catalog("w", [full, broken], "e")
     assert await store.catalog("w") == [full, broken]
     assert 0 < int(raw.ttl("catalog:w")) <= RETAIN_S  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from shared.lifecycle import TERMINAL, Event, State
 from shared.schema import Instance, LoadConfig, LoadRequest, Model
 from shared.settings import Settings
 from shared.store import Store
+from tests.integration.conftest import hold
 from tests.integration.test_agent import (
     EPOCH,
     loaded,
@@ -418,7 +419,7 @@ async def test_what_crashed_the_engine_lately_is_restored_all_the_same(agent: Ag
 async def test_an_emptied_redis_and_the_file_are_enough(agent: Agent, raw: redis.Redis) -> None:
     old = await lost(agent)
     raw.flushall()
-    raw.set("lease:w", EPOCH, ex=60)
+    hold(raw, "w")
     await agent._restore()
     new = await restored(agent, "p/llama")
     assert (new.id != old.id, new.used_at) == (True, old.used_at)
@@ -759,8 +760,7 @@ async def test_what_was_unloaded_is_not_told_again(agent: Agent, raw: redis.Redi
 async def test_a_name_that_was_given_away_is_not_wanted_back(agent: Agent, raw: redis.Redis) -> None:
     id_, _ = await loaded(agent)
     raw.flushall()
-    for name in ("w", "another"):
-        raw.set(f"lease:{name}", EPOCH, ex=60)
+    hold(raw, "w", "another")
     other = await submitted(agent, 2, worker_="another")
     await agent._reconcile()
     await released(agent, id_)
