@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import aclosing, suppress
@@ -274,7 +275,15 @@ class Loads:
             usable = instance.state is State.LOADED and holder is not None and holder.epoch == instance.epoch
             if usable and instance.load_config is not None:
                 loaded.setdefault(instance.key, []).append(
-                    LoadedInstance(id=instance.instance_id, config=instance.load_config, worker=instance.worker)
+                    LoadedInstance(
+                        id=instance.instance_id,
+                        config=instance.load_config,
+                        worker=instance.worker,
+                        devices=instance.devices,
+                        remaining_ttl_seconds=None
+                        if instance.idle_at is None
+                        else round(max(0.0, instance.idle_at - time.time()), 3),
+                    )
                 )
         return [listed(model, loaded.get(model.key, [])) for model in self.roster.listed()]
 

@@ -117,6 +117,7 @@ FIELDS: dict[type[Struct], dict[str, str]] = {
         "offload_kv_cache_to_gpu": "LLMs only.",
         "parallel": "Sequences that the context can hold. LLMs only.",
         "force": "Tries a model that crashed the engine lately, which is refused otherwise.",
+        "ttl_seconds": "Unloads the instance when nothing has used it for this long; left out: never by itself.",
         "echo_load_config": "Adds `load_config` to the reply: what applied, read back from the engine.",
     },
     UnloadRequest: {"instance_id": "As the reply to its load has it."},

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import UNSET
 
 from shared.client import Client, Failure, cancelled, checked_url
-from shared.display import clean, following, percent, size, stage, table, when
+from shared.display import clean, following, left, percent, size, stage, table, when
 from shared.errors import ErrorBody
 from shared.schema import EstimateResult, Job, JobStatus, LoadConfig, LoadEnd, LoadRequest, LoadResult
 
@@ -122,12 +122,15 @@ def ps(server: Client, as_json: bool) -> None:
     if as_json:
         loaded = [{"model": key, "state": "loaded", **msgspec.to_builtins(instance)} for key, instance in instances]
         return document({"instances": loaded, "jobs": jobs})
-    rows = [(i.id, key, "loaded", i.worker, str(i.config.context_length), "100%") for key, i in instances]
+    rows = [
+        (i.id, key, "loaded", i.worker, str(i.config.context_length), "100%", left(i.remaining_ttl_seconds))
+        for key, i in instances
+    ]
     rows += [
-        (job.instance_id, job.model, stage(job.status, job.phase), job.worker, "-", percent(job.progress))
+        (job.instance_id, job.model, stage(job.status, job.phase), job.worker, "-", percent(job.progress), "-")
         for job in jobs
     ]
-    return table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS"), rows)
+    return table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS", "TTL"), rows)
 
 
 @command
@@ -143,6 +146,13 @@ def ps(server: Client, as_json: bool) -> None:
     help="Keep the KV cache on the GPU.",
 )
 @click.option("--parallel", type=click.IntRange(1), metavar="N", help="Sequences that the context holds.")
+@click.option(
+    "--ttl",
+    "ttl_seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Unload it when nothing has used it for this long.",
+)
 @click.option("--force", is_flag=True, default=None, help="Try a model that crashed the engine lately.")
 @click.option("--estimate-only", is_flag=True, help="Load nothing: say what it would take. Exit status 0: it fits.")
 @click.option("--detach", is_flag=True, help="Do not wait: write the job's id to stdout.")

@@ -51,6 +51,11 @@ def percent(share: float) -> str:
     return f"{math.floor(share * 100 + 1e-9)}%"
 
 
+def left(seconds: float | None) -> str:
+    """How long until something happens, if it does."""
+    return "-" if seconds is None else str(timedelta(seconds=math.ceil(seconds)))
+
+
 def stage(status: str, phase: str | None) -> str:
     """One word for where a load is."""
     return phase or "starting" if status == "loading" else status

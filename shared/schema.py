@@ -24,6 +24,7 @@ JobStatus = Literal["queued", "loading", "loaded", "failed", "cancelled"]
 WorkerState = Literal["ready", "draining"]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what any field of llama.cpp's can hold
 Parallel = Annotated[int, Meta(ge=1, le=64)]
+Seconds = Annotated[float, Meta(gt=0, le=10 * 366 * 24 * 3600)]
 Moment = Annotated[datetime, Meta(tz=True)]
 
 # ---- what a client sends
@@ -41,6 +42,7 @@ class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     parallel: Parallel | UnsetType = UNSET
     echo_load_config: bool = False
     force: bool = False
+    ttl_seconds: Seconds | UnsetType = UNSET
 
 
 class UnloadRequest(Struct, frozen=True, kw_only=True):
@@ -214,6 +216,8 @@ class LoadedInstance(Struct, frozen=True, kw_only=True):
     id: str
     config: LoadConfig
     worker: str
+    devices: list[str]
+    remaining_ttl_seconds: float | None  # until it is unloaded if nothing uses it; None: it is not by itself
 
 
 class ListedModel(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -467,6 +471,12 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
             return self.after(Event.REQUEUE, **changes)
         reason = f"its worker ended under it, the last time '{self.worker}', and it was begun {self.attempt} times"
         return self.after(Event.FAIL, error=LoadFailed("worker_lost", self.type, self.model, reason).body())
+
+    @property
+    def idle_at(self) -> float | None:
+        """When it is unloaded if nothing uses it until then; None: never by itself, or not loaded yet."""
+        ttl_s = self.request.ttl_seconds
+        return None if ttl_s is UNSET or self.used_at is None else self.used_at + ttl_s
 
     def result(self) -> LoadResult:
         """The reply of a load that came to `loaded`."""

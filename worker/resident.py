@@ -285,13 +285,17 @@ class Resident:
             runner.tail.grown.set()  # once more
 
     async def _keep(self, instance: Instance, runner: Runner) -> None:
-        """Hold a loaded instance until it is stopped, its runner dies or falls silent, or its file changes."""
+        """Hold a loaded instance until it is stopped or idle, its runner dies or falls silent, or its file changes."""
         waits = [asyncio.ensure_future(event.wait()) for event in (self.stop, runner.exited, self.changed)]
+        is_idle = False
         try:
-            while not (await asyncio.wait(waits, timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED))[0]:
-                if runner.silent_s >= self.agent.settings.stall_limit_s:
+            while not (await asyncio.wait(waits, timeout=_until(instance), return_when=asyncio.FIRST_COMPLETED))[0]:
+                is_idle = instance.idle_at is not None and time.time() >= instance.idle_at
+                if is_idle or runner.silent_s >= self.agent.settings.stall_limit_s:
                     break
-            if self.stop.is_set():
+            if is_idle:
+                _log.info("unused for long", action="idle", instance=instance.id, instance_id=instance.instance_id)
+            if is_idle or self.stop.is_set():
                 await self._unload(instance, runner)
             else:
                 has_died = runner.exited.is_set()
@@ -386,6 +390,11 @@ class Resident:
     def _relative(self, text: str) -> str:
         """The engine's words with the models directory left out of the paths."""
         return text.replace(f"{self.agent.settings.models_dir}/", "")
+
+
+def _until(instance: Instance) -> float:
+    """How long to hold a loaded instance without a look at it, in seconds."""
+    return SILENCE_S if instance.idle_at is None else min(SILENCE_S, max(0.0, instance.idle_at - time.time()))
 
 
 def changed(files: Mapping[Resident, list[tuple[str, FileStat]]]) -> list[Resident]:

@@ -108,6 +108,8 @@ def decide(wanted: Instance, record: Instance | None, known: str | None) -> Lite
 
     `record` is its load's in Redis, and `known` the id of the load that Redis has as wanted under its name.
     """
+    if wanted.idle_at is not None and time.time() >= wanted.idle_at:  # it would have been unloaded meanwhile
+        return "drop"
     if record is None:  # Redis was emptied, or the worker was away for longer than records are kept
         return 1
     if record.worker != wanted.worker:
