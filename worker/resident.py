@@ -290,6 +290,7 @@ class Resident:
         is_idle = False
         try:
             while not (await asyncio.wait(waits, timeout=_until(instance), return_when=asyncio.FIRST_COMPLETED))[0]:
+                self._oom_kills = oom_kills()  # those until now were others
                 is_idle = instance.idle_at is not None and time.time() >= instance.idle_at
                 if is_idle or runner.silent_s >= self.agent.settings.stall_limit_s:
                     break
