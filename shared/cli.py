@@ -34,7 +34,7 @@ from shared.settings import (
 from shared.supervisor import Command, StartFailed, Stopped, Supervisor
 
 DEMO_MODEL = "loadstone/demo-llm"  # the first of what shared.synthetic writes
-CLIENT_COMMANDS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs")  # of shared.commands
+CLIENT_COMMANDS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs", "workers")  # of shared.commands
 
 # What `up` takes to stop is the sum of these: 10 s, as long as container runtimes wait before they kill.
 UP_DRAIN_S = 1.0  # nothing balances here: the API ends as soon as no request is under way, and at the latest then

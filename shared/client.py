@@ -23,6 +23,7 @@ from shared.schema import (
     LoadRequest,
     ModelList,
     UnloadRequest,
+    WorkerList,
 )
 from shared.settings import is_loopback
 
@@ -108,6 +109,9 @@ class Client:
 
     def models(self) -> ModelList:
         return self._ask(ModelList, "GET", "/api/v1/models")
+
+    def workers(self) -> WorkerList:
+        return self._ask(WorkerList, "GET", "/api/v1/workers")
 
     def unload(self, instance_id: str) -> None:
         body = msgspec.json.encode(UnloadRequest(instance_id=instance_id))

@@ -332,6 +332,31 @@ def logs(server: Client, as_json: bool, job_id: str) -> None:
     return None
 
 
+@command
+def workers(server: Client, as_json: bool) -> None:
+    """List the workers that are alive: each device, and how many instances there are in whatever state."""
+    found = server.workers()
+    if as_json:
+        return document(found)
+    headings = ("WORKER", "STATE", "DEVICE", "NAME", "FREE", "TOTAL", "INSTANCES", "LEASE AGE", "VERSION")
+    rows = [
+        (
+            worker.name,
+            worker.state,
+            device.id,
+            device.name,
+            size(device.free_bytes),
+            size(device.total_bytes),
+            str(sum(device.id in instance.devices for instance in worker.instances)),
+            f"{worker.lease_age_seconds:.1f} s",
+            worker.version,
+        )
+        for worker in found.workers
+        for device in worker.devices
+    ]
+    return table(headings, rows)
+
+
 def document(value: object) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value)))
 

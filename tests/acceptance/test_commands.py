@@ -110,6 +110,16 @@ def test_ls_lists_the_models(service: Service) -> None:
     assert result(service, "ls") == service.send("GET", "/api/v1/models").json()
 
 
+def test_workers_lists_their_devices_and_how_much_they_hold(service: Service) -> None:
+    service.loaded(TINY)
+    done, shown = run(service, "workers"), result(service, "workers")
+    assert (done.status, done.err) == (0, "")
+    ((name, state, device, *_, version),) = done.rows()
+    (worker,) = shown["workers"]
+    assert (name, state, device, version) == (worker["name"], "ready", "CPU", worker["version"])
+    assert [instance["id"] for instance in worker["instances"]] == [TINY]
+
+
 def test_load_writes_the_id_and_how_it_went(service: Service) -> None:
     done = run(service, "load", TINY, "--context-length", "1024")
     assert (done.status, done.out) == (0, f"{TINY}\n")
@@ -162,8 +172,8 @@ def test_ps_shows_what_is_loaded_and_what_is_under_way(service: Service) -> None
         done, shown = run(service, "ps"), result(service, "ps")
     assert done.status == 0
     (loaded, loading) = done.rows()
-    assert (loaded[:3], loaded[4:]) == ([BERT, BERT, "loaded"], ["512", "100%"])
-    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["-", "0%"])
+    assert (loaded[:3], loaded[4:]) == ([BERT, BERT, "loaded"], ["512", "100%", "-"])
+    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["-", "0%", "-"])
     assert loading[2] in BEGUN
     (instance,), (job,) = shown["instances"], shown["jobs"]
     assert (instance["id"], instance["model"], instance["state"]) == (BERT, BERT, "loaded")
