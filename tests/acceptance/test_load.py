@@ -220,6 +220,7 @@ def test_the_entry_of_a_language_model_field_by_field(service: Service) -> None:
     entry = service.models()[TINY]
     (instance,) = entry.pop("loaded_instances")
     assert instance.pop("worker")
+    assert (instance.pop("devices"), instance.pop("remaining_ttl_seconds")) == (["CPU"], None)
     assert instance == {"id": TINY, "config": reply["load_config"]}
     file = service.models_dir / "Acme/Tiny-GGUF/tiny-f16.gguf"
     assert entry["quantization"].pop("bits_per_weight") == 16
