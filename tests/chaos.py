@@ -36,7 +36,7 @@ from tests.service import (
     RedisServer,
     Running,
     check_keys,
-    is_alive,
+    go_on,
     processes,
     until,
 )
@@ -265,8 +265,7 @@ class Chaos:
     def _resume(self, now: float) -> None:
         for one in [one for one in self.paused if one.until <= now]:
             self.paused.remove(one)
-            if is_alive(one.process):
-                os.kill(one.process.pid, signal.SIGCONT)
+            go_on(one.process)
 
     def _signal(self, process: Process | None, signum: signal.Signals) -> None:
         if process is not None:

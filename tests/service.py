@@ -101,6 +101,13 @@ def is_alive(process: Process) -> bool:
     return stat is not None and int(stat[19]) == process.started and stat[0] not in "ZX"
 
 
+def go_on(process: Process) -> None:
+    """Let a stopped process go on, if there still is one."""
+    if is_alive(process):
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGCONT)
+
+
 def wait_gone(group: list[Process], within_s: float) -> None:
     deadline = time.monotonic() + within_s
     while left := [" ".join(process.words)[:200] for process in group if is_alive(process)]:
@@ -175,7 +182,7 @@ class Running:
         try:
             yield runner
         finally:
-            if is_alive(runner):
+            with suppress(ProcessLookupError):  # until its end is known its number is nobody else's
                 os.kill(runner.pid, signal.SIGCONT)
 
     def stop(self, signum: signal.Signals = signal.SIGTERM) -> None:

@@ -30,6 +30,7 @@ from tests.service import (
     Running,
     Service,
     error,
+    go_on,
     is_alive,
     meanwhile,
     until,
@@ -215,7 +216,7 @@ def loading(service: Service, model: str) -> Iterator[tuple[Process, Future[Repl
             until(lambda: service.state(model) == "loading", f"{model} is loading")
             yield runner, reply
         finally:
-            os.kill(runner.pid, signal.SIGCONT)
+            go_on(runner)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tests.service import (
     Service,
     check_keys,
     error,
+    go_on,
     is_alive,
     meanwhile,
     state,
@@ -498,8 +499,7 @@ def loading(service: Service, model: str) -> Iterator[Any]:
 def test_a_runner_that_dies_while_it_loads_is_engine_crashed(unloaded: Service, signum: signal.Signals) -> None:
     with loading(unloaded, TINY) as (runner, reply):
         os.kill(runner.pid, signum)
-        with suppress(ProcessLookupError):  # SIGKILL ends a stopped process too
-            os.kill(runner.pid, signal.SIGCONT)
+        go_on(runner)
         found = error(reply.result(10), 500, "model_load_failed", "engine_crashed")
     assert found["message"].startswith(f"Failed to load LLM '{TINY}': Error: ")
     assert signum.name in found["message"]
