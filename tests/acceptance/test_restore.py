@@ -18,12 +18,11 @@ import pytest
 
 import shared
 from shared import synthetic
-from tests.acceptance.test_fencing import ALONE, LEASE_S, OTHER, START_S, Pool, jobs, kill
+from tests.acceptance.test_fencing import ALONE, LEASE_S, OTHER, START_S, Pool, jobs, kill, pool, the_pool
 from tests.service import (
     TINY,
     Running,
     Service,
-    check_keys,
     error,
     is_alive,
     meanwhile,
@@ -31,6 +30,8 @@ from tests.service import (
     up,
     wait_gone,
 )
+
+__all__ = ["pool", "the_pool"]  # fixtures
 
 RESTORED_S, STOP_S = 15.0, 15.0
 SECOND, THIRD = f"{ALONE}:2", f"{ALONE}:3"
@@ -56,26 +57,6 @@ def restored(service: Service | Pool, before: dict[str, Any], *instance_ids: str
 
 
 # ---- a worker that is killed, or told to stop
-
-
-@pytest.fixture(scope="module")
-def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(tmp_path_factory.mktemp("pool"))
-    try:
-        yield pool
-        with pool.redis.client() as redis:
-            check_keys(redis)
-        pool.end()
-    finally:
-        pool.kill()
-
-
-@pytest.fixture
-def pool(the_pool: Pool) -> Iterator[Pool]:
-    """With all of it up and nothing loaded, before and after."""
-    the_pool.settle()
-    yield the_pool
-    the_pool.clear()
 
 
 def killed(pool: Pool, name: str) -> None:
