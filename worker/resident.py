@@ -362,23 +362,26 @@ class Resident:
         """Fail it for what its runner came to; where memory was too short, with the numbers."""
         if code != "insufficient_memory":
             return await self._fail(instance, code, reason)
-        needed = needed_bytes(runner.tail) or instance.total_size_bytes
         devices, holders = self.agent.memory()
         others = {id_: [name for name in names if name != instance.instance_id] for id_, names in holders.items()}
+        estimated, would_fit = self._estimated(instance, devices)
+        needed = needed_bytes(runner.tail) or estimated  # the engine may say no more than std::bad_alloc
         sentence, detail = shortage(reason, needed, devices, others)
-        return await self._fail(instance, code, sentence, detail | self._that_would_fit(instance, devices))
+        return await self._fail(instance, code, sentence, detail | would_fit)
 
-    def _that_would_fit(self, instance: Instance, devices: list[Device]) -> dict[str, object]:
-        """The largest context length that would, None for none; nothing where that is not known, or where it would be
-        the one that did not."""
+    def _estimated(self, instance: Instance, devices: list[Device]) -> tuple[int, dict[str, object]]:
+        """The bytes that a load takes, and the largest context length that would fit, None for none; this not where the
+        formula is unsure, or where it would be the length that did not fit."""
         model, settings = self.agent.models.get(instance.key), self.agent.settings
         if model is None or not devices:
-            return {}
+            return instance.total_size_bytes, {}
         asked = plan(instance.request, model, settings)
-        if not estimate(model, asked, devices[0].kind).exact:
-            return {}
+        needed = estimate(model, asked, devices[0].kind)
+        if not needed.exact:
+            return needed.total_bytes, {}
         largest = largest_context_length(instance.request, model, settings, devices)
-        return {} if largest is not None and largest >= asked.n_ctx else {"largest_context_length": largest}
+        is_news = largest is None or largest < asked.n_ctx
+        return needed.total_bytes, {"largest_context_length": largest} if is_news else {}
 
     async def _fail(
         self, instance: Instance, code: LoadFailure, reason: str, detail: Mapping[str, object] = {}
