@@ -224,11 +224,15 @@ async def connected(url: str) -> AsyncIterator[ArqRedis]:
 
 
 class Store:
-    """The records in Redis.  Every method raises what UNAVAILABLE lists when Redis does not answer."""
+    """The records in Redis.  Every method raises what UNAVAILABLE lists when Redis does not answer.
 
-    def __init__(self, redis: ArqRedis, lease_s: float) -> None:
+    `restores`: what this process has loaded is wanted until it is unloaded.
+    """
+
+    def __init__(self, redis: ArqRedis, lease_s: float, *, restores: bool = True) -> None:
         self.redis = redis
         self.lease_s = lease_s
+        self.restores = restores
         self._engine_log = redis.register_script(ENGINE_LOG)
         self._create = redis.register_script(CREATE)
         self._rewrite = redis.register_script(REWRITE)
@@ -327,7 +331,7 @@ class Store:
                 state,
                 retain,
                 requeued_at,
-                _wanted(new) if state else "",
+                _wanted(new) if state and self.restores else "",
                 *_pairs(tally.moved(old, new)),
             ],
         )

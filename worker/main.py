@@ -90,7 +90,7 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
     epoch = uuid.uuid4().hex
     with owned(settings, epoch) as dead_epoch:
         async with connected(redis_url(settings)) as redis:
-            agent = Agent(settings, Store(redis, settings.lease_s), epoch, heartbeat)
+            agent = Agent(settings, Store(redis, settings.lease_s, restores=settings.restore == "on"), epoch, heartbeat)
             work = asyncio.create_task(_work(settings, redis, agent, dead_epoch))
             stopping = asyncio.create_task(stop.wait())
             try:

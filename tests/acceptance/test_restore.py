@@ -161,6 +161,7 @@ def test_where_nothing_is_to_be_restored_nothing_is_and_no_file_is_left(pool: Po
     pool.loaded(ALONE)
     pool.workers["a"].stop()
     assert not file.exists()
+    error(pool.unload(ALONE), 404, "model_not_found", param="instance_id")  # nor does Redis have it as wanted
 
 
 def beat(service: Service | Pool, name: str) -> None:
