@@ -11,7 +11,7 @@ from shared import log
 from shared.errors import QueueUnavailable
 from shared.lifecycle import TERMINAL
 from shared.schema import Instance
-from shared.store import HISTORY_N, NEWS, UNAVAILABLE, Store
+from shared.store import HISTORY_N, NEWS, UNAVAILABLE, Store, check_cancelled
 
 RECHECK_S = 1.0
 RECORD_LOST = "Redis lost the record of this load. Ask for the model list, then try again."
@@ -99,6 +99,7 @@ class Follower:
         read fails, and tells their clients."""
         seen: dict[str, int | None] = {}
         while True:
+            check_cancelled()
             await asyncio.sleep(RECHECK_S)
             ids = list(self._bells)
             try:

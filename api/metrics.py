@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shared import __version__, log
 from shared.lifecycle import TERMINAL, State
 from shared.schema import WorkerState
-from shared.store import UNAVAILABLE, Readings, Store
+from shared.store import UNAVAILABLE, Readings, Store, check_cancelled
 from shared.tally import BOUNDS_S, COUNTERS, HISTOGRAMS, OUTCOMES, RunnerState, Tally, field, observed
 
 Row = TypeVar("Row", bound=tuple[str, ...])  # the labels of a sample
@@ -104,6 +104,7 @@ async def hand_over(tally: Tally, store: Store) -> None:
     """Once a beat, and at the end; ends only by cancellation."""
     try:
         while True:
+            check_cancelled()
             await asyncio.sleep(BEAT_S)
             with suppress(*UNAVAILABLE):
                 await tally.hand_over(store)

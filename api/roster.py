@@ -14,7 +14,7 @@ from shared.catalog import resolve
 from shared.errors import InvalidValue, NoWorker
 from shared.lifecycle import Event, State
 from shared.schema import Instance, Model, WorkerSnapshot
-from shared.store import UNAVAILABLE, Fenced, Store
+from shared.store import UNAVAILABLE, Fenced, Store, check_cancelled
 
 BEAT_S = 1.0
 
@@ -44,6 +44,7 @@ class Roster:
             except UNAVAILABLE as e:
                 self._sweep_from = None
                 log.get("api").warning("roster not refreshed", action="redis_unavailable", error=str(e))
+            check_cancelled()
             await asyncio.sleep(BEAT_S)
 
     async def refresh(self) -> dict[str, str | None]:

@@ -155,6 +155,16 @@ def unpack_job(data: bytes) -> dict[str, Any]:
     return found
 
 
+def check_cancelled() -> None:
+    """Raise CancelledError in a task that was cancelled without learning of it; for loops without end.
+
+    `asyncio.wait_for`, through which redis-py writes, can lose a cancellation before Python 3.12 (cpython #86296).
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 def connect(url: str) -> ArqRedis:
     """A client for a redis://, rediss:// or unix:// URL.  Nothing is sent yet.
 
@@ -600,9 +610,7 @@ class Store:
             await pubsub.subscribe(channel)
             while True:
                 message = await pubsub.get_message(timeout=5)
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():  # somewhere in redis-py a cancellation can get lost
-                    raise asyncio.CancelledError
+                check_cancelled()
                 if message is not None:
                     heard(message["data"] if message["type"] == "message" else b"")
 

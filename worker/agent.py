@@ -17,7 +17,7 @@ from shared import log
 from shared.lifecycle import HOLDS_MEMORY, Event, State
 from shared.schema import Device, Instance, Model, WorkerSnapshot
 from shared.settings import Settings
-from shared.store import CRASH_MEMORY_S, UNAVAILABLE, Fenced, NameTaken, NoLease, Store, Unwanted
+from shared.store import CRASH_MEMORY_S, UNAVAILABLE, Fenced, NameTaken, NoLease, Store, Unwanted, check_cancelled
 from shared.tally import Tally, died
 from worker.hostmemory import host_memory
 from worker.resident import Resident, changed
@@ -135,6 +135,7 @@ class Agent:
                     _log.error("no runner answers", action="runners_silent", silent_s=round(self.runners.silent_s))
             except UNAVAILABLE as e:  # the runners stay: nobody else can have been given their work
                 _log.warning("beat missed", action="redis_unavailable", error=str(e))
+            check_cancelled()
             await asyncio.sleep(BEAT_S)
 
     async def _beat(self) -> None:

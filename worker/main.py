@@ -23,7 +23,7 @@ from shared import log
 from shared.lifecycle import State
 from shared.schema import Model
 from shared.settings import Settings, SettingsError, redis_url
-from shared.store import UNAVAILABLE, Store, connected, pack_job, queue_of, unpack_job
+from shared.store import UNAVAILABLE, Store, check_cancelled, connected, pack_job, queue_of, unpack_job
 from worker.agent import Agent, LeaseLost
 from worker.scanner import catalogs
 
@@ -67,9 +67,7 @@ class Deliveries(ArqWorker):
         while True:
             self.woken.clear()
             await self._poll_iteration()
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # somewhere in redis-py a cancellation can get lost
-                raise asyncio.CancelledError
+            check_cancelled()
             with suppress(TimeoutError):
                 async with asyncio.timeout(FALLBACK_S):
                     await self.woken.wait()

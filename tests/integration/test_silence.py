@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing.forkserver
 import os
 import signal
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -94,6 +95,26 @@ async def test_without_a_runner_that_answers_the_lease_runs_out(
     await until(lambda: raw.get("lease:w") == b"e", "the lease is held again")
     beating.cancel()
     await asyncio.wait([beating])
+
+
+async def test_a_cancellation_that_gets_lost_within_a_beat_ends_it_all_the_same(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a worker that stops would go on renewing its lease."""
+    began = asyncio.Event()
+
+    async def deaf() -> None:
+        began.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(agent, "_beat", deaf)
+    beating = asyncio.create_task(agent.beat())
+    await began.wait()
+    beating.cancel()
+    done, _ = await asyncio.wait([beating], timeout=5)
+    assert done
+    assert beating.cancelled()
 
 
 async def test_a_loaded_model_whose_runner_is_silent_is_failed_and_its_memory_is_back(
