@@ -20,7 +20,7 @@ from shared.settings import Settings
 from shared.store import CRASH_MEMORY_S, UNAVAILABLE, Fenced, NameTaken, NoLease, Store, Unwanted, check_cancelled
 from shared.tally import Tally, died
 from worker.hostmemory import host_memory
-from worker.resident import Resident, changed
+from worker.resident import Resident, has_changed
 from worker.runner import Runners
 from worker.wanted import Wanted, decide, restoration
 
@@ -263,9 +263,9 @@ class Agent:
         """
         while True:
             await asyncio.sleep(BEAT_S)
-            held = {resident: resident.files for resident in self.held.values() if resident.files}
-            for resident in await asyncio.to_thread(changed, held):
-                resident.changed.set()
+            for resident in [held for held in self.held.values() if held.files]:
+                if await asyncio.to_thread(has_changed, resident.files):
+                    resident.changed.set()
 
     # ---- the end
 

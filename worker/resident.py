@@ -179,7 +179,8 @@ class Resident:
                     self.agent.tally.add(died("loading"))
                     await self._stopped(runner)
                     code, reason = self._end(runner)
-                    if code == "engine_crashed" and await self._changed(load.shards, model):
+                    files = [*zip(load.shards, model.files, strict=False)]  # as the catalog had read them
+                    if code == "engine_crashed" and await asyncio.to_thread(has_changed, files):
                         code, reason = "invalid_model_file", CHANGED
                     if code == "engine_crashed" and runner.status not in SOMEBODYS:
                         await self.agent.crashed(model, reason)
@@ -353,11 +354,6 @@ class Resident:
         lines = map(self._relative, runner.tail)
         return from_exit(runner.status, lines, oom_killed=oom_kills() > self._oom_kills)
 
-    async def _changed(self, paths: list[str], model: Model) -> bool:
-        """Whether the files are not any more what the catalog had read when the load began."""
-        files = {self: [*zip(paths, model.files, strict=False)]}
-        return bool(await asyncio.to_thread(changed, files))
-
     async def _failed(self, instance: Instance, runner: Runner, code: LoadFailure, reason: str) -> None:
         """Fail it for what its runner came to; where memory was too short, with the numbers."""
         if code != "insufficient_memory":
@@ -401,12 +397,10 @@ def _until(instance: Instance) -> float:
     return SILENCE_S if instance.idle_at is None else min(SILENCE_S, max(0.0, instance.idle_at - time.time()))
 
 
-def changed(files: Mapping[Resident, list[tuple[str, FileStat]]]) -> list[Resident]:
-    """Those of which a file is not what it was.  One that is gone harms nobody: what was mapped stays."""
-    found = []
-    for resident, of_it in files.items():
-        for path, before in of_it:
-            with suppress(OSError):
-                if FileStat.of(Path(path).stat()) != before:
-                    found.append(resident)
-    return found
+def has_changed(files: list[tuple[str, FileStat]]) -> bool:
+    """Whether one of these is not what it was.  One that is gone harms nobody: what was mapped stays."""
+    for path, before in files:
+        with suppress(OSError):
+            if FileStat.of(Path(path).stat()) != before:
+                return True
+    return False
