@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
@@ -52,30 +53,65 @@ def decode(body: bytes, kind: type[T], missing: str) -> T:
         raise InvalidJSON("The body is not valid JSON: it is nested too deeply.") from None
     if not isinstance(found, dict):
         raise InvalidType(f"The body must be a JSON object, not {_name(found)}.")
-    fields = _fields(kind)
-    for name, field in fields.items():
+    for name, field in _fields(kind).items():
         if field.required and name not in found:
             raise MissingParameter(missing.format(name), param=name)
-    unknown = [key for key in found if key not in fields]
-    if unknown:
+    if unknown := _unknown(found, kind, ""):
         raise UnrecognizedKeys("Unrecognized key(s) in object: " + ", ".join(f"'{key}'" for key in unknown))
-    out_of_range: InvalidValue | None = None
-    for name, value in found.items():
+    out_of_range: list[InvalidValue] = []
+    made = _made(found, kind, "", out_of_range)
+    if out_of_range:
+        raise out_of_range[0]
+    return made
+
+
+def _unknown(found: dict[str, Any], kind: type[Struct], prefix: str) -> list[str]:
+    """The keys that nobody reads, those of objects inside with the path to them."""
+    fields, keys = _fields(kind), []
+    for key, value in found.items():
+        if key not in fields:
+            keys.append(prefix + key)
+        elif (inner := _inner(fields[key].type)) is not None and isinstance(value, dict):
+            keys += _unknown(value, inner, f"{prefix}{key}.")
+    return keys
+
+
+def _made(found: dict[str, Any], kind: type[T], prefix: str, out_of_range: list[InvalidValue]) -> T:
+    """Raises InvalidType; what is out of range is only noted, since a wrong type comes first."""
+    fields, values = _fields(kind), {}
+    for key, value in found.items():
+        name = prefix + key
+        if (inner := _inner(fields[key].type)) is not None and isinstance(value, dict):
+            values[key] = _made(value, inner, f"{name}.", out_of_range)
+            continue
         try:
-            found[name] = _convert(value, fields[name].type)
+            values[key] = _convert(value, fields[key].type)
         except msgspec.ValidationError as e:
             if ", got " in str(e):
                 raise InvalidType(f"'{name}': {_plain(e)}.", param=name) from None
-            out_of_range = out_of_range or InvalidValue(f"'{name}': {_plain(e)}, got {value!r}.", param=name)
-    if out_of_range is not None:
-        raise out_of_range
-    return kind(**found)
+            said = _plain(e)
+            if said.startswith("Invalid enum value"):
+                said = f"expected one of {', '.join(map(repr, _choices(fields[key].type)))}"
+            out_of_range.append(InvalidValue(f"'{name}': {said}, got {value!r}.", param=name))
+    return kind(**values)
 
 
 @cache
 def _fields(kind: type[Struct]) -> dict[str, msgspec.structs.FieldInfo]:
     """Kept, since msgspec evaluates the type hints anew each time: 80 us for a load."""
     return {field.encode_name: field for field in msgspec.structs.fields(kind)}
+
+
+@cache
+def _inner(kind: Any) -> type[Struct] | None:
+    """The struct that a field may hold."""
+    return next((one for one in get_args(kind) if isinstance(one, type) and issubclass(one, Struct)), None)
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that a field may hold."""
+    literals = [kind] if get_origin(kind) is Literal else get_args(kind)
+    return [word for one in literals if get_origin(one) is Literal for word in get_args(one)]
 
 
 def _convert(value: Any, kind: Any) -> Any:
@@ -90,9 +126,13 @@ def _convert(value: Any, kind: Any) -> Any:
 def _plain(error: msgspec.ValidationError) -> str:
     """msgspec's "Expected `int`, got `str`" in JSON's words."""
     text = str(error).partition(" - at ")[0]
-    for python, json in (("`int`", "integer"), ("`str`", "string"), ("`bool`", "boolean"), ("`float`", "number")):
-        text = text.replace(python, json)
-    return text.replace("`null`", "null").replace("`", "").replace("Expected", "expected")
+    return re.sub(r"`([^`]*)`", lambda types: _in_json(types[1]), text).replace("Expected", "expected")
+
+
+def _in_json(types: str) -> str:
+    """msgspec's "float | str"."""
+    names = {"int": "integer", "str": "string", "bool": "boolean", "float": "number"}
+    return " or ".join(names.get(name, name) for name in types.split(" | "))
 
 
 def _name(value: object) -> str:

@@ -12,6 +12,7 @@ from shared import errors
 from shared.errors import ServiceError
 from shared.schema import (
     EstimateResult,
+    GPURequest,
     Job,
     JobList,
     JobStatus,
@@ -118,13 +119,23 @@ FIELDS: dict[type[Struct], dict[str, str]] = {
         "parallel": "Sequences that the context can hold. LLMs only.",
         "force": "Tries a model that crashed the engine lately, which is refused otherwise.",
         "ttl_seconds": "Unloads the instance when nothing has used it for this long; left out: never by itself.",
+        "gpu": "Where the model may go; what is left out, the pool decides.",
         "echo_load_config": "Adds `load_config` to the reply: what applied, read back from the engine.",
+    },
+    GPURequest: {
+        "offload": "Part of the layers, the output among them, that GPUs take: `max` is all of them, `off` is none. "
+        "Left out: all, or where the operator allows it as many as there is room for.",
+        "worker": "Only on the worker with this name.",
+        "devices": "Only on devices with these ids, as `GET /api/v1/workers` has them.",
+        "split": "Use all of the GPUs that may be used: in equal parts (`even`), each one filled before the next "
+        "(`priority`), or in these ratios. Left out: as few as have room.",
     },
     UnloadRequest: {"instance_id": "As the reply to its load has it."},
 }
 
 EXAMPLES: dict[type[Struct], dict[str, object]] = {
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
+    GPURequest: {"offload": "max", "worker": "gpu-host-1", "split": "even"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
 }
 
@@ -138,6 +149,10 @@ HEADERS: dict[str, dict[str, Any]] = {
     "Server-Timing": {
         "description": "Milliseconds by phase: `queue`, `spawn`, `metadata`, `weights`, `context`, `warmup`, and "
         "their sum, `total`.",
+        "schema": {"type": "string"},
+    },
+    "Loadstone-Evicted": {
+        "description": "The instances that were unloaded to make room, by their ids, percent-encoded.",
         "schema": {"type": "string"},
     },
     "WWW-Authenticate": {"description": "The scheme to use.", "schema": {"type": "string", "const": "Bearer"}},
@@ -185,7 +200,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             200: Reply(
                 description="The model is in memory and has run a first token; or, where events were asked for, these.",
                 content={JSON: LoadResult, **EVENTS},
-                more_headers=("Server-Timing", "Preference-Applied"),
+                more_headers=("Server-Timing", "Loadstone-Evicted", "Preference-Applied"),
                 links={
                     "unload_model": {
                         "operationId": "unload_model",

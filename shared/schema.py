@@ -2,6 +2,9 @@
 
 Strict towards clients (`forbid_unknown_fields` is enforced by `api.decode`, which must list all unknown keys),
 tolerant between our own processes: a new field has a default, so that two versions can share one Redis.
+
+What a large pool has tens of thousands of cannot be part of a reference cycle, so the garbage collector does not look
+at it (`gc=False`): that took half of the time of reading such a pool.
 """
 
 from __future__ import annotations
@@ -26,11 +29,29 @@ Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what any field of llama.c
 Parallel = Annotated[int, Meta(ge=1, le=64)]
 Seconds = Annotated[float, Meta(gt=0, le=10 * 366 * 24 * 3600)]
 Moment = Annotated[datetime, Meta(tz=True)]
+Ratio = Annotated[float, Meta(ge=0, le=1)]
+Name = Annotated[str, Meta(min_length=1)]
+Devices = Annotated[list[Name], Meta(min_length=1, max_length=64)]
+Ratios = Annotated[list[Annotated[float, Meta(ge=0, le=1_000_000)]], Meta(min_length=1, max_length=64)]
 
 # ---- what a client sends
 
 
-class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class GPURequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """Where a model may go.  What is left out, the pool decides.
+
+    `offload` is the part of the layers, the output among them, that GPUs take ("max": all, "off": none).  `devices`
+    are the only ones that may be used, by their ids.  `split` uses all of these that are GPUs: in equal parts, each
+    one filled before the next, or in these ratios.
+    """
+
+    offload: Ratio | Literal["max", "off"] | UnsetType = UNSET
+    worker: Name | UnsetType = UNSET
+    devices: Devices | UnsetType = UNSET
+    split: Literal["even", "priority"] | Ratios | UnsetType = UNSET
+
+
+class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What a client may ask for.  What is left out, the worker decides; null is not absence."""
 
     model: str
@@ -43,6 +64,7 @@ class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     echo_load_config: bool = False
     force: bool = False
     ttl_seconds: Seconds | UnsetType = UNSET
+    gpu: GPURequest | UnsetType = UNSET
 
 
 class UnloadRequest(Struct, frozen=True, kw_only=True):
@@ -52,7 +74,7 @@ class UnloadRequest(Struct, frozen=True, kw_only=True):
 # ---- what a client reads
 
 
-class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """The parameters that applied, as read back from the loaded model and context (tokens, sequences, experts)."""
 
     context_length: int
@@ -77,7 +99,8 @@ class LoadResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Job(Struct, frozen=True, kw_only=True):
     """A load as its followers see it.  Its status is the load's outcome, and stays when the instance is unloaded.
 
-    Sizes are in bytes; `timing` is in seconds by phase, with their sum as `total` once the load has ended.
+    Sizes are in bytes; `timing` is in seconds by phase, with their sum as `total` once the load has ended.  `evicted`
+    are the instances that were unloaded to make room for it.
     """
 
     job_id: str
@@ -98,6 +121,7 @@ class Job(Struct, frozen=True, kw_only=True):
     started_at: Moment | None
     completed_at: Moment | None
     timing: dict[str, float]
+    evicted: list[str]
     result: LoadResult | None
     error: ErrorBody | None
 
@@ -173,7 +197,7 @@ class UnloadResult(Struct, frozen=True, kw_only=True):
 
 
 class EstimatedDevice(Struct, frozen=True, kw_only=True):
-    """What a load would take of a device, and what is free there."""
+    """What a load would take of a device, and what is free there for loads."""
 
     id: str
     worker: str
@@ -212,7 +236,7 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     trained_for_tool_use: bool
 
 
-class LoadedInstance(Struct, frozen=True, kw_only=True):
+class LoadedInstance(Struct, frozen=True, kw_only=True, gc=False):
     id: str
     config: LoadConfig
     worker: str
@@ -220,7 +244,7 @@ class LoadedInstance(Struct, frozen=True, kw_only=True):
     remaining_ttl_seconds: float | None  # until it is unloaded if nothing uses it; None: it is not by itself
 
 
-class ListedModel(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ListedModel(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One row of the model list.  Embedding models have no architecture, capabilities and description."""
 
     type: ModelType
@@ -242,7 +266,7 @@ class ModelList(Struct, frozen=True, kw_only=True):
     models: list[ListedModel]
 
 
-class HeldInstance(Struct, frozen=True, kw_only=True):
+class HeldInstance(Struct, frozen=True, kw_only=True, gc=False):
     """An instance in whatever state, and where it is or is to be."""
 
     id: str
@@ -307,9 +331,10 @@ class Weights(Struct, frozen=True, kw_only=True):
     repeating_bytes: int  # the blocks
     output_bytes: int  # the output matrix, and what belongs to no block
     has_output: bool  # False: the tokens' embeddings are the output matrix too
+    block_bytes: list[int] = []  # of each block; of a whole model [] where they are equal
 
 
-class Model(Struct, frozen=True, kw_only=True):
+class Model(Struct, frozen=True, kw_only=True, gc=False):
     """A GGUF model on a worker's disk, as its file header describes it.
 
     `problem` is set where the header cannot be read or names something that is no model: such an entry keeps its
@@ -351,22 +376,46 @@ class Model(Struct, frozen=True, kw_only=True):
         return hashlib.sha256(msgspec.msgpack.encode(facts)).hexdigest()[:32]
 
 
-class Device(Struct, frozen=True, kw_only=True):
-    """What models are loaded onto, as its worker knew it at its last beat.
+CPU = "CPU"  # the id of the host's memory as a device
 
-    `reserved_bytes` are the weights of the instances that hold memory there; one that has several devices counts in
-    equal parts.
-    """
 
-    id: str  # the engine's name of it: "CUDA0", "CPU"
+class Taken(Struct, frozen=True, kw_only=True):
+    """Bytes that a load takes of a device."""
+
+    id: str
+    weights_bytes: int = 0
+    context_bytes: int = 0  # the KV cache
+    compute_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.context_bytes + self.compute_bytes
+
+
+class Device(Struct, frozen=True, kw_only=True, gc=False):
+    """What models are loaded onto, as its worker knew it at its last beat."""
+
+    id: str  # of a GPU its UUID, as NVML names it
     kind: Literal["gpu", "cpu"]
     name: str
     total_bytes: int
-    free_bytes: int
-    reserved_bytes: int = 0
+    free_bytes: int  # nobody uses them
+    reserved_bytes: int = 0  # what the instances take that are there, or on their way
+    leaked_bytes: int = 0  # used, but neither by these instances nor by anybody whom the driver names
+    available_bytes: int = 0  # what loads may be given now
 
 
-class ListedWorker(Struct, frozen=True, kw_only=True):
+class Holding(Struct, frozen=True, kw_only=True, gc=False):
+    """What an instance takes of its worker's devices."""
+
+    instance_id: str
+    key: str
+    devices: dict[str, int]  # bytes by device
+    used_at: float  # the last use, in seconds since the epoch; 0.0: it is not loaded yet
+    is_evictable: bool  # it may be unloaded to make room
+
+
+class ListedWorker(Struct, frozen=True, kw_only=True, gc=False):
     """A worker that is alive; `lease_age_seconds` have passed since its last sign of life."""
 
     name: str
@@ -381,7 +430,7 @@ class WorkerList(Struct, frozen=True, kw_only=True):
     workers: list[ListedWorker]
 
 
-class WorkerSnapshot(Struct, frozen=True, kw_only=True):
+class WorkerSnapshot(Struct, frozen=True, kw_only=True, gc=False):
     """A worker as it was at its last beat."""
 
     name: str
@@ -391,7 +440,18 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True):
     residents: int  # instances that it holds or has queued
     state: WorkerState = "ready"  # a draining one takes nothing more
     devices: list[Device] = []
+    held: list[Holding] = []
+    partly_on_cpu: bool = False  # where GPUs have no room for all layers, the CPU may take some
     lease_s: float = 0.0
+
+
+class Sizing(Struct, frozen=True, kw_only=True):
+    """What an API asks a worker's engine: what a load would take, on these GPUs."""
+
+    request: LoadRequest
+    key: str
+    gpus: list[str]
+    layers: list[int]
 
 
 # ---- the record of an instance
@@ -403,12 +463,13 @@ UNBEGUN: dict[str, Any] = {  # what of a record goes back when it is requeued; i
     "bytes_per_second": None,
     "estimated_completion": None,
     "devices": [],
+    "evicted": [],
     "started_at": None,
     "timing": {},
 }
 
 
-class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One load of one model with one configuration: the only thing that has a life.
 
     `id` names the load (the job), `instance_id` the thing in memory that clients use.  Times are seconds since the
@@ -421,6 +482,7 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     type: ModelType
     worker: str
     request: LoadRequest
+    traceparent: str = ""  # the span that asked for it: those that work on it are its children
     state: State = State.QUEUED
     epoch: str | None = None  # of the worker process that claimed it
     attempt: int = 1  # how often it was begun, counting this time
@@ -433,6 +495,9 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
     bytes_per_second: float | None = None  # of the last seconds; once loaded, of all the weights
     estimated_completion: float | None = None
     devices: list[str] = []
+    evicted: list[str] = []  # instance ids of what was unloaded to make room for it
+    refused: list[str] = []  # workers that had no room for it
+    refusal: ErrorBody | None = None  # what the last of these said
     started_at: float | None = None
     loaded_at: float | None = None
     used_at: float | None = None  # until there is something to use it for: when it was loaded, if not restored
@@ -471,6 +536,11 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True):
             return self.after(Event.REQUEUE, **changes)
         reason = f"its worker ended under it, the last time '{self.worker}', and it was begun {self.attempt} times"
         return self.after(Event.FAIL, error=LoadFailed("worker_lost", self.type, self.model, reason).body())
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """What log lines about it carry."""
+        return {"job": self.id, "instance": self.instance_id, "worker": self.worker}
 
     @property
     def idle_at(self) -> float | None:

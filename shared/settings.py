@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 
 PREFIX = "LOADSTONE_"
 OF_CLIENTS = frozenset({"LOADSTONE_URL", "LOADSTONE_TOKEN"})  # read by the client commands; no settings
-PATHS = ("models_dir", "data_dir", "api_tokens_file")
+PATHS = ("models_dir", "data_dir", "api_tokens_file", "lock_dir")
 
 
 class SettingsError(Exception):
@@ -109,6 +109,48 @@ class Settings(Struct, frozen=True, kw_only=True):
             pattern=r"^[A-Za-z0-9._-]{0,64}\Z",
         ),
     ] = ""
+    devices: Annotated[
+        str,
+        setting(
+            "devices that a worker loads into: NVIDIA GPUs by index or UUID, and cpu; default: all",
+            "a comma-separated list of indexes, UUIDs and cpu",
+            flags=("up", "worker"),
+            pattern=r"^( *[A-Za-z0-9-]+ *(, *[A-Za-z0-9-]+ *)*)?\Z",
+        ),
+    ] = ""
+    device_reserve: Annotated[
+        str,
+        setting(
+            "memory of each device that is kept free; default: the larger of 5% and 512MiB",
+            "bytes, with MiB or GiB after the number, or a percentage, as 10%",
+            flags=("up", "worker"),
+            pattern=r"^((\d{1,18}|\d{1,9}MiB|\d{1,6}GiB|\d{1,2}(\.\d{1,3})?%))?\Z",
+        ),
+    ] = ""
+    lock_dir: Annotated[
+        Path | None,
+        setting(
+            "directory of locks, one for each GPU, that the workers of a host share; default: in the data directory",
+            "a directory",
+            flags=("worker",),
+        ),
+    ] = None
+    evict: Annotated[
+        Literal["idle", "any", "off"],
+        setting(
+            "what may be unloaded to make room: instances with a TTL, any instance, or none",
+            "idle, any or off",
+            flags=("up", "worker"),
+        ),
+    ] = "idle"
+    gpu_offload: Annotated[
+        Literal["max", "auto"],
+        setting(
+            "layers that go to GPUs, of a load that does not say: all, or as many as there is room for",
+            "max or auto",
+            flags=("up", "worker"),
+        ),
+    ] = "max"
     loads_at_once: Annotated[
         int,
         setting(
@@ -204,6 +246,16 @@ class Settings(Struct, frozen=True, kw_only=True):
     def name(self) -> str:
         """The worker's name: the one that was set, or the host's."""
         return self.worker_name or socket.gethostname()
+
+    def kept_free(self, total_bytes: int) -> int:
+        """How much of a device's memory is never given to loads."""
+        number = re.match(r"[\d.]*", self.device_reserve)
+        if number is None or not number[0]:
+            return max(total_bytes // 20, 512 << 20)
+        if self.device_reserve.endswith("%"):
+            return int(total_bytes * float(number[0]) / 100)
+        unit = {"MiB": 1 << 20, "GiB": 1 << 30}.get(self.device_reserve[number.end() :], 1)
+        return int(number[0]) * unit
 
     def __repr__(self) -> str:
         """Without the values that may hold a secret: settings end up in tracebacks."""

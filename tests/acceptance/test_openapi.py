@@ -52,7 +52,8 @@ def hooks(service: Service) -> Iterator[Counter[str]]:
     """Of the requests to load, or to estimate one, that are right, every third is for the model that exists, and every
     fifth is to be followed as events.  What one loads is unloaded, so that a step after it finds the load over.
 
-    A schema knows no model's limits: those of the model are kept here.  The result counts the replies to loads.
+    A schema knows no model's limits: those of the model are kept here; nor does it know what there is in the pool, or
+    which parts of a split belong together.  The result counts the replies to loads.
     """
     replies: Counter[str] = Counter()
     sent = 0
@@ -70,10 +71,17 @@ def hooks(service: Service) -> Iterator[Counter[str]]:
         sent += 1
         if sent % 3 == 0:
             case.body = {**case.body, "model": MODEL}
+        if "gpu" in case.body:
+            gpu = {name: value for name, value in case.body["gpu"].items() if name not in ("worker", "devices")}
+            if isinstance(gpu.get("split"), list):
+                gpu["split"] = "even"
+            case.body = {**case.body, "gpu": gpu}
         if case.body["model"] == MODEL:
             limits = {"context_length": CONTEXT_LENGTH, "parallel": case.body.get("eval_batch_size", 64)}
             limits["parallel"] = min(limits["parallel"], case.body.get("context_length", 64))
-            case.body = {name: min(value, limits.get(name, value)) for name, value in case.body.items()}
+            case.body = {
+                name: min(value, limits[name]) if name in limits else value for name, value in case.body.items()
+            }
         if sent % 5 == 0 and is_load(case):
             case.headers["Accept"] = "text/event-stream"
 

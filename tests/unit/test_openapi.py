@@ -87,12 +87,17 @@ def test_every_reference_leads_somewhere_and_every_type_is_used() -> None:
     assert {name for operation in OPERATIONS.values() for name in operation.parameters} == set(PARAMETERS)
 
 
+def alone(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema with what it refers to."""
+    return {**schema, "components": DOCUMENT["components"]}
+
+
 @pytest.mark.parametrize("kind", FIELDS)
 def test_a_request_is_closed_and_every_field_is_described(kind: Any) -> None:
     assert set(FIELDS[kind]) == set(kind.__struct_fields__)
     schema = DOCUMENT["components"]["schemas"][kind.__name__]
     assert schema["additionalProperties"] is False
-    jsonschema_rs.validate(schema, schema["examples"][0])
+    jsonschema_rs.validate(alone(schema), schema["examples"][0])
 
 
 @pytest.mark.parametrize(
@@ -104,12 +109,15 @@ def test_a_request_is_closed_and_every_field_is_described(kind: Any) -> None:
         ({"model": "a/b", "context_length": None}, False),
         ({"model": "a/b", "parallel": 65}, False),
         ({"model": "a/b", "ttl": 60}, False),
+        ({"model": "a/b", "gpu": {"offload": 0.5, "devices": ["GPU-1"], "split": [2, 1]}}, True),
+        ({"model": "a/b", "gpu": {"offload": "half"}}, False),
+        ({"model": "a/b", "gpu": {"layers": 3}}, False),
         ({"context_length": 8192}, False),
     ],
 )
 def test_the_schema_of_a_load_takes_what_the_service_takes(body: object, accepted: bool) -> None:
     schema = DOCUMENT["components"]["schemas"][LoadRequest.__name__]
-    assert jsonschema_rs.is_valid(schema, body) is accepted
+    assert jsonschema_rs.is_valid(alone(schema), body) is accepted
 
 
 def test_replies_that_ask_to_come_back_say_when() -> None:
