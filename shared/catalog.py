@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -22,7 +23,7 @@ from shared.modelkeys import Named, Place
 from shared.modelsdir import Found, walk
 from shared.schema import FileStat, Model, Problem, Weights
 
-CACHE_VERSION = f"2 {shared.__version__}"  # what is concluded from a header may change with every release
+CACHE_VERSION = f"3 {shared.__version__}"  # what is concluded from a header may change with every release
 NAMED_SHARDS = 5  # missing files that are named in a message
 PREFERRED_BITS = 4.5  # per weight: what a folder's plain key means, where there is a choice
 COMPANION = "mmproj"  # in a file's name: the part of a vision model that encodes images
@@ -184,15 +185,17 @@ def _sum(numbers: Sequence[int | None]) -> int | None:
 
 
 def _all_weights(found: Sequence[Weights | None]) -> Weights | None:
-    """Of all shards, once all are known."""
+    """Of all shards, once all are known; a list of equal blocks is left out."""
     known = [weights for weights in found if weights is not None]
     if not known or len(known) != len(found):
         return None
+    blocks = [sum(parts) for parts in zip_longest(*(weights.block_bytes for weights in known), fillvalue=0)]
     return Weights(
         input_bytes=sum(weights.input_bytes for weights in known),
         repeating_bytes=sum(weights.repeating_bytes for weights in known),
         output_bytes=sum(weights.output_bytes for weights in known),
         has_output=any(weights.has_output for weights in known),
+        block_bytes=blocks if len({*blocks}) > 1 else [],
     )
 
 
@@ -224,20 +227,18 @@ def _fault(found: Found, reason: str, problem: Problem | None = None) -> Problem
     return Problem(code=problem.code if problem else "invalid_model_file", message=message)
 
 
-def resolve(models: Sequence[Model], wanted: str) -> Model | None:
-    """The model that a client means by `wanted`, matched exactly, or None.
+def by_name(models: Sequence[Model]) -> dict[str, Model]:
+    """The model that a client means by each name there is.
 
     That is the model with this key; a folder's only model by `key@variant`; or, by the plain key of a folder of
     several quantizations, the usable one whose bits per weight are closest to 4.5 (estimated from the name of the
     quantization until they are known; the smaller one of two that are equally close).
     """
-    for model in models:
-        if model.key == wanted:
-            return model
-    for model in models:
-        if model.variant and f"{model.base}@{model.variant}" == wanted:
-            return model
-    return min((model for model in models if model.base == wanted), key=_preference, default=None)
+    found: dict[str, Model] = {}
+    for model in sorted(models, key=_preference, reverse=True):
+        found[model.base] = model
+    found |= {f"{model.base}@{model.variant}": model for model in reversed(models) if model.variant}
+    return found | {model.key: model for model in reversed(models)}
 
 
 def _preference(model: Model) -> tuple[bool, float, int, str]:

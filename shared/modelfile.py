@@ -235,15 +235,19 @@ def _weigh(header: Header) -> tuple[int | None, int | None]:
 
 def _by_place(tensors: Sequence[Tensor]) -> Weights:
     """Their bytes; every one is of a known type."""
-    by_place = Counter[str]()
+    by_place, by_block = Counter[str](), Counter[int]()
     for tensor in tensors:
+        size = tensor.size or 0
         place = "repeating" if tensor.name.startswith("blk.") else "input" if tensor.name in INPUT_TENSORS else "output"
-        by_place[place] += tensor.size or 0
+        by_place[place] += size
+        if block := re.match(r"blk\.(\d{1,3})\.", tensor.name):
+            by_block[int(block[1])] += size
     return Weights(
         input_bytes=by_place["input"],
         repeating_bytes=by_place["repeating"],
         output_bytes=by_place["output"],
         has_output=any(tensor.name == "output.weight" for tensor in tensors),
+        block_bytes=[by_block[i] for i in range(max(by_block, default=-1) + 1)],
     )
 
 

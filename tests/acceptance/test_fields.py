@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shared import synthetic
-from shared.catalog import Catalog, resolve
+from shared.catalog import Catalog, by_name
 from shared.schema import LoadRequest
 from shared.settings import Settings
 from tests.service import Service, up
@@ -137,11 +137,11 @@ def load_on_a_fake_gpu(home: str, fields: str) -> None:
     models_dir = Path(home, "models")
     catalog = Catalog(models_dir, Path(home, "catalog"))
     catalog.look()
-    model = resolve(catalog.models(), LLM)
-    assert model is not None
-    log = llama.initialise()
-    gpu = fakegpu.add("FAKE0", 1 << 30)
-    load = plan(LoadRequest(model=LLM, **json.loads(fields)), model, Settings(models_dir=models_dir))
+    model = by_name(catalog.models())[LLM]
+    log = llama.initialise("GPU-0")
+    gpu = fakegpu.add("CUDA0", 1 << 30)
+    asked, settings = LoadRequest(model=LLM, **json.loads(fields)), Settings(models_dir=models_dir)
+    load = plan(asked, model, settings, ["GPU-0"], [5])
     loaded = llama.Loaded(load, log, lambda phase, n_bytes: None)
     used_bytes = gpu.used_bytes
     config = loaded.ready(load).config

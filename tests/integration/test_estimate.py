@@ -9,20 +9,20 @@ from typing import Any, Literal
 import pytest
 
 from shared.architectures import SHAPES
-from shared.estimate import Estimate, estimate
+from shared.estimate import Needs, needs_of
 from shared.plan import plan
-from shared.schema import LoadRequest, Model
+from shared.schema import LoadRequest, Model, Taken
 from shared.settings import Settings
 from shared.synthetic import sparse_shape
 from tests.integration.conftest import catalog
-from tests.noalloc import Case, Figures, measured
+from tests.noalloc import load, measured
+from worker.protocol import Load
 
 BOUND = 0.03  # of the total, either way
 COMPUTE_BOUND = 0.2  # of the compute buffer alone, so that no term of it can get lost beside the weights
 VOCABULARY = 2048  # tokens; a real one takes the engine half a second to read, and matters to the output alone
 VOCABULARIES = {"llama3-8b": 128_256, "qwen3-0.6b": 32_000, "bert-large": 30_522, "qwen3-embedding-0.6b": 32_000}
 Kind = Literal["gpu", "cpu"]
-KINDS: tuple[Kind, ...] = ("gpu", "cpu")
 # The fake GPU is slow, since it is asked for every step of a graph: a few models and configurations must do.
 ON_GPU = ("qwen3-0.6b", "qwen3-embedding-0.6b", "bert-large", "gemma3-1b", "llama3-8b", "qwen3-30b-a3b")
 DEVICES: list[tuple[str, Kind]] = [*((preset, "cpu") for preset in SHAPES), *((preset, "gpu") for preset in ON_GPU)]
@@ -69,40 +69,78 @@ def models(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mo
     return {preset: found[f"p/{preset}"] for preset in SHAPES}
 
 
-def estimated(model: Model, kind: Kind, **fields: Any) -> Estimate:
-    return estimate(model, plan(LoadRequest(model=model.key, **fields), model, Settings()), kind)
+def estimated(model: Model, **fields: Any) -> Needs:
+    return needs_of(model, plan(LoadRequest(model=model.key, **fields), model, Settings()))
 
 
 @pytest.fixture(scope="module")
-def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict[str, Figures]]:
-    """The engine's, by model and kind of device, of each configuration."""
-    found: dict[tuple[str, Kind], dict[str, Figures]] = defaultdict(dict)
-    for kind in KINDS:
-        loads: list[tuple[str, list[str]]] = []
-        cases: list[Case] = []
-        for preset in (preset for preset, on in DEVICES if on == kind):
-            model = models[preset]
-            for experts in (False, True):
-                asked = {w: f for w, f in configurations(preset, kind).items() if ("num_experts" in f) == experts}
-                plans = [plan(LoadRequest(model=model.key, **fields), model, Settings()) for fields in asked.values()]
-                if plans:
-                    loads.append((preset, [*asked]))
-                    cases.append(Case(path=str(root / model.shards[0]), plans=plans))
-        for (preset, names), its_figures in zip(loads, measured(cases, on_gpu=kind == "gpu"), strict=True):
-            found[preset, kind] |= zip(names, its_figures, strict=True)
+def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict[str, Taken]]:
+    """The engine's, by model and kind of device, of each configuration: what it takes of that device."""
+    asked: list[tuple[str, Kind, str]] = []
+    loads: list[Load] = []
+    for preset, kind in DEVICES:
+        model = models[preset]
+        layers = [SHAPES[preset][0].block_count + 1] if kind == "gpu" else []
+        for words, fields in configurations(preset, kind).items():
+            asked.append((preset, kind, words))
+            planned = plan(LoadRequest(model=model.key, **fields), model, Settings())
+            loads.append(load(root / model.shards[0], planned, layers))
+    found: dict[tuple[str, Kind], dict[str, Taken]] = defaultdict(dict)
+    for (preset, kind, words), (taken, *_) in zip(asked, measured(loads), strict=True):
+        found[preset, kind][words] = taken
     return found
 
 
 @pytest.mark.parametrize(("preset", "kind"), DEVICES)
 def test_the_estimate_is_what_the_engine_would_take(
-    preset: str, kind: Kind, models: dict[str, Model], figures: dict[tuple[str, Kind], dict[str, Figures]]
+    preset: str, kind: Kind, models: dict[str, Model], figures: dict[tuple[str, Kind], dict[str, Taken]]
 ) -> None:
     asked = configurations(preset, kind)
     assert figures[preset, kind].keys() == asked.keys()
     for words, engine in figures[preset, kind].items():
-        found = estimated(models[preset], kind, **asked[words])
-        assert found.exact
+        needs = estimated(models[preset], **asked[words])
+        found = needs.on_gpu("", 0, needs.n_layers) if kind == "gpu" else needs.on_cpu()
+        assert needs.is_exact(1 if kind == "gpu" else 0, 0)
         assert found.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), words
         assert found.compute_bytes == pytest.approx(engine.compute_bytes, rel=COMPUTE_BOUND), words
         assert found.context_bytes == engine.context_bytes, words
         assert found.weights_bytes == pytest.approx(engine.weights_bytes, rel=1e-4), words
+
+
+# ---- over several devices
+
+SPLITS: list[tuple[str, str, list[float]]] = (
+    [  # the parts of the layers that GPUs take, and what is left stays with the CPU
+        (preset, words, parts)
+        for preset in ("qwen3-0.6b", "gemma3-1b", "llama3-8b", "qwen3-30b-a3b")
+        for words in ("default", "no flash attention")
+        for parts in ([0.5, 0.5], [0.3, 0.3, 0.4], [0.5])
+    ]
+    + [("bert-large", "default", [0.5, 0.5])]
+)
+
+
+def test_the_estimate_of_each_device_is_what_the_engine_would_take_there(root: Path, models: dict[str, Model]) -> None:
+    """Of what is computed on the host, which is little, it is an upper bound."""
+    loads: list[Load] = []
+    asked: list[tuple[str, str, Needs, list[int]]] = []
+    for preset, words, parts in SPLITS:
+        model, fields = models[preset], (EMBEDDING if preset == "bert-large" else DECODER)[words]
+        needs = estimated(model, **fields)
+        layers = [int(part * needs.n_layers) for part in parts]
+        if sum(parts) == 1:
+            layers[-1] += needs.n_layers - sum(layers)
+        planned = plan(LoadRequest(model=model.key, **fields), model, Settings())
+        loads.append(load(root / model.shards[0], planned, layers))
+        asked.append((preset, words, needs, layers))
+    for (preset, words, needs, layers), taken in zip(asked, measured(loads), strict=True):
+        start = first = needs.n_layers - sum(layers)
+        for n, engine in zip(layers, taken, strict=False):
+            found = needs.on_gpu(engine.id, start, start + n)
+            start += n
+            assert found.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), (preset, words, layers)
+            assert found.context_bytes == engine.context_bytes
+        host, engine = needs.beside_gpus(first), taken[-1]
+        assert host.context_bytes == engine.context_bytes
+        assert host.weights_bytes == pytest.approx(engine.weights_bytes, rel=1e-3, abs=1 << 16)
+        assert 0.9 <= host.compute_bytes / engine.compute_bytes <= 1.4, (preset, words, layers)

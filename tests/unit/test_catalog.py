@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared import modelkeys
-from shared.catalog import Catalog, resolve
+from shared.catalog import Catalog, by_name
 from shared.modelfile import abbreviated
 from shared.modelkeys import Place
 from shared.quantization import nominal_bits, tag
@@ -139,27 +139,27 @@ def model(base: str, variant: str, bits: float | None = None, *, alone: bool = F
 
 def test_a_plain_key_means_the_quantization_closest_to_four_and_a_half_bits() -> None:
     models = [model("p/m", "q8_0", 8.5), model("p/m", "q4_k_m", 4.9), model("p/m", "q4_0", 4.6), model("p/x", "f", 4.5)]
-    assert resolve(models, "p/m") is models[2]
-    assert resolve(models, "p/m@q8_0") is models[0]
+    assert by_name(models)["p/m"] is models[2]
+    assert by_name(models)["p/m@q8_0"] is models[0]
 
 
 def test_until_the_bits_are_known_the_name_tells_them() -> None:
     models = [model("p/m", "f16"), model("p/m", "iq4_xs"), model("p/m", "unknown"), model("p/m", "q2_k")]
-    assert resolve(models, "p/m") is models[1]
+    assert by_name(models)["p/m"] is models[1]
 
 
 def test_a_plain_key_prefers_a_file_that_can_be_loaded() -> None:
     broken = Problem(code="invalid_model_file", message="m is empty")
     models = [model("p/m", "q4_0", 4.5, problem=broken), model("p/m", "q8_0", 8.5)]
-    assert resolve(models, "p/m") is models[1]
-    assert resolve(models[:1], "p/m") is models[0], "which then says what is wrong"
+    assert by_name(models)["p/m"] is models[1]
+    assert by_name(models[:1])["p/m"] is models[0], "which then says what is wrong"
 
 
 def test_the_only_model_of_a_folder_may_be_asked_for_by_its_variant() -> None:
     models = [model("p/m", "q4_0", alone=True), model("p/n", "", alone=True)]
-    assert resolve(models, "p/m@q4_0") is models[0]
+    assert by_name(models)["p/m@q4_0"] is models[0]
     for unknown in ("p/m@q8_0", "P/M", "p/m@Q4_0", "p/n@", "m", ""):
-        assert resolve(models, unknown) is None
+        assert unknown not in by_name(models)
 
 
 def test_a_nominal_size_is_known_for_every_common_name() -> None:

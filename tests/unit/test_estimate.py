@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from shared.estimate import CELLS, Estimate, estimate, fits, largest_context_length
+from shared.estimate import CELLS, MOST_BYTES, Needs, needs_of
+from shared.placement import largest_context_length
 from shared.plan import plan
-from shared.schema import Device, Dimensions, LoadRequest, Model, Weights
+from shared.schema import Dimensions, LoadRequest, Model, Taken, Weights
 from shared.settings import Settings
 
 MAXIMUM = 131_072
@@ -47,12 +48,17 @@ def model(**fields: Any) -> Model:
     return Model(**{**made, **fields})
 
 
-def of(found: Model, kind: Kind = "gpu", **fields: Any) -> Estimate:
-    return estimate(found, plan(LoadRequest(model="p/m", **fields), found, SETTINGS), kind)
+def needs(found: Model, **fields: Any) -> Needs:
+    return needs_of(found, plan(LoadRequest(model="p/m", **fields), found, SETTINGS))
 
 
-def device(free_bytes: int, kind: Kind = "gpu") -> Device:
-    return Device(id="D", kind=kind, name="", total_bytes=free_bytes, free_bytes=free_bytes)
+def on_one(needed: Needs, kind: Kind) -> Taken:
+    """What one device takes that has all of it."""
+    return needed.on_cpu() if kind == "cpu" else needed.on_gpu("D", 0, needed.n_layers)
+
+
+def of(found: Model, kind: Kind = "gpu", **fields: Any) -> Taken:
+    return on_one(needs(found, **fields), kind)
 
 
 # ---- whatever the header says
@@ -128,18 +134,37 @@ def test_a_gpu_never_takes_more_than_the_host_would(found: Model, asked: dict[st
     assert of(found, "gpu", **asked).total_bytes <= of(found, "cpu", **asked).total_bytes
 
 
-@given(models, kinds, options, st.integers(0, 2**40), st.integers(1, 3))
-def test_the_largest_context_is_the_largest_that_fits(
-    found: Model, kind: Kind, asked: dict[str, Any], free_bytes: int, n: int
+@given(models, options, st.data())
+def test_the_parts_of_several_devices_are_the_whole_with_a_compute_buffer_for_each(
+    found: Model, asked: dict[str, Any], data: st.DataObject
 ) -> None:
-    devices = [device(free_bytes, kind)] * n
-    largest = largest_context_length(LoadRequest(model="p/m", **asked), found, SETTINGS, devices)
+    needed = needs(found, **asked)
+    cut = data.draw(st.integers(0, needed.n_layers - 1))
+    first, last = needed.on_gpu("D", 0, cut), needed.on_gpu("E", cut, needed.n_layers)
+    whole = on_one(needed, "gpu")
+    assert first.weights_bytes + last.weights_bytes >= whole.weights_bytes, "but for what is over the largest number"
+    assert first.context_bytes + last.context_bytes >= whole.context_bytes
+    assert first.compute_bytes <= last.compute_bytes == whole.compute_bytes
+    with_cpu = needed.beside_gpus(cut)
+    assert with_cpu.weights_bytes <= on_one(needed, "cpu").weights_bytes
+    if cut == 0:
+        assert with_cpu.compute_bytes == min(needed.host_compute_bytes, MOST_BYTES)
+
+
+@given(models, kinds, options, st.integers(0, 2**40))
+def test_the_largest_context_is_the_largest_that_fits(
+    found: Model, kind: Kind, asked: dict[str, Any], free_bytes: int
+) -> None:
+    def fits(needed: Needs) -> bool:
+        return on_one(needed, kind).total_bytes <= free_bytes
+
+    largest = largest_context_length(LoadRequest(model="p/m", **asked), found, SETTINGS, fits)
     if largest is not None:
         assert largest == found.max_context_length or largest % CELLS == 0
-        assert fits(of(found, kind, context_length=largest, **asked), devices)
+        assert fits(needs(found, context_length=largest, **asked))
     if largest != found.max_context_length:
         more = min((largest or 0) + CELLS, found.max_context_length)
-        assert not fits(of(found, kind, context_length=more, **asked), devices)
+        assert not fits(needs(found, context_length=more, **asked))
 
 
 # ---- what counts
@@ -168,7 +193,7 @@ def test_a_matrix_that_is_both_embedding_and_output_is_on_the_gpu_too() -> None:
 def test_an_encoder_has_no_cache() -> None:
     encoder = model(type="embedding", architecture="bert", causal=False, max_context_length=512)
     assert of(encoder).context_bytes == 0
-    assert of(encoder).exact
+    assert needs(encoder).exact
 
 
 def test_blocks_that_differ_each_count_as_they_are() -> None:
@@ -191,30 +216,44 @@ UNSURE: dict[str, tuple[Model, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", UNSURE)
 def test_what_was_not_compared_with_the_engine_is_not_called_exact(case: str) -> None:
     found, asked = UNSURE[case]
-    guess = of(found, **asked)
-    assert not guess.exact
-    assert guess.weights_bytes > 4_000_000_000, "it is a guess all the same"
-    assert of(model()).exact
+    guess = needs(found, **asked)
+    assert not guess.is_exact(n_gpus=1, on_cpu=0)
+    assert on_one(guess, "gpu").weights_bytes > 4_000_000_000, "it is a guess all the same"
+    assert needs(model()).is_exact(n_gpus=1, on_cpu=0)
+
+
+def test_only_one_device_that_has_all_of_it_was_compared_with_the_engine() -> None:
+    needed = needs(model())
+    assert needed.is_exact(n_gpus=0, on_cpu=33)
+    assert not needed.is_exact(n_gpus=2, on_cpu=0)
+    assert needed.is_exact(n_gpus=1, on_cpu=1)
 
 
 def test_an_unknown_vocabulary_is_taken_for_a_large_one() -> None:
-    guess = of(model(dimensions=structs.replace(LLAMA, vocabulary=None)))
+    guess = needs(model(dimensions=structs.replace(LLAMA, vocabulary=None)))
     assert not guess.exact
-    assert guess.compute_bytes > of(model()).compute_bytes
+    assert guess.compute_bytes > needs(model()).compute_bytes
 
 
-def test_each_device_has_a_compute_buffer_of_its_own() -> None:
-    needed = Estimate(weights_bytes=100, context_bytes=50, compute_bytes=10, exact=True)
-    assert fits(needed, [device(160)])
-    assert not fits(needed, [device(159)])
-    assert not fits(needed, [device(80), device(80)])
-    assert fits(needed, [device(85), device(85)])
+def test_gpus_take_the_last_layers_and_the_cpu_the_first_and_the_embeddings() -> None:
+    """32 blocks and the output are 33 layers; each block has 3.9 GB / 32."""
+    needed = needs(model())
+    assert needed.n_layers == 33
+    assert needed.on_gpu("D", 17, 33).weights_bytes == 15 * 3_900_000_000 // 32 + 430_000_000
+    assert needed.on_gpu("D", 1, 17).weights_bytes == 16 * 3_900_000_000 // 32, "the output is on the last one only"
+    assert needed.on_gpu("D", 1, 17).context_bytes == 16 * 8 * 2 * 128 * 2 * 4096
+    beside = needed.beside_gpus(17)
+    assert beside.weights_bytes == 300_000_000 + 17 * 3_900_000_000 // 32
+    assert beside.context_bytes == 17 * 8 * 2 * 128 * 2 * 4096
 
 
 def test_the_largest_context_is_that_of_the_request_with_all_else_that_it_asks_for() -> None:
     with_flash, without = (
         largest_context_length(
-            LoadRequest(model="p/m", flash_attention=flash, context_length=512), model(), SETTINGS, [device(8 << 30)]
+            LoadRequest(model="p/m", flash_attention=flash, context_length=512),
+            model(),
+            SETTINGS,
+            lambda needed: needed.single(0) <= 8 << 30,
         )
         for flash in (True, False)
     )
