@@ -1,0 +1,539 @@
+"""Where a load goes, against every place that there is: small pools, and all their splits, victims and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import combinations, permutations
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import UNSET, structs
+
+from shared.estimate import CELLS, Needs, needs_of
+from shared.placement import Host, Placement, Wish, arrange, available, choose, has_gpu, largest_context_length, place
+from shared.plan import plan
+from shared.schema import CPU, Device, Dimensions, GPURequest, Holding, LoadRequest, Model, Weights, WorkerSnapshot
+from shared.settings import Settings
+
+GPUS = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
+ANY = Wish()
+Kind = Literal["one", "several", "evicting", "partly", "cpu", "evicting on the cpu"]
+KINDS: list[Kind] = ["one", "several", "evicting", "partly", "cpu", "evicting on the cpu"]
+
+
+def needing(*weights: int, **fields: Any) -> Needs:
+    """So much for each layer; nothing else but for these fields."""
+    usual: dict[str, Any] = {
+        "context": [0] * len(weights),
+        "tied_bytes": 0,
+        "input_bytes": 0,
+        "compute_bytes": 0,
+        "inner_compute_bytes": 0,
+        "cpu_compute_bytes": 0,
+        "cpu_inner_compute_bytes": 0,
+        "host_compute_bytes": 0,
+        "offload_kqv": True,
+        "exact": True,
+    }
+    return Needs(weights=[*weights], **usual | fields)
+
+
+def device(id_: str, room: int) -> Device:
+    kind: Literal["gpu", "cpu"] = "cpu" if id_ == CPU else "gpu"
+    return Device(id=id_, kind=kind, name="", total_bytes=1000, free_bytes=max(0, room), available_bytes=room)
+
+
+def worker(
+    rooms: Sequence[int], cpu: int | None = 1000, held: Sequence[Holding] = (), name: str = "w", partly: bool = False
+) -> WorkerSnapshot:
+    """One with GPUs that have so much room, and so much of the host's memory; None: it does not own that."""
+    devices = [device(id_, room) for id_, room in zip(GPUS, rooms, strict=False)]
+    return WorkerSnapshot(
+        name=name,
+        epoch="",
+        version="",
+        catalog="",
+        residents=len(held),
+        devices=devices if cpu is None else [*devices, device(CPU, cpu)],
+        held=[*held],
+        partly_on_cpu=partly,
+    )
+
+
+def holding(name: str, used_at: float = 0.0, *, evictable: bool = True, key: str = "", **bytes_: int) -> Holding:
+    devices = {CPU if id_ == "cpu" else f"GPU-{id_}": n for id_, n in bytes_.items()}
+    return Holding(instance_id=name, key=key, devices=devices, used_at=used_at, is_evictable=evictable)
+
+
+# ---- what is there: any needs, wishes and workers
+
+
+@st.composite
+def needs_(draw: st.DrawFn) -> Needs:
+    n = draw(st.integers(1, 6))
+    size = st.integers(0, 8)
+    inner, host = draw(size), draw(size)
+    cpu_inner = host + draw(size)
+    return needing(
+        *draw(st.lists(st.integers(0, 30), min_size=n, max_size=n)),
+        context=draw(st.lists(size, min_size=n, max_size=n)),
+        tied_bytes=draw(size),
+        input_bytes=draw(size),
+        inner_compute_bytes=inner,
+        compute_bytes=inner + draw(size),
+        host_compute_bytes=host,
+        cpu_compute_bytes=cpu_inner + draw(size),
+        cpu_inner_compute_bytes=cpu_inner,
+        offload_kqv=draw(st.booleans()),
+    )
+
+
+split_ways = st.sampled_from(["even", "priority"]) | st.lists(
+    st.integers(1, 5).map(float), min_size=len(GPUS), max_size=len(GPUS)
+)
+wishes = st.builds(
+    Wish,
+    offload=st.sampled_from([1.0, 1.0, 1.0, 0.7, 0.3, 0.0]),
+    is_partly=st.booleans(),
+    devices=st.just([]) | st.permutations([*GPUS, CPU]).flatmap(lambda ids: st.integers(1, 5).map(lambda n: ids[:n])),
+    split=st.none() | st.none() | split_ways,
+).map(lambda wish: structs.replace(wish, is_partly=wish.is_partly and wish.offload == 1.0))
+
+held_ = st.builds(
+    Holding,
+    instance_id=st.uuids().map(str),
+    key=st.sampled_from(["m", "other"]),
+    devices=st.dictionaries(st.sampled_from([*GPUS, CPU]), st.integers(0, 60), min_size=1, max_size=2),
+    used_at=st.integers(0, 5).map(float),
+    is_evictable=st.sampled_from([True, True, False]),
+)
+
+
+@st.composite
+def workers(draw: st.DrawFn, name: str = "w") -> WorkerSnapshot:
+    rooms = draw(st.lists(st.integers(-10, 90), max_size=len(GPUS)))
+    cpu = draw(st.none() | st.integers(0, 250))
+    held = []
+    for one in draw(st.lists(held_, max_size=4)):
+        devices = {
+            id_: n for id_, n in one.devices.items() if id_ in {*GPUS[: len(rooms)], *([] if cpu is None else [CPU])}
+        }
+        held.append(structs.replace(one, devices=devices))
+    return worker(rooms, cpu, held, name, partly=draw(st.booleans()))
+
+
+# ---- the oracle: every place there is
+
+
+def splits(needs: Needs, first: int, gpus: Sequence[str], free: Mapping[str, int]) -> Iterator[int]:
+    """Of every way to cut the layers from `first` on into parts, one for each of these GPUs in this order, that all
+    have room for: its number of parts."""
+    if len(gpus) == 1:
+        if first < needs.n_layers and needs.on_gpu("", first, needs.n_layers).total_bytes <= free[gpus[0]]:
+            yield 1
+        return
+    for end in range(first + 1, needs.n_layers):
+        if needs.on_gpu("", first, end).total_bytes <= free[gpus[0]]:
+            yield from (1 + n for n in splits(needs, end, gpus[1:], free))
+
+
+def fewest(needs: Needs, wish: Wish, first: int, there: WorkerSnapshot, free: Mapping[str, int]) -> int | None:
+    """How few GPUs have room for the layers from `first` on; None where they have not."""
+    gpus = wish.gpus(there.devices)
+    n = needs.n_layers - first
+    if not gpus:
+        return None
+    if wish.split is not None and wish.split != "priority":
+        if not isinstance(wish.split, str) and len(wish.split) > len(gpus):
+            return None
+        ratios = [1] * len(gpus) if wish.split == "even" else [int(ratio) for ratio in wish.split]
+        cumulated = [Fraction(sum(ratios[: i + 1]), sum(ratios)) for i in range(len(ratios))]
+        # llama.cpp's load_tensors: std::upper_bound of i / n in the cumulated parts, at most the last device.
+        of = [min(sum(part <= Fraction(i, n) for part in cumulated), len(gpus) - 1) for i in range(n)]
+        used = sorted(set(of))
+        has_room = all(
+            needs.on_gpu("", first + of.index(i), first + n - of[::-1].index(i)).total_bytes <= free[gpus[i]]
+            for i in used
+        )
+        return len(used) if has_room else None
+    for k in range(1, min(len(gpus), n) + 1):
+        orders = combinations(gpus, k) if wish.split == "priority" else permutations(gpus, k)
+        if any(True for order in orders for _ in splits(needs, first, order, free)):
+            return k
+    return None
+
+
+def first_of(needs: Needs, wish: Wish) -> int:
+    return needs.n_layers - (0 if wish.devices == [CPU] else int(wish.offload * needs.n_layers + 1e-9))
+
+
+def beside_has_room(needs: Needs, first: int, free: Mapping[str, int]) -> bool:
+    return needs.beside_gpus(first).total_bytes <= free[CPU] if CPU in free else first == 0
+
+
+def cpu_has_room(needs: Needs, wish: Wish, free: Mapping[str, int]) -> bool:
+    return CPU in free and needs.on_cpu().total_bytes <= free[CPU] and (not wish.devices or CPU in wish.devices)
+
+
+def has_room(needs: Needs, wish: Wish, there: WorkerSnapshot, free: Mapping[str, int]) -> bool:
+    """Whether there is any place with as many layers on GPUs as was wished."""
+    first = first_of(needs, wish)
+    if first == needs.n_layers or not has_gpu(there.devices):
+        return cpu_has_room(needs, wish, free)
+    return beside_has_room(needs, first, free) and fewest(needs, wish, first, there, free) is not None
+
+
+def without(there: WorkerSnapshot, victims: Collection[Holding]) -> dict[str, int]:
+    free = available(there.devices)
+    for held in victims:
+        for id_, n_bytes in held.devices.items():
+            free[id_] += n_bytes
+    return free
+
+
+def oldest_first(there: WorkerSnapshot) -> list[Holding]:
+    return sorted((held for held in there.held if held.is_evictable), key=lambda held: (held.used_at, held.instance_id))
+
+
+def victims_of(needs: Needs, wish: Wish, there: WorkerSnapshot) -> list[Holding] | None:
+    """Of all sets of evictable instances that make room, the one that spares what was used last, and of those that do
+    the one that spares what was used before that, and so on."""
+    idle = oldest_first(there)
+    enough = (
+        chosen
+        for n in range(len(idle) + 1)
+        for chosen in combinations(idle, n)
+        if has_room(needs, wish, there, without(there, chosen))
+    )
+    return min(map(list, enough), key=lambda chosen: [held in chosen for held in idle[::-1]], default=None)
+
+
+def most_layers(needs: Needs, wish: Wish, there: WorkerSnapshot) -> int | None:
+    """How many layers at most GPUs have room for, where the CPU has it for the others; None where there is no place."""
+    free = available(there.devices)
+    if not (there.partly_on_cpu and wish.is_partly and has_gpu(there.devices)) or CPU not in free:
+        return None
+    if wish.devices and CPU not in wish.devices:
+        return None
+    for first in range(1, needs.n_layers):
+        if beside_has_room(needs, first, free) and fewest(needs, wish, first, there, free) is not None:
+            return needs.n_layers - first
+    return 0 if cpu_has_room(needs, wish, free) else None
+
+
+def kind_of(needs: Needs, wish: Wish, there: WorkerSnapshot, placed: Placement) -> Kind:
+    is_on_cpu = first_of(needs, wish) == needs.n_layers or not has_gpu(there.devices)
+    if placed.evicts:
+        return "evicting on the cpu" if is_on_cpu else "evicting"
+    if is_on_cpu:
+        return "cpu"
+    if sum(placed.layers) < needs.n_layers - first_of(needs, wish):
+        return "partly"
+    return "one" if len(placed.gpus) == 1 and wish.split is None else "several"
+
+
+# ---- one worker
+
+
+@settings(max_examples=200)
+@given(needs_(), wishes, workers())
+def test_a_load_is_placed_exactly_where_there_is_any_room(needs: Needs, wish: Wish, there: WorkerSnapshot) -> None:
+    placed = place(needs, wish, there)
+    expected = victims_of(needs, wish, there)
+    fewer = most_layers(needs, wish, there) if expected is None else None
+    if placed is None:
+        assert expected is None
+        assert fewer is None
+    elif expected is not None:
+        assert sorted(held.instance_id for held in placed.evicts) == sorted(held.instance_id for held in expected)
+        assert sum(placed.layers) in (needs.n_layers - first_of(needs, wish), 0)
+    else:
+        assert fewer == sum(placed.layers), "as many as there is room for"
+        assert not placed.evicts
+
+
+@settings(max_examples=150)
+@given(needs_(), wishes, workers())
+def test_each_device_has_room_for_its_part_and_the_parts_are_the_whole_model(
+    needs: Needs, wish: Wish, there: WorkerSnapshot
+) -> None:
+    if (placed := place(needs, wish, there)) is None:
+        return
+    free = without(there, placed.evicts)
+    assert all(n_bytes <= free[id_] for id_, n_bytes in placed.bytes.items())
+    assert len(placed.gpus) == len(placed.layers) == len(set(placed.gpus))
+    assert all(n > 0 for n in placed.layers)
+    assert set(placed.gpus) <= set(wish.gpus(there.devices))
+    start = first = needs.n_layers - sum(placed.layers)
+    for id_, n in zip(placed.gpus, placed.layers, strict=True):
+        assert placed.bytes[id_] == needs.on_gpu(id_, start, start + n).total_bytes
+        start += n
+    beside = needs.beside_gpus(first) if placed.gpus else needs.on_cpu()
+    assert placed.bytes.get(CPU) == (beside.total_bytes if CPU in free else None)
+    if wish.devices and not placed.gpus:
+        assert CPU in wish.devices
+
+
+@settings(max_examples=150)
+@given(needs_(), st.lists(st.integers(0, 90), min_size=1, max_size=4))
+def test_the_gpu_that_has_room_and_least_more_is_taken_and_else_as_few_as_can_be(
+    needs: Needs, rooms: list[int]
+) -> None:
+    there = worker(rooms)
+    placed = arrange(needs, ANY, there.devices, available(there.devices))
+    enough = [room for room in rooms if room >= needs.single(0)]
+    if enough:
+        assert placed is not None
+        assert [rooms[GPUS.index(id_)] for id_ in placed.gpus] == [min(enough)]
+    else:
+        k = fewest(needs, ANY, 0, there, available(there.devices))
+        assert (None if placed is None else len(placed.gpus)) == k
+
+
+@settings(max_examples=150)
+@given(needs_(), wishes, workers())
+def test_nothing_is_unloaded_in_vain(needs: Needs, wish: Wish, there: WorkerSnapshot) -> None:
+    placed = place(needs, wish, there)
+    if placed is None or not placed.evicts:
+        return
+    assert all(held.is_evictable and held in there.held for held in placed.evicts)
+    assert has_room(needs, wish, there, without(there, placed.evicts))
+    for held in placed.evicts:
+        others = [one for one in placed.evicts if one is not held]
+        assert not has_room(needs, wish, there, without(there, others)), "without this one there is room already"
+
+
+def test_of_two_that_would_do_the_one_that_was_not_used_for_longer_is_unloaded() -> None:
+    there = worker(
+        [10], held=[holding("new", 2.0, a=40), holding("old", 1.0, a=40), holding("busy", evictable=False, a=9)]
+    )
+    placed = place(needing(45), ANY, there)
+    assert placed is not None
+    assert [held.instance_id for held in placed.evicts] == ["old"]
+
+
+def test_an_old_small_one_is_spared_where_only_a_newer_one_makes_room() -> None:
+    there = worker([10], held=[holding("old", 1.0, a=5), holding("new", 2.0, a=40)])
+    placed = place(needing(45), ANY, there)
+    assert placed is not None
+    assert [held.instance_id for held in placed.evicts] == ["new"]
+
+
+def test_several_gpus_are_about_equally_full() -> None:
+    there = worker([100, 200, 100])
+    placed = place(needing(*[1] * 300, compute_bytes=5, inner_compute_bytes=5), ANY, there)
+    assert placed is not None
+    parts = {id_: placed.bytes[id_] / available(there.devices)[id_] for id_ in placed.gpus}
+    assert len(parts) == 3
+    assert max(parts.values()) - min(parts.values()) < 0.05
+
+
+def test_layers_that_fit_in_one_order_of_the_gpus_only_are_placed() -> None:
+    """30 goes only where 31 is, which is neither the most room nor the least, and it is neither first nor last."""
+    placed = place(needing(40, 30, 10), ANY, worker([31, 11, 41]))
+    assert placed is not None
+    assert placed.gpus == ["GPU-c", "GPU-a", "GPU-b"]
+    middle = place(needing(9, 30, 10), ANY, worker([30, 9, 10]))
+    assert middle is not None
+    assert middle.gpus == ["GPU-b", "GPU-a", "GPU-c"]
+
+
+# ---- what a client wishes
+
+
+@pytest.mark.parametrize(
+    ("asked", "n"), [(UNSET, 33), ("max", 33), ("off", 0), (1.0, 33), (0.0, 0), (0.5, 16), (1 / 33, 1), (0.999, 32)]
+)
+def test_the_offload_ratio_is_rounded_down_to_whole_layers(asked: Any, n: int) -> None:
+    assert Wish.of(GPURequest(offload=asked)).n_layers(needing(*[1] * 33)) == n
+
+
+def test_only_who_leaves_the_offload_to_the_worker_may_get_fewer_layers_on_gpus() -> None:
+    there = worker([25], partly=True)
+    needs = needing(10, 10, 10)
+    for asked, expected in ((GPURequest(), [2]), (GPURequest(offload="max"), None), (GPURequest(offload=1.0), None)):
+        placed = place(needs, Wish.of(asked), there)
+        assert (None if placed is None else placed.layers) == expected, asked
+    assert place(needs, ANY, structs.replace(there, partly_on_cpu=False)) is None
+
+
+def test_layers_stay_with_the_cpu_where_it_has_room_for_exactly_those_that_no_gpu_takes() -> None:
+    """With half of the layers it would not have room."""
+    placed = place(needing(10, 10, 10, 10), ANY, worker([35], cpu=10, partly=True))
+    assert placed is not None
+    assert placed.layers == [3]
+
+
+def test_a_worker_without_the_cpu_puts_no_layers_there() -> None:
+    half = Wish(offload=0.5, is_partly=False)
+    assert place(needing(10, 10), half, worker([100], cpu=None)) is None
+    assert choose([(Host(worker([100], cpu=None)), needing(10, 10), "")], half) is None
+    assert place(needing(10, 10), ANY, worker([100], cpu=None)) is not None
+
+
+def test_gpus_take_layers_in_the_order_that_a_client_gave() -> None:
+    wish = Wish(devices=["GPU-c", "GPU-a"], split="even")
+    placed = place(needing(1, 1, 1), wish, worker([9, 9, 9]))
+    assert placed is not None
+    assert (placed.gpus, placed.layers) == (["GPU-c", "GPU-a"], [2, 1])
+
+
+def test_with_priority_each_gpu_is_filled_before_the_next_and_a_full_one_is_passed_over() -> None:
+    wish = Wish(split="priority")
+    placed = place(needing(10, 10, 10, 10), wish, worker([25, 5, 90]))
+    assert placed is not None
+    assert (placed.gpus, placed.layers) == (["GPU-a", "GPU-c"], [2, 2])
+
+
+@given(st.integers(1, 130), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans())
+def test_a_split_is_the_one_that_llama_cpp_makes(n: int, ratios: list[int], even: bool) -> None:
+    ratios = [1] * len(ratios) if even else ratios
+    wish = Wish(split="even" if even else [*map(float, ratios)])
+    placed = place(needing(*[1] * n), wish, worker([1000] * len(ratios)))
+    assert placed is not None
+    parts = [Fraction(sum(ratios[: i + 1]), sum(ratios)) for i in range(len(ratios))]
+    expected = [0] * len(ratios)
+    for i in range(n):
+        expected[sum(part <= Fraction(i, n) for part in parts)] += 1
+    assert dict(zip(placed.gpus, placed.layers, strict=True)) == {
+        id_: layers for id_, layers in zip(GPUS, expected, strict=False) if layers
+    }
+
+
+def test_the_cpu_is_taken_where_it_is_the_only_device_that_may_be_used() -> None:
+    there = worker([100], held=[holding("idle", cpu=50)], cpu=20)
+    only = Wish(devices=[CPU])
+    placed = place(needing(10), only, there)
+    assert placed is not None
+    assert placed.devices == [CPU]
+    evicting = place(needing(60), only, there)
+    assert evicting is not None
+    assert [held.instance_id for held in evicting.evicts] == ["idle"]
+
+
+def test_a_load_that_stays_off_gpus_makes_room_in_memory_where_every_gpu_is_full() -> None:
+    there = worker([0], held=[holding("idle", cpu=50)], cpu=20)
+    off = Wish(offload=0.0, is_partly=False)
+    needs = needing(60, input_bytes=5, tied_bytes=5)
+    assert place(needs, off, there) is not None
+    assert choose([(Host(there), needs, "")], off) == 0
+
+
+# ---- among workers
+
+
+@settings(max_examples=200)
+@given(needs_(), wishes, st.data())
+def test_a_worker_is_chosen_whenever_one_has_room_and_it_has_the_best_kind_of_place(
+    needs: Needs, wish: Wish, data: st.DataObject
+) -> None:
+    pool = [data.draw(workers(f"w{i}")) for i in range(data.draw(st.integers(1, 3)))]
+    placed = [place(needs, wish, there, "m") for there in pool]
+    kinds = [
+        None if found is None else kind_of(needs, wish, there, found) for there, found in zip(pool, placed, strict=True)
+    ]
+    i = choose([(Host(there), needs, "m") for there in pool], wish)
+    if i is None:
+        assert kinds == [None] * len(pool)
+        return
+    kind, found = kinds[i], placed[i]
+    assert kind is not None
+    assert found is not None
+    assert KINDS.index(kind) == min(KINDS.index(other) for other in kinds if other is not None)
+    alike = {j: one for j, one in enumerate(placed) if one is not None and kinds[j] == kind}
+    match kind:
+        case "one" if not any(held.key == "m" for there in pool for held in there.held):  # else copies decide first
+            left = {j: available(pool[j].devices)[one.gpus[0]] - one.bytes[one.gpus[0]] for j, one in alike.items()}
+            assert left[i] == min(left.values())
+        case "several":
+            assert len(found.gpus) == min(len(other.gpus) for other in alike.values())
+        case "evicting" | "evicting on the cpu":
+            assert len(found.evicts) == min(len(other.evicts) for other in alike.values())
+        case "partly":
+            assert sum(found.layers) == max(sum(other.layers) for other in alike.values())
+
+
+def test_the_worker_whose_gpu_is_left_with_least_is_chosen() -> None:
+    pool = [(Host(worker(rooms, name=f"w{i}")), needing(40), "") for i, rooms in enumerate([[90, 50], [45, 100], [60]])]
+    assert choose(pool, ANY) == 1
+
+
+def test_a_further_instance_goes_to_another_device_of_its_host_else_to_another_host_else_beside_the_first() -> None:
+    first = holding("m", key="m", evictable=False, a=40)
+    beside, elsewhere = worker([100, 50], held=[first], name="w0"), worker([45], name="w1")
+    alone = worker([100], held=[first], name="w0")
+    needs = needing(40)
+
+    def chosen(*pool: WorkerSnapshot) -> tuple[int, list[str]]:
+        i = choose([(Host(there), needs, "m") for there in pool], ANY)
+        assert i is not None
+        placed = place(needs, ANY, pool[i], "m")
+        assert placed is not None
+        return i, placed.gpus
+
+    assert chosen(elsewhere, beside) == (1, ["GPU-b"])
+    assert chosen(elsewhere, alone) == (0, ["GPU-a"])
+    assert chosen(alone) == (0, ["GPU-a"])
+
+
+def test_what_was_just_placed_counts_before_its_worker_says_so() -> None:
+    host = Host(worker([50]))
+    then = host.holding(holding("m", key="m", evictable=False, a=40))
+    assert choose([(host, needing(40), "")], ANY) == 0
+    assert choose([(then, needing(40), "")], ANY) is None
+
+
+def test_of_workers_without_gpus_the_one_that_holds_the_fewest_instances_is_chosen() -> None:
+    busy = worker([], held=[holding("x", evictable=False, cpu=1)], name="w0")
+    assert choose([(Host(there), needing(10), "") for there in (busy, worker([], cpu=500, name="w1"))], ANY) == 1
+
+
+# ---- the largest context
+
+MAXIMUM = 8192
+MODEL = Model(
+    key="p/m",
+    base="p/m",
+    variant="",
+    shards=[],
+    size_bytes=4200,
+    architecture="llama",
+    max_context_length=MAXIMUM,
+    dimensions=Dimensions(
+        block_count=4,
+        embedding_length=8,
+        head_count=2,
+        head_count_kv=2,
+        key_length=4,
+        value_length=4,
+        feed_forward_length=16,
+        vocabulary=100,
+    ),
+    weights=Weights(input_bytes=1000, repeating_bytes=4000, output_bytes=1000, has_output=True),
+)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.integers(0, 9_000_000), max_size=3),
+    st.none() | st.integers(0, 9_000_000),
+    st.sampled_from([ANY, Wish(split="even"), Wish(split="priority"), Wish(offload=0.5, is_partly=False)]),
+    st.booleans(),
+)
+def test_the_largest_context_length_has_room_and_no_longer_one_has(
+    rooms: list[int], cpu: int | None, wish: Wish, partly: bool
+) -> None:
+    there, made = worker(rooms, cpu, partly=partly), Settings()
+
+    def fits(needs: Needs) -> bool:
+        return place(needs, wish, there) is not None
+
+    def fits_with(context_length: int) -> bool:
+        request = LoadRequest(model="p/m", context_length=context_length)
+        return fits(needs_of(MODEL, plan(request, MODEL, made)))
+
+    lengths = [length for length in range(CELLS, MAXIMUM + 1, CELLS) if fits_with(length)]
+    assert largest_context_length(LoadRequest(model="p/m"), MODEL, made, fits) == max(lengths, default=None)
