@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from ctypes import c_bool, c_int, c_size_t, c_void_p
-from typing import Any
+from typing import Any, Protocol
 
 from llama_cpp import llama_cpp
 
@@ -87,17 +87,33 @@ _register = _bind("ggml_backend_device_register", None, c_void_p)
 _registered: list[FakeGPU] = []  # ggml keeps devices for good, so what they point to is kept too
 
 
+class Memory(Protocol):
+    """What several processes share of a device."""
+
+    def begin(self) -> bool:
+        """Take what the driver takes for a process, if it has not yet.  Whether there was room."""
+
+    def take(self, n_bytes: int) -> bool:
+        """Whether there was room for so much more of ours."""
+
+    def give(self, n_bytes: int) -> None: ...
+
+    def free_bytes(self) -> int: ...
+
+
 class FakeGPU:
-    """One fake device.  `used_bytes` and `peak_bytes` count what llama.cpp holds, and held at most, on it.
+    """One fake device.  `used_bytes` and `peak_bytes` count what llama.cpp holds, and held at most, on it in this
+    process; where others use the device too, `shared` knows what is left.
 
     Made and registered by `add`; never unregistered, as ggml has no way to.
     """
 
-    def __init__(self, name: str, total_bytes: int) -> None:
+    def __init__(self, name: str, total_bytes: int, shared: Memory | None = None) -> None:
         self.name = name
         self.total_bytes = total_bytes
         self.used_bytes = 0
         self.peak_bytes = 0
+        self._shared = shared
         self._live: dict[int, tuple[int, int]] = {}  # buffer -> its bytes, the CPU backend's way to free it
         self._strings = [ctypes.create_string_buffer(text.encode()) for text in (name, "fake GPU", f"fake:{name}")]
         self._name, self._description, self._id = map(ctypes.addressof, self._strings)
@@ -136,12 +152,15 @@ class FakeGPU:
 
     @property
     def free_bytes(self) -> int:
-        return self.total_bytes - self.used_bytes
+        return self._shared.free_bytes() if self._shared else self.total_bytes - self.used_bytes
 
     def _alloc(self, buffer_type: int, n_bytes: int) -> int | None:
-        if n_bytes > self.free_bytes:
+        shared = self._shared
+        if not (shared.begin() and shared.take(n_bytes) if shared else n_bytes <= self.free_bytes):
             return None  # out of memory, as a device says it
         buffer: int | None = self._cpu_alloc(buffer_type, n_bytes)
+        if not buffer and self._shared:
+            self._shared.give(n_bytes)
         if buffer:
             self.used_bytes += n_bytes
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
@@ -153,13 +172,19 @@ class FakeGPU:
     def _free(self, buffer: int) -> None:
         n_bytes, cpu_free = self._live.pop(buffer)
         self.used_bytes -= n_bytes
+        if self._shared:
+            self._shared.give(n_bytes)
         if cpu_free:
             _Free(cpu_free)(buffer)
 
     def _get_memory(self, _: int, free: Any, total: Any) -> None:
+        if self._shared:
+            self._shared.begin()  # as cudaMemGetInfo does, which ggml-cuda.cu asks here and for the properties
         free[0], total[0] = self.free_bytes, self.total_bytes
 
     def _get_properties(self, _: int, properties: Any) -> None:
+        if self._shared:
+            self._shared.begin()
         properties[0] = _Properties(
             *(self._name, self._description, self.free_bytes, self.total_bytes, TYPE_GPU, self._id),
             _Capabilities(mmap_support=True),  # as a card of its own: weights are copied from a mapped file
@@ -171,13 +196,13 @@ class FakeGPU:
         return backend
 
 
-def add(name: str, total_bytes: int) -> FakeGPU:
+def add(name: str, total_bytes: int, shared: Memory | None = None) -> FakeGPU:
     """A new device `name`, with a name no other has, in this process.
 
     Before the first model load and after llama_backend_init; any number of times.
     """
     _check_layout()
-    gpu = FakeGPU(name, total_bytes)
+    gpu = FakeGPU(name, total_bytes, shared)
     _registered.append(gpu)
     _register(gpu._device_at)
     return gpu

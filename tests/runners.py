@@ -27,3 +27,17 @@ def is_gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+def has_variable(pid: int, variable: str) -> bool:
+    """Whether a process has set this, NAME=VALUE, in its environment since its start: /proc/PID/environ shows only
+    what it started with, its own memory holds what putenv was given."""
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb") as memory:
+        for line in maps:
+            place, rights, _, _, inode, *_ = line.split()
+            if rights.startswith("rw") and inode == "0":
+                start, end = (int(bound, 16) for bound in place.split("-"))
+                memory.seek(start)
+                if variable.encode() + b"\0" in memory.read(end - start):
+                    return True
+    return False

@@ -1,7 +1,8 @@
 """The runner: a process that holds one model's memory and gives it back by dying.
 
-It is forked from a server that has imported this module and nothing that touches a device, gets warm, waits for one
-Load, and then only lives.  The worker is its lifeline: when the channel ends, so does the process.
+It is forked from a server that has imported this module and nothing that touches a device, gets warm, measures what it
+is asked to, loads one model, and then only lives.  The worker is its lifeline: when the channel ends, so does the
+process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from worker.protocol import (
     Failed,
     FromRunner,
     Load,
+    Measure,
+    Measured,
     Ping,
     Pong,
     Progress,
@@ -36,8 +39,11 @@ from worker.protocol import (
 ORPHANED = 3  # exit status
 
 
-def main(control: socket.socket, output: socket.socket) -> None:
-    """The process's whole life.  `output` becomes its stdout and stderr: the engine writes there."""
+def main(control: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """The process's whole life.  `output` becomes its stdout and stderr: the engine writes there.
+
+    `visible`: the GPUs that it may use, as CUDA_VISIBLE_DEVICES names them; None: those of what it is told first.
+    """
     os.setsid()
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
@@ -47,7 +53,7 @@ def main(control: socket.socket, output: socket.socket) -> None:
     confine(control.fileno())
     os.environ["GGML_NO_BACKTRACE"] = "1"  # or an abort would fork a debugger
 
-    inbox: queue.SimpleQueue[Load] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Load | Measure] = queue.SimpleQueue()
     sending = threading.Lock()
 
     def send(message: FromRunner) -> None:
@@ -55,17 +61,24 @@ def main(control: socket.socket, output: socket.socket) -> None:
             control.sendall(frame(message))
 
     threading.Thread(target=read_channel, args=(control, inbox, send), daemon=True).start()
-    log = llama.initialise()
-    send(Warm(llama.devices()))
-    load = inbox.get()
-    log.lines.clear()
+    log = None if visible is None else llama.initialise(visible)
+    send(Warm(llama.has_cuda()))
+    told = inbox.get()
+    load = told.load if isinstance(told, Measure) else told
+    if load.traceparent:  # where OpenTelemetry's convention has it, for libraries that look
+        os.environ["TRACEPARENT"] = load.traceparent
+    if log is None:
+        log = llama.initialise(",".join(load.devices) or llama.NO_GPU)
     try:
-        loaded = llama.Loaded(load, log, Throttled(send, load.total_bytes))
+        while isinstance(told, Measure):
+            send(Measured(llama.measure(told.load, log)))
+            told = inbox.get()
+        loaded = llama.Loaded(told, log, Throttled(send, told.total_bytes))
     except llama.LoadError as e:
         log.write()
-        send(Failed(str(e), llama.devices()))
+        send(Failed(str(e)))
         return
-    send(loaded.ready(load))
+    send(loaded.ready(told))
     log.write()
     threading.Event().wait()  # until the reader thread ends the process
 
@@ -86,7 +99,9 @@ class Throttled:
             self.send(Progress(phase, self.sent_bytes))
 
 
-def read_channel(control: socket.socket, inbox: queue.SimpleQueue[Load], send: Callable[[FromRunner], None]) -> None:
+def read_channel(
+    control: socket.socket, inbox: queue.SimpleQueue[Load | Measure], send: Callable[[FromRunner], None]
+) -> None:
     """Reader thread.  Stop, or the end of the stream, ends the process whatever the main thread is deep in."""
     with control.makefile("rb") as stream:
         while True:
@@ -95,7 +110,7 @@ def read_channel(control: socket.socket, inbox: queue.SimpleQueue[Load], send: C
                 os._exit(ORPHANED)
             message: ToRunner = decode_to_runner(stream.read(LENGTH.unpack(head)[0]))
             match message:
-                case Load():
+                case Load() | Measure():
                     inbox.put(message)
                 case Ping():
                     with suppress(OSError):  # the end of the stream is about to be read

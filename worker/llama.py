@@ -13,18 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llama_cpp import llama_cpp
 from msgspec import UNSET
 
-from shared.schema import Device, FileStat, LoadConfig, Phase
+from shared.schema import FileStat, LoadConfig, Phase, Taken
+from worker.breakdown import breakdown
 from worker.prefetch import Unreadable, open_model, prefetch
 from worker.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: nothing of it is typed
 
-CPU, GPUS = 0, (1, 2)  # enum ggml_backend_dev_type: GPU, and one that shares the host's memory
+NO_GPU = "-1"  # in CUDA_VISIBLE_DEVICES: an index that no device has, which ends the list
 ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's own table is an older one
 GENERIC = re.compile(r"failed to load model|error loading model$")
 
@@ -38,11 +39,12 @@ class Log:
 
     A load says hundreds of lines.  They are passed on in bunches, since each write wakes the worker, which would
     cost a small model as much as its load: at an error, once the weights are there, at the end, and else 20 times a
-    second.
+    second.  While it `is_muted`, only an error is passed on, and what led to it.
     """
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, str]] = []
+        self.is_muted = False
         self._unwritten: list[bytes] = []
         self._written_at = 0.0
         self._callback = lib.llama_log_callback(self._add)  # must outlive every call from llama.cpp
@@ -56,7 +58,7 @@ class Log:
         else:
             self.lines.append((level, line))
         self._unwritten.append(text)
-        if level == ERROR or time.monotonic() - self._written_at > 0.05:
+        if level == ERROR or (not self.is_muted and time.monotonic() - self._written_at > 0.05):
             self.write()
 
     def write(self) -> None:
@@ -65,6 +67,11 @@ class Log:
         self._written_at = time.monotonic()
         while text:
             text = text[os.write(2, text) :]
+
+    def forget(self) -> None:
+        """Begin anew, without what is not passed on yet."""
+        self.lines.clear()
+        self._unwritten.clear()
 
     def reason(self, otherwise: str) -> str:
         """The first error that says more than that the load failed."""
@@ -77,44 +84,137 @@ class Log:
         return [match[1] for match in found if match]
 
 
-def initialise() -> Log:
-    """Start the backends (on a GPU this creates the driver's context).  Once per process, never before a fork."""
+def has_cuda() -> bool:
+    """Whether the engine was built with CUDA: whether libllama, or what it depends on, has the symbol (dlsym(3)).
+    Nothing is initialised by asking."""
+    return hasattr(lib._lib, "ggml_backend_cuda_reg")
+
+
+def initialise(visible: str) -> Log:
+    """Start the backends, for the GPUs that `visible` names as CUDA_VISIBLE_DEVICES has it.  Once per process, never
+    before a fork."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
     log = Log()
     lib.llama_backend_init()
     return log
 
 
-def devices() -> list[Device]:
-    """What a model is loaded onto: the GPUs that the engine sees, with their memory as the engine finds it now, or
-    the CPU.
+def _gpus(load: Load) -> dict[int, str]:
+    """The GPUs of a load, by ggml's handle: it names them CUDA0, CUDA1, ... as CUDA numbers them, in the order of
+    CUDA_VISIBLE_DEVICES.
 
     ggml's functions are reached through libllama's handle, as llama-cpp-python wraps only llama.h.
     """
     ggml = lib._lib
-    for function in (ggml.ggml_backend_dev_name, ggml.ggml_backend_dev_description):
-        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
-    size_p = ctypes.POINTER(ctypes.c_size_t)
-    ggml.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
-    ggml.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, size_p, size_p]
-    ggml.ggml_backend_dev_memory.restype = None
-    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
-    ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    ggml.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
+    ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    found = {}
+    for id_ in load.devices:
+        name = f"CUDA{visible.index(id_)}" if id_ in visible else ""
+        handle = ggml.ggml_backend_dev_by_name(name.encode())
+        if not handle:  # or the model would go to the CPU without a word
+            raise LoadError(f"the engine does not see the GPU {id_}")
+        found[handle] = id_
+    return found
 
-    def device(handle: int, kind: Literal["gpu", "cpu"]) -> Device:
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        ggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
-        return Device(
-            id=ggml.ggml_backend_dev_name(handle).decode(),
-            kind=kind,
-            name=ggml.ggml_backend_dev_description(handle).decode("utf-8", "replace"),
-            total_bytes=total.value,
-            free_bytes=free.value,
-        )
 
-    found = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
-    of_type = {handle: ggml.ggml_backend_dev_type(handle) for handle in found}
-    gpus = [device(handle, "gpu") for handle in found if of_type[handle] in GPUS]
-    return gpus or [device(handle, "cpu") for handle in found if of_type[handle] == CPU]
+def _model_params(load: Load, gpus: dict[int, str]) -> Any:
+    """Everything but how the file is read.
+
+    llama.cpp gives layer `i` to the first device whose share of `tensor_split`, added to those before it, exceeds
+    i / n_gpu_layers: shares that are counts of layers give exactly these (llama-model.cpp, get_layer_buft_list).
+    """
+    params = lib.llama_model_default_params()
+    handles = (ctypes.c_void_p * (len(gpus) + 1))(*gpus)  # the last one, NULL, ends the list: without one, all GPUs
+    params.devices = ctypes.addressof(handles)
+    params.referenced = handles  # a bare address does not keep it
+    params.n_gpu_layers = sum(load.layers)
+    params.split_mode = lib.LLAMA_SPLIT_MODE_LAYER if len(gpus) > 1 else lib.LLAMA_SPLIT_MODE_NONE
+    params.main_gpu = 0
+    if gpus:
+        params.tensor_split = (ctypes.c_float * lib.llama_max_devices())(*load.layers)
+    params.check_tensors = load.check_tensors
+    params.use_extra_bufts = False  # repacking costs 20 times the load of a Q4_0 file, and crashed on AMX
+    if load.expert_override is not None:
+        overrides = (lib.llama_model_kv_override * 2)()  # the last one, empty, ends the list
+        key, value = load.expert_override
+        overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
+        overrides[0].key = key.encode()
+        overrides[0].value.val_i64 = value
+        params.kv_overrides = overrides
+    return params
+
+
+def _context_params(load: Load) -> Any:
+    params = lib.llama_context_default_params()
+    params.n_ctx = load.n_ctx
+    params.n_batch = load.n_batch
+    params.n_ubatch = load.n_ubatch
+    params.n_seq_max = load.n_seq_max
+    params.kv_unified = True  # sequences share n_ctx instead of dividing it
+    params.offload_kqv = load.offload_kqv
+    params.flash_attn_type = -1 if load.flash_attn is None else int(load.flash_attn)
+    params.embeddings = load.embedding
+    params.n_threads = params.n_threads_batch = 1  # only the warm-up runs: a pool of threads costs it 10 ms
+    return params
+
+
+def measure(load: Load, log: Log) -> list[Taken]:
+    """What a load would take of each of its devices and of the host.  Raises LoadError.
+
+    With `no_alloc` llama.cpp builds the model and the context, allocates and reads no weights, and sums up what it
+    would have allocated.  It reads the whole header for that: 0.1 to 1 s for the vocabulary.
+
+    To the byte what a load takes, but for the compute buffers of several GPUs that take all layers: there the engine
+    puts each layer's norm where the layer is, and its dry run forgets that (graph_get_cb of llama-context.cpp, and
+    ggml_backend_sched_reserve_size, which resets what was set).  A buffer then differs by one tensor of n_ubatch
+    times the model's width, two in tiny models, either way.
+    """
+    log.write()
+    log.forget()
+    log.is_muted = True  # of a load that is none: it would name buffers of 0 MiB
+    try:
+        with ExitStack() as undo:
+            for shard in load.shards:
+                os.close(_opened(shard))
+            gpus = _gpus(load)
+            params = _model_params(load, gpus)
+            params.no_alloc = True
+            params.load_mode = lib.LLAMA_LOAD_MODE_NONE
+            model = _load_model(load, params, log)
+            undo.callback(lib.llama_model_free, model)
+            context = _create_context(load, model, log)
+            undo.callback(lib.llama_free, context)
+            taken = breakdown(lib._lib, context, gpus)
+            if taken is None:
+                raise LoadError("this build of the engine does not say what a load takes")
+        log.forget()
+        return taken
+    finally:
+        log.is_muted = False
+
+
+def _opened(shard: str) -> int:
+    """A descriptor of a file of the model's: llama.cpp would wait at a pipe for ever.  Raises LoadError."""
+    try:
+        return open_model(shard)
+    except Unreadable as e:
+        raise LoadError(str(e)) from None
+
+
+def _load_model(load: Load, params: Any, log: Log) -> Any:
+    model = lib.llama_model_load_from_file(load.shards[0].encode(), params)
+    if not model:
+        raise LoadError(log.reason("llama.cpp gave no reason"))
+    return model
+
+
+def _create_context(load: Load, model: Any, log: Log) -> Any:
+    context = lib.llama_init_from_model(model, _context_params(load))
+    if not context:
+        raise LoadError(log.reason("llama.cpp could not create a context and gave no reason"))
+    return context
 
 
 class Loaded:
@@ -125,13 +225,15 @@ class Loaded:
         self.timing: dict[Phase, float] = {}
         self.files: list[FileStat] = []  # as they were opened
         self._log = log
+        log.lines.clear()
+        self._gpus = _gpus(load)
         with ExitStack() as undo:
             self.model = self._load_model(load, report)
             undo.callback(lib.llama_model_free, self.model)
             log.write()
             report("context", load.total_bytes)
             with _timed(self.timing, "context"):
-                self.context = self._create_context(load)
+                self.context = _create_context(load, self.model, log)
             undo.callback(lib.llama_free, self.context)
             report("warmup", load.total_bytes)
             with _timed(self.timing, "warmup"):
@@ -142,23 +244,12 @@ class Loaded:
     def _load_model(self, load: Load, report: Callable[[Phase, int], None]) -> Any:
         """Metadata and weights.
 
-        On a CPU the weights stay a mapping of the file: it is read ahead of llama.cpp, whose own mapping then waits
-        for nothing.  On a GPU the file is read and copied tensor by tensor, which llama.cpp reports by itself; with
+        On the CPU the weights stay a mapping of the file: it is read ahead of llama.cpp, whose own mapping then waits
+        for nothing.  For GPUs the file is read and copied tensor by tensor, which llama.cpp reports by itself; with
         a mapping it would read the whole file before the first report.
         """
-        gpu = lib.llama_supports_gpu_offload()
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = -1
-        params.check_tensors = load.check_tensors
-        params.use_extra_bufts = False  # repacking costs 20 times the load of a Q4_0 file, and crashed on AMX
-        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if gpu else lib.LLAMA_LOAD_MODE_MMAP
-        overrides = (lib.llama_model_kv_override * 2)()  # the last one, empty, ends the list
-        if load.expert_override is not None:
-            key, value = load.expert_override
-            overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
-            overrides[0].key = key.encode()
-            overrides[0].value.val_i64 = value
-            params.kv_overrides = overrides
+        params = _model_params(load, self._gpus)
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if load.devices else lib.LLAMA_LOAD_MODE_MMAP
 
         report("metadata", 0)
         done = 0
@@ -169,56 +260,37 @@ class Loaded:
             report("weights", done)
 
         reading = 0.0
-        try:
-            for shard in load.shards:
-                started = time.monotonic()
-                fd = open_model(shard)
-                try:
-                    self.files.append(FileStat.of(os.fstat(fd)))
-                    if not gpu:
-                        prefetch(fd, advanced)
-                finally:
-                    os.close(fd)
-                reading += time.monotonic() - started
-        except Unreadable as e:
-            raise LoadError(str(e)) from None
+        for shard in load.shards:
+            started = time.monotonic()
+            fd = _opened(shard)
+            try:
+                self.files.append(FileStat.of(os.fstat(fd)))
+                if not load.devices:
+                    prefetch(fd, advanced)
+            except Unreadable as e:
+                raise LoadError(str(e)) from None
+            finally:
+                os.close(fd)
+            reading += time.monotonic() - started
 
         first_tensor = 0.0
 
         def on_progress(fraction: float, _user_data: object) -> bool:
             nonlocal first_tensor
             first_tensor = first_tensor or time.monotonic()
-            if gpu:
+            if load.devices:
                 report("weights", int(fraction * load.total_bytes))
             return True
 
         callback = lib.llama_progress_callback(on_progress)
         params.progress_callback = callback
         started = time.monotonic()
-        model = lib.llama_model_load_from_file(load.shards[0].encode(), params)
+        model = _load_model(load, params, self._log)
         ended = time.monotonic()
         first_tensor = first_tensor or ended
         self.timing["metadata"] = first_tensor - started
         self.timing["weights"] = reading + ended - first_tensor
-        if not model:
-            raise LoadError(self._log.reason("llama.cpp gave no reason"))
         return model
-
-    def _create_context(self, load: Load) -> Any:
-        params = lib.llama_context_default_params()
-        params.n_ctx = load.n_ctx
-        params.n_batch = load.n_batch
-        params.n_ubatch = load.n_ubatch
-        params.n_seq_max = load.n_seq_max
-        params.kv_unified = True  # sequences share n_ctx instead of dividing it
-        params.offload_kqv = load.offload_kqv
-        params.flash_attn_type = -1 if load.flash_attn is None else int(load.flash_attn)
-        params.embeddings = load.embedding
-        params.n_threads = params.n_threads_batch = 1  # only the warm-up runs: a pool of threads costs it 10 ms
-        context = lib.llama_init_from_model(self.model, params)
-        if not context:
-            raise LoadError(self._log.reason("llama.cpp could not create a context and gave no reason"))
-        return context
 
     def _warm_up(self) -> None:
         """Run one token through every layer, so that nothing is left to be paid by the first request."""
@@ -253,20 +325,20 @@ class Loaded:
 
     def ready(self, load: Load) -> Ready:
         """What applied, read back from the model, the context and the engine's log."""
+        taken = breakdown(lib._lib, self.context, self._gpus) or []
+        return Ready(config=self._config(load), timing=self.timing, files=self.files, taken=taken)
+
+    def _config(self, load: Load) -> LoadConfig:
         n_ctx = min(load.n_ctx, lib.llama_n_ctx(self.context))  # llama.cpp pads up to a multiple of 256
         if load.embedding:
-            return Ready(config=LoadConfig(context_length=n_ctx), timing=self.timing, files=self.files)
-        return Ready(
-            config=LoadConfig(
-                context_length=n_ctx,
-                eval_batch_size=lib.llama_n_batch(self.context),
-                parallel=lib.llama_n_seq_max(self.context) if load.parallel_asked else UNSET,
-                flash_attention=self._flash_attention(),
-                offload_kv_cache_to_gpu=self._kv_on_gpu(load.offload_kqv),
-                num_experts=int(self._log.find("n_expert_used", r"= (\d+)")[-1]) if load.moe else UNSET,
-            ),
-            timing=self.timing,
-            files=self.files,
+            return LoadConfig(context_length=n_ctx)
+        return LoadConfig(
+            context_length=n_ctx,
+            eval_batch_size=lib.llama_n_batch(self.context),
+            parallel=lib.llama_n_seq_max(self.context) if load.parallel_asked else UNSET,
+            flash_attention=self._flash_attention(),
+            offload_kv_cache_to_gpu=self._kv_on_gpu(load),
+            num_experts=int(self._log.find("n_expert_used", r"= (\d+)")[-1]) if load.moe else UNSET,
         )
 
     def _flash_attention(self) -> bool:
@@ -276,11 +348,11 @@ class Loaded:
             return bool(self._log.find("Flash Attention", r"(enabled)"))
         return asked == "enabled"
 
-    def _kv_on_gpu(self, given: bool) -> bool:
+    def _kv_on_gpu(self, load: Load) -> bool:
         """Where the KV cache went, from the buffers that the log names; without a GPU, the value given."""
         buffers = self._log.find("KV buffer size", r"(\S+) KV buffer size")
-        if not lib.llama_supports_gpu_offload() or not buffers:
-            return given
+        if not load.devices or not buffers:
+            return load.offload_kqv
         return any(not name.startswith("CPU") for name in buffers)
 
 

@@ -12,11 +12,13 @@ from shared.settings import Settings
 from worker.protocol import Load
 
 
-def plan(request: LoadRequest, model: Model, settings: Settings) -> Load:
-    """The load of a request that `model` allows."""
+def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[str], layers: list[int]) -> Load:
+    """The load of a request that `model` allows, onto the CPU or onto GPUs; see `Load` of both."""
     return Load(
         shards=[str(Path(settings.models_dir, shard)) for shard in model.shards],
         total_bytes=model.size_bytes,
         check_tensors=settings.check_tensors == "on",
+        devices=devices,
+        layers=layers,
         **structs.asdict(parameters.plan(request, model, settings)),
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from msgspec import Struct, msgpack
 
 from shared.plan import Plan
-from shared.schema import Device, FileStat, LoadConfig, Phase
+from shared.schema import FileStat, LoadConfig, Phase, Taken
 
 LENGTH = struct.Struct("<I")
 
@@ -21,6 +21,19 @@ class Load(Plan, frozen=True, kw_only=True, tag="load"):
     shards: list[str]  # absolute paths, first shard first
     total_bytes: int
     check_tensors: bool
+    devices: list[str]  # UUIDs of GPUs, in the order in which they take layers; none: the CPU alone
+    layers: list[int]  # how many each of these takes; the first ones of the model, that none takes, stay on the CPU
+    traceparent: str = ""  # W3C Trace Context: the runner's own span
+
+
+class Measure(Struct, frozen=True, tag="measure"):
+    """Say what a load would take.  Any number of these may come before a Load; where the runner has not started the
+    engine's backend yet, it does for the GPUs of the first one, and sees no others from then on.
+
+    It takes none of that.  On a GPU the process holds the driver's context from then on, as it does in a load.
+    """
+
+    load: Load
 
 
 class Ping(Struct, frozen=True, tag="ping"):
@@ -31,15 +44,15 @@ class Stop(Struct, frozen=True, tag="stop"):
     """Leave at once; dying is how a runner gives its memory back."""
 
 
-ToRunner = Load | Ping | Stop
+ToRunner = Load | Measure | Ping | Stop
 
 # ---- from the runner
 
 
 class Warm(Struct, frozen=True, tag="warm"):
-    """The engine is initialised; a load may be given."""
+    """The engine is there; a load may be given."""
 
-    devices: list[Device]  # the GPUs that the engine sees, else the CPU
+    has_cuda: bool  # whether it was built with CUDA
 
 
 class Pong(Struct, frozen=True, tag="pong"):
@@ -57,16 +70,22 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     config: LoadConfig  # as read back
     timing: dict[Phase, float]  # seconds, disjoint
     files: list[FileStat]  # of each shard, as it was opened; it was the same at the end
+    taken: list[Taken]  # of each device, and of the host; empty where this build of the engine cannot say
+
+
+class Measured(Struct, frozen=True, tag="measured"):
+    """The answer to a Measure.  The runner waits for what it is told next."""
+
+    taken: list[Taken]  # of each device, and of the host
 
 
 class Failed(Struct, frozen=True, tag="failed"):
     """The engine refused; the runner ends after this."""
 
     reason: str
-    devices: list[Device]  # once what it had taken was given back
 
 
-FromRunner = Warm | Pong | Progress | Ready | Failed
+FromRunner = Warm | Pong | Progress | Ready | Measured | Failed
 
 
 def frame(message: ToRunner | FromRunner) -> bytes:

@@ -15,7 +15,6 @@ from multiprocessing.context import ForkServerProcess
 import msgspec
 
 from shared import log
-from shared.schema import Device
 from worker.protocol import LENGTH, FromRunner, Ping, Pong, Stop, ToRunner, Warm, decode_from_runner, frame
 from worker.tail import Tail
 
@@ -154,11 +153,17 @@ class Runners:
     `silent_s`: for how long no runner has answered, and none could be started that does.
     """
 
-    def __init__(self, patience_s: float, on_death: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, patience_s: float, on_death: Callable[[], None] = lambda: None, *, visible: str | None) -> None:
         """A warm runner that is silent for `patience_s` is replaced.  `on_death` is called for each that died before
-        it was taken."""
+        it was taken.
+
+        `visible`: the GPUs that every load may have, as CUDA_VISIBLE_DEVICES names them, "-1" for none: a warm runner
+        has started the engine's backend for them.  None: which ones differs by load, so that it has only imported the
+        engine.
+        """
         self.silent_s = 0.0
-        self.devices: list[Device] = []  # what a model is loaded onto, as the runner that was warmed last found it
+        self.has_cuda = False  # whether the engine was built with it, by the word of a warm runner
+        self._visible = visible
         self._patience_s = patience_s
         self._on_death = on_death
         self._all: set[Runner] = set()
@@ -194,7 +199,7 @@ class Runners:
         return None
 
     async def warmed(self) -> None:
-        """Wait until a runner is warm: the engine can be started here, and `devices` is known.
+        """Wait until a runner is warm: the engine can be started here, and `has_cuda` is known.
 
         Raises RunnerDied and TimeoutError.
         """
@@ -238,7 +243,9 @@ class Runners:
         output, output_child = socket.socketpair()
         try:
             with control_child, output_child:
-                process = self._context.Process(target=_run_child, args=(control_child, output_child), daemon=True)
+                process = self._context.Process(
+                    target=_run_child, args=(control_child, output_child, self._visible), daemon=True
+                )
                 starting = asyncio.ensure_future(asyncio.to_thread(process.start))
                 async with asyncio.timeout(WARM_DEADLINE_S):  # the server that forks them may be stuck
                     await asyncio.shield(starting)
@@ -266,7 +273,7 @@ class Runners:
             await runner.stop()
             *_, last = ["it said nothing", *runner.tail]
             raise RunnerDied(f"a runner could not start: {last}")
-        self.devices = message.devices
+        self.has_cuda = message.has_cuda
         return runner
 
 
@@ -285,7 +292,7 @@ def _failed(start: asyncio.Task[Runner]) -> bool:
     return start.done() and (start.cancelled() or start.exception() is not None)
 
 
-def _run_child(control: socket.socket, output: socket.socket) -> None:
+def _run_child(control: socket.socket, output: socket.socket, visible: str | None) -> None:
     from worker import child  # only here: the worker itself never imports the engine
 
-    child.main(control, output)
+    child.main(control, output, visible)

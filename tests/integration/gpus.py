@@ -1,24 +1,41 @@
-"""A runner's process on a machine with two GPUs that are none."""
+"""A worker within a test, on a host with GPUs that are none (`tests.fakehosts`)."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import socket
+from functools import partial
+from pathlib import Path
 
-NAMES = ["FAKE0", "FAKE1"]
+import pytest
+
+import worker.nvml
+import worker.runner
+from tests.fakehosts import ROOT, VARIABLE, FakeHost
 
 
-def main(control: socket.socket, output: socket.socket) -> None:
-    """What a runner does; the devices are there once the engine is."""
-    from tests import fakegpu  # only here: the engine may be in the runner's process only
+def main(directory: str, control: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """What a runner does; the server that forks it may be older than the host."""
+    os.environ[VARIABLE] = directory
+    from tests.fakehost.sitecustomize import give_gpus  # only here: the engine may be in the runner's process only
     from worker import child, llama
 
-    initialise = llama.initialise
+    give_gpus(llama)
+    child.main(control, output, visible)
 
-    def with_gpus() -> llama.Log:
-        log = initialise()
-        for name in NAMES:
-            fakegpu.add(name, 1 << 30)
-        return log
 
-    llama.initialise = with_gpus
-    child.main(control, output)
+def install(monkeypatch: pytest.MonkeyPatch, directory: Path, *total_bytes: int) -> FakeHost:
+    """Have the workers that are made from now on find a GPU of each size, `GPU-fake-0` and so on."""
+    host = FakeHost.made(directory, *total_bytes)
+    monkeypatch.setenv(VARIABLE, str(directory))
+    spec = importlib.util.spec_from_file_location("fake_pynvml", ROOT / "tests/fakehost/pynvml.py")
+    assert spec is not None
+    assert spec.loader is not None
+    driver = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(driver)
+    monkeypatch.setattr(worker.nvml, "pynvml", driver)
+    for name in ("NVMLError", "NVMLError_NotSupported"):
+        monkeypatch.setattr(worker.nvml, name, getattr(driver, name))
+    monkeypatch.setattr(worker.runner, "_run_child", partial(main, str(directory)))
+    return host

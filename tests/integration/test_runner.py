@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import operator
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +18,8 @@ from shared.architectures import TINY, TINY_MOE
 from shared.schema import LoadConfig, LoadRequest, Model, Phase
 from shared.settings import Settings
 from shared.synthetic import sharded, tiny_llama, tiny_moe
-from tests.runners import freeze, is_gone
+from shared.trace import begun
+from tests.runners import freeze, has_variable, is_gone
 from tests.service import below
 from worker.child import ORPHANED
 from worker.death import from_exit, from_reason
@@ -31,12 +31,13 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 10.0
 SHORT_S = 0.3  # of a rung of the ladder, for runners that will not answer
+NO_GPU = "-1"  # as CUDA_VISIBLE_DEVICES has it
 PHASES: list[Phase] = ["metadata", "weights", "context", "warmup"]
 
 
 @pytest.fixture
 async def runners() -> AsyncIterator[Runners]:
-    made = Runners(10.0)
+    made = Runners(10.0, visible=NO_GPU)
     yield made
     await made.close()
 
@@ -75,6 +76,8 @@ def given(*shards: Path, **changes: Any) -> Load:
         "moe": False,
         "parallel_asked": False,
         "check_tensors": False,
+        "devices": [],
+        "layers": [],
     }
     return Load(**{**fields, **changes})
 
@@ -153,7 +156,7 @@ async def test_a_load_is_ready_with_what_applied_and_stop_ends_it(
     runner: Runner, models: dict[str, Model], models_dir: Path, request_: LoadRequest, config: LoadConfig
 ) -> None:
     settings = Settings(models_dir=models_dir, context_length=512)
-    message = await ready(runner, plan(request_, models[request_.model], settings))
+    message = await ready(runner, plan(request_, models[request_.model], settings, [], []))
     assert message.config == config
     assert list(message.timing) == PHASES
     assert all(seconds >= 0 for seconds in message.timing.values())
@@ -210,6 +213,12 @@ async def test_its_owner_sees_what_the_engine_says(runner: Runner, models_dir: P
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     await runner.stop()
     assert any("n_ctx" in line for line in runner.tail), list(runner.tail)
+
+
+async def test_what_an_engines_libraries_may_trace_belongs_to_the_load(runner: Runner, models_dir: Path) -> None:
+    span = str(begun())
+    await ready(runner, given(models_dir / "p/llama/llama-f16.gguf", traceparent=span))
+    assert has_variable(runner.pid, f"TRACEPARENT={span}")
 
 
 # ---- files that are none
@@ -387,7 +396,7 @@ async def test_close_ends_a_warm_one_that_does_not_answer(runners: Runners, monk
 
 async def test_one_that_ends_before_it_is_warm_is_told_of(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(worker.runner, "_run_child", operator.is_)  # anything that returns at once
+        patched.setattr(worker.runner, "_run_child", slice)  # anything that returns at once
         with pytest.raises(RunnerDied, match="it said nothing"):
             await runners.take()
     async with taken(runners):  # the next one is another try

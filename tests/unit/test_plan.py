@@ -41,7 +41,7 @@ def request(**fields: Any) -> LoadRequest:
 
 def planned(asked: LoadRequest, of: Model, **settings: Any) -> Load:
     check(asked, of)
-    return plan(asked, of, Settings(**settings))
+    return plan(asked, of, Settings(**settings), [], [])
 
 
 def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -86,7 +86,7 @@ def test_nothing_that_llama_cpp_aborts_on(asked: LoadRequest, of: Model, default
         check(asked, of)
     except InvalidValue:
         return
-    load = plan(asked, of, defaults)
+    load = plan(asked, of, defaults, [], [])
     assert 1 <= load.n_seq_max <= load.n_batch, "n_batch < n_seq_max aborts"
     assert 1 <= load.n_ubatch <= load.n_batch, "a physical batch is part of a logical one"
     assert load.n_batch <= load.n_ctx or of.type == "embedding"
@@ -106,7 +106,7 @@ def test_what_was_asked_for_is_what_is_done(asked: LoadRequest, of: Model, defau
         check(asked, of)
     except InvalidValue:
         assume(False)
-    load = plan(asked, of, defaults)
+    load = plan(asked, of, defaults, [], [])
     if asked.context_length is not UNSET:
         assert load.n_ctx == asked.context_length
     if of.type == "embedding":
@@ -177,9 +177,11 @@ def test_the_operators_defaults_count_where_nothing_is_asked() -> None:
     assert (load.n_ctx, load.n_batch, load.flash_attn, load.offload_kqv) == (2000, 2000, True, True)
 
 
-def test_files_are_named_below_the_models_directory() -> None:
-    load = plan(request(), model(shards=["a/b-1.gguf", "a/b-2.gguf"]), Settings(models_dir=Path("/models")))
+def test_files_are_named_below_the_models_directory_and_devices_as_they_are_given() -> None:
+    settings = Settings(models_dir=Path("/models"))
+    load = plan(request(), model(shards=["a/b-1.gguf", "a/b-2.gguf"]), settings, ["GPU-b", "GPU-a"], [3, 1])
     assert load.shards == ["/models/a/b-1.gguf", "/models/a/b-2.gguf"]
+    assert (load.devices, load.layers) == (["GPU-b", "GPU-a"], [3, 1])
 
 
 # ---- what the API refuses
