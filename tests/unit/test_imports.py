@@ -26,6 +26,7 @@ HOMES = {
     "llama_cpp": {"worker/llama.py"},
     "numpy": {"shared/synthetic.py"},
     "prometheus_client": {"api/metrics.py"},
+    "pynvml": {"worker/nvml.py"},
     "redis": {"shared/store.py"},
     "rich": {"shared/display.py"},
     "starlette": {"api/"},
