@@ -109,6 +109,7 @@ def server_config(app: Starlette) -> uvicorn.Config:
         ws="none",
         lifespan="on",
         access_log=False,
+        reset_contextvars=True,  # what a request's lines carry is not on those of the next on its connection
         log_config=None,
         server_header=False,
         timeout_keep_alive=75,  # clients keep connections; 5 s, uvicorn's default, would cut them between two calls

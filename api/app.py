@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,10 +20,27 @@ from api.loads import Loads
 from api.metrics import Requests, hand_over
 from api.roster import Roster
 from api.routes import ROUTES
+from api.sweep import Sweep
 from api.waiting import Waiting
+from shared import log, trace
 from shared.settings import Settings, is_loopback, read_tokens, redis_url
 from shared.store import Store, connected
 from shared.tally import Tally
+
+
+class Traced:
+    """Middleware: every request is a span of its client's trace, or else of a new one; each line about it says which,
+    also uvicorn's of a fault, for which it stays bound."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            span = trace.continued(Headers(scope=scope).getlist("traceparent"))
+            log.bind(**span.ids)
+            scope.setdefault("state", {})["traceparent"] = str(span)
+        await self.app(scope, receive, send)
 
 
 class LastReplies:
@@ -51,8 +69,9 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         async with connected(redis_url(settings)) as redis, asyncio.TaskGroup() as group:
             store = Store(redis, settings.lease_s)
-            roster, follower = Roster(store, settings.load_attempts), Follower(store)
-            tasks = [group.create_task(part) for part in (roster.run(), follower.run(), hand_over(tally, store))]
+            roster, follower = Roster(store, settings), Follower(store)
+            parts = (Sweep(roster).run(), follower.run(), hand_over(tally, store))
+            tasks = [group.create_task(part) for part in parts]
             yield {
                 "loads": Loads(settings, store, roster, follower),
                 "tally": tally,
@@ -69,7 +88,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
-    middleware[:0] = [Middleware(Requests, tally), Middleware(LastReplies, draining)]
+    middleware[:0] = [Middleware(Traced), Middleware(Requests, tally), Middleware(LastReplies, draining)]
     app = Starlette(routes=ROUTES, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False  # an unknown path is an error, in our shape
     return app

@@ -2,50 +2,94 @@
 
 from __future__ import annotations
 
-from api.models import check, nowhere
-from api.roster import Roster
+from msgspec import structs
+
+from api.models import nowhere
+from api.roster import Candidate, Roster
 from shared.errors import LoadFailed
-from shared.estimate import estimate, fits, largest_context_length
-from shared.plan import plan
-from shared.schema import EstimatedDevice, EstimateResult, LoadRequest
-from shared.settings import Settings
+from shared.estimate import Needs
+from shared.placement import Placement, Wish, largest_context_length
+from shared.schema import CPU, EstimatedDevice, EstimateResult, LoadRequest, Sizing, Taken
 
 
-async def estimated(request: LoadRequest, roster: Roster, settings: Settings) -> EstimateResult:
-    """On the one device with the most free bytes, of all live workers that have the model.  Loads nothing.
+async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
+    """Where a load of this request would go, by what the workers published last.  Loads nothing.
 
-    It is a formula over what the workers published; `exact` is False where that was not compared with the engine
-    (`shared.estimate`), and where the worker has several devices, over which a load would be spread.  What would be
-    exact there is a dry run by the engine in a runner, which does not exist yet.  Nothing is evicted yet either.
+    Where the formula was not compared with the engine (`shared.estimate`), the engine of the worker is asked; `exact`
+    is False where that does not answer.  Where the load fits nowhere, the devices are those with the most room.
 
     Raises what a load of this request would, before it is accepted: ModelNotFound, NoWorker, InvalidValue, LoadFailed.
     """
     await roster.refresh()  # what is free now
-    workers, known = roster.with_model(request.model)
-    usable = [(device, worker, model) for worker, model in workers for device in roster.alive[worker].devices]
-    if not usable:
-        raise nowhere(request.model, known)
-    device, worker, model = max(usable, key=lambda found: (found[2].problem is None, found[0].free_bytes))
+    candidates, known = roster.candidates(request)
+    if not candidates:
+        raise nowhere(request, known)
+    best, placed = roster.choose(candidates, request)
+    model = best.model
     if model.problem is not None:
         raise LoadFailed(model.problem.code, model.type, request.model, model.problem.message)
-    check(request, model)
-    needed = estimate(model, plan(request, model, settings), device.kind)
+    fits = placed is not None
+    if placed is None:
+        placed = _roomiest(best, request, roster)
+    if not placed.exact:
+        sizing = Sizing(request=request, key=model.key, gpus=placed.gpus, layers=placed.layers)
+        taken = await roster.store.sized(best.worker, sizing)
+        if taken is not None:
+            placed = structs.replace(placed, taken=taken, exact=True)
+            fits = fits and _has_room(best, placed, roster)
+    available = {device.id: max(0, device.available_bytes) for device in roster.alive[best.worker].devices}
+    devices = [
+        EstimatedDevice(
+            id=one.id,
+            worker=best.worker,
+            weights_bytes=one.weights_bytes,
+            context_bytes=one.context_bytes,
+            compute_bytes=one.compute_bytes,
+            total_bytes=one.total_bytes,
+            free_bytes=available.get(one.id, 0),
+        )
+        for one in placed.taken
+        if one.id in available  # the engine also tells of a CPU that is none of the worker's devices
+    ]
+
+    def has_room(needs: Needs) -> bool:
+        return roster.has_room(candidates, needs, Wish.of(request.gpu))
+
     return EstimateResult(
         model=request.model,
-        fits=fits(needed, [device]),
-        devices=[
-            EstimatedDevice(
-                id=device.id,
-                worker=worker,
-                weights_bytes=needed.weights_bytes,
-                context_bytes=needed.context_bytes,
-                compute_bytes=needed.compute_bytes,
-                total_bytes=needed.total_bytes,
-                free_bytes=device.free_bytes,
-            )
-        ],
-        total_bytes=needed.total_bytes,
-        evicts=[],
-        max_context_length_that_fits=largest_context_length(request, model, settings, [device]),
-        exact=needed.exact and len(roster.alive[worker].devices) == 1,
+        fits=fits,
+        devices=devices,
+        total_bytes=sum(device.total_bytes for device in devices),
+        evicts=[held.instance_id for held in placed.evicts],
+        max_context_length_that_fits=largest_context_length(request, model, roster.settings, has_room),
+        exact=placed.exact,
     )
+
+
+def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Placement:
+    """Where a load would go if there were room: onto one GPU, if the worker has any."""
+    needs, wish = roster.needs(candidate.model, request), Wish.of(request.gpu)
+    devices = roster.alive[candidate.worker].devices
+    gpus = [device for device in devices if device.id in wish.gpus(devices)]
+    n = wish.n_layers(needs)
+    if not gpus or not n:
+        return Placement(taken=[needs.on_cpu()], exact=needs.is_exact(0, needs.n_layers))
+    gpu = max(gpus, key=lambda device: device.available_bytes).id
+    first = needs.n_layers - n
+    beside: list[Taken] = [needs.beside_gpus(first)] if any(device.id == CPU for device in devices) else []
+    return Placement(
+        gpus=[gpu],
+        layers=[n],
+        taken=[needs.on_gpu(gpu, first, needs.n_layers), *beside],
+        exact=needs.is_exact(1, first),
+    )
+
+
+def _has_room(candidate: Candidate, placed: Placement, roster: Roster) -> bool:
+    """Whether there is room for what the engine says, once what was to be unloaded for it is."""
+    worker = roster.alive[candidate.worker]
+    room = {device.id: device.available_bytes for device in worker.devices}
+    for held in placed.evicts:
+        for id_, n_bytes in held.devices.items():
+            room[id_] = room.get(id_, 0) + n_bytes
+    return all(one.total_bytes <= room[one.id] for one in placed.taken if one.id in room)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import quote
 
 from msgspec import Struct
 from starlette.datastructures import QueryParams
@@ -46,6 +47,11 @@ def accepts_events(accept: Iterable[str]) -> bool:
         if media_type == "text/event-stream":
             return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
     return False
+
+
+def instance_ids(ids: Iterable[str]) -> str:
+    """A list of ids as a header's value: what is not visible ASCII, a comma or a percent sign is percent-encoded."""
+    return ", ".join(quote(id_, safe="!#$&'()*+/:;=?@[]^`{|}~\"<>\\") for id_ in ids)
 
 
 def idempotency_key(headers: list[str]) -> str:

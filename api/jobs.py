@@ -65,6 +65,7 @@ def job(instance: Instance) -> Job:
         created_at=_time(instance.created_at),
         started_at=_moment(instance.started_at),
         completed_at=_moment(instance.loaded_at if is_loaded else instance.completed_at),
+        evicted=instance.evicted,
         timing=timing,
         result=instance.result() if is_loaded else None,
         error=outcome(instance),

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import aclosing, suppress
 
 import msgspec
@@ -14,11 +14,13 @@ import msgspec
 from api.follow import RECORD_LOST, Follower
 from api.headers import FIRST, is_after
 from api.jobs import event, is_over, outcome, status
-from api.models import check, listed, nowhere
-from api.roster import Roster
+from api.models import listed, nowhere
+from api.roster import Candidate, Roster
+from shared import log
 from shared.errors import (
     ErrorBody,
     IdempotencyKeyReused,
+    InvalidValue,
     JobAlreadyFinished,
     JobNotFound,
     LoadFailed,
@@ -30,6 +32,7 @@ from shared.errors import (
     crashed_lately,
 )
 from shared.lifecycle import TERMINAL, Event, State
+from shared.placement import Placement
 from shared.schema import (
     HeldInstance,
     Instance,
@@ -38,12 +41,13 @@ from shared.schema import (
     ListedWorker,
     LoadedInstance,
     LoadRequest,
-    Model,
 )
 from shared.settings import Settings
 from shared.store import Crashed, Fenced, Full, KeyTaken, NoLease, Remembered, Store
 
 STOP_DEADLINE_S = 60.0
+
+_log = log.get("api")
 
 
 class ReportedFailure(ServiceError):
@@ -66,9 +70,9 @@ class Loads:
         self.roster = roster
         self.follower = follower
 
-    async def submit(self, request: LoadRequest, idempotency_key: str = "") -> Instance:
+    async def submit(self, request: LoadRequest, idempotency_key: str = "", traceparent: str = "") -> Instance:
         """Accept a load: choose a worker, write the record, put the delivery into the worker's queue; or, where the
-        key was sent before with the same request, return the load that it made.
+        key was sent before with the same request, return the load that it made, which keeps the trace of the first.
 
         Raises ModelNotFound, NoWorker, QueueFull, InvalidValue (against the model's limits), LoadFailed for a file
         that its worker could not read or that crashed the engine lately, and IdempotencyKeyReused.  Then nothing was
@@ -80,47 +84,70 @@ class Loads:
             if (found := await self.store.remembered(key)) is not None:
                 return await self._joined(found, digest)
         full: Full | None = None
-        model: Model | None = None
+        gone: set[str] = set()  # workers that could not take it
         for last in (False, True):
-            workers, model = self.roster.with_model(request.model)
-            for worker, its in workers:
-                try:
-                    return await self._create(request, worker, its, key, digest)
-                except NoLease:
-                    continue
-                except KeyTaken as e:
-                    return await self._joined(e.remembered, digest)
-                except Crashed as e:
-                    raise crashed_lately(its.type, request.model, e.reason, e.left_s) from e
-                except Full as e:
-                    full = e if full is None else min(full, e, key=lambda f: f.retry_after_s)
+            try:
+                while (chosen := self._choose(request, gone)) is not None:
+                    try:
+                        return await self._create(request, *chosen, key, digest, traceparent)
+                    except NoLease:
+                        pass
+                    except KeyTaken as e:
+                        return await self._joined(e.remembered, digest)
+                    except Full as e:
+                        full = e if full is None else min(full, e, key=lambda f: f.retry_after_s)
+                    gone.add(chosen[0].worker)
+            except InvalidValue:  # against what was published a beat ago
+                if last:
+                    raise
             if not last and full is None:
-                await self.roster.refresh()  # it may be a beat behind
+                await self.roster.refresh()
+                gone.clear()
         if full is not None:
             raise QueueFull(f"{full.limit} loads wait already, and no more may.", full.retry_after_s)
-        raise nowhere(request.model, model)
+        raise nowhere(request, self.roster.candidates(request)[1])
 
-    async def _create(self, request: LoadRequest, worker: str, model: Model, key: str, digest: str) -> Instance:
-        """Write the record and its delivery.  Raises NoLease if the worker has just gone, KeyTaken, Full, Crashed."""
+    def _choose(self, request: LoadRequest, without: Collection[str]) -> tuple[Candidate, Placement | None] | None:
+        """The worker that is to take a load, of those that are left.  Raises InvalidValue."""
+        candidates, _ = self.roster.candidates(request, without)
+        return self.roster.choose(candidates, request) if candidates else None
+
+    async def _create(
+        self,
+        request: LoadRequest,
+        candidate: Candidate,
+        placement: Placement | None,
+        key: str,
+        digest: str,
+        traceparent: str,
+    ) -> Instance:
+        """Write the record and its delivery.  Raises NoLease if the worker has just gone, KeyTaken, Full, and
+        LoadFailed for a file that its worker could not read or that crashed the engine lately."""
+        model = candidate.model
         if model.problem is not None:
             raise LoadFailed(model.problem.code, model.type, request.model, model.problem.message)
-        check(request, model)
-        made = await self.store.create(
-            Instance(
-                id=f"load_{uuid.uuid4().hex}",
-                model=request.model,
-                key=model.key,
-                type=model.type,
-                worker=worker,
-                request=request,
-                total_size_bytes=model.size_bytes,
-            ),
-            at_most=(self.settings.worker_queue_limit, self.settings.queue_limit),
-            key=key,
-            digest=digest,
-            fingerprint=model.fingerprint,
-        )
-        self.roster.placed(worker)
+        try:
+            made = await self.store.create(
+                Instance(
+                    id=f"load_{uuid.uuid4().hex}",
+                    model=request.model,
+                    key=model.key,
+                    type=model.type,
+                    worker=candidate.worker,
+                    request=request,
+                    traceparent=traceparent,
+                    total_size_bytes=model.size_bytes,
+                ),
+                at_most=(self.settings.worker_queue_limit, self.settings.queue_limit),
+                key=key,
+                digest=digest,
+                fingerprint=model.fingerprint,
+            )
+        except Crashed as e:
+            raise crashed_lately(model.type, request.model, e.reason, e.left_s) from e
+        log.bind(**made.ids)
+        _log.info("accepted", action="accepted", model=made.key)
+        self.roster.placed(candidate.worker, model.key, placement)
         await self.store.deliver(made)
         return made
 
@@ -131,7 +158,10 @@ class Loads:
                 "This Idempotency-Key was sent before with another request. Send a new key with a new request.",
                 param="Idempotency-Key",
             )
-        return await self.job(found.id)
+        instance = await self.job(found.id)
+        log.bind(**instance.ids)
+        _log.info("joined", action="joined")
+        return instance
 
     # ---- following
 

@@ -43,6 +43,7 @@ GONE = "499"  # a client that went away before it was replied to, as nginx logs 
 HELP = {
     "loads": "Loads that ended, by outcome (loaded, failed, cancelled, lost) and, of failed ones, the error's code.",
     "loaded_bytes": "Bytes of the models that were loaded.",
+    "evictions": "Instances unloaded to make room for another.",
     "restorations": "Loads begun, each try, to bring back what a worker's end had taken.",
     "runner_deaths": "Runners that died, by what they were: warm (without a load), loading, loaded.",
     "http_requests": f"Requests, by route and status; {GONE}: the client went away first.",
@@ -53,6 +54,7 @@ HELP = {
 KNOWN: dict[str, list[tuple[str, ...]]] = {  # what counts from 0: a series that begins with 1 hides its first increase
     "loads": [*OUTCOMES],
     "loaded_bytes": [()],
+    "evictions": [()],
     "restorations": [()],
     "runner_deaths": [(state,) for state in get_args(RunnerState)],
 }
@@ -185,9 +187,13 @@ def _devices(readings: Readings) -> Iterator[Metric]:
     total = {row: float(device.total_bytes) for row, device in devices.items()}
     free = {row: float(device.free_bytes) for row, device in devices.items()}
     reserved = {row: float(device.reserved_bytes) for row, device in devices.items()}
+    leaked = {row: float(device.leaked_bytes) for row, device in devices.items()}
+    available = {row: float(max(0, device.available_bytes)) for row, device in devices.items()}
     yield _gauge("device_total_bytes", "Memory of a device.", labels, total)
     yield _gauge("device_free_bytes", "Free memory of a device, as its worker knew it last.", labels, free)
-    yield _gauge("device_reserved_bytes", "Weights of the instances that hold memory of a device.", labels, reserved)
+    yield _gauge("device_reserved_bytes", "What instances take of a device, or are to take.", labels, reserved)
+    yield _gauge("device_leaked_bytes", "Used memory of a GPU that nobody is known to have.", labels, leaked)
+    yield _gauge("device_available_bytes", "Memory of a device that loads may be given.", labels, available)
 
 
 def _instances(readings: Readings) -> Iterator[Metric]:
@@ -208,7 +214,7 @@ def _transitions(counters: Mapping[str, int]) -> Iterator[Metric]:
     for state in State:
         family.add_metric([state.value], counters.get(state.value, 0))
     yield family
-    requeued = "Loads that were given back to the queue because their worker ended."
+    requeued = "Loads given back to the queue because their worker ended, or had no room."
     yield CounterMetricFamily("loadstone_requeues", requeued, counters.get("requeued", 0))
 
 

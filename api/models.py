@@ -7,11 +7,13 @@ import math
 from msgspec import UNSET
 
 from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
-from shared.schema import Capabilities, ListedModel, LoadedInstance, LoadRequest, Model, Quantization
+from shared.schema import Capabilities, GPURequest, ListedModel, LoadedInstance, LoadRequest, Model, Quantization
 
 
 def check(request: LoadRequest, model: Model) -> None:
     """Refuse what the model cannot do, and what llama.cpp would abort on.  Raises InvalidValue."""
+    if request.gpu is not UNSET:
+        _check_split(request.gpu)
     if request.context_length is not UNSET and request.context_length > model.max_context_length:
         raise InvalidValue(
             f"'context_length': {request.context_length} is more than the maximum of {model.max_context_length} "
@@ -41,11 +43,24 @@ def check(request: LoadRequest, model: Model) -> None:
                 )
 
 
-def nowhere(wanted: str, known: Model | None) -> ServiceError:
-    """Why no worker can load what a client wants; `known` is what one that is away has of it."""
+def _check_split(gpu: GPURequest) -> None:
+    ratios = gpu.split if isinstance(gpu.split, list) else None
+    if ratios is not None and not sum(ratios):
+        raise InvalidValue("'gpu.split': at least one part must be more than 0.", param="gpu.split")
+    if ratios is not None and gpu.devices is not UNSET and len(ratios) != len(gpu.devices):
+        raise InvalidValue(
+            f"'gpu.split': expected as many parts as 'gpu.devices' has devices, {len(gpu.devices)}, got {len(ratios)}.",
+            param="gpu.split",
+        )
+
+
+def nowhere(request: LoadRequest, known: Model | None) -> ServiceError:
+    """Why no worker can load what a client wants; `known` is what any that was alive today has of it."""
     if known is None:
-        return ModelNotFound(f"Model {wanted} not found in downloaded models", param="model")
-    return NoWorker(f"No worker that has {wanted} is alive. Try again shortly.")
+        return ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
+    if request.gpu is not UNSET and request.gpu.worker is not UNSET:
+        return NoWorker(f"The worker '{request.gpu.worker}' is not alive, or has no {request.model}.")
+    return NoWorker(f"No worker that has {request.model} is alive. Try again shortly.")
 
 
 def listed(model: Model, loaded: list[LoadedInstance]) -> ListedModel:

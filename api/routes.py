@@ -23,6 +23,7 @@ from api.headers import (
     USUAL_JOBS,
     accepts_events,
     idempotency_key,
+    instance_ids,
     last_event_id,
     one_of,
     preference,
@@ -51,14 +52,15 @@ async def load(request: Request) -> Response:
     if draining.is_set():
         raise QueueUnavailable("This server is shutting down and takes no more loads. Try again shortly.")
     loads: Loads = request.state.loads
+    submit = partial(loads.submit, wanted, key, request.state.traceparent)
     if accepts_events(request.headers.getlist("accept")):
-        return await _stream(request, partial(loads.submit, wanted, key), FIRST)
+        return await _stream(request, submit, FIRST)
     prefer = preference(request.headers.getlist("prefer"))
     applied = {"Preference-Applied": prefer.applied} if prefer.applied else {}
     if prefer.wait_s == 0:
-        return _accepted(await loads.submit(wanted, key), applied)
+        return _accepted(await submit(), applied)
     with _place(request):
-        instance = await loads.submit(wanted, key)
+        instance = await submit()
         try:
             async with asyncio.timeout(prefer.wait_s) as patience:
                 instance = await waited_for(request, loads.loaded(instance))
@@ -66,13 +68,14 @@ async def load(request: Request) -> Response:
             if not patience.expired():
                 raise
             return _accepted(await loads.job(instance.id), applied)
-    return _json(instance.result(), headers={"Server-Timing": server_timing(instance), **applied})
+    evicted = {"Loadstone-Evicted": instance_ids(instance.evicted)} if instance.evicted else {}
+    return _json(instance.result(), headers={"Server-Timing": server_timing(instance), **evicted, **applied})
 
 
 async def estimate(request: Request) -> Response:
     wanted = decode(await read_body(request), LoadRequest, '"{}" is required')
     loads: Loads = request.state.loads
-    return _json(await estimated(wanted, loads.roster, loads.settings))
+    return _json(await estimated(wanted, loads.roster))
 
 
 async def jobs(request: Request) -> Response:

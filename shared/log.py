@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import structlog
 
+from shared import trace
+from shared.schema import Instance
+
 
 def configure(level: str, form: Literal["console", "json"], **context: str) -> None:
     """Set up structlog and the standard library's loggers for this process; `context` is on every line."""
+
+    def add_context(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {**event, **{name: value for name, value in context.items() if name not in event}}
+
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        add_context,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
@@ -43,10 +52,19 @@ def configure(level: str, form: Literal["console", "json"], **context: str) -> N
     root.setLevel(level.upper())
     for noisy in ("arq", "gguf", "uvicorn.access", "uvicorn.error", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(**context)
+
+
+def bind(**ids: str) -> None:
+    """Have every further line of this task, and of those that it starts from now on, carry these."""
+    structlog.contextvars.bind_contextvars(**ids)
+
+
+def about(instance: Instance) -> AbstractContextManager[None]:
+    """Within this, lines carry the ids of a load and of its trace: for who works on many loads."""
+    found = trace.parse(instance.traceparent)
+    return structlog.contextvars.bound_contextvars(**instance.ids, **({"trace_id": found.trace_id} if found else {}))
 
 
 def get(name: str) -> Any:
-    """A structlog logger: `log.info("loaded", action="transition", instance=...)`."""
+    """A structlog logger: `log.info("loaded", action="transition", old=...)`."""
     return structlog.get_logger(name)

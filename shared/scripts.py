@@ -39,6 +39,7 @@ redis.call('HSET', inst, 'rev', 1, 'instance_id', name, 'worker', worker, 'at', 
 redis.call('XADD', log, '*', 'rev', 1, 'doc', doc)
 redis.call('HSET', names, name, id)
 redis.call('SADD', insts, id)
+redis.call('SADD', 'insts:' .. worker, id)
 redis.call('SADD', 'queued', id)
 redis.call('SADD', 'queued:' .. worker, id)
 redis.call('ZADD', 'jobs', now, id)
@@ -56,7 +57,7 @@ return {'created', name, now}
 
 # Compare the revision, write the document, tell everybody.  ARGV: id, rev, rev + 1, doc, state if it changed, retention
 # in seconds if it is terminal, worker if it is requeued, retention if it is wanted from now on or "no" if not any more,
-# and what to add to `tallies`: a field, a number, ...
+# epoch of the process that claimed it, and what to add to `tallies`: a field, a number, ...
 # Answers Redis' time in microseconds; false to whoever was overtaken by another writer, "stop" where the wish to stop
 # what was to be loaded came first.
 COMMIT = """
@@ -65,15 +66,18 @@ local now = redis.call('TIME'); now = string.format('%.0f', now[1] * 1000000 + n
 if held[1] == ARGV[3] and held[2] == ARGV[4] then return now end
 if held[1] ~= ARGV[2] then return false end
 if ARGV[5] == 'loaded' and held[5] then return 'stop' end
-redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'doc', ARGV[4])
+redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'doc', ARGV[4], 'epoch', ARGV[9])
 redis.call('XADD', KEYS[2], '*', 'rev', ARGV[3], 'doc', ARGV[4])
-for i = 9, #ARGV, 2 do redis.call('HINCRBY', 'tallies', ARGV[i], ARGV[i + 1]) end
+for i = 10, #ARGV, 2 do redis.call('HINCRBY', 'tallies', ARGV[i], ARGV[i + 1]) end
 if ARGV[7] ~= '' then
   redis.call('HSET', KEYS[1], 'state', 'queued', 'worker', ARGV[7])
   redis.call('HINCRBY', KEYS[5], 'requeued', 1)
+  redis.call('SREM', 'insts:' .. held[4], ARGV[1])
+  redis.call('SADD', 'insts:' .. ARGV[7], ARGV[1])
   redis.call('SREM', 'queued:' .. held[4], ARGV[1])
   redis.call('SADD', 'queued', ARGV[1])
   redis.call('SADD', 'queued:' .. ARGV[7], ARGV[1])
+  redis.call('PUBLISH', 'requeued', ARGV[1])
 elseif ARGV[5] ~= '' then
   redis.call('HSET', KEYS[1], 'state', ARGV[5])
   redis.call('HINCRBY', KEYS[5], ARGV[5], 1)
@@ -96,6 +100,7 @@ end
 if ARGV[6] ~= '' then
   if redis.call('HGET', KEYS[3], held[3]) == ARGV[1] then redis.call('HDEL', KEYS[3], held[3]) end
   redis.call('SREM', KEYS[4], ARGV[1])
+  redis.call('SREM', 'insts:' .. held[4], ARGV[1])
   redis.call('EXPIRE', KEYS[1], ARGV[6])
   redis.call('EXPIRE', KEYS[2], ARGV[6])
 end
@@ -103,22 +108,36 @@ redis.call('PUBLISH', 'news', ARGV[1])
 return now
 """
 
-# Write again what Redis lost of a loaded instance, if it did.  ARGV: id, instance id, rev, worker, creation, doc,
-# retention in seconds.
+# Write again what Redis lost of a loaded instance, if it did: what it lost may be that this worker took it from the
+# queue, perhaps another's.  ARGV: id, instance id, rev, worker, creation, doc, retention in seconds, epoch.
 REWRITE = """
-local rev, holder = redis.call('HGET', KEYS[1], 'rev'), redis.call('HGET', KEYS[3], ARGV[2])
+local held, holder = redis.call('HMGET', KEYS[1], 'rev', 'worker'), redis.call('HGET', KEYS[3], ARGV[2])
+local rev = held[1]
 if rev and tonumber(rev) == tonumber(ARGV[3]) then return 'there' end
 if rev and tonumber(rev) > tonumber(ARGV[3]) then return 'newer' end
 if holder and holder ~= ARGV[1] then return 'name taken' end
+if rev then
+  for _, place in ipairs({'insts:' .. held[2], 'queued:' .. held[2], 'queued'}) do
+    redis.call('SREM', place, ARGV[1])
+  end
+end
 redis.call('HSET', KEYS[1], 'rev', ARGV[3], 'instance_id', ARGV[2], 'worker', ARGV[4], 'at', ARGV[5], 'doc', ARGV[6],
-  'state', 'loaded')
+  'state', 'loaded', 'epoch', ARGV[8])
 redis.call('HSET', 'wanted:' .. ARGV[4], ARGV[2], ARGV[1])
 redis.call('EXPIRE', 'wanted:' .. ARGV[4], ARGV[7])
 redis.call('XADD', KEYS[2], '*', 'rev', ARGV[3], 'doc', ARGV[6])
 redis.call('HSET', KEYS[3], ARGV[2], ARGV[1])
 redis.call('SADD', KEYS[4], ARGV[1])
+redis.call('SADD', 'insts:' .. ARGV[4], ARGV[1])
 redis.call('PUBLISH', 'news', ARGV[1])
 return 'written'
+"""
+
+# The same fields of many records.  ARGV: how many fields, the fields, ids.
+READ = """
+local found, n = {}, ARGV[1] + 1
+for i = n + 1, #ARGV do found[i - n] = redis.call('HMGET', 'inst:' .. ARGV[i], unpack(ARGV, 2, n)) end
+return found
 """
 
 # ARGV: id, "1" to wish it only of what is not loaded yet.  False where there is no such record.
@@ -147,6 +166,16 @@ if redis.call('LLEN', KEYS[2]) <= tonumber(ARGV[3]) then return end
 local old = redis.call('RPOP', KEYS[2])
 if redis.call('SISMEMBER', KEYS[3], old) == 1 then redis.call('LPUSH', KEYS[2], old)
 else redis.call('HDEL', 'inst:' .. old, 'engine') end
+"""
+
+# What there is of some workers: the lease, the snapshot, what is left of the lease in ms.  ARGV: names.
+WORKERS = """
+local found = {}
+for i, name in ipairs(ARGV) do
+  local lease = 'lease:' .. name
+  found[i] = {redis.call('GET', lease), redis.call('GET', 'worker:' .. name), redis.call('PTTL', lease)}
+end
+return found
 """
 
 # ARGV: epoch, an older epoch that is known to be dead, lease in ms, snapshot, name, now in s, retention in s

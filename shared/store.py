@@ -1,9 +1,9 @@
 """Redis: every key (their scripts are in `shared.scripts`), and the one way to change an instance's record.
 
   inst:{id}         hash    rev, instance_id, worker, at (creation, Redis' clock, microseconds), doc (msgpack), state,
-                            stop (a wish), engine (log lines)  expires RETAIN_S after a terminal state
+                            epoch, stop (a wish), engine (log lines)  expires RETAIN_S after a terminal state
   inst:{id}:log     stream  rev, doc: one entry a revision     expires with inst:{id}
-  insts             set     ids of instances that are not terminal
+  insts             set     ids of instances that are not terminal; insts:{worker} those of one worker
   logs              list    ids of those that have `engine`: of those that ended the last ENGINE_LOGS_N keep it
                                                               expires RETAIN_S after the last
   names             hash    instance_id -> id, while not terminal
@@ -24,6 +24,7 @@
   arq:*             arq's own  queue, jobs and health check of each worker; queues expire RETAIN_S after the last entry
   wake:{worker}     channel "" for a delivery in its queue, an id for a wish
   news              channel ids whose record changed
+  requeued          channel ids of loads that were handed back to the queue
 
 Several keys are touched by one script, so Redis Cluster is not supported.  Scripts may be repeated after a lost
 reply: each finds out that its work was done and answers as before.
@@ -36,9 +37,9 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from arq.connections import ArqRedis
@@ -51,18 +52,35 @@ from redis.exceptions import RedisError
 
 from shared import log, tally
 from shared.lifecycle import TERMINAL, State
-from shared.schema import Instance, Model, WorkerSnapshot
-from shared.scripts import CATALOG, COMMIT, CREATE, ENGINE_LOG, RELEASE, RENEW, REWRITE, STOP, TALLY, UNWANT
+from shared.schema import Instance, Model, Sizing, Taken, WorkerSnapshot
+from shared.scripts import (
+    CATALOG,
+    COMMIT,
+    CREATE,
+    ENGINE_LOG,
+    READ,
+    RELEASE,
+    RENEW,
+    REWRITE,
+    STOP,
+    TALLY,
+    UNWANT,
+    WORKERS,
+)
 
 RETAIN_S = 24 * 3600
 CRASH_MEMORY_S = 600
 DELIVERY_S = 3600  # arq's entry; a record that is queued for longer is found by its worker's beat
+SIZED_S = 30  # a large vocabulary takes the engine a second, and others may be before us
 HISTORY_N = 256  # revisions that are read at once
 PAGE_N = 200
+RECORD = ["rev", "instance_id", "at", "doc", "stop"]  # what of the hash makes an Instance
+READ_N = 500  # records, or workers, that one script reads: 2 ms, in which Redis does nothing else
 ENGINE_LOGS_N = 256  # some 35 KiB each
 NO_LIMITS = (2**53, 2**53)
 UNKNOWN_PACE_S, LONGEST_RETRY_S = 30, 300
-NEWS = "news"
+STATES: dict[bytes | None, State] = {state.value.encode(): state for state in State if state not in TERMINAL}
+NEWS, REQUEUED = "news", "requeued"
 UNAVAILABLE = (RedisError, OSError)  # redis-py lets a refused socket through as an OSError
 
 
@@ -124,6 +142,15 @@ class Worker(Struct, frozen=True, kw_only=True):
     epoch: str | None
     snapshot: WorkerSnapshot | None
     lease_left_s: float = 0.0
+
+
+class Head(NamedTuple):
+    """What a live instance's record says without its document; `epoch` is "" before it is claimed."""
+
+    id: str
+    worker: str
+    state: State
+    epoch: str
 
 
 class Readings(Struct, frozen=True, kw_only=True):
@@ -230,7 +257,8 @@ async def connected(url: str) -> AsyncIterator[ArqRedis]:
     try:
         yield redis
     finally:
-        await redis.aclose(close_connection_pool=True)
+        with suppress(*UNAVAILABLE):  # what hangs never answers the end of TLS
+            await redis.aclose(close_connection_pool=True)
 
 
 class Store:
@@ -245,6 +273,7 @@ class Store:
         self.restores = restores
         self._engine_log = redis.register_script(ENGINE_LOG)
         self._create = redis.register_script(CREATE)
+        self._read = redis.register_script(READ)
         self._rewrite = redis.register_script(REWRITE)
         self._commit = redis.register_script(COMMIT)
         self._stop = redis.register_script(STOP)
@@ -253,6 +282,7 @@ class Store:
         self._release = redis.register_script(RELEASE)
         self._catalog = redis.register_script(CATALOG)
         self._tally = redis.register_script(TALLY)
+        self._workers = redis.register_script(WORKERS)
 
     # ---- instances
 
@@ -342,6 +372,7 @@ class Store:
                 retain,
                 requeued_at,
                 _wanted(new) if state and self.restores else "",
+                new.epoch or "",
                 *_pairs(tally.moved(old, new)),
             ],
         )
@@ -366,7 +397,22 @@ class Store:
                 pipe.expire(queue, RETAIN_S)
                 await pipe.execute()
         except UNAVAILABLE as e:
-            log.get("store").warning("delivery lost", action="delivery_lost", instance=instance.id, error=str(e))
+            log.get("store").warning("delivery lost", action="delivery_lost", **instance.ids, error=str(e))
+
+    async def sized(self, worker: str, sizing: Sizing) -> list[Taken] | None:
+        """What a worker's engine says that a load would take; None where it does not say within SIZED_S."""
+        queue = queue_of(worker)
+        job = await self.redis.enqueue_job("size", msgpack.encode(sizing), _queue_name=queue, _expires=SIZED_S)
+        assert job is not None  # it has an id of its own
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.publish(f"wake:{worker}", b"")
+            pipe.expire(queue, RETAIN_S)
+            await pipe.execute()
+        try:
+            found: bytes = await job.result(timeout=SIZED_S, poll_delay=0.02)
+        except TimeoutError:
+            return None
+        return msgpack.decode(found, type=list[Taken] | None)
 
     async def rewrite(self, instance: Instance) -> Literal["written", "there", "newer", "name taken"]:
         """Write the record of a loaded instance again that Redis lost, or of which it lost the last revisions; nothing
@@ -381,6 +427,7 @@ class Store:
                 round(instance.created_at * 1e6),
                 _pack(instance),
                 RETAIN_S,
+                instance.epoch or "",
             ],
         )
         outcome: Literal["written", "there", "newer", "name taken"] = found.decode()
@@ -424,22 +471,19 @@ class Store:
         return found
 
     async def get(self, id_: str) -> Instance | None:
-        found = await self.many([id_])
-        return found[0] if found else None
+        fields: list[Any] = await self.redis.hmget(f"inst:{id_}", RECORD)  # type: ignore[misc]
+        return _unpack(id_, *fields)
 
-    async def many(self, ids: list[str]) -> list[Instance]:
+    async def many(self, ids: Sequence[str]) -> list[Instance]:
         """The records of those of `ids` that exist."""
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for id_ in ids:
-                pipe.hmget(f"inst:{id_}", ["rev", "instance_id", "at", "doc", "stop"])
-            rows = zip(ids, await pipe.execute(), strict=True)
-        found = []
-        for id_, fields in rows:
-            try:
-                if fields[0] is not None:
-                    found.append(_unpack(*fields))
-            except msgspec.ValidationError as e:  # a newer version's: it must not stop this one
-                log.get("store").error("unreadable record", action="unreadable_record", instance=id_, error=str(e))
+        found = (_unpack(id_, *fields) for id_, fields in await self._fields(ids, RECORD))
+        return [instance for instance in found if instance is not None]
+
+    async def _fields(self, ids: Sequence[str], fields: Sequence[str]) -> list[tuple[str, list[Any]]]:
+        """Some fields of many records, by id; of one that does not exist each is None."""
+        found: list[tuple[str, list[Any]]] = []
+        for page in _pages(ids):
+            found += zip(page, await self._read(args=[len(fields), *fields, *page]), strict=True)
         return found
 
     async def newest(self) -> AsyncGenerator[Instance, None]:
@@ -456,11 +500,28 @@ class Store:
         for instance in sorted(old, key=lambda i: i.created_at, reverse=True):
             yield instance
 
-    async def live(self) -> list[Instance]:
-        """Every instance that is not in a terminal state, in no order."""
-        ids: set[bytes] = await self.redis.smembers("insts")  # type: ignore[misc]
-        found = await self.many([id_.decode() for id_ in ids])
+    async def live(self, ids: Sequence[str] | None = None) -> list[Instance]:
+        """Every instance that is not in a terminal state, or those of `ids`, in no order."""
+        found = await self.many(await self._members("insts") if ids is None else ids)
         return [instance for instance in found if instance.state not in TERMINAL]  # some ended while we read
+
+    async def live_at(self, worker: str, ids: Iterable[str] = ()) -> list[Instance]:
+        """The live instances that are a worker's, also of `ids`, which it holds."""
+        found = await self.live([*{*await self._members(f"insts:{worker}"), *ids}])
+        return [instance for instance in found if instance.worker == worker]
+
+    async def heads(self) -> list[Head]:
+        """What there is to know of every live instance without its document."""
+        rows = await self._fields(await self._members("insts"), ("worker", "state", "epoch"))
+        return [
+            Head(id_, worker.decode(), STATES[state], (epoch or b"").decode())
+            for id_, (worker, state, epoch) in rows
+            if worker is not None and state in STATES
+        ]
+
+    async def _members(self, key: str) -> list[str]:
+        ids: set[bytes] = await self.redis.smembers(key)  # type: ignore[misc]
+        return [id_.decode() for id_ in ids]
 
     async def named(self, instance_id: str) -> str | None:
         """The id of the live instance with this name."""
@@ -535,24 +596,17 @@ class Store:
         cannot renew their leases then, and would be taken for dead.  It refuses a PING there as it does a write
         (src/server.c of Redis and Valkey: MISCONF, "write commands or PING").
         """
+        await self.redis.ping()
         names = [name.decode() for name in await self.redis.zrange("workers", 0, -1)]
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.ping()
-            if not names:
-                await pipe.execute()
-                return []
-            pipe.mget([f"{kind}:{name}" for name in names for kind in ("lease", "worker")])
-            for name in names:
-                pipe.pttl(f"lease:{name}")
-            _, found, *left_ms = await pipe.execute()
+        rows = [row for page in _pages(names) for row in await self._workers(args=page)]
         return [
             Worker(
                 name=name,
                 epoch=lease.decode() if lease else None,
                 snapshot=msgpack.decode(snapshot, type=WorkerSnapshot) if lease and snapshot else None,
-                lease_left_s=max(0, left) / 1000,
+                lease_left_s=max(0, left_ms) / 1000,
             )
-            for name, lease, snapshot, left in zip(names, found[::2], found[1::2], left_ms, strict=True)
+            for name, (lease, snapshot, left_ms) in zip(names, rows, strict=True)
         ]
 
     async def publish_catalog(self, worker: str, models: list[Model], epoch: str, dead_epoch: str = "") -> str | None:
@@ -580,22 +634,17 @@ class Store:
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hgetall("counters")
             pipe.hgetall("tallies")
-            pipe.smembers("insts")
             pipe.scard("queued")
             for worker in workers:
                 pipe.scard(f"queued:{worker.name}")
-            counters, tallies, ids, queued, *queued_at = await pipe.execute()
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for id_ in ids:
-                pipe.hmget(f"inst:{id_.decode()}", ["worker", "state"])
-            rows = await pipe.execute()
+            counters, tallies, queued, *queued_at = await pipe.execute()
         return Readings(
             workers=workers,
             counters={name.decode(): int(n) for name, n in counters.items()},
             tallies={name.decode(): int(n) for name, n in tallies.items()},
             queued=queued,
             queued_at={worker.name: n for worker, n in zip(workers, queued_at, strict=True)},
-            live=Counter((worker.decode(), state.decode()) for worker, state in rows if worker and state),
+            live=Counter((head.worker, head.state.value) for head in await self.heads()),
         )
 
     # ---- notifications
@@ -613,6 +662,10 @@ class Store:
                 check_cancelled()
                 if message is not None:
                     heard(message["data"] if message["type"] == "message" else b"")
+
+
+def _pages(words: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (words[start : start + READ_N] for start in range(0, len(words), READ_N))
 
 
 def _keys(id_: str) -> list[str]:
@@ -637,9 +690,19 @@ def _pack(instance: Instance) -> bytes:
     )
 
 
-def _unpack(rev: bytes, instance_id: bytes, at: bytes, doc: bytes, stop: bytes | None) -> Instance:
+def _unpack(
+    id_: str, rev: bytes | None, instance_id: bytes, at: bytes, doc: bytes, stop: bytes | None
+) -> Instance | None:
+    """The record of these fields, RECORD; None where there is none, or a newer version's that this one cannot read."""
+    if rev is None:
+        return None
+    try:
+        instance = msgpack.decode(doc, type=Instance)
+    except msgspec.ValidationError as e:
+        log.get("store").error("unreadable record", action="unreadable_record", job=id_, error=str(e))
+        return None
     return msgspec.structs.replace(
-        msgpack.decode(doc, type=Instance),
+        instance,
         instance_id=instance_id.decode(),
         created_at=int(at) / 1e6,
         rev=int(rev),

@@ -41,6 +41,7 @@ COUNTERS: dict[str, tuple[str, ...]] = {  # families, and the names of their lab
     "loads": ("outcome", "reason"),
     "loaded_bytes": (),
     "restorations": (),
+    "evictions": (),
     "runner_deaths": ("state",),
     "http_requests": ("method", "route", "status"),
 }

@@ -26,7 +26,7 @@ from api.jobs import is_over, status
 from shared import synthetic
 from shared.lifecycle import State
 from shared.schema import Instance
-from shared.store import _unpack
+from shared.store import RECORD, _unpack
 from tests.service import (
     JSON,
     LOAD,
@@ -51,6 +51,7 @@ QUIET_S = 60.0  # after the chaos, for all to come to its end
 MOST_LOADED = 12
 DOCUMENTED = (
     "inst:",
+    "insts:",
     "idem:",
     "crashed:",
     "lease:",
@@ -340,9 +341,10 @@ def records(pool: Pool) -> dict[str, Instance]:
     with pool.redis.client() as redis:
         found = {}
         for id_ in redis.zrange("jobs", 0, -1):  # type: ignore[union-attr]
-            fields: Any = redis.hmget(b"inst:" + id_, ["rev", "instance_id", "at", "doc", "stop"])
-            assert fields[0] is not None, f"{id_} was forgotten"
-            found[id_.decode()] = _unpack(*fields)
+            fields: Any = redis.hmget(b"inst:" + id_, RECORD)
+            record = _unpack(id_.decode(), *fields)
+            assert record is not None, f"{id_} was forgotten"
+            found[record.id] = record
         return found
 
 
@@ -424,7 +426,17 @@ def check_nothing_is_left(pool: Pool) -> None:
         # An entry whose worker was killed in the middle of it is looked at again once arq's lock on it has run out.
         until(lambda: not redis.exists("arq:queue:w1", "arq:queue:w2"), "arq's queues are empty", ARQ_LOCK_S + 5)
         check_keys(redis)
-        for name in ("insts", "names", "queued", "queued:w1", "queued:w2", "wanted:w1", "wanted:w2"):
+        for name in (
+            "insts",
+            "names",
+            "queued",
+            "queued:w1",
+            "queued:w2",
+            "insts:w1",
+            "insts:w2",
+            "wanted:w1",
+            "wanted:w2",
+        ):
             assert not redis.exists(name), f"{name} is left"
         for key in redis.scan_iter():
             word = key.decode()

@@ -6,22 +6,23 @@ import asyncio
 import math
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 
-import msgspec
-
 import shared
 from shared import log
-from shared.lifecycle import HOLDS_MEMORY, Event, State
+from shared.lifecycle import Event, State
 from shared.schema import Device, Instance, Model, WorkerSnapshot
 from shared.settings import Settings
 from shared.store import CRASH_MEMORY_S, UNAVAILABLE, Fenced, NameTaken, NoLease, Store, Unwanted, check_cancelled
 from shared.tally import Tally, died
-from worker.hostmemory import host_memory
+from worker.devices import Devices
+from worker.nvml import Driver
+from worker.placer import Placer
 from worker.resident import Resident, has_changed
 from worker.runner import Runners
+from worker.sizer import Sizer
 from worker.wanted import Wanted, decide, restoration
 
 BEAT_S = 1.0
@@ -35,7 +36,7 @@ class LeaseLost(Exception):
 
 
 class Agent:
-    """`heartbeat` tells the supervisor that the beat goes on."""
+    """`heartbeat` tells the supervisor that the beat goes on.  Raises SettingsError for devices that are not there."""
 
     def __init__(
         self, settings: Settings, store: Store, epoch: str, heartbeat: Callable[[], None] = lambda: None
@@ -46,20 +47,20 @@ class Agent:
         self.epoch = epoch
         self.heartbeat = heartbeat
         self.tally = Tally()
-        self.runners = Runners(settings.lease_s / 2, lambda: self.tally.add(died("warm")))
+        self.devices = Devices(settings, Driver())
+        self.placer = Placer(self)
+        self.runners = Runners(
+            settings.lease_s / 2, lambda: self.tally.add(died("warm")), visible=self.devices.visible()
+        )
+        self.sizer = Sizer(self)
         self.wanted = Wanted(settings.data_dir / f"wanted-{self.name}.json", is_on=settings.restore == "on")
         self.held: dict[str, Resident] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.draining = False
+        self.changed = asyncio.Event()  # what our snapshot says of the devices and what they hold
         self.models: dict[str, Model] = {}
         self._digest = ""
-        self.loading = asyncio.Semaphore(1)
         self._crashes: dict[str, tuple[float, str]] = {}  # by fingerprint: until when, and why
-
-    @property
-    def devices(self) -> list[Device]:
-        """As the engine found them last."""
-        return self.runners.devices
 
     # ---- what the worker's main gives it
 
@@ -71,10 +72,13 @@ class Agent:
         return digest is not None
 
     async def warm(self) -> None:
-        """Wait until a runner is warm, which tells what devices there are: one load at once on each, since two on
-        one would slow each other.  Raises RunnerDied and TimeoutError."""
+        """Wait until a runner is warm, which tells what the engine can use.  Raises RunnerDied, TimeoutError, and
+        SettingsError where that is none of our devices."""
         await self.runners.warmed()
-        self.loading = asyncio.Semaphore(self.settings.loads_at_once or len(self.devices))
+        if self.devices.gpus and not self.runners.has_cuda:
+            _log.warning("llama.cpp was built without CUDA", action="gpus_left_out", gpus=self.devices.gpus)
+            self.devices.without_gpus()
+            await self.placer.look()
 
     def deliver(self, id_: str, not_before: float = 0.0) -> None:
         """Take an instance from the queue; a second delivery of the same one is ignored."""
@@ -90,23 +94,13 @@ class Agent:
     # ---- the beat
 
     def memory(self) -> tuple[list[Device], dict[str, list[str]]]:
-        """The devices, as the engine found them last, or in the case of the CPU as the host is now; and the instances
-        that hold memory of each, as clients name them."""
+        """The devices, as they were when they were looked at last, and the instances that hold memory of each, as
+        clients name them."""
         holders: defaultdict[str, list[str]] = defaultdict(list)
-        reserved: Counter[str] = Counter()
-        for held in self.held.values():
-            if held.instance is not None and held.instance.state in HOLDS_MEMORY:
-                for device in held.instance.devices:
-                    holders[device].append(held.instance.instance_id)
-                    reserved[device] += held.instance.total_size_bytes // len(held.instance.devices)
-        devices = [msgspec.structs.replace(device, reserved_bytes=reserved[device.id]) for device in self.devices]
-        host = host_memory()
-        return [
-            msgspec.structs.replace(d, total_bytes=host.total_bytes, free_bytes=host.free_bytes)
-            if d.kind == "cpu"
-            else d
-            for d in devices
-        ], holders
+        for held in self.placer.held():
+            for device in held.devices:
+                holders[device].append(held.instance_id)
+        return self.placer.devices(), holders
 
     def snapshot(self) -> WorkerSnapshot:
         return WorkerSnapshot(
@@ -116,9 +110,25 @@ class Agent:
             catalog=self._digest,
             residents=sum(held.claimed or not held.stop.is_set() for held in self.held.values()),
             state="draining" if self.draining else "ready",
-            devices=self.memory()[0],
+            devices=self.placer.devices(),
+            held=self.placer.held(),
+            partly_on_cpu=self.settings.gpu_offload == "auto",
             lease_s=self.store.lease_s,
         )
+
+    async def tell(self) -> None:
+        """Announce what changes here, soon after; ends only by cancellation."""
+        while True:
+            await self.changed.wait()
+            self.changed.clear()
+            await self.announce()
+            check_cancelled()
+
+    async def announce(self) -> None:
+        """Let the pool know at once what has changed here; the next beat does in any case."""
+        if self._digest and not self.draining and self.runners.silent_s < self.store.lease_s:
+            with suppress(*UNAVAILABLE):
+                await self.store.renew(self.snapshot())
 
     async def beat(self) -> None:
         """Renew the lease, make what runs match what the records say; repeat.  Raises LeaseLost.
@@ -139,6 +149,7 @@ class Agent:
             await asyncio.sleep(BEAT_S)
 
     async def _beat(self) -> None:
+        await self.placer.look()
         lease = await self.store.renew(self.snapshot())
         if lease == "refused":
             raise LeaseLost(f"the lease of worker '{self.name}' is held by another process")
@@ -150,7 +161,7 @@ class Agent:
 
     async def _reconcile(self) -> None:
         claimed = [held for held in self.held.values() if held.claimed]
-        mine = {instance.id: instance for instance in await self.store.live() if instance.worker == self.name}
+        mine = {one.id: one for one in await self.store.live_at(self.name, [held.id for held in claimed])}
         for held in claimed:
             record = mine.get(held.id)
             if record is None or record.epoch != self.epoch:
@@ -163,7 +174,9 @@ class Agent:
         for instance in mine.values():
             if instance.id in self.held:
                 continue
-            if instance.state is State.QUEUED:  # its delivery was lost, or it is to be begun later
+            if instance.state is State.QUEUED:  # its delivery was lost, or it is to be begun later, or is refused here
+                if self.name in instance.refused:
+                    continue
                 self.deliver(instance.id, instance.not_before)
             elif instance.epoch == self.epoch:  # claimed, but the reply to the claim was lost
                 await self.give_up(instance)
@@ -176,14 +189,15 @@ class Agent:
             return False
         found = await self.store.rewrite(loaded)
         if found == "written":
-            _log.warning("record written again", action="record_rewritten", instance=held.id)
+            with log.about(loaded):
+                _log.warning("record written again", action="record_rewritten")
         return found in ("written", "there")
 
     async def give_up(self, instance: Instance) -> None:
         """Give up a claimed instance that nobody holds any more: one that was never loaded is begun anew."""
         if instance.state is State.LOADED and not instance.stop_requested:
             self.wanted.add(instance)
-        with suppress(Fenced):
+        with suppress(Fenced), log.about(instance):
             instance, _ = await self.commit(instance, instance.abandoned(self.settings.load_attempts))
             if instance.state is State.QUEUED and instance.stop_requested:
                 await self.commit(instance, instance.after(Event.STOP))
@@ -220,9 +234,8 @@ class Agent:
             except NoLease:
                 return
             else:
-                _log.info(
-                    "restoring", action="restoring", instance=begun.id, instance_id=begun.instance_id, number=todo
-                )
+                with log.about(begun):
+                    _log.info("restoring", action="restoring", number=todo)
                 self.wanted.add(begun)
                 self.deliver(begun.id, begun.not_before)
 
@@ -231,7 +244,8 @@ class Agent:
         self.wanted.discard(wanted)
         if record is not None and record.state is State.FAILED:
             reason = record.error.message if record.error else ""
-            _log.error("not restored", action="restore_given_up", instance_id=wanted.instance_id, reason=reason)
+            with log.about(wanted):
+                _log.error("not restored", action="restore_given_up", reason=reason)
 
     # ---- models that crashed the engine
 
@@ -300,7 +314,8 @@ class Agent:
             del self.held[resident.id], self.tasks[resident.id]
 
     async def commit(self, old: Instance, new: Instance) -> tuple[Instance, float]:
-        """One commit, and one log line for a transition.  Returns Redis' time in seconds too.
+        """One commit, and one log line for a transition, with the ids that its caller bound.  Returns Redis' time in
+        seconds too.
 
         Raises Fenced, StopWished and what UNAVAILABLE lists.
         """
@@ -310,8 +325,6 @@ class Agent:
             _log.info(
                 f"{old.state} -> {committed.state}",
                 action="transition",
-                instance=old.id,
-                instance_id=old.instance_id,
                 old=old.state.value,
                 new=committed.state.value,
                 **facts,

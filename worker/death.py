@@ -71,13 +71,16 @@ def needed_bytes(tail: Iterable[str]) -> int | None:
 
 
 def shortage(
-    reason: str, needed: int, devices: list[Device], holders: Mapping[str, list[str]]
+    reason: str, needed: int, devices: list[Device], holders: Mapping[str, list[str]], by_others: Mapping[str, int]
 ) -> tuple[str, dict[str, object]]:
     """The sentence and the numbers for machines of a load that memory was too short for.
 
-    `needed` bytes were asked for; `holders` are the instances on each device.
+    `needed` bytes were asked for; `holders` are the instances on each device, and `by_others` what other processes have
+    there, as far as the driver tells.
     """
-    free = ", ".join(f"{_size(d.free_bytes)} of {_size(d.total_bytes)} free on {d.id}" for d in devices)
+    free = ", ".join(
+        f"{_size(max(0, d.available_bytes))} of {_size(d.total_bytes)} available on {d.id}" for d in devices
+    )
     detail: dict[str, object] = {
         "needed_bytes": needed,
         "devices": [
@@ -85,6 +88,8 @@ def shortage(
                 "id": d.id,
                 "total_bytes": d.total_bytes,
                 "free_bytes": d.free_bytes,
+                "available_bytes": max(0, d.available_bytes),
+                "used_by_others_bytes": by_others.get(d.id, 0),
                 "instances": holders.get(d.id, []),
             }
             for d in devices

@@ -11,7 +11,7 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +23,9 @@ from shared import log
 from shared.lifecycle import State
 from shared.schema import Model
 from shared.settings import Settings, SettingsError, redis_url
-from shared.store import UNAVAILABLE, Store, check_cancelled, connected, pack_job, queue_of, unpack_job
+from shared.store import SIZED_S, UNAVAILABLE, Store, check_cancelled, connected, pack_job, queue_of, unpack_job
 from worker.agent import Agent, LeaseLost
+from worker.devices import locked
 from worker.scanner import catalogs
 
 FALLBACK_S = 1.0  # a notification may be lost; the queue is looked at this often without one
@@ -38,16 +39,22 @@ _log = log.get("worker")
 class Deliveries(ArqWorker):
     """arq's worker on this worker's queue, woken by notification instead of polling.
 
-    A job is only a delivery: it hands an id to the agent and is done.  The claim of the record decides who loads, so
-    arq's retries and results are off.
+    A load's job is only a delivery: it hands an id to the agent and is done.  The claim of the record decides who
+    loads, so arq's retries and results are off.  Only of the question what a load would take is the result the answer.
     """
 
     def __init__(self, redis: ArqRedis, agent: Agent) -> None:
         async def load(_: dict[Any, Any], id_: str) -> None:
             agent.deliver(id_)
 
+        async def size(_: dict[Any, Any], sizing: bytes) -> bytes:
+            return await agent.sizer.sized(sizing)
+
         super().__init__(
-            [func(cast(Any, load), name="load")],
+            [
+                func(cast(Any, load), name="load"),
+                func(cast(Any, size), name="size", timeout=SIZED_S, keep_result=SIZED_S),
+            ],
             queue_name=queue_of(agent.name),
             redis_pool=redis,
             handle_signals=False,
@@ -86,9 +93,10 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, on_signal)
     epoch = uuid.uuid4().hex
-    with owned(settings, epoch) as dead_epoch:
+    with owned(settings, epoch) as dead_epoch, ExitStack() as locks:
         async with connected(redis_url(settings)) as redis:
             agent = Agent(settings, Store(redis, settings.lease_s, restores=settings.restore == "on"), epoch, heartbeat)
+            locks.enter_context(locked(settings.lock_dir or settings.data_dir / "devices", agent.devices.gpus))
             work = asyncio.create_task(_work(settings, redis, agent, dead_epoch))
             stopping = asyncio.create_task(stop.wait())
             try:
@@ -152,6 +160,7 @@ async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: s
         _log.info("ready", action="ready", models=len(first))
         async with asyncio.TaskGroup() as group:
             group.create_task(agent.beat())
+            group.create_task(agent.tell())
             group.create_task(_deliveries(redis, agent))
             group.create_task(agent.wanted.keep())
             group.create_task(agent.watch_files())
@@ -182,9 +191,8 @@ async def _take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> Non
             is_free = await agent.publish(models, dead_epoch)
             if is_free and await agent.store.renew(agent.snapshot(), dead_epoch) != "refused":
                 await agent.recall()
-                for instance in await agent.store.live():
-                    claimed = instance.state is not State.QUEUED
-                    if instance.worker == agent.name and claimed and instance.epoch != agent.epoch:
+                for instance in await agent.store.live_at(agent.name):
+                    if instance.state is not State.QUEUED and instance.epoch != agent.epoch:
                         await agent.give_up(instance)
                 return
         except UNAVAILABLE as e:

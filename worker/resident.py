@@ -5,25 +5,24 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shared import log
-from shared.errors import LoadFailed, LoadFailure, crashed_lately
-from shared.estimate import estimate, largest_context_length
+from shared import log, trace
+from shared.errors import ErrorBody, LoadFailed, LoadFailure, crashed_lately
 from shared.lifecycle import Event, State
-from shared.schema import Device, FileStat, Instance, Model, Phase
+from shared.placement import Placement
+from shared.schema import FileStat, Instance, Model, Phase
 from shared.store import UNAVAILABLE, Fenced, StopWished
 from shared.tally import died
-from worker.death import from_exit, from_reason, needed_bytes, scrub, shortage
+from worker.death import from_exit, from_reason, needed_bytes, scrub
 from worker.hostmemory import oom_kills
 from worker.pace import Pace
 from worker.plan import plan
-from worker.protocol import Failed, Progress, Ready
+from worker.protocol import Failed, Load, Measure, Measured, Progress, Ready
 from worker.runner import Runner, RunnerDied, RunnerStuck
 from worker.writer import Writer
 
@@ -34,6 +33,7 @@ SOMEBODYS = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal
 SILENCE_S = 5.0  # how often it is looked whether the runner of a loaded model answers
 COMMIT_FRACTION, COMMIT_S = 0.02, 0.5  # progress is recorded after this much of the bytes, or this long
 CHANGED = "a file of the model changed while it was loaded"
+SIZINGS = 3  # how often another place is looked for, where the engine says that the estimate was too low
 ENGINE_LOG_S = 0.1  # what the engine says is recorded in bunches
 
 _log = log.get("worker")
@@ -48,9 +48,12 @@ class Resident:
         self.not_before = not_before
         self.stop = asyncio.Event()  # an unload, a cancel, a record that is no longer ours, or our own end
         self.changed = asyncio.Event()  # a file of a loaded model
+        self.freed = asyncio.Event()  # its memory is back
         self.files: list[tuple[str, FileStat]] = []  # what is loaded: paths, and how they were when they were opened
+        self.key = ""  # of its model
         self.writer = Writer(agent)
         self.claimed = False
+        self.traceparent = ""  # its runner's
         self._claimed_at = 0.0
         self._oom_kills = 0
         self._recording: asyncio.Future[None] | None = None
@@ -61,27 +64,32 @@ class Resident:
         return self.writer.written
 
     async def live(self) -> None:
+        log.bind(job=self.id)
         try:
             await self._wait()
-            async with self.agent.loading:
-                found = None if self.stop.is_set() else await self._claim()
-                if found is None:
-                    return
-                try:
-                    instance, model = found
-                    taken = await self._take(instance)
-                    loaded = None if taken is None else await self._load(taken[0], model, taken[1])
-                finally:
-                    self.agent.runners.prepare()  # not earlier: it would take a core from a load of milliseconds
+            async with self.agent.placer.placing:  # in the order of the deliveries
+                found = None if self.stop.is_set() else await self._find()
+                placed = None if found is None else await self.agent.placer.place(*found)
+            if found is None:
+                return
+            record, model = found
+            if placed is None:
+                await self._refuse(record, model)
+                return
+            loaded = None
+            async with self.agent.placer.turn(placed.devices, self.stop) as is_its_turn:
+                if is_its_turn and await self._loadable(record) is not None:  # others were before it
+                    loaded = await self._begin(record, model, placed)
             if loaded is not None:
                 await self._keep(*loaded)
         except UNAVAILABLE as e:  # before the claim, when a beat will find the record queued; or at our own end
-            _log.warning("instance put off", action="redis_unavailable", instance=self.id, error=str(e))
+            _log.warning("instance put off", action="redis_unavailable", error=str(e))
         except Fenced:  # before the claim: cancelled, or given to another
-            _log.info("delivery void", action="delivery_void", instance=self.id)
+            _log.info("delivery void", action="delivery_void")
         finally:
             if self._recording is not None:
                 self._recording.cancel()
+            self.agent.placer.forget(self)
 
     async def _wait(self) -> None:
         """Until it is time to begin: nobody waits behind it meanwhile."""
@@ -90,11 +98,25 @@ class Resident:
                 async with asyncio.timeout(left_s):
                     await self.stop.wait()
 
-    async def _claim(self) -> tuple[Instance, Model] | None:
-        """Make a queued record ours.  Raises Fenced and what UNAVAILABLE lists."""
+    async def _find(self) -> tuple[Instance, Model] | None:
+        """The queued record that is to be ours, and its model; None where there is none, or it fails at once.
+
+        Raises Fenced and what UNAVAILABLE lists.
+        """
         record = await self.agent.store.get(self.id)
         if record is None or record.state is not State.QUEUED or record.worker != self.agent.name:
             return None
+        span = trace.continued([record.traceparent])
+        self.traceparent = str(span.child())
+        log.bind(instance=record.instance_id, **span.ids)
+        model = await self._loadable(record)
+        if model is None:
+            return None
+        self.key = model.key
+        return record, model
+
+    async def _loadable(self, record: Instance) -> Model | None:
+        """The model of a load, or None where it fails at once.  Raises Fenced and what UNAVAILABLE lists."""
         model = self.agent.models.get(record.key)
         if model is None or model.problem is not None:
             reason = "its file is gone" if model is None or model.problem is None else model.problem.message
@@ -102,19 +124,41 @@ class Resident:
             return None
         crash = self.agent.crash(model)
         if crash is not None and not record.request.force and not record.restoring:
-            error = crashed_lately(record.type, record.model, *crash).body()
-            await self.writer.surely(record, Event.FAIL, error=error)
+            await self._fail_with(record, crashed_lately(record.type, record.model, *crash).body())
             return None
+        return model
+
+    async def _refuse(self, instance: Instance, model: Model) -> None:
+        """Hand back what there is no room for: an API finds it another worker, or lets it fail with what we say here.
+        What is to be restored stays ours, and fails.  Raises Fenced and what UNAVAILABLE lists."""
+        error = self.agent.placer.refusal(instance, model)
+        _log.info("no room", action="refused", reason=error.message)
+        if instance.restoring:
+            await self._fail_with(instance, error)
+            return
+        refused = [*instance.refused, self.agent.name]
+        await self.writer.surely(
+            instance, Event.REQUEUE, refused=refused, refusal=error, attempt=instance.attempt, worker=instance.worker
+        )
+
+    async def _begin(self, record: Instance, model: Model, placed: Placement) -> tuple[Instance, Runner] | None:
+        """Make the record ours, and load it.  Raises Fenced and what UNAVAILABLE lists."""
         instance = await self.writer.surely(
             record,
             Event.CLAIM,
             epoch=self.agent.epoch,
-            devices=[device.id for device in self.agent.devices],
+            devices=placed.devices,
+            evicted=[held.instance_id for held in placed.evicts],
             started_at=time.time(),
         )
         self.claimed, self._claimed_at = True, time.monotonic()
         timing = {"queue": max(0.0, self.writer.redis_time - record.created_at)}
-        return msgspec.structs.replace(instance, timing=timing), model
+        instance = msgspec.structs.replace(instance, timing=timing)
+        try:
+            taken = await self._take(instance)
+            return None if taken is None else await self._load(taken[0], model, placed, taken[1])
+        finally:
+            self.agent.runners.prepare()  # not earlier: it would take a core from a load of milliseconds
 
     async def _take(self, instance: Instance) -> tuple[Instance, Runner] | None:
         """A warm runner, or None once the instance has ended without one.  Followers are told every COMMIT_S."""
@@ -128,7 +172,7 @@ class Resident:
             await self._leave(taking)
             await self._unload(instance, None)
         except Fenced:
-            _log.warning("instance is no longer ours", action="fenced", instance=instance.id)
+            _log.warning("instance is no longer ours", action="fenced")
             await self._leave(taking)
         except (RunnerDied, RunnerStuck, TimeoutError) as e:
             await self._fail(instance, "engine_crashed", str(e) or "no runner")
@@ -144,30 +188,42 @@ class Resident:
         if not taking.cancelled() and taking.exception() is None:
             await self._stopped(taking.result())
 
-    async def _load(self, instance: Instance, model: Model, runner: Runner) -> tuple[Instance, Runner] | None:
+    async def _load(
+        self, instance: Instance, model: Model, placed: Placement, runner: Runner
+    ) -> tuple[Instance, Runner] | None:
         """Have a warm runner load it.  Returns the loaded instance, or None once it has ended otherwise."""
-        spawn = time.monotonic() - self._claimed_at
-        instance = msgspec.structs.replace(instance, timing={**instance.timing, "spawn": spawn})
         self._recording = asyncio.ensure_future(self._record_engine_log(runner))
         self._oom_kills = oom_kills()
-        load = plan(instance.request, model, self.agent.settings)
+        self.agent.placer.pool.started(self.id, runner.pid)
         try:
-            await runner.send(load)
-            instance, outcome = await self._watch(instance, runner)
+            load: Load | None = self._load_of(instance, model, placed)
+            outcome: Any = None
+            if self.agent.placer.is_unsure(placed):
+                instance, load, outcome = await self._sized(instance, model, placed, runner)
+                if load is None and outcome is None:
+                    await self._stopped(runner)
+                    await self._refuse(instance, model)
+                    return None
+            if outcome is None:
+                assert load is not None
+                spawn = time.monotonic() - self._claimed_at
+                instance = msgspec.structs.replace(instance, timing={**instance.timing, "spawn": spawn})
+                await runner.send(load)
+                instance, outcome = await self._watch(instance, runner)
             match outcome:
                 case Ready() if outcome.files != model.files:  # all was decided by the header of another file
                     await self._stopped(runner)
                     await self._fail(instance, "invalid_model_file", CHANGED)
                 case Ready():
                     await self.agent.survived(instance, model)  # before anybody reads "loaded"
-                    self.files = [*zip(load.shards, outcome.files, strict=True)]
+                    self.agent.placer.pool.settle(self.id, outcome.taken)
+                    self.files = [*zip(self._shards(model), outcome.files, strict=True)]
                     loaded = await self._loaded(instance, outcome)
                     if loaded is not None:
                         return loaded, runner
                     await self._unload(instance, runner)
                 case Failed():
                     await self._stopped(runner)
-                    self.agent.runners.devices = outcome.devices
                     await self._failed(instance, runner, *from_reason(self._relative(outcome.reason)))
                 case "stop":
                     await self._unload(instance, runner)
@@ -179,7 +235,7 @@ class Resident:
                     self.agent.tally.add(died("loading"))
                     await self._stopped(runner)
                     code, reason = self._end(runner)
-                    files = [*zip(load.shards, model.files, strict=False)]  # as the catalog had read them
+                    files = [*zip(self._shards(model), model.files, strict=False)]  # as the catalog had read them
                     if code == "engine_crashed" and await asyncio.to_thread(has_changed, files):
                         code, reason = "invalid_model_file", CHANGED
                     if code == "engine_crashed" and runner.status not in SOMEBODYS:
@@ -191,6 +247,35 @@ class Resident:
             runner.kill()
             raise
         return None
+
+    async def _sized(
+        self, instance: Instance, model: Model, placed: Placement, runner: Runner
+    ) -> tuple[Instance, Load | None, Any]:
+        """Ask the engine what a load would take, and reserve that.  Returns the load, elsewhere if need be; no load
+        where there is no room; or what became of the runner instead."""
+        timing = instance.timing
+        for _ in range(SIZINGS):
+            load = self._load_of(instance, model, placed)
+            await runner.send(Measure(load))
+            instance, outcome = await self._watch(instance, runner)
+            if not isinstance(outcome, Measured):
+                return instance, None, outcome
+            instance = msgspec.structs.replace(instance, timing=timing)
+            await self.agent.placer.look()
+            found = self.agent.placer.corrected(instance, model, placed, outcome.taken)
+            if found is None:
+                break
+            if found.exact and found.layers == placed.layers and found.gpus == placed.gpus:
+                return instance, load, None
+            placed = found
+        return instance, None, None
+
+    def _load_of(self, instance: Instance, model: Model, placed: Placement) -> Load:
+        load = plan(instance.request, model, self.agent.settings, placed.gpus, placed.layers)
+        return msgspec.structs.replace(load, traceparent=self.traceparent)
+
+    def _shards(self, model: Model) -> list[str]:
+        return [str(Path(self.agent.settings.models_dir, shard)) for shard in model.shards]
 
     async def _loaded(self, instance: Instance, ready: Ready) -> Instance | None:
         """The record of a load that is ready, or None where a wish to stop it came before."""
@@ -213,6 +298,7 @@ class Resident:
         except StopWished:
             return None
         self.agent.wanted.add(loaded)
+        self.agent.changed.set()
         return loaded
 
     async def _watch(self, instance: Instance, runner: Runner) -> tuple[Instance, Any]:
@@ -279,7 +365,10 @@ class Resident:
             await self._save_engine_log(runner)
 
     async def _save_engine_log(self, runner: Runner) -> None:
-        text = "".join(f"{scrub(self._relative(line))}\n" for line in runner.tail)
+        """First its trace: not among the engine's own lines, of which the oldest are dropped and the last may be what
+        a load failed of."""
+        lines = [f"traceparent: {self.traceparent}", *(scrub(self._relative(line)) for line in runner.tail)]
+        text = "".join(f"{line}\n" for line in lines)
         try:
             await self.agent.store.write_engine_log(self.id, text, self.agent.name)
         except UNAVAILABLE:
@@ -296,7 +385,7 @@ class Resident:
                 if is_idle or runner.silent_s >= self.agent.settings.stall_limit_s:
                     break
             if is_idle:
-                _log.info("unused for long", action="idle", instance=instance.id, instance_id=instance.instance_id)
+                _log.info("unused for long", action="idle")
             if is_idle or self.stop.is_set():
                 await self._unload(instance, runner)
             else:
@@ -332,7 +421,7 @@ class Resident:
 
     async def _abandon(self, instance: Instance, runner: Runner) -> None:
         """Somebody else moved the record on: whatever we hold for it is void."""
-        _log.warning("instance is no longer ours", action="fenced", instance=instance.id)
+        _log.warning("instance is no longer ours", action="fenced")
         await self._stopped(runner)
 
     async def _stopped(self, runner: Runner | None) -> None:
@@ -345,6 +434,7 @@ class Resident:
                 break
             except RunnerStuck as e:
                 _log.error("runner stuck", action="runner_stuck", pid=runner.pid, error=str(e))
+        await self.agent.placer.give_back(self)
         if self._recording is not None:
             self._recording.cancel()
         await self._save_engine_log(runner)
@@ -358,31 +448,14 @@ class Resident:
         """Fail it for what its runner came to; where memory was too short, with the numbers."""
         if code != "insufficient_memory":
             return await self._fail(instance, code, reason)
-        devices, holders = self.agent.memory()
-        others = {id_: [name for name in names if name != instance.instance_id] for id_, names in holders.items()}
-        estimated, would_fit = self._estimated(instance, devices)
-        needed = needed_bytes(runner.tail) or estimated  # the engine may say no more than std::bad_alloc
-        sentence, detail = shortage(reason, needed, devices, others)
-        return await self._fail(instance, code, sentence, detail | would_fit)
+        needed = needed_bytes(runner.tail)  # the engine may say no more than std::bad_alloc
+        error = self.agent.placer.refusal(instance, self.agent.models.get(instance.key), reason, needed)
+        return await self._fail_with(instance, error)
 
-    def _estimated(self, instance: Instance, devices: list[Device]) -> tuple[int, dict[str, object]]:
-        """The bytes that a load takes, and the largest context length that would fit, None for none; this not where the
-        formula is unsure, or where it would be the length that did not fit."""
-        model, settings = self.agent.models.get(instance.key), self.agent.settings
-        if model is None or not devices:
-            return instance.total_size_bytes, {}
-        asked = plan(instance.request, model, settings)
-        needed = estimate(model, asked, devices[0].kind)
-        if not needed.exact:
-            return needed.total_bytes, {}
-        largest = largest_context_length(instance.request, model, settings, devices)
-        is_news = largest is None or largest < asked.n_ctx
-        return needed.total_bytes, {"largest_context_length": largest} if is_news else {}
+    async def _fail(self, instance: Instance, code: LoadFailure, reason: str) -> None:
+        await self._fail_with(instance, LoadFailed(code, instance.type, instance.model, reason).body())
 
-    async def _fail(
-        self, instance: Instance, code: LoadFailure, reason: str, detail: Mapping[str, object] = {}
-    ) -> None:
-        error = LoadFailed(code, instance.type, instance.model, reason, **detail).body()
+    async def _fail_with(self, instance: Instance, error: ErrorBody) -> None:
         failed = await self.writer.surely(instance, Event.FAIL, error=error)
         if failed.loaded_at is not None:
             self.agent.wanted.discard(failed)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from shared import log
+from shared import log, trace
 from shared.lifecycle import TERMINAL, State
 from shared.schema import Instance
 
@@ -134,6 +134,7 @@ def restoration(wanted: Instance, id_: str, number: int) -> Instance:
         type=wanted.type,
         worker=wanted.worker,
         request=wanted.request,
+        traceparent=str(trace.begun()),  # nobody's request
         total_size_bytes=wanted.total_size_bytes,
         restoring=number,
         not_before=time.time() + pause_s if pause_s else 0.0,

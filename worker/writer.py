@@ -62,7 +62,7 @@ class Writer:
             except UNAVAILABLE as e:
                 if self.agent.draining:  # the sweep, or our successor, will say what became of it
                     raise
-                _log.warning("commit put off", action="redis_unavailable", instance=instance.id, error=str(e))
+                _log.warning("commit put off", action="redis_unavailable", error=str(e))
             await asyncio.sleep(pause)
             pause = min(2 * pause, 1.0)
 

@@ -21,7 +21,7 @@ PHASES = ["metadata", "weights", "context", "warmup"]
 FIELDS = [
     *("job_id", "status", "model", "instance_id", "model_instance_id", "worker", "devices", "attempt", "progress"),
     *("phase", "total_size_bytes", "loaded_bytes", "bytes_per_second", "estimated_completion", "created_at"),
-    *("started_at", "completed_at", "timing", "result", "error"),
+    *("started_at", "completed_at", "timing", "evicted", "result", "error"),
 ]
 
 

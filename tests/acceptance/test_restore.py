@@ -237,7 +237,9 @@ def test_its_successor_loads_what_no_other_can_and_restores_the_rest(pool: Pool)
     assert pool.instances() == {}
     pool.start("a")
     done = pool.ended(job_id, RESTORED_S)
-    assert (done["status"], done["worker"], done["attempt"], done["instance_id"]) == ("loaded", "a", 2, SECOND)
+    assert (done["status"], done["worker"], done["attempt"], done["instance_id"]) == ("loaded", "a", 2, SECOND), done[
+        "error"
+    ]
     until(lambda: set(pool.instances()) == {ALONE, SECOND}, "the other one is loaded again", RESTORED_S)
     new = [job["instance_id"] for id_, job in jobs(pool).items() if id_ not in before]
     assert sorted(new) == [ALONE, SECOND]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import operator
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from msgspec import UNSET
 
 import shared.store
 import worker.agent
+import worker.placer
 import worker.resident
 import worker.runner
 from shared.architectures import TINY
@@ -32,22 +34,44 @@ from tests.integration.conftest import hold
 from tests.runners import freeze, is_gone
 from tests.service import below
 from worker.agent import Agent
+from worker.devices import Reading
 from worker.protocol import Failed, FromRunner, Load, Progress, Ready, ToRunner
 from worker.runner import Runner, RunnerDied, Runners
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 10.0
+MIB = 1 << 20
 SHORT_S = 0.3  # of a rung of the stop ladder, where a runner will not answer
 EPOCH = "e"  # of the lease that "w" holds
 
 
+Begin = Callable[..., Awaitable[Agent]]
+
+
 @pytest.fixture
-async def agent(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Agent]:
-    """Worker "w" with one model of each kind; nothing moves in it but what a test asks for."""
-    made = Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path), store, EPOCH)
-    await made.publish([*models.values()])
+async def begin(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Begin]:
+    """Makes worker "w" with one model of each kind; nothing moves in it but what a test asks for."""
+    agents: list[Agent] = []
+
+    async def made(**settings: Any) -> Agent:
+        agents.append(
+            Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path, **settings), store, EPOCH)
+        )
+        await agents[0].publish([*models.values()])
+        return agents[0]
+
     yield made
+    for agent in agents:
+        await ended(agent)
+
+
+@pytest.fixture
+async def agent(begin: Begin) -> Agent:
+    return await begin()
+
+
+async def ended(made: Agent) -> None:
     if made.runners._next is not None:
         await asyncio.wait([made.runners._next])  # the end of one that is half started is another test's subject
     await made.drain()
@@ -371,7 +395,7 @@ async def test_a_file_that_is_not_what_its_header_says(agent: Agent, models: dic
 
 async def test_no_runner_can_be_started(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(worker.runner, "_run_child", operator.is_)  # anything that returns at once
+        patched.setattr(worker.runner, "_run_child", slice)  # anything that returns at once
         id_ = await delivered(agent)
         check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "could not start")
         await released(agent, id_)
@@ -432,7 +456,7 @@ async def test_an_emptied_redis_stops_what_was_still_loading(agent: Agent, raw: 
     await agent._reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
-    assert raw.dbsize() == 0
+    assert not raw.keys("inst*")
 
 
 async def test_an_emptied_redis_stops_what_is_loaded_where_nothing_is_to_be_restored(
@@ -444,7 +468,7 @@ async def test_an_emptied_redis_stops_what_is_loaded_where_nothing_is_to_be_rest
     await agent._reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
-    assert raw.dbsize() == 0
+    assert not raw.keys("inst*")
 
 
 async def test_a_name_that_an_emptied_redis_gave_away_is_not_taken_back(agent: Agent, raw: redis.Redis) -> None:
@@ -568,6 +592,7 @@ READY = Ready(
     config=LoadConfig(context_length=256),
     timing={"metadata": 0.125, "weights": 0.5, "context": 0.0625, "warmup": 0.0625},
     files=[FileStat(0, 0, 0)],
+    taken=[],
 )
 
 
@@ -684,7 +709,7 @@ async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_i
         case "died":
             engine.says(None)
         case "refused":
-            engine.says(Failed("it will not", []))
+            engine.says(Failed("it will not"))
         case "cancelled":
             agent.stop(id_)
     await released(agent, id_)
@@ -869,33 +894,50 @@ async def check_loads_at_once(agent: Agent, number: int) -> None:
 
 @pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("number", [1, 2])
-async def test_as_many_load_at_once_as_are_allowed(agent: Agent, number: int) -> None:
-    agent.settings = msgspec.structs.replace(agent.settings, loads_at_once=number)
+async def test_as_many_load_at_once_as_are_allowed(begin: Begin, number: int) -> None:
+    agent = await begin(loads_at_once=number)
     await agent.warm()
     await check_loads_at_once(agent, number)
 
 
 @pytest.mark.usefixtures("endless")
+async def test_what_is_cancelled_while_it_waits_gives_back_its_memory_at_once(agent: Agent) -> None:
+    await agent.warm()
+    first, second = [await delivered(agent, n) for n in (1, 2)]
+    await until(lambda: len(agent.placer.pool.reservations) == 2, "both have their memory reserved")
+    found = await record(agent, second)
+    await agent.store.commit(found, found.after(Event.STOP))
+    agent.stop(second)
+    await released(agent, second)
+    assert [*agent.placer.pool.reservations] == [first]
+    assert (await record(agent, first)).state is State.LOADING
+    agent.stop(first)
+    await released(agent, first)
+    assert not agent.placer.pool.reservations
+
+
+@pytest.mark.usefixtures("endless")
 async def test_one_loads_at_once_where_there_is_no_gpu(agent: Agent) -> None:
     await agent.warm()
-    assert [device.id for device in agent.devices] == ["CPU"]
+    assert [device.id for device in agent.placer.devices()] == ["CPU"]
     await check_loads_at_once(agent, 1)
 
 
 @pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize(("loads_at_once", "number"), [(0, 2), (1, 1)])
 async def test_one_loads_at_once_on_each_gpu_if_not_told_otherwise(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch, loads_at_once: int, number: int
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loads_at_once: int, number: int
 ) -> None:
-    agent.settings = msgspec.structs.replace(agent.settings, loads_at_once=loads_at_once)
-    monkeypatch.setattr(worker.runner, "_run_child", gpus.main)
+    """Each GPU has room for all of them but one, so that two are used."""
+    gpus.install(monkeypatch, tmp_path / "host", *[6 * MIB] * 2)
+    agent = await begin(loads_at_once=loads_at_once, device_reserve="0")
     await agent.warm()
-    assert [device.id for device in agent.devices] == gpus.NAMES
+    assert [device.id for device in agent.placer.devices()] == ["GPU-fake-0", "GPU-fake-1", "CPU"]
     await check_loads_at_once(agent, number)
 
 
-async def test_two_load_at_once_and_both_are_loaded(agent: Agent) -> None:
-    agent.settings = msgspec.structs.replace(agent.settings, loads_at_once=2)
+async def test_two_load_at_once_and_both_are_loaded(begin: Begin) -> None:
+    agent = await begin(loads_at_once=2)
     await agent.warm()
     ids = [await delivered(agent, number, key) for number, key in ((1, "p/llama"), (2, "p/moe"), (3, "p/bert"))]
     found = [await reached(agent, id_, State.LOADED) for id_ in ids]
@@ -965,3 +1007,32 @@ async def test_a_host_without_room_for_another_process_says_so(agent: Agent, mon
     assert ended.error is not None
     assert (ended.error.code, "Too many open files" in ended.error.message) == ("engine_crashed", True)
     await loaded(agent, 2)
+
+
+# ---- a driver
+
+
+async def test_while_a_driver_hangs_its_gpus_get_nothing_and_the_beat_goes_on(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpus.install(monkeypatch, tmp_path / "host", 6 * MIB)
+    monkeypatch.setattr(worker.placer, "HANG_S", SHORT_S)
+    agent = await begin(device_reserve="0")
+    read, hangs = agent.devices.read, threading.Event()
+    asked = 0
+
+    def hang() -> list[Reading]:
+        nonlocal asked
+        asked += 1
+        hangs.wait(DEADLINE_S)
+        return read()
+
+    monkeypatch.setattr(agent.devices, "read", hang)
+    for _ in range(2):
+        await agent._beat()
+    assert [device.free_bytes for device in agent.placer.devices() if device.kind == "gpu"] == [0]
+    assert asked == 1, "no thread for each beat"
+    hangs.set()
+    await until(lambda: agent.placer._hangs is not None and agent.placer._hangs.done(), "it answers")
+    await agent._beat()
+    assert [device.free_bytes for device in agent.placer.devices() if device.kind == "gpu"] == [6 * MIB]

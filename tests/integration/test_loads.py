@@ -27,7 +27,7 @@ async def alive(store: Store, name: str, model: Model, residents: int = 0) -> No
 
 @pytest.fixture
 def loads(store: Store) -> Loads:
-    return Loads(Settings(), store, Roster(store, 3), Follower(store))
+    return Loads(Settings(), store, Roster(store, Settings()), Follower(store))
 
 
 async def test_loads_at_once_are_spread_over_the_workers(store: Store, loads: Loads) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from shared.schema import Instance, LoadRequest, Model
 from shared.settings import Settings
 from shared.store import Store
 from shared.synthetic import tiny_llama
+from tests.fakehosts import FakeHost
+from tests.integration import gpus
 from tests.integration.conftest import catalog
 from tests.runners import freeze, is_gone
 from tests.service import below
@@ -61,8 +64,12 @@ async def agent(store: Store, models: dict[str, Model], models_dir: Path, tmp_pa
     made = Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path), store, EPOCH)
     await made.publish([*models.values()])
     yield made
-    await made.drain()
-    await made.runners.close()
+    await ended(made)
+
+
+async def ended(agent: Agent) -> None:
+    await agent.drain()
+    await agent.runners.close()
     await until(no_runners, "all runners gone")
 
 
@@ -154,7 +161,9 @@ class Held:
         assert detail.keys() >= {"needed_bytes", "devices"}
         assert isinstance(detail["needed_bytes"], int)
         assert detail["needed_bytes"] > 0
-        assert [device.keys() for device in detail["devices"]] == [{"id", "total_bytes", "free_bytes", "instances"}]
+        assert [device.keys() for device in detail["devices"]] == [
+            {"id", "total_bytes", "free_bytes", "available_bytes", "used_by_others_bytes", "instances"}
+        ]
         return detail
 
     async def check_untouched(self) -> None:
@@ -291,59 +300,91 @@ async def test_a_runner_that_the_kernel_kills_for_want_of_memory_did_not_crash(
 
 # ---- a GPU
 
-GPU, GPU_BYTES, OTHERS_BYTES = "FAKE0", 6 * MIB, MIB // 2
+GPU, GPU_BYTES, ROOM_BYTES = "GPU-fake-0", 64 * MIB, 11 * MIB // 2
 
 
-def on_a_gpu(control: socket.socket, output: socket.socket) -> None:
-    """What a runner does, on a machine with one small GPU that is none; of that, somebody else takes a part after the
-    runner is warm, and before it loads."""
-    from tests import fakegpu  # only here: the engine may be in the runner's process only
-    from worker import child, llama
+def on_a_gpu(directory: str, control: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """What a runner does, on a machine with one small GPU that is none; of that, somebody else takes all but ROOM_BYTES
+    after the load was placed, and before it begins."""
+    from worker import llama  # only here: the engine may be in the runner's process only
 
     loaded: Any = llama.Loaded
-    initialise, load_model = llama.initialise, loaded._load_model
+    load_model = loaded._load_model
 
-    def with_a_gpu() -> llama.Log:
-        log = initialise()
-        gpu = fakegpu.add(GPU, GPU_BYTES)
+    def load_beside_others(*arguments: Any) -> Any:
+        host = FakeHost.here()
+        assert host is not None
+        host.take(GPU, max(0, host.free_bytes(GPU) - ROOM_BYTES))
+        return load_model(*arguments)
 
-        def load_beside_others(*arguments: Any) -> Any:
-            gpu.used_bytes += OTHERS_BYTES
-            return load_model(*arguments)
-
-        loaded._load_model = load_beside_others
-        return log
-
-    llama.initialise = with_a_gpu
-    child.main(control, output)
+    loaded._load_model = load_beside_others
+    gpus.main(directory, control, output, visible)
 
 
 @pytest.fixture
-async def held_on_gpu(monkeypatch: pytest.MonkeyPatch, agent: Agent) -> AsyncIterator[Held]:
-    monkeypatch.setattr(worker.runner, "_run_child", on_a_gpu)
+async def held_on_gpu(
+    monkeypatch: pytest.MonkeyPatch, store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path
+) -> AsyncIterator[tuple[Held, FakeHost]]:
+    host = gpus.install(monkeypatch, tmp_path / "host", GPU_BYTES)
+    settings = Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path, device_reserve="0")
+    agent = Agent(settings, store, EPOCH)
+    await agent.publish([*models.values()])
     made = Held(agent)
     await made.loaded()
-    yield made
+    monkeypatch.setattr(worker.runner, "_run_child", partial(on_a_gpu, str(host.directory)))
+    await made.loaded()  # the runner that was warm before
+    yield made, host
     await made.check_untouched()
+    await ended(agent)
 
 
-async def test_a_gpu_that_has_no_room_is_insufficient_memory_whatever_was_to_go_there(held_on_gpu: Held) -> None:
+async def test_a_gpu_that_has_no_room_is_insufficient_memory_whatever_was_to_go_there(
+    held_on_gpu: tuple[Held, FakeHost],
+) -> None:
     """Weights; the KV cache, beside which the weights were there; and buffers, beside which both were."""
-    held = held_on_gpu
+    held, host = held_on_gpu
+    others = [SMALL, f"{SMALL}:2"]
+    used = host.used_bytes(GPU)
     for key, context_length, what in (
-        (WIDE, 256, f"unable to allocate {GPU} buffer"),
+        (WIDE, 256, "unable to allocate CUDA0 buffer"),
         (LONG, 8192, "failed to allocate buffer for kv cache"),
         (LONG, 4608, "failed to allocate compute pp buffers"),
     ):
-        found, detail = await held.refused(key, context_length, f"failed to allocate {GPU} buffer of size ")
+        host.release(GPU)
+        await held.agent.placer.look()
+        found, detail = await held.refused(key, context_length, "failed to allocate CUDA0 buffer of size ")
         assert f"of size {detail['needed_bytes']}: " in str(found.error)
         assert what in (await held.agent.store.engine_log(found.id) or b"").decode(), "where it was refused"
-        assert detail["devices"] == [
-            {"id": GPU, "total_bytes": GPU_BYTES, "free_bytes": GPU_BYTES - OTHERS_BYTES, "instances": [SMALL]}
-        ], "as it was then, and with all that was taken in vain given back"
+        device = detail["devices"][0]
+        assert (device["id"], device["total_bytes"], device["instances"]) == (GPU, GPU_BYTES, others)
+        assert device["free_bytes"] == ROOM_BYTES, "as it was then, and with all that was taken in vain given back"
+        assert device["available_bytes"] == ROOM_BYTES
+        assert device["used_by_others_bytes"] == GPU_BYTES - ROOM_BYTES - used
         await held.check_untouched()
         assert (detail["largest_context_length"] is None) == (key == WIDE), "no context is small enough for its weights"
     largest: int = detail["largest_context_length"]
-    _, detail = await held.refused(LONG, largest + 2 * 256)  # two steps, since the estimate may be off by 3 %
-    assert detail["largest_context_length"] == largest
     assert (await held.loaded(LONG, largest)).devices == [GPU]
+
+
+async def test_what_has_no_room_is_handed_back_before_a_byte_is_read(held_on_gpu: tuple[Held, FakeHost]) -> None:
+    held, host = held_on_gpu
+    host.take(GPU, host.free_bytes(GPU) - ROOM_BYTES)
+    runner = await held.warm()
+    id_ = await held.begun(LONG, 8192)
+
+    async def is_refused() -> bool:
+        return (await held.record(id_)).refused == ["w"]
+
+    await until(is_refused, "refused")
+    found = await held.record(id_)
+    assert (found.state, found.attempt, found.started_at, found.devices) == (State.QUEUED, 1, None, [])
+    assert found.refusal is not None
+    assert found.refusal.code == "insufficient_memory"
+    assert isinstance(found.refusal.detail, dict)
+    largest: Any = found.refusal.detail["largest_context_length"]
+    assert 256 <= largest < 8192
+    assert not is_gone(runner.pid), "the runner waits for the next"
+    await held.agent._reconcile()
+    assert id_ not in held.agent.held, "it is not taken again"
+    assert (await held.loaded(LONG, largest)).devices == [GPU]
+    assert (await held.agent.store.get(id_)).refused == ["w"]  # type: ignore[union-attr]

@@ -64,7 +64,7 @@ async def loads(store: Store) -> Loads:
     """The API's side, with one live worker that has a model."""
     digest = await store.publish_catalog("w", [MODEL], "e")
     await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest or "", residents=0))
-    roster = Roster(store, 3)
+    roster = Roster(store, Settings())
     await roster.refresh()
     return Loads(Settings(), store, roster, Follower(store))
 

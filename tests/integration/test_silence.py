@@ -19,6 +19,7 @@ from shared.lifecycle import State
 from tests.integration.test_agent import (
     SHORT_S,
     agent,
+    begin,
     check_failed,
     delivered,
     loaded,
@@ -33,7 +34,7 @@ from worker.runner import Runner, RunnerDied, Runners
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
-__all__ = ["agent"]  # a fixture
+__all__ = ["agent", "begin"]  # fixtures
 BEAT_S = 1.0
 
 

@@ -27,6 +27,7 @@ from shared.store import (
     RETAIN_S,
     Fenced,
     Full,
+    Head,
     KeyTaken,
     NoLease,
     Remembered,
@@ -312,6 +313,97 @@ async def test_nothing_stays_for_ever_but_what_is_documented(store: Store, raw: 
     assert len(found) > len(WITHOUT_EXPIRY)
     assert "insts" not in found
     assert "names" not in found
+
+
+# ---- whose it is
+
+
+async def at(store: Store, *workers: str) -> list[set[str]]:
+    return [{one.id for one in await store.live_at(worker)} for worker in workers]
+
+
+async def test_a_worker_reads_its_own_instances_and_no_others_until_they_end(store: Store, raw: redis.Redis) -> None:
+    mine = [await store.create(queued(n)) for n in range(2)]
+    other = await store.create(queued(2, worker="another"))
+    assert await at(store, "w", "another") == [{"load_0", "load_1"}, {"load_2"}]
+    assert await store.live_at("w", [mine[0].id, other.id, "load_none"]) in (mine, mine[::-1])
+    moved, _ = await store.commit(mine[0], mine[0].after(Event.CLAIM, epoch="e"))
+    assert moved in await store.live_at("w")
+    for record in (moved, mine[1], other):
+        await store.commit(record, record.after(Event.FAIL, error=ERROR))
+    assert raw.exists("insts:w", "insts:another") == 0
+
+
+@pytest.mark.parametrize("to", ["w", "another"])
+async def test_what_is_given_to_another_worker_is_that_ones(store: Store, raw: redis.Redis, to: str) -> None:
+    record = await claimed(store)
+    given, _ = await store.commit(record, record.after(Event.REQUEUE, worker=to))
+    assert await at(store, "w", "another") == ([{record.id}, set()] if to == "w" else [set(), {record.id}])
+    with pytest.raises(Fenced):  # whoever had it ends it late
+        await store.commit(record, record.after(Event.EXPIRE))
+    await store.commit(given, given.after(Event.STOP))
+    assert raw.exists("insts", "insts:w", "insts:another") == 0
+
+
+async def test_repeated_scripts_leave_an_instance_with_whom_it_is(store: Store, raw: redis.Redis) -> None:
+    made = await store.create(queued())
+    given = made.after(Event.REQUEUE, worker="another")
+    await store.commit(made, given)
+    for _ in range(2):
+        await store.create(queued())
+        await store.commit(made, given)
+        assert await at(store, "w", "another") == [set(), {made.id}]
+    assert raw.exists("insts:w") == 0
+
+
+async def test_what_a_worker_holds_is_read_also_where_its_set_was_lost(store: Store, raw: redis.Redis) -> None:
+    record = await claimed(store)
+    raw.delete("insts:w")
+    assert await store.live_at("w", [record.id]) == [record]
+
+
+async def test_an_emptied_redis_is_told_again_whose_an_instance_is(store: Store, raw: redis.Redis) -> None:
+    record = await claimed(store)
+    loaded, _ = await store.commit(record, record.after(Event.LOAD, loaded_at=1.0))
+    raw.flushall()
+    assert await store.rewrite(loaded) == "written"
+    assert await store.live_at("w") == [loaded]
+    assert await store.heads() == [Head(loaded.id, "w", State.LOADED, "e")]
+
+
+async def test_a_redis_that_lost_to_whom_an_instance_was_given_is_told_again(store: Store, raw: redis.Redis) -> None:
+    """As one that keeps an append-only file, and is killed before it has written the end."""
+    made = await store.create(queued(worker="another"))
+    before = {key: raw.dump(key) for key in keys(raw)}
+    for event, changes in ((Event.REQUEUE, {"worker": "w"}), (Event.CLAIM, {"epoch": "e"}), (Event.LOAD, {})):
+        made, _ = await store.commit(made, made.after(event, **changes))
+    raw.flushall()
+    for key, value in before.items():
+        raw.restore(key, 0, value)  # type: ignore[arg-type]
+    assert await at(store, "w", "another") == [set(), {made.id}]
+    assert await store.rewrite(made) == "written"
+    assert await at(store, "w", "another") == [{made.id}, set()]
+    assert raw.exists("queued", "queued:another", "insts:another") == 0, "nothing waits any more"
+
+
+async def test_the_heads_tell_of_every_live_instance_where_it_is(store: Store) -> None:
+    first, second, third = [await store.create(queued(n)) for n in range(3)]
+    first, _ = await store.commit(first, first.after(Event.CLAIM, epoch="e"))
+    second, _ = await store.commit(second, second.after(Event.CLAIM, epoch="e"))
+    await store.commit(second, second.after(Event.REQUEUE, worker="another"))
+    await store.commit(third, third.after(Event.STOP))
+    assert sorted(await store.heads()) == [
+        Head(first.id, "w", State.LOADING, "e"),
+        Head(second.id, "another", State.QUEUED, ""),
+    ]
+
+
+async def test_more_records_than_a_script_reads_at_once_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared.store, "READ_N", 3)
+    made = [await store.create(queued(n)) for n in range(7)]
+    ids = [one.id for one in made]
+    assert await store.many(["load_none", *ids]) == made
+    assert {head.id for head in await store.heads()} == {one.id for one in await store.live()} == set(ids)
 
 
 # ---- who is told

@@ -20,6 +20,7 @@ from shared.lifecycle import TERMINAL, Event, State
 from shared.schema import Instance, LoadConfig, LoadRequest, Model
 from shared.settings import Settings
 from shared.store import Store
+from shared.trace import begun, parse
 from tests.integration.conftest import hold
 from tests.integration.test_agent import (
     EPOCH,
@@ -290,11 +291,19 @@ def test_a_restoration_is_a_new_load_of_the_same() -> None:
         type="llm",
         worker="w",
         request=instance().request,
+        traceparent=again.traceparent,
         total_size_bytes=8,
         restoring=1,
         used_at=3.0,
         instance_id="p/m",
     )
+
+
+def test_a_restoration_begins_a_trace() -> None:
+    """The request that its first load came from was answered, maybe long ago."""
+    old = instance(traceparent=str(begun()))
+    traces = [parse(restoration(old, "load_2", number).traceparent) for number in (1, 2)]
+    assert len({trace and trace.trace_id for trace in (parse(old.traceparent), *traces)} - {None}) == 3
 
 
 def test_a_restoration_that_failed_is_tried_again_after_ever_longer_pauses() -> None:

@@ -162,18 +162,32 @@ def test_what_the_engine_asked_for_in_vain(lines: list[str], asked: int | None) 
 
 def test_a_shortage_has_numbers_for_people_and_for_machines() -> None:
     devices = [
-        Device(id="CUDA0", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=3 << 29),
-        Device(id="CUDA1", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=700),
+        Device(id="CUDA0", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=3 << 29, available_bytes=1 << 30),
+        Device(id="CUDA1", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=700, available_bytes=-9),
     ]
-    sentence, detail = shortage("it refused", 5 << 20, devices, {"CUDA1": ["p/m", "p/m:2"]})
+    sentence, detail = shortage("it refused", 5 << 20, devices, {"CUDA1": ["p/m", "p/m:2"]}, {"CUDA1": 5})
     assert sentence == (
-        "it refused: 5.0 MiB needed, 1.5 GiB of 8.0 GiB free on CUDA0, 700 bytes of 8.0 GiB free on CUDA1"
+        "it refused: 5.0 MiB needed, 1.0 GiB of 8.0 GiB available on CUDA0, 0 bytes of 8.0 GiB available on CUDA1"
     )
     assert detail == {
         "needed_bytes": 5 << 20,
         "devices": [
-            {"id": "CUDA0", "total_bytes": 8 << 30, "free_bytes": 3 << 29, "instances": []},
-            {"id": "CUDA1", "total_bytes": 8 << 30, "free_bytes": 700, "instances": ["p/m", "p/m:2"]},
+            {
+                "id": "CUDA0",
+                "total_bytes": 8 << 30,
+                "free_bytes": 3 << 29,
+                "available_bytes": 1 << 30,
+                "used_by_others_bytes": 0,
+                "instances": [],
+            },
+            {
+                "id": "CUDA1",
+                "total_bytes": 8 << 30,
+                "free_bytes": 700,
+                "available_bytes": 0,
+                "used_by_others_bytes": 5,
+                "instances": ["p/m", "p/m:2"],
+            },
         ],
     }
 
