@@ -10,7 +10,7 @@ import functools
 import sys
 import uuid
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, NoReturn, get_args
 
 import click
@@ -20,7 +20,7 @@ from msgspec import UNSET
 from shared.client import Client, Failure, cancelled, checked_url
 from shared.display import clean, following, left, percent, size, stage, table, when
 from shared.errors import ErrorBody
-from shared.schema import EstimateResult, Job, JobStatus, LoadConfig, LoadEnd, LoadRequest, LoadResult
+from shared.schema import EstimateResult, GPURequest, Job, JobStatus, LoadConfig, LoadEnd, LoadRequest, LoadResult
 
 FAILED, CANCELLED = 1, 130
 VISIBLE = {chr(code) for code in range(0x21, 0x7F)}
@@ -133,6 +133,25 @@ def ps(server: Client, as_json: bool) -> None:
     return table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS", "TTL"), rows)
 
 
+def offload_of(context: click.Context, option: click.Parameter, text: str | None) -> float | str | None:
+    if text in (None, "max", "off"):
+        return text
+    with suppress(ValueError):
+        if 0 <= (part := float(str(text))) <= 1:
+            return part
+    raise click.BadParameter("it must be a number from 0 to 1, max or off.")
+
+
+def split_of(context: click.Context, option: click.Parameter, text: str | None) -> list[float] | str | None:
+    if text in (None, "even", "priority"):
+        return text
+    with suppress(ValueError):
+        parts = [float(part) for part in str(text).split(",")]
+        if all(0 <= part < float("inf") for part in parts):
+            return parts
+    raise click.BadParameter("it must be even, priority or numbers like 2,1.")
+
+
 @command
 @click.argument("model", metavar="KEY")
 @click.option("--context-length", type=click.IntRange(1), metavar="N", help="Tokens that the context holds.")
@@ -153,6 +172,19 @@ def ps(server: Client, as_json: bool) -> None:
     metavar="SECONDS",
     help="Unload it when nothing has used it for this long.",
 )
+@click.option(
+    "--gpu-offload",
+    "offload",
+    callback=offload_of,
+    metavar="PART",
+    help="Part of the layers for GPUs: 0 to 1, max or off.",
+)
+@click.option("--gpu-worker", "worker", metavar="NAME", help="Only on this worker.")
+@click.option("--gpu-device", "devices", multiple=True, metavar="ID", help="Only on these devices; may be repeated.")
+@click.option(
+    "--gpu-split", "split", callback=split_of, metavar="PARTS", help="Over all these GPUs: even, priority or like 2,1."
+)
+@click.option("--copies", type=click.IntRange(1), default=1, metavar="N", help="Load it so many times.")
 @click.option("--force", is_flag=True, default=None, help="Try a model that crashed the engine lately.")
 @click.option("--estimate-only", is_flag=True, help="Load nothing: say what it would take. Exit status 0: it fits.")
 @click.option("--detach", is_flag=True, help="Do not wait: write the job's id to stdout.")
@@ -165,6 +197,7 @@ def load(
     model: str,
     estimate_only: bool,
     detach: bool,
+    copies: int,
     idempotency_key: str | None,
     **fields: Any,
 ) -> None:
@@ -172,30 +205,57 @@ def load(
 
     Ctrl-C cancels the load; a second one does not wait until it has ended.
     """
+    gpu = {name: fields.pop(name) for name in ("offload", "worker", "devices", "split")}
+    gpu = {name: value for name, value in gpu.items() if value not in (None, ())}
     given = {name: value for name, value in fields.items() if value is not None}
+    if gpu:
+        given["gpu"] = GPURequest(**gpu | ({"devices": [*gpu["devices"]]} if "devices" in gpu else {}))
     if estimate_only:
         if detach or idempotency_key:
             raise click.UsageError("--estimate-only loads nothing: leave out --detach and --idempotency-key.")
         return show(server.estimate(LoadRequest(model=model, **given)), as_json)
     request = LoadRequest(model=model, echo_load_config=True, **given)
     key = idempotency_key or uuid.uuid4().hex
-    job: Job | None = None
+    jobs: dict[str, Job | None] = dict.fromkeys([key] if copies == 1 else [f"{key}-{n + 1}" for n in range(copies)])
     try:
-        job = server.submit(request, key)
+        for key in jobs:  # all are accepted before the first is waited for, so that several devices load at once
+            jobs[key] = server.submit(request, key)
+        accepted = [job for job in jobs.values() if job is not None]
         if detach:
-            return document(job) if as_json else click.echo(job.job_id)
-        result = outcome(server, job)
+            if as_json:
+                return document(accepted if copies > 1 else accepted[0])
+            return click.echo("\n".join(job.job_id for job in accepted))
+        results, failures = followed(server, accepted, as_json=as_json)
     except KeyboardInterrupt:
-        interrupted(server, request, key, job)
-    except Failure as failure:
-        if job is not None and failure.retry_after_s is not None:  # patience ended, and not the load
-            say(f"The load goes on as {job.job_id}.")
-        raise
-    if as_json:
-        return document(result)
-    applied = describe(result.load_config) if result.load_config is not UNSET else ""
-    say(f"loaded in {result.load_time_seconds:.3g} s{applied}")
-    return click.echo(clean(result.instance_id))
+        interrupted(server, request, jobs)
+    if as_json and copies > 1:
+        document({"loaded": results, "errors": [failure.error for failure in failures]})
+        sys.exit(FAILED if failures else 0)
+    if failures:
+        raise failures[0]
+    return document(results[0]) if as_json else None
+
+
+def followed(server: Client, jobs: list[Job], *, as_json: bool) -> tuple[list[LoadResult], list[Failure]]:
+    """Follow loads to their ends, one after the other, and write the id of each instance as soon as it is loaded."""
+    results: list[LoadResult] = []
+    failures: list[Failure] = []
+    for job in jobs:
+        try:
+            result = outcome(server, job)
+        except Failure as failure:
+            if failure.retry_after_s is not None:  # patience ended, and not the load
+                say(f"The load goes on as {job.job_id}.")
+            elif failures or job is not jobs[-1]:  # the last thing said is the first that failed
+                say(str(failure))
+            failures.append(failure)
+            continue
+        results.append(result)
+        if not as_json:
+            applied = describe(result.load_config) if result.load_config is not UNSET else ""
+            say(f"loaded in {result.load_time_seconds:.3g} s{applied}")
+            click.echo(clean(result.instance_id))
+    return results, failures
 
 
 def show(found: EstimateResult, as_json: bool) -> None:
@@ -238,20 +298,28 @@ def outcome(server: Client, job: Job) -> LoadResult:
     raise AssertionError("a load is followed to its end")
 
 
-def interrupted(server: Client, request: LoadRequest, key: str, job: Job | None) -> NoReturn:
-    """Have the load cancelled and wait for that, unless told again to leave."""
+def interrupted(server: Client, request: LoadRequest, jobs: dict[str, Job | None]) -> NoReturn:
+    """Have loads cancelled, by their keys, and wait for that, unless told again to leave.  One that has been loaded
+    stays."""
     server.note = say
+    ended: list[ErrorBody] = []
     try:
         say("Cancelling the load. Ctrl-C again does not wait for that.")
-        # Without an answer so far the server may have it or not; under the same key this finds it, or makes it.
-        job = job or server.submit(request, key)
-        ended = server.cancel(job.job_id)
+        unsent = False
+        for key, job in jobs.items():
+            if unsent:
+                break
+            # Without an answer so far the server may have it or not; under the same key this finds it, or makes it.
+            unsent = job is None
+            try:
+                cancelled_job = server.cancel((job or server.submit(request, key)).job_id)
+                ended.append(cancelled_job.error or cancelled(request.model))
+            except Failure as failure:
+                ended.append(failure.error)
     except KeyboardInterrupt:
         left = "Not waiting; `loadstone jobs` shows what becomes of the load."
         raise Interrupted(ErrorBody(type="interrupted", message=left)) from None
-    except Failure as failure:
-        raise Interrupted(failure.error) from None
-    raise Interrupted(ended.error or cancelled(request.model))
+    raise Interrupted(ended[0])
 
 
 def describe(config: LoadConfig) -> str:
@@ -338,14 +406,14 @@ def workers(server: Client, as_json: bool) -> None:
     found = server.workers()
     if as_json:
         return document(found)
-    headings = ("WORKER", "STATE", "DEVICE", "NAME", "FREE", "TOTAL", "INSTANCES", "LEASE AGE", "VERSION")
+    headings = ("WORKER", "STATE", "DEVICE", "NAME", "AVAILABLE", "TOTAL", "INSTANCES", "LEASE AGE", "VERSION")
     rows = [
         (
             worker.name,
             worker.state,
             device.id,
             device.name,
-            size(device.free_bytes),
+            size(max(0, device.available_bytes)),
             size(device.total_bytes),
             str(sum(device.id in instance.devices for instance in worker.instances)),
             f"{worker.lease_age_seconds:.1f} s",
