@@ -20,12 +20,12 @@ RUN CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=on -DCMAKE_EXE_LINKER_FLAGS=-Wl,--
 
 FROM python:3.12-slim-bookworm AS base-cpu
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
-RUN useradd --uid 10001 --create-home loadstone && install -d -o loadstone -m 700 /data && install -d /models
+RUN useradd --uid 10001 --create-home loadstone && install -d -o loadstone -m 700 /data /locks && install -d /models
 
 FROM nvidia/cuda:12.6.3-runtime-ubuntu24.04 AS base-cuda
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
-RUN useradd --uid 10001 --create-home loadstone && install -d -o loadstone -m 700 /data && install -d /models
+RUN useradd --uid 10001 --create-home loadstone && install -d -o loadstone -m 700 /data /locks && install -d /models
 
 FROM base-cpu AS install-cpu
 COPY . /src

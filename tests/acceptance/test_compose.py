@@ -5,15 +5,18 @@ What containers would give is translated, and nothing else:
 
   an image's program        the embedded Redis's binary; `loadstone` of this environment
   host names of services    127.0.0.1, with a free port in place of 6379 and 1234
-  /models, /data            directories of the test; /run/secrets/NAME is the secret's file
+  /models, /data, /locks    directories of the test; /run/secrets/NAME is the secret's file
+  NVIDIA's GPUs             a host of `tests.fakehosts` that has two
   valkey-cli ping           PING over the same TCP port
   depends_on, health        a service starts once those it names are healthy
 
-Not covered, for want of containers: the images, networks and ports, users and modes of mounts, and the GPU profile.
+Not covered, for want of containers: the images, networks and ports, users and modes of mounts, and how GPUs come into
+a container.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -33,6 +36,7 @@ import yaml
 
 from shared import cli, devredis, synthetic
 from shared.settings import Settings
+from tests.fakehosts import FakeHost
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docker-compose.yml"
@@ -40,15 +44,18 @@ DEADLINE_S = 60
 
 
 class Stack:
-    """The services of the file, as processes."""
+    """The services of the file, as processes: those of no profile, and of this one."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, profile: str = "") -> None:
         self.file: dict[str, Any] = yaml.safe_load(FILE.read_text())
-        self.services = {name: s for name, s in self.file["services"].items() if "profiles" not in s}
+        self.services = {
+            name: s for name, s in self.file["services"].items() if profile in s.get("profiles", [profile])
+        }
         self.directory = directory
         self.token = secrets.token_hex(16)
         self.ports = {"6379": free_port(), "1234": free_port()}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.host: FakeHost | None = None
         for name in ("models", "redis", "secrets"):
             (directory / name).mkdir()
         (directory / "secrets/api_tokens").write_text(f"{self.token}\n")
@@ -64,6 +71,7 @@ class Stack:
             "127.0.0.1:1234": f"127.0.0.1:{self.ports['1234']}",
             "/run/secrets": str(self.directory / "secrets"),
             "/models": str(self.directory / "models"),
+            "/locks": str(self.directory / "locks"),
         }.items():
             text = text.replace(old, new)
         return text
@@ -83,10 +91,13 @@ class Stack:
         variables = {key: self.translate(value) for key, value in service.get("environment", {}).items()}
         if name == "api":
             variables["LOADSTONE_PORT"] = self.ports["1234"]
-        if name == "worker":
+        if name.startswith("worker"):
             variables["LOADSTONE_WORKER_NAME"] = instance
             variables["LOADSTONE_DATA_DIR"] = str(self.directory / instance)
         environ = {key: value for key, value in os.environ.items() if not key.startswith("LOADSTONE_")} | variables
+        if service.get("deploy"):
+            assert self.host is not None
+            environ |= self.host.environ()
         self.processes[instance] = subprocess.Popen(argv, env=environ, cwd=self.directory, stdout=2)
 
     def is_healthy(self, name: str) -> bool:
@@ -108,13 +119,22 @@ class Stack:
         """What `docker compose stop` does; returns the exit status."""
         process = self.processes.pop(instance)
         process.send_signal(signal.SIGTERM)
-        grace = self.services[instance.partition("-")[0]].get("stop_grace_period", "10s")
+        name = next(name for name in (instance, instance.rpartition("-")[0]) if name in self.services)
+        grace = self.services[name].get("stop_grace_period", "10s")
         return process.wait(float(grace.rstrip("s")))
 
     def close(self) -> None:
         for process in self.processes.values():
             process.kill()
             process.wait()
+
+    def ask(self, path: str, body: object = None) -> Any:
+        """The reply to GET, or to POST of a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, {"Authorization": f"Bearer {self.token}"})
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
 
     def get(self, path: str, token: str = "") -> int:
         """The status of GET."""
@@ -198,10 +218,39 @@ def is_listening(port: int) -> bool:
     return True
 
 
+def test_a_pool_of_two_gpus_has_a_worker_for_each_and_loads_onto_both(tmp_path: Path) -> None:
+    stack = Stack(tmp_path, "two-gpus")
+    stack.host = FakeHost.made(tmp_path / "host", 1 << 30, 1 << 30)
+    try:
+        assert set(stack.services) == {"redis", "api", "worker", "worker-gpu-0", "worker-gpu-1"}
+        for name in ("redis", "worker-gpu-0", "worker-gpu-1", "api"):  # as with --scale worker=0
+            stack.start(name, name)
+        stack.wait_until_healthy("api")
+        until = time.monotonic() + DEADLINE_S
+        while len(workers := stack.ask("/api/v1/workers")["workers"]) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        owned = {worker["name"]: [device["id"] for device in worker["devices"]] for worker in workers}
+        assert owned == {"worker-gpu-0": ["GPU-fake-0"], "worker-gpu-1": ["GPU-fake-1"]}
+        for _ in range(2):
+            stack.ask("/api/v1/models/load", {"model": "loadstone/demo-llm"})
+        models = {model["key"]: model for model in stack.ask("/api/v1/models")["models"]}
+        loaded = models["loadstone/demo-llm"]["loaded_instances"]
+        assert {(one["worker"], *one["devices"]) for one in loaded} == {
+            ("worker-gpu-0", "GPU-fake-0"),
+            ("worker-gpu-1", "GPU-fake-1"),
+        }
+        assert min(stack.host.used_bytes(device.uuid) for device in stack.host.devices()) > 0
+        assert [stack.stop(name) for name in ("api", "worker-gpu-1", "worker-gpu-0", "redis")] == [0, 0, 0, 0]
+        assert not any(stack.host.used_bytes(device.uuid) for device in stack.host.devices())
+    finally:
+        stack.close()
+
+
 @pytest.mark.skipif(not shutil.which("docker"), reason="there is no docker here")
 def test_docker_agrees_that_the_file_is_a_compose_file() -> None:
     known = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=30, check=False)
     if known.returncode:
         pytest.skip("this docker has no compose")
-    argv = ["docker", "compose", "--file", str(FILE), "--profile", "gpu", "config", "--quiet"]
+    argv = ["docker", "compose", "--file", str(FILE), "--profile", "*", "config", "--quiet"]
     assert subprocess.run(argv, timeout=30, check=False).returncode == 0

@@ -107,10 +107,11 @@ def test_only_the_api_is_published_and_only_to_this_machine(compose: dict[str, A
 
 
 def test_workers_can_be_scaled(compose: dict[str, Any]) -> None:
-    for name in ("worker", "worker-gpu"):
+    for name in ("worker", "worker-gpu", "worker-gpu-0", "worker-gpu-1"):
         service = compose["services"][name]
         assert not {"container_name", "hostname", "ports"} & set(service)
-        models, data = service["volumes"]
+        locks, models, data = service["volumes"]
+        assert locks == f"locks:{service['environment']['LOADSTONE_LOCK_DIR']}", "one for all workers of a host"
         assert models["read_only"]
         assert data == "/data", "a volume without a name is one per container"
         assert service["init"]
