@@ -1,0 +1,230 @@
+"""A pool over many hosts: workers and APIs anywhere, that need nothing but a way to Redis, with a password over TLS."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from shared import synthetic
+from tests.fakehosts import Device, FakeHost
+from tests.hosts import ClientOn, GuardedRedis, Host, Network, TlsProxy, certificate, network, open_ports
+from tests.service import Running, check_keys, error, until
+
+LEASE_S = 10.0  # as it is where nobody sets it
+START_S = 20.0
+PASSWORD, TOKEN = "the-pools-password", "the-clients-token"
+MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # by the host of the worker that has it
+    "alpha": ("acme/llama", synthetic.tiny_llama),
+    "beta": ("acme/moe", synthetic.tiny_moe),
+    "gamma": ("acme/embedding", synthetic.tiny_embedding),
+}
+VARIABLES: dict[str, dict[str, str]] = {  # of each worker; the first one is given no name
+    "alpha": {},
+    "beta": {"LOADSTONE_WORKER_NAME": "second"},
+    "gamma": {"LOADSTONE_WORKER_NAME": "third"},
+}
+GPUS = {"alpha": 2, "beta": 1, "gamma": 0}
+
+
+class Pool:
+    """A Redis, two APIs and three workers, each on a host of its own."""
+
+    def __init__(self, home: Path, hosts: Network, closing: ExitStack) -> None:
+        self.home, self.hosts, self._closing = home, hosts, closing
+        ours, strangers, of_another = (certificate(home, name) for name in (hosts.server, hosts.server, "other.test"))
+        trusted = home / "trusted"
+        trusted.write_text(ours.read_text() + of_another.read_text())
+        self.redis_host = hosts.host("redis", 1)
+        self.redis = GuardedRedis(home / "redis")
+        closing.callback(self.redis.kill)
+        self.redis.guard(PASSWORD)
+        doors = (ours, strangers, of_another)
+        self.proxy = TlsProxy(self.redis_host, hosts.server_address, self.redis.socket, *doors)
+        closing.callback(self.proxy.kill)
+        self.environ = {"SSL_CERT_FILE": str(trusted), "LOADSTONE_REDIS_URL": self.url()}
+        self.worker_hosts = {name: hosts.host(name, 21 + n) for n, name in enumerate(MODELS)}
+        self.names = {
+            on: VARIABLES[on].get("LOADSTONE_WORKER_NAME", host.name) for on, host in self.worker_hosts.items()
+        }
+        for on, (key, write) in MODELS.items():
+            write(self.models_dir(on) / key / "model-f16.gguf")
+        self.gpus = {on: FakeHost.made(home / on / "gpus") for on in MODELS}
+        for on, gpus in self.gpus.items():
+            gpus.has(*(Device(f"GPU-{on}-{n}", "Fake GPU", 1 << 30) for n in range(GPUS[on])))
+        self.workers = {on: self.worker(on) for on in MODELS}
+        self.api_hosts = [hosts.host(f"api-{n}", 10 + n) for n in (1, 2)]
+        self.apis = [self.api(f"api-{n}", host) for n, host in enumerate(self.api_hosts)]
+        self.clients = [self.client(host, api) for host, api in zip(self.api_hosts, self.apis, strict=True)]
+        for on in MODELS:
+            self.wait_ready(on)
+
+    def url(self, door: int = 0, password: str = PASSWORD) -> str:
+        return f"rediss://:{password}@{self.hosts.server}:{self.proxy.ports[door]}/0"
+
+    def models_dir(self, on: str) -> Path:
+        return self.home / on / "models"
+
+    def running(self, host: Host, home: str, *words: str, **variables: str) -> Running:
+        started = host.do(Running, self.home / home, *words, environ={**self.environ, **variables})
+        self._closing.callback(started.kill)
+        return started
+
+    def worker(self, on: str, *, home: str = "", **variables: str) -> Running:
+        """A worker that was started, and no more; in another `home` than its host's it is one more beside that."""
+        directories = ("--models-dir", str(self.models_dir(on)), "--data-dir", str(self.home / (home or on) / "data"))
+        its = {**VARIABLES[on], **self.gpus[on].environ(), **variables}
+        return self.running(self.worker_hosts[on], home or on, "worker", *directories, **its)
+
+    def api(self, home: str, host: Host, **variables: str) -> Running:
+        settings = {"LOADSTONE_API_TOKENS": TOKEN, "LOADSTONE_DRAIN_S": "0", **variables}
+        return self.running(host, home, "api", "--host", host.address, "--port", "0", **settings)
+
+    def client(self, host: Host, api: Running) -> ClientOn:
+        client = ClientOn(host, api.first_line().removeprefix("listening: "), TOKEN)
+        self._closing.callback(client.close)
+        return client
+
+    def wait_ready(self, on: str) -> None:
+        worker = self.workers[on]
+        until(lambda: "action=ready" in worker.stderr or worker.popen.poll() is not None, "ready", START_S)
+        assert worker.popen.poll() is None, worker.stderr
+        until(lambda: all(self.names[on] in listed(client) for client in self.clients), "both APIs know it")
+
+    def is_whole(self) -> bool:
+        """Whether each API has every worker, and the models of all."""
+        keys = {key for key, _ in MODELS.values()}
+        return all(listed(one) == {*self.names.values()} and set(one.models()) == keys for one in self.clients)
+
+    def end(self) -> None:
+        for running in (*self.workers.values(), *self.apis):
+            running.stop()
+
+
+def listed(client: ClientOn) -> set[str]:
+    """The names of the live workers."""
+    reply = client.send("GET", "/api/v1/workers")
+    assert reply.status == 200, reply.text
+    return {worker["name"] for worker in reply.json()["workers"]}
+
+
+@pytest.fixture(scope="module")
+def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    home = tmp_path_factory.mktemp("hosts")
+    with network(home) as hosts, ExitStack() as closing:
+        pool = Pool(home, hosts, closing)
+        yield pool
+        with pool.redis.client() as redis:
+            check_keys(redis)
+        pool.end()
+
+
+@pytest.fixture
+def pool(the_pool: Pool) -> Iterator[Pool]:
+    """With all of it up and nothing loaded, before and after."""
+    until(the_pool.is_whole, "every API has every worker")
+    yield the_pool
+    the_pool.clients[0].unload_all()
+
+
+def test_each_api_lists_the_models_of_all_workers_and_a_load_goes_to_the_worker_that_has_its_model(pool: Pool) -> None:
+    first, second = pool.clients
+    for on, (key, _) in MODELS.items():
+        job = first.accepted(key)
+        done = second.job(job["job_id"], wait_s=10)
+        assert (done["status"], done["worker"], done["instance_id"]) == ("loaded", pool.names[on], key)
+    placed = {key: pool.names[on] for on, (key, _) in MODELS.items()}
+    for client in pool.clients:
+        assert {id_: one["worker"] for id_, one in client.instances().items()} == placed
+
+
+def test_each_worker_has_the_devices_of_its_host_and_loads_go_there(pool: Pool) -> None:
+    one, other = pool.clients
+    workers = {worker["name"]: worker for worker in one.send("GET", "/api/v1/workers").json()["workers"]}
+    for on, name in pool.names.items():
+        ids = [device["id"] for device in workers[name]["devices"]]
+        assert ids == [*(f"GPU-{on}-{n}" for n in range(GPUS[on])), "CPU"]
+    for on, (key, _) in MODELS.items():
+        instance_id = other.loaded(key)["instance_id"]
+        device = one.instances()[instance_id]["devices"][0]
+        assert device in ([f"GPU-{on}-{n}" for n in range(GPUS[on])] or ["CPU"])
+        assert [gpus.used_bytes(device) > 0 for gpus in pool.gpus.values() if (gpus.directory / device).exists()] == [
+            True
+        ] * (device != "CPU")
+        assert one.unload(instance_id).status == 200
+        assert not any(gpus.used_bytes(d.uuid) for gpus in pool.gpus.values() for d in gpus.devices())
+
+
+def test_a_worker_that_was_given_no_name_has_its_hosts(pool: Pool) -> None:
+    host = pool.worker_hosts["alpha"]
+    assert pool.names["alpha"] == host.do(socket.gethostname)
+    assert pool.names["alpha"] in listed(pool.clients[0])
+    assert host.is_apart is (pool.names["alpha"] == "alpha")
+
+
+def test_a_worker_can_be_reached_at_no_port(pool: Pool) -> None:
+    pool.clients[0].loaded(MODELS["alpha"][0])
+    assert open_ports(pool.apis[0].tree()), "an API can"
+    for worker in pool.workers.values():
+        assert open_ports(worker.tree()) == set()
+
+
+def test_a_worker_whose_address_changes_is_back_before_its_lease_runs_out_with_what_it_holds(pool: Pool) -> None:
+    key, _ = MODELS["beta"]
+    host, worker, client = pool.worker_hosts["beta"], pool.workers["beta"], pool.clients[0]
+    client.loaded(key)
+    before, process, (holder, *_) = client.instances(), worker.worker(), worker.runners()
+    worker.warm_runner(1)
+    if host.is_apart:
+        assert host.address in pool.proxy.peers()
+        pool.hosts.move(host, 122)  # nobody is told: what it has open hangs
+    else:
+        pool.proxy.cut()
+    job = client.accepted(key)
+    done = client.job(job["job_id"], wait_s=15)
+    assert (done["status"], done["worker"], done["instance_id"]) == ("loaded", "second", f"{key}:2")
+    assert not host.is_apart or host.address in pool.proxy.peers()
+    assert client.unload(f"{key}:2").status == 200
+    assert client.instances() == before
+    assert (worker.worker(), worker.runners()[0]) == (process, holder), "they were not started again"
+
+
+def test_a_worker_that_comes_back_under_another_name_has_its_models_and_the_old_name_is_gone(pool: Pool) -> None:
+    key, _ = MODELS["gamma"]
+    first, second = pool.clients
+    first.loaded(key)
+    pool.workers["gamma"].stop()
+    pool.workers["gamma"] = pool.worker("gamma", LOADSTONE_WORKER_NAME="renamed")
+    pool.names["gamma"] = "renamed"
+    until(pool.is_whole, "each API has the new name, and not the old one", LEASE_S)
+    assert second.instances() == {}, "what one of another name held is not its own"
+    assert second.loaded(key)["instance_id"] == key
+    assert first.instances()[key]["worker"] == "renamed"
+
+
+@pytest.mark.parametrize(
+    ("door", "password", "reason"),
+    [
+        (0, "another-password", "invalid username-password pair"),
+        (1, PASSWORD, "certificate verify failed: self-signed certificate"),
+        (2, PASSWORD, "certificate verify failed: Hostname mismatch"),
+    ],
+    ids=["password", "stranger", "name"],
+)
+def test_who_has_a_wrong_password_or_meets_a_stranger_says_so_and_takes_no_part(
+    pool: Pool, door: int, password: str, reason: str
+) -> None:
+    wrong, home = {"LOADSTONE_REDIS_URL": pool.url(door, password)}, f"wrong-{door}"
+    worker = pool.worker("gamma", home=f"{home}/worker", LOADSTONE_WORKER_NAME="wrong", **wrong)
+    api = pool.api(f"{home}/api", pool.api_hosts[0], **wrong)
+    client = pool.client(pool.api_hosts[0], api)
+    error(client.send("GET", "/api/v1/models"), 503, "service_unavailable", "queue_unavailable")
+    until(lambda: reason in worker.stderr and reason in api.stderr, reason)
+    for running in (worker, api):
+        running.stop()
+        assert password not in running.stderr
+    assert "action=ready" not in worker.stderr
+    assert pool.is_whole(), "and has nobody else"
