@@ -1,0 +1,118 @@
+"""The GPUs that these tests use, and the truth about their memory: NVML's word, not ours and not the engine's.
+
+What a process has there is seen as a change of what is used in all: NVML names no processes to a container.  So nobody
+else may use the GPUs meanwhile.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pynvml
+
+from tests.fakehosts import FakeHost
+from tests.service import until
+from worker.nvml import Driver
+
+MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
+STEADY_N, STEADY_S, STEADY_BYTES = 10, 0.05, 2 * MIB  # readings, the time between them, how far they may differ
+START_S = 60.0  # of a program that uses CUDA: the first one reads its libraries from the disk
+
+
+class GPUs(Protocol):
+    """A host's GPUs."""
+
+    ids: list[str]
+
+    def total_bytes(self, id_: str) -> int: ...
+
+    def used_bytes(self, id_: str) -> int: ...
+
+    def environ(self) -> Mapping[str, str]:
+        """What a process must have in its environment to find them."""
+
+    def occupied(self, id_: str, n_bytes: int) -> Any:
+        """A block during which another program holds so much of a GPU, and a context where it needs one."""
+
+
+class NvidiaGPUs:
+    """Those of this machine."""
+
+    def __init__(self) -> None:
+        self.ids = [id_ for id_ in Driver().by_index if id_]  # it initialises NVML
+        self._handles = {id_: pynvml.nvmlDeviceGetHandleByUUID(id_) for id_ in self.ids}
+
+    def total_bytes(self, id_: str) -> int:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(self._handles[id_]).total)
+
+    def used_bytes(self, id_: str) -> int:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(self._handles[id_])
+        return int(memory.total - memory.free)
+
+    def environ(self) -> Mapping[str, str]:
+        return {}
+
+    @contextmanager
+    def occupied(self, id_: str, n_bytes: int) -> Iterator[None]:
+        words = [sys.executable, "-m", "tests.gpu.foreign", id_, str(n_bytes)]
+        with subprocess.Popen(
+            words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as program:
+            try:
+                assert program.stdin
+                assert program.stdout
+                assert program.stderr
+                assert program.stdout.readline() == "held\n", program.stderr.read()[-2000:]
+                yield
+            finally:
+                program.kill()
+
+
+class FakeGPUs:
+    """Two of `tests.fakehosts`, with which the tests themselves are tried where there is no GPU."""
+
+    TOTAL_BYTES = 8 << 30
+
+    def __init__(self, directory: Path) -> None:
+        self._host = FakeHost.made(directory, self.TOTAL_BYTES, self.TOTAL_BYTES)
+        self.ids = [device.uuid for device in self._host.devices()]
+
+    def total_bytes(self, id_: str) -> int:
+        return self._host.device(id_).total_bytes
+
+    def used_bytes(self, id_: str) -> int:
+        return self._host.used_bytes(id_)
+
+    def environ(self) -> Mapping[str, str]:
+        return self._host.environ()
+
+    @contextmanager
+    def occupied(self, id_: str, n_bytes: int) -> Iterator[None]:
+        self._host.take(id_, n_bytes)
+        try:
+            yield
+        finally:
+            self._host.release(id_)
+
+
+def steady_bytes(gpus: GPUs, id_: str) -> int:
+    """What is used of a GPU, once it has been the same for half a second."""
+    readings: list[int] = []
+
+    def steady() -> bool:
+        readings.append(gpus.used_bytes(id_))
+        last = readings[-STEADY_N:]
+        if len(last) == STEADY_N and max(last) - min(last) <= STEADY_BYTES:
+            return True
+        time.sleep(STEADY_S)
+        return False
+
+    until(steady, f"what is used of {id_} does not change; is another program using it?", START_S)
+    return readings[-1]
