@@ -1,5 +1,6 @@
-"""`python -m bench [load] [follow]`: measure everything, or what is named; print the report, and keep every single
-figure in bench/out: bench.json of loads, follow.json of accepting, polling and doing nothing."""
+"""`python -m bench [load] [follow] [scale]`: measure everything, or what is named; print the report, and keep every
+single figure in bench/out: bench.json of loads, follow.json of accepting, polling and doing nothing, scale.json of a
+large pool, whose growth is drawn in docs/scale.png."""
 
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ from pathlib import Path
 
 import msgspec
 
-from bench import follow, follow_report, pagecache, report
+from bench import follow, follow_report, pagecache, report, scale, scale_report
 from bench.report import Cache, Measured, Run, Who
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, Load, Service, bare, service
 from shared import devredis, synthetic
 
 OUT = Path(__file__).parent / "out"
 MODELS = OUT / "models"
+PLOT = Path(__file__).parents[1] / "docs" / "scale.png"
 TINY, BIG = "loadstone/bench-tiny", "loadstone/bench-big"
 BIG_GB = 2
 N_TINY, N_BIG = 50, 9  # the first token after a cold load takes 0.2 to 2 s on a virtual machine: 3 runs decide nothing
@@ -62,7 +64,21 @@ def following(about: dict[str, str]) -> str:
     return follow_report.markdown(followed)
 
 
-PARTS = {"load": loading, "follow": following}
+def scaling(about: dict[str, str]) -> str:
+    sizes = scale.measure(OUT, say)
+    keep(
+        "scale",
+        {
+            "machine": about,
+            "sizes": msgspec.to_builtins(sizes),
+            "goals": msgspec.to_builtins(scale_report.goals(sizes)),
+        },
+    )
+    scale_report.plot(sizes, PLOT)
+    return scale_report.markdown(sizes)
+
+
+PARTS = {"load": loading, "follow": following, "scale": scaling}
 
 
 def keep(name: str, figures: dict[str, object]) -> None:

@@ -54,14 +54,14 @@ def percentile(values: Iterable[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
+def goal(what: str, value: float, limit: float, unit: Literal["ms", "x"]) -> Goal:
+    return Goal(what=what, measured=value, limit=limit, unit=unit, met=value <= limit)
+
+
 def goals(measured: Measured) -> list[Goal]:
     spaced = measured.tiny["service"]
     overhead = [load.overhead_s * 1000 for load in spaced]
     total = [load.total_s * 1000 for load in spaced]
-
-    def goal(what: str, value: float, limit: float, unit: Literal["ms", "x"]) -> Goal:
-        return Goal(what=what, measured=value, limit=limit, unit=unit, met=value <= limit)
-
     return [
         goal("overhead of the service, p50", percentile(overhead, 0.5), 10, "ms"),
         goal("overhead of the service, p99", percentile(overhead, 0.99), 40, "ms"),

@@ -1,0 +1,380 @@
+"""What a large pool costs those that look at all of it: measured with `python -m bench scale`.
+
+The workers are simulated: they are what workers write, in a real Redis, and no processes.  Each has 8 GPUs and 10
+loaded instances, made by the store as a load makes them.  The pool grows from one size to the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvloop
+from msgspec import Struct, structs
+
+from api.roster import Roster
+from api.sweep import Sweep
+from bench.processes import cpu_s
+from bench.subjects import Failure
+from shared import devredis
+from shared.lifecycle import Event
+from shared.schema import (
+    CPU,
+    Device,
+    Dimensions,
+    FileStat,
+    Holding,
+    Instance,
+    LoadConfig,
+    LoadRequest,
+    Model,
+    Weights,
+    WorkerSnapshot,
+)
+from shared.settings import PREFIX, Settings, variable
+from shared.store import Store, connected
+
+WORKERS = (10, 30, 100, 300, 1000)
+GPUS, INSTANCES = 8, 10  # of each worker
+LEASE_S = 3600.0  # nobody renews
+GB = 10**9
+GPU_BYTES = 80 * GB
+FREE = (8 * GB, 30 * GB)  # of a GPU; one of all has HOLE
+HOLE = 78 * GB
+REPLY_S, READY_S, STOP_S = 60.0, 20.0, 10.0
+
+# What is asked for, by what it meets in this pool: the bytes of its model.
+SITUATIONS = {
+    "one GPU has room": 6 * GB,
+    "only one GPU of all has room": 70 * GB,
+    "several GPUs have room together": 110 * GB,
+    "room once others are unloaded": 250 * GB,
+    "no room": 2000 * GB,
+}
+BLOCKS = 80
+BEAT, REFRESH, SWEEP = "a worker's beat", "an API's reading of all workers", "an API's sweep"
+PATHS = ("/api/v1/workers", "/api/v1/models", "/metrics")
+N_PLACED, N_BEATS, N_READ = 100, 200, 7
+
+
+class Size(Struct, frozen=True, kw_only=True):
+    """A pool of so many workers: how long each of what is done took, every time; also by the clock of the process that
+    places, which does not run while others have its core; Redis' CPU time of a beat and so on, on average."""
+
+    workers: int
+    placing_s: dict[str, list[float]]
+    placing_cpu_s: dict[str, list[float]]
+    beating_s: dict[str, list[float]]
+    redis_s: dict[str, float]
+    reading_s: dict[str, list[float]]
+    reply_bytes: dict[str, int]
+
+
+def measure(out: Path, say: Callable[[str], None]) -> list[Size]:
+    """Raises Failure, and RedisUnavailable."""
+    with tempfile.TemporaryDirectory(prefix="data-", dir=out) as data_dir, redis(Path(data_dir)) as (url, pid):
+        return uvloop.run(_measure(url, pid, out, say))
+
+
+@contextmanager
+def redis(data_dir: Path) -> Iterator[tuple[str, int]]:
+    """The URL and the process of an embedded server."""
+    with (
+        devredis.prepared(data_dir) as server,
+        subprocess.Popen(server.argv, pass_fds=server.pass_fds, stderr=subprocess.DEVNULL) as process,
+    ):
+        try:
+            until = time.monotonic() + READY_S
+            while reason := asyncio.run(devredis.missing(server.socket)):
+                if time.monotonic() > until:
+                    raise Failure(f"Redis is not ready: {reason}")
+                time.sleep(0.01)
+            yield server.url, process.pid
+        finally:
+            process.terminate()
+
+
+async def _measure(url: str, redis_pid: int, out: Path, say: Callable[[str], None]) -> list[Size]:
+    found = []
+    async with connected(url) as client:
+        pool = Pool(Store(client, LEASE_S))
+        for n in WORKERS:
+            say(f"pool of {n} workers")
+            await pool.grow(n)
+            placing_s, placing_cpu_s = await pool.placing()
+            beating_s, redis_s = await pool.beating(lambda: cpu_s(redis_pid))
+            reading_s, reply_bytes = await asyncio.to_thread(_reading, url, out)
+            found.append(
+                Size(
+                    workers=n,
+                    placing_s=placing_s,
+                    placing_cpu_s=placing_cpu_s,
+                    beating_s=beating_s,
+                    redis_s=redis_s,
+                    reading_s=reading_s,
+                    reply_bytes=reply_bytes,
+                )
+            )
+    return found
+
+
+# ---- the pool
+
+
+def model(key: str, n_bytes: int) -> Model:
+    """One whose layers are all of a size."""
+    block = n_bytes // (BLOCKS + 1)
+    return Model(
+        key=key,
+        base=key,
+        variant="",
+        shards=[f"{key}.gguf"],
+        size_bytes=n_bytes,
+        publisher="bench",
+        display_name=key,
+        architecture="llama",
+        quantization="Q8_0",
+        bits_per_weight=8.5,
+        params_string="70B",
+        max_context_length=131_072,
+        files=[FileStat(n_bytes, 1, 1)],
+        dimensions=Dimensions(
+            block_count=BLOCKS,
+            embedding_length=8192,
+            head_count=64,
+            head_count_kv=8,
+            key_length=128,
+            value_length=128,
+            feed_forward_length=28672,
+            vocabulary=128_256,
+        ),
+        weights=Weights(
+            input_bytes=block // 2, repeating_bytes=block * BLOCKS, output_bytes=block // 2, has_output=True
+        ),
+    )
+
+
+MODELS = [model(f"bench/{i}", n_bytes) for i, n_bytes in enumerate(SITUATIONS.values())]
+KEYS = dict(zip(SITUATIONS, (one.key for one in MODELS), strict=True))
+
+
+class Pool:
+    """What workers would have written, and what an API process and a worker do with it."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.roster = Roster(store, Settings())
+        self.chance = random.Random(1)  # the same pool in every run
+        self.snapshots: list[WorkerSnapshot] = []
+
+    async def grow(self, n: int) -> None:
+        for i in range(len(self.snapshots), n):
+            snapshot = self._snapshot(i)
+            digest = await self.store.publish_catalog(snapshot.name, MODELS, snapshot.epoch)
+            assert digest is not None
+            snapshot = structs.replace(snapshot, catalog=digest)
+            await self.store.renew(snapshot)
+            await asyncio.gather(*(self._load(snapshot, held) for held in snapshot.held))
+            self.snapshots.append(snapshot)
+
+    def _snapshot(self, i: int) -> WorkerSnapshot:
+        """GPUs of which most is held; one GPU of the first worker is nearly free."""
+        free = [self.chance.randrange(*FREE) for _ in range(GPUS)]
+        if i == 0:
+            free[-1] = HOLE
+        ids = [f"GPU-{i:08x}-0000-0000-0000-{gpu:012x}" for gpu in range(GPUS)]
+        shares = [GPU_BYTES - n_bytes for n_bytes in free]
+        held = [
+            Holding(
+                instance_id=f"{(one := MODELS[j % 2]).key}:{i * INSTANCES + j + 1}",
+                key=one.key,
+                devices={ids[j % GPUS]: shares[j % GPUS] // (2 if j % GPUS < INSTANCES - GPUS else 1)},
+                used_at=1.7e9 + self.chance.random() * 1e6,
+                is_evictable=j % 4 != 3,
+            )
+            for j in range(INSTANCES)
+        ]
+        devices = [
+            Device(
+                id=id_,
+                kind="gpu",
+                name="NVIDIA H100 80GB HBM3",
+                total_bytes=GPU_BYTES,
+                free_bytes=n_bytes,
+                reserved_bytes=GPU_BYTES - n_bytes,
+                available_bytes=n_bytes,
+            )
+            for id_, n_bytes in zip(ids, free, strict=True)
+        ]
+        host = Device(
+            id=CPU,
+            kind="cpu",
+            name="Intel(R) Xeon(R) Platinum 8481C",
+            total_bytes=2000 * GB,
+            free_bytes=1800 * GB,
+            available_bytes=1800 * GB,
+        )
+        return WorkerSnapshot(
+            name=f"worker-{i:04}",
+            epoch=f"{i:032x}",
+            version="1",
+            catalog="",
+            residents=INSTANCES,
+            devices=[*devices, host],
+            held=held,
+            lease_s=LEASE_S,
+        )
+
+    async def _load(self, worker: WorkerSnapshot, held: Holding) -> None:
+        """The record of an instance, through all that a load writes of its states."""
+        now = time.time()
+        record = await self.store.create(
+            Instance(
+                id=f"load_{self.chance.getrandbits(128):032x}",
+                model=held.key,
+                key=held.key,
+                type="llm",
+                worker=worker.name,
+                request=LoadRequest(model=held.key, context_length=8192),
+                total_size_bytes=sum(held.devices.values()),
+                instance_id=held.instance_id,
+            )
+        )
+        record, _ = await self.store.commit(record, record.after(Event.CLAIM, epoch=worker.epoch, started_at=now))
+        await self.store.commit(
+            record,
+            record.after(
+                Event.LOAD,
+                progress=1.0,
+                loaded_bytes=record.total_size_bytes,
+                bytes_per_second=2e9,
+                devices=[*held.devices],
+                loaded_at=now,
+                used_at=now,
+                timing=dict.fromkeys(("queue", "spawn", "metadata", "weights", "context", "warmup"), 0.123456),
+                load_time_seconds=1.234567,
+                load_config=LoadConfig(
+                    context_length=8192,
+                    eval_batch_size=512,
+                    parallel=1,
+                    flash_attention=True,
+                    offload_kv_cache_to_gpu=True,
+                ),
+            ),
+        )
+
+    # ---- what is done with it
+
+    async def placing(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """One load, as an API process places it.  Raises Failure where it is not placed as its name says."""
+        await self.roster.refresh()
+        found: dict[str, list[float]] = {name: [] for name in SITUATIONS}
+        cpu: dict[str, list[float]] = {name: [] for name in SITUATIONS}
+        for name in [*SITUATIONS] * N_PLACED:
+            request = LoadRequest(model=KEYS[name])
+            cpu_started, started = time.process_time(), time.perf_counter()
+            candidates, _ = self.roster.candidates(request)
+            _, placement = self.roster.choose(candidates, request)
+            found[name].append(time.perf_counter() - started)
+            cpu[name].append(time.process_time() - cpu_started)
+            met = (
+                "no room"
+                if placement is None
+                else "room once others are unloaded"
+                if placement.evicts
+                else "several GPUs have room together"
+                if len(placement.gpus) > 1
+                else name
+            )
+            if met != name:
+                raise Failure(f"among {len(self.snapshots)} workers a load met '{met}', not '{name}'")
+        return found, cpu
+
+    async def beating(self, redis_cpu_s: Callable[[], float]) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """What is done once a second: by each worker, and by each API process."""
+        sweep = Sweep(self.roster)
+        sweep._from = 0.0  # no lease runs out here
+
+        async def beat() -> None:
+            worker = self.chance.choice(self.snapshots)
+            await self.store.renew(worker)
+            if len(await self.store.live_at(worker.name)) != INSTANCES:
+                raise Failure("a worker has not found its instances")
+
+        async def refresh() -> None:
+            await self.roster.refresh()
+
+        parts: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
+            BEAT: (N_BEATS, beat),
+            REFRESH: (N_READ, refresh),
+            SWEEP: (N_READ, sweep._beat),
+        }
+        taken: dict[str, list[float]] = {}
+        redis_s: dict[str, float] = {}
+        for name, (n, do) in parts.items():
+            await do()
+            before, taken[name] = redis_cpu_s(), []
+            for _ in range(n):
+                started = time.perf_counter()
+                await do()
+                taken[name].append(time.perf_counter() - started)
+            redis_s[name] = (redis_cpu_s() - before) / n
+        return taken, redis_s
+
+
+# ---- an API process
+
+
+def _reading(url: str, out: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """What a client waits for replies about all of the pool, from an API process that refreshes and sweeps meanwhile;
+    and how large they are."""
+    with api(url, out) as connection:
+        taken: dict[str, list[float]] = {path: [] for path in PATHS}
+        sizes = {path: len(_get(connection, path)) for path in PATHS}
+        for path in [*PATHS] * N_READ:
+            started = time.perf_counter()
+            _get(connection, path)
+            taken[path].append(time.perf_counter() - started)
+    return taken, sizes
+
+
+@contextmanager
+def api(url: str, out: Path) -> Iterator[http.client.HTTPConnection]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    environ |= {variable("redis_url"): url, variable("lease_s"): str(LEASE_S)}
+    with (out / "scale.log").open("w") as log, socket.create_server(("127.0.0.1", 0)) as listening:
+        argv = [sys.executable, "-m", "api", "--fd", str(listening.fileno())]
+        with subprocess.Popen(argv, pass_fds=[listening.fileno()], stderr=log, env=environ) as process:
+            connection = http.client.HTTPConnection("127.0.0.1", listening.getsockname()[1], timeout=REPLY_S)
+            try:
+                _get(connection, "/readyz")
+                yield connection
+            finally:
+                connection.close()
+                process.terminate()
+                try:
+                    process.wait(STOP_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+def _get(connection: http.client.HTTPConnection, path: str) -> bytes:
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException) as e:
+        raise Failure(f"{path} got no answer: {e!r}") from e
+    if response.status != 200:
+        raise Failure(f"{path} answered {response.status}: {body[:200].decode('utf-8', 'replace')}")
+    return body

@@ -1,0 +1,127 @@
+"""From what `bench.scale` measured to the Markdown and the picture that show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
+from msgspec import Struct
+
+from bench.report import Goal, goal, percentile, table
+from bench.scale import BEAT, GPUS, INSTANCES, N_BEATS, N_PLACED, N_READ, PATHS, REFRESH, SITUATIONS, SWEEP, Size
+
+LIMIT_MS = 5.0
+
+
+class Line(Struct, frozen=True, kw_only=True):
+    """What one thing costs at each size, in ms: the median, and the 99th percentile."""
+
+    what: str
+    group: str
+    p50_ms: list[float]
+    p99_ms: list[float]
+
+    @property
+    def growth(self) -> float:
+        """From the smallest to the largest pool."""
+        return self.p50_ms[-1] / self.p50_ms[0]
+
+
+def lines(sizes: list[Size]) -> list[Line]:
+    groups = {
+        "placing": ([*SITUATIONS], [size.placing_s for size in sizes]),
+        "each second": ([BEAT, REFRESH, SWEEP], [size.beating_s for size in sizes]),
+        "GET": ([*PATHS], [size.reading_s for size in sizes]),
+    }
+    return [
+        Line(
+            what=what,
+            group=group,
+            p50_ms=[percentile(seconds[what], 0.5) * 1000 for seconds in by_size],
+            p99_ms=[percentile(seconds[what], 0.99) * 1000 for seconds in by_size],
+        )
+        for group, (names, by_size) in groups.items()
+        for what in names
+    ]
+
+
+def goals(sizes: list[Size]) -> list[Goal]:
+    largest = max((line for line in lines(sizes) if line.group == "placing"), key=lambda line: line.p50_ms[-1])
+    what = f"placing one load among {sizes[-1].workers:,} workers, p50, where it takes longest: {largest.what}"
+    return [goal(what, largest.p50_ms[-1], LIMIT_MS, "ms")]
+
+
+def markdown(sizes: list[Size]) -> str:
+    found, last = lines(sizes), sizes[-1]
+    n, factor = last.workers, last.workers / sizes[0].workers
+    text = [
+        f"## A pool of {n:,} workers, {n * GPUS:,} GPUs and {n * INSTANCES:,} instances, simulated",
+        "",
+    ]
+    for one in goals(sizes):
+        verdict = "met" if one.met else "**missed**"
+        text.append(f"- {one.what}: {one.measured:.2f} ms, limit {one.limit:.0f} ms, {verdict}")
+    cpu = {what: percentile(seconds, 0.5) * 1000 for what, seconds in last.placing_cpu_s.items()}
+    text.append(f"- CPU time of the same, p50: {', '.join(f'{what} {ms:.2f} ms' for what, ms in cpu.items())}")
+    worst = max(found, key=lambda line: line.growth)
+    text.append(f"- {factor:.0f} times the workers cost at most {worst.growth:.0f} times the time ({worst.what})")
+    beat = next(line for line in found if line.what == BEAT)
+    text.append(f"- {BEAT}: {beat.growth:.2f} times")
+    heads = ["p50, ms, by workers", *(f"{size.workers:,}" for size in sizes), f"p99 at {n:,}", "growth"]
+    rows = [
+        [
+            f"{line.group}: {line.what}",
+            *(f"{ms:.2f}" for ms in line.p50_ms),
+            f"{line.p99_ms[-1]:.2f}",
+            f"{line.growth:.1f} x",
+        ]
+        for line in found
+    ]
+    text += ["", *table(heads, rows)]
+    redis = ", ".join(f"{what} {last.redis_s[what] * 1000:.2f} ms" for what in (BEAT, REFRESH, SWEEP))
+    every = last.redis_s[BEAT] * n + last.redis_s[SWEEP]
+    replies = ", ".join(f"{path} {last.reply_bytes[path] / 1e6:.1f} MB" for path in PATHS)
+    text += [
+        "",
+        f"Redis' CPU at {n:,} workers: {redis}; a second of all beats and one API's sweep {every:.2f} s. "
+        f"Replies: {replies}.",
+        "",
+        f"A real Redis with what {n:,} workers would have written, and no workers; records made by the store as loads "
+        f"make them. Placing: `Roster.candidates` and `Roster.choose` on a roster that was just read, {N_PLACED} times "
+        f"each in turn. A beat is the renewal with its snapshot, and what a worker reads of its records ({N_BEATS} "
+        f"times); the sweep includes the reading of all workers ({N_READ} times each). GETs are one client's, of an "
+        f"API process that reads and sweeps once a second beside ({N_READ} times each; their p99 is the slowest).",
+    ]
+    return "\n".join(text)
+
+
+def plot(sizes: list[Size], path: Path) -> None:
+    """Cost by number of workers, both logarithmic: a straight line at 45 degrees is linear."""
+    groups = {"placing": "Placing one load", "each second": "Once a second", "GET": "Reading the whole pool over HTTP"}
+    workers = [size.workers for size in sizes]
+    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(12, 4.6), dpi=110, layout="constrained")
+        for axes, (group, title) in zip(figure.subplots(1, len(groups), sharey=True), groups.items(), strict=True):
+            for line in lines(sizes):
+                if line.group == group:
+                    axes.plot(workers, line.p50_ms, marker="o", markersize=4, linewidth=1.5, label=line.what)
+            start = min(line.p50_ms[0] for line in lines(sizes) if line.group == group)
+            linear = [start * n / workers[0] for n in workers]
+            axes.plot(workers, linear, color="0.6", linestyle=":", label="linear, for comparison")
+            if group == "placing":
+                axes.axhline(LIMIT_MS, color="0.3", linestyle="--", linewidth=1)
+                axes.annotate(f"limit: {LIMIT_MS:.0f} ms", (workers[0], LIMIT_MS), (0, 3), textcoords="offset points")
+            axes.set(
+                xscale="log", yscale="log", title=title, xlabel=f"workers (each {GPUS} GPUs, {INSTANCES} instances)"
+            )
+            axes.set_xticks(workers, [f"{n:,}" for n in workers])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.grid(axis="y", color="0.9")
+            axes.legend(frameon=False, fontsize=8)
+            if group == "placing":
+                axes.set_ylabel("median, ms")
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path)
