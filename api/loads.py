@@ -147,7 +147,7 @@ class Loads:
             raise crashed_lately(model.type, request.model, e.reason, e.left_s) from e
         log.bind(**made.ids)
         _log.info("accepted", action="accepted", model=made.key)
-        self.roster.placed(candidate.worker, model.key, placement)
+        self.roster.placed(made, placement)
         await self.store.deliver(made)
         return made
 

@@ -13,9 +13,11 @@ from shared.errors import InvalidValue
 from shared.estimate import Needs, needs_of
 from shared.placement import Host, Placement, Wish, choose, place
 from shared.plan import plan
-from shared.schema import GPURequest, Holding, LoadRequest, Model, WorkerSnapshot
+from shared.schema import GPURequest, Holding, Instance, LoadRequest, Model, WorkerSnapshot
 from shared.settings import Settings
 from shared.store import Store
+
+PENDING_S = 3.0  # a worker takes a delivery and says so within a beat, or it was slower than that, or refused
 
 
 class Candidate(Struct, frozen=True, kw_only=True, gc=False):
@@ -35,6 +37,8 @@ class Roster:
         self.catalogs: dict[str, list[Model]] = {}  # of every worker of the last day, alive or not
         self.absent_since: dict[str, float] = {}  # worker -> when its lease was first seen gone
         self._hosts: dict[str, Host] = {}  # of those that take loads
+        self._published: dict[str, Host] = {}  # the same without what was placed since
+        self._pending: dict[str, list[tuple[float, Holding]]] = {}  # by worker: until when, and what is on its way
         self._digests: dict[str, str] = {}
         self._names: dict[str, Mapping[str, Model]] = {}  # by worker; those with the same catalog share one
 
@@ -54,6 +58,8 @@ class Roster:
                 self.absent_since.pop(worker.name, None)
         self.alive = {worker.name: worker.snapshot for worker in workers if worker.snapshot}
         self._hosts = {name: Host(snapshot) for name, snapshot in self.alive.items() if snapshot.state == "ready"}
+        self._published = dict(self._hosts)
+        self._hold_pending()
         known = {worker.name for worker in workers}
         for name in self.catalogs.keys() - known:  # of long ago, or Redis was emptied: then it is back in a beat
             if now - self.absent_since.setdefault(name, now) > self.store.lease_s:
@@ -110,6 +116,8 @@ class Roster:
         wish = Wish.of(request.gpu)
         hosts = [(self._hosts[one.worker], needs[id(one.model)], one.model.key) for one in readable]
         i = choose(hosts, wish)
+        if i is None:  # what was placed a moment ago may have been refused
+            i = choose([(self._published[host.worker.name], needed, key) for host, needed, key in hosts], wish)
         if i is None:
             ranks = [(-host.reach, host.worker.residents, host.worker.name, i) for i, (host, _, _) in enumerate(hosts)]
             return readable[min(ranks)[-1]], None
@@ -125,13 +133,35 @@ class Roster:
         """Whether any of them has room for a load that takes this."""
         return choose([(self._hosts[one.worker], needs, one.model.key) for one in candidates], wish) is not None
 
-    def placed(self, worker: str, key: str, placement: Placement | None) -> None:
-        """Count an instance that was just given to a worker, until its next snapshot does."""
+    def placed(self, instance: Instance, placement: Placement | None) -> None:
+        """Count an instance that was just given to a worker, until what that publishes does, or for PENDING_S."""
+        held = Holding(
+            id=instance.id,
+            instance_id=instance.instance_id,
+            key=instance.key,
+            devices={} if placement is None else placement.bytes,
+            used_at=0.0,
+            is_evictable=False,
+        )
+        self._pending.setdefault(instance.worker, []).append((time.monotonic() + PENDING_S, held))
+        self._hold(instance.worker, held)
+
+    def _hold(self, worker: str, held: Holding) -> None:
         if (host := self._hosts.get(worker)) is not None:
-            taken = {} if placement is None else placement.bytes
-            held = Holding(instance_id="", key=key, devices=taken, used_at=0.0, is_evictable=False)
             self._hosts[worker] = host.holding(held)
             self.alive[worker] = self._hosts[worker].worker
+
+    def _hold_pending(self) -> None:
+        """Add to what was published what it is too old for."""
+        now = time.monotonic()
+        for worker, pending in [*self._pending.items()]:
+            published = self.alive.get(worker)
+            known = set() if published is None else {held.id for held in published.held}
+            self._pending[worker] = [(until, held) for until, held in pending if until > now and held.id not in known]
+            for _, held in self._pending[worker]:
+                self._hold(worker, held)
+            if not self._pending[worker]:
+                del self._pending[worker]
 
     # ---- listing
 

@@ -131,7 +131,7 @@ class Sweep:
         else:
             new = instance.abandoned(self.load_attempts, **changes)
         await self._commit(instance, new)
-        self.roster.placed(candidate.worker, model.key, placement)
+        self.roster.placed(new, placement)
 
     async def _commit(self, old: Instance, new: Instance) -> None:
         committed, _ = await self.store.commit(old, new)

@@ -408,6 +408,7 @@ class Device(Struct, frozen=True, kw_only=True, gc=False):
 class Holding(Struct, frozen=True, kw_only=True, gc=False):
     """What an instance takes of its worker's devices."""
 
+    id: str = ""  # of its load
     instance_id: str
     key: str
     devices: dict[str, int]  # bytes by device

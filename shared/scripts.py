@@ -190,6 +190,11 @@ redis.call('EXPIRE', 'wanted:' .. ARGV[5], ARGV[7])
 return 1 + redis.call('EXPIRE', KEYS[3], ARGV[7])
 """
 
+# Publish what is new of a worker whose lease we hold, until that runs out.  ARGV: epoch, snapshot.
+ANNOUNCE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[2], ARGV[2], 'XX', 'KEEPTTL') end
+"""
+
 # Publish a catalog, unless another process holds the worker's lease.  ARGV: epoch, an older epoch that is known to be
 # dead, catalog, retention in seconds.
 CATALOG = """

@@ -54,6 +54,7 @@ from shared import log, tally
 from shared.lifecycle import TERMINAL, State
 from shared.schema import Instance, Model, Sizing, Taken, WorkerSnapshot
 from shared.scripts import (
+    ANNOUNCE,
     CATALOG,
     COMMIT,
     CREATE,
@@ -279,6 +280,7 @@ class Store:
         self._stop = redis.register_script(STOP)
         self._unwant = redis.register_script(UNWANT)
         self._renew = redis.register_script(RENEW)
+        self._announce = redis.register_script(ANNOUNCE)
         self._release = redis.register_script(RELEASE)
         self._catalog = redis.register_script(CATALOG)
         self._tally = redis.register_script(TALLY)
@@ -585,6 +587,11 @@ class Store:
             ],
         )
         return ("refused", "no catalog", "held")[found]
+
+    async def announce(self, snapshot: WorkerSnapshot) -> None:
+        """Publish what is new of a worker between two beats; its lease stays as it is."""
+        name = snapshot.name
+        await self._announce(keys=[f"lease:{name}", f"worker:{name}"], args=[snapshot.epoch, msgpack.encode(snapshot)])
 
     async def release(self, worker: str, epoch: str) -> None:
         await self._release(keys=[f"lease:{worker}", f"worker:{worker}"], args=[epoch])

@@ -646,11 +646,11 @@ class _Sim:
             best, placed = api.choose(candidates, request)
             if placed is None and refused:
                 break
-            api.placed(best.worker, best.model.key, placed)
             worker = self.workers[best.worker]
             instance = Instance(
                 id=id_, instance_id=id_, model=key, key=key, type="llm", worker=worker.name, request=request
             )
+            api.placed(instance, placed)
             resident = worker.held[id_] = _Resident(worker, instance, step)
             await resident.live()
             if resident.outcome != "refused":

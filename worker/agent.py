@@ -126,9 +126,8 @@ class Agent:
 
     async def announce(self) -> None:
         """Let the pool know at once what has changed here; the next beat does in any case."""
-        if self._digest and not self.draining and self.runners.silent_s < self.store.lease_s:
-            with suppress(*UNAVAILABLE):
-                await self.store.renew(self.snapshot())
+        with suppress(*UNAVAILABLE):
+            await self.store.announce(self.snapshot())
 
     async def beat(self) -> None:
         """Renew the lease, make what runs match what the records say; repeat.  Raises LeaseLost.

@@ -181,6 +181,7 @@ class Placer:
         """What the instances take that are here, or on their way."""
         return [
             Holding(
+                id=id_,
                 instance_id="" if resident.instance is None else resident.instance.instance_id,
                 key=resident.key,
                 devices=reservation.bytes,

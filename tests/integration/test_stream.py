@@ -32,9 +32,9 @@ async def test_comments_come_while_nothing_happens(
     """Proxies cut a connection on which nothing is sent, and a load may be queued for long."""
     monkeypatch.setattr(api.stream, "HEARTBEAT_S", 0.01)
     async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", asyncio.Event())) as stream:
-        first, *others = [await anext(stream) for _ in range(3)]
-    assert first.startswith(b"id: ")
-    assert others == [b": nothing new\n\n"] * 2
+        found = [await anext(stream) for _ in range(3)]
+    assert [text.startswith(b"id: ") for text in found].count(True) == 1
+    assert found.count(b": nothing new\n\n") == 2
 
 
 async def test_a_process_that_is_told_to_stop_ends_its_streams_without_a_terminal_event(
