@@ -107,9 +107,9 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
                 work.cancel()
                 await asyncio.wait({work}, timeout=END_S)
                 await agent.drain()
-                with suppress(*UNAVAILABLE):
-                    await agent.store.release(agent.name, epoch)
                 await agent.runners.close()
+                with suppress(*UNAVAILABLE):  # last: from then on the pool counts how long we are away
+                    await agent.store.release(agent.name, epoch)
 
 
 @contextmanager

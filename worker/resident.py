@@ -158,7 +158,8 @@ class Resident:
             taken = await self._take(instance)
             return None if taken is None else await self._load(taken[0], model, placed, taken[1])
         finally:
-            self.agent.runners.prepare()  # not earlier: it would take a core from a load of milliseconds
+            if not self.agent.draining:
+                self.agent.runners.prepare()  # not earlier: it would take a core from a load of milliseconds
 
     async def _take(self, instance: Instance) -> tuple[Instance, Runner] | None:
         """A warm runner, or None once the instance has ended without one.  Followers are told every COMMIT_S."""
