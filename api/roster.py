@@ -13,11 +13,11 @@ from shared.errors import InvalidValue
 from shared.estimate import Needs, needs_of
 from shared.placement import Host, Placement, Wish, choose, place
 from shared.plan import plan
-from shared.schema import GPURequest, Holding, Instance, LoadRequest, Model, WorkerSnapshot
+from shared.schema import GPURequest, Holding, Instance, LoadRequest, Model, WorkerSnapshot, short
 from shared.settings import Settings
 from shared.store import Store
 
-PENDING_S = 3.0  # a worker takes a delivery and says so within a beat, or it was slower than that, or refused
+PENDING_S = 3.0  # a worker that has not said within this time that it took a load is asked as if it had none
 
 
 class Candidate(Struct, frozen=True, kw_only=True, gc=False):
@@ -114,15 +114,21 @@ class Roster:
             id(model): self.needs(model, request) for model in {id(one.model): one.model for one in readable}.values()
         }
         wish = Wish.of(request.gpu)
-        hosts = [(self._hosts[one.worker], needs[id(one.model)], one.model.key) for one in readable]
-        i = choose(hosts, wish)
-        if i is None:  # what was placed a moment ago may have been refused
-            i = choose([(self._published[host.worker.name], needed, key) for host, needed, key in hosts], wish)
-        if i is None:
-            ranks = [(-host.reach, host.worker.residents, host.worker.name, i) for i, (host, _, _) in enumerate(hosts)]
-            return readable[min(ranks)[-1]], None
-        host, needed, key = hosts[i]
-        return readable[i], place(needed, wish, host.worker, key)
+        best: tuple[Candidate, Placement] | None = None
+        for hosts in (self._hosts, self._published):  # what was placed a moment ago may have been refused, or be gone
+            asked = [(hosts[one.worker], needs[id(one.model)], one.model.key) for one in readable]
+            if (i := choose(asked, wish)) is not None:
+                host, needed, key = asked[i]
+                placed = place(needed, wish, host.worker, key)
+                if placed is not None and (best is None or len(placed.evicts) < len(best[1].evicts)):
+                    best = readable[i], placed
+            if best is not None and not best[1].evicts:
+                return best
+        if best is not None:
+            return best
+        loads = [self._hosts[one.worker] for one in readable]
+        ranks = [(-host.reach, host.worker.residents, host.worker.name, i) for i, host in enumerate(loads)]
+        return readable[min(ranks)[-1]], None
 
     def needs(self, model: Model, request: LoadRequest) -> Needs:
         """What a request takes.  Raises InvalidValue against the model's limits."""
@@ -131,7 +137,7 @@ class Roster:
 
     def has_room(self, candidates: Sequence[Candidate], needs: Needs, wish: Wish) -> bool:
         """Whether any of them has room for a load that takes this."""
-        return choose([(self._hosts[one.worker], needs, one.model.key) for one in candidates], wish) is not None
+        return choose([(self._published[one.worker], needs, one.model.key) for one in candidates], wish) is not None
 
     def placed(self, instance: Instance, placement: Placement | None) -> None:
         """Count an instance that was just given to a worker, until what that publishes does, or for PENDING_S."""
@@ -149,15 +155,16 @@ class Roster:
     def _hold(self, worker: str, held: Holding) -> None:
         if (host := self._hosts.get(worker)) is not None:
             self._hosts[worker] = host.holding(held)
-            self.alive[worker] = self._hosts[worker].worker
 
     def _hold_pending(self) -> None:
         """Add to what was published what it is too old for."""
         now = time.monotonic()
         for worker, pending in [*self._pending.items()]:
             published = self.alive.get(worker)
-            known = set() if published is None else {held.id for held in published.held}
-            self._pending[worker] = [(until, held) for until, held in pending if until > now and held.id not in known]
+            known = [] if published is None else published.taken
+            self._pending[worker] = [
+                (until, held) for until, held in pending if until > now and short(held.id) not in known
+            ]
             for _, held in self._pending[worker]:
                 self._hold(worker, held)
             if not self._pending[worker]:

@@ -408,7 +408,7 @@ class Device(Struct, frozen=True, kw_only=True, gc=False):
 class Holding(Struct, frozen=True, kw_only=True, gc=False):
     """What an instance takes of its worker's devices."""
 
-    id: str = ""  # of its load
+    id: str = ""  # of its load, where an API keeps in mind what it has just placed
     instance_id: str
     key: str
     devices: dict[str, int]  # bytes by device
@@ -442,8 +442,14 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True, gc=False):
     state: WorkerState = "ready"  # a draining one takes nothing more
     devices: list[Device] = []
     held: list[Holding] = []
+    taken: list[str] = []  # the ends (`short`) of the ids of the loads that it has placed or refused last
     partly_on_cpu: bool = False  # where GPUs have no room for all layers, the CPU may take some
     lease_s: float = 0.0
+
+
+def short(id_: str) -> str:
+    """The end of a load's id, which tells it from others of the last seconds."""
+    return id_[-8:]
 
 
 class Sizing(Struct, frozen=True, kw_only=True):

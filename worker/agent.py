@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -27,6 +27,7 @@ from worker.wanted import Wanted, decide, restoration
 
 BEAT_S = 1.0
 DRAIN_S = 4.0
+TAKEN_N = 16  # more than an API usually gives a worker between two looks
 
 _log = log.get("worker")
 
@@ -57,6 +58,7 @@ class Agent:
         self.held: dict[str, Resident] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.draining = False
+        self.taken: deque[str] = deque(maxlen=TAKEN_N)  # loads that were placed or refused
         self.changed = asyncio.Event()  # what our snapshot says of the devices and what they hold
         self.models: dict[str, Model] = {}
         self._digest = ""
@@ -112,6 +114,7 @@ class Agent:
             state="draining" if self.draining else "ready",
             devices=self.placer.devices(),
             held=self.placer.held(),
+            taken=[*self.taken],
             partly_on_cpu=self.settings.gpu_offload == "auto",
             lease_s=self.store.lease_s,
         )

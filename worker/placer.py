@@ -103,7 +103,6 @@ class Placer:
             placed = None if placed is None else structs.replace(placed, evicts=evicted)
         if placed is not None:
             self.pool.reserve(instance.id, placed.taken)
-            self.agent.changed.set()
         return placed
 
     async def _evict(self, victims: Sequence[Holding], instance: Instance) -> None:
@@ -181,7 +180,6 @@ class Placer:
         """What the instances take that are here, or on their way."""
         return [
             Holding(
-                id=id_,
                 instance_id="" if resident.instance is None else resident.instance.instance_id,
                 key=resident.key,
                 devices=reservation.bytes,

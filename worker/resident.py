@@ -15,7 +15,7 @@ from shared import log, trace
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, crashed_lately
 from shared.lifecycle import Event, State
 from shared.placement import Placement
-from shared.schema import FileStat, Instance, Model, Phase
+from shared.schema import FileStat, Instance, Model, Phase, short
 from shared.store import UNAVAILABLE, Fenced, StopWished
 from shared.tally import died
 from worker.death import from_exit, from_reason, needed_bytes, scrub
@@ -70,6 +70,8 @@ class Resident:
             async with self.agent.placer.placing:  # in the order of the deliveries
                 found = None if self.stop.is_set() else await self._find()
                 placed = None if found is None else await self.agent.placer.place(*found)
+            self.agent.taken.append(short(self.id))
+            self.agent.changed.set()
             if found is None:
                 return
             record, model = found

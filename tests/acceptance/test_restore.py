@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def test_a_worker_that_is_killed_has_what_it_held_again_what_was_loaded_last_fir
     found = restored(pool, before, ALONE, SECOND, THIRD)
     assert [job["instance_id"] for job in found] == [ALONE, THIRD, SECOND]
     assert {(job["worker"], job["attempt"]) for job in found} == {("a", 1)}
-    assert [job["created_at"] for job in found] == sorted(job["created_at"] for job in found)
+    began = [datetime.fromisoformat(job["created_at"]) for job in found]
+    assert began == sorted(began)
     lengths = {id_: one["config"]["context_length"] for id_, one in pool.instances().items()}
     assert lengths == {ALONE: 1024, SECOND: 512, THIRD: 512}, "each as it was asked for"
     pool.workers["a"].warm_runner(3)
