@@ -115,7 +115,8 @@ class Roster:
         }
         wish = Wish.of(request.gpu)
         best: tuple[Candidate, Placement] | None = None
-        for hosts in (self._hosts, self._published):  # what was placed a moment ago may have been refused, or be gone
+        # What was placed a moment ago may have been refused, or be gone.
+        for hosts in (self._hosts, self._published) if self._pending else (self._hosts,):
             asked = [(hosts[one.worker], needs[id(one.model)], one.model.key) for one in readable]
             if (i := choose(asked, wish)) is not None:
                 host, needed, key = asked[i]
