@@ -20,13 +20,14 @@ from msgspec import UNSET
 
 from shared.schema import FileStat, LoadConfig, Phase, Taken
 from worker.breakdown import breakdown
-from worker.prefetch import Unreadable, open_model, prefetch
+from worker.prefetch import Ahead, Unreadable, open_model
 from worker.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: nothing of it is typed
 
 NO_GPU = "-1"  # in CUDA_VISIBLE_DEVICES: an index that no device has, which ends the list
 ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's own table is an older one
+TENSORS = "load_tensors: "  # how the first line about the weights begins (src/llama-model.cpp)
 GENERIC = re.compile(r"failed to load model|error loading model$")
 
 
@@ -44,6 +45,7 @@ class Log:
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, str]] = []
+        self.tensors_at: float | None = None  # when the engine came to the weights, by the monotonic clock
         self.is_muted = False
         self._unwritten: list[bytes] = []
         self._written_at = 0.0
@@ -57,6 +59,8 @@ class Log:
             self.lines.append((level, start + line))
         else:
             self.lines.append((level, line))
+        if self.tensors_at is None and line.startswith(TENSORS):
+            self.tensors_at = time.monotonic()
         self._unwritten.append(text)
         if level == ERROR or (not self.is_muted and time.monotonic() - self._written_at > 0.05):
             self.write()
@@ -71,6 +75,7 @@ class Log:
     def forget(self) -> None:
         """Begin anew, without what is not passed on yet."""
         self.lines.clear()
+        self.tensors_at = None
         self._unwritten.clear()
 
     def reason(self, otherwise: str) -> str:
@@ -225,7 +230,8 @@ class Loaded:
         self.timing: dict[Phase, float] = {}
         self.files: list[FileStat] = []  # as they were opened
         self._log = log
-        log.lines.clear()
+        log.write()
+        log.forget()
         self._gpus = _gpus(load)
         with ExitStack() as undo:
             self.model = self._load_model(load, report)
@@ -244,9 +250,9 @@ class Loaded:
     def _load_model(self, load: Load, report: Callable[[Phase, int], None]) -> Any:
         """Metadata and weights.
 
-        On the CPU the weights stay a mapping of the file: it is read ahead of llama.cpp, whose own mapping then waits
-        for nothing.  For GPUs the file is read and copied tensor by tensor, which llama.cpp reports by itself; with
-        a mapping it would read the whole file before the first report.
+        On the CPU the weights stay a mapping of the file, which is read ahead while llama.cpp is at the vocabulary;
+        where it maps the file before all of that is read, both read on.  For GPUs the file is read and copied tensor by
+        tensor, which llama.cpp reports by itself; with a mapping it would read the whole file before the first report.
         """
         params = _model_params(load, self._gpus)
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE if load.devices else lib.LLAMA_LOAD_MODE_MMAP
@@ -259,37 +265,32 @@ class Loaded:
             done += n
             report("weights", done)
 
-        reading = 0.0
-        for shard in load.shards:
-            started = time.monotonic()
-            fd = _opened(shard)
-            try:
-                self.files.append(FileStat.of(os.fstat(fd)))
-                if not load.devices:
-                    prefetch(fd, advanced)
-            except Unreadable as e:
-                raise LoadError(str(e)) from None
-            finally:
-                os.close(fd)
-            reading += time.monotonic() - started
-
-        first_tensor = 0.0
-
         def on_progress(fraction: float, _user_data: object) -> bool:
-            nonlocal first_tensor
-            first_tensor = first_tensor or time.monotonic()
             if load.devices:
                 report("weights", int(fraction * load.total_bytes))
             return True
 
         callback = lib.llama_progress_callback(on_progress)
         params.progress_callback = callback
-        started = time.monotonic()
-        model = _load_model(load, params, self._log)
+        with ExitStack() as files:
+            fds = []
+            for shard in load.shards:
+                fds.append(_opened(shard))
+                files.callback(os.close, fds[-1])
+            self.files = [FileStat.of(os.fstat(fd)) for fd in fds]
+            started = time.monotonic()
+            ahead = None if load.devices else Ahead(fds, advanced)
+            model = _load_model(load, params, self._log)
+            if ahead is not None:
+                try:
+                    ahead.wait()
+                except Unreadable as e:
+                    lib.llama_model_free(model)
+                    raise LoadError(str(e)) from None
         ended = time.monotonic()
-        first_tensor = first_tensor or ended
-        self.timing["metadata"] = first_tensor - started
-        self.timing["weights"] = reading + ended - first_tensor
+        tensors_at = self._log.tensors_at or ended
+        self.timing["metadata"] = tensors_at - started
+        self.timing["weights"] = ended - tensors_at
         return model
 
     def _warm_up(self) -> None:

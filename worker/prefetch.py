@@ -12,7 +12,8 @@ import errno
 import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 STEP_BYTES = 32 << 20
@@ -68,6 +69,30 @@ def prefetch(fd: int, advanced: Callable[[int], None]) -> None:
         is_short = e.errno == errno.EFAULT  # madvise(2): where a read would be a SIGBUS
         why = "it was cut short, or its device fails" if is_short else e.strerror
         raise Unreadable(f"the file cannot be read: {why}") from None
+
+
+class Ahead:
+    """Brings files into the page cache in a thread of its own, while the engine is busy with what comes before the
+    weights: a large vocabulary takes it as long as a disk takes for a gigabyte."""
+
+    def __init__(self, fds: Sequence[int], advanced: Callable[[int], None]) -> None:
+        """`advanced` is called in that thread.  The descriptors are to stay open until `wait` has returned."""
+        self._error: Unreadable | None = None
+        self._thread = threading.Thread(target=self._read, args=(fds, advanced), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return once all is read.  Raises Unreadable."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _read(self, fds: Sequence[int], advanced: Callable[[int], None]) -> None:
+        try:
+            for fd in fds:
+                prefetch(fd, advanced)
+        except Unreadable as e:
+            self._error = e
 
 
 def _cached(fd: int, at: int, length: int) -> bool:
