@@ -46,6 +46,7 @@ class Needs(Struct, frozen=True, kw_only=True):
     host_compute_bytes: int  # where it has no layer
     offload_kqv: bool
     exact: bool  # of one device; a KV cache beside a GPU is another one
+    is_repacked: bool = False  # the CPU has its layers' weights twice: rearranged, and in the file's mapping
 
     @property
     def n_layers(self) -> int:
@@ -67,7 +68,7 @@ class Needs(Struct, frozen=True, kw_only=True):
     def on_cpu(self) -> Taken:
         return Taken(
             id=CPU,
-            weights_bytes=min(self.input_bytes + sum(self.weights), MOST_BYTES),
+            weights_bytes=min(self.input_bytes + sum(self.weights) * (2 if self.is_repacked else 1), MOST_BYTES),
             context_bytes=min(sum(self.context), MOST_BYTES),
             compute_bytes=min(self.cpu_compute_bytes, MOST_BYTES),
         )
@@ -107,6 +108,7 @@ def needs_of(model: Model, load: Plan) -> Needs:
             cpu_inner_compute_bytes=0,
             host_compute_bytes=0,
             offload_kqv=True,
+            is_repacked=load.repack,
             exact=False,
         )
     n = dimensions.block_count
@@ -131,6 +133,7 @@ def needs_of(model: Model, load: Plan) -> Needs:
         cpu_inner_compute_bytes=_compute(model, dimensions, load, on_gpu=False, has_output=False),
         host_compute_bytes=_host_compute(model, dimensions, load),
         offload_kqv=not beside,
+        is_repacked=load.repack,
         exact=_is_checked(model, dimensions),
     )
 

@@ -22,6 +22,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     n_seq_max: int
     flash_attn: bool | None  # None: the engine decides
     offload_kqv: bool
+    repack: bool = False  # the CPU has its weights in an order that it decodes faster with (use_extra_bufts)
     expert_override: tuple[str, int] | None  # metadata key and value: how many experts a token uses
     moe: bool
     parallel_asked: bool
@@ -62,6 +63,7 @@ def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
         offload_kqv=request.offload_kv_cache_to_gpu
         if llm and request.offload_kv_cache_to_gpu is not UNSET
         else settings.offload_kv_cache_to_gpu,
+        repack=settings.repack == "on",
         expert_override=None if experts is UNSET else (f"{model.architecture}.expert_used_count", experts),
         moe=moe,
         parallel_asked=llm and request.parallel is not UNSET,

@@ -205,6 +205,15 @@ class Settings(Struct, frozen=True, kw_only=True):
     offload_kv_cache_to_gpu: Annotated[
         bool, setting("keep the KV cache of a load that does not say on the GPU", "true or false (or 1 or 0)")
     ] = True
+    repack: Annotated[
+        Literal["on", "off"],
+        setting(
+            "rearrange quantized weights for the CPU while loading: decoding is faster, a load takes longer and up to "
+            "twice the memory",
+            "on or off",
+            flags=("up", "worker"),
+        ),
+    ] = "off"
     stall_limit_s: Annotated[
         float,
         setting(

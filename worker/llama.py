@@ -140,7 +140,7 @@ def _model_params(load: Load, gpus: dict[int, str]) -> Any:
     if gpus:
         params.tensor_split = (ctypes.c_float * lib.llama_max_devices())(*load.layers)
     params.check_tensors = load.check_tensors
-    params.use_extra_bufts = False  # repacking costs 20 times the load of a Q4_0 file, and crashed on AMX
+    params.use_extra_bufts = load.repack
     if load.expert_override is not None:
         overrides = (lib.llama_model_kv_override * 2)()  # the last one, empty, ends the list
         key, value = load.expert_override
