@@ -77,11 +77,11 @@ def _nodes(node: Any) -> Iterator[Any]:
 
 def _device(engine: Any, buffer_type: int, devices: Mapping[int, str]) -> str:
     """Where the buffers of a type are.  Pinned memory of the host ("CUDA_Host") belongs to a GPU in ggml, and is the
-    host's all the same; the CPU's own types belong to no device (ggml-cuda.cu, ggml-backend.cpp)."""
+    host's all the same; the CPU's own types belong to no device, or to its own (ggml-cuda.cu, ggml-backend.cpp)."""
     engine.ggml_backend_buft_is_host.argtypes = [ctypes.c_void_p]
     engine.ggml_backend_buft_is_host.restype = ctypes.c_bool
     engine.ggml_backend_buft_get_device.argtypes = [ctypes.c_void_p]
     engine.ggml_backend_buft_get_device.restype = ctypes.c_void_p
     if engine.ggml_backend_buft_is_host(buffer_type):
         return HOST
-    return devices[engine.ggml_backend_buft_get_device(buffer_type)]
+    return devices.get(engine.ggml_backend_buft_get_device(buffer_type), HOST)  # the CPU's own: rearranged weights

@@ -20,10 +20,11 @@ from shared.settings import Settings
 from shared.synthetic import sharded, tiny_llama, tiny_moe
 from shared.trace import begun
 from tests.runners import freeze, has_variable, is_gone
-from tests.service import below
+from tests.service import below, tiny_quantized
 from worker.child import ORPHANED
 from worker.death import from_exit, from_reason
 from worker.plan import plan
+from worker.prefetch import Ahead, Unreadable
 from worker.protocol import Failed, FromRunner, Load, Progress, Ready
 from worker.runner import Runner, RunnerDied, Runners
 
@@ -206,6 +207,25 @@ async def test_all_shards_of_a_model_are_loaded(runner: Runner, tmp_path: Path) 
     steps, message = await answers(runner, load)
     assert isinstance(message, Ready)
     assert steps[-1].loaded_bytes == load.total_bytes
+
+
+async def test_weights_are_rearranged_for_the_cpu_where_that_is_asked_for(runners: Runners, tmp_path: Path) -> None:
+    file = tiny_quantized(tmp_path / "m.gguf", "Q4_0")
+    weights: list[int] = []
+    for repack in (False, True):
+        async with taken(runners) as runner:
+            (cpu,) = (await ready(runner, given(file, repack=repack))).taken
+            weights.append(cpu.weights_bytes)
+    assert weights[1] > 1.3 * weights[0], "they are there twice: rearranged, and in the mapping of the file"
+
+
+async def test_what_cannot_be_read_ahead_is_told_by_who_waits_for_it(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(Unreadable):
+            Ahead([fd], lambda n_bytes: None).wait()
+    finally:
+        os.close(fd)
 
 
 async def test_its_owner_sees_what_the_engine_says(runner: Runner, models_dir: Path) -> None:
