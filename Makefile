@@ -3,8 +3,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 GPU_BIN := .venv-gpu/bin
 GPU_STAMP := .venv-gpu/.installed
+PEERS := bench/out/peers
+LLAMA_SERVER := $(PEERS)/build/bin/llama-server
+PEERS_STAMP := $(PEERS)/venv/.installed
 
-.PHONY: setup run test soak check bench setup-gpu test-gpu bench-gpu
+.PHONY: setup run test soak check bench bench-peers setup-gpu test-gpu bench-gpu
 
 setup: $(STAMP)
 
@@ -30,6 +33,27 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m bench
+
+# Loadstone beside llama_cpp.server and llama.cpp's own server: some 20 minutes, after as many for the first build.
+bench-peers: setup $(LLAMA_SERVER) $(PEERS_STAMP)
+	$(BIN)/python -m bench.peers
+
+# From the source that llama-cpp-python carries, and with its settings: a release with shared libraries, for this CPU.
+# Without what would be fetched (the pages of its web UI) or is not used (TLS).
+$(LLAMA_SERVER): constraints.txt
+	mkdir -p $(PEERS)/.source
+	$(BIN)/python -m pip download --no-deps --no-binary llama-cpp-python --constraint constraints.txt --dest $(PEERS) llama-cpp-python
+	tar --extract --strip-components 1 --directory $(PEERS)/.source --file $(PEERS)/llama_cpp_python-*.tar.gz
+	cmake -S $(PEERS)/.source/vendor/llama.cpp -B $(PEERS)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF
+	cmake --build $(PEERS)/build --target llama-server --parallel $$(nproc)
+	touch $@
+
+$(PEERS_STAMP): constraints.txt
+	$(PYTHON) -m venv $(PEERS)/venv
+	$(PEERS)/venv/bin/python -m pip install --constraint constraints.txt 'llama-cpp-python[server]'
+	touch $@
 
 # With llama.cpp built with CUDA, for the GPUs of this machine, in an environment of its own.  A wheel that pip may have
 # kept would be one without CUDA.

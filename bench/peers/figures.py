@@ -1,0 +1,99 @@
+"""What was measured, and what follows from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Literal
+
+from msgspec import Struct
+
+from bench.peers.memory import Peak
+from bench.peers.subjects import DIRECT, FRESH, READ, ROUTER, WARM, Loadstone, Times
+
+Cache = Literal["warm", "cold"]
+CACHES: tuple[Cache, ...] = ("warm", "cold")
+BARE = (FRESH, WARM, READ, DIRECT)  # all that do the same work
+
+
+class Run(Struct, frozen=True, kw_only=True):
+    """`residency` is the share of the model's files that was in the page cache just before."""
+
+    model: str
+    cache: Cache
+    subject: str
+    residency: float
+    times: Times
+
+
+class Memory(Struct, frozen=True, kw_only=True):
+    model: str
+    subject: str
+    peak: Peak
+
+
+class Measured(Struct, frozen=True, kw_only=True):
+    """Everything, load by load, in the order in which they were measured.  `models` are titles and bytes."""
+
+    about: dict[str, str]
+    models: dict[str, int]
+    subjects: list[str]
+    runs: list[Run]
+    memory: list[Memory]
+
+    def median(self, model: str, cache: Cache, subject: str, figure: Callable[[Times], float]) -> float | None:
+        """Nothing where this was not measured."""
+        found = [
+            figure(run.times) for run in self.runs if (run.model, run.cache, run.subject) == (model, cache, subject)
+        ]
+        return statistics.median(found) if found else None
+
+    def peak(self, model: str, subject: str) -> Peak | None:
+        return next((m.peak for m in self.memory if (m.model, m.subject) == (model, subject)), None)
+
+
+def ready(times: Times) -> float:
+    return times.ready_s
+
+
+def token(times: Times) -> float:
+    return times.token_s
+
+
+def without_warmup(times: Times) -> float:
+    return times.ready_s - (times.warmup_s or 0)
+
+
+class Goal(Struct, frozen=True, kw_only=True):
+    what: str
+    measured_s: float
+    limit_s: float
+
+    @property
+    def is_met(self) -> bool:
+        return self.measured_s <= self.limit_s
+
+
+def goals(measured: Measured) -> list[Goal]:
+    found = []
+    for cache in CACHES:
+        for number, model in enumerate(measured.models):
+            share = 0.35 if number == 0 else 0.9
+            own = measured.median(model, cache, Loadstone.name, ready)
+            peer = measured.median(model, cache, ROUTER, ready)
+            if own is not None and peer is not None:
+                what = f"{model}, {cache}: at most {share} of {ROUTER}"
+                found.append(Goal(what=what, measured_s=own, limit_s=share * peer))
+    for cache in CACHES:
+        for model in measured.models:
+            for of, own_of, bare_of in (
+                ("with a token decoded", ready, token),
+                ("without it", without_warmup, ready),
+            ):
+                own = measured.median(model, cache, Loadstone.name, own_of)
+                ways = [measured.median(model, cache, way, bare_of) for way in BARE]
+                fastest = min((way for way in ways if way is not None), default=None)
+                if own is not None and fastest is not None:
+                    what = f"{model}, {cache}, {of}: at most the fastest bare way + 5 % + 15 ms"
+                    found.append(Goal(what=what, measured_s=own, limit_s=1.05 * fastest + 0.015))
+    return found

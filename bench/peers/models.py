@@ -1,0 +1,69 @@
+"""The files that every subject loads: random weights, real sizes, written once and kept in bench/out/models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from msgspec import Struct
+
+from bench.__main__ import BIG, BIG_GB, MODELS, TINY, is_complete, path_of
+from shared import synthetic, tokenizers
+from shared.architectures import LLAMA2_7B, decoder
+
+Q4_0, WIDE, SHARDED = "loadstone/bench-q4-0", "loadstone/bench-bpe-150k", "loadstone/bench-sharded"
+WIDE_TOKENS = 151_936
+WIDE_LAYERS = 14  # at 0.19 GB each, beside 1.3 GB for the two matrices of the vocabulary: 4 GB
+SHARDS = 3
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    """`shards` are all files of it, the first one that which is opened."""
+
+    key: str
+    title: str
+    shards: list[Path]
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.key == TINY
+
+    @property
+    def is_repackable(self) -> bool:
+        """Whether llama.cpp, left alone, would turn its weights into another form while it loads."""
+        return self.key == Q4_0
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(shard.stat().st_size for shard in self.shards)
+
+
+def models() -> list[Model]:
+    """All of them, and those that an earlier run did not leave are written now."""
+    synthetic.tiny_llama(path_of(TINY))
+    if not is_complete(path_of(BIG)):
+        synthetic.big(path_of(BIG), BIG_GB)
+    if not path_of(Q4_0).is_file():
+        synthetic.big(path_of(Q4_0), 2, "Q4_0")
+    if not path_of(WIDE).is_file():
+        _write_wide(path_of(WIDE))
+    if len(shards := _shards()) != SHARDS:
+        shards = synthetic.big(path_of(SHARDED), 2, shards=SHARDS)
+    return [
+        Model(key=TINY, title="tiny", shards=[path_of(TINY)]),
+        Model(key=BIG, title="2 GB Q8_0", shards=[path_of(BIG)]),
+        Model(key=Q4_0, title="2 GB Q4_0", shards=[path_of(Q4_0)]),
+        Model(key=WIDE, title="4 GB Q8_0, 150k BPE", shards=[path_of(WIDE)]),
+        Model(key=SHARDED, title=f"2 GB Q8_0, {SHARDS} shards", shards=shards),
+    ]
+
+
+def _shards() -> list[Path]:
+    return sorted((MODELS / SHARDED).glob("*-of-*.gguf"))
+
+
+def _write_wide(path: Path) -> None:
+    """As `synthetic.big` does, with the tokens and merges of a large byte-level BPE vocabulary."""
+    shape = replace(LLAMA2_7B, block_count=WIDE_LAYERS, head_count_kv=8)
+    made = decoder(shape, tokenizers.bpe(WIDE_TOKENS), "Q8_0")
+    synthetic._write(path, synthetic._model(made, "Big 4 GB, 150k BPE", "Q8_0"))

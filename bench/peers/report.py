@@ -1,0 +1,84 @@
+"""The figures as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.peers.figures import CACHES, Cache, Measured, goals, ready, token, without_warmup
+from bench.peers.subjects import Times
+from bench.report import table
+
+NOTES = """\
+Ready is from the request (or the start of the process, where there has to be a fresh one) to the answer that the model
+is ready to run; first token, from there to the first token that the model generates. Loadstone and llama-server decode
+a token before they say that they are ready, the others do not; Loadstone generates no text, so that its first token is
+that of its warm-up.
+
+- **Loadstone**: `POST /api/v1/models/load` until its reply.
+- **llama-server router**: `POST /models/load` until `loaded` in `GET /models/sse`, then `POST /completion`. Set as
+  Loadstone sets llama.cpp: n_batch 512, one thread, one sequence, no repacking, no fitting. **Its defaults**: nothing
+  but the context's length is set, so it repacks (Q4_0), has four sequences, all threads and n_batch 2048.
+- **llama_cpp.server**: the start of a process until `GET /v1/models` answers, then `POST /v1/completions`. It repacks,
+  which no setting of it changes.
+- **bare**: llama-cpp-python's low-level API, model and context made, then a token decoded; no HTTP. The fresh process
+  begins with its start, the warm one has imported everything; by mmap unless the row says that the file is read
+  (`LLAMA_LOAD_MODE_NONE`) or read past the page cache (`LLAMA_LOAD_MODE_DIRECT_IO`)."""
+MEMORY_NOTES = """\
+MB, in loads of their own, since looking costs time. Own: the proportional set sizes of everything in the subject's
+processes except the model's file, summed over them, at the peak. Mapped: the peak of the model's file in their
+mappings, which is page cache. Before: own, before the load."""
+
+
+def markdown(measured: Measured, plots: dict[Cache, str], memory_plot: str) -> str:
+    lines = ["# Side by side", "", "Written by `make bench-peers`.", ""]
+    lines += [f"- {name}: {value}" for name, value in measured.about.items()]
+    for cache in CACHES:
+        lines += ["", f"## {cache.capitalize()} page cache", "", f"![{cache}]({plots[cache]})", ""]
+        lines += _times(measured, cache, "ready, ms", ready)
+        lines += ["", *_times(measured, cache, "first token, ms", token)]
+        lines += ["", *_times(measured, cache, "ready without its warm-up, ms", without_warmup)]
+    lines += [
+        "",
+        NOTES,
+        "",
+        "## Peak memory",
+        "",
+        f"![memory]({memory_plot})",
+        "",
+        *_memory(measured),
+        "",
+        MEMORY_NOTES,
+    ]
+    found = goals(measured)
+    lines += ["", f"## Goals: {sum(goal.is_met for goal in found)} of {len(found)} met", ""]
+    rows = [[g.what, _ms(g.measured_s), _ms(g.limit_s), "yes" if g.is_met else "**no**"] for g in found]
+    lines += table(["Loadstone's time to ready", "ms", "limit, ms", "met"], rows)
+    return "\n".join(lines) + "\n"
+
+
+def _times(measured: Measured, cache: Cache, what: str, figure: Callable[[Times], float]) -> list[str]:
+    rows = []
+    for subject in measured.subjects:
+        medians = [measured.median(model, cache, subject, figure) for model in measured.models]
+        rows.append([subject, *("" if median is None else _ms(median) for median in medians)])
+    return table([what, *measured.models], rows)
+
+
+def _memory(measured: Measured) -> list[str]:
+    rows = []
+    for subject in measured.subjects:
+        peaks = [measured.peak(model, subject) for model in measured.models]
+        cells = [
+            f"{_mb(peak.own_bytes)} + {_mb(peak.mapped_bytes)} ({_mb(peak.before_bytes)})" if peak else ""
+            for peak in peaks
+        ]
+        rows.append([subject, *cells])
+    return table(["own + mapped (before)", *measured.models], rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.1f}" if seconds < 0.1 else f"{seconds * 1000:.0f}"
+
+
+def _mb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.0f}"

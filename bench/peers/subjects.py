@@ -1,0 +1,303 @@
+"""What is compared: each subject loads a model when it is told to, generates one token, and unloads it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import msgspec
+from msgspec import Struct
+
+from bench.peers.bare import Done, Mode, Task
+from bench.peers.models import Model
+from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, REPLY_S, Failure, Service, running, service
+
+POLL_S = 0.002  # of what has nothing better to tell that it is ready
+START_S = 60.0
+PROMPT = "the"  # a token of every vocabulary here
+
+
+class Times(Struct, frozen=True, kw_only=True):
+    """Seconds from the request, or from the start of the process, to "ready to run" and to the first generated token.
+
+    `warmup_s` is the part of `ready_s` that the decoding of a token took, where the subject tells."""
+
+    ready_s: float
+    token_s: float
+    warmup_s: float | None = None
+    phases_s: dict[str, float] = {}
+
+
+class Subject(Protocol):
+    name: str
+
+    def load(self, model: Model) -> Times: ...
+
+    def roots(self) -> list[int]:
+        """The processes that are its own; their descendants are too."""
+        ...
+
+
+class Loadstone:
+    """Over HTTP.  It decodes a token before it says that a model is loaded, so both moments are one."""
+
+    name = "Loadstone"
+
+    def __init__(self, running: Service) -> None:
+        self._service = running
+
+    def load(self, model: Model) -> Times:
+        self._service.reconnect()
+        load = self._service.load(model.key)
+        warmup_s = load.phases_s["warmup"]
+        return Times(ready_s=load.total_s, token_s=load.total_s, warmup_s=warmup_s, phases_s=load.phases_s)
+
+    def roots(self) -> list[int]:
+        return [self._service.pid]
+
+
+class Router:
+    """llama.cpp's server without a model of its own, which starts a server per model.
+
+    That a model is loaded is learnt from its event stream, which says so at once: polling `/models` is never earlier.
+    """
+
+    def __init__(self, name: str, port: int, pid: int) -> None:
+        self.name = name
+        self._port, self._pid = port, pid
+        self._events = http.client.HTTPConnection("127.0.0.1", port, timeout=REPLY_S)
+        self._events.request("GET", "/models/sse")
+        self._stream = self._events.getresponse()
+
+    def load(self, model: Model) -> Times:
+        wanted = model.key.rpartition("/")[2]
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=REPLY_S)
+        connection.connect()
+        started = time.monotonic()
+        _post(connection, "/models/load", {"model": wanted})
+        self._wait(wanted, "loaded")
+        ready_s = time.monotonic() - started
+        asked = {"model": wanted, "prompt": PROMPT, "n_predict": 1, "temperature": 0}
+        answer = _post(connection, "/completion", asked)
+        token_s = time.monotonic() - started
+        if answer["tokens_predicted"] != 1:
+            raise Failure(f"{self.name} generated {answer['tokens_predicted']} tokens")
+        _post(connection, "/models/unload", {"model": wanted})
+        self._wait(wanted, "unloaded")
+        connection.close()
+        return Times(ready_s=ready_s, token_s=token_s)
+
+    def roots(self) -> list[int]:
+        return [self._pid]
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _wait(self, model: str, status: str) -> None:
+        """For an event: `data: {"model": ..., "event": "model_status", "data": {"status": ...}}`."""
+        while line := self._stream.readline():
+            if not line.startswith(b"data:"):
+                continue
+            event = json.loads(line[5:])
+            if event.get("model") != model or event.get("event") != "model_status":
+                continue
+            if event["data"]["status"] == status:
+                return
+            if event["data"].get("exit_code"):
+                raise Failure(f"{self.name}: {event}")
+        raise Failure(f"{self.name} ended its event stream")
+
+
+class PythonServer:
+    """`python -m llama_cpp.server`: it has one model for life, so a load is a process.  It does not warm up, repacks
+    what llama.cpp repacks, and answers once it has loaded."""
+
+    name = "llama_cpp.server"
+
+    def __init__(self, python: Path, log: IO[str]) -> None:
+        self._python, self._log = python, log
+        self._pids: list[int] = []
+
+    def load(self, model: Model) -> Times:
+        port = free_port()
+        argv = [str(self._python), "-m", "llama_cpp.server", "--model", str(model.shards[0]), "--port", str(port)]
+        argv += ["--n_ctx", str(CONTEXT_LENGTH), "--n_batch", str(EVAL_BATCH_SIZE)]
+        argv += ["--n_threads", "1", "--n_threads_batch", "1"]
+        started = time.monotonic()
+        with running(argv, self._log) as process:
+            self._pids = [process.pid]
+            try:
+                connection = _answering(port, "/v1/models", process, POLL_S, REPLY_S)
+                ready_s = time.monotonic() - started
+                answer = _post(connection, "/v1/completions", {"prompt": PROMPT, "max_tokens": 1, "temperature": 0})
+                token_s = time.monotonic() - started
+                connection.close()
+            finally:
+                self._pids = []
+        if answer["usage"]["completion_tokens"] != 1:
+            raise Failure(f"{self.name} generated {answer['usage']['completion_tokens']} tokens")
+        return Times(ready_s=ready_s, token_s=token_s)
+
+    def roots(self) -> list[int]:
+        return self._pids
+
+
+class FreshProcess:
+    """llama-cpp-python in a process that begins with the load."""
+
+    def __init__(self, name: str, log: IO[str]) -> None:
+        self.name = name
+        self._log = log
+        self._pids: list[int] = []
+
+    def load(self, model: Model) -> Times:
+        task = msgspec.json.encode(_task(model, "MMAP", repack=False)).decode()
+        started = time.monotonic()
+        with running([sys.executable, "-m", "bench.peers.bare", task], self._log) as process:
+            self._pids = [process.pid]
+            try:
+                return _times(_line(process), started)
+            finally:
+                self._pids = []
+
+    def roots(self) -> list[int]:
+        return self._pids
+
+
+class WarmProcess:
+    """llama-cpp-python in a process that has imported it, started the backends, and has loaded before."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], mode: Mode, *, repack: bool = False) -> None:
+        self.name = name
+        self._process, self._mode, self._repack = process, mode, repack
+
+    def load(self, model: Model) -> Times:
+        assert self._process.stdin
+        started = time.monotonic()
+        self._process.stdin.write(msgspec.json.encode(_task(model, self._mode, repack=self._repack)).decode() + "\n")
+        self._process.stdin.flush()
+        return _times(_line(self._process), started)
+
+    def roots(self) -> list[int]:
+        return [self._process.pid]
+
+
+def _task(model: Model, mode: Mode, *, repack: bool) -> Task:
+    path = str(model.shards[0])
+    return Task(path=path, n_ctx=CONTEXT_LENGTH, n_batch=EVAL_BATCH_SIZE, mode=mode, repack=repack)
+
+
+def _times(line: str, started: float) -> Times:
+    done = msgspec.json.decode(line, type=Done)
+    return Times(ready_s=done.ready_at - started, token_s=done.token_at - started, phases_s=done.phases_s)
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    line = process.stdout.readline()
+    if not line:
+        raise Failure("a bare process ended; see bench/out/peers/bare.log")
+    return line
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+def _answering(
+    port: int, path: str, process: subprocess.Popen[str], every_s: float, within_s: float
+) -> http.client.HTTPConnection:
+    """A connection on which this path has been answered with 200.  Raises Failure."""
+    deadline = time.monotonic() + within_s
+    while process.poll() is None and time.monotonic() < deadline:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REPLY_S)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            response.read()
+            if response.status == 200:
+                return connection
+        except (OSError, http.client.HTTPException):
+            pass  # it does not listen yet
+        connection.close()
+        time.sleep(every_s)
+    raise Failure(f"{path} of {process.args!r} is not there")
+
+
+def _post(connection: http.client.HTTPConnection, path: str, body: dict[str, object]) -> Any:
+    try:
+        connection.request("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+    except (OSError, http.client.HTTPException) as e:
+        raise Failure(f"{path} got no answer: {e!r}") from e
+    if response.status != 200:
+        raise Failure(f"{path} answered {response.status}: {answer.decode('utf-8', 'replace')}")
+    return json.loads(answer)
+
+
+# What is set in the router, for like to be compared with like: Loadstone has one sequence, decodes its warm-up token
+# with one thread, does not repack, and never changes what it was asked for.  Warm-up, mmap and flash attention (auto)
+# are defaults of both.
+LIKE = ["--batch-size", str(EVAL_BATCH_SIZE), "--threads", "1", "--threads-batch", "1", "--parallel", "1"]
+LIKE += ["--no-repack", "--fit", "off"]
+ROUTER, ROUTER_DEFAULTS = "llama-server router", "llama-server router, its defaults"
+FRESH, WARM = "bare, fresh process", "bare, warm process"
+READ, DIRECT, REPACKED = f"{WARM}, read", f"{WARM}, direct I/O", f"{WARM}, repacked"
+
+
+@contextmanager
+def router(name: str, binary: Path, models: list[Model], out: Path, flags: list[str]) -> Iterator[Router]:
+    presets = out / "presets.ini"
+    sections = [f"[{model.key.rpartition('/')[2]}]\nmodel = {model.shards[0]}\n" for model in models]
+    presets.write_text("version = 1\n\n" + "\n".join(sections))
+    port = free_port()
+    argv = ["sh", "-c", 'exec "$@" >&2', "sh"]  # what its servers say comes out of its stdout, and would fill a pipe
+    argv += [str(binary), "--host", "127.0.0.1", "--port", str(port), "--models-preset", str(presets)]
+    argv += ["--no-models-autoload", "--ctx-size", str(CONTEXT_LENGTH), *flags]
+    cache = out / "cache"
+    cache.mkdir(exist_ok=True)
+    with (out / f"{name.replace(' ', '-').replace(',', '')}.log").open("w") as log:  # noqa: SIM117
+        with running(argv, log, {"LLAMA_CACHE": str(cache)}) as process:
+            _answering(port, "/health", process, 0.05, START_S).close()
+            found = Router(name, port, process.pid)
+            try:
+                yield found
+            finally:
+                found.close()
+
+
+@contextmanager
+def subjects(models: list[Model], models_dir: Path, out: Path, binary: Path, python: Path) -> Iterator[list[Subject]]:
+    """All of them, started and idle."""
+    with ExitStack() as started:
+        log = started.enter_context((out / "bare.log").open("w"))
+        server_log = started.enter_context((out / "llama_cpp.server.log").open("w"))
+
+        def warm() -> subprocess.Popen[str]:
+            process = started.enter_context(running([sys.executable, "-m", "bench.peers.bare"], log))
+            _line(process)
+            return process
+
+        yield [
+            Loadstone(started.enter_context(service(models_dir, out))),
+            started.enter_context(router(ROUTER, binary, models, out, LIKE)),
+            started.enter_context(router(ROUTER_DEFAULTS, binary, models, out, [])),
+            PythonServer(python, server_log),
+            FreshProcess(FRESH, log),
+            WarmProcess(WARM, warm(), "MMAP"),
+            WarmProcess(READ, warm(), "NONE"),
+            WarmProcess(DIRECT, warm(), "DIRECT_IO"),
+            WarmProcess(REPACKED, warm(), "MMAP", repack=True),
+        ]
