@@ -33,8 +33,8 @@ class Peak(Struct):
 def watched(roots: Callable[[], list[int]], files: list[Path]) -> Iterator[Peak]:
     """The peaks, complete at the end of the block; `roots` are asked again before each look."""
     names = {str(file.resolve()) for file in files}
-    peak = Peak()
-    peak.before_bytes, _ = taken(roots(), names)
+    before, _ = taken(roots(), names)
+    peak = Peak(own_bytes=before, before_bytes=before)
     ended = threading.Event()
 
     def look() -> None:

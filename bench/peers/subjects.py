@@ -102,17 +102,17 @@ class Router:
         self._events.close()
 
     def _wait(self, model: str, status: str) -> None:
-        """For an event: `data: {"model": ..., "event": "model_status", "data": {"status": ...}}`."""
+        """For an event `{"model": ..., "event": ..., "data": {"status": ...}}`.  Its name is `status_change` in the
+        source (update_status of server-models.cpp) and `model_status` in the README: the status alone decides."""
         while line := self._stream.readline():
             if not line.startswith(b"data:"):
                 continue
             event = json.loads(line[5:])
-            if event.get("model") != model or event.get("event") != "model_status":
-                continue
-            if event["data"]["status"] == status:
+            found = (event["data"] or {}).get("status") if event["model"] == model else None
+            if found == status:
                 return
-            if event["data"].get("exit_code"):
-                raise Failure(f"{self.name}: {event}")
+            if found == "unloaded":
+                raise Failure(f"{self.name} could not load {model}: {event}")
         raise Failure(f"{self.name} ended its event stream")
 
 
