@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from bench.peers.figures import CACHES, Cache, Measured, goals, ready, token, without_warmup
-from bench.peers.subjects import Times
+from bench.peers.figures import CACHES, Cache, Figure, Measured, goals, ready, token, without_warmup
 from bench.report import table
 
 NOTES = """\
@@ -52,11 +49,11 @@ def markdown(measured: Measured, plots: dict[Cache, str], memory_plot: str) -> s
     found = goals(measured)
     lines += ["", f"## Goals: {sum(goal.is_met for goal in found)} of {len(found)} met", ""]
     rows = [[g.what, _ms(g.measured_s), _ms(g.limit_s), "yes" if g.is_met else "**no**"] for g in found]
-    lines += table(["Loadstone's time to ready", "ms", "limit, ms", "met"], rows)
+    lines += table(["Loadstone's time to ready, at most", "ms", "limit, ms", "met"], rows)
     return "\n".join(lines) + "\n"
 
 
-def _times(measured: Measured, cache: Cache, what: str, figure: Callable[[Times], float]) -> list[str]:
+def _times(measured: Measured, cache: Cache, what: str, figure: Figure) -> list[str]:
     rows = []
     for subject in measured.subjects:
         medians = [measured.median(model, cache, subject, figure) for model in measured.models]

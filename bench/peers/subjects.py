@@ -79,20 +79,17 @@ class Router:
 
     def load(self, model: Model) -> Times:
         wanted = model.key.rpartition("/")[2]
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=REPLY_S)
-        connection.connect()
         started = time.monotonic()
-        _post(connection, "/models/load", {"model": wanted})
+        self._post("/models/load", {"model": wanted})
         self._wait(wanted, "loaded")
         ready_s = time.monotonic() - started
         asked = {"model": wanted, "prompt": PROMPT, "n_predict": 1, "temperature": 0}
-        answer = _post(connection, "/completion", asked)
+        answer = self._post("/completion", asked)
         token_s = time.monotonic() - started
         if answer["tokens_predicted"] != 1:
             raise Failure(f"{self.name} generated {answer['tokens_predicted']} tokens")
-        _post(connection, "/models/unload", {"model": wanted})
+        self._post("/models/unload", {"model": wanted})
         self._wait(wanted, "unloaded")
-        connection.close()
         return Times(ready_s=ready_s, token_s=token_s)
 
     def roots(self) -> list[int]:
@@ -100,6 +97,14 @@ class Router:
 
     def close(self) -> None:
         self._events.close()
+
+    def _post(self, path: str, body: dict[str, object]) -> Any:
+        """Over a connection of its own: the router closes one that idles for 5 s, which a load may take."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=REPLY_S)
+        try:
+            return _post(connection, path, body)
+        finally:
+            connection.close()
 
     def _wait(self, model: str, status: str) -> None:
         """For an event `{"model": ..., "event": ..., "data": {"status": ...}}`.  Its name is `status_change` in the
