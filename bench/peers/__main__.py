@@ -7,6 +7,7 @@ directory of docs/benchmarks: a table (Markdown, and every single figure as JSON
 from __future__ import annotations
 
 import datetime
+import random
 import signal
 import subprocess
 import sys
@@ -61,11 +62,12 @@ def measure(rounds: int) -> Measured:
     about["measured"] = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {commit()}"
     about["all"] = (
         f"n_ctx {CONTEXT_LENGTH}, n_batch {EVAL_BATCH_SIZE}, medians of {rounds} loads ({rounds * TINY_TIMES} of the "
-        "tiny model), the subjects in turn and each round beginning with another one; cold is this machine's page "
-        "cache only: a disk or a hypervisor may have a cache below it"
+        "tiny model), all subjects in each round, in another order; cold is this machine's page cache only, read and "
+        "dropped before each load: a disk or a hypervisor may have a cache below it"
     )
     with subjects(made, MODELS, PEERS, LLAMA_SERVER, PYTHON) as compared:
         runs, memory = [], []
+        order = random.Random(1)  # so that what one subject leaves behind is not always found by the same other one
         for model in made:
             those = [subject for subject in compared if model.is_repackable or subject.name != REPACKED]
             for subject in those:
@@ -78,8 +80,8 @@ def measure(rounds: int) -> Measured:
             for cache in CACHES:
                 for n in range(rounds * (TINY_TIMES if model.is_tiny else 1)):
                     say(f"{model.title}, {cache}, round {n + 1}")
-                    first = n % len(those)
-                    runs += [run_of(subject, model, cache) for subject in those[first:] + those[:first]]
+                    order.shuffle(those)
+                    runs += [run_of(subject, model, cache) for subject in those]
         sizes = {model.title: model.n_bytes for model in made}
         return Measured(about=about, models=sizes, subjects=[s.name for s in compared], runs=runs, memory=memory)
 
@@ -94,6 +96,10 @@ def run_of(subject: Subject, model: Model, cache: Cache) -> Run:
 
 
 def made_cold(model: Model) -> float:
+    """Read and dropped: on a virtual machine the memory that the load is about to take may have been given back to the
+    host by the one that freed it, and costs several seconds then.  So each load finds what the reading has just left.
+    """
+    pagecache_warmed(model)
     for shard in model.shards:
         pagecache.drop(shard)
     return in_cache(model)
