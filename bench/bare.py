@@ -40,9 +40,9 @@ def load(path: str, n_ctx: int, n_batch: int) -> dict[str, float]:
     params = lib.llama_model_default_params()
     params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
     params.use_extra_bufts = USE_EXTRA_BUFTS
-    model = _found(lib.llama_model_load_from_file(path.encode(), params), "model")
+    model = found(lib.llama_model_load_from_file(path.encode(), params), "model")
     has_model = time.monotonic()
-    context = _found(lib.llama_init_from_model(model, _context_params(n_ctx, n_batch)), "context")
+    context = found(lib.llama_init_from_model(model, context_params(n_ctx, n_batch)), "context")
     has_context = time.monotonic()
     tokens = (lib.llama_token * 1)(max(lib.llama_vocab_bos(lib.llama_model_get_vocab(model)), 0))
     if lib.llama_decode(context, lib.llama_batch_get_one(tokens, 1)) != 0:
@@ -84,14 +84,14 @@ def _in_child(work: Callable[[], dict[str, float]]) -> bytes:
     return line
 
 
-def _context_params(n_ctx: int, n_batch: int) -> Any:
+def context_params(n_ctx: int, n_batch: int) -> Any:
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_batch = n_ctx, n_batch
     params.n_threads = params.n_threads_batch = 1
     return params
 
 
-def _found(handle: Any, what: str) -> Any:
+def found(handle: Any, what: str) -> Any:
     if not handle:
         raise SystemExit(f"llama.cpp gave no {what}")
     return handle

@@ -124,17 +124,18 @@ def big(
     vocabulary: int = 32_000,
     head_count_kv: int = 8,
     context_length: int = 4096,
+    tokenizer: Literal["spm", "bpe"] = "spm",
     shards: int = 0,
 ) -> list[Path]:
     """A llama with the layers of the 7B one, and as many of them as make `gb` times 10^9 bytes.
 
     With 8 KV heads each layer takes 16 MiB of F16 KV cache at 4096 tokens; with 32, as Llama 2 7B has, 64 MiB.
     """
-    tokenizer = tokenizers.spm(vocabulary)
+    words = tokenizers.spm(vocabulary) if tokenizer == "spm" else tokenizers.bpe(vocabulary)
 
     def with_layers(n: int) -> Model:
         shape = replace(LLAMA2_7B, block_count=n, head_count_kv=head_count_kv, context_length=context_length)
-        return decoder(shape, tokenizer, quantization)
+        return decoder(shape, words, quantization)
 
     none, one = (sum(map(_n_bytes, with_layers(n).tensors)) for n in (0, 1))
     made = with_layers(max(1, round((gb * 1e9 - none) / (one - none))))

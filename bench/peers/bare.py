@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from bench.bare import _context_params, _found, lib
+from bench.bare import context_params, found, lib
 
 Mode = Literal["MMAP", "NONE", "DIRECT_IO"]  # llama.cpp's LLAMA_LOAD_MODE_*
 
@@ -42,9 +42,9 @@ def load(task: Task) -> Done:
     params = lib.llama_model_default_params()
     params.load_mode = getattr(lib, f"LLAMA_LOAD_MODE_{task.mode}")
     params.use_extra_bufts = task.repack
-    model = _found(lib.llama_model_load_from_file(task.path.encode(), params), "model")
+    model = found(lib.llama_model_load_from_file(task.path.encode(), params), "model")
     has_model = time.monotonic()
-    context = _found(lib.llama_init_from_model(model, _context_params(task.n_ctx, task.n_batch)), "context")
+    context = found(lib.llama_init_from_model(model, context_params(task.n_ctx, task.n_batch)), "context")
     ready_at = time.monotonic()
     tokens = (lib.llama_token * 1)(max(lib.llama_vocab_bos(lib.llama_model_get_vocab(model)), 0))
     if lib.llama_decode(context, lib.llama_batch_get_one(tokens, 1)) != 0:

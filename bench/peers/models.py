@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from msgspec import Struct
 
 from bench.__main__ import BIG, BIG_GB, MODELS, TINY, is_complete, path_of
-from shared import synthetic, tokenizers
-from shared.architectures import LLAMA2_7B, decoder
+from shared import synthetic
 
 Q4_0, WIDE, SHARDED = "loadstone/bench-q4-0", "loadstone/bench-bpe-150k", "loadstone/bench-sharded"
 WIDE_TOKENS = 151_936
-WIDE_LAYERS = 14  # at 0.19 GB each, beside 1.3 GB for the two matrices of the vocabulary: 4 GB
 SHARDS = 3
 
 
@@ -46,7 +43,7 @@ def models() -> list[Model]:
     if not path_of(Q4_0).is_file():
         synthetic.big(path_of(Q4_0), 2, "Q4_0")
     if not path_of(WIDE).is_file():
-        _write_wide(path_of(WIDE))
+        synthetic.big(path_of(WIDE), 4, vocabulary=WIDE_TOKENS, tokenizer="bpe")
     if len(shards := _shards()) != SHARDS:
         shards = synthetic.big(path_of(SHARDED), 2, shards=SHARDS)
     return [
@@ -60,10 +57,3 @@ def models() -> list[Model]:
 
 def _shards() -> list[Path]:
     return sorted((MODELS / SHARDED).glob("*-of-*.gguf"))
-
-
-def _write_wide(path: Path) -> None:
-    """As `synthetic.big` does, with the tokens and merges of a large byte-level BPE vocabulary."""
-    shape = replace(LLAMA2_7B, block_count=WIDE_LAYERS, head_count_kv=8)
-    made = decoder(shape, tokenizers.bpe(WIDE_TOKENS), "Q8_0")
-    synthetic._write(path, synthetic._model(made, "Big 4 GB, 150k BPE", "Q8_0"))
