@@ -41,6 +41,7 @@ from shared.schema import (
     Taken,
     Weights,
     WorkerSnapshot,
+    short,
 )
 from shared.settings import Settings
 from worker.devices import Reading
@@ -297,6 +298,7 @@ class _Worker:
         self.devices = SimpleNamespace(read=lambda: [card.reading(sim.sequence.named) for card in cards])
         self.tally = SimpleNamespace(add=lambda _: None)
         self.held: dict[str, _Resident] = {}
+        self.taken: list[str] = []
         self.changed = asyncio.Event()
         self.placer: _Placer
         _Placer(self)
@@ -311,6 +313,7 @@ class _Worker:
             residents=len(self.held),
             devices=self.placer.devices(),
             held=self.placer.held(),
+            taken=[*self.taken],
         )
 
     def memory(self) -> tuple[list[Device], dict[str, list[str]]]:
@@ -433,6 +436,7 @@ class _Resident:
         try:
             async with placer.placing:
                 placed = await placer.place(self.instance, MODELS[self.key])
+            self.worker.taken.append(short(self.instance.id))
             if placed is None:
                 self.outcome = "refused"
                 return
