@@ -227,8 +227,9 @@ async def _deliveries(redis: ArqRedis, agent: Agent) -> None:
         finally:
             for task in both:
                 task.cancel()
-            # What arq still does with deliveries is not cancelled: that would leave behind what it shields.
+            await asyncio.wait(both, timeout=END_S)
+            # What arq still does with deliveries is not cancelled: that would leave behind what it shields.  Not looked
+            # at earlier: until its end it may begin more.
             for task in (*both, *deliveries.tasks.values()):
                 task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, or asyncio reports it
-            await asyncio.wait(both, timeout=END_S)
         await asyncio.sleep(0.2)
