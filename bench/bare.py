@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 
@@ -26,7 +26,7 @@ lib: Any = llama_cpp  # ctypes: nothing of it is typed
 
 
 def main(how: str, path: str, n_ctx: int, n_batch: int) -> None:
-    measure = {"warm": load, "fork": load_in_fork}[how]
+    measure = {"warm": phases, "fork": phases_in_fork}[how]
     if how == "warm":
         lib.llama_backend_init()
     _answer({"use_extra_bufts": USE_EXTRA_BUFTS})
@@ -34,32 +34,55 @@ def main(how: str, path: str, n_ctx: int, n_batch: int) -> None:
         _answer(measure(path, n_ctx, n_batch))
 
 
-def load(path: str, n_ctx: int, n_batch: int) -> dict[str, float]:
-    """Load and free a model, and how long each phase took; freeing it is not measured."""
+class Moments(NamedTuple):
+    """When a load came to what, by the monotonic clock."""
+
+    started: float
+    has_model: float
+    has_context: float
+    has_token: float
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """How long each took, in seconds."""
+        return {
+            "model": self.has_model - self.started,
+            "context": self.has_context - self.has_model,
+            "warmup": self.has_token - self.has_context,
+        }
+
+
+def load(path: str, n_ctx: int, n_batch: int, mode: str = "MMAP", *, repack: bool = USE_EXTRA_BUFTS) -> Moments:
+    """Load and free a model; the freeing comes after the last moment."""
     started = time.monotonic()
     params = lib.llama_model_default_params()
-    params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
-    params.use_extra_bufts = USE_EXTRA_BUFTS
-    model = found(lib.llama_model_load_from_file(path.encode(), params), "model")
+    params.load_mode = getattr(lib, f"LLAMA_LOAD_MODE_{mode}")
+    params.use_extra_bufts = repack
+    model = _found(lib.llama_model_load_from_file(path.encode(), params), "model")
     has_model = time.monotonic()
-    context = found(lib.llama_init_from_model(model, context_params(n_ctx, n_batch)), "context")
+    context = _found(lib.llama_init_from_model(model, _context_params(n_ctx, n_batch)), "context")
     has_context = time.monotonic()
     tokens = (lib.llama_token * 1)(max(lib.llama_vocab_bos(lib.llama_model_get_vocab(model)), 0))
     if lib.llama_decode(context, lib.llama_batch_get_one(tokens, 1)) != 0:
         raise SystemExit("llama_decode failed")
     lib.llama_synchronize(context)
-    ended = time.monotonic()
+    has_token = time.monotonic()
     lib.llama_free(context)
     lib.llama_model_free(model)
-    return {"model": has_model - started, "context": has_context - has_model, "warmup": ended - has_context}
+    return Moments(started, has_model, has_context, has_token)
 
 
-def load_in_fork(path: str, n_ctx: int, n_batch: int) -> dict[str, float]:
+def phases(path: str, n_ctx: int, n_batch: int) -> dict[str, float]:
+    """How long each phase of a load took."""
+    return load(path, n_ctx, n_batch).phases
+
+
+def phases_in_fork(path: str, n_ctx: int, n_batch: int) -> dict[str, float]:
     """As `load`; `total` is with the fork, the start of the backends, the freeing and the way back."""
 
     def work() -> dict[str, float]:
         lib.llama_backend_init()
-        return load(path, n_ctx, n_batch)
+        return phases(path, n_ctx, n_batch)
 
     started = time.monotonic()
     answer = _in_child(work)
@@ -84,14 +107,14 @@ def _in_child(work: Callable[[], dict[str, float]]) -> bytes:
     return line
 
 
-def context_params(n_ctx: int, n_batch: int) -> Any:
+def _context_params(n_ctx: int, n_batch: int) -> Any:
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_batch = n_ctx, n_batch
     params.n_threads = params.n_threads_batch = 1
     return params
 
 
-def found(handle: Any, what: str) -> Any:
+def _found(handle: Any, what: str) -> Any:
     if not handle:
         raise SystemExit(f"llama.cpp gave no {what}")
     return handle
