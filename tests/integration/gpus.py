@@ -28,7 +28,14 @@ def main(directory: str, control: socket.socket, output: socket.socket, visible:
 def install(monkeypatch: pytest.MonkeyPatch, directory: Path, *total_bytes: int) -> FakeHost:
     """Have the workers that are made from now on find a GPU of each size, `GPU-fake-0` and so on."""
     host = FakeHost.made(directory, *total_bytes)
-    monkeypatch.setenv(VARIABLE, str(directory))
+    use_driver(monkeypatch, host)
+    monkeypatch.setattr(worker.runner, "_run_child", partial(main, str(directory)))
+    return host
+
+
+def use_driver(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
+    """Have NVML in this process be that of the host."""
+    monkeypatch.setenv(VARIABLE, str(host.directory))
     spec = importlib.util.spec_from_file_location("fake_pynvml", ROOT / "tests/fakehost/pynvml.py")
     assert spec is not None
     assert spec.loader is not None
@@ -37,5 +44,3 @@ def install(monkeypatch: pytest.MonkeyPatch, directory: Path, *total_bytes: int)
     monkeypatch.setattr(worker.nvml, "pynvml", driver)
     for name in ("NVMLError", "NVMLError_NotSupported"):
         monkeypatch.setattr(worker.nvml, name, getattr(driver, name))
-    monkeypatch.setattr(worker.runner, "_run_child", partial(main, str(directory)))
-    return host

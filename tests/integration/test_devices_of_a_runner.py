@@ -19,11 +19,11 @@ from msgspec import structs
 from shared.schema import Taken
 from shared.synthetic import large_vocabulary, tiny_gemma3
 from tests.fakehosts import Device, FakeHost
-from tests.integration.test_runner import DEADLINE_S, NO_GPU, answers, given, ready
+from tests.integration.test_runner import DEADLINE_S, answers, given, ready, taken
 from tests.runners import freeze
 from worker.breakdown import breakdown
 from worker.death import from_reason
-from worker.protocol import Failed, Load, Measure, Measured
+from worker.protocol import NO_GPU, Failed, Load, Measure, Measured
 from worker.runner import Runner, Runners
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -63,13 +63,8 @@ async def started(visible: str | None = None) -> AsyncIterator[Runner]:
     """A warm runner that does not outlive the block."""
     runners = Runners(10.0, visible=visible)
     try:
-        async with asyncio.timeout(DEADLINE_S):
-            runner = await runners.take()
-        try:
+        async with taken(runners) as runner:
             yield runner
-        finally:
-            runner.kill()
-            await runner.reaped()
     finally:
         await runners.close()
 

@@ -387,4 +387,4 @@ async def test_what_has_no_room_is_handed_back_before_a_byte_is_read(held_on_gpu
     await held.agent._reconcile()
     assert id_ not in held.agent.held, "it is not taken again"
     assert (await held.loaded(LONG, largest)).devices == [GPU]
-    assert (await held.agent.store.get(id_)).refused == ["w"]  # type: ignore[union-attr]
+    assert (await held.record(id_)).refused == ["w"]

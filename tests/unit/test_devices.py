@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,29 +13,22 @@ import pytest
 
 from shared.schema import CPU
 from shared.settings import Settings, SettingsError
-from tests.fakehosts import ROOT, VARIABLE, FakeHost
-from worker import nvml
-from worker.devices import NONE, Devices, locked
+from tests.fakehosts import FakeHost
+from tests.integration.gpus import use_driver
+from worker.devices import Devices, locked
 from worker.nvml import Driver
+from worker.protocol import NO_GPU
 
 GIB = 1 << 30
 FIRST, SECOND, THIRD = (f"GPU-fake-{i}" for i in range(3))
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHost]:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
     """A host with three GPUs, which is this process's."""
     made = FakeHost.made(tmp_path / "host", GIB, 2 * GIB, 3 * GIB)
-    monkeypatch.setenv(VARIABLE, str(made.directory))
-    monkeypatch.syspath_prepend(ROOT / "tests/fakehost")
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-    import pynvml  # the host's own
-
-    monkeypatch.setattr(nvml, "pynvml", pynvml)
-    monkeypatch.setattr(nvml, "NVMLError", pynvml.NVMLError)
-    monkeypatch.setattr(nvml, "NVMLError_NotSupported", pynvml.NVMLError_NotSupported)
-    yield made
-    sys.modules.pop("pynvml")
+    use_driver(monkeypatch, made)
+    return made
 
 
 def devices(wanted: str = "") -> Devices:
@@ -83,7 +74,7 @@ def test_without_a_driver_there_is_the_cpu_alone(host: FakeHost) -> None:
         devices("0")
 
 
-@pytest.mark.parametrize(("wanted", "visible"), [("cpu", NONE), ("1", SECOND), ("1,cpu", SECOND), ("0,1", None)])
+@pytest.mark.parametrize(("wanted", "visible"), [("cpu", NO_GPU), ("1", SECOND), ("1,cpu", SECOND), ("0,1", None)])
 def test_what_cuda_may_see_is_settled_ahead_of_a_load_where_there_is_no_choice(
     host: FakeHost, wanted: str, visible: str | None
 ) -> None:
