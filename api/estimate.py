@@ -8,7 +8,7 @@ from api.models import nowhere
 from api.roster import Candidate, Roster
 from shared.errors import LoadFailed
 from shared.estimate import Needs
-from shared.placement import Placement, Wish, largest_context_length
+from shared.placement import Placement, Wish, available, largest_context_length, once_gone
 from shared.schema import CPU, EstimatedDevice, EstimateResult, LoadRequest, Sizing, Taken
 
 
@@ -37,7 +37,7 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
         if taken is not None:
             placed = structs.replace(placed, taken=taken, exact=True)
             fits = fits and _has_room(best, placed, roster)
-    available = {device.id: max(0, device.available_bytes) for device in roster.alive[best.worker].devices}
+    free = available(roster.alive[best.worker].devices)
     devices = [
         EstimatedDevice(
             id=one.id,
@@ -46,10 +46,10 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
             context_bytes=one.context_bytes,
             compute_bytes=one.compute_bytes,
             total_bytes=one.total_bytes,
-            free_bytes=available.get(one.id, 0),
+            free_bytes=max(0, free[one.id]),
         )
         for one in placed.taken
-        if one.id in available  # the engine also tells of a CPU that is none of the worker's devices
+        if one.id in free  # the engine also tells of a CPU that is none of the worker's devices
     ]
 
     def has_room(needs: Needs) -> bool:
@@ -87,9 +87,5 @@ def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Pla
 
 def _has_room(candidate: Candidate, placed: Placement, roster: Roster) -> bool:
     """Whether there is room for what the engine says, once what was to be unloaded for it is."""
-    worker = roster.alive[candidate.worker]
-    room = {device.id: device.available_bytes for device in worker.devices}
-    for held in placed.evicts:
-        for id_, n_bytes in held.devices.items():
-            room[id_] = room.get(id_, 0) + n_bytes
+    room = once_gone(available(roster.alive[candidate.worker].devices), placed.evicts)
     return all(one.total_bytes <= room[one.id] for one in placed.taken if one.id in room)

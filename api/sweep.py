@@ -56,7 +56,7 @@ class Sweep:
                 self._from = time.monotonic() + self.store.lease_s
             is_time = time.monotonic() >= self._from
             for instance in await self.store.live(await self._doubtful(epochs)):
-                if is_time if not _is_refused(instance) else True:
+                if is_time or _is_refused(instance):
                     with suppress(Fenced), log.about(instance):  # its worker, or another API process, moved it on
                         await self._look(instance, epochs)
         except UNAVAILABLE as e:

@@ -104,6 +104,15 @@ def available(devices: Sequence[Device]) -> dict[str, int]:
     return {device.id: device.available_bytes for device in devices}
 
 
+def once_gone(free: Free, victims: Iterable[Holding]) -> dict[str, int]:
+    """What may be given once these are unloaded."""
+    then = dict(free)
+    for held in victims:
+        for id_, n_bytes in held.devices.items():
+            then[id_] = then.get(id_, 0) + n_bytes
+    return then
+
+
 def arrange(
     needs: Needs,
     wish: Wish,
@@ -357,11 +366,7 @@ def _evicting(
     )
 
     def without(victims: Sequence[Holding], *, evenly: bool = False) -> Placement | None:
-        then = dict(free)
-        for held in victims:
-            for id_, n_bytes in held.devices.items():
-                then[id_] = then.get(id_, 0) + n_bytes
-        return arrange(needs, wish, worker.devices, then, evenly=evenly, any_order=any_order)
+        return arrange(needs, wish, worker.devices, once_gone(free, victims), evenly=evenly, any_order=any_order)
 
     enough = next((n for n in range(1, len(idle) + 1) if without(idle[:n]) is not None), None)
     if enough is None:
@@ -408,10 +413,7 @@ class Host:
         self.cpu_room = next((device.available_bytes for device in worker.devices if device.id == CPU), None)
         idle = [held for held in worker.held if held.is_evictable]
         self.unused_since = min((held.used_at for held in idle), default=None)
-        then = available(worker.devices)
-        for held in idle:
-            for id_, n_bytes in held.devices.items():
-                then[id_] = then.get(id_, 0) + n_bytes
+        then = once_gone(available(worker.devices), idle)
         self.copies: dict[str, set[str]] = {}  # the devices that have a model, by its key
         for held in worker.held:
             self.copies.setdefault(held.key, set()).update(held.devices)

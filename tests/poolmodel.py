@@ -44,7 +44,7 @@ from shared.schema import (
     short,
 )
 from shared.settings import Settings
-from worker.devices import Reading
+from worker.nvml import Reading
 from worker.placer import AGREE_S, Placer
 from worker.pool import Pool
 

@@ -21,6 +21,7 @@ from worker import llama
 from worker.confine import confine
 from worker.protocol import (
     LENGTH,
+    NO_GPU,
     Failed,
     FromRunner,
     Load,
@@ -68,7 +69,7 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
     if load.traceparent:  # where OpenTelemetry's convention has it, for libraries that look
         os.environ["TRACEPARENT"] = load.traceparent
     if log is None:
-        log = llama.initialise(",".join(load.devices) or llama.NO_GPU)
+        log = llama.initialise(",".join(load.devices) or NO_GPU)
     try:
         while isinstance(told, Measure):
             send(Measured(llama.measure(told.load, log)))

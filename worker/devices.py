@@ -7,25 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from msgspec import Struct
-
 from shared.schema import CPU
 from shared.settings import Settings, SettingsError, variable
 from worker.hostmemory import host_memory
-from worker.nvml import Driver
-
-NONE = "-1"  # CUDA_VISIBLE_DEVICES ends before the first number that is none: CUDA C++ Programming Guide
-
-
-class Reading(Struct, frozen=True, kw_only=True):
-    """A device at one moment, whoever uses it."""
-
-    id: str
-    is_gpu: bool
-    name: str
-    total_bytes: int
-    free_bytes: int
-    users: dict[int, int] = {}  # bytes by process, where a driver tells
+from worker.nvml import Driver, Reading
+from worker.protocol import NO_GPU
 
 
 class Devices:
@@ -39,17 +25,7 @@ class Devices:
 
     def read(self) -> list[Reading]:
         """As they are now; the driver is asked, which takes about a millisecond."""
-        found = [
-            Reading(
-                id=gpu.id,
-                is_gpu=True,
-                name=gpu.name,
-                total_bytes=gpu.total_bytes,
-                free_bytes=gpu.free_bytes,
-                users=gpu.users,
-            )
-            for gpu in self._driver.read(self.gpus)
-        ]
+        found = self._driver.read(self.gpus)
         if self.has_cpu:
             host = host_memory()
             found.append(
@@ -65,7 +41,7 @@ class Devices:
 
     def visible(self) -> str | None:
         """What CUDA is to see of every runner (CUDA_VISIBLE_DEVICES); None where that differs from load to load."""
-        return self.gpus[0] if len(self.gpus) == 1 else None if self.gpus else NONE
+        return self.gpus[0] if len(self.gpus) == 1 else None if self.gpus else NO_GPU
 
     def without_gpus(self) -> None:
         """The engine cannot use them.  Raises SettingsError where the setting leaves nothing else."""

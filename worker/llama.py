@@ -25,7 +25,6 @@ from worker.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: nothing of it is typed
 
-NO_GPU = "-1"  # in CUDA_VISIBLE_DEVICES: an index that no device has, which ends the list
 ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's own table is an older one
 TENSORS = "load_tensors: "  # how the first line about the weights begins (src/llama-model.cpp)
 GENERIC = re.compile(r"failed to load model|error loading model$")

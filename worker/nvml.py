@@ -15,10 +15,11 @@ from shared import log
 _log = log.get("worker")
 
 
-class GPU(Struct, frozen=True, kw_only=True):
-    """One GPU at one moment."""
+class Reading(Struct, frozen=True, kw_only=True):
+    """A device at one moment, whoever uses it."""
 
-    id: str  # its UUID
+    id: str  # of a GPU its UUID
+    is_gpu: bool = True
     name: str
     total_bytes: int
     free_bytes: int  # 0 while the driver does not tell
@@ -32,7 +33,7 @@ class Driver:
         """Without a driver there are none."""
         self.by_index: list[str] = []  # their UUIDs, "" for one that is left out
         self._handles: dict[str, Any] = {}
-        self._last: dict[str, GPU] = {}
+        self._last: dict[str, Reading] = {}
         try:
             pynvml.nvmlInit()
         except NVMLError as e:
@@ -54,14 +55,14 @@ class Driver:
             _log.warning("a GPU in MIG mode is left out", action="gpu_left_out", device=id_)
             return ""
         self._handles[id_] = handle
-        self._last[id_] = GPU(id=id_, name=name, total_bytes=0, free_bytes=0)
+        self._last[id_] = Reading(id=id_, name=name, total_bytes=0, free_bytes=0)
         return str(id_)
 
-    def read(self, ids: Sequence[str]) -> list[GPU]:
+    def read(self, ids: Sequence[str]) -> list[Reading]:
         """These GPUs as they are now.  Of one that the driver has lost, nothing is free."""
         return [self._read(id_) for id_ in ids]
 
-    def _read(self, id_: str) -> GPU:
+    def _read(self, id_: str) -> Reading:
         last, handle = self._last[id_], self._handles[id_]
         users: Counter[int] = Counter()
         try:
@@ -71,9 +72,9 @@ class Driver:
         except NVMLError as e:
             if last.free_bytes or not last.total_bytes:
                 _log.error("a GPU does not answer", action="gpu_lost", device=id_, error=str(e))
-            found = GPU(id=id_, name=last.name, total_bytes=last.total_bytes, free_bytes=0)
+            found = Reading(id=id_, name=last.name, total_bytes=last.total_bytes, free_bytes=0)
         else:
-            found = GPU(
+            found = Reading(
                 id=id_, name=last.name, total_bytes=int(memory.total), free_bytes=int(memory.free), users=dict(users)
             )
         self._last[id_] = found

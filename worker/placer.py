@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET, structs
 
 from shared import log
 from shared.errors import ErrorBody, LoadFailed
-from shared.estimate import Needs, needs_of
+from shared.estimate import needs_of
 from shared.lifecycle import State
 from shared.placement import Placement, Wish, has_gpu, largest_context_length, place
 from shared.plan import plan
-from shared.schema import CPU, Device, Holding, Instance, Model, Taken, WorkerSnapshot
+from shared.schema import CPU, Device, Holding, Instance, Model, Taken
 from shared.tally import field
 from worker.death import shortage
-from worker.devices import Reading
+from worker.nvml import Reading
 from worker.pool import Pool
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ class Placer:
             if not self.pool.is_back(id_):
                 _log.error("memory is not back", action="memory_not_back", within_s=AGREE_S)
             self.pool.release(id_)
-            await self.look()
+            self.pool.update(self.pool.readings)
         resident.freed.set()
         await self.agent.announce()
 
@@ -226,8 +225,9 @@ class Placer:
                 n = wish.n_layers(needs) if has_gpu(devices) else 0
                 needed = needs.single(needs.n_layers - n) if n else needs.on_cpu().total_bytes
             if needs.exact:
+                snapshot = self.agent.snapshot()
                 largest = largest_context_length(
-                    instance.request, model, self.agent.settings, partial(self._has_room, wish, self.agent.snapshot())
+                    instance.request, model, self.agent.settings, lambda one: place(one, wish, snapshot) is not None
                 )
                 if largest is None or largest < asked.n_ctx:
                     would_fit = {"largest_context_length": largest}
@@ -235,10 +235,6 @@ class Placer:
         by_others = {device.id: sum(self.pool.others(device.id).values()) for device in devices}
         words, detail = shortage(reason or TOO_LITTLE, needed or instance.total_size_bytes, devices, others, by_others)
         return LoadFailed("insufficient_memory", instance.type, instance.model, words, **detail | would_fit).body()
-
-    @staticmethod
-    def _has_room(wish: Wish, worker: WorkerSnapshot, needs: Needs) -> bool:
-        return place(needs, wish, worker) is not None
 
     def forget(self, resident: Resident) -> None:
         """It has ended; what it had reserved and no runner ever took is free."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import Struct
 
 from shared.schema import CPU, Device, Taken
-from worker.devices import Reading
+from worker.nvml import Reading
 
 TOLERANCE_BYTES = 64 << 20  # a driver's numbers are rounded, and those of a process that ends not all at once
 
@@ -97,14 +97,7 @@ class Pool:
 
     def others(self, device: str) -> dict[int, int]:
         """The bytes of processes that are not ours, where the driver names them."""
-        ours = {held.pid for held in self.reservations.values()} | self._dead
-        return {
-            pid: n_bytes
-            for reading in self.readings
-            if reading.id == device
-            for pid, n_bytes in reading.users.items()
-            if pid not in ours
-        }
+        return next((self._others(reading) for reading in self.readings if reading.id == device), {})
 
     # ---- what instances take
 
@@ -171,14 +164,17 @@ class Pool:
         is_told = self._names_ours is True and reading.is_gpu and not held.is_settled and not held.is_leaving
         return reading.users.get(held.pid or 0, 0) if is_told else held.shown.get(reading.id, 0)
 
+    def _others(self, reading: Reading) -> dict[int, int]:
+        ours = {held.pid for held in self.reservations.values()} | self._dead
+        return {pid: n_bytes for pid, n_bytes in reading.users.items() if pid not in ours}
+
     def _named(self, reading: Reading) -> int:
         """What the driver says that processes have which are not ours.
 
         In a container it may name ours by numbers that we do not know, so it is never more than what our models leave,
         and while a load is on its way what it was before, or more where all reservations do not explain it.
         """
-        ours = {held.pid for held in self.reservations.values()} | self._dead
-        named = sum(n_bytes for pid, n_bytes in reading.users.items() if pid not in ours)
+        named = sum(self._others(reading).values())
         here = [held for held in self.reservations.values() if reading.id in held.bytes]
         settled = sum(held.shown[reading.id] for held in here if held.is_settled)
         moving = sum(held.shown[reading.id] for held in here if not held.is_settled)

@@ -11,6 +11,7 @@ from shared.plan import Plan
 from shared.schema import FileStat, LoadConfig, Phase, Taken
 
 LENGTH = struct.Struct("<I")
+NO_GPU = "-1"  # CUDA_VISIBLE_DEVICES ends before the first number that is none: CUDA C++ Programming Guide
 
 # ---- to the runner
 

@@ -199,16 +199,10 @@ class Resident:
         self._oom_kills = oom_kills()
         self.agent.placer.pool.started(self.id, runner.pid)
         try:
-            load: Load | None = self._load_of(instance, model, placed)
-            outcome: Any = None
+            load, outcome = self._load_of(instance, model, placed), None
             if self.agent.placer.is_unsure(placed):
                 instance, load, outcome = await self._sized(instance, model, placed, runner)
-                if load is None and outcome is None:
-                    await self._stopped(runner)
-                    await self._refuse(instance, model)
-                    return None
             if outcome is None:
-                assert load is not None
                 spawn = time.monotonic() - self._claimed_at
                 instance = msgspec.structs.replace(instance, timing={**instance.timing, "spawn": spawn})
                 await runner.send(load)
@@ -220,7 +214,7 @@ class Resident:
                 case Ready():
                     await self.agent.survived(instance, model)  # before anybody reads "loaded"
                     self.agent.placer.pool.settle(self.id, outcome.taken)
-                    self.files = [*zip(self._shards(model), outcome.files, strict=True)]
+                    self.files = [*zip(load.shards, outcome.files, strict=True)]
                     loaded = await self._loaded(instance, outcome)
                     if loaded is not None:
                         return loaded, runner
@@ -228,6 +222,9 @@ class Resident:
                 case Failed():
                     await self._stopped(runner)
                     await self._failed(instance, runner, *from_reason(self._relative(outcome.reason)))
+                case "no room":
+                    await self._stopped(runner)
+                    await self._refuse(instance, model)
                 case "stop":
                     await self._unload(instance, runner)
                 case "stalled":
@@ -238,7 +235,7 @@ class Resident:
                     self.agent.tally.add(died("loading"))
                     await self._stopped(runner)
                     code, reason = self._end(runner)
-                    files = [*zip(self._shards(model), model.files, strict=False)]  # as the catalog had read them
+                    files = [*zip(load.shards, model.files, strict=False)]  # as the catalog had read them
                     if code == "engine_crashed" and await asyncio.to_thread(has_changed, files):
                         code, reason = "invalid_model_file", CHANGED
                     if code == "engine_crashed" and runner.status not in SOMEBODYS:
@@ -253,16 +250,16 @@ class Resident:
 
     async def _sized(
         self, instance: Instance, model: Model, placed: Placement, runner: Runner
-    ) -> tuple[Instance, Load | None, Any]:
-        """Ask the engine what a load would take, and reserve that.  Returns the load, elsewhere if need be; no load
-        where there is no room; or what became of the runner instead."""
+    ) -> tuple[Instance, Load, Any]:
+        """Ask the engine what a load would take, and reserve that.  Returns the load, elsewhere if need be, and None
+        where it can begin, else why not: "no room", or what became of the runner."""
         timing = instance.timing
         for _ in range(SIZINGS):
             load = self._load_of(instance, model, placed)
             await runner.send(Measure(load))
             instance, outcome = await self._watch(instance, runner)
             if not isinstance(outcome, Measured):
-                return instance, None, outcome
+                return instance, load, outcome
             instance = msgspec.structs.replace(instance, timing=timing)
             await self.agent.placer.look()
             found = self.agent.placer.corrected(instance, model, placed, outcome.taken)
@@ -271,14 +268,11 @@ class Resident:
             if found.exact and found.layers == placed.layers and found.gpus == placed.gpus:
                 return instance, load, None
             placed = found
-        return instance, None, None
+        return instance, load, "no room"
 
     def _load_of(self, instance: Instance, model: Model, placed: Placement) -> Load:
         load = plan(instance.request, model, self.agent.settings, placed.gpus, placed.layers)
         return msgspec.structs.replace(load, traceparent=self.traceparent)
-
-    def _shards(self, model: Model) -> list[str]:
-        return [str(Path(self.agent.settings.models_dir, shard)) for shard in model.shards]
 
     async def _loaded(self, instance: Instance, ready: Ready) -> Instance | None:
         """The record of a load that is ready, or None where a wish to stop it came before."""

@@ -34,7 +34,7 @@ from tests.integration.conftest import hold
 from tests.runners import freeze, is_gone
 from tests.service import below
 from worker.agent import Agent
-from worker.devices import Reading
+from worker.nvml import Reading
 from worker.protocol import Failed, FromRunner, Load, Progress, Ready, ToRunner
 from worker.runner import Runner, RunnerDied, Runners
 

@@ -25,14 +25,13 @@ from worker.child import ORPHANED
 from worker.death import from_exit, from_reason
 from worker.plan import plan
 from worker.prefetch import Ahead, Unreadable
-from worker.protocol import Failed, FromRunner, Load, Progress, Ready
+from worker.protocol import NO_GPU, Failed, FromRunner, Load, Progress, Ready
 from worker.runner import Runner, RunnerDied, Runners
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 10.0
 SHORT_S = 0.3  # of a rung of the ladder, for runners that will not answer
-NO_GPU = "-1"  # as CUDA_VISIBLE_DEVICES has it
 PHASES: list[Phase] = ["metadata", "weights", "context", "warmup"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shared.schema import CPU, Device, Taken
-from worker.devices import Reading
+from worker.nvml import Reading
 from worker.pool import TOLERANCE_BYTES, Pool
 
 GIB = 1 << 30
