@@ -16,7 +16,7 @@ from shared.errors import ErrorBody, LoadFailed, LoadFailure, crashed_lately
 from shared.lifecycle import Event, State
 from shared.placement import Placement
 from shared.schema import FileStat, Instance, Model, Phase, short
-from shared.store import UNAVAILABLE, Fenced, StopWished
+from shared.store import UNAVAILABLE, Fenced, StopWished, check_cancelled
 from shared.tally import died
 from worker.death import from_exit, from_reason, needed_bytes, scrub
 from worker.hostmemory import oom_kills
@@ -360,6 +360,7 @@ class Resident:
             await asyncio.sleep(ENGINE_LOG_S)
             runner.tail.grown.clear()
             await self._save_engine_log(runner)
+            check_cancelled()
 
     async def _save_engine_log(self, runner: Runner) -> None:
         """First its trace: not among the engine's own lines, of which the oldest are dropped and the last may be what

@@ -118,6 +118,31 @@ async def test_a_cancellation_that_gets_lost_within_a_beat_ends_it_all_the_same(
     assert beating.cancelled()
 
 
+async def test_a_cancellation_that_gets_lost_while_a_log_is_kept_ends_that_all_the_same(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or asyncio would report, at a time of its own, a task that nobody waits for."""
+    _, runner = await loaded(agent)
+    (resident,) = agent.held.values()
+    began = asyncio.Event()
+
+    async def deaf(_: Runner) -> None:
+        began.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    recording = resident._recording
+    assert recording is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(resident, "_save_engine_log", deaf)
+        runner.tail.grown.set()
+        await began.wait()
+        recording.cancel()
+        done, _ = await asyncio.wait([recording], timeout=5)
+    assert done
+    assert recording.cancelled()
+
+
 async def test_a_loaded_model_whose_runner_is_silent_is_failed_and_its_memory_is_back(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
