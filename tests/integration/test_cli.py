@@ -17,6 +17,7 @@ import pytest
 
 from shared import cli, synthetic
 from tests.integration.test_supervisor import wait_gone
+from tests.service import until
 
 API = """
 import http.server, os, signal, socket, sys
@@ -123,9 +124,11 @@ def test_up_says_once_where_it_is_ready_and_leaves_nothing(
 def test_after_sigkill_of_up_all_of_it_leaves_and_up_can_start_again(tmp_path: Path, start: Start) -> None:
     process = start("up", "--data-dir", "data")
     first_line(process)
+    until(lambda: children(tmp_path, "worker"), "its worker has begun too")
     process.kill()
     process.wait()
     assert first_line(start("up", "--data-dir", "data")).startswith("ready: ")
+    until(lambda: len(children(tmp_path, "worker")) > 1, "another worker has begun")
     assert len(children(tmp_path, "worker")) == 2
 
 
