@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,6 +59,7 @@ class Auth:
         return None if any(matches) else "The token is not one that this server knows."
 
 
+@lru_cache(maxsize=256)  # clients send the same few
 def _names_loopback(host: str) -> bool:
     try:
         return is_loopback(urlsplit(f"//{host}").hostname or "")

@@ -6,15 +6,16 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 
 import msgspec
 
+from api.batch import Batch
 from api.follow import RECORD_LOST, Follower
 from api.headers import FIRST, is_after
 from api.jobs import event, is_over, outcome, status
-from api.models import listed, nowhere
+from api.models import nowhere
 from api.roster import Candidate, Roster
 from shared import log
 from shared.errors import (
@@ -37,10 +38,10 @@ from shared.schema import (
     HeldInstance,
     Instance,
     JobStatus,
-    ListedModel,
     ListedWorker,
     LoadedInstance,
     LoadRequest,
+    ModelList,
 )
 from shared.settings import Settings
 from shared.store import Crashed, Fenced, Full, KeyTaken, NoLease, Remembered, Store
@@ -69,6 +70,8 @@ class Loads:
         self.store = store
         self.roster = roster
         self.follower = follower
+        self._records = Batch(self._read)
+        self._lists = Batch(self._list)
 
     async def submit(self, request: LoadRequest, idempotency_key: str = "", traceparent: str = "") -> Instance:
         """Accept a load: choose a worker, write the record, put the delivery into the worker's queue; or, where the
@@ -177,10 +180,13 @@ class Loads:
 
     async def job(self, job_id: str) -> Instance:
         """The record of a load.  Raises JobNotFound."""
-        instance = await self.store.get(job_id)
+        instance = await self._records(job_id)
         if instance is None:
             raise JobNotFound(f"Job '{job_id}' not found.", param="job_id")
         return instance
+
+    async def _read(self, ids: Sequence[str]) -> dict[str, Instance | None]:
+        return {**dict.fromkeys(ids), **{instance.id: instance for instance in await self.store.many(ids)}}
 
     async def settled(self, instance: Instance, within_s: float) -> Instance:
         """The record once its load is over, or as it is when the time is up."""
@@ -296,11 +302,15 @@ class Loads:
             if (snapshot := worker.snapshot) is not None
         ]
 
-    async def models(self) -> list[ListedModel]:
-        """Every model that can be loaded, with its instances that are loaded now."""
-        await self.roster.refresh()  # a worker that is ready must be seen at once
+    async def models(self) -> bytes:
+        """Every model that can be loaded, with its instances that are loaded now: a ModelList as JSON."""
+        return await self._lists(None)
+
+    async def _list(self, _keys: Sequence[None]) -> dict[None, bytes]:
+        # A worker that is ready must be seen at once.
+        _, live = await asyncio.gather(self.roster.refresh(), self.store.live())
         loaded: dict[str, list[LoadedInstance]] = {}
-        for instance in sorted(await self.store.live(), key=lambda i: (i.created_at, i.id)):
+        for instance in sorted(live, key=lambda i: (i.created_at, i.id)):
             holder = self.roster.alive.get(instance.worker)
             usable = instance.state is State.LOADED and holder is not None and holder.epoch == instance.epoch
             if usable and instance.load_config is not None:
@@ -315,7 +325,11 @@ class Loads:
                         else round(max(0.0, instance.idle_at - time.time()), 3),
                     )
                 )
-        return [listed(model, loaded.get(model.key, [])) for model in self.roster.listed()]
+        models = [
+            msgspec.structs.replace(model, loaded_instances=loaded[model.key]) if model.key in loaded else model
+            for model in self.roster.listed()
+        ]
+        return {None: msgspec.json.encode(ModelList(models=models))}
 
 
 def _finished(job_id: str) -> JobAlreadyFinished:

@@ -98,8 +98,8 @@ class Requests:
         method = scope["method"] if scope["method"] in METHODS else "other"
         route = scope.get("route")  # none before the router was reached, as without a token
         path = "other" if route is None else route.path
-        self.tally.add({field("http_requests", method, path, status): 1})
-        self.tally.add(observed("http_request_seconds", seconds, method, path))
+        counted = {field("http_requests", method, path, status): 1}
+        self.tally.add(counted | observed("http_request_seconds", seconds, method, path))
 
 
 async def hand_over(tally: Tally, store: Store) -> None:

@@ -7,7 +7,7 @@ import math
 from msgspec import UNSET
 
 from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
-from shared.schema import Capabilities, GPURequest, ListedModel, LoadedInstance, LoadRequest, Model, Quantization
+from shared.schema import Capabilities, GPURequest, ListedModel, LoadRequest, Model, Quantization
 
 
 def check(request: LoadRequest, model: Model) -> None:
@@ -63,7 +63,8 @@ def nowhere(request: LoadRequest, known: Model | None) -> ServiceError:
     return NoWorker(f"No worker that has {request.model} is alive. Try again shortly.")
 
 
-def listed(model: Model, loaded: list[LoadedInstance]) -> ListedModel:
+def listed(model: Model) -> ListedModel:
+    """As one of which nothing is loaded."""
     llm = model.type == "llm"
     return ListedModel(
         type=model.type,
@@ -77,7 +78,7 @@ def listed(model: Model, loaded: list[LoadedInstance]) -> ListedModel:
         ),
         size_bytes=model.size_bytes,
         params_string=model.params_string,
-        loaded_instances=loaded,
+        loaded_instances=[],
         max_context_length=model.max_context_length,
         format="gguf",
         capabilities=Capabilities(vision=model.vision, trained_for_tool_use=model.trained_for_tool_use)

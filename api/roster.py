@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 from msgspec import UNSET, Struct
 
-from api.models import check
+from api.models import check, listed
 from shared.catalog import by_name
 from shared.errors import InvalidValue
 from shared.estimate import Needs, needs_of
 from shared.placement import Host, Placement, Wish, choose, place
 from shared.plan import plan
-from shared.schema import GPURequest, Holding, Instance, LoadRequest, Model, WorkerSnapshot, short
+from shared.schema import GPURequest, Holding, Instance, ListedModel, LoadRequest, Model, WorkerSnapshot, short
 from shared.settings import Settings
 from shared.store import Store
 
@@ -41,6 +41,8 @@ class Roster:
         self._pending: dict[str, list[tuple[float, Holding]]] = {}  # by worker: until when, and what is on its way
         self._digests: dict[str, str] = {}
         self._names: dict[str, Mapping[str, Model]] = {}  # by worker; those with the same catalog share one
+        self._listed: list[ListedModel] = []
+        self._listed_of: list[tuple[str, str | None]] = []  # which workers, with which catalogs
 
     async def refresh(self) -> dict[str, str | None]:
         """Read what the workers publish; returns the epoch that holds each one's lease."""
@@ -151,11 +153,11 @@ class Roster:
             is_evictable=False,
         )
         self._pending.setdefault(instance.worker, []).append((time.monotonic() + PENDING_S, held))
-        self._hold(instance.worker, held)
+        self._hold(instance.worker, [held])
 
-    def _hold(self, worker: str, held: Holding) -> None:
-        if (host := self._hosts.get(worker)) is not None:
-            self._hosts[worker] = host.holding(held)
+    def _hold(self, worker: str, more: Sequence[Holding]) -> None:
+        if more and (host := self._hosts.get(worker)) is not None:
+            self._hosts[worker] = host.holding(more)
 
     def _hold_pending(self) -> None:
         """Add to what was published what it is too old for."""
@@ -166,18 +168,21 @@ class Roster:
             self._pending[worker] = [
                 (until, held) for until, held in pending if until > now and short(held.id) not in known
             ]
-            for _, held in self._pending[worker]:
-                self._hold(worker, held)
+            self._hold(worker, [held for _, held in self._pending[worker]])
             if not self._pending[worker]:
                 del self._pending[worker]
 
     # ---- listing
 
-    def listed(self) -> list[Model]:
-        """Every model of the live workers that can be loaded, once, by key."""
-        by_key: dict[str, Model] = {}
-        for name in sorted(self.alive):
-            for model in self.catalogs.get(name, ()):
-                if model.problem is None:
-                    by_key.setdefault(model.key, model)
-        return [by_key[key] for key in sorted(by_key)]
+    def listed(self) -> list[ListedModel]:
+        """Every model of the live workers that can be loaded, once, by key; as if nothing were loaded."""
+        catalogs = [(name, self._digests.get(name)) for name in sorted(self.alive)]
+        if catalogs != self._listed_of:
+            by_key: dict[str, Model] = {}
+            for name, _ in catalogs:
+                for model in self.catalogs.get(name, ()):
+                    if model.problem is None:
+                        by_key.setdefault(model.key, model)
+            self._listed = [listed(by_key[key]) for key in sorted(by_key)]
+            self._listed_of = catalogs
+        return self._listed

@@ -37,7 +37,7 @@ from api.operations import ESTIMATE, LOAD, STATUS
 from api.stream import EventStream, events
 from api.waiting import Waiting
 from shared.errors import JobNotFound, QueueUnavailable
-from shared.schema import Instance, JobList, JobStatus, LoadRequest, ModelList, UnloadRequest, UnloadResult, WorkerList
+from shared.schema import Instance, JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
 from shared.store import UNAVAILABLE
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ async def unload(request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     loads: Loads = request.state.loads
-    return _json(ModelList(models=await loads.models()))
+    return Response(await loads.models(), media_type="application/json")
 
 
 async def workers(request: Request) -> Response:
@@ -153,16 +153,16 @@ async def readyz(request: Request) -> Response:
     return PlainTextResponse("ready\n")
 
 
-ROUTES = [
+ROUTES = [  # they are tried in order: what is asked most comes first
+    Route(STATUS + "/{job_id}", one_job, methods=["GET"]),
+    Route("/api/v1/models", models, methods=["GET"]),
     Route(LOAD, load, methods=["POST"]),
     Route(ESTIMATE, estimate, methods=["POST"]),
     Route(STATUS, jobs, methods=["GET"]),
-    Route(STATUS + "/{job_id}", one_job, methods=["GET"]),
     Route(STATUS + "/{job_id}", cancel, methods=["DELETE"]),
     Route(STATUS + "/{job_id}/events", job_events, methods=["GET"]),
     Route(STATUS + "/{job_id}/logs", job_logs, methods=["GET"]),
     Route("/api/v1/models/unload", unload, methods=["POST"]),
-    Route("/api/v1/models", models, methods=["GET"]),
     Route("/api/v1/workers", workers, methods=["GET"]),
     Route("/healthz", healthz, methods=["GET"]),
     Route("/readyz", readyz, methods=["GET"]),

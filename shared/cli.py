@@ -162,7 +162,7 @@ async def _up(settings: Settings, listening: socket.socket, redis: Server | None
             await supervisor.until(partial(devredis.missing, redis.socket), "The embedded Redis")
             await devredis.forget_lease(redis.socket, settings.name)
         supervisor.start(_worker_command(settings, WORKER_GRACE_S))
-        supervisor.start(_api_command(settings, listening, (0.0, UP_DRAIN_S)))
+        supervisor.start(*[_api_command(settings, listening, (0.0, UP_DRAIN_S))] * settings.api_workers)
         await supervisor.until(partial(listener.missing, listening, "/readyz"), "Loadstone")
         url = listener.url(settings.host, listening)
         click.echo(f"ready: {url}")

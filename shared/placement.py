@@ -421,14 +421,17 @@ class Host:
         self.cpu_reach = then.get(CPU, 0)
         self.reach = sum(max(0, room) for room in self.rooms_then) if self.rooms else self.cpu_reach
 
-    def holding(self, held: Holding) -> Host:
-        """The same once a load that was just placed here has its memory."""
-        devices = [
-            structs.replace(device, available_bytes=device.available_bytes - held.devices.get(device.id, 0))
-            for device in self.worker.devices
-        ]
+    def holding(self, more: Sequence[Holding]) -> Host:
+        """The same once loads that were just placed here have their memory."""
         worker = self.worker
-        return Host(structs.replace(worker, devices=devices, held=[*worker.held, held], residents=worker.residents + 1))
+        then = available(worker.devices)
+        for held in more:
+            for id_, n_bytes in held.devices.items():
+                if id_ in then:
+                    then[id_] -= n_bytes
+        devices = [structs.replace(device, available_bytes=then[device.id]) for device in worker.devices]
+        residents = worker.residents + len(more)
+        return Host(structs.replace(worker, devices=devices, held=[*worker.held, *more], residents=residents))
 
 
 class _Costs(NamedTuple):

@@ -603,8 +603,11 @@ class Store:
         cannot renew their leases then, and would be taken for dead.  It refuses a PING there as it does a write
         (src/server.c of Redis and Valkey: MISCONF, "write commands or PING").
         """
-        await self.redis.ping()
-        names = [name.decode() for name in await self.redis.zrange("workers", 0, -1)]
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            pipeline.ping()
+            pipeline.zrange("workers", 0, -1)
+            _, found = await pipeline.execute()
+        names = [name.decode() for name in found]
         rows = [row for page in _pages(names) for row in await self._workers(args=page)]
         return [
             Worker(

@@ -119,7 +119,8 @@ class Tally:
         self._handing_over = asyncio.Lock()
 
     def add(self, counts: Mapping[str, int]) -> None:
-        self._counts.update(counts)
+        for name, n in counts.items():  # Counter.update takes twice as long, and every request comes here
+            self._counts[name] += n
 
     async def hand_over(self, store: Store) -> None:
         """Raises what UNAVAILABLE lists; then nothing is lost, and the next call goes on."""

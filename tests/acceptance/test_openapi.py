@@ -76,6 +76,8 @@ def hooks(service: Service) -> Iterator[Counter[str]]:
             if isinstance(gpu.get("split"), list):
                 gpu["split"] = "even"
             case.body = {**case.body, "gpu": gpu}
+        if "ttl_seconds" in case.body:  # or it may be gone just before it is unloaded
+            case.body = {**case.body, "ttl_seconds": max(60, case.body["ttl_seconds"])}
         if case.body["model"] == MODEL:
             limits = {"context_length": CONTEXT_LENGTH, "parallel": case.body.get("eval_batch_size", 64)}
             limits["parallel"] = min(limits["parallel"], case.body.get("context_length", 64))

@@ -481,7 +481,7 @@ def test_a_further_instance_goes_to_another_device_of_its_host_else_to_another_h
 
 def test_what_was_just_placed_counts_before_its_worker_says_so() -> None:
     host = Host(worker([50]))
-    then = host.holding(holding("m", key="m", evictable=False, a=40))
+    then = host.holding([holding("m", key="m", evictable=False, a=40)])
     assert choose([(host, needing(40), "")], ANY) == 0
     assert choose([(then, needing(40), "")], ANY) is None
 
