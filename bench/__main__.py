@@ -59,7 +59,7 @@ def loading(about: dict[str, str]) -> str:
 
 
 def following(about: dict[str, str]) -> str:
-    followed = follow.measure(MODELS, TINY, OUT, say)
+    followed = follow.measure(OUT, say)
     keep("follow", {"machine": about} | msgspec.to_builtins(followed))
     return follow_report.markdown(followed)
 

@@ -1,13 +1,15 @@
-"""The bare handler: what Starlette, uvicorn and redis-py cost without Loadstone.
+"""Bare routes: what Starlette and uvicorn cost without Loadstone.
 
-`python -m bench.handler REDIS_URL` prints the port it listens on.  Each request's small JSON body is decoded, and one
-command is sent to Redis.  uvicorn has the API's options; there is no middleware.
+`python -m bench.handler FD REDIS_URL` serves on a listening socket that it inherits, with the API's uvicorn options and
+no middleware.  `GET /N` answers with N bytes that were made before; `POST /` decodes the request's small JSON body and
+sends one command to Redis.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
+from functools import cache
 
 import msgspec
 import uvicorn
@@ -29,20 +31,22 @@ class Wanted(Struct, frozen=True):
 
 def create_app(redis_url: str) -> Starlette:
     redis = Redis.from_url(redis_url)
+    content = cache(lambda n: b"x" * n)
+
+    async def constant(request: Request) -> Response:
+        return Response(content(int(request.path_params["n"])), media_type="application/json")
 
     async def count(request: Request) -> Response:
         wanted = msgspec.json.decode(await request.body(), type=Wanted)
         n = await redis.incr(KEY)
         return Response(msgspec.json.encode({"model": wanted.model, "n": n}), media_type="application/json")
 
-    return Starlette(routes=[Route("/", count, methods=["POST"])])
+    return Starlette(routes=[Route("/{n}", constant, methods=["GET"]), Route("/", count, methods=["POST"])])
 
 
-def main(redis_url: str) -> None:
-    listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    print(listening.getsockname()[1], flush=True)
-    uvicorn.Server(server_config(create_app(redis_url))).run(sockets=[listening])
+def main(fd: int, redis_url: str) -> None:
+    uvicorn.Server(server_config(create_app(redis_url))).run(sockets=[socket.socket(fileno=fd)])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]), sys.argv[2])

@@ -15,12 +15,14 @@ STOP_S = 5.0
 
 
 def roles(up: int) -> dict[str, int]:
-    """The processes of `loadstone up` by what they are.  Without a loaded model the last one is "runner, warm"; with
-    one it comes before that, as "runner, loaded"."""
+    """The processes of `loadstone up` by what they are; a second API process is "api 2".  Without a loaded model the
+    last one is "runner, warm"; with one it comes before that, as "runner, loaded"."""
     found = {"supervisor": up}
     for pid in children(up):
         words = _words(pid)
-        found["api" if "api" in words else "worker" if "worker" in words else "redis"] = pid
+        role = "api" if "api" in words else "worker" if "worker" in words else "redis"
+        n = sum(name.startswith(role) for name in found) + 1
+        found[role if n == 1 else f"{role} {n}"] = pid
     runners: list[int] = []
     for pid in children(found["worker"]):
         words = _words(pid)

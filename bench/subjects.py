@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -143,7 +143,9 @@ def bare(how: Literal["warm", "fork"], model: Path, out: Path) -> Iterator[Bare]
 
 
 @contextmanager
-def running(argv: list[str], stderr: IO[str], variables: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[str]]:
+def running(
+    argv: list[str], stderr: IO[str], variables: Mapping[str, str] = {}, pass_fds: Collection[int] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """A child process, stopped and reaped afterwards.  Ctrl-C in a terminal reaches it through us alone, once."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     with subprocess.Popen(
@@ -153,6 +155,7 @@ def running(argv: list[str], stderr: IO[str], variables: Mapping[str, str] = {})
         stderr=stderr,
         text=True,
         env={**environ, **variables},
+        pass_fds=pass_fds,
         cwd=Path(__file__).parents[1],
         start_new_session=True,
     ) as process:
