@@ -142,6 +142,21 @@ def big(
     return _write(path, _model(made, f"Big {gb:g} GB", quantization), shards=shards)
 
 
+def practice(path: Path) -> Path:
+    """The least of language models: worker/practice.gguf."""
+    shape = replace(
+        TINY,
+        block_count=1,
+        embedding_length=32,
+        feed_forward_length=32,
+        head_count=1,
+        head_count_kv=1,
+        context_length=256,
+        has_output=False,
+    )
+    return tiny_llama(path, name="Practice", shape=shape)
+
+
 def sparse_shape(
     path: Path, preset: str, quantization: str = "Q4_0", *, shards: int = 0, vocabulary: int = 0
 ) -> list[Path]:

@@ -1,8 +1,8 @@
 """The runner: a process that holds one model's memory and gives it back by dying.
 
-It is forked from a server that has imported this module and nothing that touches a device, gets warm, measures what it
-is asked to, loads one model, and then only lives.  The worker is its lifeline: when the channel ends, so does the
-process.
+It is forked from a server that has imported this module and nothing that touches a device, gets warm, practises if
+there is time, measures what it is asked to, loads one model, and then only lives.  The worker is its lifeline: when the
+channel ends, so does the process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import suppress
 from shared.schema import Phase
 from worker import llama
 from worker.confine import confine
+from worker.practice import give_back, practise
 from worker.protocol import (
     LENGTH,
     NO_GPU,
@@ -38,6 +39,7 @@ from worker.protocol import (
 )
 
 ORPHANED = 3  # exit status
+IDLE_S = 0.02  # without being told anything; then a runner for the CPU practises
 
 
 def main(control: socket.socket, output: socket.socket, visible: str | None) -> None:
@@ -64,6 +66,11 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
     threading.Thread(target=read_channel, args=(control, inbox, send), daemon=True).start()
     log = None if visible is None else llama.initialise(visible)
     send(Warm(llama.has_cuda()))
+    if visible == NO_GPU and log is not None:
+        with suppress(queue.Empty):
+            inbox.put(inbox.get(timeout=IDLE_S))
+        if inbox.empty():
+            practise(log)
     told = inbox.get()
     load = told.load if isinstance(told, Measure) else told
     if load.traceparent:  # where OpenTelemetry's convention has it, for libraries that look
@@ -81,6 +88,7 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
         return
     send(loaded.ready(told))
     log.write()
+    give_back()
     threading.Event().wait()  # until the reader thread ends the process
 
 

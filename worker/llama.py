@@ -61,11 +61,17 @@ class Log:
         if self.tensors_at is None and line.startswith(TENSORS):
             self.tensors_at = time.monotonic()
         self._unwritten.append(text)
-        if level == ERROR or (not self.is_muted and time.monotonic() - self._written_at > 0.05):
+        if level == ERROR:
+            self._pass_on()
+        elif time.monotonic() - self._written_at > 0.05:
             self.write()
 
     def write(self) -> None:
         """Pass on what has come up since the last time."""
+        if not self.is_muted:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
         text, self._unwritten = b"".join(self._unwritten), []
         self._written_at = time.monotonic()
         while text:

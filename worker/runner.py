@@ -168,7 +168,8 @@ class Runners:
         self._on_death = on_death
         self._all: set[Runner] = set()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["worker.child"])
+        # This module too, since `_run_child` is found in it: imported after the fork, it would cost each runner 0.1 s.
+        self._context.set_forkserver_preload(["worker.child", __name__])
         self._next: asyncio.Task[Runner] | None = None
 
     def prepare(self) -> None:

@@ -20,7 +20,7 @@ from shared.settings import Settings
 from shared.synthetic import sharded, tiny_llama, tiny_moe
 from shared.trace import begun
 from tests.runners import freeze, has_variable, is_gone
-from tests.service import below, tiny_quantized
+from tests.service import below, tiny_quantized, until
 from worker.child import ORPHANED
 from worker.death import from_exit, from_reason
 from worker.plan import plan
@@ -31,6 +31,7 @@ from worker.runner import Runner, RunnerDied, Runners
 pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 10.0
+HEAP_BYTES = 16 << 20  # that a runner touches in its practice
 SHORT_S = 0.3  # of a rung of the ladder, for runners that will not answer
 PHASES: list[Phase] = ["metadata", "weights", "context", "warmup"]
 
@@ -182,6 +183,19 @@ async def test_a_warm_runner_that_was_given_nothing_stops_at_once(runner: Runner
         await runner.stop()
     assert runner.status == 0
     assert is_gone(runner.pid)
+
+
+async def test_a_runner_that_waits_practises_and_says_nothing_of_it(runner: Runner, models_dir: Path) -> None:
+    def resident_bytes() -> int:
+        return int(Path(f"/proc/{runner.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_bytes()
+    await asyncio.to_thread(until, lambda: resident_bytes() > before + HEAP_BYTES, "practice")
+    message = await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
+    assert message.config.context_length == 256
+    said = "\n".join(runner.tail)
+    assert "llama-f16.gguf" in said
+    assert "practice" not in said.lower()
 
 
 async def test_progress_never_goes_back_and_its_phases_come_in_order(runner: Runner, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def children() -> list[int]:
-    return [process.pid for process in processes(zombies=True) if process.parent == os.getpid()]
+    """Our scanners."""
+    return [one.pid for one in processes() if one.parent == os.getpid() and "worker.scanner" in one.words]
 
 
 def watch(root: Path) -> AsyncGenerator[list[Model], None]:
