@@ -1,6 +1,7 @@
-"""`python -m bench [load] [follow] [scale]`: measure everything, or what is named; print the report, and keep every
-single figure in bench/out: bench.json of loads, follow.json of accepting, polling and doing nothing, scale.json of a
-large pool, whose growth is drawn in docs/scale.png."""
+"""`python -m bench [load] [reads] [many] [follow] [growth] [scale]`: measure everything, or what is named; print the
+report, and keep every single figure in bench/out: bench.json of loads, reads.json of ways to read a cold file,
+many.json of loads at once, follow.json of accepting, polling, listing and doing nothing, growth.json of what grows with
+models, instances and followers, scale.json of a large pool.  Growth is drawn in docs/growth.png and docs/scale.png."""
 
 from __future__ import annotations
 
@@ -17,15 +18,16 @@ from pathlib import Path
 
 import msgspec
 
-from bench import follow, follow_report, pagecache, report, scale, scale_report
+from bench import follow, follow_report, growth, growth_report, many, pagecache, reads, report, scale, scale_report
 from bench.report import Cache, Measured, Run, Who
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, Load, Service, bare, service
 from shared import devredis, synthetic
 
 OUT = Path(__file__).parent / "out"
 MODELS = OUT / "models"
-PLOT = Path(__file__).parents[1] / "docs" / "scale.png"
-TINY, BIG = "loadstone/bench-tiny", "loadstone/bench-big"
+DOCS = Path(__file__).parents[1] / "docs"
+PLOT, GROWTH_PLOT = DOCS / "scale.png", DOCS / "growth.png"
+TINY, BIG, Q4_0 = "loadstone/bench-tiny", "loadstone/bench-big", "loadstone/bench-q4-0"
 BIG_GB = 2
 N_TINY, N_BIG = 50, 9  # the first token after a cold load takes 0.2 to 2 s on a virtual machine: 3 runs decide nothing
 PAUSE_S = 0.15
@@ -78,7 +80,36 @@ def scaling(about: dict[str, str]) -> str:
     return scale_report.markdown(sizes)
 
 
-PARTS = {"load": loading, "follow": following, "scale": scaling}
+def reading(about: dict[str, str]) -> str:
+    big = written_big()
+    found = reads.measure(BIG, big, MODELS, OUT, say)
+    keep("reads", {"machine": about, "goals": msgspec.to_builtins(reads.goals(found))} | msgspec.to_builtins(found))
+    return reads.markdown(found)
+
+
+def loading_many(about: dict[str, str]) -> str:
+    models = {BIG: written_big(), Q4_0: written_q4_0()}
+    found = many.measure(models, TINY, MODELS, OUT, say)
+    keep("many", {"machine": about, "goals": msgspec.to_builtins(many.goals(found))} | msgspec.to_builtins(found))
+    return many.markdown(found)
+
+
+def growing(about: dict[str, str]) -> str:
+    found = growth.measure(OUT, say)
+    goals = msgspec.to_builtins(growth_report.goals(found))
+    keep("growth", {"machine": about, "goals": goals} | msgspec.to_builtins(found))
+    growth_report.plot(found, GROWTH_PLOT)
+    return growth_report.markdown(found)
+
+
+PARTS = {
+    "load": loading,
+    "reads": reading,
+    "many": loading_many,
+    "follow": following,
+    "growth": growing,
+    "scale": scaling,
+}
 
 
 def keep(name: str, figures: dict[str, object]) -> None:
@@ -90,10 +121,8 @@ def path_of(key: str) -> Path:
 
 
 def measure(about: dict[str, str]) -> Measured:
-    tiny, big = path_of(TINY), path_of(BIG)
+    tiny, big = path_of(TINY), written_big()
     (OUT / "bare.log").unlink(missing_ok=True)
-    if not is_complete(big):
-        synthetic.big(big, BIG_GB)
     with service(MODELS, OUT) as running:
         found: dict[str, list[Load]] = {}
         say("tiny model, service")
@@ -156,9 +185,19 @@ def made_cold(model: Path) -> float:
     return pagecache.residency(model)
 
 
-def is_complete(model: Path) -> bool:
-    """Whether an earlier run left it: a model is written beside its place and renamed, so the size tells."""
-    return model.is_file() and abs(model.stat().st_size / (BIG_GB * 1e9) - 1) < 0.1
+def written_big() -> Path:
+    """Where an earlier run left it, it stays: a model is written beside its place and renamed, so the size tells."""
+    path = path_of(BIG)
+    if not path.is_file() or abs(path.stat().st_size / (BIG_GB * 1e9) - 1) > 0.1:
+        synthetic.big(path, BIG_GB)
+    return path
+
+
+def written_q4_0() -> Path:
+    path = path_of(Q4_0)
+    if not path.is_file():
+        synthetic.big(path, BIG_GB, "Q4_0")
+    return path
 
 
 def machine() -> dict[str, str]:

@@ -26,7 +26,7 @@ SAYS_WHY = re.compile(r"GGML_ASSERT|ggml_abort|terminate called|what\(\):|error|
 
 
 def scrub(text: str) -> str:
-    """A line of the engine's without the directories of this machine."""
+    """Lines of the engine's without the directories of this machine."""
     return PATH.sub(r"\1", text)
 
 

@@ -158,10 +158,12 @@ class Resident:
         instance = msgspec.structs.replace(instance, timing=timing)
         try:
             taken = await self._take(instance)
+            if any(not held.claimed for held in self.agent.held.values()):
+                self.agent.runners.prepare()  # for one that waits already
             return None if taken is None else await self._load(taken[0], model, placed, taken[1])
         finally:
             if not self.agent.draining:
-                self.agent.runners.prepare()  # not earlier: it would take a core from a load of milliseconds
+                self.agent.runners.prepare()  # not earlier unasked: it would take a core from a load of milliseconds
 
     async def _take(self, instance: Instance) -> tuple[Instance, Runner] | None:
         """A warm runner, or None once the instance has ended without one.  Followers are told every COMMIT_S."""
@@ -365,8 +367,8 @@ class Resident:
     async def _save_engine_log(self, runner: Runner) -> None:
         """First its trace: not among the engine's own lines, of which the oldest are dropped and the last may be what
         a load failed of."""
-        lines = [f"traceparent: {self.traceparent}", *(scrub(self._relative(line)) for line in runner.tail)]
-        text = "".join(f"{line}\n" for line in lines)
+        said = scrub(self._relative("".join(f"{line}\n" for line in runner.tail)))
+        text = f"traceparent: {self.traceparent}\n{said}"
         try:
             await self.agent.store.write_engine_log(self.id, text, self.agent.name)
         except UNAVAILABLE:

@@ -20,6 +20,7 @@ from worker.tail import Tail
 
 WARM_DEADLINE_S = 60.0  # a first CUDA context on a machine with many GPUs takes seconds
 GRACE_S = 1.0  # of each rung of the stop ladder
+CHUNK_BYTES = 1 << 16
 REAP_S = 30.0  # after SIGKILL: freeing a large mapping takes a while
 
 
@@ -127,21 +128,21 @@ class Runner:
         self.exited.set()
 
     async def _collect(self, output: socket.socket) -> None:
+        """Line by line, and one of more than CHUNK_BYTES in parts.  A load says hundreds, in few chunks."""
         reader, writer = await asyncio.open_connection(sock=output)
+        begun = b""
         try:
             with suppress(ConnectionError):
-                while line := await _line(reader):
-                    self.tail.append(line.decode("utf-8", "replace").rstrip())
+                while chunk := await reader.read(CHUNK_BYTES):
+                    *lines, begun = (begun + chunk).split(b"\n")
+                    if len(begun) > CHUNK_BYTES:
+                        lines, begun = [*lines, begun], b""
+                    for line in lines:
+                        self.tail.append(line.decode("utf-8", "replace").rstrip())
+            if begun:
+                self.tail.append(begun.decode("utf-8", "replace").rstrip())
         finally:
             writer.close()
-
-
-async def _line(reader: asyncio.StreamReader) -> bytes:
-    """The next line; the rest of one that is longer than the buffer is another."""
-    try:
-        return await reader.readline()
-    except ValueError:
-        return b"..."
 
 
 class Runners:

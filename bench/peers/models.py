@@ -6,10 +6,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from bench.__main__ import BIG, BIG_GB, MODELS, TINY, is_complete, path_of
+from bench.__main__ import BIG, MODELS, Q4_0, TINY, path_of, written_big, written_q4_0
 from shared import synthetic
 
-Q4_0, WIDE, SHARDED = "loadstone/bench-q4-0", "loadstone/bench-bpe-150k", "loadstone/bench-sharded"
+WIDE, SHARDED = "loadstone/bench-bpe-150k", "loadstone/bench-sharded"
 WIDE_TOKENS = 151_936
 SHARDS = 3
 
@@ -38,18 +38,16 @@ class Model(Struct, frozen=True, kw_only=True):
 def models() -> list[Model]:
     """All of them, and those that an earlier run did not leave are written now."""
     synthetic.tiny_llama(path_of(TINY))
-    if not is_complete(path_of(BIG)):
-        synthetic.big(path_of(BIG), BIG_GB)
-    if not path_of(Q4_0).is_file():
-        synthetic.big(path_of(Q4_0), 2, "Q4_0")
+    big = written_big()
+    q4_0 = written_q4_0()
     if not path_of(WIDE).is_file():
         synthetic.big(path_of(WIDE), 4, vocabulary=WIDE_TOKENS, tokenizer="bpe")
     if len(shards := _shards()) != SHARDS:
         shards = synthetic.big(path_of(SHARDED), 2, shards=SHARDS)
     return [
         Model(key=TINY, title="tiny", shards=[path_of(TINY)]),
-        Model(key=BIG, title="2 GB Q8_0", shards=[path_of(BIG)]),
-        Model(key=Q4_0, title="2 GB Q4_0", shards=[path_of(Q4_0)]),
+        Model(key=BIG, title="2 GB Q8_0", shards=[big]),
+        Model(key=Q4_0, title="2 GB Q4_0", shards=[q4_0]),
         Model(key=WIDE, title="4 GB Q8_0, 150k BPE", shards=[path_of(WIDE)]),
         Model(key=SHARDED, title=f"2 GB Q8_0, {SHARDS} shards", shards=shards),
     ]
