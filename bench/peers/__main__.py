@@ -19,11 +19,11 @@ import msgspec
 from bench import pagecache
 from bench.__main__ import MODELS, OUT, machine, say
 from bench.peers import plots
-from bench.peers.figures import CACHES, Cache, Measured, Memory, Run, goals
+from bench.peers.figures import CACHES, Cache, Failed, Measured, Memory, Run, goals
 from bench.peers.memory import watched
 from bench.peers.models import Model, models
 from bench.peers.report import markdown
-from bench.peers.subjects import REPACKED, Subject, subjects
+from bench.peers.subjects import REPACKED, Loadstone, Subject, subjects
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure
 from shared import __version__, devredis
 
@@ -32,7 +32,7 @@ DOCS = ROOT / "docs/benchmarks"
 PEERS = OUT / "peers"
 LLAMA_SERVER = PEERS / "build/bin/llama-server"
 PYTHON = PEERS / "venv/bin/python"
-ROUNDS = 5
+ROUNDS = 3
 TINY_TIMES = 3  # as many loads of the tiny model, which take next to nothing
 PAUSE_S = 0.5  # between loads: whoever prepares for the next one has done so
 
@@ -66,7 +66,7 @@ def measure(rounds: int) -> Measured:
         "dropped before each load: a disk or a hypervisor may have a cache below it"
     )
     with subjects(made, MODELS, PEERS, LLAMA_SERVER, PYTHON) as compared:
-        runs, memory = [], []
+        runs, memory, failed = [], [], []
         order = random.Random(1)  # so that what one subject leaves behind is not always found by the same other one
         for model in made:
             those = [subject for subject in compared if model.is_repackable or subject.name != REPACKED]
@@ -74,16 +74,25 @@ def measure(rounds: int) -> Measured:
                 say(f"{model.title}: memory of {subject.name}")  # and the one load that each has behind it
                 time.sleep(PAUSE_S)
                 pagecache_warmed(model)
-                with watched(subject.roots, model.shards) as peak:
-                    subject.load(model)
-                memory.append(Memory(model=model.title, subject=subject.name, peak=peak))
+                try:
+                    with watched(subject.roots, model.shards) as peak:
+                        subject.load(model)
+                except Failure as e:
+                    if subject.name == Loadstone.name:
+                        raise
+                    failed.append(Failed(model=model.title, subject=subject.name, why=str(e)))
+                else:
+                    memory.append(Memory(model=model.title, subject=subject.name, peak=peak))
+            those = [one for one in those if (model.title, one.name) not in {(f.model, f.subject) for f in failed}]
             for cache in CACHES:
                 for n in range(rounds * (TINY_TIMES if model.is_tiny else 1)):
                     say(f"{model.title}, {cache}, round {n + 1}")
                     order.shuffle(those)
                     runs += [run_of(subject, model, cache) for subject in those]
         sizes = {model.title: model.n_bytes for model in made}
-        return Measured(about=about, models=sizes, subjects=[s.name for s in compared], runs=runs, memory=memory)
+        return Measured(
+            about=about, models=sizes, subjects=[s.name for s in compared], runs=runs, memory=memory, failed=failed
+        )
 
 
 def run_of(subject: Subject, model: Model, cache: Cache) -> Run:

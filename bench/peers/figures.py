@@ -33,6 +33,14 @@ class Memory(Struct, frozen=True, kw_only=True):
     peak: Peak
 
 
+class Failed(Struct, frozen=True, kw_only=True):
+    """A peer that could not load a model; it was not asked to again."""
+
+    model: str
+    subject: str
+    why: str
+
+
 class Measured(Struct, frozen=True, kw_only=True):
     """Everything, load by load, in the order in which they were measured.  `models` are titles and bytes."""
 
@@ -41,6 +49,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     subjects: list[str]
     runs: list[Run]
     memory: list[Memory]
+    failed: list[Failed]
 
     def median(self, model: str, cache: Cache, subject: str, figure: Figure) -> float | None:
         """Nothing where this was not measured."""

@@ -46,6 +46,8 @@ def markdown(measured: Measured, plots: dict[Cache, str], memory_plot: str) -> s
         "",
         MEMORY_NOTES,
     ]
+    if measured.failed:
+        lines += ["", "## Not loaded", "", *(f"- {one.subject}, {one.model}: {one.why}" for one in measured.failed)]
     found = goals(measured)
     lines += ["", f"## Goals: {sum(goal.is_met for goal in found)} of {len(found)} met", ""]
     rows = [[g.what, _ms(g.measured_s), _ms(g.limit_s), "yes" if g.is_met else "**no**"] for g in found]
