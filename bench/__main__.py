@@ -1,7 +1,8 @@
-"""`python -m bench [load] [reads] [many] [follow] [growth] [scale]`: measure everything, or what is named; print the
-report, and keep every single figure in bench/out: bench.json of loads, reads.json of ways to read a cold file,
-many.json of loads at once, follow.json of accepting, polling, listing and doing nothing, growth.json of what grows with
-models, instances and followers, scale.json of a large pool.  Growth is drawn in docs/growth.png and docs/scale.png."""
+"""`python -m bench [load] [phases] [reads] [many] [follow] [growth] [scale]`: measure everything, or what is named; print
+the report, and keep every single figure in bench/out: bench.json of loads, phases.json of warm loads and repacking,
+reads.json of ways to read a cold file, many.json of loads at once, follow.json of accepting, polling, listing and doing
+nothing, growth.json of what grows with models, instances and followers, scale.json of a large pool.  Growth is drawn in
+docs/growth.png and docs/scale.png."""
 
 from __future__ import annotations
 
@@ -18,7 +19,19 @@ from pathlib import Path
 
 import msgspec
 
-from bench import follow, follow_report, growth, growth_report, many, pagecache, reads, report, scale, scale_report
+from bench import (
+    follow,
+    follow_report,
+    growth,
+    growth_report,
+    many,
+    pagecache,
+    phases,
+    reads,
+    report,
+    scale,
+    scale_report,
+)
 from bench.report import Cache, Measured, Run, Who
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, Load, Service, bare, service
 from shared import devredis, synthetic
@@ -28,6 +41,7 @@ MODELS = OUT / "models"
 DOCS = Path(__file__).parents[1] / "docs"
 PLOT, GROWTH_PLOT = DOCS / "scale.png", DOCS / "growth.png"
 TINY, BIG, Q4_0 = "loadstone/bench-tiny", "loadstone/bench-big", "loadstone/bench-q4-0"
+WIDE, WIDE_TOKENS, WIDE_GB = "loadstone/bench-bpe-150k", 151_936, 4
 BIG_GB = 2
 N_TINY, N_BIG = 50, 9  # the first token after a cold load takes 0.2 to 2 s on a virtual machine: 3 runs decide nothing
 PAUSE_S = 0.15
@@ -197,6 +211,13 @@ def written_q4_0() -> Path:
     path = path_of(Q4_0)
     if not path.is_file():
         synthetic.big(path, BIG_GB, "Q4_0")
+    return path
+
+
+def written_wide() -> Path:
+    path = path_of(WIDE)
+    if not path.is_file():
+        synthetic.big(path, WIDE_GB, vocabulary=WIDE_TOKENS, tokenizer="bpe")
     return path
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from bench.__main__ import BIG, MODELS, Q4_0, TINY, path_of, written_big, written_q4_0
+from bench.__main__ import BIG, MODELS, Q4_0, TINY, WIDE, path_of, written_big, written_q4_0, written_wide
 from shared import synthetic
 
-WIDE, SHARDED = "loadstone/bench-bpe-150k", "loadstone/bench-sharded"
-WIDE_TOKENS = 151_936
+SHARDED = "loadstone/bench-sharded"
 SHARDS = 3
 
 
@@ -40,15 +39,14 @@ def models() -> list[Model]:
     synthetic.tiny_llama(path_of(TINY))
     big = written_big()
     q4_0 = written_q4_0()
-    if not path_of(WIDE).is_file():
-        synthetic.big(path_of(WIDE), 4, vocabulary=WIDE_TOKENS, tokenizer="bpe")
+    wide = written_wide()
     if len(shards := _shards()) != SHARDS:
         shards = synthetic.big(path_of(SHARDED), 2, shards=SHARDS)
     return [
         Model(key=TINY, title="tiny", shards=[path_of(TINY)]),
         Model(key=BIG, title="2 GB Q8_0", shards=[big]),
         Model(key=Q4_0, title="2 GB Q4_0", shards=[q4_0]),
-        Model(key=WIDE, title="4 GB Q8_0, 150k BPE", shards=[path_of(WIDE)]),
+        Model(key=WIDE, title="4 GB Q8_0, 150k BPE", shards=[wide]),
         Model(key=SHARDED, title=f"2 GB Q8_0, {SHARDS} shards", shards=shards),
     ]
 
