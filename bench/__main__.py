@@ -1,8 +1,8 @@
-"""`python -m bench [load] [phases] [reads] [many] [follow] [growth] [scale]`: measure everything, or what is named; print
-the report, and keep every single figure in bench/out: bench.json of loads, phases.json of warm loads and repacking,
-reads.json of ways to read a cold file, many.json of loads at once, follow.json of accepting, polling, listing and doing
-nothing, growth.json of what grows with models, instances and followers, scale.json of a large pool.  Growth is drawn in
-docs/growth.png and docs/scale.png."""
+"""`python -m bench [load] [phases] [reads] [many] [follow] [growth] [scale]`: measure everything, or what is named;
+print the report, and keep every single figure in bench/out: bench.json of loads, phases.json of warm loads and
+repacking, reads.json of ways to read a cold file, many.json of loads at once, follow.json of accepting, polling, listing
+and doing nothing, growth.json of what grows with models, instances and followers, scale.json of a large pool.  Growth is
+drawn in docs/growth.png and docs/scale.png."""
 
 from __future__ import annotations
 
@@ -116,8 +116,16 @@ def growing(about: dict[str, str]) -> str:
     return growth_report.markdown(found)
 
 
+def phasing(about: dict[str, str]) -> str:
+    models = {TINY: path_of(TINY), BIG: written_big(), Q4_0: written_q4_0(), WIDE: written_wide()}
+    found = phases.measure(models, MODELS, OUT, say)
+    keep("phases", {"machine": about, "warm": msgspec.to_builtins(found)})
+    return phases.markdown(found)
+
+
 PARTS = {
     "load": loading,
+    "phases": phasing,
     "reads": reading,
     "many": loading_many,
     "follow": following,

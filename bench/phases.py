@@ -66,7 +66,7 @@ def markdown(found: list[Warm]) -> str:
             *table(["p50, ms", "repacking", *shown, "in all"], rows),
             "",
             f"Medians of {N} loads after one that is not counted. Metadata is the vocabulary, in all but name; weights "
-            "are mapped, or copied where they are repacked; the context is the KV cache that is cleared; the warm-up is "
-            "a token decoded by one thread.",
+            "are mapped, or copied where they are repacked; the context is the KV cache that is cleared; the warm-up "
+            "is a token decoded by one thread.",
         ]
     )
