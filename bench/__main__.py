@@ -1,8 +1,5 @@
-"""`python -m bench [load] [phases] [reads] [many] [follow] [growth] [scale]`: measure everything, or what is named;
-print the report, and keep every single figure in bench/out: bench.json of loads, phases.json of warm loads and
-repacking, reads.json of ways to read a cold file, many.json of loads at once, follow.json of accepting, polling, listing
-and doing nothing, growth.json of what grows with models, instances and followers, scale.json of a large pool.  Growth is
-drawn in docs/growth.png and docs/scale.png."""
+"""`python -m bench [PART]...`: measure everything, or the parts that are named; print the report, and keep every single
+figure in bench/out, by part (of `load` in bench.json).  Growth is drawn in docs/growth.png and docs/scale.png."""
 
 from __future__ import annotations
 
