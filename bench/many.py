@@ -24,7 +24,7 @@ from bench.subjects import CONTEXT_LENGTH, service
 from worker.prefetch import prefetch
 
 LOAD, UNLOAD = "/api/v1/models/load", "/api/v1/models/unload"
-ROUNDS = 5
+ROUNDS = 3
 N_TINY, N_ALONE = 100, 20
 PAUSE_S = 1.0
 SECTOR = 512  # bytes, of /sys/dev/block/*/stat: Documentation/block/stat.rst

@@ -27,7 +27,7 @@ from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, Service, se
 from worker.prefetch import STEP_BYTES, prefetch
 
 BLOCK = 4 << 20  # of a read into memory of one's own
-ROUNDS = 5
+ROUNDS = 3
 AHEAD = 4 * STEP_BYTES
 PAUSE_S = 0.5
 LEAST = 0.9  # of the best sequential rate
