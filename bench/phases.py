@@ -26,8 +26,8 @@ class Warm(Struct, frozen=True, kw_only=True):
     repack: str
     loads: list[Load]
 
-    def median_s(self, figure: Callable[[Load], float]) -> float:
-        return statistics.median(map(figure, self.loads))
+    def phase_s(self, phase: str) -> float:
+        return statistics.median(load.phases_s[phase] for load in self.loads)
 
 
 def measure(models: Mapping[str, Path], models_dir: Path, out: Path, say: Callable[[str], None]) -> list[Warm]:
@@ -37,7 +37,7 @@ def measure(models: Mapping[str, Path], models_dir: Path, out: Path, say: Callab
         with service(models_dir, out, LOADSTONE_REPACK=repack) as up:
             for key, path in models.items():
                 say(f"warm, {key}, repacking {repack}")
-                loads = []
+                loads: list[Load] = []
                 for _ in range(N + 1):
                     time.sleep(PAUSE_S)
                     if loads and pagecache.residency(path) < 0.98:
@@ -54,8 +54,8 @@ def markdown(found: list[Warm]) -> str:
         [
             one.model.rpartition("/")[2],
             one.repack,
-            *(f"{one.median_s(lambda load, phase=phase: load.phases_s[phase]) * 1000:.1f}" for phase in shown),
-            f"{one.median_s(lambda load: load.total_s) * 1000:.1f}",
+            *(f"{one.phase_s(phase) * 1000:.1f}" for phase in shown),
+            f"{statistics.median(load.total_s for load in one.loads) * 1000:.1f}",
         ]
         for one in found
     ]
