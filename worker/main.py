@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from arq.connections import ArqRedis
+from arq.utils import timestamp_ms
 from arq.worker import Worker as ArqWorker
 from arq.worker import func
 
@@ -68,6 +69,13 @@ class Deliveries(ArqWorker):
             job_deserializer=unpack_job,
         )
         self.woken = asyncio.Event()
+
+    async def start_jobs(self, job_ids: list[bytes]) -> None:
+        """Without arq's lock of each job, which takes four trips to Redis: no other worker reads this queue, and what
+        has begun here and is not over is in `tasks`."""
+        for id_ in (id_.decode() for id_ in job_ids):
+            if id_ not in self.tasks:
+                self.tasks[id_] = asyncio.create_task(self.run_job(id_, timestamp_ms()))
 
     async def main(self) -> None:
         """Runs until Redis drops it: then it raises one of UNAVAILABLE, and a new one is started."""

@@ -50,6 +50,9 @@ class Placer:
 
     async def look(self) -> None:
         """Read the devices anew.  While the driver hangs, nothing of a GPU counts as free."""
+        if not self.agent.devices.gpus:  # the kernel answers at once
+            self.pool.update(self.agent.devices.read())
+            return
         readings = [structs.replace(one, free_bytes=0) if one.is_gpu else one for one in self.pool.readings]
         if self._hangs is None or self._hangs.done():
             self._hangs, reading = None, asyncio.ensure_future(asyncio.to_thread(self.agent.devices.read))
