@@ -124,7 +124,7 @@ class Loads:
         digest: str,
         traceparent: str,
     ) -> Instance:
-        """Write the record and its delivery.  Raises NoLease if the worker has just gone, KeyTaken, Full, and
+        """Write the record and its delivery, at once.  Raises NoLease if the worker has just gone, KeyTaken, Full, and
         LoadFailed for a file that its worker could not read or that crashed the engine lately."""
         model = candidate.model
         if model.problem is not None:
@@ -145,13 +145,13 @@ class Loads:
                 key=key,
                 digest=digest,
                 fingerprint=model.fingerprint,
+                deliver=True,
             )
         except Crashed as e:
             raise crashed_lately(model.type, request.model, e.reason, e.left_s) from e
+        self.roster.placed(made, placement)
         log.bind(**made.ids)
         _log.info("accepted", action="accepted", model=made.key)
-        self.roster.placed(made, placement)
-        await self.store.deliver(made)
         return made
 
     async def _joined(self, found: Remembered, digest: str) -> Instance:

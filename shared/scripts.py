@@ -3,9 +3,26 @@
 A script may be repeated after a lost reply: it finds out that its work was done, and answers as before.
 """
 
+# In front of CREATE and DELIVER: write an entry of arq's into a worker's queue, and ring.  ArqRedis.enqueue_job (arq
+# 0.28) takes three trips before anybody could ring: it first looks whether the id is taken.  These are not, but by an
+# entry that says the same.
+ENQUEUE = """
+local function enqueue(worker, id, entry, within_ms, retain_s)
+  local queue, now = 'arq:queue:' .. worker, redis.call('TIME')
+  redis.call('PSETEX', 'arq:job:' .. id, within_ms, entry)
+  redis.call('ZADD', queue, string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)), id)
+  redis.call('EXPIRE', queue, retain_s)
+  redis.call('PUBLISH', 'wake:' .. worker, '')
+end
+"""
+
+# ARGV: worker, id of the entry, the entry, for how many ms it is there, retention in seconds.
+DELIVER = "enqueue(unpack(ARGV))"
+
 # ARGV: id, key as asked, doc, worker, digest of the request ("" without an Idempotency-Key), how many may be queued at
 # the worker, and in all, retention in seconds, an instance id that it must get (or ""), "1" to try what crashed lately,
-# the id under which that instance must be wanted (or ""), and what to add to `tallies`: a field, a number, ...
+# the id under which that instance must be wanted (or ""), the entry that delivers it (or "" for none) and for how many
+# ms that is there, and what to add to `tallies`: a field, a number, ...
 CREATE = """
 local inst, log, names, insts, counters, lease, idem = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local id, name, doc, worker, digest, n = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], 1
@@ -50,7 +67,8 @@ if digest ~= '' then
   redis.call('EXPIRE', idem, ARGV[8])
 end
 redis.call('HINCRBY', counters, 'queued', 1)
-for i = 12, #ARGV, 2 do redis.call('HINCRBY', 'tallies', ARGV[i], ARGV[i + 1]) end
+for i = 14, #ARGV, 2 do redis.call('HINCRBY', 'tallies', ARGV[i], ARGV[i + 1]) end
+if ARGV[12] ~= '' then enqueue(worker, id .. ':1', ARGV[12], ARGV[13], ARGV[8]) end
 redis.call('PUBLISH', 'news', id)
 return {'created', name, now}
 """

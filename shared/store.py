@@ -44,7 +44,6 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 from arq.connections import ArqRedis
-from arq.constants import job_key_prefix
 from arq.jobs import Job, serialize_job
 from msgspec import Struct, msgpack
 from redis.asyncio import BlockingConnectionPool
@@ -61,7 +60,9 @@ from shared.scripts import (
     CATALOG,
     COMMIT,
     CREATE,
+    DELIVER,
     ENGINE_LOG,
+    ENQUEUE,
     READ,
     RELEASE,
     RENEW,
@@ -276,7 +277,8 @@ class Store:
         self.lease_s = lease_s
         self.restores = restores
         self._engine_log = redis.register_script(ENGINE_LOG)
-        self._create = redis.register_script(CREATE)
+        self._create = redis.register_script(ENQUEUE + CREATE)
+        self._deliver = redis.register_script(ENQUEUE + DELIVER)
         self._read = redis.register_script(READ)
         self._rewrite = redis.register_script(REWRITE)
         self._commit = redis.register_script(COMMIT)
@@ -300,14 +302,16 @@ class Store:
         digest: str = "",
         fingerprint: str = "",
         restores: str = "",
+        deliver: bool = False,
     ) -> Instance:
         """Write a queued record under its instance_id, or else the lowest free name of its key: `key`, `key:2`, ...
 
         `at_most` may be queued at its worker, and in all.  With the digests of an Idempotency-Key and of the request
         that came with it, only the first call writes; the others raise KeyTaken.  `fingerprint` is the model's, and
-        `restores` the id of the load that it is to bring back.  Raises NoLease if its worker is gone or Redis
-        was emptied of what it publishes, Full, NameTaken,
-        Unwanted, and Crashed unless the request has `force`.
+        `restores` the id of the load that it is to bring back.  With `deliver` its delivery is written too.
+
+        Raises NoLease if its worker is gone or Redis was emptied of what it publishes, Full, NameTaken, Unwanted, and
+        Crashed unless the request has `force`.
         """
         name, force = instance.instance_id, "1" if instance.request.force or not fingerprint else ""
         outcome, *found = await self._create(
@@ -329,6 +333,8 @@ class Store:
                 name,
                 force,
                 restores,
+                _entry("load", instance.id) if deliver else "",
+                DELIVERY_S * 1000,
                 *_pairs(tally.accepted(instance)),
             ],
         )
@@ -392,16 +398,17 @@ class Store:
 
         Where that fails the record stands: its worker finds it at one of its next beats.
         """
-        id_ = f"{instance.id}:{instance.rev}"
         try:
-            await self._enqueue(instance.worker, id_, "load", instance.id, expires_s=DELIVERY_S)
+            await self._enqueue(
+                instance.worker, f"{instance.id}:{instance.rev}", _entry("load", instance.id), DELIVERY_S
+            )
         except UNAVAILABLE as e:
             log.get("store").warning("delivery lost", action="delivery_lost", **instance.ids, error=str(e))
 
     async def sized(self, worker: str, sizing: Sizing) -> list[Taken] | None:
         """What a worker's engine says that a load would take; None where it does not say within SIZED_S."""
         id_ = uuid.uuid4().hex
-        await self._enqueue(worker, id_, "size", msgpack.encode(sizing), expires_s=SIZED_S)
+        await self._enqueue(worker, id_, _entry("size", msgpack.encode(sizing)), SIZED_S)
         job = Job(id_, self.redis, queue_of(worker), unpack_job)
         try:
             found: bytes = await job.result(timeout=SIZED_S, poll_delay=0.02)
@@ -409,20 +416,8 @@ class Store:
             return None
         return msgpack.decode(found, type=list[Taken] | None)
 
-    async def _enqueue(self, worker: str, id_: str, function: str, argument: str | bytes, *, expires_s: int) -> None:
-        """Write arq's entry for a call into a worker's queue, and ring, in one trip.
-
-        ArqRedis.enqueue_job takes three before it could ring: it first looks whether the id is taken, and these are
-        not, but by an entry that says the same.
-        """
-        queue, now_ms = queue_of(worker), round(time.time() * 1000)
-        entry = serialize_job(function, (argument,), {}, None, now_ms, serializer=pack_job)
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.psetex(job_key_prefix + id_, expires_s * 1000, entry)
-            pipe.zadd(queue, {id_: now_ms})
-            pipe.expire(queue, RETAIN_S)
-            pipe.publish(f"wake:{worker}", b"")
-            await pipe.execute()
+    async def _enqueue(self, worker: str, id_: str, entry: bytes, within_s: int) -> None:
+        await self._deliver(args=[worker, id_, entry, within_s * 1000, RETAIN_S])
 
     async def rewrite(self, instance: Instance) -> Literal["written", "there", "newer", "name taken"]:
         """Write the record of a loaded instance again that Redis lost, or of which it lost the last revisions; nothing
@@ -684,6 +679,11 @@ class Store:
 
 def _pages(words: Sequence[str]) -> Iterator[Sequence[str]]:
     return (words[start : start + READ_N] for start in range(0, len(words), READ_N))
+
+
+def _entry(function: str, argument: str | bytes) -> bytes:
+    """A call, as arq has it in its queue."""
+    return serialize_job(function, (argument,), {}, None, round(time.time() * 1000), serializer=pack_job)
 
 
 def _keys(id_: str) -> list[str]:

@@ -17,8 +17,9 @@ TOOLS = {"tests", "bench", "pytest", "hypothesis", "schemathesis", "yaml"}
 
 # Module, or package with all below it, to the files that may import it.  The longest match counts.
 HOMES = {
-    "arq": {"api/loads.py", "worker/main.py"},
-    "arq.connections": {"shared/store.py", "api/loads.py", "worker/main.py"},
+    "arq": {"worker/main.py"},
+    "arq.connections": {"shared/store.py", "worker/main.py"},
+    "arq.jobs": {"shared/store.py"},
     "click": {"shared/cli.py", "shared/commands.py"},
     "gguf": {"shared/synthetic.py"},
     "httpx": {"shared/client.py"},
