@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,8 @@ def host_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory:
     Raises OSError where /proc is not there.
     """
     found = dict(_numbers((proc / "meminfo").read_text().replace(":", " ")))
-    bounds = [Memory(found["MemTotal"] << 10, found["MemAvailable"] << 10), *_cgroups(proc, cgroup)]
+    machine = Memory(found["MemTotal"] << 10, found["MemAvailable"] << 10)
+    bounds = [machine, *_cgroups(proc, cgroup, machine.total_bytes)]
     space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if space != resource.RLIM_INFINITY:
         bounds.append(Memory(space, space))  # a runner begins with next to nothing of it
@@ -36,9 +38,11 @@ def oom_kills() -> int:
     """How many processes the kernel has killed for want of memory since it started, in any cgroup (proc_vmstat(5));
     0 where it does not say."""
     try:
-        return dict(_numbers((PROC / "vmstat").read_text())).get("oom_kill", 0)
+        text = (PROC / "vmstat").read_text()
     except OSError:
         return 0
+    found = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _numbers(text: str) -> Iterator[tuple[str, int]]:
@@ -48,8 +52,9 @@ def _numbers(text: str) -> Iterator[tuple[str, int]]:
             yield name, int(value)
 
 
-def _cgroups(proc: Path, root: Path) -> Iterator[Memory]:
-    """The bounds of our memory cgroup and of those it is in.  In a container the root is often the cgroup itself."""
+def _cgroups(proc: Path, root: Path, total_bytes: int) -> Iterator[Memory]:
+    """The bounds of our memory cgroup and of those it is in, where they are below what the machine has.  In a container
+    the root is often the cgroup itself."""
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except FileNotFoundError:  # a kernel without cgroups
@@ -63,16 +68,17 @@ def _cgroups(proc: Path, root: Path) -> Iterator[Memory]:
         for folder in (place, *place.parents):
             if not folder.is_relative_to(base):
                 break
-            if (bound := _bound(folder, files)) is not None:
+            if (bound := _bound(folder, files, total_bytes)) is not None:
                 yield bound
 
 
-def _bound(folder: Path, files: tuple[str, str, str]) -> Memory | None:
+def _bound(folder: Path, files: tuple[str, str, str], below: int) -> Memory | None:
     try:
-        limit, used = ((folder / name).read_text().strip() for name in files[:2])
+        limit = (folder / files[0]).read_text().strip()
+        if not limit.isdigit() or int(limit) >= below:  # "max", or v1's 2**63 less a page; the rest costs more to read
+            return None
+        used = int((folder / files[1]).read_text())
         cache = dict(_numbers((folder / "memory.stat").read_text())).get(files[2], 0)
     except OSError:  # no such cgroup here, or one without this controller
         return None
-    if not limit.isdigit():  # "max"
-        return None
-    return Memory(int(limit), int(limit) - int(used) + cache)
+    return Memory(int(limit), int(limit) - used + cache)

@@ -46,7 +46,9 @@ def practise(log: llama.Log) -> None:
     log.is_muted = True
     try:
         with suppress(llama.LoadError):  # the load itself will say what is wrong with the engine
-            llama.Loaded(load, log, lambda phase, n_bytes: None).close()
+            loaded = llama.Loaded(load, log, lambda phase, n_bytes: None)
+            loaded.ready(load)
+            loaded.close()
     finally:
         log.forget()
         log.is_muted = False
