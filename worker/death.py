@@ -20,7 +20,7 @@ UNSUPPORTED = re.compile(
     r"|model type is not supported|does not support",
     re.I,
 )
-PATH = re.compile(r"(?<![\w.])/(?:[^\s'\"(),:;/]+/)*([^\s'\"(),:;/]+)")
+PATH = re.compile(r"/(?<![\w.]/)(?:[^\s'\"(),:;/]+/)*([^\s'\"(),:;/]+)")
 PREFIX = re.compile(r"^(?:[a-z_0-9:~]+: )+(?:error loading model: )?")
 SAYS_WHY = re.compile(r"GGML_ASSERT|ggml_abort|terminate called|what\(\):|error|fatal", re.I)
 

@@ -134,11 +134,12 @@ class Runner:
         try:
             with suppress(ConnectionError):
                 while chunk := await reader.read(CHUNK_BYTES):
-                    *lines, begun = (begun + chunk).split(b"\n")
+                    said, end, begun = (begun + chunk).rpartition(b"\n")
                     if len(begun) > CHUNK_BYTES:
-                        lines, begun = [*lines, begun], b""
-                    for line in lines:
-                        self.tail.append(line.decode("utf-8", "replace").rstrip())
+                        said, end, begun = said + end + begun, b"\n", b""
+                    if end:
+                        for line in said.decode("utf-8", "replace").split("\n"):
+                            self.tail.append(line.rstrip())
             if begun:
                 self.tail.append(begun.decode("utf-8", "replace").rstrip())
         finally:

@@ -29,4 +29,4 @@ class Tail:
 
 
 def _size(line: str) -> int:
-    return len(line.encode()) + 1
+    return (len(line) if line.isascii() else len(line.encode())) + 1
