@@ -156,7 +156,7 @@ def measure(about: dict[str, str]) -> Measured:
             found["bare, fresh fork"] = series(alone.load, PAUSE_S)
         runs = big_runs(running, big)
     about["both sides"] = (
-        f"n_ctx {CONTEXT_LENGTH}, n_batch {EVAL_BATCH_SIZE}, one token decoded by one thread, "
+        f"n_ctx {CONTEXT_LENGTH}, n_batch {EVAL_BATCH_SIZE}, one token decoded by as many threads, "
         f"use_extra_bufts {use_extra_bufts} (as Loadstone sets it; llama.cpp's default is True)"
     )
     return Measured(machine=about, big_bytes=big.stat().st_size, tiny=found, big=runs)

@@ -3,7 +3,7 @@
 `python -m bench.bare warm|fork MODEL N_CTX N_BATCH` answers each line on stdin with a line of JSON; the first answer
 comes unasked, once the process has imported the engine.  It uses the low-level API with llama.cpp's defaults, except
 for what is set below, and llama-cpp-python's own log callback.  A load is what a runner of Loadstone counts as one:
-the model by mmap, the context, and one token decoded by one thread.
+the model by mmap, the context, and one token decoded, by as many threads.
 
 - warm: each load in this process, whose backends are initialised.
 - fork: each load in a fork of this process, which has never initialised the backends.
@@ -19,6 +19,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import llama_cpp
+
+from worker.llama import n_threads
 
 USE_EXTRA_BUFTS = False  # as worker/llama.py has it: repacked weights would be other work
 
@@ -60,7 +62,8 @@ def load(path: str, n_ctx: int, n_batch: int, mode: str = "MMAP", *, repack: boo
     params.use_extra_bufts = repack
     model = _found(lib.llama_model_load_from_file(path.encode(), params), "model")
     has_model = time.monotonic()
-    context = _found(lib.llama_init_from_model(model, _context_params(n_ctx, n_batch)), "context")
+    context_params = _context_params(n_ctx, n_batch, lib.llama_model_size(model))
+    context = _found(lib.llama_init_from_model(model, context_params), "context")
     has_context = time.monotonic()
     tokens = (lib.llama_token * 1)(max(lib.llama_vocab_bos(lib.llama_model_get_vocab(model)), 0))
     if lib.llama_decode(context, lib.llama_batch_get_one(tokens, 1)) != 0:
@@ -107,10 +110,10 @@ def _in_child(work: Callable[[], dict[str, float]]) -> bytes:
     return line
 
 
-def _context_params(n_ctx: int, n_batch: int) -> Any:
+def _context_params(n_ctx: int, n_batch: int, n_bytes: int) -> Any:
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_batch = n_ctx, n_batch
-    params.n_threads = params.n_threads_batch = 1
+    params.n_threads = params.n_threads_batch = n_threads(n_bytes)
     return params
 
 

@@ -67,6 +67,6 @@ def markdown(found: list[Warm]) -> str:
             "",
             f"Medians of {N} loads after one that is not counted. Metadata is the vocabulary, in all but name; weights "
             "are mapped, or copied where they are repacked; the context is the KV cache that is cleared; the warm-up "
-            "is a token decoded by one thread.",
+            "is a token decoded, by one thread in the tiny model and by all cores in the others.",
         ]
     )

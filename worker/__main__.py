@@ -25,6 +25,9 @@ def main() -> int:
     try:
         settings = from_environ(os.environ)
         strip_environment()
+        # Read as the runners' server imports the engine: its threads wait for each other asleep, since spinning takes
+        # the core from the one that is waited for, where cores are busy (libgomp's OMP_WAIT_POLICY).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         log.configure(settings.log_level, settings.log_format, service="worker", worker=settings.name)
         uvloop.run(run(settings, beat))
     except* (SettingsError, LeaseLost) as group:

@@ -13,8 +13,9 @@ that of its warm-up.
 
 - **Loadstone**: `POST /api/v1/models/load` until its reply.
 - **llama-server router**: `POST /models/load` until `loaded` in `GET /models/sse`, then `POST /completion`. Set as
-  Loadstone sets llama.cpp: n_batch 512, one thread, one sequence, no repacking, no fitting. **Its defaults**: nothing
-  but the context's length is set, so it repacks (Q4_0), has four sequences, all threads and n_batch 2048.
+  Loadstone sets llama.cpp: n_batch 512, as many threads as cores (8 at most; Loadstone takes one for the tiny model),
+  one sequence, no repacking, no fitting. **Its defaults**: nothing but the context's length is set, so it repacks, has
+  four sequences and n_batch 2048.
 - **llama_cpp.server**: the start of a process until `GET /v1/models` answers, then `POST /v1/completions`. It repacks,
   which no setting of it changes.
 - **bare**: llama-cpp-python's low-level API, model and context made, then a token decoded; no HTTP. The fresh process

@@ -19,9 +19,11 @@ from msgspec import Struct
 from bench.peers.bare import Done, Mode, Task
 from bench.peers.models import Model
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, REPLY_S, Failure, Service, running, service
+from worker.llama import MANY_BYTES, n_threads
 
 POLL_S = 0.002  # of what has nothing better to tell that it is ready
 START_S = 60.0
+THREADS = str(n_threads(MANY_BYTES))
 PROMPT = "the"  # a token of every vocabulary here
 
 
@@ -135,7 +137,7 @@ class PythonServer:
         port = free_port()
         argv = [str(self._python), "-m", "llama_cpp.server", "--model", str(model.shards[0]), "--port", str(port)]
         argv += ["--n_ctx", str(CONTEXT_LENGTH), "--n_batch", str(EVAL_BATCH_SIZE)]
-        argv += ["--n_threads", "1", "--n_threads_batch", "1"]
+        argv += ["--n_threads", THREADS, "--n_threads_batch", THREADS]
         started = time.monotonic()
         with running(argv, self._log) as process:
             self._pids = [process.pid]
@@ -253,9 +255,9 @@ def _post(connection: http.client.HTTPConnection, path: str, body: dict[str, obj
 
 
 # What is set in the router, for like to be compared with like: Loadstone has one sequence, decodes its warm-up token
-# with one thread, does not repack, and never changes what it was asked for.  Warm-up, mmap and flash attention (auto)
-# are defaults of both.
-LIKE = ["--batch-size", str(EVAL_BATCH_SIZE), "--threads", "1", "--threads-batch", "1", "--parallel", "1"]
+# with so many threads (a tiny model's with one), does not repack, and never changes what it was asked for.  Warm-up,
+# mmap and flash attention (auto) are defaults of both.
+LIKE = ["--batch-size", str(EVAL_BATCH_SIZE), "--threads", THREADS, "--threads-batch", THREADS, "--parallel", "1"]
 LIKE += ["--no-repack", "--fit", "off"]
 ROUTER, ROUTER_DEFAULTS = "llama-server router", "llama-server router, its defaults"
 FRESH, WARM = "bare, fresh process", "bare, warm process"

@@ -1,0 +1,28 @@
+"""How many threads decode the warm-up token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from worker.llama import MANY_BYTES, MOST_THREADS, n_threads
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+def test_a_large_model_takes_the_cores_and_a_small_one_a_single_thread() -> None:
+    assert n_threads(MANY_BYTES) == min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    assert n_threads(MANY_BYTES - 1) == 1
+
+
+@pytest.mark.usefixtures("one_core")
+def test_it_takes_no_more_than_the_cores_that_it_may_use() -> None:
+    assert n_threads(MANY_BYTES) == 1
