@@ -34,7 +34,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m bench
 
-# Loadstone beside llama_cpp.server and llama.cpp's own server: half an hour, after as long for the first build.
+# Loadstone beside llama_cpp.server and llama.cpp's own server: twenty minutes, after as long for the first build.
 bench-peers: setup $(LLAMA_SERVER) $(PEERS_STAMP)
 	$(BIN)/python -m bench.peers
 

@@ -282,6 +282,7 @@ class Loads:
 
     async def workers(self) -> list[ListedWorker]:
         """Every worker that is alive, with what it holds or is to hold."""
+        await self.roster.refresh()  # who sees a worker here can load onto it
         held: dict[str, list[HeldInstance]] = {}
         for instance in sorted(await self.store.live(), key=lambda i: (i.created_at, i.id)):
             held.setdefault(instance.worker, []).append(
@@ -298,7 +299,7 @@ class Loads:
                 lease_age_seconds=round(max(0.0, snapshot.lease_s - worker.lease_left_s), 3),
                 version=snapshot.version,
             )
-            for worker in await self.store.workers()
+            for worker in self.roster.workers
             if (snapshot := worker.snapshot) is not None
         ]
 

@@ -15,7 +15,7 @@ from shared.placement import Host, Placement, Wish, choose, place
 from shared.plan import plan
 from shared.schema import GPURequest, Holding, Instance, ListedModel, LoadRequest, Model, WorkerSnapshot, short
 from shared.settings import Settings
-from shared.store import Store
+from shared.store import Store, Worker
 
 PENDING_S = 3.0  # a worker that has not said within this time that it took a load is asked as if it had none
 
@@ -33,6 +33,7 @@ class Roster:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.settings = settings
+        self.workers: list[Worker] = []
         self.alive: dict[str, WorkerSnapshot] = {}
         self.catalogs: dict[str, list[Model]] = {}  # of every worker of the last day, alive or not
         self.absent_since: dict[str, float] = {}  # worker -> when its lease was first seen gone
@@ -46,7 +47,7 @@ class Roster:
 
     async def refresh(self) -> dict[str, str | None]:
         """Read what the workers publish; returns the epoch that holds each one's lease."""
-        workers = await self.store.workers()
+        self.workers = workers = await self.store.workers()
         now = time.monotonic()
         for worker in workers:
             digest = worker.snapshot.catalog if worker.snapshot else self._digests.get(worker.name, "")

@@ -32,7 +32,7 @@ DOCS = ROOT / "docs/benchmarks"
 PEERS = OUT / "peers"
 LLAMA_SERVER = PEERS / "build/bin/llama-server"
 PYTHON = PEERS / "venv/bin/python"
-ROUNDS = 3
+ROUNDS = 5
 TINY_TIMES = 3  # as many loads of the tiny model, which take next to nothing
 PAUSE_S = 0.5  # between loads: whoever prepares for the next one has done so
 

@@ -229,6 +229,7 @@ def test_a_worker_that_is_told_to_stop_hands_over_what_it_loads(pool: Pool) -> N
 
 def test_its_successor_loads_what_no_other_can_and_restores_the_rest(pool: Pool) -> None:
     a = pool.workers["a"]
+    pool.restart_api(LOADSTONE_LEASE_S=str(START_S))  # for so long it waits for the successor
     pool.loaded(ALONE)
     before = jobs(pool)
     with a.frozen(loaded=1):
@@ -245,6 +246,7 @@ def test_its_successor_loads_what_no_other_can_and_restores_the_rest(pool: Pool)
     until(lambda: set(pool.instances()) == {ALONE, SECOND}, "the other one is loaded again", RESTORED_S)
     new = [job["instance_id"] for id_, job in jobs(pool).items() if id_ not in before]
     assert sorted(new) == [ALONE, SECOND]
+    pool.restart_api()
 
 
 def test_what_it_was_loading_fails_where_nobody_comes(pool: Pool) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -83,18 +82,17 @@ async def test_a_models_directory_may_be_made_later(root: Path) -> None:
         await until(stream, lambda models: keys(models) == ["m"])
 
 
-async def test_two_hundred_large_models_are_listed_within_a_second(root: Path) -> None:
-    """Read whole, these take seven seconds, which a worker that just started cannot wait to announce itself."""
+async def test_two_hundred_large_models_are_listed_before_they_are_read_whole(root: Path) -> None:
+    """That takes seven seconds, which a worker that just started cannot wait to announce itself."""
     one = write(root.parent / "one", vocabulary(150_000))
     for i in range(200):
         (root / f"p{i}").mkdir()
         os.link(one, root / f"p{i}" / "m-Q4_0.gguf")
-    start = time.perf_counter()
     async with aclosing(watch(root)) as stream:
         models = await until(stream, lambda models: True)
-    assert time.perf_counter() - start < 1.0
     assert len(models) == 200
     assert all(model.max_context_length == 4096 and model.problem is None for model in models)
+    assert {model.bits_per_weight for model in models} == {None}
 
 
 async def test_a_scanner_that_is_killed_is_started_again(root: Path) -> None:
