@@ -46,7 +46,6 @@ LEASE_S = 3
 PATIENCE_S = 8  # that a client asks for
 DEADLINE_S = 40.0  # of any request: far over all that a request may have to wait for
 STABLE_S = 2.5
-ARQ_LOCK_S = 15.0  # worker.main's job_timeout, and the 10 s that arq adds
 QUIET_S = 60.0  # after the chaos, for all to come to its end
 MOST_LOADED = 12
 DOCUMENTED = (
@@ -423,8 +422,8 @@ def left_behind(pool: Pool) -> list[str]:
 def check_nothing_is_left(pool: Pool) -> None:
     """In Redis and on disk, with everything unloaded."""
     with pool.redis.client() as redis:
-        # An entry whose worker was killed in the middle of it is looked at again once arq's lock on it has run out.
-        until(lambda: not redis.exists("arq:queue:w1", "arq:queue:w2"), "arq's queues are empty", ARQ_LOCK_S + 5)
+        # An entry whose worker was killed in the middle of it is seen by the next one.
+        until(lambda: not redis.exists("arq:queue:w1", "arq:queue:w2"), "arq's queues are empty", 5)
         check_keys(redis)
         for name in (
             "insts",
