@@ -27,7 +27,6 @@ from worker.wanted import Wanted, decide, restoration
 
 BEAT_S = 1.0
 DRAIN_S = 4.0
-TELL_S = 0.02
 TAKEN_N = 16  # more than an API usually gives a worker between two looks
 
 _log = log.get("worker")
@@ -121,10 +120,9 @@ class Agent:
         )
 
     async def tell(self) -> None:
-        """Announce what changes here, soon after and in bunches; ends only by cancellation."""
+        """Announce what changes here, soon after; ends only by cancellation."""
         while True:
             await self.changed.wait()
-            await asyncio.sleep(TELL_S)
             self.changed.clear()
             await self.announce()
             check_cancelled()
