@@ -20,7 +20,7 @@ run: setup
 	$(BIN)/loadstone up --demo --models-dir .run/models --data-dir .run/data
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 soak: setup
 	$(BIN)/python -m pytest tests/soak
