@@ -19,7 +19,7 @@ from api.follow import Follower
 from api.loads import Loads
 from api.roster import Roster
 from shared.lifecycle import State
-from shared.schema import Instance, LoadRequest, Model, WorkerSnapshot
+from shared.schema import Instance, LoadRequest, Model, Sizing, WorkerSnapshot
 from shared.settings import Settings
 from shared.store import Store, queue_of
 from worker.agent import Agent
@@ -173,6 +173,33 @@ async def test_one_cancellation_ends_it_whenever_it_comes(loads: Loads, agent: R
         task = asyncio.create_task(worker.main._deliveries(loads.store.redis, agent))
         await agent.until(made.id)
         await end(task)
+
+
+@pytest.mark.usefixtures("no_fallback", "working")
+async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_delivery(
+    loads: Loads, agent: Recording, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answer = [], asyncio.Event()
+
+    async def sized(sizing: bytes) -> bytes:
+        asked.append(sizing)
+        await answer.wait()
+        return msgpack.encode(None)
+
+    monkeypatch.setattr(agent.sizer, "sized", sized)
+    sizing = Sizing(request=LoadRequest(model="p/m"), key="p/m", gpus=[], layers=[])
+    asking = asyncio.create_task(loads.store.sized("w", sizing))
+    for _ in range(3):
+        made = await submit(loads)
+        await agent.until(made.id)
+        async with asyncio.timeout(DEADLINE_S):
+            while raw.zscore(queue_of("w"), f"{made.id}:1") is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert raw.zcard(queue_of("w")) == 1, "it is not given up for one that was begun too often"
+    answer.set()
+    async with asyncio.timeout(DEADLINE_S):
+        assert await asking is None
+    assert len(asked) == 1
 
 
 # ---- right without one
