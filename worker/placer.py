@@ -247,8 +247,6 @@ class Placer:
 
 async def _acquired(lock: asyncio.Lock | asyncio.Semaphore, stop: asyncio.Event) -> bool:
     """Whether a lock could be had before `stop` was set."""
-    if not lock.locked() and not stop.is_set():
-        return await lock.acquire()  # at once
     acquiring, stopping = asyncio.ensure_future(lock.acquire()), asyncio.ensure_future(stop.wait())
     is_ours = False
     try:
