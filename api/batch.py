@@ -26,6 +26,7 @@ class Batch(Generic[K, V]):
         self._asked[key] = None
         if self._next is None:
             self._next = asyncio.create_task(self._read_after(self._current))
+            self._next.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if all have gone
         return (await asyncio.shield(self._next))[key]  # others may wait for it too
 
     async def _read_after(self, previous: asyncio.Task[Mapping[K, V]] | None) -> Mapping[K, V]:

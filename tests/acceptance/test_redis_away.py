@@ -437,7 +437,7 @@ def while_it_hangs(pool: Pool, job_id: str) -> list[tuple[Reply, float]]:
 # ---- cut off
 
 
-@pytest.mark.parametrize("every_s", [0.03, 0.001])
+@pytest.mark.parametrize("every_s", [0.03, 0.005])  # more often, a busy machine renews no lease
 def test_connections_that_are_cut_again_and_again_lose_no_load_and_double_none(pool: Pool, every_s: float) -> None:
     before = {job["job_id"] for job in pool.all_jobs()}
     processes = pool.others()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 
 import pytest
@@ -78,3 +79,23 @@ def test_one_who_goes_away_takes_nothing_from_the_others() -> None:
         return await stays
 
     assert asyncio.run(ask()) == 1
+
+
+def test_a_failure_that_nobody_waits_for_any_more_is_reported_by_nobody() -> None:
+    reported: list[object] = []
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+        source = Source()
+        batch = Batch(source.read)
+        gone = asyncio.create_task(batch("a"))
+        await settle()
+        gone.cancel()
+        await settle()
+        source.readings[0][1].set_exception(ConnectionError("gone"))
+        await settle()
+        del batch, source, gone
+        gc.collect()
+
+    asyncio.run(ask())
+    assert reported == []
