@@ -32,7 +32,7 @@ from shared.synthetic import tiny_llama
 from tests.integration import gpus
 from tests.integration.conftest import hold
 from tests.runners import freeze, is_gone
-from tests.service import below
+from tests.waiting import no_runners, until
 from worker.agent import Agent
 from worker.nvml import Reading
 from worker.protocol import Failed, FromRunner, Load, Progress, Ready, ToRunner
@@ -86,23 +86,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch, agent: Agent) -> Iterator[None]:
     with monkeypatch.context() as patched:
         patched.setattr(worker.runner, "GRACE_S", SHORT_S)
         yield
-
-
-async def until(condition: Callable[[], Awaitable[bool] | bool], what: str) -> None:
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                answer = condition()
-                if answer if isinstance(answer, bool) else await answer:
-                    return
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        pytest.fail(f"not in time: {what}")
-
-
-def no_runners() -> bool:
-    """Their parent is the server that forked them, not we."""
-    return all(process.parent == os.getpid() for process in below(os.getpid()))
 
 
 async def submitted(agent: Agent, number: int = 1, key: str = "p/llama", worker_: str = "w") -> str:

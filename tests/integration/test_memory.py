@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ from shared.schema import Instance, LoadRequest, Model
 from shared.settings import Settings
 from shared.store import Store
 from shared.synthetic import tiny_llama
+from tests import waiting
 from tests.fakehosts import FakeHost
 from tests.integration import gpus
 from tests.integration.conftest import catalog
 from tests.runners import freeze, is_gone
-from tests.service import below
+from tests.waiting import no_runners
 from worker.agent import Agent
 from worker.hostmemory import host_memory, oom_kills
 from worker.runner import Runner
@@ -36,6 +37,7 @@ from worker.runner import Runner
 pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 20.0
+until = partial(waiting.until, within_s=DEADLINE_S)
 EPOCH = "e"  # of the lease that "w" holds
 MIB = 1 << 20
 SMALL, LONG, WIDE = "p/small", "p/long", "p/wide"
@@ -71,23 +73,6 @@ async def ended(agent: Agent) -> None:
     await agent.drain()
     await agent.runners.close()
     await until(no_runners, "all runners gone")
-
-
-async def until(condition: Callable[[], Awaitable[bool] | bool], what: str) -> None:
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                answer = condition()
-                if answer if isinstance(answer, bool) else await answer:
-                    return
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        pytest.fail(f"not in time: {what}")
-
-
-def no_runners() -> bool:
-    """Their parent is the server that forked them, not we."""
-    return all(process.parent == os.getpid() for process in below(os.getpid()))
 
 
 class Held:

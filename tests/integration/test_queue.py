@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from shared.lifecycle import State
 from shared.schema import Instance, LoadRequest, Model, Sizing, WorkerSnapshot
 from shared.settings import Settings
 from shared.store import Store, queue_of
+from tests.waiting import until
 from worker.agent import Agent
 
 DEADLINE_S = 10.0
@@ -103,6 +105,10 @@ def listeners(raw: redis.Redis) -> int:
     return int(counts[0][1])
 
 
+def is_over(raw: redis.Redis, entry: str) -> bool:
+    return raw.zscore(queue_of("w"), entry) is None
+
+
 def kill_connections(raw: redis.Redis) -> None:
     """All but our own."""
     for kind in ("normal", "pubsub"):
@@ -127,9 +133,8 @@ async def test_many_at_once_are_all_delivered_once(loads: Loads, agent: Recordin
     made = await asyncio.gather(*(submit(loads) for _ in range(50)))
     await agent.until(*(one.id for one in made))
     assert sorted(agent.delivered) == sorted(one.id for one in made)
-    async with asyncio.timeout(DEADLINE_S):
-        while raw.exists(*(f"arq:{kind}:{one.id}:1" for one in made for kind in ("job", "result", "in-progress"))):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    keys = [f"arq:{kind}:{one.id}:1" for one in made for kind in ("job", "result", "in-progress")]
+    await until(lambda: raw.exists(*keys) == 0, "nothing of arq's is left")
     assert raw.zcard(queue_of("w")) == 0
 
 
@@ -192,9 +197,7 @@ async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_
     for _ in range(3):
         made = await submit(loads)
         await agent.until(made.id)
-        async with asyncio.timeout(DEADLINE_S):
-            while raw.zscore(queue_of("w"), f"{made.id}:1") is not None:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(partial(is_over, raw, f"{made.id}:1"), "arq has done with it")
     assert raw.zcard(queue_of("w")) == 1, "it is not given up for one that was begun too often"
     answer.set()
     async with asyncio.timeout(DEADLINE_S):
@@ -247,9 +250,7 @@ async def test_it_comes_back_by_itself_when_all_connections_are_cut(
         made = await submit(loads)
         await agent.until(made.id)
     kill_connections(raw)
-    async with asyncio.timeout(DEADLINE_S):  # wishes, too: the channel is open again
-        while not listeners(raw):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: listeners(raw) > 0, "wishes are heard, too: the channel is open again")
     await loads.store.request_stop(made.id)
     async with asyncio.timeout(DEADLINE_S):
         while made.id not in agent.wished:
@@ -313,8 +314,6 @@ async def test_a_crafted_entry_runs_nothing_and_stops_nobody(
     for _ in range(2):
         made = await submit(loads)
         await agent.until(made.id)
-    async with asyncio.timeout(DEADLINE_S):
-        while raw.zscore(queue_of("w"), "crafted") is not None:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: is_over(raw, "crafted"), "arq has done with it")
     assert not (tmp_path / "run").exists()
     assert set(agent.delivered) <= {one.id for one in await loads.store.live()}

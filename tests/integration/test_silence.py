@@ -16,19 +16,9 @@ import worker.agent
 import worker.resident
 import worker.runner
 from shared.lifecycle import State
-from tests.integration.test_agent import (
-    SHORT_S,
-    agent,
-    begin,
-    check_failed,
-    delivered,
-    loaded,
-    reached,
-    released,
-    until,
-    warm,
-)
+from tests.integration.test_agent import SHORT_S, agent, begin, check_failed, delivered, loaded, reached, released, warm
 from tests.runners import freeze, is_gone
+from tests.waiting import until
 from worker.agent import Agent
 from worker.runner import Runner, RunnerDied, Runners
 

@@ -22,19 +22,9 @@ from shared.settings import Settings
 from shared.store import Store
 from shared.trace import begun, parse
 from tests.integration.conftest import hold
-from tests.integration.test_agent import (
-    EPOCH,
-    loaded,
-    no_runners,
-    reached,
-    record,
-    released,
-    submitted,
-    sweep,
-    until,
-    warm,
-)
+from tests.integration.test_agent import EPOCH, loaded, reached, record, released, submitted, sweep, warm
 from tests.runners import is_gone
+from tests.waiting import no_runners, until
 from worker.agent import Agent
 from worker.wanted import FIRST_PAUSE_S, TRIES, Wanted, decide, restoration
 
