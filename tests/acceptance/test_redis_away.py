@@ -47,7 +47,7 @@ from tests.service import (
     wait_gone,
 )
 
-LEASE_S = 3.0
+LEASE_S = 5.0  # a storm of cuts makes a busy machine miss three beats in turn
 HANG_S = 6.0  # longer than the lease; the soak tests take 30
 GONE_S = LEASE_S + 0.5
 STORM_S = 4.0
@@ -437,7 +437,7 @@ def while_it_hangs(pool: Pool, job_id: str) -> list[tuple[Reply, float]]:
 # ---- cut off
 
 
-@pytest.mark.parametrize("every_s", [0.03, 0.005])  # more often, a busy machine renews no lease
+@pytest.mark.parametrize("every_s", [0.03, 0.001])
 def test_connections_that_are_cut_again_and_again_lose_no_load_and_double_none(pool: Pool, every_s: float) -> None:
     before = {job["job_id"] for job in pool.all_jobs()}
     processes = pool.others()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from tests.poolmodel import Play, play, plays
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)  # the same ones each time; `make soak` has others
+@settings(max_examples=200, deadline=None, derandomize=True)  # the same ones each time; `make soak` has others
 @given(plays)
 def test_no_sequence_overbooks_a_gpu_evicts_in_vain_or_refuses_what_fits(found: Play) -> None:
     play(found)
