@@ -19,9 +19,9 @@ import uvicorn
 from starlette.applications import Starlette
 
 from api.app import create_app
-from shared import log
+from shared.heartbeat import heartbeat
 from shared.settings import SettingsError, check_exposure, from_environ, redis_url
-from shared.supervisor import heartbeat
+from shared.telemetry import log
 
 GRACE_S = 2  # for replies that are being written when the drain ends
 TICKS = 10  # of uvicorn, in a second

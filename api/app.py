@@ -15,17 +15,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Auth
 from api.errors import HANDLERS
-from api.follow import Follower
-from api.loads import Loads
-from api.metrics import Requests, hand_over
-from api.roster import Roster
+from api.limits import Waiting
+from api.loads.follow import Follower
+from api.loads.submit import Loads
+from api.pool.metrics import Requests, hand_over
+from api.pool.roster import Roster
+from api.pool.sweep import Sweep
 from api.routes import ROUTES
-from api.sweep import Sweep
-from api.waiting import Waiting
-from shared import log, trace
 from shared.settings import Settings, is_loopback, read_tokens, redis_url
 from shared.store import Store, connected
-from shared.tally import Tally
+from shared.telemetry import log, trace
+from shared.telemetry.tally import Tally
 
 
 class Traced:

@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from api.operations import LOAD
-from shared import log
+from api.openapi.operations import LOAD
 from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError
 from shared.store import UNAVAILABLE
+from shared.telemetry import log
 
 # One row for each `type`, and one for each `type/code` that differs from it.
 STATUS: dict[str, int] = {

@@ -15,7 +15,6 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from api.decode import decode, read_body
-from api.estimate import estimated
 from api.headers import (
     FIRST,
     LONGEST_WAIT_S,
@@ -29,15 +28,17 @@ from api.headers import (
     preference,
     whole_number,
 )
-from api.jobs import is_over, job
-from api.loads import Loads
-from api.metrics import metrics
-from api.openapi import docs_page, openapi_json
-from api.operations import ESTIMATE, LOAD, STATUS
-from api.stream import EventStream, events
-from api.waiting import Waiting
+from api.limits import Waiting
+from api.loads.jobs import is_over, job
+from api.loads.stream import EventStream, events
+from api.loads.submit import Loads
+from api.openapi.document import docs_page, openapi_json
+from api.openapi.operations import ESTIMATE, LOAD, STATUS
+from api.pool.estimate import estimated
+from api.pool.metrics import metrics
 from shared.errors import JobNotFound, QueueUnavailable
-from shared.schema import Instance, JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
+from shared.instance import Instance
+from shared.schema.http import JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
 from shared.store import UNAVAILABLE
 
 T = TypeVar("T")

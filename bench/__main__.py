@@ -31,7 +31,8 @@ from bench import (
 )
 from bench.report import Cache, Measured, Run, Who
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, Load, Service, bare, service
-from shared import devredis, synthetic
+from cli import devredis
+from shared.synthetic import models as synthetic
 
 OUT = Path(__file__).parent / "out"
 MODELS = OUT / "models"

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import llama_cpp
 
-from worker.llama import n_threads
+from worker.engine.llama import n_threads
 
-USE_EXTRA_BUFTS = False  # as worker/llama.py has it: repacked weights would be other work
+USE_EXTRA_BUFTS = False  # as worker/engine/llama.py has it: repacked weights would be other work
 
 lib: Any = llama_cpp  # ctypes: nothing of it is typed
 

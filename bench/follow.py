@@ -29,8 +29,8 @@ from bench.client import Sent, request
 from bench.processes import cpu_s, redis_url, roles, stopped
 from bench.sender import Sender, check, sender
 from bench.subjects import Failure, running, service
-from shared import synthetic
 from shared.store import queue_of
+from shared.synthetic import models as synthetic
 
 What = Literal["accept", "poll", "list", "bare, Redis", "bare, poll", "bare, list"]
 

@@ -6,10 +6,10 @@ Measured in one run, on an idle machine, on the GPU with the most free memory:
 - disk: the file read from its start to its end, cold, through the page cache and past it (O_DIRECT);
 - memory: the same, warm;
 - host to device: copies from ordinary memory, and from memory that is locked for the GPU;
-- a 4 GB model loaded by `worker.llama` in a fresh process, cold and warm, in each of MODES;
+- a 4 GB model loaded by `worker.engine.llama` in a fresh process, cold and warm, in each of MODES;
 - the same by the service, over HTTP.
 
-How to decide by its table which mode `worker.llama` is to use for GPUs (`Loaded._load_model`):
+How to decide by its table which mode `worker.engine.llama` is to use for GPUs (`Loaded._load_model`):
 
 A load is first of all a copy of the file.  The column "of what is possible" has how fast that was, over the slowest
 part of the bytes' way: 1 is as fast as can be.  The cold rows count for more: a model that is loaded for the first time
@@ -19,7 +19,8 @@ is cold, and takes longest.  It uses `none` now, since with `mmap` nothing is re
   more than a tenth, warm.
 - `direct` does not find what is in the page cache, and leaves nothing there for the next load: it must be as fast as
   `none` is warm.
-- For `mmap` it must be weighed what is lost.  Read ahead by `worker.prefetch`, as on the CPU, its progress can be told.
+- For `mmap` it must be weighed what is lost.  Read ahead by `worker.engine.prefetch`, as on the CPU, its progress can
+  be told.
 - Where the service is slower than its mode, the fault is the service's and not the mode's.
 
 `python -m bench.gpu bandwidth GPU` and `python -m bench.gpu load MODE GPU KEY` are the processes that it starts.
@@ -51,13 +52,15 @@ from bench import pagecache
 from bench.__main__ import keep, machine, made_cold, say
 from bench.report import PHASES, table
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, service
-from shared import __version__, devredis, synthetic
-from shared.catalog import Catalog
-from shared.schema import LoadRequest
+from cli import devredis
+from shared import __version__
+from shared.schema.http import LoadRequest
 from shared.settings import Settings
-from worker.nvml import Driver
-from worker.plan import plan
-from worker.protocol import Load
+from shared.synthetic import models as synthetic
+from worker.catalog.catalog import Catalog
+from worker.memory.nvml import Driver
+from worker.runner.parameters import plan
+from worker.runner.protocol import Load
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench/out"
@@ -296,7 +299,7 @@ def copy(gpu: str) -> dict[str, list[float]]:
 
 def load(mode: Mode, gpu: str, key: str) -> dict[str, float]:
     """The seconds of each phase of a load whose layers all go to the GPU."""
-    from worker import llama  # only here: the engine may be in this process only
+    from worker.engine import llama  # only here: the engine may be in this process only
 
     load_mode = getattr(llama.lib, f"LLAMA_LOAD_MODE_{MODES[mode]}")
     as_it_is = llama._load_model

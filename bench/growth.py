@@ -18,11 +18,14 @@ from pathlib import Path
 import uvloop
 from msgspec import Struct, structs
 
-from api.roster import Roster
+from api.pool.roster import Roster
 from bench.scale import GB, LEASE_S, N_READ, _get, api, model, redis
 from bench.subjects import Failure
+from shared.instance import Instance
 from shared.lifecycle import Event
-from shared.schema import CPU, Device, Holding, Instance, LoadConfig, LoadRequest, WorkerSnapshot
+from shared.schema.http import LoadConfig, LoadRequest
+from shared.schema.memory import CPU, Device, Holding
+from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
 from shared.store import Store, connected
 

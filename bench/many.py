@@ -21,7 +21,7 @@ from bench.client import request
 from bench.report import Goal, goal, percentile, table
 from bench.sender import Sender, check, sender
 from bench.subjects import CONTEXT_LENGTH, service
-from worker.prefetch import prefetch
+from worker.engine.prefetch import prefetch
 
 LOAD, UNLOAD = "/api/v1/models/load", "/api/v1/models/unload"
 ROUNDS = 3

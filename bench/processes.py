@@ -26,7 +26,7 @@ def roles(up: int) -> dict[str, int]:
     runners: list[int] = []
     for pid in children(found["worker"]):
         words = _words(pid)
-        if "worker.scanner" in words:
+        if "worker.catalog.scanner" in words:
             found["scanner"] = pid
         elif any("multiprocessing.forkserver" in word for word in words):
             found["runners' server"] = pid

@@ -24,7 +24,7 @@ from msgspec import Struct
 from bench import pagecache
 from bench.report import Goal, goal, table
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, Service, service
-from worker.prefetch import STEP_BYTES, prefetch
+from worker.engine.prefetch import STEP_BYTES, prefetch
 
 BLOCK = 4 << 20  # of a read into memory of one's own
 ROUNDS = 3

@@ -22,25 +22,17 @@ from pathlib import Path
 import uvloop
 from msgspec import Struct, structs
 
-from api.roster import Roster
-from api.sweep import Sweep
+from api.pool.roster import Roster
+from api.pool.sweep import Sweep
 from bench.processes import cpu_s
 from bench.subjects import Failure
-from shared import devredis
+from cli import devredis
+from shared.instance import Instance
 from shared.lifecycle import Event
-from shared.schema import (
-    CPU,
-    Device,
-    Dimensions,
-    FileStat,
-    Holding,
-    Instance,
-    LoadConfig,
-    LoadRequest,
-    Model,
-    Weights,
-    WorkerSnapshot,
-)
+from shared.schema.http import LoadConfig, LoadRequest
+from shared.schema.memory import CPU, Device, Holding
+from shared.schema.model import Dimensions, FileStat, Model, Weights
+from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import PREFIX, Settings, variable
 from shared.store import Store, connected
 

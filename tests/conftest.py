@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service import processes
+from tests.support.service import processes
 
 SETTLE_S = 2.0  # what a test ended may still be reaped, or closed by its event loop
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")  # one each, for as long as we live

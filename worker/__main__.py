@@ -8,13 +8,13 @@ import sys
 
 import uvloop
 
-from shared import log
+from shared.heartbeat import heartbeat
 from shared.settings import SettingsError, from_environ
-from shared.supervisor import heartbeat
+from shared.telemetry import log
 from worker.agent import LeaseLost
-from worker.confine import strip_environment
+from worker.environment import strip_environment
 from worker.main import run
-from worker.runner import RunnerDied
+from worker.runner.process import RunnerDied
 
 
 def main() -> int:

@@ -11,19 +11,22 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import shared
-from shared import log
+from shared.instance import Instance
 from shared.lifecycle import Event, State
-from shared.schema import Device, Instance, Model, WorkerSnapshot
+from shared.schema.memory import Device
+from shared.schema.model import Model
+from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
 from shared.store import CRASH_MEMORY_S, UNAVAILABLE, Fenced, NameTaken, NoLease, Store, Unwanted, check_cancelled
-from shared.tally import Tally, died
-from worker.devices import Devices
-from worker.nvml import Driver
-from worker.placer import Placer
-from worker.resident import Resident, has_changed
-from worker.runner import Runners
-from worker.sizer import Sizer
-from worker.wanted import Wanted, decide, restoration
+from shared.telemetry import log
+from shared.telemetry.tally import Tally, died
+from worker.instance import Resident, has_changed
+from worker.memory.devices import Devices
+from worker.memory.dry_run import Sizer
+from worker.memory.nvml import Driver
+from worker.memory.placer import Placer
+from worker.restore import Wanted, decide, restoration
+from worker.runner.warm import Runners
 
 BEAT_S = 1.0
 DRAIN_S = 4.0

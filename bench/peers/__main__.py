@@ -25,7 +25,8 @@ from bench.peers.models import Model, models
 from bench.peers.report import markdown
 from bench.peers.subjects import REPACKED, Loadstone, Subject, subjects
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure
-from shared import __version__, devredis
+from cli import devredis
+from shared import __version__
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs/benchmarks"

@@ -7,7 +7,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from bench.__main__ import BIG, MODELS, Q4_0, TINY, WIDE, path_of, written_big, written_q4_0, written_wide
-from shared import synthetic
+from shared.synthetic import models as synthetic
 
 SHARDED = "loadstone/bench-sharded"
 SHARDS = 3

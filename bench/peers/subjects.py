@@ -19,7 +19,7 @@ from msgspec import Struct
 from bench.peers.bare import Done, Mode, Task
 from bench.peers.models import Model
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, REPLY_S, Failure, Service, running, service
-from worker.llama import MANY_BYTES, n_threads
+from worker.engine.llama import MANY_BYTES, n_threads
 
 POLL_S = 0.002  # of what has nothing better to tell that it is ready
 START_S = 60.0

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from shared import synthetic
-from tests.service import TINY, Service, up
+from shared.synthetic import models as synthetic
+from tests.support.service import TINY, Service, up
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from tests.service import JSON, LOAD, STATUS, TINY, Service, error, is_alive, meanwhile, until
+from tests.support.service import JSON, LOAD, STATUS, TINY, Service, error, is_alive, meanwhile, until
 
 
 def loading(service: Service) -> str:

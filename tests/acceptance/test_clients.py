@@ -16,8 +16,8 @@ import msgspec
 import pytest
 from msgspec import Struct
 
-from shared import synthetic
-from tests.service import Client, Reply, Service, up
+from shared.synthetic import models as synthetic
+from tests.support.service import Client, Reply, Service, up
 
 LOAD, LIST = "/api/v1/models/load", "/api/v1/models"
 LLM, MOE, EMBEDDING = "acme/llm", "acme/moe", "acme/embedding"

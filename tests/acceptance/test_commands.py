@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from shared import synthetic
-from tests.service import LOADSTONE, Running, Service, is_alive, until, up
+from shared.synthetic import models as synthetic
+from tests.support.service import LOADSTONE, Running, Service, is_alive, until, up
 
 TINY, MOE, BERT = "acme/tiny", "acme/moe", "nomic/bert"
 TOKEN = "t0ken-of-the-test"

@@ -6,7 +6,7 @@ What containers would give is translated, and nothing else:
   an image's program        the embedded Redis's binary; `loadstone` of this environment
   host names of services    127.0.0.1, with a free port in place of 6379 and 1234
   /models, /data, /locks    directories of the test; /run/secrets/NAME is the secret's file
-  NVIDIA's GPUs             a host of `tests.fakehosts` that has two
+  NVIDIA's GPUs             a host of `tests.support.fakehosts` that has two
   valkey-cli ping           PING over the same TCP port
   depends_on, health        a service starts once those it names are healthy
 
@@ -34,9 +34,10 @@ from typing import Any
 import pytest
 import yaml
 
-from shared import cli, devredis, synthetic
+from cli import devredis, up
 from shared.settings import Settings
-from tests.fakehosts import FakeHost
+from shared.synthetic import models as synthetic
+from tests.support.fakehosts import FakeHost
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docker-compose.yml"
@@ -186,7 +187,7 @@ def test_the_services_of_the_compose_file_become_healthy_together_and_stop_clean
 
 def test_an_api_that_is_told_to_stop_is_unhealthy_first_and_has_the_time_for_it(stack: Stack) -> None:
     grace_s = float(stack.services["api"]["stop_grace_period"].rstrip("s"))
-    assert grace_s > Settings().drain_s + cli.API_GRACE_S
+    assert grace_s > Settings().drain_s + up.API_GRACE_S
     for name, instance in (("redis", "redis"), ("worker", "worker-1"), ("api", "api")):
         stack.start(name, instance)
     stack.wait_until_healthy("api")

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-import tests.service
-from shared import synthetic
+import tests.support.service
+from shared.instance import Instance
 from shared.lifecycle import State
-from shared.schema import Instance
 from shared.store import CRASH_MEMORY_S
-from tests import damaged
-from tests.service import (
+from shared.synthetic import models as synthetic
+from tests.support import damaged
+from tests.support.service import (
     LOADSTONE,
     STATUS,
     TINY,
@@ -68,7 +68,7 @@ def an_ordinary_user(home: Path) -> Iterator[None]:
     program.write_text(f'#!/bin/sh\nexec {WITHOUT_PRIVILEGE} {LOADSTONE} "$@"\n')
     program.chmod(0o700)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tests.service, "LOADSTONE", program)
+        patched.setattr(tests.support.service, "LOADSTONE", program)
         yield
 
 

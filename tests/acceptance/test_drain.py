@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 from api.__main__ import GRACE_S
-from shared import cli, synthetic
-from tests.service import (
+from cli.up import API_GRACE_S, REDIS_GRACE_S, UP_DRAIN_S, WORKER_GRACE_S
+from shared.synthetic import models as synthetic
+from tests.support.service import (
     JSON,
     LOAD,
     STATUS,
@@ -59,7 +60,7 @@ class Api(Running, Client):
 
     def check_ended(self, told: float, after_s: float) -> None:
         """It ends as it should, and soon after that time."""
-        assert self.popen.wait(after_s + cli.API_GRACE_S) == 0
+        assert self.popen.wait(after_s + API_GRACE_S) == 0
         assert after_s <= time.monotonic() - told < after_s + AT_ONCE_S
         assert "Traceback" not in self.stderr
         assert "[error" not in self.stderr
@@ -245,23 +246,23 @@ def test_up_does_not_drain_while_nobody_waits(service: Service) -> None:
     with httpx.Client(base_url=service.url, trust_env=False) as idle:
         assert idle.get("/healthz").status_code == 200
         service.popen.send_signal(signal.SIGTERM)
-        wait_gone([process], cli.UP_DRAIN_S)
+        wait_gone([process], UP_DRAIN_S)
 
 
 def test_up_gives_a_load_a_last_moment(service: Service) -> None:
     with service.frozen() as runner, meanwhile(service.load, TINY) as reply:
         until(lambda: service.state(TINY) == "loading", "it is loading")
         service.popen.send_signal(signal.SIGTERM)
-        time.sleep(cli.UP_DRAIN_S / 3)
+        time.sleep(UP_DRAIN_S / 3)
         assert not reply.done()
         os.kill(runner.pid, signal.SIGCONT)
-        assert reply.result(cli.UP_DRAIN_S).status == 200
+        assert reply.result(UP_DRAIN_S).status == 200
     assert service.popen.wait(10) == 0
 
 
 def test_the_times_add_up() -> None:
-    assert GRACE_S < cli.API_GRACE_S
-    assert cli.UP_DRAIN_S + cli.API_GRACE_S + cli.WORKER_GRACE_S + cli.REDIS_GRACE_S <= 10
+    assert GRACE_S < API_GRACE_S
+    assert UP_DRAIN_S + API_GRACE_S + WORKER_GRACE_S + REDIS_GRACE_S <= 10
 
 
 # ---- a worker

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from shared import synthetic
-from tests.service import (
+from shared.synthetic import models as synthetic
+from tests.support.service import (
     JSON,
     Client,
     RedisServer,

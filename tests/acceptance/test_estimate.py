@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from shared import synthetic
-from shared.tokenizers import Value
-from tests.service import Reply, Running, Service, error, until, up
+from shared.synthetic import models as synthetic
+from shared.synthetic.tokenizers import Value
+from tests.support.service import Reply, Running, Service, error, until, up
 
 PATH = "/api/v1/models/estimate"
 TINY, LONG, BERT, BROKEN, OTHER = "acme/tiny", "acme/long", "acme/bert", "acme/broken", "acme/other"

@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared import synthetic
+from shared.instance import Instance
 from shared.lifecycle import State
-from shared.schema import Instance, WorkerSnapshot
+from shared.schema.snapshot import WorkerSnapshot
 from shared.store import connected, queue_of
-from tests.service import (
+from shared.synthetic import models as synthetic
+from tests.support.service import (
     STATUS,
     TINY,
     Client,

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from shared import synthetic
-from shared.catalog import Catalog, by_name
-from shared.schema import LoadRequest
+from shared.lookup import by_name
+from shared.schema.http import LoadRequest
 from shared.settings import Settings
-from tests.service import Service, up
+from shared.synthetic import models as synthetic
+from tests.support.service import Service, up
+from worker.catalog.catalog import Catalog
 
 LLM, MOE = "acme/llm", "acme/moe"  # the latter uses two of eight experts, unless it is told otherwise
 
@@ -130,9 +131,9 @@ def test_all_fields_at_once(service: Service) -> None:
 
 def load_on_a_fake_gpu(home: str, fields: str) -> None:
     """In a process of its own: load a model with these fields; says what came of it, on stdout, as JSON."""
-    from tests import fakegpu
-    from worker import llama
-    from worker.plan import plan
+    from tests.support import fakegpu
+    from worker.engine import llama
+    from worker.runner.parameters import plan
 
     models_dir = Path(home, "models")
     catalog = Catalog(models_dir, Path(home, "catalog"))

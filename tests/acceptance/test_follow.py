@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service import JSON, LOAD, STATUS, TINY, Reply, SentEvent, Service, error, is_alive, meanwhile, until
+from tests.support.service import JSON, LOAD, STATUS, TINY, Reply, SentEvent, Service, error, is_alive, meanwhile, until
 
 PHASES = ["metadata", "weights", "context", "warmup"]
 FIELDS = [

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shared import synthetic
-from tests.fakehosts import Device, FakeHost
-from tests.hosts import ClientOn, GuardedRedis, Host, Network, TlsProxy, certificate, network, open_ports
-from tests.service import Running, check_keys, error, until
+from shared.synthetic import models as synthetic
+from tests.support.fakehosts import Device, FakeHost
+from tests.support.hosts import ClientOn, GuardedRedis, Host, Network, TlsProxy, certificate, network, open_ports
+from tests.support.service import Running, check_keys, error, until
 
 LEASE_S = 10.0  # as it is where nobody sets it
 START_S = 20.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.service import JSON, LOAD, STATUS, TINY, Reply, Running, Service, error, until
+from tests.support.service import JSON, LOAD, STATUS, TINY, Reply, Running, Service, error, until
 
 VARIABLES = {"LOADSTONE_WORKER_QUEUE_LIMIT": "2", "LOADSTONE_WAITING_LIMIT": "3"}
 

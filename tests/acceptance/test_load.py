@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from shared import synthetic
-from tests.service import Reply, Service, error, tiny_quantized, until, up
+from shared.synthetic import models as synthetic
+from tests.support.service import Reply, Service, error, tiny_quantized, until, up
 
 LOAD = """\
 curl http://localhost:1234/api/v1/models/load \\

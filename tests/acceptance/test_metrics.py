@@ -14,8 +14,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shared import __version__, synthetic
-from tests.service import (
+from shared import __version__
+from shared.synthetic import models as synthetic
+from tests.support.service import (
     STATUS,
     TINY,
     Client,

@@ -16,10 +16,10 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, StopReason, events, from_schema
 
-from api.operations import ESTIMATE, LOAD
+from api.openapi.operations import ESTIMATE, LOAD
 from api.routes import ROUTES
-from shared import synthetic
-from tests.service import Service, error, until, up
+from shared.synthetic import models as synthetic
+from tests.support.service import Service, error, until, up
 
 TOKEN = "a-token-of-the-tests"
 MODEL, CONTEXT_LENGTH = "acme/tiny", 4096

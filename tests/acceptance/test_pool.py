@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from shared.synthetic import tiny_llama
-from tests.fakehosts import FakeHost
-from tests.service import LOADSTONE, Client, Running, Service, error, until, up
+from shared.synthetic.models import tiny_llama
+from tests.support.fakehosts import FakeHost
+from tests.support.service import LOADSTONE, Client, Running, Service, error, until, up
 
 MIB = 1 << 20
 SMALL, LONG = "p/small", "p/long"

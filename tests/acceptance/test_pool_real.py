@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import realpool
+from tests.simulation import realpool
 
 SEQUENCES = int(os.environ.get("POOL_SEQUENCES", "2"))
 SEED = int(os.environ.get("POOL_SEED", "0")) or random.randrange(1, 1_000_000)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from shared.synthetic import tiny_llama
-from tests.fakehosts import FakeHost
-from tests.service import RedisServer, Running, error, until, up
+from shared.synthetic.models import tiny_llama
+from tests.support.fakehosts import FakeHost
+from tests.support.service import RedisServer, Running, error, until, up
 
 MIB = 1 << 20
 MODEL = "p/m"

@@ -25,10 +25,10 @@ import msgspec
 import pytest
 from redis.exceptions import ResponseError
 
-from shared import synthetic
+from shared.instance import Instance
 from shared.lifecycle import State
-from shared.schema import Instance
-from tests.service import (
+from shared.synthetic import models as synthetic
+from tests.support.service import (
     JSON,
     LOAD,
     STATUS,

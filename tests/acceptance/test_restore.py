@@ -18,19 +18,9 @@ import msgspec
 import pytest
 
 import shared
-from shared import synthetic
+from shared.synthetic import models as synthetic
 from tests.acceptance.test_fencing import ALONE, LEASE_S, OTHER, START_S, Pool, jobs, kill, pool, the_pool
-from tests.service import (
-    TINY,
-    Running,
-    Service,
-    error,
-    is_alive,
-    meanwhile,
-    until,
-    up,
-    wait_gone,
-)
+from tests.support.service import TINY, Running, Service, error, is_alive, meanwhile, until, up, wait_gone
 
 __all__ = ["pool", "the_pool"]  # fixtures
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from shared import synthetic
-from tests.service import JSON, LOAD, STATUS, TINY, Client, RedisServer, Reply, Running, Service, until
+from shared.synthetic import models as synthetic
+from tests.support.service import JSON, LOAD, STATUS, TINY, Client, RedisServer, Reply, Running, Service, until
 
 VARIABLES = {"LOADSTONE_LOG_FORMAT": "json"}
 LEASE_S = 3

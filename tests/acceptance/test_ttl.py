@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.service import LOADSTONE, TINY, Service, error, until
+from tests.support.service import LOADSTONE, TINY, Service, error, until
 
 TTL_S = 1.5
 SOON_S = 3.0  # after the time: a look, and the stop ladder

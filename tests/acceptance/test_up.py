@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from shared import synthetic
-from tests.service import STATUS, Running, Service, below, check_keys, is_alive, meanwhile, until, up, wait_gone
+from shared.synthetic import models as synthetic
+from tests.support.service import STATUS, Running, Service, below, check_keys, is_alive, meanwhile, until, up, wait_gone
 
 TINY, OTHER = "acme/tiny", "acme/other"
 LEASE_S = 3

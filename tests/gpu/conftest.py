@@ -1,7 +1,7 @@
 """What needs a real NVIDIA GPU: `make test-gpu`, which has llama.cpp built with CUDA.
 
 Nobody else may use the GPU meanwhile, and it must have NEEDED_BYTES free.  With `--fake-gpus` the tests run on a host
-of `tests.fakehosts`: that tries them, and says nothing of a GPU.
+of `tests.support.fakehosts`: that tries them, and says nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from shared import synthetic
-from shared.schema import Model
+from shared.schema.model import Model
+from shared.synthetic import models as synthetic
 from tests.gpu.gpus import FakeGPUs, GPUs, NvidiaGPUs, steady_bytes
 from tests.gpu.watched import Watched
 from tests.integration.conftest import catalog
 from tests.integration.conftest import forkserver as forkserver
-from tests.service import until, up
+from tests.support.service import until, up
 
 BIG, LONG, TINY = "gpu/big", "gpu/long", "gpu/tiny"
 LONG_TOKENS = 16_384

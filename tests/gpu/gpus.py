@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import pynvml
 
-from tests.fakehosts import FakeHost
-from tests.service import until
-from worker.nvml import Driver
+from tests.support.fakehosts import FakeHost
+from tests.support.service import until
+from worker.memory.nvml import Driver
 
 MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ class NvidiaGPUs:
 
 
 class FakeGPUs:
-    """Two of `tests.fakehosts`, with which the tests themselves are tried where there is no GPU."""
+    """Two of `tests.support.fakehosts`, with which the tests themselves are tried where there is no GPU."""
 
     TOTAL_BYTES = 8 << 30
 

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 
 from bench import pagecache
-from shared.schema import LoadRequest, Model
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model
 from shared.settings import Settings
 from tests.gpu.conftest import BIG, LONG, LONG_TOKENS
 from tests.gpu.gpus import MIB, GPUs, steady_bytes
 from tests.gpu.watched import LOAD_S, Watched, check_use
-from tests.service import error, until
-from worker.plan import plan
-from worker.pool import TOLERANCE_BYTES
-from worker.protocol import Load, Measure, Measured, Progress, Ready
-from worker.runner import Runners
+from tests.support.service import error, until
+from worker.memory.ledger import TOLERANCE_BYTES
+from worker.runner.parameters import plan
+from worker.runner.protocol import Load, Measure, Measured, Progress, Ready
+from worker.runner.warm import Runners
 
 BACK_S = 5.0
 SLACK_BYTES = 16 * MIB  # a driver's own, of which it keeps more or less

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shared.schema import Model
+from shared.schema.model import Model
 from tests.gpu.conftest import BIG, LONG, LONG_TOKENS
 from tests.gpu.gpus import MIB
 from tests.gpu.watched import BOUND, Watched, check_use

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tests.gpu.gpus import STEADY_BYTES, GPUs, steady_bytes
-from tests.service import STATUS, Service, until
+from tests.support.service import STATUS, Service, until
 
 LOAD_S = 300.0  # of a load: the first one reads CUDA's libraries from the disk
 BOUND = 0.03  # of what a load takes, either way

@@ -15,11 +15,11 @@ import pytest
 import redis
 from msgspec import msgpack
 
-from shared import devredis
-from shared.catalog import Catalog
-from shared.schema import Model
+from cli import devredis
+from shared.schema.model import Model
 from shared.store import Store, connected
-from shared.synthetic import tiny_bert, tiny_embedding, tiny_llama, tiny_moe
+from shared.synthetic.models import tiny_bert, tiny_embedding, tiny_llama, tiny_moe
+from worker.catalog.catalog import Catalog
 
 DEADLINE_S = 10.0
 

@@ -20,23 +20,27 @@ from msgspec import UNSET
 
 import shared.store
 import worker.agent
-import worker.placer
-import worker.resident
-import worker.runner
-from shared.architectures import TINY
+import worker.instance
+import worker.memory.placer
+import worker.runner.process
+import worker.runner.warm
+from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, State
-from shared.schema import FileStat, Instance, LoadConfig, LoadRequest, Model, Problem
+from shared.schema.http import LoadConfig, LoadRequest
+from shared.schema.model import FileStat, Model, Problem
 from shared.settings import Settings
 from shared.store import Store
-from shared.synthetic import tiny_llama
-from tests.integration import gpus
+from shared.synthetic.architectures import TINY
+from shared.synthetic.models import tiny_llama
 from tests.integration.conftest import hold
-from tests.runners import freeze, is_gone
-from tests.waiting import no_runners, until
+from tests.support import gpus
+from tests.support.runners import freeze, is_gone
+from tests.support.waiting import no_runners, until
 from worker.agent import Agent
-from worker.nvml import Reading
-from worker.protocol import Failed, FromRunner, Load, Progress, Ready, ToRunner
-from worker.runner import Runner, RunnerDied, Runners
+from worker.memory.nvml import Reading
+from worker.runner.process import Runner, RunnerDied
+from worker.runner.protocol import Failed, FromRunner, Load, Progress, Ready, ToRunner
+from worker.runner.warm import Runners
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -84,7 +88,7 @@ async def ended(made: Agent) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch, agent: Agent) -> Iterator[None]:
     """A frozen runner is killed soon, until the agent's own end."""
     with monkeypatch.context() as patched:
-        patched.setattr(worker.runner, "GRACE_S", SHORT_S)
+        patched.setattr(worker.runner.process, "GRACE_S", SHORT_S)
         yield
 
 
@@ -378,7 +382,7 @@ async def test_a_file_that_is_not_what_its_header_says(agent: Agent, models: dic
 
 async def test_no_runner_can_be_started(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(worker.runner, "_run_child", slice)  # anything that returns at once
+        patched.setattr(worker.runner.warm, "_run_child", slice)  # anything that returns at once
         id_ = await delivered(agent)
         check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "could not start")
         await released(agent, id_)
@@ -522,7 +526,7 @@ async def test_drain_stops_all_in_parallel_and_they_are_lost(agent: Agent, monke
     monkeypatch.setattr(worker.agent, "DRAIN_S", 5 * SHORT_S)
     held = [await loaded(agent, number) for number in (1, 2, 3)]
     next_ = await warm(agent)
-    monkeypatch.setattr(worker.runner, "GRACE_S", SHORT_S)
+    monkeypatch.setattr(worker.runner.process, "GRACE_S", SHORT_S)
     for _, runner in held:
         await freeze(runner)
     async with asyncio.timeout(DEADLINE_S):
@@ -646,8 +650,8 @@ async def test_the_end_of_a_load_says_what_the_engine_measured(agent: Agent, mon
 
 
 async def test_followers_hear_of_a_load_in_which_nothing_happens(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worker.resident.COMMIT_S <= 0.5, "at least once a second, whatever the machine does beside it"
-    monkeypatch.setattr(worker.resident, "COMMIT_S", 0.05)
+    assert worker.instance.COMMIT_S <= 0.5, "at least once a second, whatever the machine does beside it"
+    monkeypatch.setattr(worker.instance, "COMMIT_S", 0.05)
     id_, runner = await loading(agent)
     before = await record(agent, id_)
 
@@ -678,7 +682,7 @@ async def test_progress_is_never_whole_before_the_load_is_and_never_goes_back(
 async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_in(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr(worker.resident, "COMMIT_S", 0.05)
+    monkeypatch.setattr(worker.instance, "COMMIT_S", 0.05)
     agent.settings = msgspec.structs.replace(agent.settings, stall_limit_s=0.1 if end == "stalled" else 60.0)
     id_, _, engine = await directed(agent, monkeypatch)
     engine.says(Progress("metadata", 0), Progress("weights", 1))
@@ -709,7 +713,7 @@ async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_i
 async def test_a_cancel_does_not_wait_for_a_runner_that_starts_and_leaves_it_to_the_next(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, starts, start = asyncio.Event(), 0, worker.runner.Runners._start
+    go, starts, start = asyncio.Event(), 0, worker.runner.warm.Runners._start
 
     async def slow(self: Runners) -> Runner:
         nonlocal starts
@@ -717,7 +721,7 @@ async def test_a_cancel_does_not_wait_for_a_runner_that_starts_and_leaves_it_to_
         await go.wait()
         return await start(self)
 
-    monkeypatch.setattr(worker.runner.Runners, "_start", slow)
+    monkeypatch.setattr(worker.runner.warm.Runners, "_start", slow)
     first = await delivered(agent)
     await reached(agent, first, State.LOADING)
     await agent.store.request_stop(first, unless_loaded=True)
@@ -796,7 +800,7 @@ async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_fail
     agent: Agent, models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever reads "failed" may read why at once: nothing is left to a later writer."""
-    monkeypatch.setattr(worker.resident, "ENGINE_LOG_S", 3600.0)
+    monkeypatch.setattr(worker.instance, "ENGINE_LOG_S", 3600.0)
     model = msgspec.structs.replace(models["p/llama"], key="p/cut", shards=["p/cut/cut.gguf"])
     cut = tiny_llama(tmp_path / model.shards[0])
     os.truncate(cut, cut.stat().st_size // 2)
@@ -820,7 +824,7 @@ async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_fail
 async def test_what_the_engine_said_of_a_load_that_was_cancelled_is_there_with_the_cancel(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker.resident, "ENGINE_LOG_S", 3600.0)
+    monkeypatch.setattr(worker.instance, "ENGINE_LOG_S", 3600.0)
     id_, runner, _ = await directed(agent, monkeypatch)  # its process loads, and nobody hears what came of it
     await until(lambda: any("n_ctx" in line for line in runner.tail), "the engine has said something")
     assert await said(agent, id_) == ""
@@ -999,7 +1003,7 @@ async def test_while_a_driver_hangs_its_gpus_get_nothing_and_the_beat_goes_on(
     begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gpus.install(monkeypatch, tmp_path / "host", 6 * MIB)
-    monkeypatch.setattr(worker.placer, "HANG_S", SHORT_S)
+    monkeypatch.setattr(worker.memory.placer, "HANG_S", SHORT_S)
     agent = await begin(device_reserve="0")
     read, hangs = agent.devices.read, threading.Event()
     asked = 0

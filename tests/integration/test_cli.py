@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from shared import cli, synthetic
+from cli import up
+from shared.synthetic import models as synthetic
 from tests.integration.test_supervisor import wait_gone
-from tests.service import until
+from tests.support.service import until
 
 API = """
 import http.server, os, signal, socket, sys
@@ -70,7 +71,7 @@ def start(tmp_path: Path, environ: dict[str, str]) -> Iterator[Start]:
     running: list[subprocess.Popen[str]] = []
 
     def begin(*words: str, **variables: str) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-c", "from shared.cli import main; main()", *words]
+        argv = [sys.executable, "-c", "from cli.main import main; main()", *words]
         process = subprocess.Popen(
             argv, env=environ | variables, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -198,11 +199,11 @@ def test_demo_writes_models_and_says_how_to_load_one(tmp_path: Path, start: Star
     assert '"model": "loadstone/demo-llm"' in line
     assert "Authorization: Bearer" in line
     assert "s3cret" not in line
-    assert list((tmp_path / "models" / cli.DEMO_MODEL).glob("*.gguf"))
+    assert list((tmp_path / "models" / up.DEMO_MODEL).glob("*.gguf"))
 
 
 def test_the_demo_model_is_one_that_is_written(tmp_path: Path) -> None:
-    assert synthetic.write_demo(tmp_path)[0] == cli.DEMO_MODEL
+    assert synthetic.write_demo(tmp_path)[0] == up.DEMO_MODEL
 
 
 def test_a_worker_that_refuses_its_settings_ends_up_with_its_status(start: Start) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from shared import synthetic
-from tests.service import TINY, Process, Service, is_alive, until, up, wait_gone
-from worker.confine import OPEN_FILES
+from shared.synthetic import models as synthetic
+from tests.support.service import TINY, Process, Service, is_alive, until, up, wait_gone
+from worker.engine.confine import OPEN_FILES
 
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "hush", "DATABASE_URL": "postgres://u:hush@h", "LOADSTONE_API_TOKENS": "hush"}
 

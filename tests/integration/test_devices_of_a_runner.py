@@ -16,15 +16,16 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from shared.schema import Taken
-from shared.synthetic import large_vocabulary, tiny_gemma3
-from tests.fakehosts import Device, FakeHost
+from shared.schema.memory import Taken
+from shared.synthetic.models import large_vocabulary, tiny_gemma3
 from tests.integration.test_runner import DEADLINE_S, answers, given, ready, taken
-from tests.runners import freeze
-from worker.breakdown import breakdown
-from worker.death import from_reason
-from worker.protocol import NO_GPU, Failed, Load, Measure, Measured
-from worker.runner import Runner, Runners
+from tests.support.fakehosts import Device, FakeHost
+from tests.support.runners import freeze
+from worker.engine.breakdown import breakdown
+from worker.runner.failure import from_reason
+from worker.runner.process import Runner
+from worker.runner.protocol import NO_GPU, Failed, Load, Measure, Measured
+from worker.runner.warm import Runners
 
 GIB, MIB = 1 << 30, 1 << 20
 A, B, C = "GPU-fake-0", "GPU-fake-1", "GPU-fake-2"
@@ -265,8 +266,8 @@ PLACES: dict[str, tuple[list[str], list[int]]] = {
 async def test_what_a_load_would_take_is_what_it_takes(
     host: FakeHost, files: dict[str, Path], words: str, place: str
 ) -> None:
-    """To the byte, but for what `worker.llama.measure` says of several GPUs; and saying so needs no room, and leaves
-    the engine fit to load."""
+    """To the byte, but for what `worker.engine.llama.measure` says of several GPUs; and saying so needs no room, and
+    leaves the engine fit to load."""
     configuration = dict(CONFIGURATIONS[words])
     name = configuration.pop("file")
     devices, layers = PLACES[place]
@@ -387,7 +388,7 @@ async def test_nvml_sees_what_runners_and_others_hold(host: FakeHost, files: dic
 def test_memory_of_a_process_that_died_stays_used_for_as_long_as_the_driver_takes(tmp_path: Path) -> None:
     host = FakeHost.made(tmp_path / "h", MIB)
     host.driver(lag_s=60.0, context_bytes=0)
-    code = f"from tests.fakehosts import FakeHost; assert FakeHost.here().change('{A}', {MIB})"
+    code = f"from tests.support.fakehosts import FakeHost; assert FakeHost.here().change('{A}', {MIB})"
     subprocess.run([sys.executable, "-c", code], env=os.environ | host.environ(), check=True)
     assert used(host) == {A: MIB}
     assert not host.change(A, 1)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from shared import devredis
-from shared.devredis import RedisUnavailable, Server
+from cli import devredis
+from cli.devredis import RedisUnavailable, Server
 
 
 @contextmanager

@@ -8,15 +8,17 @@ from typing import Any, Literal
 
 import pytest
 
-from shared.architectures import SHAPES
-from shared.estimate import Needs, needs_of
-from shared.plan import plan
-from shared.schema import LoadRequest, Model, Taken
+from shared.memory.estimate import Needs, needs_of
+from shared.memory.plan import plan
+from shared.schema.http import LoadRequest
+from shared.schema.memory import Taken
+from shared.schema.model import Model
 from shared.settings import Settings
-from shared.synthetic import sparse_shape
+from shared.synthetic.architectures import SHAPES
+from shared.synthetic.models import sparse_shape
 from tests.integration.conftest import catalog
-from tests.noalloc import load, measured
-from worker.protocol import Load
+from tests.support.noalloc import load, measured
+from worker.runner.protocol import Load
 
 BOUND = 0.03  # of the total, either way
 COMPUTE_BOUND = 0.2  # of the compute buffer alone, so that no term of it can get lost beside the weights

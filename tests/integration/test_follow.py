@@ -9,12 +9,13 @@ import msgspec
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-import api.follow
+import api.loads.follow
 import shared.store
-from api.follow import Follower
+from api.loads.follow import Follower
 from shared.errors import QueueUnavailable
+from shared.instance import Instance
 from shared.lifecycle import Event, State
-from shared.schema import Instance, LoadRequest
+from shared.schema.http import LoadRequest
 from shared.store import HISTORY_N, Store
 
 DEADLINE_S = 10.0
@@ -46,7 +47,7 @@ async def waiting(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Follower, asyncio.Task[list[State]]]:
     """Somebody who follows, has seen what there was, and hears of nothing."""
-    monkeypatch.setattr(api.follow, "RECHECK_S", 0.01)
+    monkeypatch.setattr(api.loads.follow, "RECHECK_S", 0.01)
     follower, first = Follower(store), asyncio.Event()
     following = asyncio.create_task(states(follower, record, first))
     async with asyncio.timeout(DEADLINE_S):
@@ -139,7 +140,7 @@ async def reading_done(follower: Follower) -> None:
 async def test_a_log_of_several_readings_is_seen_whole_and_once(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch, revisions: int
 ) -> None:
-    for module in (api.follow, shared.store):
+    for module in (api.loads.follow, shared.store):
         monkeypatch.setattr(module, "HISTORY_N", 8)
     last = await moved(store, record, revisions, ended=False)
     assert await seen(Follower(store), record, most=revisions) == [*range(1, revisions + 1)]

@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 
-from api.follow import Follower
-from api.loads import Loads
-from api.roster import Roster
+from api.loads.follow import Follower
+from api.loads.submit import Loads
+from api.pool.roster import Roster
 from shared.errors import LoadFailed
-from shared.schema import LoadRequest, Model, Problem, WorkerSnapshot
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model, Problem
+from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
 from shared.store import Store
 

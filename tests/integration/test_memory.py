@@ -16,23 +16,24 @@ from typing import Any
 
 import pytest
 
-import worker.resident
-import worker.runner
-from shared.architectures import TINY
+import worker.instance
+import worker.runner.warm
+from shared.instance import Instance
 from shared.lifecycle import TERMINAL, State
-from shared.schema import Instance, LoadRequest, Model
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model
 from shared.settings import Settings
 from shared.store import Store
-from shared.synthetic import tiny_llama
-from tests import waiting
-from tests.fakehosts import FakeHost
-from tests.integration import gpus
+from shared.synthetic.architectures import TINY
+from shared.synthetic.models import tiny_llama
 from tests.integration.conftest import catalog
-from tests.runners import freeze, is_gone
-from tests.waiting import no_runners
+from tests.support import gpus, waiting
+from tests.support.fakehosts import FakeHost
+from tests.support.runners import freeze, is_gone
+from tests.support.waiting import no_runners
 from worker.agent import Agent
-from worker.hostmemory import host_memory, oom_kills
-from worker.runner import Runner
+from worker.memory.host import host_memory, oom_kills
+from worker.runner.process import Runner
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -254,7 +255,7 @@ class Pretence:
             return (await held.record(id_)).phase is not None
 
         await until(is_in_its_load, "it is loading")
-        self.monkeypatch.setattr(worker.resident, "oom_kills", lambda: oom_kills() + 1)
+        self.monkeypatch.setattr(worker.instance, "oom_kills", lambda: oom_kills() + 1)
         os.kill(runner.pid, signal.SIGKILL)
         return id_
 
@@ -291,7 +292,7 @@ GPU, GPU_BYTES, ROOM_BYTES = "GPU-fake-0", 64 * MIB, 11 * MIB // 2
 def on_a_gpu(directory: str, control: socket.socket, output: socket.socket, visible: str | None) -> None:
     """What a runner does, on a machine with one small GPU that is none; of that, somebody else takes all but ROOM_BYTES
     after the load was placed, and before it begins."""
-    from worker import llama  # only here: the engine may be in the runner's process only
+    from worker.engine import llama  # only here: the engine may be in the runner's process only
 
     loaded: Any = llama.Loaded
     load_model = loaded._load_model
@@ -316,7 +317,7 @@ async def held_on_gpu(
     await agent.publish([*models.values()])
     made = Held(agent)
     await made.loaded()
-    monkeypatch.setattr(worker.runner, "_run_child", partial(on_a_gpu, str(host.directory)))
+    monkeypatch.setattr(worker.runner.warm, "_run_child", partial(on_a_gpu, str(host.directory)))
     await made.loaded()  # the runner that was warm before
     yield made, host
     await made.check_untouched()

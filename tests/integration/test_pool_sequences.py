@@ -1,10 +1,10 @@
-"""Whatever is loaded, unloaded and filled in whatever order: tests.poolmodel says what is asserted, and how."""
+"""Whatever is loaded, unloaded and filled in whatever order: the pool model says what is asserted, and how."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 
-from tests.poolmodel import Play, play, plays
+from tests.simulation.poolmodel import Play, play, plays
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)  # the same ones each time; `make soak` has others

@@ -15,15 +15,18 @@ import redis
 from msgspec import msgpack
 
 import worker.agent
-import worker.main
-from api.follow import Follower
-from api.loads import Loads
-from api.roster import Roster
+import worker.deliveries
+from api.loads.follow import Follower
+from api.loads.submit import Loads
+from api.pool.roster import Roster
+from shared.instance import Instance
 from shared.lifecycle import State
-from shared.schema import Instance, LoadRequest, Model, Sizing, WorkerSnapshot
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model
+from shared.schema.snapshot import Sizing, WorkerSnapshot
 from shared.settings import Settings
 from shared.store import Store, queue_of
-from tests.waiting import until
+from tests.support.waiting import until
 from worker.agent import Agent
 
 DEADLINE_S = 10.0
@@ -74,13 +77,13 @@ async def loads(store: Store) -> Loads:
 @pytest.fixture
 def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a notification nothing is looked at any more."""
-    monkeypatch.setattr(worker.main, "FALLBACK_S", 3600.0)
+    monkeypatch.setattr(worker.deliveries, "FALLBACK_S", 3600.0)
 
 
 @pytest.fixture
 async def working(store: Store, agent: Recording, raw: redis.Redis) -> AsyncIterator[None]:
     """arq and the wake channel, as a worker runs them, from when they listen."""
-    task = asyncio.create_task(worker.main._deliveries(store.redis, agent))
+    task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
     async with asyncio.timeout(DEADLINE_S):
         while not listeners(raw):
             assert not task.done()
@@ -142,7 +145,7 @@ async def test_many_at_once_are_all_delivered_once(loads: Loads, agent: Recordin
 async def test_what_was_queued_before_the_worker_came_is_delivered(loads: Loads, agent: Recording) -> None:
     made = await submit(loads)
     assert agent.delivered == []
-    task = asyncio.create_task(worker.main._deliveries(loads.store.redis, agent))
+    task = asyncio.create_task(worker.deliveries.take_deliveries(loads.store.redis, agent))
     await agent.until(made.id)
     await end(task)
 
@@ -164,7 +167,7 @@ async def test_an_entry_that_is_queued_twice_is_delivered_once(loads: Loads, age
     again: dict[str, Any] = {"_job_id": f"{made.id}:1", "_queue_name": queue_of("w"), "_expires": 3600}
     assert await loads.store.redis.enqueue_job("load", made.id, **again) is None
     last = await submit(loads)
-    task = asyncio.create_task(worker.main._deliveries(loads.store.redis, agent))
+    task = asyncio.create_task(worker.deliveries.take_deliveries(loads.store.redis, agent))
     await agent.until(made.id, last.id)
     await end(task)
     assert agent.delivered.count(made.id) == 1
@@ -175,7 +178,7 @@ async def test_one_cancellation_ends_it_whenever_it_comes(loads: Loads, agent: R
     """A worker that is told to stop waits for this before it drains: a cancellation that gets lost stops nothing."""
     for _ in range(5):
         made = await submit(loads)
-        task = asyncio.create_task(worker.main._deliveries(loads.store.redis, agent))
+        task = asyncio.create_task(worker.deliveries.take_deliveries(loads.store.redis, agent))
         await agent.until(made.id)
         await end(task)
 

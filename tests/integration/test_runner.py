@@ -13,20 +13,23 @@ from typing import Any
 
 import pytest
 
-import worker.runner
-from shared.architectures import TINY, TINY_MOE
-from shared.schema import LoadConfig, LoadRequest, Model, Phase
+import worker.runner.process
+import worker.runner.warm
+from shared.schema.http import LoadConfig, LoadRequest, Phase
+from shared.schema.model import Model
 from shared.settings import Settings
-from shared.synthetic import sharded, tiny_llama, tiny_moe
-from shared.trace import begun
-from tests.runners import freeze, has_variable, is_gone
-from tests.service import below, tiny_quantized, until
-from worker.child import ORPHANED
-from worker.death import from_exit, from_reason
-from worker.plan import plan
-from worker.prefetch import Ahead, Unreadable
-from worker.protocol import NO_GPU, Failed, FromRunner, Load, Progress, Ready
-from worker.runner import Runner, RunnerDied, Runners
+from shared.synthetic.architectures import TINY, TINY_MOE
+from shared.synthetic.models import sharded, tiny_llama, tiny_moe
+from shared.telemetry.trace import begun
+from tests.support.runners import freeze, has_variable, is_gone
+from tests.support.service import below, tiny_quantized, until
+from worker.engine.child import ORPHANED
+from worker.engine.prefetch import Ahead, Unreadable
+from worker.runner.failure import from_exit, from_reason
+from worker.runner.parameters import plan
+from worker.runner.process import Runner, RunnerDied
+from worker.runner.protocol import NO_GPU, Failed, FromRunner, Load, Progress, Ready
+from worker.runner.warm import Runners
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -346,7 +349,7 @@ async def test_an_interrupt_from_a_terminal_is_its_owners_business(runner: Runne
 async def test_one_that_does_not_answer_is_killed(
     runner: Runner, models_dir: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool
 ) -> None:
-    monkeypatch.setattr(worker.runner, "GRACE_S", SHORT_S)
+    monkeypatch.setattr(worker.runner.process, "GRACE_S", SHORT_S)
     if loaded:
         await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     await freeze(runner)
@@ -416,7 +419,7 @@ async def test_close_ends_a_warm_one_that_does_not_answer(runners: Runners, monk
     await freeze(frozen)
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(worker.runner, "GRACE_S", SHORT_S)
+            patched.setattr(worker.runner.process, "GRACE_S", SHORT_S)
             await runners.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
@@ -429,7 +432,7 @@ async def test_close_ends_a_warm_one_that_does_not_answer(runners: Runners, monk
 
 async def test_one_that_ends_before_it_is_warm_is_told_of(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(worker.runner, "_run_child", slice)  # anything that returns at once
+        patched.setattr(worker.runner.warm, "_run_child", slice)  # anything that returns at once
         with pytest.raises(RunnerDied, match="it said nothing"):
             await runners.take()
     async with taken(runners):  # the next one is another try

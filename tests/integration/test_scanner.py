@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from shared.schema import Model
-from tests.headers import vocabulary, write
-from tests.service import processes
-from worker.scanner import LENGTH, catalogs
+from shared.schema.model import Model
+from tests.support.headers import vocabulary, write
+from tests.support.service import processes
+from worker.catalog.scanner import LENGTH, catalogs
 
 DEADLINE_S = 20.0
 
@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 def children() -> list[int]:
     """Our scanners."""
-    return [one.pid for one in processes() if one.parent == os.getpid() and "worker.scanner" in one.words]
+    return [one.pid for one in processes() if one.parent == os.getpid() and "worker.catalog.scanner" in one.words]
 
 
 def watch(root: Path) -> AsyncGenerator[list[Model], None]:
@@ -138,7 +138,15 @@ async def test_a_scanner_that_has_much_to_say_to_nobody_still_ends(root: Path) -
 
 @pytest.fixture
 def scanner(root: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "worker.scanner", str(root), str(root.parent / "cache"), "--log-format", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "worker.catalog.scanner",
+        str(root),
+        str(root.parent / "cache"),
+        "--log-format",
+        "json",
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         yield process
         process.kill()

@@ -13,14 +13,16 @@ import pytest
 import redis
 
 import worker.agent
-import worker.resident
-import worker.runner
+import worker.instance
+import worker.runner.process
+import worker.runner.warm
 from shared.lifecycle import State
 from tests.integration.test_agent import SHORT_S, agent, begin, check_failed, delivered, loaded, reached, released, warm
-from tests.runners import freeze, is_gone
-from tests.waiting import until
+from tests.support.runners import freeze, is_gone
+from tests.support.waiting import until
 from worker.agent import Agent
-from worker.runner import Runner, RunnerDied, Runners
+from worker.runner.process import Runner, RunnerDied
+from worker.runner.warm import Runners
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -136,8 +138,8 @@ async def test_a_cancellation_that_gets_lost_while_a_log_is_kept_ends_that_all_t
 async def test_a_loaded_model_whose_runner_is_silent_is_failed_and_its_memory_is_back(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker.resident, "SILENCE_S", 0.05)
-    monkeypatch.setattr(worker.runner, "GRACE_S", SHORT_S)
+    monkeypatch.setattr(worker.instance, "SILENCE_S", 0.05)
+    monkeypatch.setattr(worker.runner.process, "GRACE_S", SHORT_S)
     agent.settings = msgspec.structs.replace(agent.settings, stall_limit_s=3.0)
     id_, runner = await loaded(agent)
     _, healthy = await loaded(agent, 2, "p/moe")
@@ -165,7 +167,7 @@ async def test_a_server_that_forks_no_more_fails_loads_in_time(agent: Agent, mon
     """Nobody waits for it without end; it is stopped, not dead, so that nothing else tells."""
     first = await warm(agent)
     server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    monkeypatch.setattr(worker.runner, "WARM_DEADLINE_S", SHORT_S)
+    monkeypatch.setattr(worker.runner.warm, "WARM_DEADLINE_S", SHORT_S)
     os.kill(server, signal.SIGSTOP)
     try:
         id_, _ = await loaded(agent)

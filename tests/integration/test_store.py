@@ -20,8 +20,11 @@ from msgspec import msgpack
 
 import shared.store
 from shared.errors import ErrorBody
+from shared.instance import Instance
 from shared.lifecycle import Event, State
-from shared.schema import Instance, LoadConfig, LoadRequest, Model, Problem, WorkerSnapshot
+from shared.schema.http import LoadConfig, LoadRequest
+from shared.schema.model import Model, Problem
+from shared.schema.snapshot import WorkerSnapshot
 from shared.store import (
     NEWS,
     RETAIN_S,

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-import api.stream
-from api.follow import Follower
-from api.stream import EventStream, events
-from api.waiting import Waiting
+import api.loads.follow
+import api.loads.stream
+from api.limits import Waiting
+from api.loads.follow import Follower
+from api.loads.stream import EventStream, events
 from shared.errors import TooManyWaiting
+from shared.instance import Instance
 from shared.lifecycle import Event
-from shared.schema import Instance, LoadRequest
+from shared.schema.http import LoadRequest
 from shared.store import Store
 
 DEADLINE_S = 10.0
@@ -30,7 +32,7 @@ async def test_comments_come_while_nothing_happens(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Proxies cut a connection on which nothing is sent, and a load may be queued for long."""
-    monkeypatch.setattr(api.stream, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(api.loads.stream, "HEARTBEAT_S", 0.01)
     async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", asyncio.Event())) as stream:
         found = [await anext(stream) for _ in range(3)]
     assert [text.startswith(b"id: ") for text in found].count(True) == 1
@@ -51,7 +53,7 @@ async def test_a_process_that_is_told_to_stop_ends_its_streams_without_a_termina
 async def test_where_redis_lost_the_record_the_last_event_says_so_and_has_no_id(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api.follow, "RECHECK_S", 0.01)
+    monkeypatch.setattr(api.loads.follow, "RECHECK_S", 0.01)
     follower = Follower(store)
     looking = asyncio.create_task(follower._recheck())
     async with asyncio.timeout(DEADLINE_S), aclosing(events(follower, record, "0", asyncio.Event())) as stream:
@@ -75,7 +77,7 @@ async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it has not taken stays in Redis: one event is on its way, and none is read ahead of it."""
-    monkeypatch.setattr(api.stream, "LAST_WORDS_S", 0.01)
+    monkeypatch.setattr(api.loads.stream, "LAST_WORDS_S", 0.01)
     waiting, closing = Waiting(1), asyncio.Event()
     with ExitStack() as undo:
         undo.enter_context(waiting.place())

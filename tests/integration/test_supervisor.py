@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.supervisor import Command, StartFailed, Stopped, Supervisor
+from cli.supervisor import Command, StartFailed, Stopped, Supervisor
 
 SLEEP = "import time; time.sleep(60)"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -24,7 +24,7 @@ SUPERVISE = """
 import asyncio, sys
 from tests.integration.test_supervisor import command, started, SLEEP
 from pathlib import Path
-from shared.supervisor import Stopped, Supervisor
+from cli.supervisor import Stopped, Supervisor
 
 async def main(file):
     async with Supervisor() as supervisor:

@@ -8,10 +8,12 @@ import pytest
 import redis
 from msgspec import msgpack
 
-from api.roster import Roster
-from api.sweep import Sweep
+from api.pool.roster import Roster
+from api.pool.sweep import Sweep
+from shared.instance import Instance
 from shared.lifecycle import Event, State
-from shared.schema import Instance, LoadRequest, WorkerSnapshot
+from shared.schema.http import LoadRequest
+from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
 from shared.store import Store
 

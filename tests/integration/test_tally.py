@@ -12,10 +12,12 @@ import redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from shared.errors import LoadFailed
+from shared.instance import Instance
 from shared.lifecycle import Event, State
-from shared.schema import Instance, LoadRequest, WorkerSnapshot
+from shared.schema.http import LoadRequest
+from shared.schema.snapshot import WorkerSnapshot
 from shared.store import RETAIN_S, UNAVAILABLE, Fenced, Store
-from shared.tally import Tally
+from shared.telemetry.tally import Tally
 
 
 def queued(number: int, **fields: Any) -> Instance:

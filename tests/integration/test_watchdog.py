@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared import cli, listener
+from cli import listener, up
+from cli.supervisor import PIPE_BYTES, Command, Supervisor
+from shared.heartbeat import heartbeat
 from shared.settings import Settings
-from shared.supervisor import PIPE_BYTES, Command, Supervisor, heartbeat
 from tests.integration.test_supervisor import SLEEP, command, is_gone, pids, started, wait_gone
-from tests.service import Process, RedisServer, below, until
-from tests.service import wait_gone as wait_all_gone
+from tests.support.service import Process, RedisServer, below, until
+from tests.support.service import wait_gone as wait_all_gone
 
 SILENCE_S = 0.5
 BEAT = """
@@ -185,10 +186,10 @@ async def test_a_worker_that_stands_still_is_replaced(settings: Settings, redis:
         epochs.append(epoch)
         return None
 
-    await check_replaced(cli._worker_command(settings, 5.0), missing)
+    await check_replaced(up.worker_command(settings, 5.0), missing)
 
 
 async def test_an_api_that_stands_still_is_replaced(settings: Settings) -> None:
     with listener.bind(settings) as listening:
-        command = cli._api_command(settings, listening, (0.0, 0.0))
+        command = up.api_command(settings, listening, (0.0, 0.0))
         await check_replaced(command, partial(listener.missing, listening, "/healthz"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import chaos
+from tests.simulation import chaos
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "300"))
 SEED = int(os.environ.get("CHAOS_SEED", "0")) or random.randrange(1, 1_000_000)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared import synthetic
-from tests.service import TINY, Process, Service, error, until, up
+from shared.synthetic import models as synthetic
+from tests.support.service import TINY, Process, Service, error, until, up
 
 CYCLES = int(os.environ.get("CYCLES", "1000"))
 SETTLED = 300  # cycles after which pools and the list of logs are full, and allocators have what they keep

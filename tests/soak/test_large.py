@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from bench.pagecache import drop
-from shared import synthetic
-from tests.service import LOADSTONE, STATUS, Process, Running, Service, until, up
+from shared.synthetic import models as synthetic
+from tests.support.service import LOADSTONE, STATUS, Process, Running, Service, until, up
 
 BIG = "acme/big"
 MIB = 1 << 20

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.poolmodel import Play, play, plays
+from tests.simulation.poolmodel import Play, play, plays
 
 seen: Counter[str] = Counter()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from shared import synthetic
-from tests.service import STATUS, TINY, until, up
+from shared.synthetic import models as synthetic
+from tests.support.service import STATUS, TINY, until, up
 
 READERS = 5
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shared import synthetic
-from tests.service import STATUS, TINY, Client, Process, Service, up
+from shared.synthetic import models as synthetic
+from tests.support.service import STATUS, TINY, Client, Process, Service, up
 
 SECONDS = float(os.environ.get("STEADY_SECONDS", "3600"))
 SETTLED = 1 / 6  # of that: pools, caches and allocators have what they keep

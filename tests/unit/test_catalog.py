@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import modelkeys
-from shared.catalog import Catalog, by_name
-from shared.modelfile import abbreviated
-from shared.modelkeys import Place
+from shared.lookup import by_name
 from shared.quantization import nominal_bits, tag
-from shared.schema import Dimensions, Model, Problem, Weights
-from tests.headers import LLAMA, Value, header, vocabulary, write
+from shared.schema.model import Dimensions, Model, Problem, Weights
+from tests.support.headers import LLAMA, Value, header, vocabulary, write
+from worker.catalog import keys
+from worker.catalog.catalog import Catalog
+from worker.catalog.keys import Place
+from worker.catalog.modelfile import abbreviated
 
 Look = Callable[[], dict[str, Model]]
 
@@ -122,10 +123,10 @@ places = st.builds(
 
 @given(places=st.lists(places, unique=True, max_size=8), seed=st.randoms(use_true_random=False))
 def test_keys_are_unique_and_do_not_depend_on_the_order_of_a_walk(places: list[Place], seed: random.Random) -> None:
-    named = modelkeys.name_all(places)
+    named = keys.name_all(places)
     assert len({name.key for name in named}) == len(places)
     shuffled = seed.sample(places, len(places))
-    assert dict(zip(places, named, strict=True)) == dict(zip(shuffled, modelkeys.name_all(shuffled), strict=True))
+    assert dict(zip(places, named, strict=True)) == dict(zip(shuffled, keys.name_all(shuffled), strict=True))
 
 
 # ---- what a key means

@@ -8,11 +8,12 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from shared import cli, commands
-from shared.client import LONGEST_PAUSE_S, PATIENCE_S, Failure, Patience, _status, checked_url, events
-from shared.display import Lines, Meter, clean, facts
+from cli import commands
+from cli import main as cli
+from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Failure, Patience, _status, checked_url, events
+from cli.display import Lines, Meter, clean, facts
 from shared.errors import ErrorBody
-from shared.schema import LoadProgress
+from shared.schema.http import LoadProgress
 
 ERROR = ErrorBody(type="service_unavailable", message="Redis does not answer.")
 

@@ -23,7 +23,7 @@ from shared.errors import (
     UnrecognizedKeys,
     UnsupportedMediaType,
 )
-from shared.schema import LoadRequest, UnloadRequest
+from shared.schema.http import LoadRequest, UnloadRequest
 
 LOAD, UNLOAD = '"{}" is required', "Missing required field '{}'"
 FIELDS = [*LoadRequest.__struct_fields__]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from shared.schema import CPU
+from shared.schema.memory import CPU
 from shared.settings import Settings, SettingsError
-from tests.fakehosts import FakeHost
-from tests.integration.gpus import use_driver
-from worker.devices import Devices, locked
-from worker.nvml import Driver
-from worker.protocol import NO_GPU
+from tests.support.fakehosts import FakeHost
+from tests.support.gpus import use_driver
+from worker.memory.devices import Devices, locked
+from worker.memory.nvml import Driver
+from worker.runner.protocol import NO_GPU
 
 GIB = 1 << 30
 FIRST, SECOND, THIRD = (f"GPU-fake-{i}" for i in range(3))

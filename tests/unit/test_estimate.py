@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from shared.estimate import CELLS, MOST_BYTES, Needs, needs_of
-from shared.placement import largest_context_length
-from shared.plan import plan
-from shared.schema import Dimensions, LoadRequest, Model, Taken, Weights
+from shared.memory.estimate import CELLS, MOST_BYTES, Needs, needs_of
+from shared.memory.placement import largest_context_length
+from shared.memory.plan import plan
+from shared.schema.http import LoadRequest
+from shared.schema.memory import Taken
+from shared.schema.model import Dimensions, Model, Weights
 from shared.settings import Settings
 
 MAXIMUM = 131_072

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.gguf import Header, InvalidGGUF, parse, read
 from shared.quantization import BLOCKS
-from tests.headers import LLAMA, WEIGHTS, Value, header, vocabulary, write
+from tests.support.headers import LLAMA, WEIGHTS, Value, header, vocabulary, write
+from worker.catalog.gguf import Header, InvalidGGUF, parse, read
 
 FULL: dict[str, Value] = {**LLAMA, "general.tags": ["a", "b"], "llama.rope.freq_base": 0.5, **vocabulary(40)}
 

@@ -118,12 +118,12 @@ def test_workers_can_be_scaled(compose: dict[str, Any]) -> None:
 
 
 def test_every_service_may_take_as_long_to_stop_as_the_program_does(compose: dict[str, Any]) -> None:
-    from shared import cli
+    from cli import up
 
     grace = {name: float(s.get("stop_grace_period", "10s").rstrip("s")) for name, s in compose["services"].items()}
-    assert grace["api"] > cli.API_GRACE_S
-    assert grace["worker"] > cli.LONE_WORKER_GRACE_S
-    assert grace["worker-gpu"] > cli.LONE_WORKER_GRACE_S
+    assert grace["api"] > up.API_GRACE_S
+    assert grace["worker"] > up.LONE_WORKER_GRACE_S
+    assert grace["worker-gpu"] > up.LONE_WORKER_GRACE_S
 
 
 def test_the_services_are_built_from_stages_that_exist(compose: dict[str, Any]) -> None:

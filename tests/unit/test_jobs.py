@@ -11,20 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from api.jobs import event, is_over, job, outcome, status
+from api.loads.jobs import event, is_over, job, outcome, status
 from shared.errors import ErrorBody
+from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, IllegalTransition, State
-from shared.schema import (
-    Instance,
-    LoadConfig,
-    LoadEnd,
-    LoadError,
-    LoadEvent,
-    LoadProgress,
-    LoadRequest,
-    LoadStart,
-    Phase,
-)
+from shared.schema.http import LoadConfig, LoadEnd, LoadError, LoadEvent, LoadProgress, LoadRequest, LoadStart, Phase
 
 E, S = Event, State
 ERROR = ErrorBody(type="model_load_failed", code="engine_crashed", message="why")

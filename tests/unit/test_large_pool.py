@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from shared.placement import Host, Wish, choose
-from shared.schema import CPU, Device, Holding, WorkerSnapshot
+from shared.memory.choose import Host, choose
+from shared.memory.placement import Wish
+from shared.schema.memory import CPU, Device, Holding
+from shared.schema.snapshot import WorkerSnapshot
 from tests.unit.test_placement import needing
 
 N_WORKERS, THE_ONE = 1000, 777

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from shared.errors import ErrorBody
+from shared.instance import Instance
 from shared.lifecycle import HOLDS_MEMORY, NEXT, TERMINAL, Event, IllegalTransition, State, step
-from shared.schema import Instance, LoadRequest
+from shared.schema.http import LoadRequest
 
 E, S = Event, State
 ERROR = ErrorBody(type="model_load_failed", message="why", code="engine_crashed")

@@ -12,14 +12,14 @@ import jsonschema_rs
 import pytest
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
-from api import docs
 from api.auth import OPEN_PATHS
 from api.errors import STATUS
-from api.openapi import bodies, document
-from api.operations import FIELDS, OPERATIONS, PARAMETERS
+from api.openapi import page
+from api.openapi.document import bodies, document
+from api.openapi.operations import FIELDS, OPERATIONS, PARAMETERS
 from api.routes import ROUTES
 from shared.errors import ServiceError
-from shared.schema import LoadRequest
+from shared.schema.http import LoadRequest
 from tests.unit.test_errors import kinds
 
 DOCUMENT = document()
@@ -128,19 +128,19 @@ def test_replies_that_ask_to_come_back_say_when() -> None:
 
 
 def test_the_page_is_in_the_package_and_escapes_what_it_shows() -> None:
-    assert files("api").joinpath("templates/docs.html").is_file()
+    assert files("api.openapi").joinpath("templates/docs.html").is_file()
     changed = document()
     changed["info"]["title"] = "<script>alert(1)</script>"
-    page = docs.page(changed)
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
+    made = page.page(changed)
+    assert "<script" not in made
+    assert "&lt;script&gt;" in made
 
 
 def test_a_curl_command_of_the_page_calls_what_it_stands_by() -> None:
     load = DOCUMENT["paths"]["/api/v1/models/load"]["post"]
-    command = docs.curl(DOCUMENT, "/api/v1/models/load", "post", load)
+    command = page.curl(DOCUMENT, "/api/v1/models/load", "post", load)
     assert command.startswith("curl http://localhost:1234/api/v1/models/load")
     assert '-H "Authorization: Bearer $TOKEN"' in command
     assert '-d \'{"model":' in command
-    health = docs.curl(DOCUMENT, "/healthz", "get", DOCUMENT["paths"]["/healthz"]["get"])
+    health = page.curl(DOCUMENT, "/healthz", "get", DOCUMENT["paths"]["/healthz"]["get"])
     assert health == "curl http://localhost:1234/healthz"

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, structs
 
-from shared.estimate import CELLS, Needs, needs_of
-from shared.placement import Host, Placement, Wish, arrange, available, choose, has_gpu, largest_context_length, place
-from shared.plan import plan
-from shared.schema import CPU, Device, Dimensions, GPURequest, Holding, LoadRequest, Model, Weights, WorkerSnapshot
+from shared.memory.choose import Host, choose
+from shared.memory.estimate import CELLS, Needs, needs_of
+from shared.memory.placement import Placement, Wish, arrange, available, has_gpu, largest_context_length, place
+from shared.memory.plan import plan
+from shared.schema.http import GPURequest, LoadRequest
+from shared.schema.memory import CPU, Device, Holding
+from shared.schema.model import Dimensions, Model, Weights
+from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
 
 GPUS = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]

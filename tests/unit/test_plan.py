@@ -10,13 +10,14 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from api.models import check
+from api.pool.listing import check
 from shared.errors import InvalidValue
-from shared.plan import MEAN, UBATCH
-from shared.schema import LoadRequest, Model
+from shared.memory.plan import MEAN, UBATCH
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model
 from shared.settings import Settings
-from worker.plan import plan
-from worker.protocol import Load
+from worker.runner.parameters import plan
+from worker.runner.protocol import Load
 
 UINT32 = 2**32 - 1
 LAST = 3  # llama.cpp's LLAMA_POOLING_TYPE_LAST

@@ -1,4 +1,4 @@
-"""Random weights, real files: what shared.synthetic writes, llama.cpp loads, on the CPU and on a fake GPU."""
+"""Random weights, real files: what shared.synthetic.models writes, llama.cpp loads, on the CPU and on a fake GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import pytest
 from gguf import GGUFReader
 
-from shared import synthetic
+from shared.synthetic import models as synthetic
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -241,7 +241,7 @@ def fake_gpu_bytes(path: Path) -> dict[str, int]:
     """What a fake GPU of 64 MiB holds of the model at each step of its life."""
     from llama_cpp import llama_cpp as lib
 
-    from tests import fakegpu
+    from tests.support import fakegpu
 
     lib.llama_backend_init()
     gpu = fakegpu.add("FAKE0", 64 << 20)
@@ -270,7 +270,7 @@ def refusals(path: Path) -> tuple[list[str], int]:
     """What two fake GPUs, of which one has no room, make of a load to each alone; the bytes held in the end."""
     from llama_cpp import llama_cpp as lib
 
-    from tests import fakegpu
+    from tests.support import fakegpu
 
     lib.llama_backend_init()
     gpus = [fakegpu.add("FAKE0", 64 << 20), fakegpu.add("FAKE1", 100 << 10)]

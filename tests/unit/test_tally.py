@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.metrics import HELP, KNOWN, cumulated, rendered
+from api.pool.metrics import HELP, KNOWN, cumulated, rendered
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, NoWorker
+from shared.instance import Instance
 from shared.lifecycle import Event
-from shared.schema import Instance, LoadRequest
+from shared.schema.http import LoadRequest
 from shared.store import Readings
-from shared.tally import (
+from shared.telemetry.tally import (
     BOUNDS_S,
     COUNTERS,
     GIB,

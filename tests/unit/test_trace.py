@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shared.trace import Trace, begun, continued, parse
+from shared.telemetry.trace import Trace, begun, continued, parse
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 HEADER = f"00-{TRACE_ID}-{SPAN_ID}-01"

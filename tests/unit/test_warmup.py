@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from worker.llama import MANY_BYTES, MOST_THREADS, n_threads
+from worker.engine.llama import MANY_BYTES, MOST_THREADS, n_threads
 
 
 @pytest.fixture

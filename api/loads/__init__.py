@@ -1,0 +1,1 @@
+"""Loads as clients see them: accepted, followed, streamed, stopped."""

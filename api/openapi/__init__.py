@@ -1,0 +1,1 @@
+"""The API as an OpenAPI document, and as a page."""

@@ -1,0 +1,158 @@
+"""The API as an OpenAPI 3.1 document, from the types that validate and encode and from the table of errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, get_args
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from api.auth import OPEN_PATHS
+from api.errors import ErrorReply, status_of
+from api.openapi import page
+from api.openapi.operations import (
+    EXAMPLES,
+    FIELDS,
+    HEADERS,
+    JSON,
+    OPERATIONS,
+    PARAMETERS,
+    REF,
+    Operation,
+    Reply,
+    anything,
+    schema_of,
+)
+from shared import __version__, errors
+from shared.errors import ErrorBody, LoadFailure, ServiceError
+from shared.schema.http import LoadEvent
+
+INTRO = """\
+Loads GGUF models into memory on request. Errors have one shape, on every path: an object `error` with `type` and
+`message`, and where they apply `code`, `param` and `detail`; `type` and `code` are for programs and never change."""
+
+WITH_RETRY_AFTER = {
+    status_of(ErrorBody(type=kind.type, message="")) for kind in (errors.TooManyRequests, errors.ServiceUnavailable)
+}
+EVERYWHERE = (errors.InvalidAPIKey, errors.ForbiddenHost, ServiceError)
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document."""
+    paths: dict[str, dict[str, Any]] = {}
+    for (method, path), operation in OPERATIONS.items():
+        paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
+    schemas = msgspec.json.schema_components(_types(), schema_hook=anything, ref_template=REF)[1]
+    for kind, fields in FIELDS.items():
+        schema = schemas[kind.__name__]
+        schema["additionalProperties"] = False
+        schema["examples"] = [EXAMPLES[kind]]
+        for name, description in fields.items():
+            schema["properties"][name]["description"] = description
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Loadstone", "version": __version__, "description": INTRO},
+        "servers": [{"url": "/"}],
+        "security": [{"bearer": []}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "responses": {
+                "NotFound": _errors([errors.NotFound], 404),
+                "MethodNotAllowed": _errors([errors.MethodNotAllowed], 405),
+            },
+            "securitySchemes": {
+                "bearer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "One of the operator's tokens; needed where any are configured.",
+                }
+            },
+        },
+    }
+
+
+def _operation(path: str, operation: Operation) -> dict[str, Any]:
+    found: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
+    if operation.description:
+        found["description"] = operation.description
+    if path in OPEN_PATHS:
+        found["security"] = []
+    if operation.parameters:
+        found["parameters"] = [{"name": name, **PARAMETERS[name]} for name in operation.parameters]
+    if operation.body is not None:
+        found["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_of(operation.body)}}}
+    replies = {status: _reply(reply) for status, reply in operation.replies.items()}
+    by_status: dict[int, list[type[ServiceError]]] = {}
+    kinds = [kind for kind in EVERYWHERE if kind is not errors.InvalidAPIKey or path not in OPEN_PATHS]
+    for kind in (*operation.errors, *kinds):
+        for body in bodies(kind):
+            listed = by_status.setdefault(status_of(body), [])
+            if kind not in listed:
+                listed.append(kind)
+    replies |= {status: _errors(kinds, status) for status, kinds in by_status.items()}
+    found["responses"] = {str(status): reply for status, reply in sorted(replies.items())}
+    return found
+
+
+def _reply(reply: Reply) -> dict[str, Any]:
+    found: dict[str, Any] = {"description": reply.description}
+    if reply.headers or reply.more_headers:
+        found["headers"] = {name: {**HEADERS[name], "required": True} for name in reply.headers}
+        found["headers"] |= {name: HEADERS[name] for name in reply.more_headers}
+    if reply.content:
+        found["content"] = {media: {"schema": schema_of(kind)} for media, kind in reply.content.items()}
+    if reply.links:
+        found["links"] = reply.links
+    return found
+
+
+def bodies(kind: type[ServiceError]) -> list[ErrorBody]:
+    """Every error that a class stands for, without its sentence."""
+    codes = get_args(LoadFailure) if kind is errors.LoadFailed else [kind.code]
+    return [ErrorBody(type=kind.type, message="", code=code) for code in codes]
+
+
+def _errors(kinds: Iterable[type[ServiceError]], status: int) -> dict[str, Any]:
+    """The reply with this status that is one of these errors."""
+    lines, shapes, headers = [], [], ["WWW-Authenticate"] if status == 401 else []
+    for kind in kinds:
+        here = [body for body in bodies(kind) if status_of(body) == status]
+        codes = ", ".join(f"`{body.code}`" for body in here if body.code)
+        meaning = "A fault of the service's; its log says more." if kind is ServiceError else kind.__doc__
+        lines.append(f"`{kind.type}`" + (f" / {codes}" if codes else "") + f": {meaning}")
+        for body in here:
+            named = {"type": {"const": body.type}} | ({"code": {"const": body.code}} if body.code else {})
+            shapes.append({"properties": named, "required": list(named)})
+    if status in WITH_RETRY_AFTER:
+        headers.append("Retry-After")
+    narrowed = {"properties": {"error": {"anyOf": shapes}}}
+    reply = _reply(Reply(description="\n".join(lines), headers=tuple(headers)))
+    return reply | {"content": {JSON: {"schema": {"allOf": [schema_of(ErrorReply), narrowed]}}}}
+
+
+def _types() -> list[Any]:
+    replies = [reply for operation in OPERATIONS.values() for reply in operation.replies.values()]
+    sent = [kind for reply in replies for kind in reply.content.values() if not isinstance(kind, dict)]
+    return [*FIELDS, *sent, LoadEvent, ErrorReply]
+
+
+@cache
+def _encoded() -> bytes:
+    return msgspec.json.encode(document())
+
+
+@cache
+def _page() -> str:
+    return page.page(document())
+
+
+async def openapi_json(request: Request) -> Response:
+    return Response(_encoded(), media_type=JSON)
+
+
+async def docs_page(request: Request) -> Response:
+    return HTMLResponse(_page(), headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})

@@ -1,0 +1,93 @@
+"""What a load would take, and whether it would fit: the use case of an estimate."""
+
+from __future__ import annotations
+
+from msgspec import structs
+
+from api.pool.listing import nowhere
+from api.pool.roster import Candidate, Roster
+from shared.errors import LoadFailed
+from shared.memory.estimate import Needs
+from shared.memory.placement import Placement, Wish, available, largest_context_length, once_gone
+from shared.schema.http import EstimatedDevice, EstimateResult, LoadRequest
+from shared.schema.memory import CPU, Taken
+from shared.schema.snapshot import Sizing
+
+
+async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
+    """Where a load of this request would go, by what the workers published last.  Loads nothing.
+
+    Where the formula was not compared with the engine (`shared.memory.estimate`), the engine of the worker is asked;
+    `exact` is False where that does not answer.  Where the load fits nowhere, the devices are those with the most room.
+
+    Raises what a load of this request would, before it is accepted: ModelNotFound, NoWorker, InvalidValue, LoadFailed.
+    """
+    await roster.refresh()  # what is free now
+    candidates, known = roster.candidates(request)
+    if not candidates:
+        raise nowhere(request, known)
+    best, placed = roster.choose(candidates, request)
+    model = best.model
+    if model.problem is not None:
+        raise LoadFailed(model.problem.code, model.type, request.model, model.problem.message)
+    fits = placed is not None
+    if placed is None:
+        placed = _roomiest(best, request, roster)
+    if not placed.exact:
+        sizing = Sizing(request=request, key=model.key, gpus=placed.gpus, layers=placed.layers)
+        taken = await roster.store.sized(best.worker, sizing)
+        if taken is not None:
+            placed = structs.replace(placed, taken=taken, exact=True)
+            fits = fits and _has_room(best, placed, roster)
+    free = available(roster.alive[best.worker].devices)
+    devices = [
+        EstimatedDevice(
+            id=one.id,
+            worker=best.worker,
+            weights_bytes=one.weights_bytes,
+            context_bytes=one.context_bytes,
+            compute_bytes=one.compute_bytes,
+            total_bytes=one.total_bytes,
+            free_bytes=max(0, free[one.id]),
+        )
+        for one in placed.taken
+        if one.id in free  # the engine also tells of a CPU that is none of the worker's devices
+    ]
+
+    def has_room(needs: Needs) -> bool:
+        return roster.has_room(candidates, needs, Wish.of(request.gpu))
+
+    return EstimateResult(
+        model=request.model,
+        fits=fits,
+        devices=devices,
+        total_bytes=sum(device.total_bytes for device in devices),
+        evicts=[held.instance_id for held in placed.evicts],
+        max_context_length_that_fits=largest_context_length(request, model, roster.settings, has_room),
+        exact=placed.exact,
+    )
+
+
+def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Placement:
+    """Where a load would go if there were room: onto one GPU, if the worker has any."""
+    needs, wish = roster.needs(candidate.model, request), Wish.of(request.gpu)
+    devices = roster.alive[candidate.worker].devices
+    gpus = [device for device in devices if device.id in wish.gpus(devices)]
+    n = wish.n_layers(needs)
+    if not gpus or not n:
+        return Placement(taken=[needs.on_cpu()], exact=needs.is_exact(0, needs.n_layers))
+    gpu = max(gpus, key=lambda device: device.available_bytes).id
+    first = needs.n_layers - n
+    beside: list[Taken] = [needs.beside_gpus(first)] if any(device.id == CPU for device in devices) else []
+    return Placement(
+        gpus=[gpu],
+        layers=[n],
+        taken=[needs.on_gpu(gpu, first, needs.n_layers), *beside],
+        exact=needs.is_exact(1, first),
+    )
+
+
+def _has_room(candidate: Candidate, placed: Placement, roster: Roster) -> bool:
+    """Whether there is room for what the engine says, once what was to be unloaded for it is."""
+    room = once_gone(available(roster.alive[candidate.worker].devices), placed.evicts)
+    return all(one.total_bytes <= room[one.id] for one in placed.taken if one.id in room)

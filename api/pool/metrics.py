@@ -1,0 +1,249 @@
+"""`GET /metrics`: what the pool is and has done, in Prometheus' text format.
+
+It is read from Redis at each scrape, so any API process answers for the whole pool, and no restart changes anything.
+Requests are what API processes count themselves; but several may share one port, and chance decides which of them a
+scrape reaches, so each of them adds its counts to those in Redis, once a beat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import accumulate
+from typing import TypeVar, get_args
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shared import __version__
+from shared.lifecycle import TERMINAL, State
+from shared.schema.http import WorkerState
+from shared.store import UNAVAILABLE, Readings, Store, check_cancelled
+from shared.telemetry import log
+from shared.telemetry.tally import BOUNDS_S, COUNTERS, HISTOGRAMS, OUTCOMES, RunnerState, Tally, field, observed
+
+Row = TypeVar("Row", bound=tuple[str, ...])  # the labels of a sample
+
+BEAT_S = 1.0
+DEADLINE_S = 4.0  # of a scrape's readings; Prometheus waits for 10 s
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+GONE = "499"  # a client that went away before it was replied to, as nginx logs it
+HELP = {
+    "loads": "Loads that ended, by outcome (loaded, failed, cancelled, lost) and, of failed ones, the error's code.",
+    "loaded_bytes": "Bytes of the models that were loaded.",
+    "evictions": "Instances unloaded to make room for another.",
+    "restorations": "Loads begun, each try, to bring back what a worker's end had taken.",
+    "runner_deaths": "Runners that died, by what they were: warm (without a load), loading, loaded.",
+    "http_requests": f"Requests, by route and status; {GONE}: the client went away first.",
+    "load_phase_seconds": "Phases of the loads that came to loaded, by the class of the model's bytes.",
+    "load_seconds": "From acceptance to loaded: all phases of a load.",
+    "http_request_seconds": "Time to the head of the reply; where a client waits for a load, that is the load.",
+}
+KNOWN: dict[str, list[tuple[str, ...]]] = {  # what counts from 0: a series that begins with 1 hides its first increase
+    "loads": [*OUTCOMES],
+    "loaded_bytes": [()],
+    "evictions": [()],
+    "restorations": [()],
+    "runner_deaths": [(state,) for state in get_args(RunnerState)],
+}
+
+
+class Requests:
+    """Middleware: counts every request, whatever refuses it."""
+
+    def __init__(self, app: ASGIApp, tally: Tally) -> None:
+        self.app = app
+        self.tally = tally
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.monotonic()
+        is_gone = is_counted = False
+
+        async def heard() -> Message:
+            nonlocal is_gone
+            message = await receive()
+            is_gone = is_gone or message["type"] == "http.disconnect"
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal is_counted
+            if message["type"] == "http.response.start":
+                is_counted = True
+                self._count(scope, GONE if is_gone else str(message["status"]), time.monotonic() - began)
+            await send(message)
+
+        try:
+            await self.app(scope, heard, sent)
+        finally:
+            if not is_counted:  # a fault of ours, which becomes a 500 further out, or a request that was cut off
+                self._count(scope, GONE if is_gone else "500", time.monotonic() - began)
+
+    def _count(self, scope: Scope, status: str, seconds: float) -> None:
+        """Labels are of bounded sets: clients choose paths and methods freely."""
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        route = scope.get("route")  # none before the router was reached, as without a token
+        path = "other" if route is None else route.path
+        counted = {field("http_requests", method, path, status): 1}
+        self.tally.add(counted | observed("http_request_seconds", seconds, method, path))
+
+
+async def hand_over(tally: Tally, store: Store) -> None:
+    """Once a beat, and at the end; ends only by cancellation."""
+    try:
+        while True:
+            check_cancelled()
+            await asyncio.sleep(BEAT_S)
+            with suppress(*UNAVAILABLE):
+                await tally.hand_over(store)
+    finally:
+        with suppress(*UNAVAILABLE, TimeoutError):
+            async with asyncio.timeout(BEAT_S):
+                await tally.hand_over(store)
+
+
+async def metrics(request: Request) -> Response:
+    """200 also without Redis: then it says just that."""
+    store: Store = request.state.loads.store
+    tally: Tally = request.state.tally
+    readings: Readings | None = None
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            with suppress(*UNAVAILABLE):  # a Redis whose disk is full can still be read
+                await tally.hand_over(store)  # other processes' counts may be a beat old, not ours
+            readings = await store.readings()
+    except (*UNAVAILABLE, TimeoutError) as e:
+        log.get("api").warning("metrics without Redis", action="redis_unavailable", error=str(e))
+    return Response(rendered(readings), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+def rendered(readings: Readings | None) -> bytes:
+    registry = CollectorRegistry()
+    registry.register(Pool(readings))
+    return generate_latest(registry)
+
+
+class Pool(Collector):
+    """The families of one scrape."""
+
+    def __init__(self, readings: Readings | None) -> None:
+        self.readings = readings
+
+    def collect(self) -> Iterator[Metric]:
+        yield InfoMetricFamily("loadstone_build", "The version that answers.", {"version": __version__})
+        yield GaugeMetricFamily("loadstone_redis_up", "Whether Redis answers.", self.readings is not None)
+        if self.readings is not None:
+            yield from _workers(self.readings)
+            yield from _devices(self.readings)
+            yield from _instances(self.readings)
+            yield from _transitions(self.readings.counters)
+            yield from _tallies(self.readings.tallies)
+
+
+def _gauge(name: str, documentation: str, labels: tuple[str, ...], rows: Mapping[Row, float]) -> Metric:
+    family = GaugeMetricFamily(f"loadstone_{name}", documentation, labels=labels)
+    for row, value in rows.items():
+        family.add_metric(row, value)
+    return family
+
+
+def _workers(readings: Readings) -> Iterator[Metric]:
+    """Those that are dead for less than a day are down; of their state nothing is known."""
+    alive = [(worker, worker.snapshot) for worker in readings.workers if worker.snapshot is not None]
+    up = {(worker.name,): float(worker.epoch is not None) for worker in readings.workers}
+    ages = {(worker.name,): max(0.0, round(snapshot.lease_s - worker.lease_left_s, 3)) for worker, snapshot in alive}
+    states = {
+        (worker.name, state): float(snapshot.state == state)
+        for worker, snapshot in alive
+        for state in get_args(WorkerState)
+    }
+    yield _gauge("worker_up", "Whether a worker of the last day holds its lease.", ("worker",), up)
+    yield _gauge("worker_lease_age_seconds", "Since a worker's last sign of life.", ("worker",), ages)
+    yield _gauge("worker_state", "1 for the state that a live worker is in.", ("worker", "state"), states)
+
+
+def _devices(readings: Readings) -> Iterator[Metric]:
+    labels = ("worker", "device", "kind")
+    devices = {
+        (worker.name, device.id, device.kind): device
+        for worker in readings.workers
+        if worker.snapshot is not None
+        for device in worker.snapshot.devices
+    }
+    total = {row: float(device.total_bytes) for row, device in devices.items()}
+    free = {row: float(device.free_bytes) for row, device in devices.items()}
+    reserved = {row: float(device.reserved_bytes) for row, device in devices.items()}
+    leaked = {row: float(device.leaked_bytes) for row, device in devices.items()}
+    available = {row: float(max(0, device.available_bytes)) for row, device in devices.items()}
+    yield _gauge("device_total_bytes", "Memory of a device.", labels, total)
+    yield _gauge("device_free_bytes", "Free memory of a device, as its worker knew it last.", labels, free)
+    yield _gauge("device_reserved_bytes", "What instances take of a device, or are to take.", labels, reserved)
+    yield _gauge("device_leaked_bytes", "Used memory of a GPU that nobody is known to have.", labels, leaked)
+    yield _gauge("device_available_bytes", "Memory of a device that loads may be given.", labels, available)
+
+
+def _instances(readings: Readings) -> Iterator[Metric]:
+    states = [state.value for state in State if state not in TERMINAL]
+    names = [worker.name for worker in readings.workers if worker.epoch is not None]
+    rows = {(name, state): 0.0 for name in names for state in states}
+    rows |= {row: float(n) for row, n in readings.live.items() if row[1] in states}
+    yield _gauge("instances", "Instances by worker and state.", ("worker", "state"), rows)
+    queued = {(name,): float(n) for name, n in readings.queued_at.items() if n or name in names}
+    yield _gauge("worker_queue_depth", "Loads that wait for a worker.", ("worker",), queued)
+    yield _gauge("queue_depth", "Loads that wait, in all.", (), {(): float(readings.queued)})
+
+
+def _transitions(counters: Mapping[str, int]) -> Iterator[Metric]:
+    family = CounterMetricFamily(
+        "loadstone_instance_transitions", "Instances that came to each state.", labels=["state"]
+    )
+    for state in State:
+        family.add_metric([state.value], counters.get(state.value, 0))
+    yield family
+    requeued = "Loads given back to the queue because their worker ended, or had no room."
+    yield CounterMetricFamily("loadstone_requeues", requeued, counters.get("requeued", 0))
+
+
+def _tallies(tallies: Mapping[str, int]) -> Iterator[Metric]:
+    """What another version counts, with other labels, is left out."""
+    found: dict[tuple[str, int], dict[tuple[str, ...], int]] = {}  # by family and how many labels
+    for name, value in sorted(tallies.items()):
+        family, *row = name.split("|")
+        found.setdefault((family, len(row)), {})[tuple(row)] = value
+    for name, labels in COUNTERS.items():
+        counter = CounterMetricFamily(f"loadstone_{name}", HELP[name], labels=labels)
+        for its, value in (dict.fromkeys(KNOWN.get(name, ()), 0) | found.get((name, len(labels)), {})).items():
+            counter.add_metric(its, value)
+        yield counter
+    for name, labels in HISTOGRAMS.items():
+        histogram = HistogramMetricFamily(f"loadstone_{name}", HELP[name], labels=labels)
+        series: dict[tuple[str, ...], dict[str, int]] = {}
+        for (*its_labels, part), value in found.get((name, len(labels) + 1), {}).items():
+            series.setdefault(tuple(its_labels), {})[part] = value
+        for its, parts in series.items():
+            total_us = parts.pop("sum", 0)
+            histogram.add_metric(its, cumulated(parts), total_us / 1e6)
+        yield histogram
+
+
+def cumulated(counts: Mapping[str, int]) -> list[tuple[str, float]]:
+    """Prometheus' buckets, each with all that is in smaller ones, from counts of each alone; with bounds that another
+    version may have had."""
+    bounds = sorted({*BOUNDS_S, math.inf, *map(float, counts)})
+    names = ["+Inf" if bound == math.inf else repr(bound) for bound in bounds]
+    return [*zip(names, map(float, accumulate(counts.get(name, 0) for name in names)), strict=True)]

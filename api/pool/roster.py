@@ -1,0 +1,194 @@
+"""What the workers publish, as this API process last read it, and which of them a load is given to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+
+from msgspec import UNSET, Struct
+
+from api.pool.listing import check, listed
+from shared.errors import InvalidValue
+from shared.instance import Instance
+from shared.lookup import by_name
+from shared.memory.choose import Host, choose
+from shared.memory.estimate import Needs, needs_of
+from shared.memory.placement import Placement, Wish, place
+from shared.memory.plan import plan
+from shared.schema.http import GPURequest, ListedModel, LoadRequest
+from shared.schema.memory import Holding
+from shared.schema.model import Model
+from shared.schema.snapshot import WorkerSnapshot, short
+from shared.settings import Settings
+from shared.store import Store, Worker
+
+PENDING_S = 3.0  # a worker that has not said within this time that it took a load is asked as if it had none
+
+
+class Candidate(Struct, frozen=True, kw_only=True, gc=False):
+    """A worker that takes loads and has a model."""
+
+    worker: str
+    model: Model
+
+
+class Roster:
+    """Workers and catalogs, at most a beat old.  `refresh` reads them now."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self.store = store
+        self.settings = settings
+        self.workers: list[Worker] = []
+        self.alive: dict[str, WorkerSnapshot] = {}
+        self.catalogs: dict[str, list[Model]] = {}  # of every worker of the last day, alive or not
+        self.absent_since: dict[str, float] = {}  # worker -> when its lease was first seen gone
+        self._hosts: dict[str, Host] = {}  # of those that take loads
+        self._published: dict[str, Host] = {}  # the same without what was placed since
+        self._pending: dict[str, list[tuple[float, Holding]]] = {}  # by worker: until when, and what is on its way
+        self._digests: dict[str, str] = {}
+        self._names: dict[str, Mapping[str, Model]] = {}  # by worker; those with the same catalog share one
+        self._listed: list[ListedModel] = []
+        self._listed_of: list[tuple[str, str | None]] = []  # which workers, with which catalogs
+
+    async def refresh(self) -> dict[str, str | None]:
+        """Read what the workers publish; returns the epoch that holds each one's lease."""
+        self.workers = workers = await self.store.workers()
+        now = time.monotonic()
+        for worker in workers:
+            digest = worker.snapshot.catalog if worker.snapshot else self._digests.get(worker.name, "")
+            if worker.name not in self.catalogs or digest != self._digests.get(worker.name):
+                catalog = await self.store.catalog(worker.name)
+                if catalog is not None:  # else it is about to be published, or Redis was emptied
+                    self._learn(worker.name, digest, catalog)
+            if worker.epoch is None:
+                self.absent_since.setdefault(worker.name, now)
+            else:
+                self.absent_since.pop(worker.name, None)
+        self.alive = {worker.name: worker.snapshot for worker in workers if worker.snapshot}
+        self._hosts = {name: Host(snapshot) for name, snapshot in self.alive.items() if snapshot.state == "ready"}
+        self._published = dict(self._hosts)
+        self._hold_pending()
+        known = {worker.name for worker in workers}
+        for name in self.catalogs.keys() - known:  # of long ago, or Redis was emptied: then it is back in a beat
+            if now - self.absent_since.setdefault(name, now) > self.store.lease_s:
+                del self.catalogs[name], self._digests[name], self._names[name], self.absent_since[name]
+        return {worker.name: worker.epoch for worker in workers}
+
+    def _learn(self, worker: str, digest: str, catalog: list[Model]) -> None:
+        """Large pools have the same files on many hosts: what they have in common is kept once."""
+        shared = next((name for name, known in self._digests.items() if known == digest and digest), None)
+        if shared is not None and self.catalogs[shared] == catalog:
+            self.catalogs[worker], self._names[worker] = self.catalogs[shared], self._names[shared]
+        else:
+            self.catalogs[worker], self._names[worker] = catalog, by_name(catalog)
+        self._digests[worker] = digest
+
+    # ---- placing
+
+    def candidates(self, request: LoadRequest, without: Collection[str] = ()) -> tuple[list[Candidate], Model | None]:
+        """Workers that take loads and have what a request wants, less some, and the model as any worker knows it, also
+        one that is away.
+
+        Raises InvalidValue for a worker or devices that are none of theirs.
+        """
+        found = {name: model for name, names in self._names.items() if (model := names.get(request.model))}
+        gpu = GPURequest() if request.gpu is UNSET else request.gpu
+        if gpu.worker is not UNSET and gpu.worker not in self.catalogs:
+            raise InvalidValue(f"'gpu.worker': there is no worker '{gpu.worker}'.", param="gpu.worker")
+        live = [
+            Candidate(worker=name, model=model)
+            for name, model in found.items()
+            if name in self._hosts and name not in without and gpu.worker in (UNSET, name)
+        ]
+        if gpu.devices is not UNSET and live:
+            theirs = {device.id for one in live for device in self.alive[one.worker].devices}
+            if unknown := [id_ for id_ in gpu.devices if id_ not in theirs]:
+                raise InvalidValue(
+                    f"'gpu.devices': no worker that has '{request.model}' has {', '.join(map(repr, unknown))}.",
+                    param="gpu.devices",
+                )
+        return live, next(iter(found.values()), None)
+
+    def choose(self, candidates: Sequence[Candidate], request: LoadRequest) -> tuple[Candidate, Placement | None]:
+        """The best of some candidates, and where it would put the load by what it published last; where none has room,
+        the one that has the most of it, which may know better.
+
+        One that can read the file is better than one that cannot.  Raises InvalidValue against the model's limits.
+        """
+        readable = [one for one in candidates if one.model.problem is None]
+        if not readable:
+            return candidates[0], None
+        needs = {
+            id(model): self.needs(model, request) for model in {id(one.model): one.model for one in readable}.values()
+        }
+        wish = Wish.of(request.gpu)
+        best: tuple[Candidate, Placement] | None = None
+        # What was placed a moment ago may have been refused, or be gone.
+        for hosts in (self._hosts, self._published) if self._pending else (self._hosts,):
+            asked = [(hosts[one.worker], needs[id(one.model)], one.model.key) for one in readable]
+            if (i := choose(asked, wish)) is not None:
+                host, needed, key = asked[i]
+                placed = place(needed, wish, host.worker, key)
+                if placed is not None and (best is None or len(placed.evicts) < len(best[1].evicts)):
+                    best = readable[i], placed
+            if best is not None and not best[1].evicts:
+                return best
+        if best is not None:
+            return best
+        loads = [self._hosts[one.worker] for one in readable]
+        ranks = [(-host.reach, host.worker.residents, host.worker.name, i) for i, host in enumerate(loads)]
+        return readable[min(ranks)[-1]], None
+
+    def needs(self, model: Model, request: LoadRequest) -> Needs:
+        """What a request takes.  Raises InvalidValue against the model's limits."""
+        check(request, model)
+        return needs_of(model, plan(request, model, self.settings))
+
+    def has_room(self, candidates: Sequence[Candidate], needs: Needs, wish: Wish) -> bool:
+        """Whether any of them has room for a load that takes this."""
+        return choose([(self._published[one.worker], needs, one.model.key) for one in candidates], wish) is not None
+
+    def placed(self, instance: Instance, placement: Placement | None) -> None:
+        """Count an instance that was just given to a worker, until what that publishes does, or for PENDING_S."""
+        held = Holding(
+            id=instance.id,
+            instance_id=instance.instance_id,
+            key=instance.key,
+            devices={} if placement is None else placement.bytes,
+            used_at=0.0,
+            is_evictable=False,
+        )
+        self._pending.setdefault(instance.worker, []).append((time.monotonic() + PENDING_S, held))
+        self._hold(instance.worker, [held])
+
+    def _hold(self, worker: str, more: Sequence[Holding]) -> None:
+        if more and (host := self._hosts.get(worker)) is not None:
+            self._hosts[worker] = host.holding(more)
+
+    def _hold_pending(self) -> None:
+        """Add to what was published what it is too old for."""
+        now = time.monotonic()
+        for worker, pending in [*self._pending.items()]:
+            published = self.alive.get(worker)
+            known = [] if published is None else published.taken
+            self._pending[worker] = [
+                (until, held) for until, held in pending if until > now and short(held.id) not in known
+            ]
+            self._hold(worker, [held for _, held in self._pending[worker]])
+            if not self._pending[worker]:
+                del self._pending[worker]
+
+    # ---- listing
+
+    def listed(self) -> list[ListedModel]:
+        """Every model of the live workers that can be loaded, once, by key; as if nothing were loaded."""
+        catalogs = [(name, self._digests.get(name)) for name in sorted(self.alive)]
+        if catalogs != self._listed_of:
+            by_key: dict[str, Model] = {}
+            for name, _ in catalogs:
+                for model in self.catalogs.get(name, ()):
+                    if model.problem is None:
+                        by_key.setdefault(model.key, model)
+            self._listed = [listed(by_key[key]) for key in sorted(by_key)]
+            self._listed_of = catalogs
+        return self._listed

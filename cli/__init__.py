@@ -1,0 +1,1 @@
+"""The program `loadstone`: a supervisor of the servers, and a client of the API."""

@@ -1,0 +1,156 @@
+"""What the client commands show: tables on stdout, and how far a load has come on stderr."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from shared.schema.http import LoadEnd, LoadEvent, LoadProgress
+
+WIDE = 10_000  # a table is never cut: terminals wrap, and pipes have no width
+BAR_WIDTH, FRAMES_PER_S = 30, 12
+STEP = 0.1  # without a terminal: a line for each tenth
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def clean(text: str) -> str:
+    """Text that came from elsewhere, without what a terminal would obey."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under headings, in columns."""
+    shown = Table(*headings, box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for row in rows:
+        shown.add_row(*(Text(clean(cell)) for cell in row))
+    Console(width=WIDE, markup=False, highlight=False, emoji=False).print(shown, no_wrap=True)
+
+
+def size(n_bytes: float) -> str:
+    return decimal(int(n_bytes))
+
+
+def when(at: datetime) -> str:
+    return at.strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def percent(share: float) -> str:
+    """Rounded down: 100% only when all is done."""
+    return f"{math.floor(share * 100 + 1e-9)}%"
+
+
+def left(seconds: float | None) -> str:
+    """How long until something happens, if it does."""
+    return "-" if seconds is None else str(timedelta(seconds=math.ceil(seconds)))
+
+
+def stage(status: str, phase: str | None) -> str:
+    """One word for where a load is."""
+    return phase or "starting" if status == "loading" else status
+
+
+def facts(event: LoadProgress) -> str:
+    """Bytes, rate, time left and phase, as far as they are known."""
+    if event.status != "loading" or event.phase is None:
+        return stage(event.status, event.phase)
+    parts = [event.phase, f"{size(event.loaded_bytes)} of {size(event.total_size_bytes)}"]
+    left = event.total_size_bytes - event.loaded_bytes
+    if event.bytes_per_second and left > 0:
+        parts.append(f"{size(event.bytes_per_second)}/s")
+        parts.append(f"{timedelta(seconds=round(left / event.bytes_per_second))} left")
+    return ", ".join(parts)
+
+
+class Meter:
+    """The share of a load to show: it moves evenly from one event to the next, never back, and never ahead of them."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._from = self._to = 0.0
+        self._at, self._takes_s = now(), 1.0
+
+    def saw(self, share: float) -> None:
+        """What an event said: reached in as long as the event was under way."""
+        self._from, self._to = self.share(), max(share, self._to)
+        now = self._now()
+        self._at, self._takes_s = now, min(1.0, max(now - self._at, 1e-3))
+
+    def share(self) -> float:
+        return self._from + (self._to - self._from) * min(1.0, (self._now() - self._at) / self._takes_s)
+
+
+class Bar:
+    """A load as a line of a terminal that is drawn again and again, also by the thread of `live`."""
+
+    def __init__(self, model: str) -> None:
+        self._model = clean(model)
+        self._meter = Meter()
+        self._facts = "queued"
+        self._ended = False
+        self.live = Live(
+            console=Console(stderr=True, markup=False, highlight=False, emoji=False, force_terminal=True),
+            get_renderable=self._row,
+            refresh_per_second=FRAMES_PER_S,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def show(self, event: LoadEvent) -> None:
+        if isinstance(event, LoadProgress):
+            self._meter.saw(event.progress)
+            self._facts = facts(event)
+        elif isinstance(event, LoadEnd):
+            self._facts, self._ended = "loaded", True
+
+    def note(self, sentence: str) -> None:
+        self.live.console.print(Text(clean(sentence)))
+
+    def _row(self) -> Table:
+        share = 1.0 if self._ended else self._meter.share()
+        row = Table.grid(padding=(0, 1))
+        row.add_column(no_wrap=True, max_width=40)
+        row.add_column(width=BAR_WIDTH)
+        row.add_column(no_wrap=True, width=4)
+        row.add_column(no_wrap=True)
+        row.add_row(Text(self._model), ProgressBar(1.0, share), percent(share), self._facts)
+        return row
+
+
+class Lines:
+    """A load as lines: one for each change of phase and for each tenth."""
+
+    def __init__(self, model: str, say: Callable[[str], None]) -> None:
+        self._model, self.note = model, say
+        self._stage, self._next = "", 0.0
+
+    def show(self, event: LoadEvent) -> None:
+        if not isinstance(event, LoadProgress):
+            return
+        now = stage(event.status, event.phase)
+        if now != self._stage or event.progress >= self._next:
+            self._stage, self._next = now, event.progress + STEP
+            self.note(f"{self._model}: {percent(event.progress)} {facts(event)}")
+
+
+@contextmanager
+def following(model: str, say: Callable[[str], None]) -> Iterator[Bar | Lines]:
+    """How far a load has come, for the people at stderr, during the block."""
+    if sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal:
+        bar = Bar(model)
+        with bar.live:
+            bar.live.refresh()
+            yield bar
+    else:
+        yield Lines(model, say)

@@ -1,0 +1,143 @@
+"""The command line: commands, flags and sentences."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import click
+import msgspec
+
+import shared
+from cli import devredis, listener
+from cli.devredis import RedisUnavailable
+from cli.supervisor import StartFailed, Stopped
+from cli.up import make_directories, only_one, run_all, run_api, run_worker, write_demo
+from shared.settings import (
+    Settings,
+    SettingsError,
+    check_exposure,
+    entry,
+    from_environ,
+    redis_url,
+    variable,
+)
+from shared.telemetry import log
+
+CLIENT_COMMANDS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs", "workers")  # of cli.commands
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Failures that a user can do something about, without a traceback; to be asked to stop is none."""
+    try:
+        yield
+    except (SettingsError, RedisUnavailable) as e:
+        _refuse(str(e), 2)
+    except StartFailed as e:
+        _refuse(str(e), e.status)
+    except Stopped:
+        pass
+
+
+def _refuse(sentence: str, status: int) -> NoReturn:
+    click.echo(f"loadstone: {sentence}", err=True)
+    sys.exit(status)
+
+
+def options(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The flags of a command: the settings that name it.  Values stay text, for one place to judge them."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        for field, default in reversed(msgspec.to_builtins(Settings(), enc_hook=str).items()):
+            about = entry(field)
+            if command not in about.flags:
+                continue
+            kind: dict[str, Any] = {"metavar": _metavar(about.kind.__origin__)}
+            if about.kind.__origin__ is bool:
+                kind = {"is_flag": True, "flag_value": "true", "type": str, "default": None}
+            note = (
+                f"[{variable(field)}]" if default in (None, "", False) else f"[{variable(field)}; default: {default}]"
+            )
+            function = click.option(
+                about.flag, field, help=f"{about.meaning[0].upper()}{about.meaning[1:]}. {note}", **kind
+            )(function)
+        return function
+
+    return add
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return {int: "N", Path: "PATH", Path | None: "PATH"}.get(kind, "TEXT")
+
+
+class Program(click.Group):
+    """Besides its own commands those of a client, imported only where one is wanted: servers need no HTTP client."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *CLIENT_COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in CLIENT_COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        from cli import commands
+
+        return commands.client.get_command(ctx, cmd_name)
+
+
+@click.group(cls=Program)
+@click.version_option(shared.__version__, prog_name="loadstone", message="%(prog)s %(version)s")
+def main() -> None:
+    """Loads GGUF models into memory on request: an LM Studio compatible model API for a pool of GPUs."""
+
+
+@main.command()
+@options("up")
+@click.option("--demo", is_flag=True, help="Write tiny demo models first if the models directory holds none.")
+def up(demo: bool, **flags: str | None) -> None:
+    """Run everything on this machine: an API, a worker and, unless a Redis is given, an embedded one."""
+    with sentences(), ExitStack() as undo:
+        settings = _settings(flags)
+        check_exposure(settings)
+        make_directories(settings)
+        undo.enter_context(only_one(settings.data_dir))
+        listening = undo.enter_context(listener.bind(settings))
+        if demo and not any(path.is_file() for path in settings.models_dir.rglob("*")):
+            write_demo(settings.models_dir)
+        redis = None if settings.redis_url else undo.enter_context(devredis.prepared(settings.data_dir))
+        asyncio.run(run_all(settings, listening, redis, demo))
+
+
+@main.command()
+@options("api")
+def api(**flags: str | None) -> None:
+    """Run the HTTP API of a pool whose workers use the same Redis."""
+    with sentences():
+        settings = _settings(flags)
+        redis_url(settings)
+        check_exposure(settings)
+        with listener.bind(settings) as listening:
+            asyncio.run(run_api(settings, listening))
+
+
+@main.command()
+@options("worker")
+def worker(**flags: str | None) -> None:
+    """Run a worker of a pool: it loads models on this machine's devices."""
+    with sentences():
+        settings = _settings(flags)
+        redis_url(settings)
+        asyncio.run(run_worker(settings))
+
+
+def _settings(flags: dict[str, str | None]) -> Settings:
+    settings = from_environ(os.environ, flags)
+    log.configure(settings.log_level, settings.log_format, service="supervisor")
+    return settings

@@ -1,0 +1,1 @@
+"""What a load takes, and where it goes: pure functions for both sides."""

@@ -1,0 +1,77 @@
+"""From what a client asked for to the parameters that llama.cpp is given: a pure function, for the worker that loads
+and for the API that says what it would take."""
+
+from __future__ import annotations
+
+from msgspec import UNSET, Struct
+
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model
+from shared.settings import Settings
+
+UBATCH = 512  # llama.cpp's default physical batch, in tokens
+MEAN = 1  # llama.cpp's LLAMA_POOLING_TYPE_MEAN
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """Names are llama.cpp's from here on; everything that would make it abort was refused before."""
+
+    embedding: bool
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    flash_attn: bool | None  # None: the engine decides
+    offload_kqv: bool
+    repack: bool = False  # the CPU has its weights in an order that it decodes faster with (use_extra_bufts)
+    expert_override: tuple[str, int] | None  # metadata key and value: how many experts a token uses
+    moe: bool
+    parallel_asked: bool
+
+
+def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
+    """The engine's parameters for a request that `model` allows.
+
+    Encoders, and models that pool a mean, see their whole input in one physical batch, or llama.cpp aborts; a causal
+    embedding model that pools the last token does not need that, and at 32k tokens it would cost 21 GiB of compute
+    buffer (measured with llama.cpp 0c1e57098 on the shape of Qwen3-Embedding-0.6B).
+    """
+    asked = request.context_length
+    if model.type == "embedding":
+        whole = not model.causal
+        n_ctx = asked if asked is not UNSET else model.max_context_length
+        if not whole and asked is UNSET:
+            n_ctx = min(settings.context_length, n_ctx)
+        n_batch = n_ctx
+        n_ubatch = n_ctx if whole or model.pooling == MEAN else min(UBATCH, n_ctx)
+        parallel, moe = 1, False
+    else:
+        parallel = 1 if request.parallel is UNSET else request.parallel
+        moe = model.expert_count > 0
+        n_ctx = max(min(settings.context_length, model.max_context_length), parallel) if asked is UNSET else asked
+        batch = request.eval_batch_size
+        n_batch = min(max(settings.eval_batch_size, parallel) if batch is UNSET else batch, n_ctx)
+        n_ubatch = min(UBATCH, n_batch)
+    experts = request.num_experts if moe else UNSET
+    llm = model.type == "llm"
+    return Plan(
+        embedding=not llm,
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
+        n_seq_max=parallel,
+        flash_attn=_flash_attn(request, settings) if llm else None,
+        offload_kqv=request.offload_kv_cache_to_gpu
+        if llm and request.offload_kv_cache_to_gpu is not UNSET
+        else settings.offload_kv_cache_to_gpu,
+        repack=settings.repack == "on",
+        expert_override=None if experts is UNSET else (f"{model.architecture}.expert_used_count", experts),
+        moe=moe,
+        parallel_asked=llm and request.parallel is not UNSET,
+    )
+
+
+def _flash_attn(request: LoadRequest, settings: Settings) -> bool | None:
+    if request.flash_attention is not UNSET:
+        return request.flash_attention
+    return {"auto": None, "on": True, "off": False}[settings.flash_attention]

@@ -1,0 +1,1 @@
+"""What crosses HTTP, Redis and process borders, as closed named types."""

@@ -1,0 +1,1 @@
+"""GGUF files with random weights, for the demo, tests and benchmarks."""

@@ -1,0 +1,318 @@
+"""GGUF files with random weights: for --demo, the tests and the benchmarks.
+
+The same arguments give the same bytes.  A file is complete or absent: it is written beside its place and
+renamed, so one that is mapped into memory is never changed under its reader.
+
+`metadata` adds to or replaces what a function would write, key by key; `drop` leaves out metadata and
+tensors, by their full names.  Neither changes anything else, so a file with a defect is one call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as TensorType
+from gguf import GGUFValueType as Kind
+from numpy.typing import NDArray
+
+from shared.synthetic import architectures, tokenizers
+from shared.synthetic.architectures import LLAMA2_7B, SHAPES, TINY, Model, Shape, Tensor, decoder
+from shared.synthetic.tokenizers import Metadata, Value
+
+TILE_ELEMENTS = 1 << 22  # random numbers drawn per file and tensor type at most; larger tensors repeat them
+WEIGHT_DEVIATION = 0.05  # of the normal distribution that the weights are drawn from
+SPLIT_KINDS = {"split.no": Kind.UINT16, "split.count": Kind.UINT16, "split.tensors.count": Kind.INT32}
+
+Bytes = NDArray[np.uint8]
+
+
+def tiny_llama(
+    path: Path,
+    *,
+    tokenizer: Literal["spm", "bpe"] = "spm",
+    name: str = "Tiny Llama",
+    shape: Shape = TINY,
+    metadata: Metadata | None = None,
+    drop: Collection[str] = (),
+) -> Path:
+    """A language model in half a megabyte.  The chat template of the BPE one knows tools, the other's does not."""
+    made = decoder(shape, tokenizers.spm() if tokenizer == "spm" else tokenizers.bpe())
+    return _write_one(path, _model(made, name, "F16"), metadata, drop)
+
+
+def tiny_moe(
+    path: Path, *, name: str = "Tiny MoE", metadata: Metadata | None = None, drop: Collection[str] = ()
+) -> Path:
+    """A mixture of eight experts, two used per token."""
+    made = decoder(architectures.TINY_MOE, tokenizers.bpe())
+    return _write_one(path, _model(made, name, "F16"), metadata, drop)
+
+
+def tiny_embedding(
+    path: Path, *, name: str = "Tiny Embedding", metadata: Metadata | None = None, drop: Collection[str] = ()
+) -> Path:
+    """An embedding model with a decoder's architecture, as Qwen3-Embedding: the pooling type alone tells it apart."""
+    made = decoder(architectures.TINY_EMBEDDING, tokenizers.bpe())
+    made.metadata["tokenizer.ggml.add_eos_token"] = True
+    return _write_one(path, _model(made, name, "F16"), metadata, {"tokenizer.chat_template", *drop})
+
+
+def tiny_bert(
+    path: Path, *, name: str = "Tiny BERT", metadata: Metadata | None = None, drop: Collection[str] = ()
+) -> Path:
+    """An encoder: no KV cache, no text out of it."""
+    made = architectures.encoder(tokenizers.wordpiece())
+    return _write_one(path, _model(made, name, "F32"), metadata, drop)
+
+
+def tiny_gemma3(
+    path: Path, *, name: str = "Tiny Gemma 3", metadata: Metadata | None = None, drop: Collection[str] = ()
+) -> Path:
+    """Sliding-window attention, 512 tokens wide, in ten of twelve layers."""
+    made = decoder(architectures.TINY_GEMMA3, tokenizers.spm())
+    return _write_one(path, _model(made, name, "F16"), metadata, drop)
+
+
+def sharded(path: Path, shards: int = 4, *, name: str = "Tiny Sharded Llama") -> list[Path]:
+    """`tiny_llama` in files `<stem>-0000N-of-0000M.gguf` beside `path`, which itself is not written."""
+    return _write(path, _model(decoder(TINY, tokenizers.spm()), name, "F16"), shards=shards)
+
+
+def mmproj(path: Path) -> Path:
+    """A vision projector: no model itself."""
+    return _write_one(path, _model(architectures.vision_projector(), "Tiny Projector", "F32", "mmproj"))
+
+
+def lora(path: Path) -> Path:
+    """An adapter for `tiny_llama`: no model itself."""
+    return _write_one(path, _model(architectures.lora_adapter(TINY), "Tiny LoRA", "F32", "adapter"))
+
+
+def vocab_only(path: Path) -> Path:
+    """A tokenizer and hyperparameters without a single tensor."""
+    metadata, _ = decoder(TINY, tokenizers.spm())
+    return _write_one(path, _model(Model(metadata, []), "Tiny Vocabulary", "F32"))
+
+
+def large_vocabulary(path: Path, *copies: Path, tokens: int = 151_936) -> list[Path]:
+    """A header as large as a real model's, `tokens` BPE tokens and nearly as many merges, before tiny tensors.
+
+    Making that header is the dear part, so whoever needs many such files names the others as `copies`.
+    """
+    shape = replace(TINY, block_count=1, embedding_length=16, head_count=1, head_count_kv=1, has_output=False)
+    _write_one(path, _model(decoder(shape, tokenizers.bpe(tokens)), "Tiny Llama with a large vocabulary", "F16"))
+    for copy in copies:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    return [path, *copies]
+
+
+def big(
+    path: Path,
+    gb: float,
+    quantization: Literal["Q8_0", "Q4_0", "F16"] = "Q8_0",
+    *,
+    vocabulary: int = 32_000,
+    head_count_kv: int = 8,
+    context_length: int = 4096,
+    tokenizer: Literal["spm", "bpe"] = "spm",
+    shards: int = 0,
+) -> list[Path]:
+    """A llama with the layers of the 7B one, and as many of them as make `gb` times 10^9 bytes.
+
+    With 8 KV heads each layer takes 16 MiB of F16 KV cache at 4096 tokens; with 32, as Llama 2 7B has, 64 MiB.
+    """
+    words = tokenizers.spm(vocabulary) if tokenizer == "spm" else tokenizers.bpe(vocabulary)
+
+    def with_layers(n: int) -> Model:
+        shape = replace(LLAMA2_7B, block_count=n, head_count_kv=head_count_kv, context_length=context_length)
+        return decoder(shape, words, quantization)
+
+    none, one = (sum(map(_n_bytes, with_layers(n).tensors)) for n in (0, 1))
+    made = with_layers(max(1, round((gb * 1e9 - none) / (one - none))))
+    return _write(path, _model(made, f"Big {gb:g} GB", quantization), shards=shards)
+
+
+def practice(path: Path) -> Path:
+    """The least of language models: worker/engine/prewarm.gguf."""
+    shape = replace(
+        TINY,
+        block_count=1,
+        embedding_length=32,
+        feed_forward_length=32,
+        head_count=1,
+        head_count_kv=1,
+        context_length=256,
+        has_output=False,
+    )
+    return tiny_llama(path, name="Practice", shape=shape)
+
+
+def sparse_shape(
+    path: Path, preset: str, quantization: str = "Q4_0", *, shards: int = 0, vocabulary: int = 0
+) -> list[Path]:
+    """A model of SHAPES whose tensors are a hole in the file: real sizes, zeros for weights, no disk used.
+
+    `quantization` is any that llama.cpp names, but every matrix gets its main type: Q4_K for `Q4_K_M`.  Another
+    `vocabulary` than the model's, in tokens, makes the file quicker to write and to read.
+    """
+    shape, n_tokens = SHAPES[preset]
+    main_type = quantization.removesuffix("_S").removesuffix("_M").removesuffix("_L")
+    if shape.architecture == "bert":
+        made = architectures.encoder(tokenizers.wordpiece(vocabulary or n_tokens), shape, main_type)
+    else:
+        made = decoder(shape, tokenizers.spm(vocabulary or n_tokens), main_type)
+    return _write(path, _model(made, preset, quantization), shards=shards, is_sparse=True)
+
+
+def write_demo(directory: Path) -> list[str]:
+    """Write the models of --demo below `directory`; their model keys: a language model, a MoE, an embedding model."""
+
+    def place(key: str) -> Path:
+        return directory / key / f"{key.rpartition('/')[2]}-f16.gguf"
+
+    def described(noun: str, what_it_does: str) -> Metadata:
+        return {
+            "general.name": f"Loadstone Demo {noun} (random weights)",
+            "general.description": f"A tiny demo model with random weights: {what_it_does}.",
+        }
+
+    keys = ["loadstone/demo-llm", "loadstone/demo-moe", "loadstone/demo-embedding"]
+    llm, moe, embedding = map(place, keys)
+    tiny_llama(llm, tokenizer="bpe", metadata=described("LLM", "it loads like a real one and speaks nonsense"))
+    tiny_moe(moe, metadata=described("MoE", "it loads like a real mixture of experts and speaks nonsense"))
+    tiny_embedding(embedding, metadata=described("Embedding", "it loads like a real one, its vectors are nonsense"))
+    return keys
+
+
+def _model(made: Model, name: str, quantization: str, kind: str = "model") -> Model:
+    """With the keys that tell people, and the catalog, what the file is."""
+    file_type = gguf.LlamaFileType[f"{'ALL' if quantization == 'F32' else 'MOSTLY'}_{quantization}"]
+    general: dict[str, Value] = {
+        "general.type": kind,
+        "general.name": name,
+        "general.file_type": int(file_type),
+    }
+    if kind == "model" and made.tensors:
+        n_parameters = sum(math.prod(tensor.shape) for tensor in made.tensors)
+        general["general.size_label"] = gguf.size_label(n_parameters, n_parameters, 0, 0)
+    return Model(general | made.metadata, made.tensors)
+
+
+def _write_one(path: Path, model: Model, metadata: Metadata | None = None, drop: Collection[str] = ()) -> Path:
+    wanted = model.metadata | dict(metadata or {})
+    kept = {key: value for key, value in wanted.items() if key not in drop}
+    _write(path, Model(kept, [tensor for tensor in model.tensors if tensor.name not in drop]))
+    return path
+
+
+def _write(path: Path, model: Model, *, shards: int = 0, is_sparse: bool = False) -> list[Path]:
+    """One file, or `shards` of them: the first with all metadata, each with about as many tensors as the others."""
+    if not shards:
+        _write_file(path, model, is_sparse)
+        return [path]
+    n = len(model.tensors)
+    paths = [path.with_name(f"{path.stem}-{number:05d}-of-{shards:05d}.gguf") for number in range(1, shards + 1)]
+    for i, shard in enumerate(paths):
+        split: dict[str, Value] = {"split.no": i, "split.count": shards, "split.tensors.count": n}
+        tensors = model.tensors[n * i // shards : n * (i + 1) // shards]
+        _write_file(shard, Model(split if i else model.metadata | split, tensors), is_sparse)
+    return paths
+
+
+def _write_file(path: Path, model: Model, is_sparse: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        _write_header(partial, model)
+        with partial.open("ab") as file:
+            file.write(bytes(_padding(file.tell())))
+            if is_sparse:
+                n_bytes = map(_n_bytes, model.tensors)
+                file.truncate(file.tell() + sum(n + _padding(n) for n in n_bytes))
+            else:
+                for chunk in _weights(model.tensors):
+                    file.write(chunk.data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_header(path: Path, model: Model) -> None:
+    """Everything before the tensors' bytes, by the reference implementation."""
+    writer = gguf.GGUFWriter(None, "")
+    writer.kv_data[0].clear()  # it begins with an architecture, which a shard or a file with a defect may lack
+    for key, value in model.metadata.items():
+        writer.add_key_value(key, value, *_kind(key, value))
+    for tensor in model.tensors:
+        shape = tensor.shape[::-1]  # numpy's order, the contiguous dimension last
+        writer.add_tensor_info(
+            tensor.name, shape, np.dtype(np.float32), _n_bytes(tensor), raw_dtype=TensorType[tensor.type]
+        )
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _kind(key: str, value: Value) -> tuple[Kind, Kind | None]:
+    """How a value, and each item of an array, is stored: counts are unsigned, as llama.cpp's converter writes them."""
+    if key in SPLIT_KINDS:
+        return SPLIT_KINDS[key], None
+    match value:
+        case bool() | float() | str():
+            return Kind.get_type(value), None
+        case int():
+            return Kind.INT32 if value < 0 else Kind.UINT32, None
+        case _:
+            return Kind.ARRAY, Kind.get_type(value[0])
+
+
+def _weights(tensors: list[Tensor]) -> Iterator[Bytes]:
+    """The bytes of all tensors in order, each padded to the alignment, in chunks of some megabytes.
+
+    Norms are ones.  Everything else is random: one tile of numbers per tensor type, which each tensor
+    enters at a place of its own.
+    """
+    tiles: dict[str, Bytes] = {}
+    n_elements = min(TILE_ELEMENTS, max((math.prod(tensor.shape) for tensor in tensors), default=0))
+    for tensor in tensors:
+        left = _n_bytes(tensor)
+        padding = np.zeros(_padding(left), np.uint8)
+        if tensor.name.endswith("norm.weight"):
+            yield np.ones(tensor.shape, np.float32).view(np.uint8)
+        else:
+            tensor_type = TensorType[tensor.type]
+            if tensor.type not in tiles:
+                tiles[tensor.type] = _tile(tensor_type, n_elements)
+            tile, (_, block_bytes) = tiles[tensor.type], gguf.GGML_QUANT_SIZES[tensor_type]
+            start = zlib.crc32(tensor.name.encode()) % (len(tile) // block_bytes) * block_bytes
+            while left:
+                chunk = tile[start : start + left]
+                yield chunk
+                left -= len(chunk)
+                start = 0
+        yield padding
+
+
+def _tile(kind: TensorType, n_elements: int) -> Bytes:
+    numbers = np.random.Generator(np.random.PCG64(1)).standard_normal(n_elements, dtype=np.float32)
+    return gguf.quants.quantize(numbers * np.float32(WEIGHT_DEVIATION), kind).view(np.uint8)
+
+
+def _n_bytes(tensor: Tensor) -> int:
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[TensorType[tensor.type]]
+    return math.prod(tensor.shape) // block_elements * block_bytes
+
+
+def _padding(n_bytes: int) -> int:
+    return -n_bytes % gguf.GGUF_DEFAULT_ALIGNMENT

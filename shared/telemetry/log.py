@@ -1,0 +1,70 @@
+"""Logging: one line per event on stderr, with a stable `action` to grep for and the ids it is about."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import structlog
+
+from shared.instance import Instance
+from shared.telemetry import trace
+
+
+def configure(level: str, form: Literal["console", "json"], **context: str) -> None:
+    """Set up structlog and the standard library's loggers for this process; `context` is on every line."""
+
+    def add_context(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        return {**event, **{name: value for name, value in context.items() if name not in event}}
+
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        add_context,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    render: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False)
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("arq", "gguf", "uvicorn.access", "uvicorn.error", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def bind(**ids: str) -> None:
+    """Have every further line of this task, and of those that it starts from now on, carry these."""
+    structlog.contextvars.bind_contextvars(**ids)
+
+
+def about(instance: Instance) -> AbstractContextManager[None]:
+    """Within this, lines carry the ids of a load and of its trace: for who works on many loads."""
+    found = trace.parse(instance.traceparent)
+    return structlog.contextvars.bound_contextvars(**instance.ids, **({"trace_id": found.trace_id} if found else {}))
+
+
+def get(name: str) -> Any:
+    """A structlog logger: `log.info("loaded", action="transition", old=...)`."""
+    return structlog.get_logger(name)

@@ -1,0 +1,772 @@
+"""What a worker is to hold: its file, the decision, and an agent that loads again what an end of it took."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import pytest
+import redis
+
+import worker.agent
+import worker.restore
+from shared.errors import ErrorBody
+from shared.instance import Instance
+from shared.lifecycle import TERMINAL, Event, State
+from shared.schema.http import LoadConfig, LoadRequest
+from shared.schema.model import Model
+from shared.settings import Settings
+from shared.store import Store
+from shared.telemetry.trace import begun, parse
+from tests.integration.conftest import hold
+from tests.integration.test_agent import EPOCH, loaded, reached, record, released, submitted, sweep, warm
+from tests.support.runners import is_gone
+from tests.support.waiting import no_runners, until
+from worker.agent import Agent
+from worker.restore import FIRST_PAUSE_S, TRIES, Wanted, decide, restoration
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+DEAD = "dead"  # the epoch of a process that is no more
+GONE = "p/gone"  # a key of which there is no file
+FILE = "wanted-w.json"
+ERROR = ErrorBody(type="model_load_failed", code="engine_crashed", message="why")
+
+
+class Lines:
+    """The actions of what is logged."""
+
+    def __init__(self) -> None:
+        self.actions: list[str] = []
+
+    def info(self, _: str, *, action: str, **facts: object) -> None:
+        self.actions.append(action)
+
+    warning = error = info
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Lines:
+    found = Lines()
+    for module in (worker.agent, worker.restore):
+        monkeypatch.setattr(module, "_log", found)
+    return found
+
+
+def instance(instance_id: str = "p/m", id_: str = "load_1", **fields: object) -> Instance:
+    """One that was loaded."""
+    made = Instance(
+        id=id_,
+        model="p/m",
+        key="p/m@q4_k_m",
+        type="llm",
+        worker="w",
+        request=LoadRequest(model="p/m", context_length=256, flash_attention=False, echo_load_config=True),
+        state=State.LOADED,
+        epoch=DEAD,
+        attempt=2,
+        progress=1.0,
+        total_size_bytes=8,
+        loaded_bytes=8,
+        devices=["CPU"],
+        started_at=1.0,
+        loaded_at=2.0,
+        used_at=3.0,
+        timing={"weights": 0.5},
+        load_time_seconds=0.5,
+        load_config=LoadConfig(context_length=256),
+        instance_id=instance_id,
+        created_at=0.5,
+        rev=7,
+    )
+    return msgspec.structs.replace(made, **fields)
+
+
+# ---- the file
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / FILE
+
+
+@pytest.fixture
+def wanted(path: Path) -> Wanted:
+    return Wanted(path, is_on=True)
+
+
+def read(path: Path, *, is_on: bool = True) -> dict[str, Instance]:
+    """What the next process finds."""
+    found = Wanted(path, is_on=is_on)
+    found.read()
+    return found.instances
+
+
+def test_the_next_process_finds_all_of_it(wanted: Wanted, path: Path) -> None:
+    two = {"p/m": instance(), "p/m:2": instance("p/m:2", "load_2", restoring=3, not_before=9.5)}
+    for one in two.values():
+        wanted.add(one)
+    wanted.flush()
+    assert read(path) == two
+
+
+def test_only_the_load_that_ended_is_no_longer_wanted(wanted: Wanted, path: Path) -> None:
+    """One that took its place under the same id still is."""
+    wanted.add(instance())
+    wanted.add(instance(id_="load_2"))
+    wanted.discard(instance())
+    wanted.flush()
+    assert [one.id for one in read(path).values()] == ["load_2"]
+    wanted.discard(instance(id_="load_2"))
+    wanted.flush()
+    assert read(path) == {}
+
+
+async def test_each_change_is_written_as_it_comes(wanted: Wanted, path: Path) -> None:
+    """A process that is killed has no end at which to write."""
+    keeping = asyncio.create_task(wanted.keep())
+    wanted.add(instance())
+    await until(lambda: read(path).keys() == {"p/m"}, "the first one is in the file")
+    wanted.add(instance("p/m:2", "load_2"))
+    await until(lambda: read(path).keys() == {"p/m", "p/m:2"}, "both are")
+    wanted.discard(instance())
+    await until(lambda: read(path).keys() == {"p/m:2"}, "the other one is left")
+    keeping.cancel()
+    await asyncio.wait({keeping})
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    wanted: Wanted, path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted.add(instance())
+    wanted.flush()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        wanted.discard(instance())
+        wanted.flush()
+    assert lines.actions == ["wanted_unwritable"]
+    assert read(path).keys() == {"p/m"}
+
+
+async def test_a_file_that_cannot_be_written_is_tried_again(
+    wanted: Wanted, path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.restore, "RETRY_S", 0.01)
+    path.with_name(f"{FILE}.new").mkdir()  # in the way
+    keeping = asyncio.create_task(wanted.keep())
+    wanted.add(instance())
+    await until(lambda: len(lines.actions) >= 2, "two attempts")
+    assert {*lines.actions} == {"wanted_unwritable"}
+    path.with_name(f"{FILE}.new").rmdir()
+    await until(lambda: read(path).keys() == {"p/m"}, "it is written at last")
+    keeping.cancel()
+    await asyncio.wait({keeping})
+
+
+def test_a_slower_thread_does_not_bring_back_what_is_over(wanted: Wanted, path: Path) -> None:
+    wanted.add(instance())
+    slower = wanted._encoded()
+    wanted.discard(instance())
+    wanted.flush()
+    wanted._replace(*slower)
+    assert read(path) == {}
+
+
+def test_what_a_write_left_half_done_is_not_read(wanted: Wanted, path: Path) -> None:
+    path.with_name(f"{FILE}.new").write_bytes(b'[{"id": "load_')
+    assert read(path) == {}
+    wanted.add(instance())
+    wanted.flush()
+    assert read(path).keys() == {"p/m"}
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "zeroes": lambda whole: bytes(len(whole)),
+    "of another shape": lambda _: b'{"instances": []}',
+    "of other elements": lambda _: b"[1, null]",
+    "without a field": lambda whole: whole.replace(b'"worker"', b'"labourer"'),
+    "no UTF-8": lambda whole: whole.replace(b"load_1", b"load_\xff"),
+    "nested too deeply": lambda _: b'[{"x": ' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_as_good_as_none_and_a_log_line_says_so(
+    wanted: Wanted, path: Path, lines: Lines, damage: str
+) -> None:
+    wanted.add(instance())
+    wanted.flush()
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    assert read(path) == {}
+    assert lines.actions == ["wanted_unreadable"]
+
+
+def test_a_directory_in_its_place_is_one_too(path: Path, lines: Lines) -> None:
+    path.mkdir()
+    assert read(path) == {}
+    assert lines.actions == ["wanted_unreadable"]
+
+
+def test_no_file_is_nothing_to_speak_of(path: Path, lines: Lines) -> None:
+    assert read(path) == {}
+    assert lines.actions == []
+
+
+def test_where_nothing_is_to_be_restored_there_is_no_file(wanted: Wanted, path: Path) -> None:
+    """Not even an earlier one, which somebody would come upon years later."""
+    wanted.add(instance())
+    wanted.flush()
+    assert read(path, is_on=False) == {}
+    assert not path.exists()
+    off = Wanted(path, is_on=False)
+    off.read()
+    off.add(instance())
+    off.flush()
+    assert (off.instances, [*path.parent.iterdir()]) == ({}, [])
+
+
+# ---- the decision
+
+LOST = instance(state=State.LOST)
+TRIED = instance(loaded_at=None, restoring=2, state=State.LOST)  # a restoration that came to no end of its own
+REFUSED = msgspec.structs.replace(TRIED, state=State.FAILED, error=ERROR)
+
+
+@pytest.mark.parametrize(
+    ("record", "known", "todo"),
+    [
+        (None, None, 1),
+        (None, "load_2", 1),
+        *((instance(state=state), "load_1", "wait") for state in State if state not in TERMINAL),
+        (instance(state=State.QUEUED), None, "wait"),
+        (LOST, "load_1", 1),
+        (LOST, None, "drop"),  # unloaded while its worker was away
+        (LOST, "load_2", "drop"),  # another load took its place
+        (msgspec.structs.replace(LOST, stop_requested=True), "load_1", "drop"),
+        (msgspec.structs.replace(LOST, restoring=4), "load_1", 1),  # that restoration was loaded, and is over
+        (TRIED, "load_1", 2),  # its worker ended, which says nothing of the model
+        (msgspec.structs.replace(TRIED, stop_requested=True), "load_1", "drop"),
+        (REFUSED, "load_1", 3),
+        (REFUSED, None, 3),
+        (msgspec.structs.replace(REFUSED, restoring=TRIES - 1), "load_1", TRIES),
+        (msgspec.structs.replace(REFUSED, restoring=TRIES), "load_1", "drop"),
+        (msgspec.structs.replace(REFUSED, loaded_at=2.0), "load_1", "drop"),  # it was loaded, and crashed
+        (msgspec.structs.replace(REFUSED, restoring=0), "load_1", "drop"),  # a client's load, which was told
+        (instance(state=State.UNLOADED), "load_1", "drop"),
+        (instance(state=State.CANCELLED, restoring=1, loaded_at=None), "load_1", "drop"),
+        *((instance(state=state, worker="another"), "load_1", "drop") for state in State),
+    ],
+)
+def test_what_is_done_about_what_is_wanted_and_not_held(
+    record: Instance | None, known: str | None, todo: object
+) -> None:
+    assert decide(instance(), record, known) == todo
+
+
+def test_a_restoration_is_a_new_load_of_the_same() -> None:
+    again = restoration(instance(), "load_2", 1)
+    assert again == Instance(
+        id="load_2",
+        model="p/m",
+        key="p/m@q4_k_m",
+        type="llm",
+        worker="w",
+        request=instance().request,
+        traceparent=again.traceparent,
+        total_size_bytes=8,
+        restoring=1,
+        used_at=3.0,
+        instance_id="p/m",
+    )
+
+
+def test_a_restoration_begins_a_trace() -> None:
+    """The request that its first load came from was answered, maybe long ago."""
+    old = instance(traceparent=str(begun()))
+    traces = [parse(restoration(old, "load_2", number).traceparent) for number in (1, 2)]
+    assert len({trace and trace.trace_id for trace in (parse(old.traceparent), *traces)} - {None}) == 3
+
+
+def test_a_restoration_that_failed_is_tried_again_after_ever_longer_pauses() -> None:
+    pauses = []
+    for number in range(2, TRIES + 1):
+        before = time.time()
+        again = restoration(instance(), "load_2", number)
+        assert again.restoring == number
+        pauses.append(again.not_before - before)
+    assert [round(pause) for pause in pauses] == [FIRST_PAUSE_S * n for n in (1, 2, 4, 8)]
+
+
+# ---- an agent that comes back
+
+
+@pytest.fixture
+async def agent(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Agent]:
+    """Worker "w", as its successor begins: a runner is warm, and nothing moves but what a test asks for."""
+    made = Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path), store, EPOCH)
+    await made.publish([*models.values()])
+    await made.warm()
+    assert await store.renew(made.snapshot()) == "held"
+    yield made
+    if made.runners._next is not None:
+        await asyncio.wait([made.runners._next])
+    await made.drain()
+    await made.runners.close()
+    await until(no_runners, "all runners gone")
+
+
+async def left_loading(agent: Agent, number: int = 1, key: str = "p/llama") -> Instance:
+    """As a process that died left it."""
+    queued = await record(agent, await submitted(agent, number, key))
+    return (await agent.store.commit(queued, queued.after(Event.CLAIM, epoch=DEAD)))[0]
+
+
+async def left_loaded(agent: Agent, number: int = 1, key: str = "p/llama", used_at: float = 1.0) -> Instance:
+    claimed = await left_loading(agent, number, key)
+    facts = {"loaded_at": used_at, "used_at": used_at, "load_time_seconds": 1.0}
+    done = claimed.after(Event.LOAD, load_config=LoadConfig(context_length=256), progress=1.0, **facts)
+    return (await agent.store.commit(claimed, done))[0]
+
+
+async def lost(agent: Agent, number: int = 1, key: str = "p/llama", used_at: float = 1.0) -> Instance:
+    """The same, given up by its successor."""
+    left = await left_loaded(agent, number, key, used_at)
+    await agent.give_up(left)
+    return await record(agent, left.id)
+
+
+async def jobs(agent: Agent) -> list[Instance]:
+    """Every record, oldest first."""
+    return [one async for one in agent.store.newest()][::-1]
+
+
+async def of(agent: Agent, instance_id: str) -> Instance | None:
+    """The live instance of this name."""
+    id_ = await agent.store.named(instance_id)
+    return None if id_ is None else await agent.store.get(id_)
+
+
+async def restored(agent: Agent, instance_id: str) -> Instance:
+    """The live instance of this name, loaded."""
+
+    async def is_there() -> bool:
+        found = await of(agent, instance_id)
+        return found is not None and found.state is State.LOADED
+
+    await until(is_there, f"{instance_id} is loaded again")
+    found = await of(agent, instance_id)
+    assert found is not None
+    return found
+
+
+async def test_what_its_end_took_is_loaded_again_under_its_id_by_a_new_load(agent: Agent, tmp_path: Path) -> None:
+    old = await lost(agent)
+    assert (old.state, old.error) == (State.LOST, None)
+    await agent._restore()
+    new = await restored(agent, "p/llama")
+    assert new.id != old.id
+    assert (new.key, new.request, new.worker, new.epoch) == (old.key, old.request, "w", EPOCH)
+    assert (new.attempt, new.restoring, new.used_at) == (1, 1, old.used_at)
+    assert await record(agent, old.id) == old, "the load of back then is over as it was"
+    assert await agent.store.wanted("w") == {"p/llama": new.id}
+    agent.wanted.flush()
+    assert [one.id for one in read(tmp_path / FILE).values()] == [new.id]
+    await agent._restore()
+    assert len(await jobs(agent)) == 2, "what is held is not loaded once more"
+
+
+async def test_what_was_used_last_is_loaded_first(agent: Agent) -> None:
+    for number, key, used_at in ((1, "p/llama", 2.0), (2, "p/moe", 3.0), (3, "p/embedding", 1.0)):
+        await lost(agent, number, key, used_at)
+    await agent._restore()
+    new = [await restored(agent, key) for key in ("p/moe", "p/llama", "p/embedding")]
+    begun = [one.started_at or 0.0 for one in new]
+    assert begun == sorted(begun)
+    assert [one.created_at for one in new] == sorted(one.created_at for one in new)
+
+
+async def test_what_went_on_while_it_was_paused_is_loaded_again_once_its_runner_is_gone(agent: Agent) -> None:
+    """At no time do two runners hold one instance."""
+    id_, runner = await loaded(agent)
+    await sweep(agent, id_)
+    await agent._restore()
+    assert await agent.store.named("p/llama") is None, "not yet"
+    await agent._reconcile()
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    await agent._restore()
+    assert (await restored(agent, "p/llama")).id != id_
+
+
+async def test_what_crashed_the_engine_lately_is_restored_all_the_same(agent: Agent, models: dict[str, Model]) -> None:
+    """Its client was not asked whether to force it."""
+    await agent.crashed(models["p/llama"], "why")
+    await lost(agent)
+    await agent._restore()
+    await restored(agent, "p/llama")
+
+
+async def test_an_emptied_redis_and_the_file_are_enough(agent: Agent, raw: redis.Redis) -> None:
+    old = await lost(agent)
+    raw.flushall()
+    hold(raw, "w")
+    await agent._restore()
+    new = await restored(agent, "p/llama")
+    assert (new.id != old.id, new.used_at) == (True, old.used_at)
+
+
+async def test_what_is_loaded_under_its_id_by_now_is_left_alone(agent: Agent) -> None:
+    """A client loaded it elsewhere: it has what it wanted."""
+    await lost(agent)
+    other = await submitted(agent, 2, worker_="another")
+    for _ in range(2):
+        await agent._restore()
+    assert await agent.store.named("p/llama") == other
+    assert len(await jobs(agent)) == 2
+    assert agent.wanted.instances == {}
+
+
+@pytest.mark.parametrize("when", ["before", "at the same moment"])
+async def test_what_was_unloaded_while_it_was_away_is_not_loaded_again(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    await lost(agent)
+    known = await agent.store.wanted("w")
+    assert await agent.store.unwant_everywhere("p/llama")
+    if when == "at the same moment":
+
+        async def a_moment_ago(_: str) -> dict[str, str]:
+            return known
+
+        monkeypatch.setattr(agent.store, "wanted", a_moment_ago)
+    await agent._restore()
+    assert len(await jobs(agent)) == 1
+    assert agent.wanted.instances == {}
+
+
+async def test_without_a_lease_nothing_is_begun_and_all_of_it_stays_wanted(agent: Agent, raw: redis.Redis) -> None:
+    await lost(agent)
+    await lost(agent, 2, "p/moe")
+    raw.delete("lease:w")
+    await agent._restore()
+    assert len(await jobs(agent)) == 2
+    assert agent.wanted.instances.keys() == {"p/llama", "p/moe"}
+    raw.set("lease:w", EPOCH, ex=60)
+    await agent._restore()
+    await restored(agent, "p/llama")
+    await restored(agent, "p/moe")
+
+
+async def test_nothing_is_begun_while_it_drains(agent: Agent) -> None:
+    await lost(agent)
+    agent.draining = True
+    await agent._restore()
+    assert len(await jobs(agent)) == 1
+    assert agent.wanted.instances.keys() == {"p/llama"}
+
+
+async def test_at_its_end_it_writes_down_what_it_held(agent: Agent, tmp_path: Path) -> None:
+    """However little time there was since it was loaded."""
+    id_, _ = await loaded(agent)
+    await agent.drain()
+    assert [one.id for one in read(tmp_path / FILE).values()] == [id_]
+
+
+# ---- restorations that fail
+
+
+async def all_tries(agent: Agent) -> None:
+    """Beat until nothing is wanted any more."""
+
+    async def is_given_up() -> bool:
+        await agent._restore()
+        return not agent.wanted.instances
+
+    await until(is_given_up, "given up")
+
+
+async def test_what_cannot_be_loaded_any_more_is_tried_some_times_with_pauses_and_then_given_up(
+    agent: Agent, lines: Lines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(worker.restore, "FIRST_PAUSE_S", 0.05)
+    await lost(agent, key=GONE)
+    await all_tries(agent)
+    _, *tries = await jobs(agent)
+    assert [one.restoring for one in tries] == [*range(1, TRIES + 1)]
+    assert {(one.state, one.instance_id, one.loaded_at) for one in tries} == {(State.FAILED, GONE, None)}
+    for number, (before, one) in enumerate(pairwise(tries)):
+        assert before.completed_at is not None
+        assert one.completed_at is not None
+        assert one.completed_at >= one.not_before >= before.completed_at + 0.05 * 2**number
+    assert lines.actions.count("restore_given_up") == 1
+    agent.wanted.flush()
+    assert read(tmp_path / FILE) == {}
+
+
+async def test_what_was_given_up_is_not_taken_up_by_the_next_process_and_nobody_can_unload_it(
+    agent: Agent, lines: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis forgets it too: an unload of it is one of what is not loaded."""
+    monkeypatch.setattr(worker.restore, "FIRST_PAUSE_S", 0.01)
+    await lost(agent, key=GONE)
+    await all_tries(agent)
+    await agent.recall()
+    assert agent.wanted.instances == {}
+    assert not await agent.store.unwant_everywhere(GONE)
+    assert lines.actions.count("restore_given_up") == 1
+
+
+async def test_what_waits_for_its_next_try_keeps_nobody_waiting(agent: Agent) -> None:
+    await lost(agent, key=GONE, used_at=2.0)
+    await agent._restore()
+    (_, first) = await jobs(agent)
+    assert (await until_terminal(agent, first.id)).state is State.FAILED
+    await lost(agent, 2)
+    await agent._restore()
+    await restored(agent, "p/llama")
+    second = await of(agent, GONE)
+    assert second is not None
+    assert (second.state, second.restoring) == (State.QUEUED, 2)
+
+
+async def until_terminal(agent: Agent, id_: str) -> Instance:
+    async def is_there() -> bool:
+        return id_ not in agent.held and (await record(agent, id_)).state in TERMINAL
+
+    await until(is_there, f"{id_} is over")
+    return await record(agent, id_)
+
+
+async def test_a_try_that_is_cancelled_is_the_last_one(agent: Agent) -> None:
+    await lost(agent, key=GONE)
+    await agent._restore()
+    (_, first) = await jobs(agent)
+    await until_terminal(agent, first.id)
+    await agent._restore()
+    second = await of(agent, GONE)
+    assert second is not None
+    await agent.store.commit(second, second.after(Event.STOP))  # as an API does it: one that is queued
+    agent.stop(second.id)
+    await released(agent, second.id)
+    for _ in range(2):
+        await agent._restore()
+    assert (len(await jobs(agent)), agent.wanted.instances) == (3, {})
+    assert await agent.store.wanted("w") == {}
+
+
+async def test_a_restoration_that_is_cancelled_while_it_loads_is_the_last_one(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await lost(agent)
+    runner = await warm(agent)
+    monkeypatch.setattr(runner, "receive", asyncio.Event().wait)  # nobody hears what comes of it
+    await agent._restore()
+    new = await of(agent, "p/llama")
+    assert new is not None
+    await reached(agent, new.id, State.LOADING)
+    await agent.store.unwant_everywhere("p/llama")
+    await agent.store.request_stop(new.id)
+    agent.stop(new.id)
+    await released(agent, new.id)
+    assert (await record(agent, new.id)).state is State.CANCELLED
+    await agent._restore()
+    assert (len(await jobs(agent)), agent.wanted.instances) == (2, {})
+
+
+async def test_a_try_whose_worker_ended_is_not_counted(agent: Agent) -> None:
+    """It says nothing of the model."""
+    old = await lost(agent)
+    third = restoration(old, "load_third", 3)
+    begun = await agent.store.create(msgspec.structs.replace(third, not_before=0.0), restores=old.id)
+    agent.wanted.add(begun)
+    await agent.store.commit(begun, begun.after(Event.EXPIRE))
+    await agent._restore()
+    new = await of(agent, "p/llama")
+    assert new is not None
+    assert (new.id != begun.id, new.restoring) == (True, 3)
+
+
+async def test_the_successor_waits_as_long_as_was_left_to_wait(agent: Agent) -> None:
+    """A process that ends over and over must not try a model over and over."""
+    old = await lost(agent)
+    waiting = await agent.store.create(restoration(old, "load_second", 2), restores=old.id)
+    agent.wanted.instances = {"p/llama": waiting}
+    await agent._restore()
+    await agent._reconcile()
+    assert agent.held[waiting.id].not_before == waiting.not_before > time.time()
+    assert (await record(agent, waiting.id)).state is State.QUEUED
+    assert len(await jobs(agent)) == 2
+
+
+# ---- what it learns from Redis
+
+
+async def test_redis_alone_is_enough(agent: Agent) -> None:
+    old = await lost(agent)
+    agent.wanted.instances.clear()
+    await agent.recall()
+    assert agent.wanted.instances == {"p/llama": old}
+    await agent._restore()
+    assert (await restored(agent, "p/llama")).id != old.id
+
+
+async def test_a_load_that_redis_has_and_the_file_not_yet_counts(agent: Agent) -> None:
+    """The file was behind, as where its disk is full: what it has under that id was unloaded since."""
+    older = await left_loaded(agent)
+    stopped, _ = await agent.store.commit(older, older.after(Event.STOP))
+    ended, _ = await agent.store.commit(stopped, stopped.after(Event.EXIT))
+    newer = await left_loaded(agent, 2)
+    await agent.store.commit(newer, newer.after(Event.EXPIRE))  # swept: it was away for long
+    agent.wanted.instances = {"p/llama": older}
+    await agent.recall()
+    for _ in range(2):
+        await agent._restore()
+    again = await restored(agent, "p/llama")
+    assert again.id not in (ended.id, newer.id)
+
+
+async def test_what_redis_wants_and_has_no_record_of_is_passed_over(agent: Agent, raw: redis.Redis) -> None:
+    raw.hset("wanted:w", "p/llama", "load_long_ago")
+    await agent.recall()
+    assert agent.wanted.instances == {}
+
+
+async def test_anothers_is_not_recalled(agent: Agent) -> None:
+    left = await left_loaded(agent)
+    agent.wanted.instances.clear()
+    assert await agent.store.wanted("another") == {}
+    agent.name = "another"
+    await agent.recall()
+    agent.name = "w"
+    assert agent.wanted.instances == {}
+    assert await agent.store.wanted("w") == {"p/llama": left.id}
+
+
+async def test_where_nothing_is_to_be_restored_redis_forgets_it(agent: Agent) -> None:
+    await left_loaded(agent)
+    agent.wanted.is_on = False
+    await agent.recall()
+    assert await agent.store.wanted("w") == {}
+    assert agent.wanted.instances == {}
+    await agent._restore()
+    assert len(await jobs(agent)) == 1
+
+
+# ---- what it gives up
+
+
+async def given_up(agent: Agent, left: Instance) -> Instance:
+    await agent.give_up(left)
+    return await record(agent, left.id)
+
+
+async def wish(agent: Agent, left: Instance) -> Instance:
+    assert await agent.store.request_stop(left.id) is not None
+    return await record(agent, left.id)
+
+
+async def test_what_was_loaded_is_lost_and_wanted(agent: Agent) -> None:
+    left = await left_loaded(agent)
+    found = await given_up(agent, left)
+    assert (found.state, found.error, found.loaded_at) == (State.LOST, None, left.loaded_at)
+    assert agent.wanted.instances.keys() == {"p/llama"}
+
+
+async def test_what_was_to_be_unloaded_is_lost_and_not_wanted(agent: Agent) -> None:
+    wished = await given_up(agent, await wish(agent, await left_loaded(agent)))
+    begun = await left_loaded(agent, 2)
+    unloading, _ = await agent.store.commit(begun, begun.after(Event.STOP))
+    stopping = await given_up(agent, await wish(agent, unloading))
+    assert (wished.state, stopping.state) == (State.LOST, State.LOST)
+    assert agent.wanted.instances == {}
+    await agent._restore()
+    assert len(await jobs(agent)) == 2
+
+
+async def test_what_was_loading_is_begun_anew_by_the_same_load(agent: Agent) -> None:
+    left = await left_loading(agent)
+    found = await given_up(agent, left)
+    assert (found.state, found.attempt, found.epoch, found.started_at) == (State.QUEUED, 2, None, None)
+    assert agent.wanted.instances == {}
+    await agent._reconcile()
+    assert (await reached(agent, left.id, State.LOADED)).attempt == 2
+    assert len(await jobs(agent)) == 1
+
+
+async def test_what_was_loading_and_to_be_stopped_is_cancelled(agent: Agent) -> None:
+    found = await given_up(agent, await wish(agent, await left_loading(agent)))
+    assert (found.state, found.error) == (State.CANCELLED, None)
+    assert await agent.store.named("p/llama") is None
+
+
+async def test_what_was_begun_too_often_has_failed(agent: Agent) -> None:
+    agent.settings = msgspec.structs.replace(agent.settings, load_attempts=1)
+    found = await given_up(agent, await left_loading(agent))
+    assert found.state is State.FAILED
+    assert found.error is not None
+    assert (found.error.code, "begun 1 times" in found.error.message) == ("worker_lost", True)
+
+
+async def test_what_somebody_else_moved_on_meanwhile_is_his(agent: Agent) -> None:
+    left = await left_loading(agent)
+    moved, _ = await agent.store.commit(left, left.abandoned(3, worker="another"))
+    await agent.give_up(left)
+    assert await record(agent, left.id) == moved
+
+
+# ---- what it keeps although Redis does not know it any more
+
+
+async def test_what_redis_forgot_twice_is_told_twice(agent: Agent, raw: redis.Redis) -> None:
+    id_, runner = await loaded(agent)
+    for _ in range(2):
+        raw.flushall()
+        await agent._reconcile()
+        assert await agent.store.wanted("w") == {"p/llama": id_}
+    raw.set("lease:w", EPOCH, ex=60)
+    await agent._restore()
+    assert await agent.store.named("p/llama") == id_
+    assert not is_gone(runner.pid)
+    agent.stop(id_)
+    await reached(agent, id_, State.UNLOADED)
+    await released(agent, id_)
+    assert agent.wanted.instances == {}
+
+
+async def test_what_was_unloaded_is_not_told_again(agent: Agent, raw: redis.Redis) -> None:
+    """A Redis that is emptied while a runner stops is not told of what is about to be gone."""
+    id_, runner = await loaded(agent)
+    held = agent.held[id_]
+    assert await agent.store.request_stop(id_) is State.LOADED
+    agent.stop(id_)
+    await released(agent, id_)
+    raw.flushall()
+    assert not await agent._kept(held)
+    await agent._reconcile()
+    assert is_gone(runner.pid)
+    assert await agent.store.get(id_) is None
+
+
+async def test_a_name_that_was_given_away_is_not_wanted_back(agent: Agent, raw: redis.Redis) -> None:
+    id_, _ = await loaded(agent)
+    raw.flushall()
+    hold(raw, "w", "another")
+    other = await submitted(agent, 2, worker_="another")
+    await agent._reconcile()
+    await released(agent, id_)
+    for _ in range(2):
+        await agent._restore()
+    assert await agent.store.named("p/llama") == other
+    assert agent.wanted.instances == {}
+    assert [one.id for one in await jobs(agent)] == [other]

@@ -1,0 +1,47 @@
+"""Python runs this at the start of every process on a fake host: the engine finds the host's GPUs there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
+from typing import Any
+
+
+class Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        give_gpus(module)
+
+
+class Finder(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == "worker.engine.llama" else None
+        if spec is not None:
+            spec.loader = Loader(spec.name, str(spec.origin))
+        return spec
+
+
+def give_gpus(llama: Any) -> None:
+    """Have `worker.engine.llama` find, once it starts the engine, what CUDA would find."""
+    initialise = llama.initialise
+
+    def with_gpus(visible: str) -> Any:
+        from tests.support import fakegpu  # only here: this is no import for every process
+        from tests.support.fakehosts import FakeHost, Shared
+
+        log = initialise(visible)
+        host = FakeHost.here()
+        assert host is not None
+        for i, gpu in enumerate(host.visible(os.environ.get("CUDA_VISIBLE_DEVICES"))):
+            fakegpu.add(f"CUDA{i}", gpu.total_bytes, Shared(host, gpu.uuid))
+        return log
+
+    llama.initialise = with_gpus
+    llama.has_cuda = lambda: True
+
+
+if "CUDA_FAKE_HOST" in os.environ:
+    sys.meta_path.insert(0, Finder())

@@ -1,0 +1,269 @@
+"""Why a load failed, in the engine's words without its paths: each line that llama.cpp is known to say."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from shared.schema.memory import Device
+from worker.runner.failure import from_exit, from_reason, needed_bytes, scrub, shortage
+
+ABSOLUTE = re.compile(r"(?:^|[\s'\"(=:,\[<])/[^\s/]+/")
+FILE = "/srv/models/p/m/m-q8_0.gguf"
+
+# What the engine's first level-4 line says for each kind of defect (llama.cpp 0c1e57098).
+INVALID = [
+    f"gguf_init_from_file: failed to open GGUF file '{FILE}' (No such file or directory)",
+    f"gguf_init_from_file: failed to open GGUF file '{FILE}' (Permission denied)",
+    f"gguf_init_from_file: failed to open GGUF file '{FILE}' (Too many levels of symbolic links)",
+    "gguf_init_from_file_impl: failed to read magic",
+    "gguf_init_from_file_impl: invalid magic characters: 'vers', expected 'GGUF'",
+    "gguf_init_from_file_impl: bad GGUF version: 0",
+    "gguf_init_from_file_impl: GGUFv1 is no longer supported, please use a more up-to-date version",
+    "gguf_init_from_file_impl: this GGUF file is version 99 but this software only supports up to version 3",
+    "gguf_init_from_file_impl: failed to load model: this GGUF file version 50331648 is extremely large, is there a "
+    "mismatch between the host and model endianness?",
+    "gguf_init_from_file_impl: failed to read header",
+    "gguf_init_from_file_impl: failed to read tensor info",
+    "gguf_init_from_file_impl: string length 22 exceeds remaining file size 20 bytes",
+    "gguf_init_from_file_impl: failed to read key-value pairs",
+    "gguf_init_from_file_impl: number of tensors is -1 but must be in [0, 1]",
+    "gguf_init_from_file_impl: tensor 'a' has offset 7, expected 0",
+    "gguf_init_from_file_impl: duplicate key 'general.architecture' for tensors 0 and 1",
+    "gguf_init_from_file_impl: duplicate tensor name 'a' for tensors 0 and 1",
+    "gguf_init_from_file_impl: alignment 3 is not a power of 2",
+    "gguf_init_from_file_impl: failed to seek to beginning of data section",
+    "llama_model_load: error loading model: tensor 'output.weight' data is not within the file bounds, model is "
+    "corrupted or incomplete",
+    "llama_model_load: error loading model: check_tensor_dims: tensor 'blk.0.attn_q.weight' not found",
+    "llama_model_load: error loading model: done_getting_tensors: wrong number of tensors; expected 40, got 39",
+    "llama_model_load: error loading model: key not found in model: llama.block_count",
+    "llama_model_load: error loading model: key not found in model: tokenizer.ggml.model",
+    "llama_model_load: error loading model: tensor 'token_embd.weight' not found",
+    f"llama_model_load: error loading model: failed to load GGUF split from {FILE}",
+    "llama_model_load: error loading model: illegal split file idx: 1 (file: "
+    f"{FILE}), model must be loaded with the first split",
+    f"llama_model_load: error loading model: invalid split file name: {FILE}",
+    "llama_model_load: error loading model: tensor 'blk.0.ffn_up.weight' has invalid data",
+    "it is not a regular file",
+    "the file cannot be opened: No such file or directory",
+]
+UNSUPPORTED = [
+    "llama_model_load: error loading model: error loading model architecture: unknown model architecture: 'llamx'",
+    "llama_model_load: error loading model: error loading model vocabulary: unknown tokenizer: 'x'",
+    "llama_model_load: error loading model: error loading model vocabulary: unknown pre-tokenizer type: 'x'",
+    "llama_model_load: error loading model: CLIP cannot be used as main model, use it with --mmproj instead",
+    "load_backend_split: device RPC0 does not support split buffers",
+]
+MEMORY = [
+    "llama_model_load: error loading model: mmap failed: Cannot allocate memory",
+    "ggml_aligned_malloc: insufficient memory (attempted to allocate 512.00 MB)",
+    "llama_model_load: error loading model: unable to allocate CPU buffer",
+    "llama_init_from_model: failed to initialize the context: failed to allocate buffer for kv cache",
+    "alloc_tensor_range: failed to allocate FAKE0 buffer of size 1048576",
+    "llama_init_from_model: failed to initialize the context: failed to allocate compute pp buffers",
+    "llama_init_from_model: failed to initialize the context: std::bad_alloc",
+    "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 9.00 MiB on device 0: cudaMalloc failed: out of memory",
+]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        *((reason, "invalid_model_file") for reason in INVALID),
+        *((reason, "unsupported_model") for reason in UNSUPPORTED),
+        *((reason, "insufficient_memory") for reason in MEMORY),
+    ],
+)
+def test_each_refusal_has_its_code_and_keeps_the_engines_words(reason: str, code: str) -> None:
+    found, sentence = from_reason(reason)
+    assert found == code
+    assert sentence
+    assert not ABSOLUTE.search(sentence)
+    assert sentence in scrub(reason)
+    for quoted in re.findall(r"'([^'/]+)'", reason):
+        assert f"'{quoted}'" in sentence
+    assert not sentence.startswith(("llama_model_load", "gguf_init_from_file"))
+
+
+def test_the_name_of_the_file_is_told_and_where_it_is_is_not() -> None:
+    assert from_reason(INVALID[0])[1] == "failed to open GGUF file 'm-q8_0.gguf' (No such file or directory)"
+
+
+@pytest.mark.parametrize("reason", ["", " ", "x", "a: ", "llama_model_load: ", "/"])
+def test_there_is_no_refusal_without_an_answer(reason: str) -> None:
+    assert from_reason(reason)[0] == "invalid_model_file"
+
+
+# ---- exits
+
+ASSERT = "/tmp/build/vendor/llama.cpp/src/llama-model.cpp:1362: GGML_ASSERT(hparams.n_expert_used <= hparams.n_expert) failed"  # noqa: E501
+
+
+def test_an_assert_is_told_without_the_path_of_the_build() -> None:
+    code, sentence = from_exit(-signal.SIGABRT, ["load: printing all EOG tokens:", ASSERT, ""])
+    assert code == "engine_crashed"
+    assert sentence == (
+        "the engine died of SIGABRT: llama-model.cpp:1362: GGML_ASSERT(hparams.n_expert_used <= hparams.n_expert) failed"  # noqa: E501
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (0, "with status 0"),
+        (1, "with status 1"),
+        (3, "with status 3"),
+        (-signal.SIGSEGV, "of SIGSEGV"),
+        (-signal.SIGABRT, "of SIGABRT"),
+        (-signal.SIGTERM, "of SIGTERM"),
+        (-signal.SIGKILL, "killed by SIGKILL"),
+    ],
+)
+def test_how_it_died_is_told(status: int, words: str) -> None:
+    for tail in ([], ["", "  "], ["the last line"]):
+        code, sentence = from_exit(status, tail)
+        assert code == "engine_crashed"
+        assert words in sentence
+
+
+def test_a_file_that_ends_under_its_mapping_is_at_fault_and_not_the_engine() -> None:
+    assert from_exit(-signal.SIGBUS, ["a line"])[0] == "invalid_model_file"
+
+
+def test_a_kill_for_want_of_memory_is_told_as_that() -> None:
+    assert from_exit(-signal.SIGKILL, ["a line"], oom_killed=True)[0] == "insufficient_memory"
+    assert from_exit(-signal.SIGSEGV, ["a line"], oom_killed=True)[0] == "engine_crashed", "the kill was another's"
+
+
+@pytest.mark.parametrize(
+    ("lines", "asked"),
+    [
+        (["ggml_aligned_malloc: insufficient memory (attempted to allocate 512.00 MB)"], 512 << 20),
+        (["ggml_aligned_malloc: insufficient memory (attempted to allocate   1.50 MB)"], 3 << 19),
+        (["alloc_tensor_range: failed to allocate FAKE0 buffer of size 1048576"], 1 << 20),
+        (
+            ["cuda_buffer_type_alloc_buffer: allocating 9.00 MiB on device 0: cudaMalloc failed: out of memory"],
+            9 << 20,
+        ),
+        (["failed to allocate A buffer of size 7", "failed to allocate B buffer of size 9", "unable to allocate"], 9),
+        (["llama_model_load: error loading model: mmap failed: Cannot allocate memory"], None),
+        (["llama_kv_cache: size = 512.00 MiB", "buffer of size 12"], None),
+        ([], None),
+    ],
+)
+def test_what_the_engine_asked_for_in_vain(lines: list[str], asked: int | None) -> None:
+    assert needed_bytes(lines) == asked
+
+
+def test_a_shortage_has_numbers_for_people_and_for_machines() -> None:
+    devices = [
+        Device(id="CUDA0", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=3 << 29, available_bytes=1 << 30),
+        Device(id="CUDA1", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=700, available_bytes=-9),
+    ]
+    sentence, detail = shortage("it refused", 5 << 20, devices, {"CUDA1": ["p/m", "p/m:2"]}, {"CUDA1": 5})
+    assert sentence == (
+        "it refused: 5.0 MiB needed, 1.0 GiB of 8.0 GiB available on CUDA0, 0 bytes of 8.0 GiB available on CUDA1"
+    )
+    assert detail == {
+        "needed_bytes": 5 << 20,
+        "devices": [
+            {
+                "id": "CUDA0",
+                "total_bytes": 8 << 30,
+                "free_bytes": 3 << 29,
+                "available_bytes": 1 << 30,
+                "used_by_others_bytes": 0,
+                "instances": [],
+            },
+            {
+                "id": "CUDA1",
+                "total_bytes": 8 << 30,
+                "free_bytes": 700,
+                "available_bytes": 0,
+                "used_by_others_bytes": 5,
+                "instances": ["p/m", "p/m:2"],
+            },
+        ],
+    }
+
+
+@pytest.mark.parametrize("status", [-34, -40, -64])
+def test_a_realtime_signal_is_a_signal_too(status: int) -> None:
+    assert from_exit(status, ["x"])[0] == "engine_crashed"
+
+
+@pytest.mark.parametrize("line", MEMORY)
+def test_an_exit_after_memory_ran_out_is_told_as_that(line: str) -> None:
+    code, sentence = from_exit(-signal.SIGABRT, ["before", line, "after", ASSERT])
+    assert (code, sentence) == ("insufficient_memory", scrub(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "load_tensors: offloading output layer to GPU",
+        "print_info: n_expert_used = 2",
+        "llama_context: flash_attn = auto",
+        "load: special tokens cache size = 3",
+        "",
+    ],
+)
+def test_ordinary_lines_are_no_reason(line: str) -> None:
+    assert from_exit(-signal.SIGSEGV, [line])[0] == "engine_crashed"
+
+
+@given(st.integers(-64, 255), st.lists(st.text(max_size=60), max_size=5))
+def test_every_end_has_a_sentence(status: int, tail: list[str]) -> None:
+    code, sentence = from_exit(status, tail)
+    assert code in {"engine_crashed", "insufficient_memory", "invalid_model_file"}
+    assert sentence.strip()
+
+
+# ---- no path ever
+
+parts = st.text(st.characters(categories=["L", "N"], include_characters="_-.+@~#%"), min_size=1, max_size=8).filter(
+    lambda part: part.strip(".")
+)
+paths = st.lists(parts, min_size=2, max_size=5).map(lambda found: "/" + "/".join(found))
+around = st.sampled_from(["", " ", "'", '"', "(", ": ", "=", ", ", "[", "<", "`", "file:", "in "])
+
+
+@given(st.lists(st.tuples(around, paths), min_size=1, max_size=3), st.text(max_size=10).filter(lambda t: "/" not in t))
+@example([("", "/home/user/models/a.gguf")], ":12: GGML_ASSERT(x) failed")
+@example([("=", "/home/user/a.gguf")], "")
+@example([("'", "/a/b/c")], "' (No such file)")
+def test_no_absolute_path_survives(found: list[tuple[str, str]], end: str) -> None:
+    text = " ".join(before + path for before, path in found) + end
+    scrubbed = scrub(text)
+    assert not ABSOLUTE.search(" " + scrubbed)
+    for _, path in found:
+        assert path.rpartition("/")[0] + "/" not in scrubbed
+
+
+@given(st.lists(st.tuples(around, paths), max_size=3), st.sampled_from([-11, -9, -7, -6, 0, 1]))
+def test_no_path_in_any_sentence(found: list[tuple[str, str]], status: int) -> None:
+    lines = [before + path for before, path in found]
+    for sentence in (from_exit(status, lines)[1], *(from_reason(line)[1] for line in lines)):
+        assert not any(path.rpartition("/")[0] + "/" in sentence for _, path in found)
+
+
+@pytest.mark.parametrize(
+    "directory",
+    ["/home/user/my models", "/mnt/user (new)", "/srv/user/a,b", "/srv/user/it's", "/srv/user/a:b", "/srv//a"],
+)
+def test_a_directory_of_unusual_characters_leaves_no_absolute_path(directory: str) -> None:
+    line = f"gguf_init_from_file: failed to open GGUF file '{directory}/p/m.gguf' (No such file or directory)"
+    _, sentence = from_reason(line)
+    assert not ABSOLUTE.search(sentence)
+    assert directory not in sentence
+    assert "m.gguf'" in sentence
+
+
+def test_what_is_no_path_is_left_alone() -> None:
+    for text in ("1/2 of 3/4", "a/b", "n_embd / n_head", "GGML_ASSERT(a / b == 0) failed", "50 % at 3 GB/s"):
+        assert scrub(text) == text

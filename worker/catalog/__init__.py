@@ -1,0 +1,1 @@
+"""The models on a disk of a worker: scanned, read, named."""

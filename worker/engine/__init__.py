@@ -1,0 +1,1 @@
+"""The engine: runs in runner processes only.  Nothing outside this package imports it."""

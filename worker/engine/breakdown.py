@@ -1,0 +1,87 @@
+"""What the engine has taken of each device, by its own account.
+
+llama.cpp 0c1e57098 has no C interface for it: `llama_get_memory_breakdown` returns a std::map by value.  Here its
+nodes are laid out as libstdc++ has them, and it is called as the Itanium C++ ABI wants on x86-64, with the address of
+the result in front of the arguments.  The nodes are not freed: some 70 bytes of each of a handful of buffer types.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shared.schema.memory import Taken
+
+HOST = "CPU"
+SYMBOL = "_Z26llama_get_memory_breakdownPK13llama_context"
+
+
+class _Node(ctypes.Structure):  # std::_Rb_tree_node of a buffer type and its bytes
+    pass
+
+
+_Node._fields_ = [
+    ("color", ctypes.c_int),
+    ("parent", ctypes.POINTER(_Node)),
+    ("left", ctypes.POINTER(_Node)),
+    ("right", ctypes.POINTER(_Node)),
+    ("buffer_type", ctypes.c_void_p),
+    ("model", ctypes.c_size_t),
+    ("context", ctypes.c_size_t),
+    ("compute", ctypes.c_size_t),
+]
+
+
+class _Map(ctypes.Structure):  # std::map: its comparison, the header of its tree, its size
+    _fields_ = [
+        ("compare", ctypes.c_size_t),
+        ("color", ctypes.c_int),
+        ("root", ctypes.POINTER(_Node)),
+        ("first", ctypes.c_void_p),
+        ("last", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+    ]
+
+
+def breakdown(engine: Any, context: Any, devices: Mapping[int, str]) -> list[Taken] | None:
+    """What a context and its model take of `devices`, by ggml's handle and our id, in their order, and of the host.
+
+    None: this build of the engine does not say.  `engine` is the handle of libllama.
+    """
+    if platform.machine() != "x86_64" or not hasattr(engine, SYMBOL):
+        return None
+    ask = getattr(engine, SYMBOL)
+    ask.argtypes, ask.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p
+    found = _Map()
+    ask(ctypes.addressof(found), context)
+    sums: defaultdict[str, tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
+    for node in _nodes(found.root):
+        weights, cache, compute = sums[id_ := _device(engine, node.buffer_type, devices)]
+        sums[id_] = weights + node.model, cache + node.context, compute + node.compute
+    return [
+        Taken(id=id_, weights_bytes=weights, context_bytes=cache, compute_bytes=compute)
+        for id_ in (*devices.values(), HOST)
+        for weights, cache, compute in [sums[id_]]
+    ]
+
+
+def _nodes(node: Any) -> Iterator[Any]:
+    if node:
+        yield from _nodes(node.contents.left)
+        yield node.contents
+        yield from _nodes(node.contents.right)
+
+
+def _device(engine: Any, buffer_type: int, devices: Mapping[int, str]) -> str:
+    """Where the buffers of a type are.  Pinned memory of the host ("CUDA_Host") belongs to a GPU in ggml, and is the
+    host's all the same; the CPU's own types belong to no device, or to its own (ggml-cuda.cu, ggml-backend.cpp)."""
+    engine.ggml_backend_buft_is_host.argtypes = [ctypes.c_void_p]
+    engine.ggml_backend_buft_is_host.restype = ctypes.c_bool
+    engine.ggml_backend_buft_get_device.argtypes = [ctypes.c_void_p]
+    engine.ggml_backend_buft_get_device.restype = ctypes.c_void_p
+    if engine.ggml_backend_buft_is_host(buffer_type):
+        return HOST
+    return devices.get(engine.ggml_backend_buft_get_device(buffer_type), HOST)  # the CPU's own: rearranged weights

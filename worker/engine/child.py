@@ -1,0 +1,110 @@
+"""The runner: a process that holds one model's memory and gives it back by dying.
+
+It is forked from a server that has imported this module and nothing that touches a device, gets warm, practises if
+there is time, measures what it is asked to, loads one model, and then only lives.  The worker is its lifeline: when the
+channel ends, so does the process.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from worker.engine import llama
+from worker.engine.confine import confine
+from worker.engine.prewarm import give_back, practise
+from worker.engine.progress import Throttled
+from worker.runner.protocol import (
+    LENGTH,
+    NO_GPU,
+    Failed,
+    FromRunner,
+    Load,
+    Measure,
+    Measured,
+    Ping,
+    Pong,
+    Stop,
+    ToRunner,
+    Warm,
+    decode_to_runner,
+    frame,
+)
+
+ORPHANED = 3  # exit status
+IDLE_S = 0.02  # without being told anything; then a runner for the CPU practises
+
+
+def main(control: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """The process's whole life.  `output` becomes its stdout and stderr: the engine writes there.
+
+    `visible`: the GPUs that it may use, as CUDA_VISIBLE_DEVICES names them; None: those of what it is told first.
+    """
+    os.setsid()
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    confine(control.fileno())
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # or an abort would fork a debugger
+
+    inbox: queue.SimpleQueue[Load | Measure] = queue.SimpleQueue()
+    sending = threading.Lock()
+
+    def send(message: FromRunner) -> None:
+        with sending:
+            control.sendall(frame(message))
+
+    threading.Thread(target=read_channel, args=(control, inbox, send), daemon=True).start()
+    log = None if visible is None else llama.initialise(visible)
+    send(Warm(llama.has_cuda()))
+    if visible == NO_GPU and log is not None:
+        with suppress(queue.Empty):
+            inbox.put(inbox.get(timeout=IDLE_S))
+        if inbox.empty():
+            practise(log)
+    told = inbox.get()
+    load = told.load if isinstance(told, Measure) else told
+    if load.traceparent:  # where OpenTelemetry's convention has it, for libraries that look
+        os.environ["TRACEPARENT"] = load.traceparent
+    if log is None:
+        log = llama.initialise(",".join(load.devices) or NO_GPU)
+    try:
+        while isinstance(told, Measure):
+            send(Measured(llama.measure(told.load, log)))
+            told = inbox.get()
+        loaded = llama.Loaded(told, log, Throttled(send, told.total_bytes))
+    except llama.LoadError as e:
+        log.write()
+        send(Failed(str(e)))
+        return
+    send(loaded.ready(told))
+    log.write()
+    give_back()
+    threading.Event().wait()  # until the reader thread ends the process
+
+
+def read_channel(
+    control: socket.socket, inbox: queue.SimpleQueue[Load | Measure], send: Callable[[FromRunner], None]
+) -> None:
+    """Reader thread.  Stop, or the end of the stream, ends the process whatever the main thread is deep in."""
+    with control.makefile("rb") as stream:
+        while True:
+            head = stream.read(LENGTH.size)
+            if len(head) < LENGTH.size:
+                os._exit(ORPHANED)
+            message: ToRunner = decode_to_runner(stream.read(LENGTH.unpack(head)[0]))
+            match message:
+                case Load() | Measure():
+                    inbox.put(message)
+                case Ping():
+                    with suppress(OSError):  # the end of the stream is about to be read
+                        send(Pong())
+                case Stop():
+                    os._exit(0)

@@ -1,0 +1,381 @@
+"""The engine: the only importer of llama_cpp, used only inside a runner.
+
+Facts about llama.cpp here were read from its source or measured at commit 0c1e57098, which llama-cpp-python 0.3.36
+carries.  Names on this side are llama.cpp's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from llama_cpp import llama_cpp
+from msgspec import UNSET
+
+from shared.schema.http import LoadConfig, Phase
+from shared.schema.memory import Taken
+from shared.schema.model import FileStat
+from worker.engine.breakdown import breakdown
+from worker.engine.prefetch import Ahead, Unreadable, open_model
+from worker.runner.protocol import Load, Ready
+
+lib: Any = llama_cpp  # ctypes: nothing of it is typed
+
+ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's own table is an older one
+TENSORS = "load_tensors: "  # how the first line about the weights begins (src/llama-model.cpp)
+MANY_BYTES, MOST_THREADS = 128 << 20, 8
+GENERIC = re.compile(r"failed to load model|error loading model$")
+
+
+class LoadError(Exception):
+    """The engine refused; the text is its own reason."""
+
+
+class Log:
+    """What llama.cpp says, line by line, also passed on to stderr.  Alive for as long as the process.
+
+    A load says hundreds of lines.  They are passed on in bunches, since each write wakes the worker, which would
+    cost a small model as much as its load: at an error, once the weights are there, at the end, and else 20 times a
+    second.  While it `is_muted`, only an error is passed on, and what led to it.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, str]] = []
+        self.tensors_at: float | None = None  # when the engine came to the weights, by the monotonic clock
+        self.is_muted = False
+        self._unwritten: list[bytes] = []
+        self._written_at = 0.0
+        self._callback = lib.llama_log_callback(self._add)  # must outlive every call from llama.cpp
+        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _add(self, level: int, text: bytes, _user_data: object) -> None:
+        line = text.decode("utf-8", "replace")
+        if level == CONTINUED and self.lines:
+            level, start = self.lines.pop()
+            self.lines.append((level, start + line))
+        else:
+            self.lines.append((level, line))
+        if self.tensors_at is None and line.startswith(TENSORS):
+            self.tensors_at = time.monotonic()
+        self._unwritten.append(text)
+        if level == ERROR:
+            self._pass_on()
+        elif time.monotonic() - self._written_at > 0.05:
+            self.write()
+
+    def write(self) -> None:
+        """Pass on what has come up since the last time."""
+        if not self.is_muted:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        text, self._unwritten = b"".join(self._unwritten), []
+        self._written_at = time.monotonic()
+        while text:
+            text = text[os.write(2, text) :]
+
+    def forget(self) -> None:
+        """Begin anew, without what is not passed on yet."""
+        self.lines.clear()
+        self.tensors_at = None
+        self._unwritten.clear()
+
+    def reason(self, otherwise: str) -> str:
+        """The first error that says more than that the load failed."""
+        errors = [line.strip() for level, line in self.lines if level == ERROR]
+        return next((line for line in errors if not GENERIC.search(line)), errors[0] if errors else otherwise)
+
+    def find(self, marker: str, pattern: str) -> list[str]:
+        """What a pattern's one group matches in the lines that hold `marker`, in order."""
+        found = (re.search(pattern, line) for _, line in self.lines if marker in line)
+        return [match[1] for match in found if match]
+
+
+def has_cuda() -> bool:
+    """Whether the engine was built with CUDA: whether libllama, or what it depends on, has the symbol (dlsym(3)).
+    Nothing is initialised by asking."""
+    return hasattr(lib._lib, "ggml_backend_cuda_reg")
+
+
+def initialise(visible: str) -> Log:
+    """Start the backends, for the GPUs that `visible` names as CUDA_VISIBLE_DEVICES has it.  Once per process, never
+    before a fork."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    log = Log()
+    lib.llama_backend_init()
+    return log
+
+
+def _gpus(load: Load) -> dict[int, str]:
+    """The GPUs of a load, by ggml's handle: it names them CUDA0, CUDA1, ... as CUDA numbers them, in the order of
+    CUDA_VISIBLE_DEVICES.
+
+    ggml's functions are reached through libllama's handle, as llama-cpp-python wraps only llama.h.
+    """
+    ggml = lib._lib
+    ggml.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
+    ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    found = {}
+    for id_ in load.devices:
+        name = f"CUDA{visible.index(id_)}" if id_ in visible else ""
+        handle = ggml.ggml_backend_dev_by_name(name.encode())
+        if not handle:  # or the model would go to the CPU without a word
+            raise LoadError(f"the engine does not see the GPU {id_}")
+        found[handle] = id_
+    return found
+
+
+def _model_params(load: Load, gpus: dict[int, str]) -> Any:
+    """Everything but how the file is read.
+
+    llama.cpp gives layer `i` to the first device whose share of `tensor_split`, added to those before it, exceeds
+    i / n_gpu_layers: shares that are counts of layers give exactly these (llama-model.cpp, get_layer_buft_list).
+    """
+    params = lib.llama_model_default_params()
+    handles = (ctypes.c_void_p * (len(gpus) + 1))(*gpus)  # the last one, NULL, ends the list: without one, all GPUs
+    params.devices = ctypes.addressof(handles)
+    params.referenced = handles  # a bare address does not keep it
+    params.n_gpu_layers = sum(load.layers)
+    params.split_mode = lib.LLAMA_SPLIT_MODE_LAYER if len(gpus) > 1 else lib.LLAMA_SPLIT_MODE_NONE
+    params.main_gpu = 0
+    if gpus:
+        params.tensor_split = (ctypes.c_float * lib.llama_max_devices())(*load.layers)
+    params.check_tensors = load.check_tensors
+    params.use_extra_bufts = load.repack
+    if load.expert_override is not None:
+        overrides = (lib.llama_model_kv_override * 2)()  # the last one, empty, ends the list
+        key, value = load.expert_override
+        overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
+        overrides[0].key = key.encode()
+        overrides[0].value.val_i64 = value
+        params.kv_overrides = overrides
+    return params
+
+
+def _context_params(load: Load) -> Any:
+    params = lib.llama_context_default_params()
+    params.n_ctx = load.n_ctx
+    params.n_batch = load.n_batch
+    params.n_ubatch = load.n_ubatch
+    params.n_seq_max = load.n_seq_max
+    params.kv_unified = True  # sequences share n_ctx instead of dividing it
+    params.offload_kqv = load.offload_kqv
+    params.flash_attn_type = -1 if load.flash_attn is None else int(load.flash_attn)
+    params.embeddings = load.embedding
+    params.n_threads = params.n_threads_batch = n_threads(load.total_bytes)
+    return params
+
+
+def n_threads(n_bytes: int) -> int:
+    """How many threads decode the warm-up token of a model, which is all that is decoded here.
+
+    That reads all the weights: two threads halve it (2 GB: 273 and 141 ms), and a few take all that memory gives.  A
+    small one takes less than it costs to start them, 0.5 to 10 ms.
+    """
+    return min(MOST_THREADS, len(os.sched_getaffinity(0))) if n_bytes >= MANY_BYTES else 1
+
+
+def measure(load: Load, log: Log) -> list[Taken]:
+    """What a load would take of each of its devices and of the host.  Raises LoadError.
+
+    With `no_alloc` llama.cpp builds the model and the context, allocates and reads no weights, and sums up what it
+    would have allocated.  It reads the whole header for that: 0.1 to 1 s for the vocabulary.
+
+    To the byte what a load takes, but for the compute buffers of several GPUs that take all layers: there the engine
+    puts each layer's norm where the layer is, and its dry run forgets that (graph_get_cb of llama-context.cpp, and
+    ggml_backend_sched_reserve_size, which resets what was set).  A buffer then differs by one tensor of n_ubatch
+    times the model's width, two in tiny models, either way.
+    """
+    log.write()
+    log.forget()
+    log.is_muted = True  # of a load that is none: it would name buffers of 0 MiB
+    try:
+        with ExitStack() as undo:
+            for shard in load.shards:
+                os.close(_opened(shard))
+            gpus = _gpus(load)
+            params = _model_params(load, gpus)
+            params.no_alloc = True
+            params.load_mode = lib.LLAMA_LOAD_MODE_NONE
+            model = _load_model(load, params, log)
+            undo.callback(lib.llama_model_free, model)
+            context = _create_context(load, model, log)
+            undo.callback(lib.llama_free, context)
+            taken = breakdown(lib._lib, context, gpus)
+            if taken is None:
+                raise LoadError("this build of the engine does not say what a load takes")
+        log.forget()
+        return taken
+    finally:
+        log.is_muted = False
+
+
+def _opened(shard: str) -> int:
+    """A descriptor of a file of the model's: llama.cpp would wait at a pipe for ever.  Raises LoadError."""
+    try:
+        return open_model(shard)
+    except Unreadable as e:
+        raise LoadError(str(e)) from None
+
+
+def _load_model(load: Load, params: Any, log: Log) -> Any:
+    model = lib.llama_model_load_from_file(load.shards[0].encode(), params)
+    if not model:
+        raise LoadError(log.reason("llama.cpp gave no reason"))
+    return model
+
+
+def _create_context(load: Load, model: Any, log: Log) -> Any:
+    context = lib.llama_init_from_model(model, _context_params(load))
+    if not context:
+        raise LoadError(log.reason("llama.cpp could not create a context and gave no reason"))
+    return context
+
+
+class Loaded:
+    """A model and its context in memory, and how long each phase took."""
+
+    def __init__(self, load: Load, log: Log, report: Callable[[Phase, int], None]) -> None:
+        """Load, create the context, decode one token.  Raises LoadError; what was taken by then is given back."""
+        self.timing: dict[Phase, float] = {}
+        self.files: list[FileStat] = []  # as they were opened
+        self._log = log
+        log.write()
+        log.forget()
+        self._gpus = _gpus(load)
+        with ExitStack() as undo:
+            self.model = self._load_model(load, report)
+            undo.callback(lib.llama_model_free, self.model)
+            log.write()
+            report("context", load.total_bytes)
+            with _timed(self.timing, "context"):
+                self.context = _create_context(load, self.model, log)
+            undo.callback(lib.llama_free, self.context)
+            report("warmup", load.total_bytes)
+            with _timed(self.timing, "warmup"):
+                self._warm_up()
+            self._check_files(load)
+            self.close = undo.pop_all().close
+
+    def _load_model(self, load: Load, report: Callable[[Phase, int], None]) -> Any:
+        """Metadata and weights.
+
+        On the CPU the weights stay a mapping of the file, which is read ahead while llama.cpp is at the vocabulary;
+        where it maps the file before all of that is read, both read on.  For GPUs the file is read and copied tensor by
+        tensor, which llama.cpp reports by itself; with a mapping it would read the whole file before the first report.
+        """
+        params = _model_params(load, self._gpus)
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if load.devices else lib.LLAMA_LOAD_MODE_MMAP
+
+        report("metadata", 0)
+        done = 0
+
+        def advanced(n: int) -> None:
+            nonlocal done
+            done += n
+            report("weights", done)
+
+        def on_progress(fraction: float, _user_data: object) -> bool:
+            if load.devices:
+                report("weights", int(fraction * load.total_bytes))
+            return True
+
+        callback = lib.llama_progress_callback(on_progress)
+        params.progress_callback = callback
+        with ExitStack() as files:
+            fds = []
+            for shard in load.shards:
+                fds.append(_opened(shard))
+                files.callback(os.close, fds[-1])
+            self.files = [FileStat.of(os.fstat(fd)) for fd in fds]
+            started = time.monotonic()
+            ahead = None if load.devices else Ahead(fds, advanced)
+            model = _load_model(load, params, self._log)
+            if ahead is not None:
+                try:
+                    ahead.wait()
+                except Unreadable as e:
+                    lib.llama_model_free(model)
+                    raise LoadError(str(e)) from None
+        ended = time.monotonic()
+        tensors_at = self._log.tensors_at or ended
+        self.timing["metadata"] = tensors_at - started
+        self.timing["weights"] = ended - tensors_at
+        return model
+
+    def _warm_up(self) -> None:
+        """Run one token through every layer, so that nothing is left to be paid by the first request."""
+        vocabulary = lib.llama_model_get_vocab(self.model)
+        token = max(lib.llama_vocab_bos(vocabulary), 0)
+        tokens = (lib.llama_token * 1)(token)  # borrowed by the batch: referenced until the end
+        has_encoder, has_decoder = lib.llama_model_has_encoder(self.model), lib.llama_model_has_decoder(self.model)
+        if has_encoder:
+            self._run("llama_encode", lib.llama_encode, tokens)
+            tokens[0] = max(lib.llama_model_decoder_start_token(self.model), token)
+        if has_decoder:
+            self._run("llama_decode", lib.llama_decode, tokens)
+        memory = lib.llama_get_memory(self.context)
+        if memory:
+            lib.llama_memory_clear(memory, False)  # the cells, not their data: that takes 15 ms for 2 GB
+        lib.llama_synchronize(self.context)
+
+    def _check_files(self, load: Load) -> None:
+        """What was read is of the files that were opened, and these are what their paths still name."""
+        for shard, before in zip(load.shards, self.files, strict=True):
+            try:
+                now = FileStat.of(Path(shard).stat())
+            except OSError as e:
+                raise LoadError(f"a file of the model went away while it was loaded: {e.strerror}") from None
+            if now != before:
+                raise LoadError("a file of the model changed while it was loaded")
+
+    def _run(self, name: str, function: Callable[..., int], tokens: Any) -> None:
+        status = function(self.context, lib.llama_batch_get_one(tokens, 1))
+        if status != 0:
+            raise LoadError(self._log.reason(f"{name} of the warm-up token failed with status {status}"))
+
+    def ready(self, load: Load) -> Ready:
+        """What applied, read back from the model, the context and the engine's log."""
+        taken = breakdown(lib._lib, self.context, self._gpus) or []
+        return Ready(config=self._config(load), timing=self.timing, files=self.files, taken=taken)
+
+    def _config(self, load: Load) -> LoadConfig:
+        n_ctx = min(load.n_ctx, lib.llama_n_ctx(self.context))  # llama.cpp pads up to a multiple of 256
+        if load.embedding:
+            return LoadConfig(context_length=n_ctx)
+        return LoadConfig(
+            context_length=n_ctx,
+            eval_batch_size=lib.llama_n_batch(self.context),
+            parallel=lib.llama_n_seq_max(self.context) if load.parallel_asked else UNSET,
+            flash_attention=self._flash_attention(),
+            offload_kv_cache_to_gpu=self._kv_on_gpu(load),
+            num_experts=int(self._log.find("n_expert_used", r"= (\d+)")[-1]) if load.moe else UNSET,
+        )
+
+    def _flash_attention(self) -> bool:
+        """There is no getter; the context's log says what was asked for, and for "auto" what became of it."""
+        asked = self._log.find("llama_context: flash_attn", r"= (\w+)")[-1]
+        if asked == "auto":
+            return bool(self._log.find("Flash Attention", r"(enabled)"))
+        return asked == "enabled"
+
+    def _kv_on_gpu(self, load: Load) -> bool:
+        """Where the KV cache went, from the buffers that the log names; without a GPU, the value given."""
+        buffers = self._log.find("KV buffer size", r"(\S+) KV buffer size")
+        if not load.devices or not buffers:
+            return load.offload_kqv
+        return any(not name.startswith("CPU") for name in buffers)
+
+
+@contextmanager
+def _timed(timing: dict[Phase, float], phase: Phase) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    timing[phase] = time.monotonic() - started

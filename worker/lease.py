@@ -1,0 +1,77 @@
+"""The right to a worker's name: on this host by a lock on its data directory, in the pool by a lease in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.lifecycle import State
+from shared.schema.model import Model
+from shared.settings import Settings, SettingsError
+from shared.store import UNAVAILABLE
+from shared.telemetry import log
+from worker.agent import Agent, LeaseLost
+
+TEMPORARY = "loadstone-worker-"  # how the names of our temporary directories begin
+
+_log = log.get("worker")
+
+
+@contextmanager
+def owned(settings: Settings, epoch: str) -> Iterator[str]:
+    """Hold this worker's name on this data directory for life; yields the epoch of its last, dead holder.
+
+    The lock is a `flock`: the kernel drops it when the process dies, however it dies.  Its file names the holder's
+    epoch and directory for temporary files, where multiprocessing puts its sockets: what a holder that was killed left
+    of it is removed by the next one.  Raises SettingsError.
+    """
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = settings.data_dir / f"worker-{settings.name}.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(
+                f"a worker named '{settings.name}' already runs on the data directory {settings.data_dir}."
+            ) from None
+        file.seek(0)
+        dead_epoch, _, left = file.read().strip().partition(" ")
+        if left and Path(left).name.startswith(TEMPORARY):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as temporary:
+            file.truncate(0)
+            file.write(f"{epoch} {temporary}")
+            file.flush()
+            # As multiprocessing.util.get_temp_dir remembers it; one that it made itself would stay after a SIGKILL.
+            multiprocessing.current_process()._config["tempdir"] = temporary  # type: ignore[attr-defined]
+            yield dead_epoch
+
+
+async def take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> None:
+    """Take the lease at once from our own dead predecessor, or as soon as another's runs out; with it, and not before,
+    the catalog is ours.  Raises LeaseLost.
+
+    What the predecessor held is lost, or begun anew if it was not loaded yet: its runners left when it died.
+    """
+    deadline = asyncio.get_running_loop().time() + agent.store.lease_s + 1
+    while True:
+        try:
+            is_free = await agent.publish(models, dead_epoch)
+            if is_free and await agent.store.renew(agent.snapshot(), dead_epoch) != "refused":
+                await agent.recall()
+                for instance in await agent.store.live_at(agent.name):
+                    if instance.state is not State.QUEUED and instance.epoch != agent.epoch:
+                        await agent.give_up(instance)
+                return
+        except UNAVAILABLE as e:
+            _log.warning("lease not taken", action="redis_unavailable", error=str(e))
+            deadline = asyncio.get_running_loop().time() + agent.store.lease_s + 1
+        if asyncio.get_running_loop().time() > deadline:
+            raise LeaseLost(f"a worker named '{agent.name}' is alive elsewhere; give this one another name.")
+        await asyncio.sleep(0.2)

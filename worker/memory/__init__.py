@@ -1,0 +1,1 @@
+"""The memory of the devices that a worker owns: readings, reservations, placement."""

@@ -1,0 +1,1 @@
+"""The parent side of a runner: the process, its messages, its output, its failure."""

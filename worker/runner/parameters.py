@@ -1,0 +1,25 @@
+"""From what a client asked for to what a runner is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec import structs
+
+from shared.memory import plan as parameters
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model
+from shared.settings import Settings
+from worker.runner.protocol import Load
+
+
+def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[str], layers: list[int]) -> Load:
+    """The load of a request that `model` allows, onto the CPU or onto GPUs; see `Load` of both."""
+    return Load(
+        shards=[str(Path(settings.models_dir, shard)) for shard in model.shards],
+        total_bytes=model.size_bytes,
+        check_tensors=settings.check_tensors == "on",
+        devices=devices,
+        layers=layers,
+        **structs.asdict(parameters.plan(request, model, settings)),
+    )
