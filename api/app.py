@@ -23,7 +23,8 @@ from api.pool.roster import Roster
 from api.pool.sweep import Sweep
 from api.routes import ROUTES
 from shared.settings import Settings, is_loopback, read_tokens, redis_url
-from shared.store import Store, connected
+from shared.store.connection import connected
+from shared.store.store import Store
 from shared.telemetry import log, trace
 from shared.telemetry.tally import Tally
 
@@ -70,7 +71,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
         async with connected(redis_url(settings)) as redis, asyncio.TaskGroup() as group:
             store = Store(redis, settings.lease_s)
             roster, follower = Roster(store, settings), Follower(store)
-            parts = (Sweep(roster).run(), follower.run(), hand_over(tally, store))
+            parts = (Sweep(roster).run(), follower.run(), hand_over(tally, store.counters))
             tasks = [group.create_task(part) for part in parts]
             yield {
                 "loads": Loads(settings, store, roster, follower),

@@ -13,7 +13,7 @@ from starlette.routing import Match
 
 from api.openapi.operations import LOAD
 from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError
-from shared.store import UNAVAILABLE
+from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
 
 # One row for each `type`, and one for each `type/code` that differs from it.

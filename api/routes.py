@@ -39,7 +39,7 @@ from api.pool.metrics import metrics
 from shared.errors import JobNotFound, QueueUnavailable
 from shared.instance import Instance
 from shared.schema.http import JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
-from shared.store import UNAVAILABLE
+from shared.store.connection import UNAVAILABLE
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ async def readyz(request: Request) -> Response:
     loads: Loads = request.state.loads
     draining: asyncio.Event = request.state.draining
     try:
-        missing = "" if any(w.epoch for w in await loads.store.workers()) else "no worker holds a lease\n"
+        missing = "" if any(w.epoch for w in await loads.store.workers.all()) else "no worker holds a lease\n"
     except UNAVAILABLE:
         missing = "Redis does not answer\n"
     if draining.is_set():

@@ -29,7 +29,7 @@ from bench.client import Sent, request
 from bench.processes import cpu_s, redis_url, roles, stopped
 from bench.sender import Sender, check, sender
 from bench.subjects import Failure, running, service
-from shared.store import queue_of
+from shared.store import keys
 from shared.synthetic import models as synthetic
 
 What = Literal["accept", "poll", "list", "bare, Redis", "bare, poll", "bare, list"]
@@ -113,7 +113,7 @@ class Jobs:
 
     def settle(self) -> None:
         """Return once the worker has taken every delivery."""
-        _until(lambda: not self.redis.exists(queue_of(self.worker)), "a worker that took its deliveries")
+        _until(lambda: not self.redis.exists(keys.queue(self.worker)), "a worker that took its deliveries")
 
     def cancel(self) -> None:
         """Cancel what was accepted last, and see in Redis that the held load alone is left."""

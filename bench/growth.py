@@ -27,7 +27,8 @@ from shared.schema.http import LoadConfig, LoadRequest
 from shared.schema.memory import CPU, Device, Holding
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
-from shared.store import Store, connected
+from shared.store.connection import connected
+from shared.store.store import Store
 
 MODELS = (10, 50, 200, 500, 1000, 2000)
 INSTANCES = (1, 10, 100, 300, 1000)
@@ -113,9 +114,9 @@ async def _pool(url: str, n_models: int, n_instances: int) -> AsyncIterator[Stor
             held=held,
             lease_s=LEASE_S,
         )
-        digest = await store.publish_catalog(WORKER, models, snapshot.epoch)
+        digest = await store.workers.publish_catalog(WORKER, models, snapshot.epoch)
         assert digest is not None
-        await store.renew(structs.replace(snapshot, catalog=digest))
+        await store.workers.renew(structs.replace(snapshot, catalog=digest))
         for one in held:
             await _loaded(store, snapshot.epoch, one)
         try:
@@ -125,7 +126,7 @@ async def _pool(url: str, n_models: int, n_instances: int) -> AsyncIterator[Stor
 
 
 async def _queued(store: Store, id_: str, key: str, instance_id: str) -> Instance:
-    return await store.create(
+    return await store.instances.create(
         Instance(
             id=id_,
             model=key,
@@ -141,11 +142,11 @@ async def _queued(store: Store, id_: str, key: str, instance_id: str) -> Instanc
 
 async def _loaded(store: Store, epoch: str, held: Holding) -> None:
     record = await _queued(store, f"load_{abs(hash(held.instance_id)):032x}", held.key, held.instance_id)
-    record, _ = await store.commit(record, record.after(Event.CLAIM, epoch=epoch, started_at=time.time()))
+    record, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch=epoch, started_at=time.time()))
     config = LoadConfig(context_length=4096, eval_batch_size=512, flash_attention=True, offload_kv_cache_to_gpu=True)
     now = time.time()
     timing = dict.fromkeys(("queue", "spawn", "metadata", "weights", "context", "warmup"), 0.1)
-    await store.commit(
+    await store.instances.commit(
         record,
         record.after(
             Event.LOAD,
@@ -165,7 +166,7 @@ async def _costs(store: Store, url: str, out: Path) -> dict[str, list[float]]:
     roster = Roster(store, Settings())
     await roster.refresh()
     (snapshot,) = roster.alive.values()
-    (first, *_) = await store.live()
+    (first, *_) = await store.instances.live()
     request = LoadRequest(model="bench/0000")
 
     async def place() -> None:
@@ -174,8 +175,8 @@ async def _costs(store: Store, url: str, out: Path) -> dict[str, list[float]]:
             raise Failure("a load has no room where it should")
 
     async def beat() -> None:
-        await store.renew(snapshot)
-        await store.live_at(WORKER)
+        await store.workers.renew(snapshot)
+        await store.instances.live_at(WORKER)
 
     async def refresh() -> None:
         await roster.refresh()
@@ -222,13 +223,13 @@ async def _told(store: Store, url: str, out: Path, n: int) -> list[float]:
                 for reader, writer in streams:
                     writer.write(request)
                     await reader.readuntil(b"event: model_load.start")
-                record, _ = await store.commit(record, record.after(Event.CLAIM, epoch="e" * 32))
+                record, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e" * 32))
                 await _heard(streams)
                 found = []
                 for i in range(N_EVENTS):
                     new = structs.replace(record, progress=(i + 1) / 100)
                     started = time.perf_counter()
-                    record, _ = await store.commit(record, new)
+                    record, _ = await store.instances.commit(record, new)
                     await _heard(streams)
                     found.append(time.perf_counter() - started)
         finally:

@@ -34,7 +34,8 @@ from shared.schema.memory import CPU, Device, Holding
 from shared.schema.model import Dimensions, FileStat, Model, Weights
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import PREFIX, Settings, variable
-from shared.store import Store, connected
+from shared.store.connection import connected
+from shared.store.store import Store
 
 WORKERS = (10, 30, 100, 300, 1000)
 GPUS, INSTANCES = 8, 10  # of each worker
@@ -172,10 +173,10 @@ class Pool:
     async def grow(self, n: int) -> None:
         for i in range(len(self.snapshots), n):
             snapshot = self._snapshot(i)
-            digest = await self.store.publish_catalog(snapshot.name, MODELS, snapshot.epoch)
+            digest = await self.store.workers.publish_catalog(snapshot.name, MODELS, snapshot.epoch)
             assert digest is not None
             snapshot = structs.replace(snapshot, catalog=digest)
-            await self.store.renew(snapshot)
+            await self.store.workers.renew(snapshot)
             await asyncio.gather(*(self._load(snapshot, held) for held in snapshot.held))
             self.snapshots.append(snapshot)
 
@@ -230,7 +231,7 @@ class Pool:
     async def _load(self, worker: WorkerSnapshot, held: Holding) -> None:
         """The record of an instance, through all that a load writes of its states."""
         now = time.time()
-        record = await self.store.create(
+        record = await self.store.instances.create(
             Instance(
                 id=f"load_{self.chance.getrandbits(128):032x}",
                 model=held.key,
@@ -242,8 +243,10 @@ class Pool:
                 instance_id=held.instance_id,
             )
         )
-        record, _ = await self.store.commit(record, record.after(Event.CLAIM, epoch=worker.epoch, started_at=now))
-        await self.store.commit(
+        record, _ = await self.store.instances.commit(
+            record, record.after(Event.CLAIM, epoch=worker.epoch, started_at=now)
+        )
+        await self.store.instances.commit(
             record,
             record.after(
                 Event.LOAD,
@@ -299,8 +302,8 @@ class Pool:
 
         async def beat() -> None:
             worker = self.chance.choice(self.snapshots)
-            await self.store.renew(worker)
-            if len(await self.store.live_at(worker.name)) != INSTANCES:
+            await self.store.workers.renew(worker)
+            if len(await self.store.instances.live_at(worker.name)) != INSTANCES:
                 raise Failure("a worker has not found its instances")
 
         async def refresh() -> None:

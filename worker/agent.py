@@ -17,7 +17,10 @@ from shared.schema.memory import Device
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
-from shared.store import CRASH_MEMORY_S, UNAVAILABLE, Fenced, NameTaken, NoLease, Store, Unwanted, check_cancelled
+from shared.store.connection import UNAVAILABLE, check_cancelled
+from shared.store.instances import Fenced, NameTaken, NoLease, NotDesired
+from shared.store.keys import CRASH_MEMORY_S
+from shared.store.store import Store
 from shared.telemetry import log
 from shared.telemetry.tally import Tally, died
 from worker.instance import Resident, has_changed
@@ -72,7 +75,7 @@ class Agent:
     async def publish(self, models: list[Model], dead_epoch: str = "") -> bool:
         """Take a new catalog, and publish it; not where another process holds our lease."""
         self.models = {model.key: model for model in models}
-        digest = await self.store.publish_catalog(self.name, models, self.epoch, dead_epoch)
+        digest = await self.store.workers.publish_catalog(self.name, models, self.epoch, dead_epoch)
         self._digest = digest or self._digest
         return digest is not None
 
@@ -119,7 +122,7 @@ class Agent:
             held=self.placer.held(),
             taken=[*self.taken],
             partly_on_cpu=self.settings.gpu_offload == "auto",
-            lease_s=self.store.lease_s,
+            lease_s=self.store.workers.lease_s,
         )
 
     async def tell(self) -> None:
@@ -133,7 +136,7 @@ class Agent:
     async def announce(self) -> None:
         """Let the pool know at once what has changed here; the next beat does in any case."""
         with suppress(*UNAVAILABLE):
-            await self.store.announce(self.snapshot())
+            await self.store.workers.announce(self.snapshot())
 
     async def beat(self) -> None:
         """Renew the lease, make what runs match what the records say; repeat.  Raises LeaseLost.
@@ -144,7 +147,7 @@ class Agent:
             self.heartbeat()
             await self.runners.watch(BEAT_S)
             try:
-                if self.runners.silent_s < self.store.lease_s:
+                if self.runners.silent_s < self.store.workers.lease_s:
                     await self._beat()
                 else:
                     _log.error("no runner answers", action="runners_silent", silent_s=round(self.runners.silent_s))
@@ -155,18 +158,18 @@ class Agent:
 
     async def _beat(self) -> None:
         await self.placer.look()
-        lease = await self.store.renew(self.snapshot())
+        lease = await self.store.workers.renew(self.snapshot())
         if lease == "refused":
             raise LeaseLost(f"the lease of worker '{self.name}' is held by another process")
         await self._reconcile()
         if lease == "no catalog":  # Redis was emptied: nothing is placed here before what we hold has its names again
             await self.publish(list(self.models.values()))
         await self._restore()
-        await self.tally.hand_over(self.store)
+        await self.tally.hand_over(self.store.counters.add)
 
     async def _reconcile(self) -> None:
         claimed = [held for held in self.held.values() if held.claimed]
-        mine = {one.id: one for one in await self.store.live_at(self.name, [held.id for held in claimed])}
+        mine = {one.id: one for one in await self.store.instances.live_at(self.name, [held.id for held in claimed])}
         for held in claimed:
             record = mine.get(held.id)
             if record is None or record.epoch != self.epoch:
@@ -192,7 +195,7 @@ class Agent:
         loaded = held.instance
         if not self.wanted.is_on or loaded is None or loaded.state is not State.LOADED:
             return False
-        found = await self.store.rewrite(loaded)
+        found = await self.store.instances.rewrite(loaded)
         if found == "written":
             with log.about(loaded):
                 _log.warning("record written again", action="record_rewritten")
@@ -210,9 +213,11 @@ class Agent:
     async def recall(self) -> None:
         """Learn from Redis what this worker is to hold and its file does not know of.  Without restoring, forget it."""
         if not self.wanted.is_on:
-            return await self.store.want_nothing(self.name)
+            return await self.store.instances.clear_desired(self.name)
         known = {wanted.id for wanted in self.wanted.instances.values()}
-        for record in await self.store.many([*set((await self.store.wanted(self.name)).values()) - known]):
+        for record in await self.store.instances.many(
+            [*set((await self.store.instances.desired(self.name)).values()) - known]
+        ):
             self.wanted.add(record)
         return None
 
@@ -221,8 +226,8 @@ class Agent:
         missing = [wanted for wanted in self.wanted.instances.values() if wanted.id not in self.held]
         if not missing or self.draining:
             return
-        records = {record.id: record for record in await self.store.many([wanted.id for wanted in missing])}
-        known = await self.store.wanted(self.name)
+        records = {record.id: record for record in await self.store.instances.many([wanted.id for wanted in missing])}
+        known = await self.store.instances.desired(self.name)
         for wanted in sorted(missing, key=lambda w: w.used_at or 0.0, reverse=True):
             record = records.get(wanted.id)
             todo = decide(wanted, record, known.get(wanted.instance_id))
@@ -233,8 +238,8 @@ class Agent:
                 continue
             begun = restoration(wanted, f"load_{uuid.uuid4().hex}", todo)
             try:
-                begun = await self.store.create(begun, restores=wanted.id if record else "")
-            except (NameTaken, Unwanted):  # it was loaded anew, or unloaded, while we were away
+                begun = await self.store.instances.create(begun, restores=wanted.id if record else "")
+            except (NameTaken, NotDesired):  # it was loaded anew, or unloaded, while we were away
                 await self._forget(wanted, None)
             except NoLease:
                 return
@@ -245,7 +250,7 @@ class Agent:
                 self.deliver(begun.id, begun.not_before)
 
     async def _forget(self, wanted: Instance, record: Instance | None) -> None:
-        await self.store.unwant(wanted)
+        await self.store.instances.forget_desired(wanted)
         self.wanted.discard(wanted)
         if record is not None and record.state is State.FAILED:
             reason = record.error.message if record.error else ""
@@ -258,13 +263,13 @@ class Agent:
         """Remember for a while that a model crashed the engine."""
         self._crashes[model.fingerprint] = (time.monotonic() + CRASH_MEMORY_S, reason)
         with suppress(*UNAVAILABLE):
-            await self.store.remember_crash(model.fingerprint, reason)
+            await self.store.instances.remember_crash(model.fingerprint, reason)
 
     async def survived(self, instance: Instance, model: Model) -> None:
         """Forget it, since the model was loaded all the same."""
         if self._crashes.pop(model.fingerprint, None) is not None or instance.request.force:
             with suppress(*UNAVAILABLE):
-                await self.store.forget_crash(model.fingerprint)
+                await self.store.instances.forget_crash(model.fingerprint)
 
     def crash(self, model: Model) -> tuple[str, int] | None:
         """Why a model crashed the engine lately, and for how many seconds that is remembered."""
@@ -297,12 +302,12 @@ class Agent:
         ending = asyncio.create_task(self._drained())
         with suppress(*UNAVAILABLE, TimeoutError):
             async with asyncio.timeout(DRAIN_S / 2):
-                await self.store.renew(self.snapshot())  # nothing more is placed here
+                await self.store.workers.renew(self.snapshot())  # nothing more is placed here
         await ending
         self.wanted.flush()
         with suppress(*UNAVAILABLE, TimeoutError):
             async with asyncio.timeout(DRAIN_S / 4):
-                await self.tally.hand_over(self.store)
+                await self.tally.hand_over(self.store.counters.add)
 
     async def _drained(self) -> None:
         if self.tasks:
@@ -322,9 +327,9 @@ class Agent:
         """One commit, and one log line for a transition, with the ids that its caller bound.  Returns Redis' time in
         seconds too.
 
-        Raises Fenced, StopWished and what UNAVAILABLE lists.
+        Raises Fenced, StopRequested and what UNAVAILABLE lists.
         """
-        committed, now = await self.store.commit(old, new)
+        committed, now = await self.store.instances.commit(old, new)
         if old.state is not committed.state:
             facts = {"code": committed.error.code, "reason": committed.error.message} if committed.error else {}
             _log.info(

@@ -6,12 +6,14 @@ import asyncio
 from contextlib import suppress
 from typing import Any, cast
 
-from arq.connections import ArqRedis
 from arq.utils import timestamp_ms
 from arq.worker import Worker as ArqWorker
 from arq.worker import func
+from redis.asyncio import Redis
 
-from shared.store import SIZED_S, UNAVAILABLE, check_cancelled, pack_job, queue_of, unpack_job
+from shared.store import keys
+from shared.store.connection import UNAVAILABLE, check_cancelled
+from shared.store.queue import LOAD, SIZE, SIZED_S, as_arq, pack_job, unpack_job
 from shared.telemetry import log
 from worker.agent import Agent
 
@@ -28,7 +30,7 @@ class Deliveries(ArqWorker):
     loads, so arq's retries and results are off.  Only of the question what a load would take is the result the answer.
     """
 
-    def __init__(self, redis: ArqRedis, agent: Agent) -> None:
+    def __init__(self, redis: Redis, agent: Agent) -> None:
         async def load(_: dict[Any, Any], id_: str) -> None:
             agent.deliver(id_)
 
@@ -37,11 +39,11 @@ class Deliveries(ArqWorker):
 
         super().__init__(
             [
-                func(cast(Any, load), name="load"),
-                func(cast(Any, size), name="size", timeout=SIZED_S, keep_result=SIZED_S),
+                func(cast(Any, load), name=LOAD),
+                func(cast(Any, size), name=SIZE, timeout=SIZED_S, keep_result=SIZED_S),
             ],
-            queue_name=queue_of(agent.name),
-            redis_pool=redis,
+            queue_name=keys.queue(agent.name),
+            redis_pool=as_arq(redis),
             handle_signals=False,
             max_jobs=1000,
             job_timeout=5,
@@ -72,7 +74,7 @@ class Deliveries(ArqWorker):
                     await self.woken.wait()
 
 
-async def take_deliveries(redis: ArqRedis, agent: Agent) -> None:
+async def take_deliveries(redis: Redis, agent: Agent) -> None:
     """arq and the wake channel, restarted here whenever Redis drops them."""
     while True:
         deliveries = Deliveries(redis, agent)

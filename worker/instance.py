@@ -18,7 +18,8 @@ from shared.memory.placement import Placement
 from shared.schema.http import Phase
 from shared.schema.model import FileStat, Model
 from shared.schema.snapshot import short
-from shared.store import UNAVAILABLE, Fenced, StopWished, check_cancelled
+from shared.store.connection import UNAVAILABLE, check_cancelled
+from shared.store.instances import Fenced, StopRequested
 from shared.telemetry import log, trace
 from shared.telemetry.tally import died
 from worker.memory.host import oom_kills
@@ -108,7 +109,7 @@ class Resident:
 
         Raises Fenced and what UNAVAILABLE lists.
         """
-        record = await self.agent.store.get(self.id)
+        record = await self.agent.store.instances.get(self.id)
         if record is None or record.state is not State.QUEUED or record.worker != self.agent.name:
             return None
         span = trace.continued([record.traceparent])
@@ -297,7 +298,7 @@ class Resident:
                 load_time_seconds=sum(ready.timing.values()),
                 load_config=ready.config,
             )
-        except StopWished:
+        except StopRequested:
             return None
         self.agent.wanted.add(loaded)
         self.agent.changed.set()
@@ -373,7 +374,7 @@ class Resident:
         said = scrub(self._relative("".join(f"{line}\n" for line in runner.tail)))
         text = f"traceparent: {self.traceparent}\n{said}"
         try:
-            await self.agent.store.write_engine_log(self.id, text, self.agent.name)
+            await self.agent.store.instances.write_engine_log(self.id, text, self.agent.name)
         except UNAVAILABLE:
             runner.tail.grown.set()  # once more
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from shared.lifecycle import State
 from shared.schema.model import Model
 from shared.settings import Settings, SettingsError
-from shared.store import UNAVAILABLE
+from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
 from worker.agent import Agent, LeaseLost
 
@@ -59,19 +59,19 @@ async def take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> None
 
     What the predecessor held is lost, or begun anew if it was not loaded yet: its runners left when it died.
     """
-    deadline = asyncio.get_running_loop().time() + agent.store.lease_s + 1
+    deadline = asyncio.get_running_loop().time() + agent.store.workers.lease_s + 1
     while True:
         try:
             is_free = await agent.publish(models, dead_epoch)
-            if is_free and await agent.store.renew(agent.snapshot(), dead_epoch) != "refused":
+            if is_free and await agent.store.workers.renew(agent.snapshot(), dead_epoch) != "refused":
                 await agent.recall()
-                for instance in await agent.store.live_at(agent.name):
+                for instance in await agent.store.instances.live_at(agent.name):
                     if instance.state is not State.QUEUED and instance.epoch != agent.epoch:
                         await agent.give_up(instance)
                 return
         except UNAVAILABLE as e:
             _log.warning("lease not taken", action="redis_unavailable", error=str(e))
-            deadline = asyncio.get_running_loop().time() + agent.store.lease_s + 1
+            deadline = asyncio.get_running_loop().time() + agent.store.workers.lease_s + 1
         if asyncio.get_running_loop().time() > deadline:
             raise LeaseLost(f"a worker named '{agent.name}' is alive elsewhere; give this one another name.")
         await asyncio.sleep(0.2)

@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, aclosing, suppress
 
-from arq.connections import ArqRedis
+from redis.asyncio import Redis
 
 from shared.schema.model import Model
 from shared.settings import Settings, redis_url
-from shared.store import UNAVAILABLE, Store, connected
+from shared.store.connection import UNAVAILABLE, connected
+from shared.store.store import Store
 from shared.telemetry import log
 from worker.agent import Agent
 from worker.catalog.scanner import catalogs
@@ -56,10 +57,10 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
                 await agent.drain()
                 await agent.runners.close()
                 with suppress(*UNAVAILABLE):  # last: from then on the pool counts how long we are away
-                    await agent.store.release(agent.name, epoch)
+                    await agent.store.workers.release(agent.name, epoch)
 
 
-async def _work(settings: Settings, redis: ArqRedis, agent: Agent, dead_epoch: str) -> None:
+async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str) -> None:
     """Ready means: a catalog is published, a runner is warm, the lease is ours.  In this order."""
     agent.runners.prepare()
     agent.wanted.read()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.instance import Instance
 from shared.lifecycle import Event
-from shared.store import UNAVAILABLE
+from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Writer:
     async def surely(self, instance: Instance, event: Event, **changes: Any) -> Instance:
         """Write what comes of `event`, however long Redis is away; at our own end only once.
 
-        Raises Fenced, StopWished and what UNAVAILABLE lists.
+        Raises Fenced, StopRequested and what UNAVAILABLE lists.
         """
         return await self._surely(instance, lambda last: last.after(event, **changes))
 

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from shared.errors import QueueUnavailable
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL
-from shared.store import HISTORY_N, NEWS, UNAVAILABLE, Store, check_cancelled
+from shared.store.connection import UNAVAILABLE, check_cancelled
+from shared.store.instances import HISTORY_N
+from shared.store.keys import NEWS
+from shared.store.store import Store
 from shared.telemetry import log
 
 RECHECK_S = 1.0
@@ -49,7 +52,7 @@ class Follower:
                     if revision.state in TERMINAL:
                         return
                 if not history:
-                    record = await self.store.get(instance.id)
+                    record = await self.store.instances.get(instance.id)
                     if record is None:
                         raise QueueUnavailable(RECORD_LOST)
                     if record.state in TERMINAL and not await self._read(instance, last):
@@ -65,7 +68,7 @@ class Follower:
 
             async def read() -> list[tuple[str, Instance]]:
                 del self._readings[key]  # whoever asks from now on may have been woken by something newer
-                return await self.store.history(instance, after)
+                return await self.store.instances.history(instance, after)
 
             reading = self._readings[key] = asyncio.ensure_future(read())
             reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if all have gone
@@ -103,7 +106,7 @@ class Follower:
             await asyncio.sleep(RECHECK_S)
             ids = list(self._bells)
             try:
-                now = dict(zip(ids, await self.store.revisions(ids), strict=True)) if ids else {}
+                now = dict(zip(ids, await self.store.instances.revisions(ids), strict=True)) if ids else {}
             except UNAVAILABLE:
                 now = dict.fromkeys(ids, AWAY)
             for id_, rev in now.items():

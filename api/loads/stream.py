@@ -16,7 +16,7 @@ from api.loads.jobs import event, is_over
 from shared.errors import QueueUnavailable
 from shared.instance import Instance
 from shared.schema.http import LoadError, LoadEvent
-from shared.store import UNAVAILABLE
+from shared.store.connection import UNAVAILABLE
 
 HEARTBEAT_S = 10.0  # a comment this often while nothing happens, for proxies that cut what is silent
 LAST_WORDS_S = 0.5  # for what is still to be sent when the process comes to its end

@@ -36,7 +36,8 @@ from shared.lifecycle import TERMINAL, Event, State
 from shared.memory.placement import Placement
 from shared.schema.http import HeldInstance, JobStatus, ListedWorker, LoadedInstance, LoadRequest, ModelList
 from shared.settings import Settings
-from shared.store import Crashed, Fenced, Full, KeyTaken, NoLease, Remembered, Store
+from shared.store.instances import Crashed, Fenced, Full, KeyTaken, NoLease, Remembered
+from shared.store.store import Store
 from shared.telemetry import log
 
 STOP_DEADLINE_S = 60.0
@@ -77,7 +78,7 @@ class Loads:
         key = digest = ""
         if idempotency_key:
             key, digest = _digest(idempotency_key.encode()), _digest(msgspec.msgpack.encode(request))
-            if (found := await self.store.remembered(key)) is not None:
+            if (found := await self.store.instances.remembered(key)) is not None:
                 return await self._joined(found, digest)
         full: Full | None = None
         gone: set[str] = set()  # workers that could not take it
@@ -123,7 +124,7 @@ class Loads:
         if model.problem is not None:
             raise LoadFailed(model.problem.code, model.type, request.model, model.problem.message)
         try:
-            made = await self.store.create(
+            made = await self.store.instances.create(
                 Instance(
                     id=f"load_{uuid.uuid4().hex}",
                     model=request.model,
@@ -179,7 +180,7 @@ class Loads:
         return instance
 
     async def _read(self, ids: Sequence[str]) -> dict[str, Instance | None]:
-        return {**dict.fromkeys(ids), **{instance.id: instance for instance in await self.store.many(ids)}}
+        return {**dict.fromkeys(ids), **{instance.id: instance for instance in await self.store.instances.many(ids)}}
 
     async def settled(self, instance: Instance, within_s: float) -> Instance:
         """The record once its load is over, or as it is when the time is up."""
@@ -190,8 +191,8 @@ class Loads:
 
     async def _until(self, id_: str, is_wanted: Callable[[Instance], bool]) -> Instance:
         """The record as soon as it is as wanted.  What the log held before is in the record, and not read again."""
-        last = await self.store.last_entry(id_)
-        record = await self.store.get(id_)
+        last = await self.store.instances.last_entry(id_)
+        record = await self.store.instances.get(id_)
         if record is None:
             raise QueueUnavailable(RECORD_LOST)
         if is_wanted(record):
@@ -205,10 +206,10 @@ class Loads:
     async def resumed(self, instance: Instance, after: str) -> str | None:
         """The entry of a load's log after which its events go on for a client that saw `after` last; None where it
         has seen them all."""
-        if after == FIRST or is_after(after, await self.store.last_entry(instance.id)):
+        if after == FIRST or is_after(after, await self.store.instances.last_entry(instance.id)):
             return FIRST  # what it saw was of another load, or of none
         if is_over(instance):
-            left = await self.store.history(instance, after)
+            left = await self.store.instances.history(instance, after)
             if all(event(revision) is None for _, revision in left):
                 return None
         return after
@@ -216,7 +217,7 @@ class Loads:
     async def jobs(self, status_wanted: JobStatus | None, limit: int) -> list[Instance]:
         """Loads of the last day, newest first."""
         found: list[Instance] = []
-        async with aclosing(self.store.newest()) as newest:
+        async with aclosing(self.store.instances.newest()) as newest:
             async for instance in newest:
                 if status_wanted is None or status(instance) == status_wanted:
                     found.append(instance)
@@ -226,7 +227,7 @@ class Loads:
 
     async def engine_log(self, job_id: str) -> bytes:
         """What the engine said in a load, empty before it said anything.  Raises JobNotFound."""
-        found = await self.store.engine_log(job_id)
+        found = await self.store.instances.engine_log(job_id)
         if found is None:
             await self.job(job_id)
         return found or b""
@@ -253,19 +254,21 @@ class Loads:
 
         Raises ModelNotFound, and QueueUnavailable after STOP_DEADLINE_S.
         """
-        was_wanted = await self.store.unwant_everywhere(instance_id)  # first: nothing is restored from now on
-        id_ = await self.store.named(instance_id)
-        instance = await self.store.get(id_) if id_ else None
+        was_wanted = await self.store.instances.forget_desired_everywhere(
+            instance_id
+        )  # first: nothing is restored from now on
+        id_ = await self.store.instances.named(instance_id)
+        instance = await self.store.instances.get(id_) if id_ else None
         is_gone = instance is None or (await self._stop(instance)).state is State.LOST
         if is_gone and not was_wanted:
             raise ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
 
     async def _stop(self, instance: Instance, *, unless_loaded: bool = False) -> Instance:
         """Ask for a stop and follow it to the terminal revision, or to `loaded` where that is to stay."""
-        await self.store.request_stop(instance.id, unless_loaded=unless_loaded)
+        await self.store.instances.request_stop(instance.id, unless_loaded=unless_loaded)
         if instance.state is State.QUEUED:
             with suppress(Fenced):  # its worker was quicker
-                return (await self.store.commit(instance, instance.after(Event.STOP)))[0]
+                return (await self.store.instances.commit(instance, instance.after(Event.STOP)))[0]
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_DEADLINE_S):
                 return await self._until(
@@ -277,7 +280,7 @@ class Loads:
         """Every worker that is alive, with what it holds or is to hold."""
         await self.roster.refresh()  # who sees a worker here can load onto it
         held: dict[str, list[HeldInstance]] = {}
-        for instance in sorted(await self.store.live(), key=lambda i: (i.created_at, i.id)):
+        for instance in sorted(await self.store.instances.live(), key=lambda i: (i.created_at, i.id)):
             held.setdefault(instance.worker, []).append(
                 HeldInstance(
                     id=instance.instance_id, state=instance.state, model=instance.model, devices=instance.devices
@@ -302,7 +305,7 @@ class Loads:
 
     async def _list(self, _keys: Sequence[None]) -> dict[None, bytes]:
         # A worker that is ready must be seen at once.
-        _, live = await asyncio.gather(self.roster.refresh(), self.store.live())
+        _, live = await asyncio.gather(self.roster.refresh(), self.store.instances.live())
         loaded: dict[str, list[LoadedInstance]] = {}
         for instance in sorted(live, key=lambda i: (i.created_at, i.id)):
             holder = self.roster.alive.get(instance.worker)

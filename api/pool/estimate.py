@@ -35,7 +35,7 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
         placed = _roomiest(best, request, roster)
     if not placed.exact:
         sizing = Sizing(request=request, key=model.key, gpus=placed.gpus, layers=placed.layers)
-        taken = await roster.store.sized(best.worker, sizing)
+        taken = await roster.store.queue.sized(best.worker, sizing)
         if taken is not None:
             placed = structs.replace(placed, taken=taken, exact=True)
             fits = fits and _has_room(best, placed, roster)

@@ -31,7 +31,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shared import __version__
 from shared.lifecycle import TERMINAL, State
 from shared.schema.http import WorkerState
-from shared.store import UNAVAILABLE, Readings, Store, check_cancelled
+from shared.store.connection import UNAVAILABLE, check_cancelled
+from shared.store.counters import Counters, Readings
+from shared.store.store import Store
 from shared.telemetry import log
 from shared.telemetry.tally import BOUNDS_S, COUNTERS, HISTOGRAMS, OUTCOMES, RunnerState, Tally, field, observed
 
@@ -103,18 +105,18 @@ class Requests:
         self.tally.add(counted | observed("http_request_seconds", seconds, method, path))
 
 
-async def hand_over(tally: Tally, store: Store) -> None:
+async def hand_over(tally: Tally, counters: Counters) -> None:
     """Once a beat, and at the end; ends only by cancellation."""
     try:
         while True:
             check_cancelled()
             await asyncio.sleep(BEAT_S)
             with suppress(*UNAVAILABLE):
-                await tally.hand_over(store)
+                await tally.hand_over(counters.add)
     finally:
         with suppress(*UNAVAILABLE, TimeoutError):
             async with asyncio.timeout(BEAT_S):
-                await tally.hand_over(store)
+                await tally.hand_over(counters.add)
 
 
 async def metrics(request: Request) -> Response:
@@ -125,8 +127,8 @@ async def metrics(request: Request) -> Response:
     try:
         async with asyncio.timeout(DEADLINE_S):
             with suppress(*UNAVAILABLE):  # a Redis whose disk is full can still be read
-                await tally.hand_over(store)  # other processes' counts may be a beat old, not ours
-            readings = await store.readings()
+                await tally.hand_over(store.counters.add)  # other processes' counts may be a beat old, not ours
+            readings = await store.counters.read()
     except (*UNAVAILABLE, TimeoutError) as e:
         log.get("api").warning("metrics without Redis", action="redis_unavailable", error=str(e))
     return Response(rendered(readings), media_type=CONTENT_TYPE_PLAIN_0_0_4)

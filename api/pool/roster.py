@@ -20,7 +20,8 @@ from shared.schema.memory import Holding
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot, short
 from shared.settings import Settings
-from shared.store import Store, Worker
+from shared.store.store import Store
+from shared.store.workers import Worker
 
 PENDING_S = 3.0  # a worker that has not said within this time that it took a load is asked as if it had none
 
@@ -52,12 +53,12 @@ class Roster:
 
     async def refresh(self) -> dict[str, str | None]:
         """Read what the workers publish; returns the epoch that holds each one's lease."""
-        self.workers = workers = await self.store.workers()
+        self.workers = workers = await self.store.workers.all()
         now = time.monotonic()
         for worker in workers:
             digest = worker.snapshot.catalog if worker.snapshot else self._digests.get(worker.name, "")
             if worker.name not in self.catalogs or digest != self._digests.get(worker.name):
-                catalog = await self.store.catalog(worker.name)
+                catalog = await self.store.workers.catalog(worker.name)
                 if catalog is not None:  # else it is about to be published, or Redis was emptied
                     self._learn(worker.name, digest, catalog)
             if worker.epoch is None:
@@ -70,7 +71,7 @@ class Roster:
         self._hold_pending()
         known = {worker.name for worker in workers}
         for name in self.catalogs.keys() - known:  # of long ago, or Redis was emptied: then it is back in a beat
-            if now - self.absent_since.setdefault(name, now) > self.store.lease_s:
+            if now - self.absent_since.setdefault(name, now) > self.store.workers.lease_s:
                 del self.catalogs[name], self._digests[name], self._names[name], self.absent_since[name]
         return {worker.name: worker.epoch for worker in workers}
 

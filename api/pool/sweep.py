@@ -12,7 +12,9 @@ from shared.errors import InvalidValue, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.memory.placement import Placement
-from shared.store import REQUEUED, UNAVAILABLE, Fenced, check_cancelled
+from shared.store.connection import UNAVAILABLE, check_cancelled
+from shared.store.instances import Fenced
+from shared.store.keys import REQUEUED
 from shared.telemetry import log
 
 BEAT_S = 1.0
@@ -53,9 +55,9 @@ class Sweep:
         try:
             epochs = await self.roster.refresh()
             if self._from is None or time.monotonic() - started > 1.0:  # a paused Redis breaks no connection
-                self._from = time.monotonic() + self.store.lease_s
+                self._from = time.monotonic() + self.store.workers.lease_s
             is_time = time.monotonic() >= self._from
-            for instance in await self.store.live(await self._doubtful(epochs)):
+            for instance in await self.store.instances.live(await self._doubtful(epochs)):
                 if is_time or _is_refused(instance):
                     with suppress(Fenced), log.about(instance):  # its worker, or another API process, moved it on
                         await self._look(instance, epochs)
@@ -66,7 +68,7 @@ class Sweep:
     async def _doubtful(self, epochs: dict[str, str | None]) -> list[str]:
         """The instances whose documents have to be read: of most of a large pool, the few fields beside it tell that
         their worker has them.  What is queued has no epoch."""
-        return [head.id for head in await self.store.heads() if epochs.get(head.worker) != head.epoch]
+        return [head.id for head in await self.store.instances.heads() if epochs.get(head.worker) != head.epoch]
 
     async def _look(self, instance: Instance, epochs: dict[str, str | None]) -> None:
         """A claimed instance is held by a worker with a lease of its epoch; a queued one by a worker that takes loads.
@@ -99,7 +101,7 @@ class Sweep:
             return await self._commit(instance, instance.after(Event.EXPIRE))
         if instance.stop_requested:
             if instance.state is State.LOADING:
-                instance, _ = await self.store.commit(instance, instance.after(Event.REQUEUE))
+                instance, _ = await self.store.instances.commit(instance, instance.after(Event.REQUEUE))
             return await self._commit(instance, instance.after(Event.STOP))
         found = None if instance.restoring else self._place(instance)
         if found is not None:
@@ -107,7 +109,7 @@ class Sweep:
         if instance.state is State.LOADING:
             return await self._commit(instance, instance.abandoned(self.load_attempts))
         since = self.roster.absent_since.setdefault(instance.worker, time.monotonic())
-        if time.monotonic() - since <= self.store.lease_s or instance.worker in self.roster.alive:
+        if time.monotonic() - since <= self.store.workers.lease_s or instance.worker in self.roster.alive:
             return None
         if instance.restoring:
             return await self._commit(instance, instance.after(Event.EXPIRE))
@@ -134,7 +136,7 @@ class Sweep:
         self.roster.placed(new, placement)
 
     async def _commit(self, old: Instance, new: Instance) -> None:
-        committed, _ = await self.store.commit(old, new)
+        committed, _ = await self.store.instances.commit(old, new)
         why = "its worker had no room" if _is_refused(old) else "its worker is gone"
         log.get("api").warning(
             f"{old.state} -> {new.state}: {why}",
@@ -144,7 +146,7 @@ class Sweep:
             to=new.worker,
         )
         if committed.state is State.QUEUED:
-            await self.store.deliver(committed)
+            await self.store.queue.deliver(committed)
 
 
 def _is_refused(instance: Instance) -> bool:

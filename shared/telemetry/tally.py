@@ -12,8 +12,8 @@ import bisect
 import math
 import uuid
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal, get_args
 
 from msgspec import UNSET
 
@@ -21,9 +21,6 @@ from shared.errors import LoadFailure, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, State
 from shared.schema.http import Phase
-
-if TYPE_CHECKING:
-    from shared.store import Store
 
 GIB = 2**30
 SIZES = {
@@ -36,6 +33,7 @@ BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 PHASES = ("queue", "spawn", *get_args(Phase))
 FAILURES = ({*get_args(LoadFailure)} - {"load_cancelled"}) | {str(NoWorker.code)}  # what a load can fail with
 OUTCOMES = [("loaded", ""), ("cancelled", ""), ("lost", ""), *(("failed", code) for code in sorted(FAILURES))]
+Add = Callable[[str, int, Mapping[str, int]], Awaitable[None]]  # `store.counters.Counters.add`
 RunnerState = Literal["warm", "loading", "loaded"]  # warm: it has no load yet
 
 COUNTERS: dict[str, tuple[str, ...]] = {  # families, and the names of their labels
@@ -123,14 +121,14 @@ class Tally:
         for name, n in counts.items():  # Counter.update takes twice as long, and every request comes here
             self._counts[name] += n
 
-    async def hand_over(self, store: Store) -> None:
-        """Raises what UNAVAILABLE lists; then nothing is lost, and the next call goes on."""
+    async def hand_over(self, add: Add) -> None:
+        """Send what was counted.  Raises what `add` raises; then nothing is lost, and the next call goes on."""
         async with self._handing_over:
-            await self._send(store)
+            await self._send(add)
             self._batch, self._counts, self._number = self._counts, Counter(), self._number + 1
-            await self._send(store)
+            await self._send(add)
 
-    async def _send(self, store: Store) -> None:
+    async def _send(self, add: Add) -> None:
         if self._batch:
-            await store.add_tally(self.process, self._number, self._batch)
+            await add(self.process, self._number, self._batch)
             self._batch = Counter()

@@ -18,7 +18,7 @@ import pytest
 import tests.support.service
 from shared.instance import Instance
 from shared.lifecycle import State
-from shared.store import CRASH_MEMORY_S
+from shared.store.keys import CRASH_MEMORY_S
 from shared.synthetic import models as synthetic
 from tests.support import damaged
 from tests.support.service import (

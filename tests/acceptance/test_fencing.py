@@ -18,7 +18,9 @@ import pytest
 from shared.instance import Instance
 from shared.lifecycle import State
 from shared.schema.snapshot import WorkerSnapshot
-from shared.store import connected, queue_of
+from shared.store import keys
+from shared.store.connection import connected
+from shared.store.queue import as_arq
 from shared.synthetic import models as synthetic
 from tests.support.service import (
     STATUS,
@@ -299,12 +301,14 @@ def deliver(pool: Pool, worker: str, *ids: str) -> None:
     async def put() -> None:
         async with connected(pool.redis.url) as redis:
             for id_ in ids:
-                made = await redis.enqueue_job("load", id_, _job_id=uuid.uuid4().hex, _queue_name=queue_of(worker))
+                made = await as_arq(redis).enqueue_job(
+                    "load", id_, _job_id=uuid.uuid4().hex, _queue_name=keys.queue(worker)
+                )
                 assert made is not None
 
     asyncio.run(put())
     with pool.redis.client() as redis:
-        until(lambda: redis.zcard(queue_of(worker)) == 0, "they are taken", 5)
+        until(lambda: redis.zcard(keys.queue(worker)) == 0, "they are taken", 5)
 
 
 def begun(pool: Pool, job_id: str) -> int:

@@ -17,7 +17,8 @@ from msgspec import msgpack
 
 from cli import devredis
 from shared.schema.model import Model
-from shared.store import Store, connected
+from shared.store.connection import connected
+from shared.store.store import Store
 from shared.synthetic.models import tiny_bert, tiny_embedding, tiny_llama, tiny_moe
 from worker.catalog.catalog import Catalog
 

@@ -18,7 +18,7 @@ import pytest
 import redis
 from msgspec import UNSET
 
-import shared.store
+import shared.store.instances
 import worker.agent
 import worker.instance
 import worker.memory.placer
@@ -29,7 +29,7 @@ from shared.lifecycle import TERMINAL, Event, State
 from shared.schema.http import LoadConfig, LoadRequest
 from shared.schema.model import FileStat, Model, Problem
 from shared.settings import Settings
-from shared.store import Store
+from shared.store.store import Store
 from shared.synthetic.architectures import TINY
 from shared.synthetic.models import tiny_llama
 from tests.integration.conftest import hold
@@ -104,7 +104,7 @@ async def submitted(agent: Agent, number: int = 1, key: str = "p/llama", worker_
         request=LoadRequest(model=key, context_length=256),
         total_size_bytes=1 if model is None else model.size_bytes,
     )
-    return (await agent.store.create(record)).id
+    return (await agent.store.instances.create(record)).id
 
 
 async def delivered(agent: Agent, number: int = 1, key: str = "p/llama") -> str:
@@ -114,7 +114,7 @@ async def delivered(agent: Agent, number: int = 1, key: str = "p/llama") -> str:
 
 
 async def record(agent: Agent, id_: str) -> Instance:
-    found = await agent.store.get(id_)
+    found = await agent.store.instances.get(id_)
     assert found is not None
     return found
 
@@ -138,7 +138,7 @@ async def released(agent: Agent, id_: str) -> None:
 
 async def states(agent: Agent, id_: str) -> list[State]:
     """Through which states a record went, in order."""
-    found = [past.state for _, past in await agent.store.history(await record(agent, id_))]
+    found = [past.state for _, past in await agent.store.instances.history(await record(agent, id_))]
     return [found[0], *(b for a, b in pairwise(found) if a is not b)]
 
 
@@ -205,7 +205,7 @@ async def test_from_the_queue_into_memory_and_out_again(agent: Agent, key: str) 
     assert found.loaded_at is not None
     assert found.started_at <= found.loaded_at
 
-    assert await agent.store.request_stop(id_)
+    assert await agent.store.instances.request_stop(id_)
     agent.stop(id_)
     await released(agent, id_)
     ended = await record(agent, id_)
@@ -224,7 +224,7 @@ async def test_from_the_queue_into_memory_and_out_again(agent: Agent, key: str) 
 
 async def test_progress_in_the_record_never_goes_back(agent: Agent) -> None:
     id_, _ = await loaded(agent)
-    past = [old for _, old in await agent.store.history(await record(agent, id_))]
+    past = [old for _, old in await agent.store.instances.history(await record(agent, id_))]
     progress = [old.progress for old in past]
     assert progress == sorted(progress)
     assert all(old.progress < 1 for old in past if old.state is not State.LOADED)
@@ -290,7 +290,7 @@ async def test_what_is_anothers_or_nobodys_is_left_alone(agent: Agent) -> None:
 async def test_one_load_at_a_time(agent: Agent, impatient: None) -> None:
     first, _ = await loading(agent)
     second = await delivered(agent, 2)
-    await asyncio.gather(*(agent.store.get(second) for _ in range(20)))  # time enough for a claim
+    await asyncio.gather(*(agent.store.instances.get(second) for _ in range(20)))  # time enough for a claim
     assert (await record(agent, second)).state is State.QUEUED
     agent.stop(first)
     await reached(agent, second, State.LOADED)
@@ -301,7 +301,7 @@ async def test_what_was_cancelled_in_the_queue_is_not_loaded(agent: Agent, impat
     first, _ = await loading(agent)
     second = await delivered(agent, 2)
     queued = await record(agent, second)
-    await agent.store.commit(queued, queued.after(Event.STOP))
+    await agent.store.instances.commit(queued, queued.after(Event.STOP))
     agent.stop(second)
     agent.stop(first)
     await released(agent, second)
@@ -313,7 +313,7 @@ async def test_what_was_cancelled_in_the_queue_is_not_loaded(agent: Agent, impat
 
 async def test_a_cancelled_load(agent: Agent, impatient: None) -> None:
     id_, runner = await loading(agent)
-    assert await agent.store.request_stop(id_)
+    assert await agent.store.instances.request_stop(id_)
     agent.stop(id_)
     await released(agent, id_)
     assert is_gone(runner.pid)
@@ -396,7 +396,7 @@ async def test_no_runner_can_be_started(agent: Agent, monkeypatch: pytest.Monkey
 
 async def test_a_wish_that_was_not_heard_is_found_by_the_beat(agent: Agent) -> None:
     id_, runner = await loaded(agent)
-    assert await agent.store.request_stop(id_)
+    assert await agent.store.instances.request_stop(id_)
     await agent._reconcile()
     await released(agent, id_)
     assert (await record(agent, id_)).state is State.UNLOADED
@@ -420,8 +420,8 @@ async def test_an_emptied_redis_is_told_again_of_what_is_loaded(agent: Agent, ra
         await agent._reconcile()
         assert await record(agent, id_) == before
     assert not is_gone(runner.pid)
-    assert await agent.store.named("p/llama") == id_
-    assert await agent.store.wanted("w") == {"p/llama": id_}
+    assert await agent.store.instances.named("p/llama") == id_
+    assert await agent.store.instances.desired("w") == {"p/llama": id_}
     agent.stop(id_)
     await reached(agent, id_, State.UNLOADED)
 
@@ -429,8 +429,8 @@ async def test_an_emptied_redis_is_told_again_of_what_is_loaded(agent: Agent, ra
 async def test_a_redis_that_lost_its_last_seconds_is_told_again(agent: Agent, raw: redis.Redis) -> None:
     """As one that keeps an append-only file, and is killed before it has written the end."""
     id_, runner = await loaded(agent)
-    now, before = await record(agent, id_), (await agent.store.history(await record(agent, id_)))[1][1]
-    older = {"rev": before.rev, "doc": shared.store._pack(before), "state": before.state.value}
+    now, before = await record(agent, id_), (await agent.store.instances.history(await record(agent, id_)))[1][1]
+    older = {"rev": before.rev, "doc": shared.store.instances.pack(before), "state": before.state.value}
     raw.hset(f"inst:{id_}", mapping=older)
     await agent._reconcile()
     assert await record(agent, id_) == now
@@ -466,7 +466,7 @@ async def test_a_name_that_an_emptied_redis_gave_away_is_not_taken_back(agent: A
     await agent._reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
-    assert await agent.store.named("p/llama") == other
+    assert await agent.store.instances.named("p/llama") == other
 
 
 async def test_what_was_swept_stays_lost_and_its_runner_stops(agent: Agent) -> None:
@@ -501,7 +501,7 @@ async def test_a_load_that_ends_after_the_sweep_is_not_recorded(agent: Agent) ->
 async def test_a_claim_whose_reply_was_lost_is_begun_anew(agent: Agent) -> None:
     """Nobody works on it."""
     queued = await record(agent, await submitted(agent))
-    await agent.store.commit(queued, queued.after(Event.CLAIM, epoch=EPOCH))
+    await agent.store.instances.commit(queued, queued.after(Event.CLAIM, epoch=EPOCH))
     await agent._reconcile()
     again = await record(agent, queued.id)
     assert (again.state, again.attempt, again.epoch) == (State.QUEUED, 2, None)
@@ -515,7 +515,7 @@ async def sweep(agent: Agent, id_: str) -> None:
         found = await record(agent, id_)
         if found.state is State.LOST:
             return
-        await agent.store.commit(found, found.after(Event.EXPIRE))
+        await agent.store.instances.commit(found, found.after(Event.EXPIRE))
 
 
 # ---- the end
@@ -599,7 +599,7 @@ async def directed(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> tuple[str, 
 
 async def of_a_load(agent: Agent, id_: str) -> list[Instance]:
     """The revisions of a load between its claim and its end."""
-    past = [old for _, old in await agent.store.history(await record(agent, id_))]
+    past = [old for _, old in await agent.store.instances.history(await record(agent, id_))]
     return [old for old in past if old.state is State.LOADING]
 
 
@@ -724,7 +724,7 @@ async def test_a_cancel_does_not_wait_for_a_runner_that_starts_and_leaves_it_to_
     monkeypatch.setattr(worker.runner.warm.Runners, "_start", slow)
     first = await delivered(agent)
     await reached(agent, first, State.LOADING)
-    await agent.store.request_stop(first, unless_loaded=True)
+    await agent.store.instances.request_stop(first, unless_loaded=True)
     agent.stop(first)
     await released(agent, first)
     ended = await record(agent, first)
@@ -753,7 +753,7 @@ async def test_a_cancel_that_comes_just_before_the_load_is_recorded_wins(
 
     async def beaten(old: Instance, new: Instance) -> tuple[Instance, float]:
         if new.state is State.LOADED:
-            assert await agent.store.request_stop(old.id, unless_loaded=True) is State.LOADING
+            assert await agent.store.instances.request_stop(old.id, unless_loaded=True) is State.LOADING
         return await commit(old, new)
 
     monkeypatch.setattr(agent, "commit", beaten)
@@ -770,7 +770,7 @@ async def test_a_cancel_that_comes_just_before_the_load_is_recorded_wins(
 
 async def test_a_cancel_that_comes_just_after_the_load_was_recorded_changes_nothing(agent: Agent) -> None:
     id_, runner = await loaded(agent)
-    assert await agent.store.request_stop(id_, unless_loaded=True) is State.LOADED
+    assert await agent.store.instances.request_stop(id_, unless_loaded=True) is State.LOADED
     await agent._reconcile()
     assert not agent.held[id_].stop.is_set()
     assert not is_gone(runner.pid)
@@ -780,7 +780,7 @@ async def test_a_cancel_that_comes_just_after_the_load_was_recorded_changes_noth
 
 
 async def said(agent: Agent, id_: str) -> str:
-    return (await agent.store.engine_log(id_) or b"").decode()
+    return (await agent.store.instances.engine_log(id_) or b"").decode()
 
 
 async def test_what_the_engine_says_of_a_load_can_be_read_while_the_instance_lives(
@@ -868,7 +868,7 @@ async def check_loads_at_once(agent: Agent, number: int) -> None:
         return len(await of(State.LOADING)) >= number
 
     await until(all_load, f"{number} load")
-    await asyncio.gather(*(agent.store.get(ids[0]) for _ in range(20)))  # time enough for one claim too many
+    await asyncio.gather(*(agent.store.instances.get(ids[0]) for _ in range(20)))  # time enough for one claim too many
     assert (len(await of(State.LOADING)), len(await of(State.QUEUED))) == (number, 2)
     first = (await of(State.LOADING))[0]
     agent.stop(first)
@@ -893,7 +893,7 @@ async def test_what_is_cancelled_while_it_waits_gives_back_its_memory_at_once(ag
     first, second = [await delivered(agent, n) for n in (1, 2)]
     await until(lambda: len(agent.placer.pool.reservations) == 2, "both have their memory reserved")
     found = await record(agent, second)
-    await agent.store.commit(found, found.after(Event.STOP))
+    await agent.store.instances.commit(found, found.after(Event.STOP))
     agent.stop(second)
     await released(agent, second)
     assert [*agent.placer.pool.reservations] == [first]
@@ -967,9 +967,9 @@ async def test_a_load_that_is_taken_away_while_it_is_cancelled_leaves_no_runner(
 
     async def overtaken(old: Instance, new: Instance) -> tuple[Instance, float]:
         if new.state is State.LOADED:
-            await agent.store.request_stop(old.id, unless_loaded=True)
+            await agent.store.instances.request_stop(old.id, unless_loaded=True)
         if new.state is State.UNLOADING:
-            await agent.store.commit(old, old.after(Event.EXPIRE))
+            await agent.store.instances.commit(old, old.after(Event.EXPIRE))
         return await commit(old, new)
 
     monkeypatch.setattr(agent, "commit", overtaken)

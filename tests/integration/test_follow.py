@@ -10,13 +10,14 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 import api.loads.follow
-import shared.store
+import shared.store.instances
 from api.loads.follow import Follower
 from shared.errors import QueueUnavailable
 from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.schema.http import LoadRequest
-from shared.store import HISTORY_N, Store
+from shared.store.instances import HISTORY_N
+from shared.store.store import Store
 
 DEADLINE_S = 10.0
 
@@ -24,7 +25,9 @@ DEADLINE_S = 10.0
 @pytest.fixture
 async def record(store: Store) -> Instance:
     request = LoadRequest(model="p/m")
-    return await store.create(Instance(id="load_1", model="p/m", key="p/m", type="llm", worker="w", request=request))
+    return await store.instances.create(
+        Instance(id="load_1", model="p/m", key="p/m", type="llm", worker="w", request=request)
+    )
 
 
 async def states(follower: Follower, record: Instance, first: asyncio.Event) -> list[State]:
@@ -37,8 +40,8 @@ async def states(follower: Follower, record: Instance, first: asyncio.Event) -> 
 
 
 async def test_every_revision_is_seen_from_the_first_on(store: Store, record: Instance) -> None:
-    claimed, _ = await store.commit(record, record.after(Event.CLAIM, epoch="e"))
-    await store.commit(claimed, claimed.after(Event.EXPIRE))
+    claimed, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e"))
+    await store.instances.commit(claimed, claimed.after(Event.EXPIRE))
     assert await states(Follower(store), record, asyncio.Event()) == [State.QUEUED, State.LOADING, State.LOST]
 
 
@@ -60,7 +63,7 @@ async def test_a_change_whose_notification_was_lost_is_found(
 ) -> None:
     """Also one that came before anybody looked for the first time."""
     follower, following = waiting
-    await store.commit(record, record.after(Event.STOP))
+    await store.instances.commit(record, record.after(Event.STOP))
     looking = asyncio.create_task(follower._recheck())
     assert await following == [State.QUEUED, State.CANCELLED]
     looking.cancel()
@@ -82,12 +85,12 @@ async def test_a_record_that_is_gone_ends_the_wait(
 
 async def moved(store: Store, record: Instance, revisions: int, *, ended: bool) -> Instance:
     """The record with so many revisions in its log, the last of them terminal or not."""
-    record, _ = await store.commit(record, record.after(Event.CLAIM, epoch="e"))
+    record, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e"))
     while record.rev < revisions - ended:
         new = msgspec.structs.replace(record, loaded_bytes=record.loaded_bytes + 1)
-        record, _ = await store.commit(record, new)
+        record, _ = await store.instances.commit(record, new)
     if ended:
-        record, _ = await store.commit(record, record.after(Event.EXPIRE))
+        record, _ = await store.instances.commit(record, record.after(Event.EXPIRE))
     assert record.rev == revisions
     return record
 
@@ -107,7 +110,7 @@ async def test_whoever_comes_back_gets_what_came_after_and_the_end_after_the_las
     store: Store, record: Instance
 ) -> None:
     await moved(store, record, 6, ended=True)
-    entries = [entry for entry, _ in await store.history(record)]
+    entries = [entry for entry, _ in await store.instances.history(record)]
     for n, entry in enumerate(entries):
         assert await seen(Follower(store), record, entry) == [*range(n + 2, 7)]
     assert await seen(Follower(store), record, "9999999999999-0") == []
@@ -117,12 +120,12 @@ async def test_whoever_comes_back_after_the_last_entry_of_a_load_that_goes_on_wa
     store: Store, record: Instance
 ) -> None:
     last = await moved(store, record, 3, ended=False)
-    (*_, (entry, _)) = await store.history(record)
+    (*_, (entry, _)) = await store.instances.history(record)
     follower = Follower(store)
     following = asyncio.create_task(seen(follower, record, entry))
     await reading_done(follower)
     assert not following.done()
-    await store.commit(last, last.after(Event.EXPIRE))
+    await store.instances.commit(last, last.after(Event.EXPIRE))
     follower._ring(record.id)
     assert await following == [4]
 
@@ -140,11 +143,11 @@ async def reading_done(follower: Follower) -> None:
 async def test_a_log_of_several_readings_is_seen_whole_and_once(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch, revisions: int
 ) -> None:
-    for module in (api.loads.follow, shared.store):
+    for module in (api.loads.follow, shared.store.instances):
         monkeypatch.setattr(module, "HISTORY_N", 8)
     last = await moved(store, record, revisions, ended=False)
     assert await seen(Follower(store), record, most=revisions) == [*range(1, revisions + 1)]
-    await store.commit(last, last.after(Event.EXPIRE))
+    await store.instances.commit(last, last.after(Event.EXPIRE))
     assert await seen(Follower(store), record) == [*range(1, revisions + 2)]
 
 
@@ -164,8 +167,8 @@ class Readings:
         self.passing = asyncio.Event()
         self.passing.set()
         self.held = asyncio.Event()
-        self._history = store.history
-        monkeypatch.setattr(store, "history", self._read)
+        self._history = store.instances.history
+        monkeypatch.setattr(store.instances, "history", self._read)
 
     async def _read(self, instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
         self.count += 1
@@ -194,7 +197,7 @@ async def test_many_followers_that_are_woken_together_read_once_and_all_see_ever
     last = await moved(store, record, 5, ended=False)
     follower._ring(record.id)
     await reading_done(follower)
-    await store.commit(last, last.after(Event.EXPIRE))
+    await store.instances.commit(last, last.after(Event.EXPIRE))
     follower._ring(record.id)
     assert await asyncio.gather(*following) == [[*range(1, 7)]] * 200
     assert readings.count <= 6, "three times there was something to read"
@@ -203,10 +206,10 @@ async def test_many_followers_that_are_woken_together_read_once_and_all_see_ever
 async def test_followers_of_different_loads_or_from_different_entries_do_not_share(
     store: Store, record: Instance
 ) -> None:
-    other = await store.create(msgspec.structs.replace(record, id="load_2", instance_id=""))
+    other = await store.instances.create(msgspec.structs.replace(record, id="load_2", instance_id=""))
     await moved(store, record, 6, ended=True)
     await moved(store, other, 3, ended=True)
-    entries = [entry for entry, _ in await store.history(record)]
+    entries = [entry for entry, _ in await store.instances.history(record)]
     follower = Follower(store)
     found = await asyncio.gather(
         seen(follower, record), seen(follower, other), seen(follower, record, entries[3]), seen(follower, record)
@@ -225,7 +228,7 @@ async def test_whoever_comes_while_something_older_is_read_does_not_get_that(
         await readings.held.wait()
     held, readings.passing = readings.passing, asyncio.Event()
     readings.passing.set()
-    await store.commit(record, record.after(Event.STOP))
+    await store.instances.commit(record, record.after(Event.STOP))
     assert await seen(follower, record) == [1, 2]
     assert not early.done()
     follower._ring(record.id)
@@ -259,14 +262,14 @@ async def test_where_redis_fails_in_a_shared_reading_all_are_told_and_the_next_o
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await moved(store, record, 3, ended=True)
-    follower, history = Follower(store), store.history
+    follower, history = Follower(store), store.instances.history
 
     async def fail(instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
         await history(instance, after)
         raise RedisConnectionError("away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "history", fail)
+        patched.setattr(store.instances, "history", fail)
         found = await asyncio.gather(*(seen(follower, record) for _ in range(5)), return_exceptions=True)
     assert [type(one) for one in found] == [RedisConnectionError] * 5
     assert await seen(follower, record) == [1, 2, 3]

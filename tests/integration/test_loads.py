@@ -14,7 +14,7 @@ from shared.schema.http import LoadRequest
 from shared.schema.model import Model, Problem
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
-from shared.store import Store
+from shared.store.store import Store
 
 MODEL = Model(key="p/m", base="p/m", variant="", shards=["p/m/m.gguf"], max_context_length=2048)
 BROKEN = Model(
@@ -23,8 +23,10 @@ BROKEN = Model(
 
 
 async def alive(store: Store, name: str, model: Model, residents: int = 0) -> None:
-    digest = await store.publish_catalog(name, [model], "e")
-    await store.renew(WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest or "", residents=residents))
+    digest = await store.workers.publish_catalog(name, [model], "e")
+    await store.workers.renew(
+        WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest or "", residents=residents)
+    )
 
 
 @pytest.fixture
@@ -56,4 +58,4 @@ async def test_a_file_that_no_worker_can_read_is_refused_with_the_reason(store: 
     await alive(store, "w", BROKEN)
     with pytest.raises(LoadFailed, match="why"):
         await loads.submit(LoadRequest(model="p/m"))
-    assert await store.live() == []
+    assert await store.instances.live() == []

@@ -23,7 +23,7 @@ from shared.lifecycle import TERMINAL, State
 from shared.schema.http import LoadRequest
 from shared.schema.model import Model
 from shared.settings import Settings
-from shared.store import Store
+from shared.store.store import Store
 from shared.synthetic.architectures import TINY
 from shared.synthetic.models import tiny_llama
 from tests.integration.conftest import catalog
@@ -94,7 +94,7 @@ class Held:
     async def begun(self, key: str, context_length: int) -> str:
         self.number += 1
         model = self.agent.models[key]
-        made = await self.agent.store.create(
+        made = await self.agent.store.instances.create(
             Instance(
                 id=f"load_{self.number}",
                 model=key,
@@ -109,7 +109,7 @@ class Held:
         return made.id
 
     async def record(self, id_: str) -> Instance:
-        found = await self.agent.store.get(id_)
+        found = await self.agent.store.instances.get(id_)
         assert found is not None
         return found
 
@@ -340,7 +340,7 @@ async def test_a_gpu_that_has_no_room_is_insufficient_memory_whatever_was_to_go_
         await held.agent.placer.look()
         found, detail = await held.refused(key, context_length, "failed to allocate CUDA0 buffer of size ")
         assert f"of size {detail['needed_bytes']}: " in str(found.error)
-        assert what in (await held.agent.store.engine_log(found.id) or b"").decode(), "where it was refused"
+        assert what in (await held.agent.store.instances.engine_log(found.id) or b"").decode(), "where it was refused"
         device = detail["devices"][0]
         assert (device["id"], device["total_bytes"], device["instances"]) == (GPU, GPU_BYTES, others)
         assert device["free_bytes"] == ROOM_BYTES, "as it was then, and with all that was taken in vain given back"

@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import AsyncIterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,9 @@ from shared.schema.http import LoadRequest
 from shared.schema.model import Model
 from shared.schema.snapshot import Sizing, WorkerSnapshot
 from shared.settings import Settings
-from shared.store import Store, queue_of
+from shared.store import keys
+from shared.store.queue import DELIVERY_S, LOAD, as_arq, unpack_job
+from shared.store.store import Store
 from tests.support.waiting import until
 from worker.agent import Agent
 
@@ -67,8 +70,8 @@ def agent(store: Store) -> Recording:
 @pytest.fixture
 async def loads(store: Store) -> Loads:
     """The API's side, with one live worker that has a model."""
-    digest = await store.publish_catalog("w", [MODEL], "e")
-    await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest or "", residents=0))
+    digest = await store.workers.publish_catalog("w", [MODEL], "e")
+    await store.workers.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest or "", residents=0))
     roster = Roster(store, Settings())
     await roster.refresh()
     return Loads(Settings(), store, roster, Follower(store))
@@ -109,7 +112,7 @@ def listeners(raw: redis.Redis) -> int:
 
 
 def is_over(raw: redis.Redis, entry: str) -> bool:
-    return raw.zscore(queue_of("w"), entry) is None
+    return raw.zscore(keys.queue("w"), entry) is None
 
 
 def kill_connections(raw: redis.Redis) -> None:
@@ -136,9 +139,9 @@ async def test_many_at_once_are_all_delivered_once(loads: Loads, agent: Recordin
     made = await asyncio.gather(*(submit(loads) for _ in range(50)))
     await agent.until(*(one.id for one in made))
     assert sorted(agent.delivered) == sorted(one.id for one in made)
-    keys = [f"arq:{kind}:{one.id}:1" for one in made for kind in ("job", "result", "in-progress")]
-    await until(lambda: raw.exists(*keys) == 0, "nothing of arq's is left")
-    assert raw.zcard(queue_of("w")) == 0
+    theirs = [f"arq:{kind}:{one.id}:1" for one in made for kind in ("job", "result", "in-progress")]
+    await until(lambda: raw.exists(*theirs) == 0, "nothing of arq's is left")
+    assert raw.zcard(keys.queue("w")) == 0
 
 
 @pytest.mark.usefixtures("no_fallback")
@@ -154,7 +157,7 @@ async def test_what_was_queued_before_the_worker_came_is_delivered(loads: Loads,
 async def test_a_wish_reaches_the_agent(loads: Loads, agent: Recording) -> None:
     made = await submit(loads)
     await agent.until(made.id)
-    assert await loads.store.request_stop(made.id)
+    assert await loads.store.instances.request_stop(made.id)
     async with asyncio.timeout(FAST_S):
         while made.id not in agent.wished:
             agent.something.clear()
@@ -164,8 +167,8 @@ async def test_a_wish_reaches_the_agent(loads: Loads, agent: Recording) -> None:
 @pytest.mark.usefixtures("no_fallback")
 async def test_an_entry_that_is_queued_twice_is_delivered_once(loads: Loads, agent: Recording) -> None:
     made = await submit(loads)
-    again: dict[str, Any] = {"_job_id": f"{made.id}:1", "_queue_name": queue_of("w"), "_expires": 3600}
-    assert await loads.store.redis.enqueue_job("load", made.id, **again) is None
+    again: dict[str, Any] = {"_job_id": f"{made.id}:1", "_queue_name": keys.queue("w"), "_expires": 3600}
+    assert await as_arq(loads.store.redis).enqueue_job("load", made.id, **again) is None
     last = await submit(loads)
     task = asyncio.create_task(worker.deliveries.take_deliveries(loads.store.redis, agent))
     await agent.until(made.id, last.id)
@@ -196,12 +199,12 @@ async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_
 
     monkeypatch.setattr(agent.sizer, "sized", sized)
     sizing = Sizing(request=LoadRequest(model="p/m"), key="p/m", gpus=[], layers=[])
-    asking = asyncio.create_task(loads.store.sized("w", sizing))
+    asking = asyncio.create_task(loads.store.queue.sized("w", sizing))
     for _ in range(3):
         made = await submit(loads)
         await agent.until(made.id)
         await until(partial(is_over, raw, f"{made.id}:1"), "arq has done with it")
-    assert raw.zcard(queue_of("w")) == 1, "it is not given up for one that was begun too often"
+    assert raw.zcard(keys.queue("w")) == 1, "it is not given up for one that was begun too often"
     answer.set()
     async with asyncio.timeout(DEADLINE_S):
         assert await asking is None
@@ -213,8 +216,8 @@ async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_
 
 @pytest.mark.usefixtures("working")
 async def test_a_delivery_without_its_notification_arrives_a_fallback_later(loads: Loads, agent: Recording) -> None:
-    record = await loads.store.create(Instance(**QUEUED))
-    await loads.store.redis.enqueue_job("load", record.id, _job_id=record.id, _queue_name=queue_of("w"))
+    record = await loads.store.instances.create(Instance(**QUEUED))
+    await as_arq(loads.store.redis).enqueue_job("load", record.id, _job_id=record.id, _queue_name=keys.queue("w"))
     await agent.until(record.id)
 
 
@@ -233,8 +236,8 @@ async def test_a_delivery_that_was_lost_is_found_by_the_beat(
 ) -> None:
     """The API wrote the record and died before it could enqueue, or Redis lost the queue."""
     monkeypatch.setattr(worker.agent, "BEAT_S", 0.02)
-    mine = await store.create(Instance(**QUEUED))
-    await store.create(Instance(**{**QUEUED, "id": "load_2", "worker": "another"}))
+    mine = await store.instances.create(Instance(**QUEUED))
+    await store.instances.create(Instance(**{**QUEUED, "id": "load_2", "worker": "another"}))
     beat = asyncio.create_task(agent.beat())
     await agent.until(mine.id)
     await end(beat)
@@ -254,7 +257,7 @@ async def test_it_comes_back_by_itself_when_all_connections_are_cut(
         await agent.until(made.id)
     kill_connections(raw)
     await until(lambda: listeners(raw) > 0, "wishes are heard, too: the channel is open again")
-    await loads.store.request_stop(made.id)
+    await loads.store.instances.request_stop(made.id)
     async with asyncio.timeout(DEADLINE_S):
         while made.id not in agent.wished:
             agent.something.clear()
@@ -275,7 +278,7 @@ async def test_nothing_is_delivered_twice_or_lost_in_a_storm_of_cuts(
         while not missing <= {*agent.delivered}:
             await agent._reconcile()
             await asyncio.sleep(0.05)
-    states = {one.state for one in await loads.store.live()}
+    states = {one.state for one in await loads.store.instances.live()}
     assert states == {State.QUEUED}
 
 
@@ -313,10 +316,50 @@ async def test_a_crafted_entry_runs_nothing_and_stops_nobody(
         "no arguments": msgpack.encode({"t": None, "f": "load", "a": [], "k": {}, "et": 1}),
     }
     raw.set("arq:job:crafted", entries[kind], ex=60)
-    raw.zadd(queue_of("w"), {"crafted": time.time() * 1000})
+    raw.zadd(keys.queue("w"), {"crafted": time.time() * 1000})
     for _ in range(2):
         made = await submit(loads)
         await agent.until(made.id)
     await until(lambda: is_over(raw, "crafted"), "arq has done with it")
     assert not (tmp_path / "run").exists()
-    assert set(agent.delivered) <= {one.id for one in await loads.store.live()}
+    assert set(agent.delivered) <= {one.id for one in await loads.store.instances.live()}
+
+
+# ---- arq's format
+
+
+async def test_an_entry_is_what_arq_itself_would_write(store: Store, raw: redis.Redis) -> None:
+    """`shared.store.queue` writes entries without `ArqRedis.enqueue_job`; arq's worker must see no difference."""
+    assert metadata.version("arq") == "0.28.0"
+    record = Instance(**QUEUED, instance_id="p/m", rev=7)
+    await store.queue.deliver(record)
+    ours = written(raw, f"{record.id}:7")
+    raw.flushall()
+    await as_arq(store.redis).enqueue_job(
+        LOAD, record.id, _job_id=f"{record.id}:7", _queue_name=keys.queue("w"), _expires=DELIVERY_S
+    )
+    theirs = written(raw, f"{record.id}:7")
+    assert ours.keys() == theirs.keys()
+    moments = {"enqueued at", "score", "expires in"}
+    assert {name: ours[name] for name in ours.keys() - moments} == {
+        name: theirs[name] for name in theirs.keys() - moments
+    }
+    for name in moments:
+        assert abs(ours[name] - theirs[name]) < 10_000, "milliseconds: taken one after the other"
+
+
+def written(raw: redis.Redis, id_: str) -> dict[str, Any]:
+    """What there is in Redis of one entry; times in milliseconds."""
+    job: Any = raw.get(f"arq:job:{id_}")
+    fields = unpack_job(job)
+    queue: Any = raw.zrange(keys.queue("w"), 0, -1, withscores=True)
+    ((name, score),) = queue
+    everything: Any = raw.keys()
+    return {
+        "keys": sorted(key for key in everything if key.startswith(b"arq:")),
+        "enqueued at": fields.pop("et"),
+        "call": fields,
+        "name": name,
+        "score": score,
+        "expires in": raw.pttl(f"arq:job:{id_}"),
+    }

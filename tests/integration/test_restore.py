@@ -21,7 +21,7 @@ from shared.lifecycle import TERMINAL, Event, State
 from shared.schema.http import LoadConfig, LoadRequest
 from shared.schema.model import Model
 from shared.settings import Settings
-from shared.store import Store
+from shared.store.store import Store
 from shared.telemetry.trace import begun, parse
 from tests.integration.conftest import hold
 from tests.integration.test_agent import EPOCH, loaded, reached, record, released, submitted, sweep, warm
@@ -317,7 +317,7 @@ async def agent(store: Store, models: dict[str, Model], models_dir: Path, tmp_pa
     made = Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path), store, EPOCH)
     await made.publish([*models.values()])
     await made.warm()
-    assert await store.renew(made.snapshot()) == "held"
+    assert await store.workers.renew(made.snapshot()) == "held"
     yield made
     if made.runners._next is not None:
         await asyncio.wait([made.runners._next])
@@ -329,14 +329,14 @@ async def agent(store: Store, models: dict[str, Model], models_dir: Path, tmp_pa
 async def left_loading(agent: Agent, number: int = 1, key: str = "p/llama") -> Instance:
     """As a process that died left it."""
     queued = await record(agent, await submitted(agent, number, key))
-    return (await agent.store.commit(queued, queued.after(Event.CLAIM, epoch=DEAD)))[0]
+    return (await agent.store.instances.commit(queued, queued.after(Event.CLAIM, epoch=DEAD)))[0]
 
 
 async def left_loaded(agent: Agent, number: int = 1, key: str = "p/llama", used_at: float = 1.0) -> Instance:
     claimed = await left_loading(agent, number, key)
     facts = {"loaded_at": used_at, "used_at": used_at, "load_time_seconds": 1.0}
     done = claimed.after(Event.LOAD, load_config=LoadConfig(context_length=256), progress=1.0, **facts)
-    return (await agent.store.commit(claimed, done))[0]
+    return (await agent.store.instances.commit(claimed, done))[0]
 
 
 async def lost(agent: Agent, number: int = 1, key: str = "p/llama", used_at: float = 1.0) -> Instance:
@@ -348,13 +348,13 @@ async def lost(agent: Agent, number: int = 1, key: str = "p/llama", used_at: flo
 
 async def jobs(agent: Agent) -> list[Instance]:
     """Every record, oldest first."""
-    return [one async for one in agent.store.newest()][::-1]
+    return [one async for one in agent.store.instances.newest()][::-1]
 
 
 async def of(agent: Agent, instance_id: str) -> Instance | None:
     """The live instance of this name."""
-    id_ = await agent.store.named(instance_id)
-    return None if id_ is None else await agent.store.get(id_)
+    id_ = await agent.store.instances.named(instance_id)
+    return None if id_ is None else await agent.store.instances.get(id_)
 
 
 async def restored(agent: Agent, instance_id: str) -> Instance:
@@ -379,7 +379,7 @@ async def test_what_its_end_took_is_loaded_again_under_its_id_by_a_new_load(agen
     assert (new.key, new.request, new.worker, new.epoch) == (old.key, old.request, "w", EPOCH)
     assert (new.attempt, new.restoring, new.used_at) == (1, 1, old.used_at)
     assert await record(agent, old.id) == old, "the load of back then is over as it was"
-    assert await agent.store.wanted("w") == {"p/llama": new.id}
+    assert await agent.store.instances.desired("w") == {"p/llama": new.id}
     agent.wanted.flush()
     assert [one.id for one in read(tmp_path / FILE).values()] == [new.id]
     await agent._restore()
@@ -401,7 +401,7 @@ async def test_what_went_on_while_it_was_paused_is_loaded_again_once_its_runner_
     id_, runner = await loaded(agent)
     await sweep(agent, id_)
     await agent._restore()
-    assert await agent.store.named("p/llama") is None, "not yet"
+    assert await agent.store.instances.named("p/llama") is None, "not yet"
     await agent._reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
@@ -432,7 +432,7 @@ async def test_what_is_loaded_under_its_id_by_now_is_left_alone(agent: Agent) ->
     other = await submitted(agent, 2, worker_="another")
     for _ in range(2):
         await agent._restore()
-    assert await agent.store.named("p/llama") == other
+    assert await agent.store.instances.named("p/llama") == other
     assert len(await jobs(agent)) == 2
     assert agent.wanted.instances == {}
 
@@ -442,14 +442,14 @@ async def test_what_was_unloaded_while_it_was_away_is_not_loaded_again(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     await lost(agent)
-    known = await agent.store.wanted("w")
-    assert await agent.store.unwant_everywhere("p/llama")
+    known = await agent.store.instances.desired("w")
+    assert await agent.store.instances.forget_desired_everywhere("p/llama")
     if when == "at the same moment":
 
         async def a_moment_ago(_: str) -> dict[str, str]:
             return known
 
-        monkeypatch.setattr(agent.store, "wanted", a_moment_ago)
+        monkeypatch.setattr(agent.store.instances, "desired", a_moment_ago)
     await agent._restore()
     assert len(await jobs(agent)) == 1
     assert agent.wanted.instances == {}
@@ -523,7 +523,7 @@ async def test_what_was_given_up_is_not_taken_up_by_the_next_process_and_nobody_
     await all_tries(agent)
     await agent.recall()
     assert agent.wanted.instances == {}
-    assert not await agent.store.unwant_everywhere(GONE)
+    assert not await agent.store.instances.forget_desired_everywhere(GONE)
     assert lines.actions.count("restore_given_up") == 1
 
 
@@ -556,13 +556,13 @@ async def test_a_try_that_is_cancelled_is_the_last_one(agent: Agent) -> None:
     await agent._restore()
     second = await of(agent, GONE)
     assert second is not None
-    await agent.store.commit(second, second.after(Event.STOP))  # as an API does it: one that is queued
+    await agent.store.instances.commit(second, second.after(Event.STOP))  # as an API does it: one that is queued
     agent.stop(second.id)
     await released(agent, second.id)
     for _ in range(2):
         await agent._restore()
     assert (len(await jobs(agent)), agent.wanted.instances) == (3, {})
-    assert await agent.store.wanted("w") == {}
+    assert await agent.store.instances.desired("w") == {}
 
 
 async def test_a_restoration_that_is_cancelled_while_it_loads_is_the_last_one(
@@ -575,8 +575,8 @@ async def test_a_restoration_that_is_cancelled_while_it_loads_is_the_last_one(
     new = await of(agent, "p/llama")
     assert new is not None
     await reached(agent, new.id, State.LOADING)
-    await agent.store.unwant_everywhere("p/llama")
-    await agent.store.request_stop(new.id)
+    await agent.store.instances.forget_desired_everywhere("p/llama")
+    await agent.store.instances.request_stop(new.id)
     agent.stop(new.id)
     await released(agent, new.id)
     assert (await record(agent, new.id)).state is State.CANCELLED
@@ -588,9 +588,9 @@ async def test_a_try_whose_worker_ended_is_not_counted(agent: Agent) -> None:
     """It says nothing of the model."""
     old = await lost(agent)
     third = restoration(old, "load_third", 3)
-    begun = await agent.store.create(msgspec.structs.replace(third, not_before=0.0), restores=old.id)
+    begun = await agent.store.instances.create(msgspec.structs.replace(third, not_before=0.0), restores=old.id)
     agent.wanted.add(begun)
-    await agent.store.commit(begun, begun.after(Event.EXPIRE))
+    await agent.store.instances.commit(begun, begun.after(Event.EXPIRE))
     await agent._restore()
     new = await of(agent, "p/llama")
     assert new is not None
@@ -600,7 +600,7 @@ async def test_a_try_whose_worker_ended_is_not_counted(agent: Agent) -> None:
 async def test_the_successor_waits_as_long_as_was_left_to_wait(agent: Agent) -> None:
     """A process that ends over and over must not try a model over and over."""
     old = await lost(agent)
-    waiting = await agent.store.create(restoration(old, "load_second", 2), restores=old.id)
+    waiting = await agent.store.instances.create(restoration(old, "load_second", 2), restores=old.id)
     agent.wanted.instances = {"p/llama": waiting}
     await agent._restore()
     await agent._reconcile()
@@ -624,10 +624,10 @@ async def test_redis_alone_is_enough(agent: Agent) -> None:
 async def test_a_load_that_redis_has_and_the_file_not_yet_counts(agent: Agent) -> None:
     """The file was behind, as where its disk is full: what it has under that id was unloaded since."""
     older = await left_loaded(agent)
-    stopped, _ = await agent.store.commit(older, older.after(Event.STOP))
-    ended, _ = await agent.store.commit(stopped, stopped.after(Event.EXIT))
+    stopped, _ = await agent.store.instances.commit(older, older.after(Event.STOP))
+    ended, _ = await agent.store.instances.commit(stopped, stopped.after(Event.EXIT))
     newer = await left_loaded(agent, 2)
-    await agent.store.commit(newer, newer.after(Event.EXPIRE))  # swept: it was away for long
+    await agent.store.instances.commit(newer, newer.after(Event.EXPIRE))  # swept: it was away for long
     agent.wanted.instances = {"p/llama": older}
     await agent.recall()
     for _ in range(2):
@@ -645,19 +645,19 @@ async def test_what_redis_wants_and_has_no_record_of_is_passed_over(agent: Agent
 async def test_anothers_is_not_recalled(agent: Agent) -> None:
     left = await left_loaded(agent)
     agent.wanted.instances.clear()
-    assert await agent.store.wanted("another") == {}
+    assert await agent.store.instances.desired("another") == {}
     agent.name = "another"
     await agent.recall()
     agent.name = "w"
     assert agent.wanted.instances == {}
-    assert await agent.store.wanted("w") == {"p/llama": left.id}
+    assert await agent.store.instances.desired("w") == {"p/llama": left.id}
 
 
 async def test_where_nothing_is_to_be_restored_redis_forgets_it(agent: Agent) -> None:
     await left_loaded(agent)
     agent.wanted.is_on = False
     await agent.recall()
-    assert await agent.store.wanted("w") == {}
+    assert await agent.store.instances.desired("w") == {}
     assert agent.wanted.instances == {}
     await agent._restore()
     assert len(await jobs(agent)) == 1
@@ -672,7 +672,7 @@ async def given_up(agent: Agent, left: Instance) -> Instance:
 
 
 async def wish(agent: Agent, left: Instance) -> Instance:
-    assert await agent.store.request_stop(left.id) is not None
+    assert await agent.store.instances.request_stop(left.id) is not None
     return await record(agent, left.id)
 
 
@@ -686,7 +686,7 @@ async def test_what_was_loaded_is_lost_and_wanted(agent: Agent) -> None:
 async def test_what_was_to_be_unloaded_is_lost_and_not_wanted(agent: Agent) -> None:
     wished = await given_up(agent, await wish(agent, await left_loaded(agent)))
     begun = await left_loaded(agent, 2)
-    unloading, _ = await agent.store.commit(begun, begun.after(Event.STOP))
+    unloading, _ = await agent.store.instances.commit(begun, begun.after(Event.STOP))
     stopping = await given_up(agent, await wish(agent, unloading))
     assert (wished.state, stopping.state) == (State.LOST, State.LOST)
     assert agent.wanted.instances == {}
@@ -707,7 +707,7 @@ async def test_what_was_loading_is_begun_anew_by_the_same_load(agent: Agent) -> 
 async def test_what_was_loading_and_to_be_stopped_is_cancelled(agent: Agent) -> None:
     found = await given_up(agent, await wish(agent, await left_loading(agent)))
     assert (found.state, found.error) == (State.CANCELLED, None)
-    assert await agent.store.named("p/llama") is None
+    assert await agent.store.instances.named("p/llama") is None
 
 
 async def test_what_was_begun_too_often_has_failed(agent: Agent) -> None:
@@ -720,7 +720,7 @@ async def test_what_was_begun_too_often_has_failed(agent: Agent) -> None:
 
 async def test_what_somebody_else_moved_on_meanwhile_is_his(agent: Agent) -> None:
     left = await left_loading(agent)
-    moved, _ = await agent.store.commit(left, left.abandoned(3, worker="another"))
+    moved, _ = await agent.store.instances.commit(left, left.abandoned(3, worker="another"))
     await agent.give_up(left)
     assert await record(agent, left.id) == moved
 
@@ -733,10 +733,10 @@ async def test_what_redis_forgot_twice_is_told_twice(agent: Agent, raw: redis.Re
     for _ in range(2):
         raw.flushall()
         await agent._reconcile()
-        assert await agent.store.wanted("w") == {"p/llama": id_}
+        assert await agent.store.instances.desired("w") == {"p/llama": id_}
     raw.set("lease:w", EPOCH, ex=60)
     await agent._restore()
-    assert await agent.store.named("p/llama") == id_
+    assert await agent.store.instances.named("p/llama") == id_
     assert not is_gone(runner.pid)
     agent.stop(id_)
     await reached(agent, id_, State.UNLOADED)
@@ -748,14 +748,14 @@ async def test_what_was_unloaded_is_not_told_again(agent: Agent, raw: redis.Redi
     """A Redis that is emptied while a runner stops is not told of what is about to be gone."""
     id_, runner = await loaded(agent)
     held = agent.held[id_]
-    assert await agent.store.request_stop(id_) is State.LOADED
+    assert await agent.store.instances.request_stop(id_) is State.LOADED
     agent.stop(id_)
     await released(agent, id_)
     raw.flushall()
     assert not await agent._kept(held)
     await agent._reconcile()
     assert is_gone(runner.pid)
-    assert await agent.store.get(id_) is None
+    assert await agent.store.instances.get(id_) is None
 
 
 async def test_a_name_that_was_given_away_is_not_wanted_back(agent: Agent, raw: redis.Redis) -> None:
@@ -767,6 +767,6 @@ async def test_a_name_that_was_given_away_is_not_wanted_back(agent: Agent, raw: 
     await released(agent, id_)
     for _ in range(2):
         await agent._restore()
-    assert await agent.store.named("p/llama") == other
+    assert await agent.store.instances.named("p/llama") == other
     assert agent.wanted.instances == {}
     assert [one.id for one in await jobs(agent)] == [other]

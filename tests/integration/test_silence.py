@@ -78,7 +78,7 @@ async def test_without_a_runner_that_answers_the_lease_runs_out(
         raise RunnerDied("no room")
 
     monkeypatch.setattr(worker.agent, "BEAT_S", 0.05)
-    monkeypatch.setattr(agent.store, "lease_s", 0.5)
+    monkeypatch.setattr(agent.store.workers, "lease_s", 0.5)
     runner = await warm(agent)
     with monkeypatch.context() as patched:
         patched.setattr(Runners, "_start", fail)

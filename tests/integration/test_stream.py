@@ -17,7 +17,7 @@ from shared.errors import TooManyWaiting
 from shared.instance import Instance
 from shared.lifecycle import Event
 from shared.schema.http import LoadRequest
-from shared.store import Store
+from shared.store.store import Store
 
 DEADLINE_S = 10.0
 
@@ -25,7 +25,9 @@ DEADLINE_S = 10.0
 @pytest.fixture
 async def record(store: Store) -> Instance:
     request = LoadRequest(model="p/m")
-    return await store.create(Instance(id="load_1", model="p/m", key="p/m", type="llm", worker="w", request=request))
+    return await store.instances.create(
+        Instance(id="load_1", model="p/m", key="p/m", type="llm", worker="w", request=request)
+    )
 
 
 async def test_comments_come_while_nothing_happens(
@@ -65,9 +67,9 @@ async def test_where_redis_lost_the_record_the_last_event_says_so_and_has_no_id(
 
 
 async def test_there_is_nothing_after_the_terminal_event(store: Store, record: Instance) -> None:
-    claimed, _ = await store.commit(record, record.after(Event.CLAIM, epoch="e"))
-    stopping, _ = await store.commit(claimed, claimed.after(Event.STOP))
-    await store.commit(stopping, stopping.after(Event.EXIT))
+    claimed, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e"))
+    stopping, _ = await store.instances.commit(claimed, claimed.after(Event.STOP))
+    await store.instances.commit(stopping, stopping.after(Event.EXIT))
     async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", asyncio.Event())) as stream:
         names = [chunk.partition(b"event: ")[2].partition(b"\n")[0] async for chunk in stream]
     assert names == [b"model_load.start", b"model_load.progress", b"model_load.progress", b"error"]

@@ -15,14 +15,14 @@ from shared.lifecycle import Event, State
 from shared.schema.http import LoadRequest
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
-from shared.store import Store
+from shared.store.store import Store
 
 
 @pytest.fixture
 async def sweep(store: Store) -> Sweep:
     """One that waits for no lease to run out; "w" and "another" are alive, with epoch "e"."""
     for name in ("w", "another"):
-        await store.renew(WorkerSnapshot(name=name, epoch="e", version="0", catalog="", residents=0))
+        await store.workers.renew(WorkerSnapshot(name=name, epoch="e", version="0", catalog="", residents=0))
     made = Sweep(Roster(store, Settings()))
     made._from = 0.0
     return made
@@ -30,7 +30,7 @@ async def sweep(store: Store) -> Sweep:
 
 async def queued(store: Store, number: int, worker: str = "w") -> Instance:
     request = LoadRequest(model="p/m")
-    return await store.create(
+    return await store.instances.create(
         Instance(id=f"load_{number}", model="p/m", key="p/m", type="llm", worker=worker, request=request)
     )
 
@@ -38,19 +38,19 @@ async def queued(store: Store, number: int, worker: str = "w") -> Instance:
 async def loaded(store: Store, number: int, worker: str = "w", epoch: str = "e") -> Instance:
     record = await queued(store, number, worker)
     for event, changes in ((Event.CLAIM, {"epoch": epoch}), (Event.LOAD, {"loaded_at": 1.0})):
-        record, _ = await store.commit(record, record.after(event, **changes))
+        record, _ = await store.instances.commit(record, record.after(event, **changes))
     return record
 
 
 async def state(store: Store, instance: Instance) -> State | None:
-    found = await store.get(instance.id)
+    found = await store.instances.get(instance.id)
     return None if found is None else found.state
 
 
 async def test_what_no_live_process_holds_is_lost_and_the_rest_stays(sweep: Sweep, store: Store) -> None:
     """Of a worker that is gone, and of the process that worked under a live one's name before."""
     here, before, away = await loaded(store, 1), await loaded(store, 2, epoch="d"), await loaded(store, 3, "another")
-    await store.release("another", "e")
+    await store.workers.release("another", "e")
     await sweep._beat()
     assert [await state(store, one) for one in (here, before, away)] == [State.LOADED, State.LOST, State.LOST]
 
@@ -58,16 +58,16 @@ async def test_what_no_live_process_holds_is_lost_and_the_rest_stays(sweep: Swee
 async def test_of_what_is_in_order_no_document_is_read(sweep: Sweep, store: Store) -> None:
     ids = [(await loaded(store, n, worker)).id for n, worker in enumerate(("w", "another"))]
     assert await sweep._doubtful(await sweep.roster.refresh()) == []
-    await store.release("another", "e")
+    await store.workers.release("another", "e")
     assert await sweep._doubtful(await sweep.roster.refresh()) == ids[1:]
 
 
 async def test_of_what_waits_the_document_is_read(sweep: Sweep, store: Store) -> None:
     """It tells who refused it; also of what was handed back after a claim."""
     waiting, again = await queued(store, 1), await queued(store, 2)
-    claimed, _ = await store.commit(again, again.after(Event.CLAIM, epoch="e"))
+    claimed, _ = await store.instances.commit(again, again.after(Event.CLAIM, epoch="e"))
     assert await sweep._doubtful(await sweep.roster.refresh()) == [waiting.id]
-    await store.commit(claimed, claimed.after(Event.REQUEUE))
+    await store.instances.commit(claimed, claimed.after(Event.REQUEUE))
     assert sorted(await sweep._doubtful(await sweep.roster.refresh())) == [waiting.id, again.id]
 
 

@@ -16,7 +16,10 @@ from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.schema.http import LoadRequest
 from shared.schema.snapshot import WorkerSnapshot
-from shared.store import RETAIN_S, UNAVAILABLE, Fenced, Store
+from shared.store.connection import UNAVAILABLE
+from shared.store.instances import Fenced
+from shared.store.keys import RETAIN_S
+from shared.store.store import Store
 from shared.telemetry.tally import Tally
 
 
@@ -26,8 +29,8 @@ def queued(number: int, **fields: Any) -> Instance:
 
 
 async def claimed(store: Store, number: int) -> Instance:
-    record = await store.create(queued(number, total_size_bytes=1000))
-    return (await store.commit(record, record.after(Event.CLAIM, epoch="e")))[0]
+    record = await store.instances.create(queued(number, total_size_bytes=1000))
+    return (await store.instances.commit(record, record.after(Event.CLAIM, epoch="e")))[0]
 
 
 def tallies(raw: redis.Redis) -> dict[str, int]:
@@ -41,8 +44,8 @@ class Deaf:
     def __init__(self, store: Store, lost: int) -> None:
         self.store, self.lost = store, lost
 
-    async def add_tally(self, process: str, number: int, counts: Mapping[str, int]) -> None:
-        await self.store.add_tally(process, number, counts)
+    async def add(self, process: str, number: int, counts: Mapping[str, int]) -> None:
+        await self.store.counters.add(process, number, counts)
         if self.lost:
             self.lost -= 1
             raise RedisConnectionError("the reply is lost")
@@ -51,10 +54,10 @@ class Deaf:
 async def test_a_commit_repeated_after_a_lost_reply_counts_once(store: Store, raw: redis.Redis) -> None:
     loading = await claimed(store, 1)
     new = loading.after(Event.LOAD, loaded_at=1.0, timing={"queue": 0.5, "weights": 0.25})
-    await store.commit(loading, new)
+    await store.instances.commit(loading, new)
     once = tallies(raw)
     assert (once["loads|loaded|"], once["loaded_bytes"], once["load_seconds|under_1GiB|sum"]) == (1, 1000, 750_000)
-    await store.commit(loading, new)
+    await store.instances.commit(loading, new)
     assert tallies(raw) == once
 
 
@@ -62,14 +65,14 @@ async def test_of_two_ends_that_race_one_counts(store: Store, raw: redis.Redis) 
     loading = await claimed(store, 1)
     error = LoadFailed("load_stalled", "llm", "p/m", "why").body()
     ends = [loading.after(Event.EXPIRE), loading.after(Event.FAIL, error=error), loading.after(Event.EXPIRE)]
-    results = await asyncio.gather(*(store.commit(loading, end) for end in ends), return_exceptions=True)
+    results = await asyncio.gather(*(store.instances.commit(loading, end) for end in ends), return_exceptions=True)
     assert sum(isinstance(result, Fenced) for result in results) == 2
     assert list(tallies(raw).values()) == [1]
 
 
 async def test_a_restoration_repeated_after_a_lost_reply_counts_once(store: Store, raw: redis.Redis) -> None:
     for _ in range(2):
-        await store.create(queued(1, restoring=1, instance_id="p/m"))
+        await store.instances.create(queued(1, restoring=1, instance_id="p/m"))
     assert tallies(raw) == {"restorations": 1}
 
 
@@ -78,10 +81,10 @@ async def test_a_batch_whose_reply_was_lost_is_sent_again_and_added_once(store: 
     tally.add({"a": 1, "b": 5})
     for _ in range(2):
         with pytest.raises(UNAVAILABLE):
-            await tally.hand_over(deaf)  # type: ignore[arg-type]
+            await tally.hand_over(deaf.add)
         tally.add({"a": 10})
-    await tally.hand_over(deaf)  # type: ignore[arg-type]
-    await tally.hand_over(deaf)  # type: ignore[arg-type]
+    await tally.hand_over(deaf.add)
+    await tally.hand_over(deaf.add)
     assert tallies(raw) == {"a": 21, "b": 5}
 
 
@@ -90,7 +93,7 @@ async def test_batches_of_many_processes_and_at_once_add_up(store: Store, raw: r
     for _ in range(4):
         for tally in processes:
             tally.add({"a": 1})
-        await asyncio.gather(*(tally.hand_over(store) for tally in processes for _ in range(3)))
+        await asyncio.gather(*(tally.hand_over(store.counters.add) for tally in processes for _ in range(3)))
     assert tallies(raw) == {"a": 20}
     left = [raw.ttl(key) for key in raw.keys("tallied:*")]  # type: ignore[union-attr]
     assert len(left) == 5
@@ -98,24 +101,26 @@ async def test_batches_of_many_processes_and_at_once_add_up(store: Store, raw: r
 
 
 async def test_a_batch_that_arrives_after_a_later_one_is_not_added(store: Store, raw: redis.Redis) -> None:
-    await store.add_tally("p", 2, {"a": 1})
-    await store.add_tally("p", 1, {"a": 1})
+    await store.counters.add("p", 2, {"a": 1})
+    await store.counters.add("p", 1, {"a": 1})
     assert tallies(raw) == {"a": 1}
 
 
 async def test_a_process_with_nothing_to_say_asks_nothing_of_redis(store: Store, raw: redis.Redis) -> None:
-    await Tally().hand_over(store)
+    await Tally().hand_over(store.counters.add)
     assert raw.keys("tall*") == []
 
 
 async def test_the_readings_are_what_the_records_are(store: Store) -> None:
-    await store.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog="", residents=0, lease_s=store.lease_s))
+    await store.workers.renew(
+        WorkerSnapshot(name="w", epoch="e", version="0", catalog="", residents=0, lease_s=store.workers.lease_s)
+    )
     loading = await claimed(store, 1)
-    await store.create(queued(2))
-    await store.create(msgspec.structs.replace(queued(3), worker="another"))
+    await store.instances.create(queued(2))
+    await store.instances.create(msgspec.structs.replace(queued(3), worker="another"))
     ended = await claimed(store, 4)
-    await store.commit(ended, ended.after(Event.EXPIRE))
-    found = await store.readings()
+    await store.instances.commit(ended, ended.after(Event.EXPIRE))
+    found = await store.counters.read()
     assert [worker.name for worker in found.workers] == ["w"]
     assert (found.queued, found.queued_at) == (2, {"w": 1})
     assert found.live == {("w", "loading"): 1, ("w", "queued"): 1, ("another", "queued"): 1}

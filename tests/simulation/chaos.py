@@ -25,7 +25,7 @@ from msgspec import msgpack
 from api.loads.jobs import is_over, status
 from shared.instance import Instance
 from shared.lifecycle import State
-from shared.store import RECORD, _unpack
+from shared.store.instances import FIELDS, unpack
 from shared.synthetic import models as synthetic
 from tests.support.service import (
     JSON,
@@ -340,8 +340,8 @@ def records(pool: Pool) -> dict[str, Instance]:
     with pool.redis.client() as redis:
         found = {}
         for id_ in redis.zrange("jobs", 0, -1):  # type: ignore[union-attr]
-            fields: Any = redis.hmget(b"inst:" + id_, RECORD)
-            record = _unpack(id_.decode(), *fields)
+            fields: Any = redis.hmget(b"inst:" + id_, FIELDS)
+            record = unpack(id_.decode(), *fields)
             assert record is not None, f"{id_} was forgotten"
             found[record.id] = record
         return found

@@ -18,7 +18,7 @@ from shared.errors import ErrorBody, LoadFailed, LoadFailure, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import Event
 from shared.schema.http import LoadRequest
-from shared.store import Readings
+from shared.store.counters import Readings
 from shared.telemetry.tally import (
     BOUNDS_S,
     COUNTERS,

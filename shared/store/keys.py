@@ -1,0 +1,92 @@
+"""Every key in Redis, what it holds, and how long it lives.
+
+  inst:{id}         hash    rev, instance_id, worker, at (creation, Redis' clock, microseconds), doc (msgpack), state,
+                            epoch, stop (a stop was requested), engine (log lines)
+                                                              expires RETAIN_S after a terminal state
+  inst:{id}:log     stream  rev, doc: one entry a revision     expires with inst:{id}
+  insts             set     ids of instances that are not terminal; insts:{worker} those of one worker
+  logs              list    ids of those that have `engine`: of those that ended the last ENGINE_LOGS_N keep it
+                                                              expires RETAIN_S after the last
+  names             hash    instance_id -> id, while not terminal
+  queued            set     ids in state queued; queued:{worker} those of one worker
+  pace              list    when the last 16 left the queue (microseconds); pace:{worker} those of one worker
+                                                              expires an hour after the last
+  jobs              zset    id -> creation (microseconds), of the last RETAIN_S; expires RETAIN_S after the last
+  idem:{digest}     hash    id, and digest of the request, that came with an Idempotency-Key; expires after RETAIN_S
+  crashed:{digest}  string  why a model (Model.fingerprint) crashed the engine; expires after CRASH_MEMORY_S
+  wanted:{worker}   hash    instance_id -> id: the instances that a worker is to hold (desired)
+                                                              expires RETAIN_S after its last beat
+  workers           zset    name -> time of its last beat (seconds); forgotten after RETAIN_S
+  lease:{worker}    string  epoch of its process               expires a lease after its last beat
+  worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
+  catalog:{worker}  string  list[Model] (msgpack)              expires RETAIN_S after the last beat
+  counters          hash    instances that came to each state, and how often one was requeued
+  tallies           hash    what /metrics adds up besides: "family|label|..." (`telemetry.tally`) -> a whole number
+  tallied:{id}      string  number of the last batch that a process added to `tallies`; expires RETAIN_S after it
+  arq:*             arq's own  queue, jobs and health check of each worker; queues expire RETAIN_S after the last entry
+  wake:{worker}     channel "" for a delivery in its queue, an id for a stop request
+  news              channel ids whose record changed
+  requeued          channel ids of loads that were given back to the queue
+
+Scripts touch several keys at once and build some names themselves, so Redis Cluster is not supported.
+"""
+
+from __future__ import annotations
+
+RETAIN_S = 24 * 3600
+CRASH_MEMORY_S = 600
+INSTANCES, LOGS, NAMES, QUEUED, JOBS = "insts", "logs", "names", "queued", "jobs"
+WORKERS, COUNTERS, TALLIES = "workers", "counters", "tallies"
+NEWS, REQUEUED = "news", "requeued"  # channels
+
+
+def instance(id_: str) -> str:
+    return f"inst:{id_}"
+
+
+def log_of(id_: str) -> str:
+    return f"inst:{id_}:log"
+
+
+def instances_at(worker: str) -> str:
+    return f"insts:{worker}"
+
+
+def queued_at(worker: str) -> str:
+    return f"queued:{worker}"
+
+
+def idempotency(digest: str) -> str:
+    return f"idem:{digest}"
+
+
+def crash(fingerprint: str) -> str:
+    return f"crashed:{fingerprint}"
+
+
+def desired(worker: str) -> str:
+    return f"wanted:{worker}"
+
+
+def lease(worker: str) -> str:
+    return f"lease:{worker}"
+
+
+def snapshot(worker: str) -> str:
+    return f"worker:{worker}"
+
+
+def catalog(worker: str) -> str:
+    return f"catalog:{worker}"
+
+
+def tallied(process: str) -> str:
+    return f"tallied:{process}"
+
+
+def queue(worker: str) -> str:
+    return f"arq:queue:{worker}"
+
+
+def wake(worker: str) -> str:
+    return f"wake:{worker}"

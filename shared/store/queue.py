@@ -1,0 +1,94 @@
+"""The queues of the workers, in arq's format, and the jobs in them.
+
+arq is imported here, for the format of an entry and of a result, and in `worker.deliveries`, for the worker that takes
+them; nowhere else.  What is checked against arq 0.28: tests/integration/test_queue.py compares an entry with what
+`ArqRedis.enqueue_job` writes.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from arq.connections import ArqRedis
+from arq.jobs import Job, serialize_job
+from msgspec import msgpack
+from redis.asyncio import Redis
+
+from shared.instance import Instance
+from shared.schema.memory import Taken
+from shared.schema.snapshot import Sizing
+from shared.store import keys
+from shared.store.connection import UNAVAILABLE
+from shared.store.keys import RETAIN_S
+from shared.store.script import Script
+from shared.telemetry import log
+
+LOAD, SIZE = "load", "size"  # the functions of a worker, as arq names them
+DELIVERY_S = 3600  # arq's entry; a record that is queued for longer is found by its worker's beat
+SIZED_S = 30  # a large vocabulary takes the engine a second, and others may be before us
+
+
+def pack_job(value: dict[str, Any]) -> bytes:
+    """Serialize a job for arq as msgpack: unpickling would run whatever is written into Redis.
+
+    An exception (a job that failed) becomes its text.
+    """
+    return msgpack.encode(value, enc_hook=str)
+
+
+def unpack_job(data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = msgpack.decode(data, type=dict[str, Any])
+    return found
+
+
+def entry(function: str, argument: str | bytes) -> bytes:
+    """Return a call as arq has it in its queue."""
+    return serialize_job(function, (argument,), {}, None, round(time.time() * 1000), serializer=pack_job)
+
+
+def delivery(id_: str) -> bytes:
+    """Return the entry that delivers the load `id_` to its worker."""
+    return entry(LOAD, id_)
+
+
+def as_arq(redis: Redis) -> ArqRedis:
+    """Return arq's client on the same connections."""
+    return ArqRedis(redis.connection_pool, job_serializer=pack_job, job_deserializer=unpack_job)
+
+
+class Queue:
+    """Puts jobs into the workers' queues."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._deliver = Script(redis, "deliver", "enqueue")
+
+    async def deliver(self, instance: Instance) -> None:
+        """Put a queued instance into its worker's queue, and wake the worker.
+
+        Where Redis does not answer the record stands: its worker finds it at one of its next beats.
+        """
+        try:
+            id_ = f"{instance.id}:{instance.rev}"
+            await self._enqueue(instance.worker, id_, delivery(instance.id), DELIVERY_S)
+        except UNAVAILABLE as e:
+            log.get("store").warning("delivery lost", action="delivery_lost", **instance.ids, error=str(e))
+
+    async def sized(self, worker: str, sizing: Sizing) -> list[Taken] | None:
+        """Return what a worker's engine says that a load would take; None if it does not say within SIZED_S.
+
+        Raises what UNAVAILABLE lists.
+        """
+        id_ = uuid.uuid4().hex
+        await self._enqueue(worker, id_, entry(SIZE, msgpack.encode(sizing)), SIZED_S)
+        job = Job(id_, as_arq(self._redis), keys.queue(worker), unpack_job)
+        try:
+            found: bytes = await job.result(timeout=SIZED_S, poll_delay=0.02)
+        except TimeoutError:
+            return None
+        return msgpack.decode(found, type=list[Taken] | None)
+
+    async def _enqueue(self, worker: str, id_: str, data: bytes, within_s: int) -> None:
+        await self._deliver(worker=worker, id=id_, entry=data, expires_ms=within_s * 1000, retain_s=RETAIN_S)

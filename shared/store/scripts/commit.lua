@@ -1,0 +1,64 @@
+-- Compares the revision, writes the next document, and notifies everybody.
+--   id, rev, doc, epoch of the process that claimed it ('' before that)
+--   state          if it changed, else absent
+--   ended          whether that state is terminal
+--   requeued_at    the worker that it is queued at from now on, if it was requeued
+--   desired        true: its worker is to hold it from now on; false: not any more; absent: as before
+--   retain_s       seconds
+--   counts         what to add to `tallies`
+-- Returns Redis' time in microseconds, false if another writer was faster, 'stop' if a stop was requested before the
+-- instance could become loaded.
+local a = cmsgpack.unpack(ARGV[1])
+local inst, log, names, insts, counters = unpack(KEYS)
+local next_rev = string.format('%d', a.rev + 1)
+
+local held = redis.call('HMGET', inst, 'rev', 'doc', 'instance_id', 'worker', 'stop')
+local rev, doc, name, worker, stop = unpack(held, 1, 5)
+local now = redis.call('TIME'); now = string.format('%.0f', now[1] * 1000000 + now[2])
+if rev == next_rev and doc == a.doc then return now end
+if rev ~= string.format('%d', a.rev) then return false end
+if a.state == 'loaded' and stop then return 'stop' end
+
+redis.call('HSET', inst, 'rev', next_rev, 'doc', a.doc, 'epoch', a.epoch)
+redis.call('XADD', log, '*', 'rev', next_rev, 'doc', a.doc)
+for field, count in pairs(a.counts) do redis.call('HINCRBY', 'tallies', field, count) end
+
+if a.requeued_at then
+  redis.call('HSET', inst, 'state', 'queued', 'worker', a.requeued_at)
+  redis.call('HINCRBY', counters, 'requeued', 1)
+  redis.call('SREM', 'insts:' .. worker, a.id)
+  redis.call('SADD', 'insts:' .. a.requeued_at, a.id)
+  redis.call('SREM', 'queued:' .. worker, a.id)
+  redis.call('SADD', 'queued', a.id)
+  redis.call('SADD', 'queued:' .. a.requeued_at, a.id)
+  redis.call('PUBLISH', 'requeued', a.id)
+elseif a.state then
+  redis.call('HSET', inst, 'state', a.state)
+  redis.call('HINCRBY', counters, a.state, 1)
+  if redis.call('SREM', 'queued', a.id) == 1 then
+    redis.call('SREM', 'queued:' .. worker, a.id)
+    for _, pace in ipairs({'pace', 'pace:' .. worker}) do
+      redis.call('LPUSH', pace, now)
+      redis.call('LTRIM', pace, 0, 15)
+      redis.call('EXPIRE', pace, 3600)
+    end
+  end
+end
+
+local desired = 'wanted:' .. worker
+if a.desired == false then
+  if redis.call('HGET', desired, name) == a.id then redis.call('HDEL', desired, name) end
+elseif a.desired then
+  redis.call('HSET', desired, name, a.id)
+  redis.call('EXPIRE', desired, a.retain_s)
+end
+
+if a.ended then
+  if redis.call('HGET', names, name) == a.id then redis.call('HDEL', names, name) end
+  redis.call('SREM', insts, a.id)
+  redis.call('SREM', 'insts:' .. worker, a.id)
+  redis.call('EXPIRE', inst, a.retain_s)
+  redis.call('EXPIRE', log, a.retain_s)
+end
+redis.call('PUBLISH', 'news', a.id)
+return now

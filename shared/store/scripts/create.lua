@@ -1,0 +1,64 @@
+-- Writes a queued record under a free instance id, and its delivery.
+--   id, doc, worker
+--   model          the key as asked: the name of the instance, or with :2, :3, ... the lowest free one
+--   instance_id    the name that it must get instead, or absent
+--   digest         of the request that came with an Idempotency-Key, or absent
+--   worker_limit, limit   how many may be queued at the worker, and in all
+--   ignore_crash   whether a model that crashed the engine recently is tried
+--   restores       the id of the load under which the instance must be desired, or absent
+--   entry, expires_ms     its delivery (enqueue.lua); without `entry` there is none
+--   retain_s       seconds
+--   counts         what to add to `tallies`
+local a = cmsgpack.unpack(ARGV[1])
+local inst, log, names, insts, counters, lease, idem, crashed, catalog = unpack(KEYS)
+
+local made = redis.call('HMGET', inst, 'instance_id', 'at')
+if made[1] then return {'created', made[1], made[2]} end
+if a.digest then
+  local first = redis.call('HMGET', idem, 'digest', 'id')
+  if first[1] then return {'remembered', first[1], first[2]} end
+end
+local reason = not a.ignore_crash and redis.call('GET', crashed)
+if reason then return {'crashed', reason, redis.call('TTL', crashed)} end
+if redis.call('EXISTS', lease, catalog) < 2 then return {'no lease'} end
+
+local now = redis.call('TIME'); now = now[1] * 1000000 + now[2]
+for _, bound in ipairs({{':' .. a.worker, a.worker_limit}, {'', a.limit}}) do
+  local place, limit = unpack(bound)
+  if redis.call('SCARD', 'queued' .. place) >= limit then
+    local left = redis.call('LRANGE', 'pace' .. place, 0, -1)
+    return {'full', limit, #left, #left > 0 and string.format('%.0f', now - left[#left]) or 0}
+  end
+end
+
+local name, n = a.model, 1
+if a.instance_id then
+  name = a.instance_id
+  local desired = 'wanted:' .. a.worker
+  if a.restores and redis.call('HGET', desired, name) ~= a.restores then return {'not desired'} end
+  if redis.call('HEXISTS', names, name) == 1 then return {'name taken'} end
+  redis.call('HSET', desired, name, a.id)
+  redis.call('EXPIRE', desired, a.retain_s)
+end
+while redis.call('HEXISTS', names, name) == 1 do n = n + 1; name = a.model .. ':' .. n end
+
+local since = string.format('(%.0f', now - a.retain_s * 1000000); now = string.format('%.0f', now)
+redis.call('HSET', inst, 'rev', 1, 'instance_id', name, 'worker', a.worker, 'at', now, 'doc', a.doc, 'state', 'queued')
+redis.call('XADD', log, '*', 'rev', 1, 'doc', a.doc)
+redis.call('HSET', names, name, a.id)
+redis.call('SADD', insts, a.id)
+redis.call('SADD', 'insts:' .. a.worker, a.id)
+redis.call('SADD', 'queued', a.id)
+redis.call('SADD', 'queued:' .. a.worker, a.id)
+redis.call('ZADD', 'jobs', now, a.id)
+redis.call('ZREMRANGEBYSCORE', 'jobs', '-inf', since)
+redis.call('EXPIRE', 'jobs', a.retain_s)
+if a.digest then
+  redis.call('HSET', idem, 'digest', a.digest, 'id', a.id)
+  redis.call('EXPIRE', idem, a.retain_s)
+end
+redis.call('HINCRBY', counters, 'queued', 1)
+for field, count in pairs(a.counts) do redis.call('HINCRBY', 'tallies', field, count) end
+if a.entry then enqueue(a.worker, a.id .. ':1', a.entry, a.expires_ms, a.retain_s) end
+redis.call('PUBLISH', 'news', a.id)
+return {'created', name, now}

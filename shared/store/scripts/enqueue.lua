@@ -1,0 +1,12 @@
+-- Prepended to create.lua and deliver.lua: writes an entry in arq's format into a worker's queue and wakes the worker.
+-- ArqRedis.enqueue_job (arq 0.28, arq/connections.py) does the same in three round trips, because it first checks
+-- whether the id is taken.  An id here is taken only by an entry that says the same.
+--   worker, id of the entry, entry, ms after which the entry expires, seconds after which an idle queue expires
+local function enqueue(worker, id, entry, expires_ms, retain_s)
+  local queue, now = 'arq:queue:' .. worker, redis.call('TIME')
+  redis.call('PSETEX', 'arq:job:' .. id, expires_ms, entry)
+  redis.call('ZADD', queue, string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000)), id)
+  redis.call('EXPIRE', queue, retain_s)
+  redis.call('PUBLISH', 'wake:' .. worker, '')
+end
+
