@@ -25,7 +25,7 @@ def racing(
 
 
 @asynccontextmanager
-async def racing(*work: Awaitable[Any]) -> AsyncIterator[tuple[asyncio.Future[Any], ...]]:
+async def racing(*work: Awaitable[Any]) -> AsyncIterator[Any]:
     """Run these side by side, as tasks.  On leaving, those that are not done are cancelled, and all have ended.
 
     What a task raises is seen by reading its result inside the `async with`; otherwise it is dropped.

@@ -66,5 +66,5 @@ async def test_a_failure_is_raised_where_its_result_is_read() -> None:
 
 async def test_an_unread_failure_does_not_replace_the_outcome() -> None:
     async with racing(value(1), failure()) as (one, failing):
-        await asyncio.wait({one, failing})
+        await asyncio.gather(one, failing, return_exceptions=True)
     assert one.result() == 1
