@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
+D = TypeVar("D")
 
 
 @overload
@@ -22,6 +23,12 @@ def racing(
 def racing(
     one: Awaitable[A], two: Awaitable[B], three: Awaitable[C], /
 ) -> AbstractAsyncContextManager[tuple[asyncio.Future[A], asyncio.Future[B], asyncio.Future[C]]]: ...
+
+
+@overload
+def racing(
+    one: Awaitable[A], two: Awaitable[B], three: Awaitable[C], four: Awaitable[D], /
+) -> AbstractAsyncContextManager[tuple[asyncio.Future[A], asyncio.Future[B], asyncio.Future[C], asyncio.Future[D]]]: ...
 
 
 @asynccontextmanager

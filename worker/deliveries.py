@@ -35,7 +35,7 @@ class Deliveries(ArqWorker):
             agent.deliver(id_)
 
         async def size(_: dict[Any, Any], sizing: bytes) -> bytes:
-            return await agent.sizer.sized(sizing)
+            return await agent.dry_run.answer(sizing)
 
         super().__init__(
             [

@@ -64,10 +64,10 @@ async def take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> None
         try:
             is_free = await agent.publish(models, dead_epoch)
             if is_free and await agent.store.workers.renew(agent.snapshot(), dead_epoch) != "refused":
-                await agent.recall()
+                await agent.restorer.recall()
                 for instance in await agent.store.instances.live_at(agent.name):
                     if instance.state is not State.QUEUED and instance.epoch != agent.epoch:
-                        await agent.give_up(instance)
+                        await agent.reconciler.give_up(instance)
                 return
         except UNAVAILABLE as e:
             _log.warning("lease not taken", action="redis_unavailable", error=str(e))

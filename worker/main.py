@@ -63,7 +63,7 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
 async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str) -> None:
     """Ready means: a catalog is published, a runner is warm, the lease is ours.  In this order."""
     agent.runners.prepare()
-    agent.wanted.read()
+    agent.desired.read()
     found = catalogs(
         settings.models_dir,
         settings.data_dir / f"catalog-{agent.name}.msgpack",
@@ -78,9 +78,9 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
         _log.info("ready", action="ready", models=len(first))
         async with asyncio.TaskGroup() as group:
             group.create_task(agent.beat())
-            group.create_task(agent.tell())
+            group.create_task(agent.announce_changes())
             group.create_task(take_deliveries(redis, agent))
-            group.create_task(agent.wanted.keep())
+            group.create_task(agent.desired.keep())
             group.create_task(agent.watch_files())
             async for models in lists:
                 await _published(agent, models)

@@ -1,143 +1,130 @@
-"""What a worker is to hold: the instances that were loaded and not unloaded, in a file of its own.
-
-Redis has their records as well; the file is for a Redis that was emptied, and for a worker that is away for longer
-than records are kept.
-"""
+"""Loading again what a worker is to hold and does not."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import threading
 import time
-from pathlib import Path
-from typing import Literal
-
-import msgspec
+import uuid
+from collections.abc import Callable, Collection
+from typing import Literal, assert_never
 
 from shared.instance import Instance
-from shared.lifecycle import TERMINAL, State
+from shared.lifecycle import State
+from shared.store.instances import Instances, NameTaken, NoLease, NotDesired
 from shared.telemetry import log, trace
+from worker.desired import Desired
+from worker.timing import Timing
 
 TRIES = 5  # of one restoration
-FIRST_PAUSE_S = 2.0  # before the second one; it doubles
-RETRY_S = 5.0  # of a file that cannot be written
 
 _log = log.get("worker")
 
 
-class Wanted:
-    """Instances by their ids (`instance_id`), as they were when they were loaded or began to be restored."""
+class Restorer:
+    """Compares what a worker is to hold with what it holds."""
 
-    def __init__(self, path: Path, *, is_on: bool) -> None:
-        self.path, self.is_on = path, is_on
-        self.instances: dict[str, Instance] = {}
-        self._changed = asyncio.Event()
-        self._writing = threading.Lock()
-        self._number = self._written = 0
+    def __init__(
+        self, name: str, instances: Instances, desired: Desired, deliver: Callable[[str, float], None], timing: Timing
+    ) -> None:
+        """`deliver` takes the id of a load, and when to begin it, in seconds since the epoch."""
+        self._name = name
+        self._instances = instances
+        self._desired = desired
+        self._deliver = deliver
+        self._timing = timing
 
-    def read(self) -> None:
-        """Read the file that an earlier process left.  One that cannot be read is as good as none; one that is not
-        wanted any more is removed, so that nobody restores it years later."""
-        try:
-            if not self.is_on:
-                return self.path.unlink(missing_ok=True)
-            found = msgspec.json.decode(self.path.read_bytes(), type=list[Instance])
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-            _log.error("wanted file not read", action="wanted_unreadable", file=self.path.name, error=str(e))
-            return None
-        self.instances = {instance.instance_id: instance for instance in found}
-        return None
+    async def recall(self) -> None:
+        """Learn from Redis what this worker is to hold and its file does not know of.  Without restoring, forget it.
 
-    def add(self, instance: Instance) -> None:
-        if self.is_on:
-            self.instances[instance.instance_id] = instance
-            self._changed.set()
-
-    def discard(self, instance: Instance) -> None:
-        """No longer want what this load made; another one under the same id stays wanted."""
-        found = self.instances.get(instance.instance_id)
-        if found is not None and found.id == instance.id:
-            del self.instances[instance.instance_id]
-            self._changed.set()
-
-    async def keep(self) -> None:
-        """Write each change; ends only by cancellation."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                await asyncio.to_thread(self._replace, *self._encoded())
-            except OSError as e:
-                _log.error("wanted file not written", action="wanted_unwritable", file=self.path.name, error=str(e))
-                self._changed.set()
-                await asyncio.sleep(RETRY_S)
-
-    def flush(self) -> None:
-        """Write at the process's end."""
-        if not self.is_on:
+        Raises what UNAVAILABLE lists.
+        """
+        if not self._desired.is_on:
+            await self._instances.clear_desired(self._name)
             return
-        try:
-            self._replace(*self._encoded())
-        except OSError as e:
-            _log.error("wanted file not written", action="wanted_unwritable", file=self.path.name, error=str(e))
+        known = {desired.id for desired in self._desired.instances.values()}
+        for record in await self._instances.many([*set((await self._instances.desired(self._name)).values()) - known]):
+            self._desired.add(record)
 
-    def _encoded(self) -> tuple[int, bytes]:
-        self._number += 1
-        return self._number, msgspec.json.encode(list(self.instances.values()))
+    async def restore(self, held: Collection[str]) -> None:
+        """Begin to load what is desired and not among `held` (ids of loads), the last used first.
 
-    def _replace(self, number: int, data: bytes) -> None:
-        """Whatever happens meanwhile, the file holds either all of what it had or all of `data`.  Raises OSError."""
-        with self._writing:
-            if number < self._written:  # a thread that was slower than a later one
+        Raises what UNAVAILABLE lists.
+        """
+        missing = [desired for desired in self._desired.instances.values() if desired.id not in held]
+        if not missing:
+            return
+        records = {record.id: record for record in await self._instances.many([desired.id for desired in missing])}
+        known = await self._instances.desired(self._name)
+        for desired in sorted(missing, key=lambda one: one.used_at or 0.0, reverse=True):
+            record = records.get(desired.id)
+            todo = decide(desired, record, known.get(desired.instance_id))
+            if todo == "wait":
+                continue
+            if todo == "drop":
+                await self._forget(desired, record)
+                continue
+            begun = restoration(desired, f"load_{uuid.uuid4().hex}", todo, self._timing.first_pause_s)
+            try:
+                begun = await self._instances.create(begun, restores=desired.id if record else "")
+            except (NameTaken, NotDesired):  # it was loaded anew, or unloaded, while we were away
+                await self._forget(desired, None)
+            except NoLease:
                 return
-            beside = self.path.with_name(self.path.name + ".new")
-            with beside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
-            self._written = number
+            else:
+                with log.about(begun):
+                    _log.info("restoring", action="restoring", number=todo)
+                self._desired.add(begun)
+                self._deliver(begun.id, begun.not_before)
+
+    async def _forget(self, desired: Instance, record: Instance | None) -> None:
+        await self._instances.forget_desired(desired)
+        self._desired.discard(desired)
+        if record is not None and record.state is State.FAILED:
+            reason = record.error.message if record.error else ""
+            with log.about(desired):
+                _log.error("not restored", action="restore_given_up", reason=reason)
 
 
-def decide(wanted: Instance, record: Instance | None, known: str | None) -> Literal["wait", "drop"] | int:
-    """What to do about a wanted instance that its worker does not hold: leave it for now, want it no longer, or load
-    it again, with the number of that try.
+def decide(desired: Instance, record: Instance | None, known: str | None) -> Literal["wait", "drop"] | int:
+    """Decide what to do about a desired instance that its worker does not hold.
 
-    `record` is its load's in Redis, and `known` the id of the load that Redis has as wanted under its name.
+    Returns "wait" to leave it for now, "drop" to desire it no longer, or the number of the try that loads it again.
+    `record` is its load's in Redis, and `known` the id of the load that Redis has as desired under its name.
     """
-    if wanted.idle_at is not None and time.time() >= wanted.idle_at:  # it would have been unloaded meanwhile
+    if desired.idle_at is not None and time.time() >= desired.idle_at:  # it would have been unloaded meanwhile
         return "drop"
     if record is None:  # Redis was emptied, or the worker was away for longer than records are kept
         return 1
-    if record.worker != wanted.worker:
+    if record.worker != desired.worker:
         return "drop"
-    if record.state not in TERMINAL:
-        return "wait"
     is_restoration = record.restoring > 0 and record.loaded_at is None
-    if record.state is State.LOST and known == wanted.id and not record.stop_requested:
-        return record.restoring if is_restoration else 1
-    if record.state is State.FAILED and is_restoration and record.restoring < TRIES:
-        return record.restoring + 1
-    return "drop"
+    match record.state:
+        case State.QUEUED | State.LOADING | State.LOADED | State.UNLOADING:
+            return "wait"
+        case State.LOST:
+            is_desired = known == desired.id and not record.stop_requested
+            return (record.restoring if is_restoration else 1) if is_desired else "drop"
+        case State.FAILED:
+            return record.restoring + 1 if is_restoration and record.restoring < TRIES else "drop"
+        case State.UNLOADED | State.CANCELLED:
+            return "drop"
+        case _:
+            assert_never(record.state)
 
 
-def restoration(wanted: Instance, id_: str, number: int) -> Instance:
-    """The record of a new load that brings `wanted` back, from its second try on after a pause."""
-    pause_s = FIRST_PAUSE_S * 2 ** (number - 2) if number > 1 else 0.0
+def restoration(desired: Instance, id_: str, number: int, first_pause_s: float) -> Instance:
+    """Return the record of a new load that brings `desired` back, from its second try on after a pause that doubles."""
+    pause_s = first_pause_s * 2 ** (number - 2) if number > 1 else 0.0
     return Instance(
         id=id_,
-        model=wanted.model,
-        key=wanted.key,
-        type=wanted.type,
-        worker=wanted.worker,
-        request=wanted.request,
+        model=desired.model,
+        key=desired.key,
+        type=desired.type,
+        worker=desired.worker,
+        request=desired.request,
         traceparent=str(trace.begun()),  # nobody's request
-        total_size_bytes=wanted.total_size_bytes,
+        total_size_bytes=desired.total_size_bytes,
         restoring=number,
         not_before=time.time() + pause_s if pause_s else 0.0,
-        used_at=wanted.used_at,
-        instance_id=wanted.instance_id,
+        used_at=desired.used_at,
+        instance_id=desired.instance_id,
     )

@@ -109,12 +109,12 @@ async def test_what_a_runner_would_take_and_says_it_took_is_what_the_driver_says
             async with asyncio.timeout(LOAD_S):
                 await runner.send(Measure(load))
                 measured = await runner.receive()
-                assert isinstance(measured, Measured), (measured, list(runner.tail))
+                assert isinstance(measured, Measured), (measured, list(runner.output))
                 dry = await asyncio.to_thread(steady_bytes, gpus, gpu)
                 await runner.send(load)
                 while isinstance(message := await runner.receive(), Progress):
                     pass
-            assert isinstance(message, Ready), (message, list(runner.tail))
+            assert isinstance(message, Ready), (message, list(runner.output))
             used = await asyncio.to_thread(steady_bytes, gpus, gpu) - before
         finally:
             runner.kill()

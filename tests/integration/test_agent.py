@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
@@ -19,10 +19,6 @@ import redis
 from msgspec import UNSET
 
 import shared.store.instances
-import worker.agent
-import worker.instance
-import worker.memory.placer
-import worker.runner.process
 import worker.runner.warm
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, State
@@ -38,9 +34,9 @@ from tests.support.runners import freeze, is_gone
 from tests.support.waiting import no_runners, until
 from worker.agent import Agent
 from worker.memory.nvml import Reading
-from worker.runner.process import Runner, RunnerDied
-from worker.runner.protocol import Failed, FromRunner, Load, Progress, Ready, ToRunner
-from worker.runner.warm import Runners
+from worker.runner.process import Received, Runner, RunnerDied
+from worker.runner.protocol import Failed, Load, Progress, Ready, ToRunner
+from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -48,6 +44,7 @@ DEADLINE_S = 10.0
 MIB = 1 << 20
 SHORT_S = 0.3  # of a rung of the stop ladder, where a runner will not answer
 EPOCH = "e"  # of the lease that "w" holds
+IMPATIENT = Timing(grace_s=SHORT_S)
 
 
 Begin = Callable[..., Awaitable[Agent]]
@@ -58,10 +55,9 @@ async def begin(store: Store, models: dict[str, Model], models_dir: Path, tmp_pa
     """Makes worker "w" with one model of each kind; nothing moves in it but what a test asks for."""
     agents: list[Agent] = []
 
-    async def made(**settings: Any) -> Agent:
-        agents.append(
-            Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path, **settings), store, EPOCH)
-        )
+    async def made(timing: Timing | None = None, **settings: Any) -> Agent:
+        given = {"worker_name": "w", "models_dir": models_dir, "data_dir": tmp_path, **settings}
+        agents.append(Agent(Settings(**given), store, EPOCH, timing=timing))
         await agents[0].publish([*models.values()])
         return agents[0]
 
@@ -76,20 +72,18 @@ async def agent(begin: Begin) -> Agent:
 
 
 async def ended(made: Agent) -> None:
-    if made.runners._next is not None:
-        await asyncio.wait([made.runners._next])  # the end of one that is half started is another test's subject
+    if made.runners.coming is not None:
+        await asyncio.wait([made.runners.coming])  # the end of one that is half started is another test's subject
     await made.drain()
     await made.runners.close()
     await until(no_runners, "all runners gone")
-    assert (made.held, made.tasks) == ({}, {})
+    assert (made.residents, made.tasks) == ({}, {})
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch, agent: Agent) -> Iterator[None]:
-    """A frozen runner is killed soon, until the agent's own end."""
-    with monkeypatch.context() as patched:
-        patched.setattr(worker.runner.process, "GRACE_S", SHORT_S)
-        yield
+async def impatient(begin: Begin) -> Agent:
+    """One that kills a frozen runner soon."""
+    return await begin(IMPATIENT)
 
 
 async def submitted(agent: Agent, number: int = 1, key: str = "p/llama", worker_: str = "w") -> str:
@@ -133,7 +127,7 @@ async def reached(agent: Agent, id_: str, state: State) -> Instance:
 
 async def released(agent: Agent, id_: str) -> None:
     """Wait until the agent holds nothing of it any more."""
-    await until(lambda: id_ not in agent.held, f"{id_} released")
+    await until(lambda: id_ not in agent.residents, f"{id_} released")
 
 
 async def states(agent: Agent, id_: str) -> list[State]:
@@ -146,8 +140,8 @@ async def warm(agent: Agent) -> Runner:
     """The runner that the next load will take."""
     async with asyncio.timeout(DEADLINE_S):
         await agent.runners.warmed()
-    assert agent.runners._next is not None
-    return agent.runners._next.result()
+    assert agent.runners.coming is not None
+    return agent.runners.coming.result()
 
 
 async def frozen(agent: Agent) -> Runner:
@@ -238,13 +232,13 @@ async def test_a_record_is_unloaded_only_after_its_runner_is_gone(
     """Whoever reads "unloaded" may count on the memory."""
     id_, runner = await loaded(agent)
     seen: dict[State, bool] = {}
-    commit = agent.commit
+    commit = agent.store.instances.commit
 
     async def watched(old: Instance, new: Instance) -> tuple[Instance, float]:
         seen[new.state] = is_gone(runner.pid)
         return await commit(old, new)
 
-    monkeypatch.setattr(agent, "commit", watched)
+    monkeypatch.setattr(agent.store.instances, "commit", watched)
     agent.stop(id_)
     await released(agent, id_)
     assert seen == {State.UNLOADING: False, State.UNLOADED: True}
@@ -269,7 +263,7 @@ async def test_what_is_delivered_twice_is_loaded_once(agent: Agent) -> None:
     agent.deliver(id_)
     await reached(agent, id_, State.LOADED)
     agent.deliver(id_)
-    assert [*agent.held] == [id_]
+    assert [*agent.residents] == [id_]
     agent.stop(id_)
     await released(agent, id_)
     agent.deliver(id_)
@@ -287,43 +281,43 @@ async def test_what_is_anothers_or_nobodys_is_left_alone(agent: Agent) -> None:
     assert (await record(agent, anothers)).rev == 1
 
 
-async def test_one_load_at_a_time(agent: Agent, impatient: None) -> None:
-    first, _ = await loading(agent)
-    second = await delivered(agent, 2)
-    await asyncio.gather(*(agent.store.instances.get(second) for _ in range(20)))  # time enough for a claim
-    assert (await record(agent, second)).state is State.QUEUED
-    agent.stop(first)
-    await reached(agent, second, State.LOADED)
-    assert (await record(agent, first)).state is State.CANCELLED
+async def test_one_load_at_a_time(impatient: Agent) -> None:
+    first, _ = await loading(impatient)
+    second = await delivered(impatient, 2)
+    await asyncio.gather(*(impatient.store.instances.get(second) for _ in range(20)))  # time enough for a claim
+    assert (await record(impatient, second)).state is State.QUEUED
+    impatient.stop(first)
+    await reached(impatient, second, State.LOADED)
+    assert (await record(impatient, first)).state is State.CANCELLED
 
 
-async def test_what_was_cancelled_in_the_queue_is_not_loaded(agent: Agent, impatient: None) -> None:
-    first, _ = await loading(agent)
-    second = await delivered(agent, 2)
-    queued = await record(agent, second)
-    await agent.store.instances.commit(queued, queued.after(Event.STOP))
-    agent.stop(second)
-    agent.stop(first)
-    await released(agent, second)
-    assert await states(agent, second) == [State.QUEUED, State.CANCELLED]
+async def test_what_was_cancelled_in_the_queue_is_not_loaded(impatient: Agent) -> None:
+    first, _ = await loading(impatient)
+    second = await delivered(impatient, 2)
+    queued = await record(impatient, second)
+    await impatient.store.instances.commit(queued, queued.after(Event.STOP))
+    impatient.stop(second)
+    impatient.stop(first)
+    await released(impatient, second)
+    assert await states(impatient, second) == [State.QUEUED, State.CANCELLED]
 
 
 # ---- loads that come to nothing
 
 
-async def test_a_cancelled_load(agent: Agent, impatient: None) -> None:
-    id_, runner = await loading(agent)
-    assert await agent.store.instances.request_stop(id_)
-    agent.stop(id_)
-    await released(agent, id_)
+async def test_a_cancelled_load(impatient: Agent) -> None:
+    id_, runner = await loading(impatient)
+    assert await impatient.store.instances.request_stop(id_)
+    impatient.stop(id_)
+    await released(impatient, id_)
     assert is_gone(runner.pid)
-    ended = await record(agent, id_)
+    ended = await record(impatient, id_)
     assert (ended.state, ended.error, ended.loaded_at) == (State.CANCELLED, None, None)
-    assert await states(agent, id_) == [State.QUEUED, State.LOADING, State.UNLOADING, State.CANCELLED]
+    assert await states(impatient, id_) == [State.QUEUED, State.LOADING, State.UNLOADING, State.CANCELLED]
 
 
-async def test_a_stalled_load(agent: Agent, impatient: None) -> None:
-    agent.settings = msgspec.structs.replace(agent.settings, stall_limit_s=0.25)
+async def test_a_stalled_load(begin: Begin) -> None:
+    agent = await begin(IMPATIENT, stall_limit_s=0.25)
     runner = await frozen(agent)
     id_ = await delivered(agent)
     check_failed(await reached(agent, id_, State.FAILED), "load_stalled", "0.25 s")
@@ -367,13 +361,13 @@ async def test_a_file_that_the_catalog_does_not_know_to_be_gone(agent: Agent, mo
     check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", "cannot be opened")
 
 
-async def test_a_file_that_is_not_what_its_header_says(agent: Agent, models: dict[str, Model], tmp_path: Path) -> None:
+async def test_a_file_that_is_not_what_its_header_says(begin: Begin, models: dict[str, Model], tmp_path: Path) -> None:
     """Its reason names it by its place under the models directory, not by where that is."""
     model = msgspec.structs.replace(models["p/llama"], key="p/cut", shards=["p/cut/cut.gguf"])
     cut = tiny_llama(tmp_path / model.shards[0])
     os.truncate(cut, cut.stat().st_size // 2)
+    agent = await begin(models_dir=tmp_path)
     agent.models[model.key] = model
-    agent.settings = msgspec.structs.replace(agent.settings, models_dir=tmp_path)
     id_ = await delivered(agent, key=model.key)
     ended = await reached(agent, id_, State.FAILED)
     check_failed(ended, "invalid_model_file")
@@ -382,7 +376,7 @@ async def test_a_file_that_is_not_what_its_header_says(agent: Agent, models: dic
 
 async def test_no_runner_can_be_started(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(worker.runner.warm, "_run_child", slice)  # anything that returns at once
+        patched.setattr(worker.runner.warm, "run_child", slice)  # anything that returns at once
         id_ = await delivered(agent)
         check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "could not start")
         await released(agent, id_)
@@ -397,7 +391,7 @@ async def test_no_runner_can_be_started(agent: Agent, monkeypatch: pytest.Monkey
 async def test_a_wish_that_was_not_heard_is_found_by_the_beat(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     assert await agent.store.instances.request_stop(id_)
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     await released(agent, id_)
     assert (await record(agent, id_)).state is State.UNLOADED
     assert is_gone(runner.pid)
@@ -406,8 +400,8 @@ async def test_a_wish_that_was_not_heard_is_found_by_the_beat(agent: Agent) -> N
 async def test_the_beat_leaves_alone_what_is_as_it_should_be(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     before = await record(agent, id_)
-    await agent._reconcile()
-    assert not agent.held[id_].stop.is_set()
+    await agent.reconciler.reconcile()
+    assert not agent.residents[id_].stop.is_set()
     assert await record(agent, id_) == before
     assert not is_gone(runner.pid)
 
@@ -417,7 +411,7 @@ async def test_an_emptied_redis_is_told_again_of_what_is_loaded(agent: Agent, ra
     before = await record(agent, id_)
     raw.flushall()
     for _ in range(2):
-        await agent._reconcile()
+        await agent.reconciler.reconcile()
         assert await record(agent, id_) == before
     assert not is_gone(runner.pid)
     assert await agent.store.instances.named("p/llama") == id_
@@ -432,16 +426,16 @@ async def test_a_redis_that_lost_its_last_seconds_is_told_again(agent: Agent, ra
     now, before = await record(agent, id_), (await agent.store.instances.history(await record(agent, id_)))[1][1]
     older = {"rev": before.rev, "doc": shared.store.instances.pack(before), "state": before.state.value}
     raw.hset(f"inst:{id_}", mapping=older)
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     assert await record(agent, id_) == now
     assert not is_gone(runner.pid)
 
 
-async def test_an_emptied_redis_stops_what_was_still_loading(agent: Agent, raw: redis.Redis, impatient: None) -> None:
-    id_, runner = await loading(agent)
+async def test_an_emptied_redis_stops_what_was_still_loading(raw: redis.Redis, impatient: Agent) -> None:
+    id_, runner = await loading(impatient)
     raw.flushall()
-    await agent._reconcile()
-    await released(agent, id_)
+    await impatient.reconciler.reconcile()
+    await released(impatient, id_)
     assert is_gone(runner.pid)
     assert not raw.keys("inst*")
 
@@ -449,10 +443,10 @@ async def test_an_emptied_redis_stops_what_was_still_loading(agent: Agent, raw: 
 async def test_an_emptied_redis_stops_what_is_loaded_where_nothing_is_to_be_restored(
     agent: Agent, raw: redis.Redis
 ) -> None:
-    agent.wanted.is_on = False
+    agent.desired.is_on = False
     id_, runner = await loaded(agent)
     raw.flushall()
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
     assert not raw.keys("inst*")
@@ -463,7 +457,7 @@ async def test_a_name_that_an_emptied_redis_gave_away_is_not_taken_back(agent: A
     raw.flushall()
     hold(raw, "another")
     other = await submitted(agent, 2, worker_="another")
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
     assert await agent.store.instances.named("p/llama") == other
@@ -473,19 +467,19 @@ async def test_what_was_swept_stays_lost_and_its_runner_stops(agent: Agent) -> N
     id_, runner = await loaded(agent)
     await sweep(agent, id_)
     swept = await record(agent, id_)
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
     assert await record(agent, id_) == swept
 
 
-async def test_what_was_swept_in_its_load_stays_lost(agent: Agent, impatient: None) -> None:
-    id_, runner = await loading(agent)
-    await sweep(agent, id_)
-    await agent._reconcile()
-    await released(agent, id_)
+async def test_what_was_swept_in_its_load_stays_lost(impatient: Agent) -> None:
+    id_, runner = await loading(impatient)
+    await sweep(impatient, id_)
+    await impatient.reconciler.reconcile()
+    await released(impatient, id_)
     assert is_gone(runner.pid)
-    assert (await record(agent, id_)).state is State.LOST
+    assert (await record(impatient, id_)).state is State.LOST
 
 
 async def test_a_load_that_ends_after_the_sweep_is_not_recorded(agent: Agent) -> None:
@@ -502,10 +496,10 @@ async def test_a_claim_whose_reply_was_lost_is_begun_anew(agent: Agent) -> None:
     """Nobody works on it."""
     queued = await record(agent, await submitted(agent))
     await agent.store.instances.commit(queued, queued.after(Event.CLAIM, epoch=EPOCH))
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     again = await record(agent, queued.id)
     assert (again.state, again.attempt, again.epoch) == (State.QUEUED, 2, None)
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     assert (await reached(agent, queued.id, State.LOADED)).attempt == 2
 
 
@@ -521,12 +515,11 @@ async def sweep(agent: Agent, id_: str) -> None:
 # ---- the end
 
 
-async def test_drain_stops_all_in_parallel_and_they_are_lost(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_drain_stops_all_in_parallel_and_they_are_lost(begin: Begin) -> None:
     """Each takes the whole ladder: one after the other they would not be done within the limit."""
-    monkeypatch.setattr(worker.agent, "DRAIN_S", 5 * SHORT_S)
+    agent = await begin(Timing(drain_s=5 * SHORT_S, grace_s=SHORT_S))
     held = [await loaded(agent, number) for number in (1, 2, 3)]
     next_ = await warm(agent)
-    monkeypatch.setattr(worker.runner.process, "GRACE_S", SHORT_S)
     for _, runner in held:
         await freeze(runner)
     async with asyncio.timeout(DEADLINE_S):
@@ -537,26 +530,26 @@ async def test_drain_stops_all_in_parallel_and_they_are_lost(agent: Agent, monke
         assert is_gone(runner.pid)
     await agent.runners.close()
     assert is_gone(next_.pid)
-    assert (agent.held, agent.tasks) == ({}, {})
+    assert (agent.residents, agent.tasks) == ({}, {})
 
 
-async def test_drain_hands_back_what_was_loading_and_leaves_what_was_queued(agent: Agent, impatient: None) -> None:
-    first, runner = await loading(agent)
-    second = await delivered(agent, 2)
-    await warm(agent)
-    await agent.drain()
-    back = await record(agent, first)
+async def test_drain_hands_back_what_was_loading_and_leaves_what_was_queued(impatient: Agent) -> None:
+    first, runner = await loading(impatient)
+    second = await delivered(impatient, 2)
+    await warm(impatient)
+    await impatient.drain()
+    back = await record(impatient, first)
     assert (back.state, back.attempt, back.epoch, back.devices) == (State.QUEUED, 2, None, [])
-    assert (await record(agent, second)).state is State.QUEUED
+    assert (await record(impatient, second)).state is State.QUEUED
     assert is_gone(runner.pid)
 
 
 async def test_nothing_is_taken_after_the_end_began(agent: Agent) -> None:
     await agent.drain()
     id_ = await delivered(agent)
-    assert agent.held == {}
-    await agent._reconcile()
-    assert agent.held == {}
+    assert agent.residents == {}
+    await agent.reconciler.reconcile()
+    assert agent.residents == {}
     assert (await record(agent, id_)).state is State.QUEUED
 
 
@@ -567,10 +560,10 @@ class Engine:
     """Says what a test wants said, in the place of a real runner's messages; its process is real."""
 
     def __init__(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.messages: asyncio.Queue[FromRunner | None] = asyncio.Queue()
+        self.messages: asyncio.Queue[Received] = asyncio.Queue()
         monkeypatch.setattr(runner, "receive", self.messages.get)
 
-    def says(self, *messages: FromRunner | None) -> None:
+    def says(self, *messages: Received) -> None:
         for message in messages:
             self.messages.put_nowait(message)
 
@@ -604,7 +597,7 @@ async def of_a_load(agent: Agent, id_: str) -> list[Instance]:
 
 
 async def test_pace_expected_end_and_phases_of_a_load_are_recorded_as_it_goes(
-    agent: Agent, models: dict[str, Model], tmp_path: Path
+    begin: Begin, models: dict[str, Model], tmp_path: Path
 ) -> None:
     """A file that is read in several steps."""
     shape = replace(TINY, embedding_length=512, feed_forward_length=2048, block_count=6)
@@ -617,8 +610,8 @@ async def test_pace_expected_end_and_phases_of_a_load_are_recorded_as_it_goes(
         files=[FileStat.of(path.stat())],
         size_bytes=path.stat().st_size,
     )
+    agent = await begin(models_dir=tmp_path)
     agent.models[model.key] = model
-    agent.settings = msgspec.structs.replace(agent.settings, models_dir=tmp_path)
     id_, _ = await loaded(agent, key=model.key)
     past = await of_a_load(agent, id_)
     sizes = [old.loaded_bytes for old in past]
@@ -649,9 +642,9 @@ async def test_the_end_of_a_load_says_what_the_engine_measured(agent: Agent, mon
     assert [*done.timing] == ["queue", "spawn", *READY.timing]
 
 
-async def test_followers_hear_of_a_load_in_which_nothing_happens(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worker.instance.COMMIT_S <= 0.5, "at least once a second, whatever the machine does beside it"
-    monkeypatch.setattr(worker.instance, "COMMIT_S", 0.05)
+async def test_followers_hear_of_a_load_in_which_nothing_happens(begin: Begin) -> None:
+    assert Timing().commit_s <= 0.5, "at least once a second, whatever the machine does beside it"
+    agent = await begin(Timing(commit_s=0.05))
     id_, runner = await loading(agent)
     before = await record(agent, id_)
 
@@ -680,10 +673,9 @@ async def test_progress_is_never_whole_before_the_load_is_and_never_goes_back(
 
 @pytest.mark.parametrize("end", ["died", "refused", "cancelled", "stalled"])
 async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_in(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch, end: str
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr(worker.instance, "COMMIT_S", 0.05)
-    agent.settings = msgspec.structs.replace(agent.settings, stall_limit_s=0.1 if end == "stalled" else 60.0)
+    agent = await begin(Timing(commit_s=0.05), stall_limit_s=0.1 if end == "stalled" else 60.0)
     id_, _, engine = await directed(agent, monkeypatch)
     engine.says(Progress("metadata", 0), Progress("weights", 1))
 
@@ -713,15 +705,15 @@ async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_i
 async def test_a_cancel_does_not_wait_for_a_runner_that_starts_and_leaves_it_to_the_next(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, starts, start = asyncio.Event(), 0, worker.runner.warm.Runners._start
+    go, starts, start = threading.Event(), 0, ForkServerProcess.start
 
-    async def slow(self: Runners) -> Runner:
+    def slow(self: ForkServerProcess) -> None:
         nonlocal starts
         starts += 1
-        await go.wait()
-        return await start(self)
+        go.wait(DEADLINE_S)
+        start(self)
 
-    monkeypatch.setattr(worker.runner.warm.Runners, "_start", slow)
+    monkeypatch.setattr(ForkServerProcess, "start", slow)
     first = await delivered(agent)
     await reached(agent, first, State.LOADING)
     await agent.store.instances.request_stop(first, unless_loaded=True)
@@ -732,7 +724,7 @@ async def test_a_cancel_does_not_wait_for_a_runner_that_starts_and_leaves_it_to_
     assert await states(agent, first) == [State.QUEUED, State.LOADING, State.UNLOADING, State.CANCELLED]
     assert [*ended.timing] == ["queue"]
     assert starts == 1
-    coming = agent.runners._next
+    coming = agent.runners.coming
     assert coming is not None
     assert not coming.done()
 
@@ -749,14 +741,14 @@ async def test_a_cancel_that_comes_just_before_the_load_is_recorded_wins(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its waiter was told that the wish was heard; no notification of it ever reaches the agent."""
-    commit = agent.commit
+    commit = agent.store.instances.commit
 
     async def beaten(old: Instance, new: Instance) -> tuple[Instance, float]:
         if new.state is State.LOADED:
             assert await agent.store.instances.request_stop(old.id, unless_loaded=True) is State.LOADING
         return await commit(old, new)
 
-    monkeypatch.setattr(agent, "commit", beaten)
+    monkeypatch.setattr(agent.store.instances, "commit", beaten)
     runner = await warm(agent)
     id_ = await delivered(agent)
     await released(agent, id_)
@@ -764,15 +756,15 @@ async def test_a_cancel_that_comes_just_before_the_load_is_recorded_wins(
     assert (ended.state, ended.error, ended.loaded_at) == (State.CANCELLED, None, None)
     assert State.LOADED not in await states(agent, id_)
     assert is_gone(runner.pid)
-    monkeypatch.setattr(agent, "commit", commit)
+    monkeypatch.setattr(agent.store.instances, "commit", commit)
     await loaded(agent, 2)  # the agent goes on
 
 
 async def test_a_cancel_that_comes_just_after_the_load_was_recorded_changes_nothing(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     assert await agent.store.instances.request_stop(id_, unless_loaded=True) is State.LOADED
-    await agent._reconcile()
-    assert not agent.held[id_].stop.is_set()
+    await agent.reconciler.reconcile()
+    assert not agent.residents[id_].stop.is_set()
     assert not is_gone(runner.pid)
 
 
@@ -797,23 +789,22 @@ async def test_what_the_engine_says_of_a_load_can_be_read_while_the_instance_liv
 
 
 async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_failure(
-    agent: Agent, models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    begin: Begin, models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever reads "failed" may read why at once: nothing is left to a later writer."""
-    monkeypatch.setattr(worker.instance, "ENGINE_LOG_S", 3600.0)
+    agent = await begin(Timing(engine_log_s=3600.0), models_dir=tmp_path)
     model = msgspec.structs.replace(models["p/llama"], key="p/cut", shards=["p/cut/cut.gguf"])
     cut = tiny_llama(tmp_path / model.shards[0])
     os.truncate(cut, cut.stat().st_size // 2)
     agent.models[model.key] = model
-    agent.settings = msgspec.structs.replace(agent.settings, models_dir=tmp_path)
-    commit, before = agent.commit, ""
+    commit, before = agent.store.instances.commit, ""
 
     async def watched(old: Instance, new: Instance) -> tuple[Instance, float]:
         nonlocal before
         before = await said(agent, old.id)
         return await commit(old, new)
 
-    monkeypatch.setattr(agent, "commit", watched)
+    monkeypatch.setattr(agent.store.instances, "commit", watched)
     id_ = await delivered(agent, key=model.key)
     await reached(agent, id_, State.FAILED)
     assert "not within the file bounds" in before
@@ -822,11 +813,11 @@ async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_fail
 
 
 async def test_what_the_engine_said_of_a_load_that_was_cancelled_is_there_with_the_cancel(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker.instance, "ENGINE_LOG_S", 3600.0)
+    agent = await begin(Timing(engine_log_s=3600.0))
     id_, runner, _ = await directed(agent, monkeypatch)  # its process loads, and nobody hears what came of it
-    await until(lambda: any("n_ctx" in line for line in runner.tail), "the engine has said something")
+    await until(lambda: any("n_ctx" in line for line in runner.output), "the engine has said something")
     assert await said(agent, id_) == ""
     agent.stop(id_)
     await reached(agent, id_, State.CANCELLED)
@@ -891,16 +882,16 @@ async def test_as_many_load_at_once_as_are_allowed(begin: Begin, number: int) ->
 async def test_what_is_cancelled_while_it_waits_gives_back_its_memory_at_once(agent: Agent) -> None:
     await agent.warm()
     first, second = [await delivered(agent, n) for n in (1, 2)]
-    await until(lambda: len(agent.placer.pool.reservations) == 2, "both have their memory reserved")
+    await until(lambda: len(agent.placer.ledger.reservations) == 2, "both have their memory reserved")
     found = await record(agent, second)
     await agent.store.instances.commit(found, found.after(Event.STOP))
     agent.stop(second)
     await released(agent, second)
-    assert [*agent.placer.pool.reservations] == [first]
+    assert [*agent.placer.ledger.reservations] == [first]
     assert (await record(agent, first)).state is State.LOADING
     agent.stop(first)
     await released(agent, first)
-    assert not agent.placer.pool.reservations
+    assert not agent.placer.ledger.reservations
 
 
 @pytest.mark.usefixtures("endless")
@@ -938,7 +929,7 @@ async def test_what_redis_wrote_without_an_answer_is_no_end_of_a_load(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that pauses longer than a reply may take carries out what it was sent, when it wakes."""
-    commit, unanswered = agent.commit, set()
+    commit, unanswered = agent.store.instances.commit, set()
 
     async def deaf(old: Instance, new: Instance) -> tuple[Instance, float]:
         done = await commit(old, new)
@@ -947,7 +938,7 @@ async def test_what_redis_wrote_without_an_answer_is_no_end_of_a_load(
             raise redis.ConnectionError("no answer")
         return done
 
-    monkeypatch.setattr(agent, "commit", deaf)
+    monkeypatch.setattr(agent.store.instances, "commit", deaf)
     runner = await warm(agent)
     id_ = await delivered(agent)
     await reached(agent, id_, State.LOADED)
@@ -963,16 +954,16 @@ async def test_what_redis_wrote_without_an_answer_is_no_end_of_a_load(
 async def test_a_load_that_is_taken_away_while_it_is_cancelled_leaves_no_runner(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = agent.commit
+    commit = agent.store.instances.commit
 
     async def overtaken(old: Instance, new: Instance) -> tuple[Instance, float]:
         if new.state is State.LOADED:
             await agent.store.instances.request_stop(old.id, unless_loaded=True)
         if new.state is State.UNLOADING:
-            await agent.store.instances.commit(old, old.after(Event.EXPIRE))
+            await commit(old, old.after(Event.EXPIRE))
         return await commit(old, new)
 
-    monkeypatch.setattr(agent, "commit", overtaken)
+    monkeypatch.setattr(agent.store.instances, "commit", overtaken)
     runner = await warm(agent)
     id_ = await delivered(agent)
     await released(agent, id_)
@@ -990,7 +981,7 @@ async def test_a_host_without_room_for_another_process_says_so(agent: Agent, mon
         patched.setattr(ForkServerProcess, "start", full)
         id_ = await delivered(agent)
         ended = await reached(agent, id_, State.FAILED)
-        await until(lambda: agent.runners._next is not None and agent.runners._next.done(), "the next one failed too")
+        await until(lambda: agent.runners.coming is not None and agent.runners.coming.done(), "the next one failed too")
     assert ended.error is not None
     assert (ended.error.code, "Too many open files" in ended.error.message) == ("engine_crashed", True)
     await loaded(agent, 2)
@@ -1003,8 +994,7 @@ async def test_while_a_driver_hangs_its_gpus_get_nothing_and_the_beat_goes_on(
     begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gpus.install(monkeypatch, tmp_path / "host", 6 * MIB)
-    monkeypatch.setattr(worker.memory.placer, "HANG_S", SHORT_S)
-    agent = await begin(device_reserve="0")
+    agent = await begin(Timing(hang_s=SHORT_S), device_reserve="0")
     read, hangs = agent.devices.read, threading.Event()
     asked = 0
 
@@ -1016,10 +1006,10 @@ async def test_while_a_driver_hangs_its_gpus_get_nothing_and_the_beat_goes_on(
 
     monkeypatch.setattr(agent.devices, "read", hang)
     for _ in range(2):
-        await agent._beat()
+        await agent.beat_once()
     assert [device.free_bytes for device in agent.placer.devices() if device.kind == "gpu"] == [0]
     assert asked == 1, "no thread for each beat"
     hangs.set()
-    await until(lambda: agent.placer._hangs is not None and agent.placer._hangs.done(), "it answers")
-    await agent._beat()
+    await until(lambda: agent.placer.hanging is not None and agent.placer.hanging.done(), "it answers")
+    await agent.beat_once()
     assert [device.free_bytes for device in agent.placer.devices() if device.kind == "gpu"] == [6 * MIB]

@@ -74,7 +74,7 @@ async def measured(runner: Runner, load: Load) -> list[Taken]:
     await runner.send(Measure(load))
     async with asyncio.timeout(DEADLINE_S):
         message = await runner.receive()
-    assert isinstance(message, Measured), (message, list(runner.tail))
+    assert isinstance(message, Measured), (message, list(runner.output))
     return message.taken
 
 
@@ -98,7 +98,7 @@ def used(host: FakeHost) -> dict[str, int]:
 
 def layers_of(runner: Runner) -> list[str]:
     """Where the engine says that it put each layer; the last is the output."""
-    lines = [line for line in runner.tail if line.startswith("load_tensors: layer")]
+    lines = [line for line in runner.output if line.startswith("load_tensors: layer")]
     return [line.partition("assigned to device ")[2].partition(",")[0] for line in lines]
 
 
@@ -312,10 +312,12 @@ async def test_the_engines_log_of_a_load_says_nothing_of_what_was_measured_befor
         await measured(runner, load)
         await ready(runner, load)
         async with asyncio.timeout(DEADLINE_S):
-            while "reserve took" not in "".join(runner.tail).partition("no_alloc              = 0")[2]:  # near its end
-                await runner.tail.grown.wait()
-                runner.tail.grown.clear()
-        said = "".join(runner.tail)
+            while (
+                "reserve took" not in "".join(runner.output).partition("no_alloc              = 0")[2]
+            ):  # near its end
+                await runner.output.grown.wait()
+                runner.output.grown.clear()
+        said = "".join(runner.output)
         assert [said.count(words) for words in ("loaded meta data", "no_alloc", "KV buffer size")] == [1, 1, 1]
 
 
@@ -330,7 +332,7 @@ async def test_what_cannot_be_loaded_cannot_be_measured_and_says_why(host: FakeH
         code, sentence = from_reason(await refused(runner, Measure(given(path, devices=[A], layers=[1]))))
         assert code == "invalid_model_file"
         assert sentence
-        assert (made != "garbage") or any("invalid magic" in line for line in runner.tail)
+        assert (made != "garbage") or any("invalid magic" in line for line in runner.output)
 
 
 def test_an_engine_that_cannot_say_what_it_took_says_nothing() -> None:

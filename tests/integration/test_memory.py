@@ -88,8 +88,8 @@ class Held:
         """The runner that the next load will take."""
         async with asyncio.timeout(DEADLINE_S):
             await self.agent.warm()
-        assert self.agent.runners._next is not None
-        return self.agent.runners._next.result()
+        assert self.agent.runners.coming is not None
+        return self.agent.runners.coming.result()
 
     async def begun(self, key: str, context_length: int) -> str:
         self.number += 1
@@ -317,7 +317,7 @@ async def held_on_gpu(
     await agent.publish([*models.values()])
     made = Held(agent)
     await made.loaded()
-    monkeypatch.setattr(worker.runner.warm, "_run_child", partial(on_a_gpu, str(host.directory)))
+    monkeypatch.setattr(worker.runner.warm, "run_child", partial(on_a_gpu, str(host.directory)))
     await made.loaded()  # the runner that was warm before
     yield made, host
     await made.check_untouched()
@@ -370,7 +370,7 @@ async def test_what_has_no_room_is_handed_back_before_a_byte_is_read(held_on_gpu
     largest: Any = found.refusal.detail["largest_context_length"]
     assert 256 <= largest < 8192
     assert not is_gone(runner.pid), "the runner waits for the next"
-    await held.agent._reconcile()
-    assert id_ not in held.agent.held, "it is not taken again"
+    await held.agent.reconciler.reconcile()
+    assert id_ not in held.agent.residents, "it is not taken again"
     assert (await held.loaded(LONG, largest)).devices == [GPU]
     assert (await held.record(id_)).refused == ["w"]

@@ -15,7 +15,6 @@ import pytest
 import redis
 from msgspec import msgpack
 
-import worker.agent
 import worker.deliveries
 from api.loads.follow import Follower
 from api.loads.submit import Loads
@@ -31,6 +30,7 @@ from shared.store.queue import DELIVERY_S, LOAD, as_arq, unpack_job
 from shared.store.store import Store
 from tests.support.waiting import until
 from worker.agent import Agent
+from worker.timing import Timing
 
 DEADLINE_S = 10.0
 FAST_S = 0.5  # far below the fallback's 1 s, far above the few milliseconds that it takes
@@ -41,7 +41,7 @@ class Recording(Agent):
     """An agent that only writes down what it is given."""
 
     def __init__(self, store: Store) -> None:
-        super().__init__(Settings(worker_name="w"), store, "e")
+        super().__init__(Settings(worker_name="w"), store, "e", timing=Timing(beat_s=0.02))
         self.delivered: list[str] = []
         self.wished: list[str] = []
         self.something = asyncio.Event()
@@ -197,7 +197,7 @@ async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_
         await answer.wait()
         return msgpack.encode(None)
 
-    monkeypatch.setattr(agent.sizer, "sized", sized)
+    monkeypatch.setattr(agent.dry_run, "answer", sized)
     sizing = Sizing(request=LoadRequest(model="p/m"), key="p/m", gpus=[], layers=[])
     asking = asyncio.create_task(loads.store.queue.sized("w", sizing))
     for _ in range(3):
@@ -231,11 +231,8 @@ QUEUED: dict[str, Any] = {
 }
 
 
-async def test_a_delivery_that_was_lost_is_found_by_the_beat(
-    store: Store, agent: Recording, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_delivery_that_was_lost_is_found_by_the_beat(store: Store, agent: Recording) -> None:
     """The API wrote the record and died before it could enqueue, or Redis lost the queue."""
-    monkeypatch.setattr(worker.agent, "BEAT_S", 0.02)
     mine = await store.instances.create(Instance(**QUEUED))
     await store.instances.create(Instance(**{**QUEUED, "id": "load_2", "worker": "another"}))
     beat = asyncio.create_task(agent.beat())
@@ -276,7 +273,7 @@ async def test_nothing_is_delivered_twice_or_lost_in_a_storm_of_cuts(
     missing = {one.id for one in made}
     async with asyncio.timeout(DEADLINE_S):
         while not missing <= {*agent.delivered}:
-            await agent._reconcile()
+            await agent.reconciler.reconcile()
             await asyncio.sleep(0.05)
     states = {one.state for one in await loads.store.instances.live()}
     assert states == {State.QUEUED}

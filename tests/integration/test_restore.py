@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import redis
 
-import worker.agent
+import worker.desired
+import worker.reconcile
 import worker.restore
 from shared.errors import ErrorBody
 from shared.instance import Instance
@@ -24,17 +26,20 @@ from shared.settings import Settings
 from shared.store.store import Store
 from shared.telemetry.trace import begun, parse
 from tests.integration.conftest import hold
-from tests.integration.test_agent import EPOCH, loaded, reached, record, released, submitted, sweep, warm
+from tests.integration.test_agent import EPOCH, ended, loaded, reached, record, released, submitted, sweep, warm
 from tests.support.runners import is_gone
-from tests.support.waiting import no_runners, until
+from tests.support.waiting import until
 from worker.agent import Agent
-from worker.restore import FIRST_PAUSE_S, TRIES, Wanted, decide, restoration
+from worker.desired import Desired
+from worker.restore import TRIES, Restorer, decide, restoration
+from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEAD = "dead"  # the epoch of a process that is no more
 GONE = "p/gone"  # a key of which there is no file
 FILE = "wanted-w.json"
+FIRST_PAUSE_S = Timing().first_pause_s
 ERROR = ErrorBody(type="model_load_failed", code="engine_crashed", message="why")
 
 
@@ -53,7 +58,7 @@ class Lines:
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Lines:
     found = Lines()
-    for module in (worker.agent, worker.restore):
+    for module in (worker.desired, worker.restore, worker.reconcile):
         monkeypatch.setattr(module, "_log", found)
     return found
 
@@ -96,74 +101,72 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def wanted(path: Path) -> Wanted:
-    return Wanted(path, is_on=True)
+def desired(path: Path) -> Desired:
+    return Desired(path, is_on=True)
 
 
 def read(path: Path, *, is_on: bool = True) -> dict[str, Instance]:
     """What the next process finds."""
-    found = Wanted(path, is_on=is_on)
+    found = Desired(path, is_on=is_on)
     found.read()
     return found.instances
 
 
-def test_the_next_process_finds_all_of_it(wanted: Wanted, path: Path) -> None:
+def test_the_next_process_finds_all_of_it(desired: Desired, path: Path) -> None:
     two = {"p/m": instance(), "p/m:2": instance("p/m:2", "load_2", restoring=3, not_before=9.5)}
     for one in two.values():
-        wanted.add(one)
-    wanted.flush()
+        desired.add(one)
+    desired.flush()
     assert read(path) == two
 
 
-def test_only_the_load_that_ended_is_no_longer_wanted(wanted: Wanted, path: Path) -> None:
+def test_only_the_load_that_ended_is_no_longer_wanted(desired: Desired, path: Path) -> None:
     """One that took its place under the same id still is."""
-    wanted.add(instance())
-    wanted.add(instance(id_="load_2"))
-    wanted.discard(instance())
-    wanted.flush()
+    desired.add(instance())
+    desired.add(instance(id_="load_2"))
+    desired.discard(instance())
+    desired.flush()
     assert [one.id for one in read(path).values()] == ["load_2"]
-    wanted.discard(instance(id_="load_2"))
-    wanted.flush()
+    desired.discard(instance(id_="load_2"))
+    desired.flush()
     assert read(path) == {}
 
 
-async def test_each_change_is_written_as_it_comes(wanted: Wanted, path: Path) -> None:
+async def test_each_change_is_written_as_it_comes(desired: Desired, path: Path) -> None:
     """A process that is killed has no end at which to write."""
-    keeping = asyncio.create_task(wanted.keep())
-    wanted.add(instance())
+    keeping = asyncio.create_task(desired.keep())
+    desired.add(instance())
     await until(lambda: read(path).keys() == {"p/m"}, "the first one is in the file")
-    wanted.add(instance("p/m:2", "load_2"))
+    desired.add(instance("p/m:2", "load_2"))
     await until(lambda: read(path).keys() == {"p/m", "p/m:2"}, "both are")
-    wanted.discard(instance())
+    desired.discard(instance())
     await until(lambda: read(path).keys() == {"p/m:2"}, "the other one is left")
     keeping.cancel()
     await asyncio.wait({keeping})
 
 
 def test_a_write_that_fails_leaves_what_was_there(
-    wanted: Wanted, path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
+    desired: Desired, path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted.add(instance())
-    wanted.flush()
+    desired.add(instance())
+    desired.flush()
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        wanted.discard(instance())
-        wanted.flush()
+        desired.discard(instance())
+        desired.flush()
     assert lines.actions == ["wanted_unwritable"]
     assert read(path).keys() == {"p/m"}
 
 
-async def test_a_file_that_cannot_be_written_is_tried_again(
-    wanted: Wanted, path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker.restore, "RETRY_S", 0.01)
+async def test_a_file_that_cannot_be_written_is_tried_again(path: Path, lines: Lines) -> None:
+    desired = Desired(path, is_on=True, timing=Timing(retry_s=0.01))
     path.with_name(f"{FILE}.new").mkdir()  # in the way
-    keeping = asyncio.create_task(wanted.keep())
-    wanted.add(instance())
+    keeping = asyncio.create_task(desired.keep())
+    desired.add(instance())
     await until(lambda: len(lines.actions) >= 2, "two attempts")
     assert {*lines.actions} == {"wanted_unwritable"}
     path.with_name(f"{FILE}.new").rmdir()
@@ -172,20 +175,20 @@ async def test_a_file_that_cannot_be_written_is_tried_again(
     await asyncio.wait({keeping})
 
 
-def test_a_slower_thread_does_not_bring_back_what_is_over(wanted: Wanted, path: Path) -> None:
-    wanted.add(instance())
-    slower = wanted._encoded()
-    wanted.discard(instance())
-    wanted.flush()
-    wanted._replace(*slower)
+def test_a_slower_thread_does_not_bring_back_what_is_over(desired: Desired, path: Path) -> None:
+    desired.add(instance())
+    slower = desired._encoded()
+    desired.discard(instance())
+    desired.flush()
+    desired._replace(*slower)
     assert read(path) == {}
 
 
-def test_what_a_write_left_half_done_is_not_read(wanted: Wanted, path: Path) -> None:
+def test_what_a_write_left_half_done_is_not_read(desired: Desired, path: Path) -> None:
     path.with_name(f"{FILE}.new").write_bytes(b'[{"id": "load_')
     assert read(path) == {}
-    wanted.add(instance())
-    wanted.flush()
+    desired.add(instance())
+    desired.flush()
     assert read(path).keys() == {"p/m"}
 
 
@@ -203,10 +206,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_as_good_as_none_and_a_log_line_says_so(
-    wanted: Wanted, path: Path, lines: Lines, damage: str
+    desired: Desired, path: Path, lines: Lines, damage: str
 ) -> None:
-    wanted.add(instance())
-    wanted.flush()
+    desired.add(instance())
+    desired.flush()
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     assert read(path) == {}
     assert lines.actions == ["wanted_unreadable"]
@@ -223,13 +226,13 @@ def test_no_file_is_nothing_to_speak_of(path: Path, lines: Lines) -> None:
     assert lines.actions == []
 
 
-def test_where_nothing_is_to_be_restored_there_is_no_file(wanted: Wanted, path: Path) -> None:
+def test_where_nothing_is_to_be_restored_there_is_no_file(desired: Desired, path: Path) -> None:
     """Not even an earlier one, which somebody would come upon years later."""
-    wanted.add(instance())
-    wanted.flush()
+    desired.add(instance())
+    desired.flush()
     assert read(path, is_on=False) == {}
     assert not path.exists()
-    off = Wanted(path, is_on=False)
+    off = Desired(path, is_on=False)
     off.read()
     off.add(instance())
     off.flush()
@@ -275,7 +278,7 @@ def test_what_is_done_about_what_is_wanted_and_not_held(
 
 
 def test_a_restoration_is_a_new_load_of_the_same() -> None:
-    again = restoration(instance(), "load_2", 1)
+    again = restoration(instance(), "load_2", 1, FIRST_PAUSE_S)
     assert again == Instance(
         id="load_2",
         model="p/m",
@@ -294,7 +297,7 @@ def test_a_restoration_is_a_new_load_of_the_same() -> None:
 def test_a_restoration_begins_a_trace() -> None:
     """The request that its first load came from was answered, maybe long ago."""
     old = instance(traceparent=str(begun()))
-    traces = [parse(restoration(old, "load_2", number).traceparent) for number in (1, 2)]
+    traces = [parse(restoration(old, "load_2", number, FIRST_PAUSE_S).traceparent) for number in (1, 2)]
     assert len({trace and trace.trace_id for trace in (parse(old.traceparent), *traces)} - {None}) == 3
 
 
@@ -302,7 +305,7 @@ def test_a_restoration_that_failed_is_tried_again_after_ever_longer_pauses() -> 
     pauses = []
     for number in range(2, TRIES + 1):
         before = time.time()
-        again = restoration(instance(), "load_2", number)
+        again = restoration(instance(), "load_2", number, FIRST_PAUSE_S)
         assert again.restoring == number
         pauses.append(again.not_before - before)
     assert [round(pause) for pause in pauses] == [FIRST_PAUSE_S * n for n in (1, 2, 4, 8)]
@@ -311,19 +314,30 @@ def test_a_restoration_that_failed_is_tried_again_after_ever_longer_pauses() -> 
 # ---- an agent that comes back
 
 
+Begin = Callable[..., Awaitable[Agent]]
+
+
 @pytest.fixture
-async def agent(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Agent]:
-    """Worker "w", as its successor begins: a runner is warm, and nothing moves but what a test asks for."""
-    made = Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path), store, EPOCH)
-    await made.publish([*models.values()])
-    await made.warm()
-    assert await store.workers.renew(made.snapshot()) == "held"
+async def begin(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Begin]:
+    """Makes worker "w", as its successor begins: a runner is warm, and nothing moves but what a test asks for."""
+    agents: list[Agent] = []
+
+    async def made(timing: Timing | None = None, **settings: Any) -> Agent:
+        given = {"worker_name": "w", "models_dir": models_dir, "data_dir": tmp_path, **settings}
+        agents.append(agent := Agent(Settings(**given), store, EPOCH, timing=timing))
+        await agent.publish([*models.values()])
+        await agent.warm()
+        assert await store.workers.renew(agent.snapshot()) == "held"
+        return agent
+
     yield made
-    if made.runners._next is not None:
-        await asyncio.wait([made.runners._next])
-    await made.drain()
-    await made.runners.close()
-    await until(no_runners, "all runners gone")
+    for agent in agents:
+        await ended(agent)
+
+
+@pytest.fixture
+async def agent(begin: Begin) -> Agent:
+    return await begin()
 
 
 async def left_loading(agent: Agent, number: int = 1, key: str = "p/llama") -> Instance:
@@ -342,7 +356,7 @@ async def left_loaded(agent: Agent, number: int = 1, key: str = "p/llama", used_
 async def lost(agent: Agent, number: int = 1, key: str = "p/llama", used_at: float = 1.0) -> Instance:
     """The same, given up by its successor."""
     left = await left_loaded(agent, number, key, used_at)
-    await agent.give_up(left)
+    await agent.reconciler.give_up(left)
     return await record(agent, left.id)
 
 
@@ -373,23 +387,23 @@ async def restored(agent: Agent, instance_id: str) -> Instance:
 async def test_what_its_end_took_is_loaded_again_under_its_id_by_a_new_load(agent: Agent, tmp_path: Path) -> None:
     old = await lost(agent)
     assert (old.state, old.error) == (State.LOST, None)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     new = await restored(agent, "p/llama")
     assert new.id != old.id
     assert (new.key, new.request, new.worker, new.epoch) == (old.key, old.request, "w", EPOCH)
     assert (new.attempt, new.restoring, new.used_at) == (1, 1, old.used_at)
     assert await record(agent, old.id) == old, "the load of back then is over as it was"
     assert await agent.store.instances.desired("w") == {"p/llama": new.id}
-    agent.wanted.flush()
+    agent.desired.flush()
     assert [one.id for one in read(tmp_path / FILE).values()] == [new.id]
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     assert len(await jobs(agent)) == 2, "what is held is not loaded once more"
 
 
 async def test_what_was_used_last_is_loaded_first(agent: Agent) -> None:
     for number, key, used_at in ((1, "p/llama", 2.0), (2, "p/moe", 3.0), (3, "p/embedding", 1.0)):
         await lost(agent, number, key, used_at)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     new = [await restored(agent, key) for key in ("p/moe", "p/llama", "p/embedding")]
     begun = [one.started_at or 0.0 for one in new]
     assert begun == sorted(begun)
@@ -400,20 +414,20 @@ async def test_what_went_on_while_it_was_paused_is_loaded_again_once_its_runner_
     """At no time do two runners hold one instance."""
     id_, runner = await loaded(agent)
     await sweep(agent, id_)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     assert await agent.store.instances.named("p/llama") is None, "not yet"
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     await released(agent, id_)
     assert is_gone(runner.pid)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     assert (await restored(agent, "p/llama")).id != id_
 
 
 async def test_what_crashed_the_engine_lately_is_restored_all_the_same(agent: Agent, models: dict[str, Model]) -> None:
     """Its client was not asked whether to force it."""
-    await agent.crashed(models["p/llama"], "why")
+    await agent.crashes.remember(models["p/llama"], "why")
     await lost(agent)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     await restored(agent, "p/llama")
 
 
@@ -421,7 +435,7 @@ async def test_an_emptied_redis_and_the_file_are_enough(agent: Agent, raw: redis
     old = await lost(agent)
     raw.flushall()
     hold(raw, "w")
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     new = await restored(agent, "p/llama")
     assert (new.id != old.id, new.used_at) == (True, old.used_at)
 
@@ -431,10 +445,10 @@ async def test_what_is_loaded_under_its_id_by_now_is_left_alone(agent: Agent) ->
     await lost(agent)
     other = await submitted(agent, 2, worker_="another")
     for _ in range(2):
-        await agent._restore()
+        await agent.restorer.restore(agent.residents)
     assert await agent.store.instances.named("p/llama") == other
     assert len(await jobs(agent)) == 2
-    assert agent.wanted.instances == {}
+    assert agent.desired.instances == {}
 
 
 @pytest.mark.parametrize("when", ["before", "at the same moment"])
@@ -450,30 +464,30 @@ async def test_what_was_unloaded_while_it_was_away_is_not_loaded_again(
             return known
 
         monkeypatch.setattr(agent.store.instances, "desired", a_moment_ago)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     assert len(await jobs(agent)) == 1
-    assert agent.wanted.instances == {}
+    assert agent.desired.instances == {}
 
 
 async def test_without_a_lease_nothing_is_begun_and_all_of_it_stays_wanted(agent: Agent, raw: redis.Redis) -> None:
     await lost(agent)
     await lost(agent, 2, "p/moe")
     raw.delete("lease:w")
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     assert len(await jobs(agent)) == 2
-    assert agent.wanted.instances.keys() == {"p/llama", "p/moe"}
+    assert agent.desired.instances.keys() == {"p/llama", "p/moe"}
     raw.set("lease:w", EPOCH, ex=60)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     await restored(agent, "p/llama")
     await restored(agent, "p/moe")
 
 
 async def test_nothing_is_begun_while_it_drains(agent: Agent) -> None:
     await lost(agent)
-    agent.draining = True
-    await agent._restore()
+    agent.ending.set()
+    await agent.beat_once()
     assert len(await jobs(agent)) == 1
-    assert agent.wanted.instances.keys() == {"p/llama"}
+    assert agent.desired.instances.keys() == {"p/llama"}
 
 
 async def test_at_its_end_it_writes_down_what_it_held(agent: Agent, tmp_path: Path) -> None:
@@ -490,16 +504,16 @@ async def all_tries(agent: Agent) -> None:
     """Beat until nothing is wanted any more."""
 
     async def is_given_up() -> bool:
-        await agent._restore()
-        return not agent.wanted.instances
+        await agent.restorer.restore(agent.residents)
+        return not agent.desired.instances
 
     await until(is_given_up, "given up")
 
 
 async def test_what_cannot_be_loaded_any_more_is_tried_some_times_with_pauses_and_then_given_up(
-    agent: Agent, lines: Lines, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    begin: Begin, lines: Lines, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(worker.restore, "FIRST_PAUSE_S", 0.05)
+    agent = await begin(Timing(first_pause_s=0.05))
     await lost(agent, key=GONE)
     await all_tries(agent)
     _, *tries = await jobs(agent)
@@ -510,30 +524,30 @@ async def test_what_cannot_be_loaded_any_more_is_tried_some_times_with_pauses_an
         assert one.completed_at is not None
         assert one.completed_at >= one.not_before >= before.completed_at + 0.05 * 2**number
     assert lines.actions.count("restore_given_up") == 1
-    agent.wanted.flush()
+    agent.desired.flush()
     assert read(tmp_path / FILE) == {}
 
 
 async def test_what_was_given_up_is_not_taken_up_by_the_next_process_and_nobody_can_unload_it(
-    agent: Agent, lines: Lines, monkeypatch: pytest.MonkeyPatch
+    begin: Begin, lines: Lines
 ) -> None:
     """Redis forgets it too: an unload of it is one of what is not loaded."""
-    monkeypatch.setattr(worker.restore, "FIRST_PAUSE_S", 0.01)
+    agent = await begin(Timing(first_pause_s=0.01))
     await lost(agent, key=GONE)
     await all_tries(agent)
-    await agent.recall()
-    assert agent.wanted.instances == {}
+    await agent.restorer.recall()
+    assert agent.desired.instances == {}
     assert not await agent.store.instances.forget_desired_everywhere(GONE)
     assert lines.actions.count("restore_given_up") == 1
 
 
 async def test_what_waits_for_its_next_try_keeps_nobody_waiting(agent: Agent) -> None:
     await lost(agent, key=GONE, used_at=2.0)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     (_, first) = await jobs(agent)
     assert (await until_terminal(agent, first.id)).state is State.FAILED
     await lost(agent, 2)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     await restored(agent, "p/llama")
     second = await of(agent, GONE)
     assert second is not None
@@ -542,7 +556,7 @@ async def test_what_waits_for_its_next_try_keeps_nobody_waiting(agent: Agent) ->
 
 async def until_terminal(agent: Agent, id_: str) -> Instance:
     async def is_there() -> bool:
-        return id_ not in agent.held and (await record(agent, id_)).state in TERMINAL
+        return id_ not in agent.residents and (await record(agent, id_)).state in TERMINAL
 
     await until(is_there, f"{id_} is over")
     return await record(agent, id_)
@@ -550,18 +564,18 @@ async def until_terminal(agent: Agent, id_: str) -> Instance:
 
 async def test_a_try_that_is_cancelled_is_the_last_one(agent: Agent) -> None:
     await lost(agent, key=GONE)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     (_, first) = await jobs(agent)
     await until_terminal(agent, first.id)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     second = await of(agent, GONE)
     assert second is not None
     await agent.store.instances.commit(second, second.after(Event.STOP))  # as an API does it: one that is queued
     agent.stop(second.id)
     await released(agent, second.id)
     for _ in range(2):
-        await agent._restore()
-    assert (len(await jobs(agent)), agent.wanted.instances) == (3, {})
+        await agent.restorer.restore(agent.residents)
+    assert (len(await jobs(agent)), agent.desired.instances) == (3, {})
     assert await agent.store.instances.desired("w") == {}
 
 
@@ -571,7 +585,7 @@ async def test_a_restoration_that_is_cancelled_while_it_loads_is_the_last_one(
     await lost(agent)
     runner = await warm(agent)
     monkeypatch.setattr(runner, "receive", asyncio.Event().wait)  # nobody hears what comes of it
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     new = await of(agent, "p/llama")
     assert new is not None
     await reached(agent, new.id, State.LOADING)
@@ -580,18 +594,18 @@ async def test_a_restoration_that_is_cancelled_while_it_loads_is_the_last_one(
     agent.stop(new.id)
     await released(agent, new.id)
     assert (await record(agent, new.id)).state is State.CANCELLED
-    await agent._restore()
-    assert (len(await jobs(agent)), agent.wanted.instances) == (2, {})
+    await agent.restorer.restore(agent.residents)
+    assert (len(await jobs(agent)), agent.desired.instances) == (2, {})
 
 
 async def test_a_try_whose_worker_ended_is_not_counted(agent: Agent) -> None:
     """It says nothing of the model."""
     old = await lost(agent)
-    third = restoration(old, "load_third", 3)
+    third = restoration(old, "load_third", 3, FIRST_PAUSE_S)
     begun = await agent.store.instances.create(msgspec.structs.replace(third, not_before=0.0), restores=old.id)
-    agent.wanted.add(begun)
+    agent.desired.add(begun)
     await agent.store.instances.commit(begun, begun.after(Event.EXPIRE))
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     new = await of(agent, "p/llama")
     assert new is not None
     assert (new.id != begun.id, new.restoring) == (True, 3)
@@ -600,11 +614,11 @@ async def test_a_try_whose_worker_ended_is_not_counted(agent: Agent) -> None:
 async def test_the_successor_waits_as_long_as_was_left_to_wait(agent: Agent) -> None:
     """A process that ends over and over must not try a model over and over."""
     old = await lost(agent)
-    waiting = await agent.store.instances.create(restoration(old, "load_second", 2), restores=old.id)
-    agent.wanted.instances = {"p/llama": waiting}
-    await agent._restore()
-    await agent._reconcile()
-    assert agent.held[waiting.id].not_before == waiting.not_before > time.time()
+    waiting = await agent.store.instances.create(restoration(old, "load_second", 2, FIRST_PAUSE_S), restores=old.id)
+    agent.desired.instances = {"p/llama": waiting}
+    await agent.restorer.restore(agent.residents)
+    await agent.reconciler.reconcile()
+    assert agent.residents[waiting.id].not_before == waiting.not_before > time.time()
     assert (await record(agent, waiting.id)).state is State.QUEUED
     assert len(await jobs(agent)) == 2
 
@@ -614,10 +628,10 @@ async def test_the_successor_waits_as_long_as_was_left_to_wait(agent: Agent) -> 
 
 async def test_redis_alone_is_enough(agent: Agent) -> None:
     old = await lost(agent)
-    agent.wanted.instances.clear()
-    await agent.recall()
-    assert agent.wanted.instances == {"p/llama": old}
-    await agent._restore()
+    agent.desired.instances.clear()
+    await agent.restorer.recall()
+    assert agent.desired.instances == {"p/llama": old}
+    await agent.restorer.restore(agent.residents)
     assert (await restored(agent, "p/llama")).id != old.id
 
 
@@ -628,38 +642,36 @@ async def test_a_load_that_redis_has_and_the_file_not_yet_counts(agent: Agent) -
     ended, _ = await agent.store.instances.commit(stopped, stopped.after(Event.EXIT))
     newer = await left_loaded(agent, 2)
     await agent.store.instances.commit(newer, newer.after(Event.EXPIRE))  # swept: it was away for long
-    agent.wanted.instances = {"p/llama": older}
-    await agent.recall()
+    agent.desired.instances = {"p/llama": older}
+    await agent.restorer.recall()
     for _ in range(2):
-        await agent._restore()
+        await agent.restorer.restore(agent.residents)
     again = await restored(agent, "p/llama")
     assert again.id not in (ended.id, newer.id)
 
 
 async def test_what_redis_wants_and_has_no_record_of_is_passed_over(agent: Agent, raw: redis.Redis) -> None:
     raw.hset("wanted:w", "p/llama", "load_long_ago")
-    await agent.recall()
-    assert agent.wanted.instances == {}
+    await agent.restorer.recall()
+    assert agent.desired.instances == {}
 
 
 async def test_anothers_is_not_recalled(agent: Agent) -> None:
     left = await left_loaded(agent)
-    agent.wanted.instances.clear()
+    agent.desired.instances.clear()
     assert await agent.store.instances.desired("another") == {}
-    agent.name = "another"
-    await agent.recall()
-    agent.name = "w"
-    assert agent.wanted.instances == {}
+    await Restorer("another", agent.store.instances, agent.desired, agent.deliver, agent.timing).recall()
+    assert agent.desired.instances == {}
     assert await agent.store.instances.desired("w") == {"p/llama": left.id}
 
 
 async def test_where_nothing_is_to_be_restored_redis_forgets_it(agent: Agent) -> None:
     await left_loaded(agent)
-    agent.wanted.is_on = False
-    await agent.recall()
+    agent.desired.is_on = False
+    await agent.restorer.recall()
     assert await agent.store.instances.desired("w") == {}
-    assert agent.wanted.instances == {}
-    await agent._restore()
+    assert agent.desired.instances == {}
+    await agent.restorer.restore(agent.residents)
     assert len(await jobs(agent)) == 1
 
 
@@ -667,7 +679,7 @@ async def test_where_nothing_is_to_be_restored_redis_forgets_it(agent: Agent) ->
 
 
 async def given_up(agent: Agent, left: Instance) -> Instance:
-    await agent.give_up(left)
+    await agent.reconciler.give_up(left)
     return await record(agent, left.id)
 
 
@@ -680,7 +692,7 @@ async def test_what_was_loaded_is_lost_and_wanted(agent: Agent) -> None:
     left = await left_loaded(agent)
     found = await given_up(agent, left)
     assert (found.state, found.error, found.loaded_at) == (State.LOST, None, left.loaded_at)
-    assert agent.wanted.instances.keys() == {"p/llama"}
+    assert agent.desired.instances.keys() == {"p/llama"}
 
 
 async def test_what_was_to_be_unloaded_is_lost_and_not_wanted(agent: Agent) -> None:
@@ -689,8 +701,8 @@ async def test_what_was_to_be_unloaded_is_lost_and_not_wanted(agent: Agent) -> N
     unloading, _ = await agent.store.instances.commit(begun, begun.after(Event.STOP))
     stopping = await given_up(agent, await wish(agent, unloading))
     assert (wished.state, stopping.state) == (State.LOST, State.LOST)
-    assert agent.wanted.instances == {}
-    await agent._restore()
+    assert agent.desired.instances == {}
+    await agent.restorer.restore(agent.residents)
     assert len(await jobs(agent)) == 2
 
 
@@ -698,8 +710,8 @@ async def test_what_was_loading_is_begun_anew_by_the_same_load(agent: Agent) -> 
     left = await left_loading(agent)
     found = await given_up(agent, left)
     assert (found.state, found.attempt, found.epoch, found.started_at) == (State.QUEUED, 2, None, None)
-    assert agent.wanted.instances == {}
-    await agent._reconcile()
+    assert agent.desired.instances == {}
+    await agent.reconciler.reconcile()
     assert (await reached(agent, left.id, State.LOADED)).attempt == 2
     assert len(await jobs(agent)) == 1
 
@@ -710,8 +722,8 @@ async def test_what_was_loading_and_to_be_stopped_is_cancelled(agent: Agent) -> 
     assert await agent.store.instances.named("p/llama") is None
 
 
-async def test_what_was_begun_too_often_has_failed(agent: Agent) -> None:
-    agent.settings = msgspec.structs.replace(agent.settings, load_attempts=1)
+async def test_what_was_begun_too_often_has_failed(begin: Begin) -> None:
+    agent = await begin(load_attempts=1)
     found = await given_up(agent, await left_loading(agent))
     assert found.state is State.FAILED
     assert found.error is not None
@@ -721,7 +733,7 @@ async def test_what_was_begun_too_often_has_failed(agent: Agent) -> None:
 async def test_what_somebody_else_moved_on_meanwhile_is_his(agent: Agent) -> None:
     left = await left_loading(agent)
     moved, _ = await agent.store.instances.commit(left, left.abandoned(3, worker="another"))
-    await agent.give_up(left)
+    await agent.reconciler.give_up(left)
     assert await record(agent, left.id) == moved
 
 
@@ -732,28 +744,26 @@ async def test_what_redis_forgot_twice_is_told_twice(agent: Agent, raw: redis.Re
     id_, runner = await loaded(agent)
     for _ in range(2):
         raw.flushall()
-        await agent._reconcile()
+        await agent.reconciler.reconcile()
         assert await agent.store.instances.desired("w") == {"p/llama": id_}
     raw.set("lease:w", EPOCH, ex=60)
-    await agent._restore()
+    await agent.restorer.restore(agent.residents)
     assert await agent.store.instances.named("p/llama") == id_
     assert not is_gone(runner.pid)
     agent.stop(id_)
     await reached(agent, id_, State.UNLOADED)
     await released(agent, id_)
-    assert agent.wanted.instances == {}
+    assert agent.desired.instances == {}
 
 
 async def test_what_was_unloaded_is_not_told_again(agent: Agent, raw: redis.Redis) -> None:
     """A Redis that is emptied while a runner stops is not told of what is about to be gone."""
     id_, runner = await loaded(agent)
-    held = agent.held[id_]
     assert await agent.store.instances.request_stop(id_) is State.LOADED
     agent.stop(id_)
     await released(agent, id_)
     raw.flushall()
-    assert not await agent._kept(held)
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     assert is_gone(runner.pid)
     assert await agent.store.instances.get(id_) is None
 
@@ -763,10 +773,10 @@ async def test_a_name_that_was_given_away_is_not_wanted_back(agent: Agent, raw: 
     raw.flushall()
     hold(raw, "w", "another")
     other = await submitted(agent, 2, worker_="another")
-    await agent._reconcile()
+    await agent.reconciler.reconcile()
     await released(agent, id_)
     for _ in range(2):
-        await agent._restore()
+        await agent.restorer.restore(agent.residents)
     assert await agent.store.instances.named("p/llama") == other
-    assert agent.wanted.instances == {}
+    assert agent.desired.instances == {}
     assert [one.id for one in await jobs(agent)] == [other]

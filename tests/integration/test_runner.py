@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-import worker.runner.process
 import worker.runner.warm
 from shared.schema.http import LoadConfig, LoadRequest, Phase
 from shared.schema.model import Model
@@ -27,9 +26,10 @@ from worker.engine.child import ORPHANED
 from worker.engine.prefetch import Ahead, Unreadable
 from worker.runner.failure import from_exit, from_reason
 from worker.runner.parameters import plan
-from worker.runner.process import Runner, RunnerDied
-from worker.runner.protocol import NO_GPU, Failed, FromRunner, Load, Progress, Ready
+from worker.runner.process import Received, Runner, RunnerDied
+from worker.runner.protocol import NO_GPU, Failed, Load, Progress, Ready
 from worker.runner.warm import Runners
+from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -42,6 +42,13 @@ PHASES: list[Phase] = ["metadata", "weights", "context", "warmup"]
 @pytest.fixture
 async def runners() -> AsyncIterator[Runners]:
     made = Runners(10.0, visible=NO_GPU)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def impatient() -> AsyncIterator[Runners]:
+    made = Runners(10.0, visible=NO_GPU, timing=Timing(grace_s=SHORT_S))
     yield made
     await made.close()
 
@@ -86,7 +93,7 @@ def given(*shards: Path, **changes: Any) -> Load:
     return Load(**{**fields, **changes})
 
 
-async def answers(runner: Runner, load: Load) -> tuple[list[Progress], FromRunner | None]:
+async def answers(runner: Runner, load: Load) -> tuple[list[Progress], Received]:
     """The progress of a load, and what came of it: None where the stream ended."""
     await runner.send(load)
     steps = []
@@ -98,7 +105,7 @@ async def answers(runner: Runner, load: Load) -> tuple[list[Progress], FromRunne
 
 async def ready(runner: Runner, load: Load) -> Ready:
     _, message = await answers(runner, load)
-    assert isinstance(message, Ready), (message, list(runner.tail))
+    assert isinstance(message, Ready), (message, list(runner.output))
     return message
 
 
@@ -196,7 +203,7 @@ async def test_a_runner_that_waits_practises_and_says_nothing_of_it(runner: Runn
     await asyncio.to_thread(until, lambda: resident_bytes() > before + HEAP_BYTES, "practice")
     message = await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     assert message.config.context_length == 256
-    said = "\n".join(runner.tail)
+    said = "\n".join(runner.output)
     assert "llama-f16.gguf" in said
     assert "practice" not in said.lower()
 
@@ -248,7 +255,7 @@ async def test_its_owner_sees_what_the_engine_says(runner: Runner, models_dir: P
     """The end of a phase passes on what came up in it; the lines about the context come late in a load."""
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     await runner.stop()
-    assert any("n_ctx" in line for line in runner.tail), list(runner.tail)
+    assert any("n_ctx" in line for line in runner.output), list(runner.output)
 
 
 async def test_what_an_engines_libraries_may_trace_belongs_to_the_load(runner: Runner, models_dir: Path) -> None:
@@ -335,7 +342,7 @@ async def test_the_signal_that_ends_it_is_its_status(runner: Runner, models_dir:
     os.kill(runner.pid, signum)
     assert await ending(runner) == -signum
     assert await runner.receive() is None
-    code, sentence = from_exit(runner.status, runner.tail)
+    code, sentence = from_exit(runner.status, runner.output)
     assert code == "engine_crashed"
     assert signum.name in sentence
 
@@ -346,10 +353,8 @@ async def test_an_interrupt_from_a_terminal_is_its_owners_business(runner: Runne
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-async def test_one_that_does_not_answer_is_killed(
-    runner: Runner, models_dir: Path, monkeypatch: pytest.MonkeyPatch, loaded: bool
-) -> None:
-    monkeypatch.setattr(worker.runner.process, "GRACE_S", SHORT_S)
+async def test_one_that_does_not_answer_is_killed(impatient: Runners, models_dir: Path, loaded: bool) -> None:
+    runner = await impatient.take()
     if loaded:
         await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     await freeze(runner)
@@ -368,8 +373,8 @@ async def test_an_abort_of_the_engine_ends_the_stream_and_leaves_its_words(
     _, message = await answers(runner, given(tiny_moe(tmp_path / "m.gguf"), moe=True, expert_override=override))
     assert message is None
     assert await ending(runner) == -signal.SIGABRT
-    assert any("GGML_ASSERT" in line for line in runner.tail), list(runner.tail)
-    code, sentence = from_exit(runner.status, runner.tail)
+    assert any("GGML_ASSERT" in line for line in runner.output), list(runner.output)
+    code, sentence = from_exit(runner.status, runner.output)
     assert code == "engine_crashed"
     assert "GGML_ASSERT" in sentence
     assert "SIGABRT" in sentence
@@ -412,15 +417,13 @@ async def test_close_ends_the_warm_one_and_only_it(runners: Runners) -> None:
         assert not is_gone(runner.pid)
 
 
-async def test_close_ends_a_warm_one_that_does_not_answer(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_close_ends_a_warm_one_that_does_not_answer(impatient: Runners) -> None:
     """The process could not exit otherwise: at its end, multiprocessing waits for every child."""
-    await runners.warmed()
-    frozen = warm(runners)
+    await impatient.warmed()
+    frozen = warm(impatient)
     await freeze(frozen)
     try:
-        with monkeypatch.context() as patched:
-            patched.setattr(worker.runner.process, "GRACE_S", SHORT_S)
-            await runners.close()
+        await impatient.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(2):
                 await frozen.exited.wait()
@@ -432,7 +435,7 @@ async def test_close_ends_a_warm_one_that_does_not_answer(runners: Runners, monk
 
 async def test_one_that_ends_before_it_is_warm_is_told_of(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(worker.runner.warm, "_run_child", slice)  # anything that returns at once
+        patched.setattr(worker.runner.warm, "run_child", slice)  # anything that returns at once
         with pytest.raises(RunnerDied, match="it said nothing"):
             await runners.take()
     async with taken(runners):  # the next one is another try
@@ -455,5 +458,5 @@ async def test_close_while_one_is_being_started_leaves_nothing(runners: Runners)
 
 def warm(runners: Runners) -> Runner:
     """The runner that waits, left where it is."""
-    assert runners._next is not None
-    return runners._next.result()
+    assert runners.coming is not None
+    return runners.coming.result()

@@ -7,22 +7,29 @@ import multiprocessing.forkserver
 import os
 import signal
 from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 
-import msgspec
 import pytest
 import redis
 
-import worker.agent
-import worker.instance
-import worker.runner.process
-import worker.runner.warm
 from shared.lifecycle import State
-from tests.integration.test_agent import SHORT_S, agent, begin, check_failed, delivered, loaded, reached, released, warm
+from tests.integration.test_agent import (
+    SHORT_S,
+    Begin,
+    agent,
+    begin,
+    check_failed,
+    delivered,
+    loaded,
+    reached,
+    released,
+    warm,
+)
 from tests.support.runners import freeze, is_gone
 from tests.support.waiting import until
 from worker.agent import Agent
-from worker.runner.process import Runner, RunnerDied
-from worker.runner.warm import Runners
+from worker.engine_log import EngineLog
+from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -70,18 +77,18 @@ async def test_a_warm_runner_that_died_is_replaced_before_a_load_needs_it(agent:
 
 
 async def test_without_a_runner_that_answers_the_lease_runs_out(
-    agent: Agent, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    begin: Begin, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is held again once there is one."""
 
-    async def fail(self: Runners) -> Runner:
-        raise RunnerDied("no room")
+    def fail(_: ForkServerProcess) -> None:
+        raise OSError(12, "no room")
 
-    monkeypatch.setattr(worker.agent, "BEAT_S", 0.05)
+    agent = await begin(Timing(beat_s=0.05))
     monkeypatch.setattr(agent.store.workers, "lease_s", 0.5)
     runner = await warm(agent)
     with monkeypatch.context() as patched:
-        patched.setattr(Runners, "_start", fail)
+        patched.setattr(ForkServerProcess, "start", fail)
         runner.kill()
         beating = asyncio.create_task(agent.beat())
         await until(lambda: not raw.exists("lease:w"), "the lease is gone")
@@ -101,7 +108,7 @@ async def test_a_cancellation_that_gets_lost_within_a_beat_ends_it_all_the_same(
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
 
-    monkeypatch.setattr(agent, "_beat", deaf)
+    monkeypatch.setattr(agent, "beat_once", deaf)
     beating = asyncio.create_task(agent.beat())
     await began.wait()
     beating.cancel()
@@ -115,32 +122,29 @@ async def test_a_cancellation_that_gets_lost_while_a_log_is_kept_ends_that_all_t
 ) -> None:
     """Or asyncio would report, at a time of its own, a task that nobody waits for."""
     _, runner = await loaded(agent)
-    (resident,) = agent.held.values()
     began = asyncio.Event()
 
-    async def deaf(_: Runner) -> None:
+    async def deaf(*_: object) -> None:
         began.set()
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
 
-    recording = resident._recording
-    assert recording is not None
+    log = EngineLog(agent.store.instances, "load_9", "w", agent.settings.models_dir, 0.0)
     with monkeypatch.context() as patched:
-        patched.setattr(resident, "_save_engine_log", deaf)
-        runner.tail.grown.set()
+        patched.setattr(agent.store.instances, "write_engine_log", deaf)
+        following = log.follow(runner)
+        runner.output.grown.set()
         await began.wait()
-        recording.cancel()
-        done, _ = await asyncio.wait([recording], timeout=5)
+        log.close()
+        done, _ = await asyncio.wait([following], timeout=5)
     assert done
-    assert recording.cancelled()
+    assert following.cancelled()
 
 
 async def test_a_loaded_model_whose_runner_is_silent_is_failed_and_its_memory_is_back(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
+    begin: Begin,
 ) -> None:
-    monkeypatch.setattr(worker.instance, "SILENCE_S", 0.05)
-    monkeypatch.setattr(worker.runner.process, "GRACE_S", SHORT_S)
-    agent.settings = msgspec.structs.replace(agent.settings, stall_limit_s=3.0)
+    agent = await begin(Timing(silence_s=0.05, grace_s=SHORT_S), stall_limit_s=3.0)
     id_, runner = await loaded(agent)
     _, healthy = await loaded(agent, 2, "p/moe")
     await freeze(runner)
@@ -149,7 +153,7 @@ async def test_a_loaded_model_whose_runner_is_silent_is_failed_and_its_memory_is
     assert is_gone(runner.pid)
     assert not is_gone(healthy.pid)
     await released(agent, id_)
-    assert [*agent.wanted.instances] == ["p/moe"], "what failed is not loaded again by itself"
+    assert [*agent.desired.instances] == ["p/moe"], "what failed is not loaded again by itself"
 
 
 async def test_a_pause_of_the_worker_is_no_silence_of_its_runners(agent: Agent) -> None:
@@ -163,11 +167,11 @@ async def test_a_pause_of_the_worker_is_no_silence_of_its_runners(agent: Agent) 
     assert runner.silent_s == 0
 
 
-async def test_a_server_that_forks_no_more_fails_loads_in_time(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_forks_no_more_fails_loads_in_time(begin: Begin) -> None:
     """Nobody waits for it without end; it is stopped, not dead, so that nothing else tells."""
+    agent = await begin(Timing(warm_s=1.0))
     first = await warm(agent)
     server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    monkeypatch.setattr(worker.runner.warm, "WARM_DEADLINE_S", SHORT_S)
     os.kill(server, signal.SIGSTOP)
     try:
         id_, _ = await loaded(agent)
@@ -177,6 +181,5 @@ async def test_a_server_that_forks_no_more_fails_loads_in_time(agent: Agent, mon
         assert not is_gone(first.pid)
     finally:
         os.kill(server, signal.SIGCONT)
-    monkeypatch.undo()
     await loaded(agent, 3)
     agent.stop(id_)

@@ -33,13 +33,15 @@ from shared.memory.estimate import Needs, needs_of
 from shared.memory.placement import Placement, Wish, place
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
-from shared.schema.memory import Device, Holding, Taken
+from shared.schema.memory import Holding, Taken
 from shared.schema.model import Dimensions, Model, Weights
 from shared.schema.snapshot import WorkerSnapshot, short
 from shared.settings import Settings
-from worker.memory.ledger import Pool
+from shared.telemetry.tally import Tally
+from worker.memory.ledger import Ledger
 from worker.memory.nvml import Reading
-from worker.memory.placer import AGREE_S, Placer
+from worker.memory.placer import Placer
+from worker.timing import Timing
 
 MIB = 1 << 20
 KEPT_MIB = 256  # free of each card: for what a runner takes beside its model
@@ -158,7 +160,7 @@ plays = st.builds(
     Play,
     steps=st.lists(_steps, min_size=1, max_size=30),
     at_start_mib=st.lists(st.sampled_from([0, 0, 300]), min_size=8, max_size=8),
-    lag_s=st.sampled_from([0.0, 0.2, AGREE_S + 1]),
+    lag_s=st.sampled_from([0.0, 0.2, Timing().agree_s + 1]),
     named=st.sampled_from([True, True, True, False]),
 )
 
@@ -229,7 +231,7 @@ class Card:
         return Reading(id=self.id, is_gpu=True, name="", total_bytes=self.total, free_bytes=self.free, users=users)
 
 
-class _Pool(Pool):
+class _Ledger(Ledger):
     """The ledger, whose every reservation is compared with the truth."""
 
     worker: _Worker
@@ -251,29 +253,28 @@ class _Placer(Placer):
     """Real but for the thread in which a driver is asked.  What it decides is compared with the truth of that moment,
     since it waits for nothing between its decision and its end."""
 
-    agent: Any
-
     def __init__(self, worker: _Worker) -> None:
-        super().__init__(worker)  # type: ignore[arg-type]  # has what a Placer uses of an Agent
+        super().__init__(worker.settings, worker.devices, worker.held, worker.announce, Tally(), Timing())
+        self.worker = worker
         self.evicting: dict[str, Sequence[Holding]] = {}
-        self.pool = pool = _Pool(worker.settings.kept_free)
-        pool.worker = worker
+        self.ledger = ledger = _Ledger(worker.settings.kept_free)
+        ledger.worker = worker
         worker.placer = self
-        pool.update(worker.devices.read())
+        ledger.update(worker.devices.read())
 
     async def look(self) -> None:
-        self.pool.update(self.agent.devices.read())
+        self.ledger.update(self.worker.devices.read())
 
     async def _evict(self, victims: Sequence[Holding], instance: Instance) -> None:
         self.evicting[instance.id] = victims
-        self.agent.check_victims(victims, instance)
+        self.worker.check_victims(victims, instance)
         await super()._evict(victims, instance)
 
     async def place(self, instance: Instance, model: Model) -> Placement | None:
         placed = await super().place(instance, model)
         if placed is None:
             held = [] if instance.id in self.evicting else self.held()
-            assert not self.agent.has_room(instance, held), f"{instance.key} is refused: {self.agent.certain()}"
+            assert not self.worker.has_room(instance, held), f"{instance.key} is refused: {self.worker.certain()}"
         return placed
 
 
@@ -288,8 +289,7 @@ class _Worker:
         self.name = name
         self.cards = {card.id: card for card in cards}
         self.settings = Settings(worker_name=name, evict="idle", device_reserve=f"{KEPT_MIB}MiB")
-        self.devices = SimpleNamespace(read=lambda: [card.reading(sim.sequence.named) for card in cards])
-        self.tally = SimpleNamespace(add=lambda _: None)
+        self.devices: Any = SimpleNamespace(read=lambda: [card.reading(sim.sequence.named) for card in cards])
         self.held: dict[str, _Resident] = {}
         self.taken: list[str] = []
         self.changed = asyncio.Event()
@@ -309,9 +309,6 @@ class _Worker:
             taken=[*self.taken],
         )
 
-    def memory(self) -> tuple[list[Device], dict[str, list[str]]]:
-        return self.placer.devices(), {}
-
     async def announce(self) -> None:
         self.published = self.snapshot()
 
@@ -323,15 +320,15 @@ class _Worker:
         left = {}
         for card in self.cards.values():
             ours = 0
-            for id_, held in self.placer.pool.reservations.items():
+            for id_, held in self.placer.ledger.reservations.items():
                 if id_ == without:
                     continue
                 pid = held.pid or 0
                 has = card.ours.get(pid, 0) + card.dying.get(pid, 0)
                 ours += has if held.is_leaving and not whole else max(has, held.bytes.get(card.id, 0))
-            pids = {held.pid for id_, held in self.placer.pool.reservations.items() if id_ != without}
+            pids = {held.pid for id_, held in self.placer.ledger.reservations.items() if id_ != without}
             strays = sum(n for of in (card.ours, card.dying) for pid, n in of.items() if pid not in pids)
-            own = self.placer.pool.reservations[without].pid if without in self.placer.pool.reservations else None
+            own = self.placer.ledger.reservations[without].pid if without in self.placer.ledger.reservations else None
             strays -= card.ours.get(own or 0, 0)
             left[card.id] = card.total - card.unnamed - card.foreign - strays - ours - KEPT_MIB * MIB
         return left
@@ -363,12 +360,12 @@ class _Worker:
     def is_told(self, card: str) -> bool:
         """Whether the ledger can know all about it: while something loads or leaves, it believes that what is unnamed
         is still there."""
-        if self.placer.pool._names_ours is None:  # it has seen no runner yet
+        if self.placer.ledger._names_ours is None:  # it has seen no runner yet
             return not self.is_moving(card)
         return not self.is_moving(card) or not self.cards[card].fell
 
     def is_moving(self, card: str) -> bool:
-        return any(card in held.bytes and not held.is_settled for held in self.placer.pool.reservations.values())
+        return any(card in held.bytes and not held.is_settled for held in self.placer.ledger.reservations.values())
 
     def _as_it_is(self, held: Collection[Holding]) -> WorkerSnapshot:
         certain = self.certain()
@@ -448,13 +445,13 @@ class _Resident:
                         wait.cancel()
                 await self._end()
         finally:
-            placer.forget(self)  # type: ignore[arg-type]
+            placer.forget(self)
             del self.worker.held[self.id]
 
     async def _load(self, placed: Placement) -> None:
         placer, cards = self.worker.placer, self.worker.cards
         self.pid = self.sim.next_pid()
-        placer.pool.started(self.id, self.pid)
+        placer.ledger.started(self.id, self.pid)
         found: Placement | None = placed
         taken = self._truth(placed)
         for _ in range(3):
@@ -490,7 +487,7 @@ class _Resident:
                 self.outcome = "ended early"
                 await self._end()
                 return
-        placer.pool.settle(self.id, taken)
+        placer.ledger.settle(self.id, taken)
         now = asyncio.get_running_loop().time()
         self.instance = structs.replace(self.instance, state=State.LOADED, loaded_at=now, used_at=now)
         self.outcome = "loaded"
@@ -508,7 +505,7 @@ class _Resident:
 
     async def _end(self) -> None:
         """The runner ends; a card has it back after a while, or not all of it."""
-        names_ours, lag_s = self.worker.placer.pool._names_ours, self.sim.sequence.lag_s
+        names_ours, lag_s = self.worker.placer.ledger._names_ours, self.sim.sequence.lag_s
         if names_ours is None:  # what stays of the very first load is not told from a second one that begins meanwhile
             lag_s = 0.0
         for card in self.worker.cards.values():
@@ -521,7 +518,7 @@ class _Resident:
                 card.dying[self.pid] = n_bytes - leaked
                 asyncio.get_running_loop().call_later(lag_s, card.dying.pop, self.pid)
         self.instance = structs.replace(self.instance, state=State.UNLOADING)
-        await self.worker.placer.give_back(self)  # type: ignore[arg-type]
+        await self.worker.placer.give_back(self)
 
 
 def needs_first(placed: Placement, resident: _Resident) -> int:
@@ -670,7 +667,7 @@ class _Sim:
                 assert asyncio.get_running_loop().time() < until, "a load that does not end"
                 await self._calm(LOAD_S)
             await self._calm(0.0)
-            if self.seen["given up"] > given_up and self.sequence.lag_s > AGREE_S:
+            if self.seen["given up"] > given_up and self.sequence.lag_s > Timing().agree_s:
                 return  # what was evicted came back too late
             if self.seen["given up"] > given_up:
                 request = LoadRequest(model=model, context_length=256)
@@ -716,7 +713,7 @@ class _Sim:
         await self._publish_all()
         assert not self.tasks, self.tasks
         for worker in self.workers.values():
-            assert not worker.placer.pool.reservations
+            assert not worker.placer.ledger.reservations
             for device in worker.placer.devices():
                 assert device.available_bytes == device.total_bytes - KEPT_MIB * MIB
                 assert (device.reserved_bytes, device.leaked_bytes) == (0, 0)

@@ -30,7 +30,7 @@ def install(monkeypatch: pytest.MonkeyPatch, directory: Path, *total_bytes: int)
     """Have the workers that are made from now on find a GPU of each size, `GPU-fake-0` and so on."""
     host = FakeHost.made(directory, *total_bytes)
     use_driver(monkeypatch, host)
-    monkeypatch.setattr(worker.runner.warm, "_run_child", partial(main, str(directory)))
+    monkeypatch.setattr(worker.runner.warm, "run_child", partial(main, str(directory)))
     return host
 
 

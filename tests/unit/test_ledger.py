@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shared.schema.memory import CPU, Device, Taken
-from worker.memory.ledger import TOLERANCE_BYTES, Pool
+from worker.memory.ledger import TOLERANCE_BYTES, Ledger
 from worker.memory.nvml import Reading
 
 GIB = 1 << 30
@@ -29,34 +29,34 @@ def takes(weights: int, *, context: int = 0, id_: str = GPU) -> Taken:
 
 
 @pytest.fixture
-def pool() -> Pool:
-    made = Pool(lambda _: KEPT)
+def pool() -> Ledger:
+    made = Ledger(lambda _: KEPT)
     made.update([reading()])
     return made
 
 
-def loaded(pool: Pool, instance: str, pid: int, weights: int) -> None:
+def loaded(pool: Ledger, instance: str, pid: int, weights: int) -> None:
     pool.reserve(instance, [takes(weights)])
     pool.started(instance, pid)
     pool.settle(instance, [takes(weights)])
 
 
-def device(pool: Pool, id_: str = GPU) -> Device:
+def device(pool: Ledger, id_: str = GPU) -> Device:
     return next(device for device in pool.devices() if device.id == id_)
 
 
-def available(pool: Pool, id_: str = GPU) -> float:
+def available(pool: Ledger, id_: str = GPU) -> float:
     return device(pool, id_).available_bytes / GIB
 
 
-def leaked(pool: Pool) -> float:
+def leaked(pool: Ledger) -> float:
     return device(pool).leaked_bytes / GIB
 
 
 # ---- what is reserved
 
 
-def test_what_is_reserved_or_kept_free_is_not_given_again(pool: Pool) -> None:
+def test_what_is_reserved_or_kept_free_is_not_given_again(pool: Ledger) -> None:
     assert available(pool) == 98
     pool.reserve("a", [takes(30)])
     assert (available(pool), device(pool).reserved_bytes) == (68, 30 * GIB)
@@ -66,7 +66,7 @@ def test_what_is_reserved_or_kept_free_is_not_given_again(pool: Pool) -> None:
     assert available(pool) == 98, "nothing is given back twice"
 
 
-def test_memory_that_a_load_uses_is_not_counted_beside_its_reservation(pool: Pool) -> None:
+def test_memory_that_a_load_uses_is_not_counted_beside_its_reservation(pool: Ledger) -> None:
     pool.reserve("a", [takes(30)])
     pool.started("a", 10)
     for used in (0, 10, 30):
@@ -74,14 +74,14 @@ def test_memory_that_a_load_uses_is_not_counted_beside_its_reservation(pool: Poo
         assert (available(pool), leaked(pool)) == (68, 0)
 
 
-def test_what_the_engine_says_that_it_took_is_believed_over_the_estimate(pool: Pool) -> None:
+def test_what_the_engine_says_that_it_took_is_believed_over_the_estimate(pool: Ledger) -> None:
     pool.reserve("a", [takes(30)])
     pool.started("a", 10)
     pool.settle("a", [takes(25)])
     assert available(pool) == 73
 
 
-def test_what_a_process_has_beside_its_model_counts_as_its_own(pool: Pool) -> None:
+def test_what_a_process_has_beside_its_model_counts_as_its_own(pool: Ledger) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(33, {10: 33})])
     assert (available(pool), leaked(pool)) == (65, 0)
@@ -91,7 +91,7 @@ def test_what_a_process_has_beside_its_model_counts_as_its_own(pool: Pool) -> No
 # ---- changing a reservation
 
 
-def test_a_reservation_is_changed_where_there_is_room_and_keeps_its_process(pool: Pool) -> None:
+def test_a_reservation_is_changed_where_there_is_room_and_keeps_its_process(pool: Ledger) -> None:
     pool.reserve("a", [takes(30)])
     pool.started("a", 10)
     assert pool.change("a", [takes(98)]) == {}
@@ -100,7 +100,7 @@ def test_a_reservation_is_changed_where_there_is_room_and_keeps_its_process(pool
     assert pool.others(GPU) == {}, "10 is its runner still"
 
 
-def test_where_there_is_no_room_for_a_change_it_says_what_lacks_and_nothing_is_changed(pool: Pool) -> None:
+def test_where_there_is_no_room_for_a_change_it_says_what_lacks_and_nothing_is_changed(pool: Ledger) -> None:
     pool.reserve("a", [takes(30)])
     pool.reserve("b", [takes(60)])
     assert pool.change("a", [takes(45)]) == {GPU: 7 * GIB}
@@ -108,7 +108,7 @@ def test_where_there_is_no_room_for_a_change_it_says_what_lacks_and_nothing_is_c
     assert pool.change("a", [takes(38)]) == {}
 
 
-def test_a_device_that_the_worker_does_not_own_is_not_counted(pool: Pool) -> None:
+def test_a_device_that_the_worker_does_not_own_is_not_counted(pool: Ledger) -> None:
     pool.reserve("a", [takes(30)])
     assert pool.change("a", [takes(30), takes(500, id_=CPU)]) == {}
     pool.settle("a", [takes(30), takes(500, id_=CPU)])
@@ -118,7 +118,7 @@ def test_a_device_that_the_worker_does_not_own_is_not_counted(pool: Pool) -> Non
 # ---- others
 
 
-def test_what_another_program_uses_is_not_given_and_is_again_once_it_is_gone(pool: Pool) -> None:
+def test_what_another_program_uses_is_not_given_and_is_again_once_it_is_gone(pool: Ledger) -> None:
     pool.update([reading(20, {99: 20})])
     assert (available(pool), leaked(pool)) == (78, 0)
     assert pool.others(GPU) == {99: 20 * GIB}
@@ -126,7 +126,7 @@ def test_what_another_program_uses_is_not_given_and_is_again_once_it_is_gone(poo
     assert available(pool) == 98
 
 
-def test_another_program_counts_beside_what_loads_and_what_is_loaded(pool: Pool) -> None:
+def test_another_program_counts_beside_what_loads_and_what_is_loaded(pool: Ledger) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(30, {10: 30})])
     pool.reserve("b", [takes(20)])
@@ -139,7 +139,7 @@ def test_another_program_counts_beside_what_loads_and_what_is_loaded(pool: Pool)
 
 
 def test_what_was_used_at_the_start_is_no_leak_and_is_given_once_it_goes_away() -> None:
-    pool = Pool(lambda _: KEPT)
+    pool = Ledger(lambda _: KEPT)
     pool.update([reading(3)])
     assert (available(pool), leaked(pool)) == (95, 0)
     pool.update([reading(1)])
@@ -148,7 +148,7 @@ def test_what_was_used_at_the_start_is_no_leak_and_is_given_once_it_goes_away() 
     assert (available(pool), leaked(pool)) == (95, 2), "what comes after the start is leaked"
 
 
-def test_a_leak_is_seen_and_not_given_and_is_given_once_it_is_back(pool: Pool) -> None:
+def test_a_leak_is_seen_and_not_given_and_is_given_once_it_is_back(pool: Ledger) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(30, {10: 30})])
     pool.leaving("a")
@@ -161,7 +161,7 @@ def test_a_leak_is_seen_and_not_given_and_is_given_once_it_is_back(pool: Pool) -
 
 
 @pytest.mark.parametrize("so_far", [0, 5, 20])
-def test_a_load_on_its_way_neither_hides_a_leak_nor_looks_like_one(pool: Pool, so_far: int) -> None:
+def test_a_load_on_its_way_neither_hides_a_leak_nor_looks_like_one(pool: Ledger, so_far: int) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(30, {10: 30})])
     pool.reserve("b", [takes(20)])
@@ -180,7 +180,7 @@ def test_a_load_on_its_way_neither_hides_a_leak_nor_looks_like_one(pool: Pool, s
 
 def test_a_leak_of_before_stays_known_while_something_loads_that_nobody_names() -> None:
     """In a container in which the driver names no process."""
-    pool = Pool(lambda _: KEPT)
+    pool = Ledger(lambda _: KEPT)
     pool.update([reading()])
     loaded(pool, "a", 10, 30)
     pool.update([reading(38)])
@@ -193,7 +193,7 @@ def test_a_leak_of_before_stays_known_while_something_loads_that_nobody_names() 
 
 
 def test_the_hosts_memory_leaks_nothing_and_what_others_use_of_it_is_not_given() -> None:
-    pool = Pool(lambda _: KEPT)
+    pool = Ledger(lambda _: KEPT)
     pool.update([reading(10, id_=CPU)])
     assert (available(pool, CPU), device(pool, CPU).leaked_bytes) == (88, 0)
     pool.reserve("a", [takes(30, context=5, id_=CPU)])
@@ -204,7 +204,7 @@ def test_the_hosts_memory_leaks_nothing_and_what_others_use_of_it_is_not_given()
     assert device(pool, CPU).leaked_bytes == 0
 
 
-def test_of_a_gpu_that_the_driver_has_lost_nothing_is_given_until_it_is_back(pool: Pool) -> None:
+def test_of_a_gpu_that_the_driver_has_lost_nothing_is_given_until_it_is_back(pool: Ledger) -> None:
     pool.update([reading(100)])
     assert available(pool) <= 0
     pool.update([reading(0)])
@@ -214,7 +214,7 @@ def test_of_a_gpu_that_the_driver_has_lost_nothing_is_given_until_it_is_back(poo
 # ---- in a container, where the driver names our processes by numbers that we do not know
 
 
-def test_our_processes_under_foreign_numbers_are_not_counted_twice(pool: Pool) -> None:
+def test_our_processes_under_foreign_numbers_are_not_counted_twice(pool: Ledger) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(31, {1010: 31})])
     assert (available(pool), leaked(pool)) == (67, 0), "what it has beside its model is somebody's"
@@ -223,7 +223,7 @@ def test_our_processes_under_foreign_numbers_are_not_counted_twice(pool: Pool) -
 
 
 @pytest.mark.parametrize("so_far", [0, 5, 20])
-def test_a_load_on_its_way_under_a_foreign_number_is_not_counted_twice(pool: Pool, so_far: int) -> None:
+def test_a_load_on_its_way_under_a_foreign_number_is_not_counted_twice(pool: Ledger, so_far: int) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(40, {1010: 30, 99: 10})])
     pool.reserve("b", [takes(20)])
@@ -235,7 +235,7 @@ def test_a_load_on_its_way_under_a_foreign_number_is_not_counted_twice(pool: Poo
 # ---- giving back
 
 
-def test_memory_is_back_once_its_process_is_not_named_and_no_more_is_used_than_others_explain(pool: Pool) -> None:
+def test_memory_is_back_once_its_process_is_not_named_and_no_more_is_used_than_others_explain(pool: Ledger) -> None:
     loaded(pool, "a", 10, 30)
     loaded(pool, "b", 11, 20)
     pool.update([reading(60, {10: 30, 11: 20, 99: 10})])
@@ -252,7 +252,7 @@ def test_memory_is_back_once_its_process_is_not_named_and_no_more_is_used_than_o
     assert pool.is_back("a")
 
 
-def test_a_little_more_than_before_is_taken_for_rounding(pool: Pool) -> None:
+def test_a_little_more_than_before_is_taken_for_rounding(pool: Ledger) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(30, {10: 30})])
     pool.leaving("a")
@@ -263,14 +263,14 @@ def test_a_little_more_than_before_is_taken_for_rounding(pool: Pool) -> None:
 
 
 def test_memory_of_the_host_is_back_at_once() -> None:
-    pool = Pool(lambda _: KEPT)
+    pool = Ledger(lambda _: KEPT)
     pool.update([reading(10, id_=CPU)])
     pool.reserve("a", [takes(30, id_=CPU)])
     pool.leaving("a")
     assert pool.is_back("a")
 
 
-def test_under_a_foreign_number_memory_is_back_once_it_is_free(pool: Pool) -> None:
+def test_under_a_foreign_number_memory_is_back_once_it_is_free(pool: Ledger) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(30, {1010: 30})])
     pool.leaving("a")
@@ -280,7 +280,7 @@ def test_under_a_foreign_number_memory_is_back_once_it_is_free(pool: Pool) -> No
     assert pool.is_back("a")
 
 
-def test_what_is_leaving_is_not_given_before_it_is_released(pool: Pool) -> None:
+def test_what_is_leaving_is_not_given_before_it_is_released(pool: Ledger) -> None:
     loaded(pool, "a", 10, 30)
     pool.update([reading(30, {10: 30})])
     pool.leaving("a")

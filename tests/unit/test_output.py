@@ -5,16 +5,16 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.runner.output import MOST_BYTES, Tail
+from worker.runner.output import MOST_BYTES, Output
 
 
-def as_text(tail: Tail) -> bytes:
+def as_text(tail: Output) -> bytes:
     """As a client reads it."""
     return "".join(f"{line}\n" for line in tail).encode()
 
 
-def of(*lines: str) -> Tail:
-    tail = Tail()
+def of(*lines: str) -> Output:
+    tail = Output()
     for line in lines:
         tail.append(line)
     return tail
@@ -22,7 +22,7 @@ def of(*lines: str) -> Tail:
 
 def test_lines_come_back_in_their_order_and_empty_ones_too() -> None:
     assert [*of("a", "", "b")] == ["a", "", "b"]
-    assert [*Tail()] == []
+    assert [*Output()] == []
 
 
 def test_exactly_the_limit_is_kept_and_one_byte_more_drops_the_oldest_line() -> None:
@@ -54,7 +54,7 @@ def test_one_line_longer_than_the_limit_is_kept_alone_until_the_next() -> None:
 
 
 def test_it_tells_that_it_has_grown_and_again_after_that_was_heard() -> None:
-    tail = Tail()
+    tail = Output()
     assert not tail.grown.is_set()
     tail.append("a")
     assert tail.grown.is_set()

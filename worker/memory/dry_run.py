@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import assert_never
 
 from msgspec import MsgspecError, msgpack
 
 from shared.schema.memory import Taken
+from shared.schema.model import Model
 from shared.schema.snapshot import Sizing
+from shared.settings import Settings
 from shared.telemetry import log
+from worker.memory.devices import Devices
 from worker.runner.parameters import plan
-from worker.runner.process import Runner, RunnerDied, RunnerStuck
-from worker.runner.protocol import Load, Measure, Measured
-
-if TYPE_CHECKING:
-    from worker.agent import Agent
+from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
+from worker.runner.protocol import Failed, Load, Measure, Measured, Pong, Progress, Ready, Warm
+from worker.runner.warm import Runners
+from worker.timing import Timing
 
 KEPT_N = 256  # answers
-DEADLINE_S = 20.0
 
 _log = log.get("worker")
 
 
-class Sizer:
-    """Asks one thing after the other: each takes a runner, and a large vocabulary a second of a processor."""
+class DryRun:
+    """Asks the engine about one load after the other: each takes a runner, and a large vocabulary takes a second."""
 
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+    def __init__(
+        self, settings: Settings, models: Mapping[str, Model], devices: Devices, runners: Runners, timing: Timing
+    ) -> None:
+        """`models`: the catalog as it is now, by key."""
+        self._settings = settings
+        self._models = models
+        self._devices = devices
+        self._runners = runners
+        self._timing = timing
         self._asking = asyncio.Lock()
-        self._kept: dict[bytes, list[Taken]] = {}  # by the files and the load, those asked for last at the end
+        self._kept: dict[bytes, list[Taken]] = {}  # by the files and the load, the last asked for at the end
 
-    async def sized(self, data: bytes) -> bytes:
-        """The answer to a Sizing, as msgpack: a list of Taken, or nil where the engine does not say."""
+    async def answer(self, question: bytes) -> bytes:
+        """Answer a Sizing (msgpack) with a list of Taken as msgpack, or nil if the engine does not say."""
         try:
-            sizing = msgpack.decode(data, type=Sizing)
+            sizing = msgpack.decode(question, type=Sizing)
         except MsgspecError as e:  # a newer version's
             _log.error("unreadable question", action="unreadable_sizing", error=str(e))
             return msgpack.encode(None)
-        model = self.agent.models.get(sizing.key)
-        gpus = self.agent.devices.gpus
-        if model is None or model.problem is not None or not {*sizing.gpus} <= {*gpus}:
+        model = self._models.get(sizing.key)
+        if model is None or model.problem is not None or not {*sizing.gpus} <= {*self._devices.gpus}:
             return msgpack.encode(None)
-        load = plan(sizing.request, model, self.agent.settings, sizing.gpus, sizing.layers)
+        load = plan(sizing.request, model, self._settings, sizing.gpus, sizing.layers)
         digest = model.fingerprint.encode() + msgpack.encode(load)
         async with self._asking:
             taken = self._kept.pop(digest, None) or await self._ask(load)
@@ -55,18 +63,31 @@ class Sizer:
     async def _ask(self, load: Load) -> list[Taken] | None:
         runner: Runner | None = None
         try:
-            async with asyncio.timeout(DEADLINE_S):
-                runner = await self.agent.runners.take()
+            async with asyncio.timeout(self._timing.dry_run_s):
+                runner = await self._runners.take()
                 await runner.send(Measure(load))
-                found = await runner.receive()
-            return found.taken if isinstance(found, Measured) else None
+                message = await runner.receive()
         except (RunnerDied, TimeoutError) as e:
             _log.warning("no dry run", action="not_sized", error=str(e) or "it took too long")
+            return None
+        else:
+            match message:
+                case Measured():
+                    return message.taken
+                case None:
+                    reason = "the runner died"
+                case Failed():
+                    reason = message.reason
+                case Warm() | Pong() | Progress() | Ready() | Unreadable():
+                    reason = f"the runner said '{tag(message)}' out of turn"
+                case _:
+                    assert_never(message)
+            _log.warning("no dry run", action="not_sized", error=reason)
             return None
         finally:
             if runner is not None:
                 await self._end(runner)
-            self.agent.runners.prepare()
+            self._runners.prepare()
 
     async def _end(self, runner: Runner) -> None:
         try:

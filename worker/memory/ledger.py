@@ -32,7 +32,7 @@ class Reservation(Struct, kw_only=True):
     is_leaving: bool = False  # some of it may be in use yet
 
 
-class Pool:
+class Ledger:
     """Not for several threads; no method waits."""
 
     def __init__(self, kept_free: Callable[[int], int]) -> None:

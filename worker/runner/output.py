@@ -1,4 +1,4 @@
-"""The last of what a runner says on its stdout and stderr."""
+"""The last lines that a runner wrote to its stdout and stderr."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 MOST_BYTES = 256 << 10
 
 
-class Tail:
-    """Lines, of which the oldest go once all are over MOST_BYTES; `grown` is set by each new one."""
+class Output:
+    """Keeps lines, up to MOST_BYTES in all: the oldest are dropped.  Each new line sets `grown`."""
 
     def __init__(self) -> None:
         self.grown = asyncio.Event()

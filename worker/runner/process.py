@@ -11,12 +11,11 @@ from multiprocessing.context import ForkServerProcess
 
 import msgspec
 
-from worker.runner.output import Tail
+from worker.runner.output import Output
 from worker.runner.protocol import LENGTH, FromRunner, Ping, Pong, Stop, ToRunner, decode_from_runner, frame
+from worker.timing import Timing
 
-GRACE_S = 1.0  # of each rung of the stop ladder
 CHUNK_BYTES = 1 << 16
-REAP_S = 30.0  # after SIGKILL: freeing a large mapping takes a while
 
 
 class RunnerDied(Exception):
@@ -27,22 +26,41 @@ class RunnerStuck(Exception):
     """A process survived SIGKILL (deep in a driver); its memory is still held."""
 
 
+class Unreadable(msgspec.Struct, frozen=True, tag="unreadable"):
+    """A frame that is none of the protocol's messages; nothing after it can be read."""
+
+
+Received = FromRunner | Unreadable | None  # None: the end of the stream
+
+
+def tag(message: msgspec.Struct) -> str:
+    """Return the name of a message in the protocol."""
+    return str(message.__struct_config__.tag)
+
+
 class Runner:
     """One child process, from its start until it is reaped."""
 
-    def __init__(self, process: ForkServerProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        process: ForkServerProcess,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        timing: Timing,
+    ) -> None:
         assert process.pid is not None
         self.pid: int = process.pid
-        self.tail = Tail()
+        self.output = Output()
         self.silent_s = 0.0  # for how long it has not answered a ping
         self.exited = asyncio.Event()
         self.status = 0  # once exited, -n is signal n
+        self._timing = timing
         self._process = process
         self._reader, self._writer = reader, writer
-        self._inbox: asyncio.Queue[FromRunner | None] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Received] = asyncio.Queue()
         self._listening = asyncio.create_task(self._listen())
         self._is_asked = False
-        self._output: asyncio.Task[None] | None = None
+        self._collecting: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(process.sentinel, self._on_exit)
 
     async def send(self, message: ToRunner) -> None:
@@ -50,8 +68,8 @@ class Runner:
             self._writer.write(frame(message))
             await self._writer.drain()
 
-    async def receive(self) -> FromRunner | None:
-        """The next message, or None at the end of the stream."""
+    async def receive(self) -> Received:
+        """Return the next message, None at the end of the stream."""
         message = await self._inbox.get()
         if message is None:
             self._inbox.put_nowait(None)
@@ -68,36 +86,41 @@ class Runner:
             self._writer.write(frame(Ping()))
 
     async def _listen(self) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
+        try:
             while True:
                 head = await self._reader.readexactly(LENGTH.size)
                 message = decode_from_runner(await self._reader.readexactly(LENGTH.unpack(head)[0]))
                 self._is_asked, self.silent_s = False, 0.0  # whatever it says
                 if not isinstance(message, Pong):
                     self._inbox.put_nowait(message)
+        except msgspec.MsgspecError:
+            self._inbox.put_nowait(Unreadable())
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
         self._inbox.put_nowait(None)
 
     async def stop(self) -> None:
         """The stop ladder: ask, SIGTERM, SIGKILL to its process group; done when it is reaped and its output is read.
 
-        Safe to repeat.  Raises RunnerStuck if it outlives SIGKILL by REAP_S.
+        Safe to repeat.  Raises RunnerStuck if it outlives SIGKILL by `Timing.reap_s`.
         """
         await self.send(Stop())
-        for signum, grace in ((None, GRACE_S), (signal.SIGTERM, GRACE_S), (signal.SIGKILL, REAP_S)):
+        grace_s, reap_s = self._timing.grace_s, self._timing.reap_s
+        for signum, within_s in ((None, grace_s), (signal.SIGTERM, grace_s), (signal.SIGKILL, reap_s)):
             if signum is not None:
                 self._signal(signum)
             with suppress(TimeoutError):
-                async with asyncio.timeout(grace):
+                async with asyncio.timeout(within_s):
                     await self.reaped()
                     return
         raise RunnerStuck(f"process {self.pid} survived SIGKILL")
 
     async def reaped(self) -> None:
-        """Wait until the process is gone and the last of its output is in `tail`."""
+        """Wait until the process is gone and the last of its output is in `output`."""
         await self.exited.wait()
-        if self._output is not None:
-            await asyncio.wait([self._output], timeout=GRACE_S)  # a grandchild may hold the other end
-            self._output.cancel()
+        if self._collecting is not None:
+            await asyncio.wait([self._collecting], timeout=self._timing.grace_s)  # a grandchild may hold the other end
+            self._collecting.cancel()
         self._listening.cancel()
         self._inbox.put_nowait(None)
         self._writer.close()
@@ -122,6 +145,10 @@ class Runner:
         self._process.close()
         self.exited.set()
 
+    def collect(self, output: socket.socket) -> None:
+        """Read what it writes to its stdout and stderr into `output`, until `reaped`."""
+        self._collecting = asyncio.create_task(self._collect(output))
+
     async def _collect(self, output: socket.socket) -> None:
         """Line by line, and one of more than CHUNK_BYTES in parts.  A load says hundreds, in few chunks."""
         reader, writer = await asyncio.open_connection(sock=output)
@@ -134,8 +161,8 @@ class Runner:
                         said, end, begun = said + end + begun, b"\n", b""
                     if end:
                         for line in said.decode("utf-8", "replace").split("\n"):
-                            self.tail.append(line.rstrip())
+                            self.output.append(line.rstrip())
             if begun:
-                self.tail.append(begun.decode("utf-8", "replace").rstrip())
+                self.output.append(begun.decode("utf-8", "replace").rstrip())
         finally:
             writer.close()

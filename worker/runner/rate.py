@@ -7,7 +7,7 @@ from collections import deque
 WINDOW_S = 3.0
 
 
-class Pace:
+class Rate:
     """Bytes over time; `now` is monotonic, in seconds."""
 
     def __init__(self, now: float) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import multiprocessing
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from multiprocessing.context import ForkServerProcess
+from typing import assert_never
 
 from shared.telemetry import log
-from worker.runner.process import GRACE_S, REAP_S, Runner, RunnerDied, RunnerStuck
-from worker.runner.protocol import Warm
+from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
+from worker.runner.protocol import Failed, Measured, Pong, Progress, Ready, Warm
+from worker.timing import Timing
 
-WARM_DEADLINE_S = 60.0  # a first CUDA context on a machine with many GPUs takes seconds
+ENGINE = "worker.engine.child"  # imported by the server that forks runners, and in them; never by the worker itself
 
 
 class Runners:
@@ -26,7 +29,14 @@ class Runners:
     `silent_s`: for how long no runner has answered, and none could be started that does.
     """
 
-    def __init__(self, patience_s: float, on_death: Callable[[], None] = lambda: None, *, visible: str | None) -> None:
+    def __init__(
+        self,
+        patience_s: float,
+        on_death: Callable[[], None] = lambda: None,
+        *,
+        visible: str | None,
+        timing: Timing | None = None,
+    ) -> None:
         """A warm runner that is silent for `patience_s` is replaced.  `on_death` is called for each that died before
         it was taken.
 
@@ -37,18 +47,19 @@ class Runners:
         self.silent_s = 0.0
         self.has_cuda = False  # whether the engine was built with it, by the word of a warm runner
         self._visible = visible
+        self._timing = timing or Timing()
         self._patience_s = patience_s
         self._on_death = on_death
         self._all: set[Runner] = set()
         self._context = multiprocessing.get_context("forkserver")
-        # This module too, since `_run_child` is found in it: imported after the fork, it would cost each runner 0.1 s.
-        self._context.set_forkserver_preload(["worker.engine.child", __name__])
-        self._next: asyncio.Task[Runner] | None = None
+        # This module too, since `run_child` is found in it: imported after the fork, it would cost each runner 0.1 s.
+        self._context.set_forkserver_preload([ENGINE, __name__])
+        self.coming: asyncio.Task[Runner] | None = None  # the next runner: warm, or getting warm
 
     def prepare(self) -> None:
         """Begin to warm the next runner, also where the last attempt failed."""
-        if self._next is None or _failed(self._next):
-            self._next = asyncio.create_task(self._start())
+        if self.coming is None or _failed(self.coming):
+            self.coming = asyncio.create_task(self._start())
 
     async def watch(self, since_s: float) -> None:
         """Ping every runner, `since_s` after the last time, and replace the warm one where it is gone or silent."""
@@ -57,7 +68,7 @@ class Runners:
         self.silent_s = 0.0 if heard else self.silent_s + since_s
         for runner in self._all:
             runner.ping(since_s)
-        if (coming := self._next) is None or not coming.done():
+        if (coming := self.coming) is None or not coming.done():
             return None
         if _failed(coming):
             return self.prepare()
@@ -67,7 +78,7 @@ class Runners:
             runner.kill()
         if runner.exited.is_set():
             self._on_death()
-            self._next = None
+            self.coming = None
             self.prepare()
             await runner.reaped()
         return None
@@ -78,8 +89,8 @@ class Runners:
         Raises RunnerDied and TimeoutError.
         """
         self.prepare()
-        assert self._next is not None
-        await asyncio.shield(self._next)
+        assert self.coming is not None
+        await asyncio.shield(self.coming)
 
     async def take(self) -> Runner:
         """A warm runner.  Raises RunnerDied and TimeoutError where none can be started.
@@ -88,12 +99,12 @@ class Runners:
         """
         while True:
             self.prepare()
-            coming = self._next
+            coming = self.coming
             assert coming is not None
             await asyncio.wait([coming])
-            if self._next is not coming:  # another load took it
+            if self.coming is not coming:  # another load took it
                 continue
-            self._next = None
+            self.coming = None
             runner = coming.result()
             if not runner.exited.is_set():
                 return runner
@@ -103,11 +114,13 @@ class Runners:
 
     async def close(self) -> None:
         """Stop the warm runner; the server that forks them ends with this process."""
-        if self._next is not None:
-            coming, self._next = self._next, None
-            await asyncio.wait({coming}, timeout=2 * GRACE_S)  # it is about to be warm: stopped then, it leaves nothing
+        if self.coming is not None:
+            coming, self.coming = self.coming, None
+            await asyncio.wait(
+                {coming}, timeout=2 * self._timing.grace_s
+            )  # it is about to be warm: stopped then, it leaves nothing
             coming.cancel()
-            await asyncio.wait({coming}, timeout=GRACE_S)
+            await asyncio.wait({coming}, timeout=self._timing.grace_s)
             if coming.done() and not _failed(coming):
                 with suppress(RunnerStuck):
                     await coming.result().stop()
@@ -118,10 +131,10 @@ class Runners:
         try:
             with control_child, output_child:
                 process = self._context.Process(
-                    target=_run_child, args=(control_child, output_child, self._visible), daemon=True
+                    target=run_child, args=(control_child, output_child, self._visible), daemon=True
                 )
                 starting = asyncio.ensure_future(asyncio.to_thread(process.start))
-                async with asyncio.timeout(WARM_DEADLINE_S):  # the server that forks them may be stuck
+                async with asyncio.timeout(self._timing.warm_s):  # the server that forks them may be stuck
                     await asyncio.shield(starting)
         except BaseException as e:
             control.close()
@@ -130,25 +143,34 @@ class Runners:
             if isinstance(e, (OSError, EOFError)):  # no descriptor, no process, no memory left for one more; or no time
                 raise RunnerDied(f"a runner could not start: {str(e) or 'none was forked in time'}") from e
             raise
-        runner = Runner(process, *await asyncio.open_connection(sock=control))
+        runner = Runner(process, *await asyncio.open_connection(sock=control), self._timing)
         self._all.add(runner)
-        runner._output = asyncio.create_task(runner._collect(output))
+        runner.collect(output)
         try:
-            async with asyncio.timeout(WARM_DEADLINE_S):
+            async with asyncio.timeout(self._timing.warm_s):
                 message = await runner.receive()
         except BaseException:  # too late, or nobody wants it any more
             runner.kill()
             with suppress(TimeoutError):
-                async with asyncio.timeout(REAP_S):
+                async with asyncio.timeout(self._timing.reap_s):
                     await runner.reaped()
             raise
-        if not isinstance(message, Warm):
-            self._on_death()
-            await runner.stop()
-            *_, last = ["it said nothing", *runner.tail]
-            raise RunnerDied(f"a runner could not start: {last}")
-        self.has_cuda = message.has_cuda
-        return runner
+        match message:
+            case Warm():
+                self.has_cuda = message.has_cuda
+                return runner
+            case None:
+                reason = ""
+            case Failed():
+                reason = message.reason
+            case Pong() | Progress() | Ready() | Measured() | Unreadable():
+                reason = f"it said '{tag(message)}' before it was warm"
+            case _:
+                assert_never(message)
+        self._on_death()
+        await runner.stop()
+        *_, last = ["it said nothing", *runner.output]
+        raise RunnerDied(f"a runner could not start: {reason or last}")
 
 
 def _bury(process: ForkServerProcess, started: asyncio.Future[None]) -> None:
@@ -166,7 +188,7 @@ def _failed(start: asyncio.Task[Runner]) -> bool:
     return start.done() and (start.cancelled() or start.exception() is not None)
 
 
-def _run_child(control: socket.socket, output: socket.socket, visible: str | None) -> None:
-    from worker.engine import child  # only here: the worker itself never imports the engine
-
-    child.main(control, output, visible)
+def run_child(control: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """What a runner does for its whole life.  The engine is found by its name: importing it here would import it into
+    the worker."""
+    importlib.import_module(ENGINE).main(control, output, visible)

@@ -1,0 +1,143 @@
+"""A runner that says anything at any time: no runner is left without an owner, and no memory without a runner."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from typing import Literal, get_args
+
+import msgspec
+import pytest
+from msgspec import msgpack
+
+import worker.runner.warm
+from shared.lifecycle import State
+from shared.schema.http import LoadRequest
+from shared.schema.memory import CPU, Taken
+from shared.schema.snapshot import Sizing
+from tests.integration.test_agent import (
+    DEADLINE_S,
+    Engine,
+    agent,
+    begin,
+    delivered,
+    reached,
+    ready,
+    record,
+    released,
+    warm,
+)
+from tests.support.runners import is_gone
+from tests.support.waiting import until
+from worker.agent import Agent
+from worker.runner.process import Received, Runner, Unreadable
+from worker.runner.protocol import LENGTH, Failed, FromRunner, Measured, Pong, Progress, Ready, Warm, frame
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+__all__ = ["agent", "begin"]  # fixtures
+
+Phase = Literal["warm", "measuring", "loading", "loaded"]
+MESSAGES: list[Received] = [
+    Warm(False),
+    Pong(),
+    Progress("weights", 1),
+    msgspec.convert({"config": {"context_length": 256}, "timing": {"weights": 0.5}, "files": [], "taken": []}, Ready),
+    Measured([Taken(id=CPU, weights_bytes=1)]),
+    Failed("it will not"),
+    Unreadable(),
+    None,
+]
+IN_TURN: dict[Phase, set[type]] = {
+    "warm": {Progress, Ready, Failed},  # read as the first answer to the load that takes it
+    "measuring": {Measured, Failed},
+    "loading": {Progress, Ready, Failed},
+    "loaded": set(),
+}
+
+
+def name(value: object) -> str:
+    return value if isinstance(value, str) else type(value).__name__
+
+
+def test_every_message_of_the_protocol_is_tried() -> None:
+    assert {*get_args(FromRunner)} <= {type(message) for message in MESSAGES}
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=name)
+@pytest.mark.parametrize("phase", get_args(Phase))
+async def test_any_message_in_any_phase_leaves_nothing(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, phase: Phase, message: Received
+) -> None:
+    runner = await warm(agent)
+    engine = Engine(runner, monkeypatch)
+    said = ready(agent) if isinstance(message, Ready) else message
+    if phase == "measuring":
+        monkeypatch.setattr(agent.placer, "is_unsure", lambda _: True)
+    if phase == "warm":
+        engine.says(said)
+    id_ = await delivered(agent)
+    if phase == "loaded":
+        engine.says(ready(agent))
+        await reached(agent, id_, State.LOADED)
+    elif phase != "warm":
+        await until_told(agent, id_)
+    if phase != "warm":
+        engine.says(said)
+    engine.says(None)  # after an answer in turn it goes on until the runner dies
+    await released(agent, id_)
+
+    ended = await record(agent, id_)
+    assert ended.state is State.FAILED
+    assert ended.error is not None
+    assert is_gone(runner.pid)
+    assert not agent.placer.ledger.reservations
+    assert agent.residents == {}
+    if message is not None and type(message) not in IN_TURN[phase]:
+        assert ended.error.code == "engine_crashed"
+        assert "out of turn" in ended.error.message
+
+
+async def until_told(agent: Agent, id_: str) -> None:
+    """Wait until a load has its runner."""
+    reservations = agent.placer.ledger.reservations
+    await until(lambda: id_ in reservations and reservations[id_].pid is not None, "it has its runner")
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=name)
+async def test_any_message_to_a_dry_run_leaves_nothing(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, message: Received
+) -> None:
+    runner = await warm(agent)
+    Engine(runner, monkeypatch).says(message)
+    question = Sizing(request=LoadRequest(model="p/llama"), key="p/llama", gpus=[], layers=[])
+    async with asyncio.timeout(DEADLINE_S):
+        answer = msgpack.decode(await agent.dry_run.answer(msgpack.encode(question)), type=list[Taken] | None)
+    assert answer == (message.taken if isinstance(message, Measured) else None)
+    assert is_gone(runner.pid)
+
+
+# ---- frames that are no message
+
+
+def garbled(control: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """What a runner does whose memory was overwritten: it is warm, and its next frame is noise."""
+    control.sendall(frame(Warm(False)))
+    control.recv(LENGTH.size)  # a load
+    control.sendall(LENGTH.pack(3) + b"\xc1\xc1\xc1")
+    threading.Event().wait()
+
+
+async def test_noise_from_a_runner_ends_it_and_its_load(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.runner.warm, "run_child", garbled)
+    runner: Runner = await warm(agent)
+    id_ = await delivered(agent)
+    ended = await reached(agent, id_, State.FAILED)
+    assert ended.error is not None
+    assert (ended.error.code, "'unreadable' out of turn" in ended.error.message) == ("engine_crashed", True)
+    await released(agent, id_)
+    assert is_gone(runner.pid)
+    assert not agent.placer.ledger.reservations
+    monkeypatch.undo()
+    await agent.runners.close()
