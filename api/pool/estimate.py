@@ -7,10 +7,10 @@ from msgspec import structs
 from api.pool.listing import nowhere
 from api.pool.roster import Candidate, Roster
 from shared.errors import LoadFailed
-from shared.memory.estimate import Needs
-from shared.memory.placement import Placement, Wish, available, largest_context_length, once_gone
+from shared.memory.estimate import Requirements
+from shared.memory.placement import Constraints, Placement, available, largest_context_length, once_gone
 from shared.schema.http import EstimatedDevice, EstimateResult, LoadRequest
-from shared.schema.memory import CPU, Taken
+from shared.schema.memory import CPU, Usage
 from shared.schema.snapshot import Sizing
 
 
@@ -37,7 +37,7 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
         sizing = Sizing(request=request, key=model.key, gpus=placed.gpus, layers=placed.layers)
         taken = await roster.store.queue.sized(best.worker, sizing)
         if taken is not None:
-            placed = structs.replace(placed, taken=taken, exact=True)
+            placed = structs.replace(placed, usage=taken, exact=True)
             fits = fits and _has_room(best, placed, roster)
     free = available(roster.alive[best.worker].devices)
     devices = [
@@ -50,12 +50,12 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
             total_bytes=one.total_bytes,
             free_bytes=max(0, free[one.id]),
         )
-        for one in placed.taken
+        for one in placed.usage
         if one.id in free  # the engine also tells of a CPU that is none of the worker's devices
     ]
 
-    def has_room(needs: Needs) -> bool:
-        return roster.has_room(candidates, needs, Wish.of(request.gpu))
+    def has_room(requirements: Requirements) -> bool:
+        return roster.has_room(candidates, requirements, Constraints.of(request.gpu))
 
     return EstimateResult(
         model=request.model,
@@ -70,24 +70,24 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
 
 def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Placement:
     """Where a load would go if there were room: onto one GPU, if the worker has any."""
-    needs, wish = roster.needs(candidate.model, request), Wish.of(request.gpu)
+    requirements, constraints = roster.requirements(candidate.model, request), Constraints.of(request.gpu)
     devices = roster.alive[candidate.worker].devices
-    gpus = [device for device in devices if device.id in wish.gpus(devices)]
-    n = wish.n_layers(needs)
+    gpus = [device for device in devices if device.id in constraints.gpus(devices)]
+    n = constraints.n_layers(requirements)
     if not gpus or not n:
-        return Placement(taken=[needs.on_cpu()], exact=needs.is_exact(0, needs.n_layers))
+        return Placement(usage=[requirements.on_cpu()], exact=requirements.is_exact(0, requirements.n_layers))
     gpu = max(gpus, key=lambda device: device.available_bytes).id
-    first = needs.n_layers - n
-    beside: list[Taken] = [needs.beside_gpus(first)] if any(device.id == CPU for device in devices) else []
+    first = requirements.n_layers - n
+    beside: list[Usage] = [requirements.beside_gpus(first)] if any(device.id == CPU for device in devices) else []
     return Placement(
         gpus=[gpu],
         layers=[n],
-        taken=[needs.on_gpu(gpu, first, needs.n_layers), *beside],
-        exact=needs.is_exact(1, first),
+        usage=[requirements.on_gpu(gpu, first, requirements.n_layers), *beside],
+        exact=requirements.is_exact(1, first),
     )
 
 
 def _has_room(candidate: Candidate, placed: Placement, roster: Roster) -> bool:
     """Whether there is room for what the engine says, once what was to be unloaded for it is."""
     room = once_gone(available(roster.alive[candidate.worker].devices), placed.evicts)
-    return all(one.total_bytes <= room[one.id] for one in placed.taken if one.id in room)
+    return all(one.total_bytes <= room[one.id] for one in placed.usage if one.id in room)

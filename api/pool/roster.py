@@ -12,8 +12,8 @@ from shared.errors import InvalidValue
 from shared.instance import Instance
 from shared.lookup import by_name
 from shared.memory.choose import Host, choose
-from shared.memory.estimate import Needs, needs_of
-from shared.memory.placement import Placement, Wish, place
+from shared.memory.estimate import Requirements, requirements_of
+from shared.memory.placement import Constraints, Placement, place
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, ListedModel, LoadRequest
 from shared.schema.memory import Holding
@@ -119,17 +119,18 @@ class Roster:
         readable = [one for one in candidates if one.model.problem is None]
         if not readable:
             return candidates[0], None
-        needs = {
-            id(model): self.needs(model, request) for model in {id(one.model): one.model for one in readable}.values()
+        requirements = {
+            id(model): self.requirements(model, request)
+            for model in {id(one.model): one.model for one in readable}.values()
         }
-        wish = Wish.of(request.gpu)
+        constraints = Constraints.of(request.gpu)
         best: tuple[Candidate, Placement] | None = None
         # What was placed a moment ago may have been refused, or be gone.
         for hosts in (self._hosts, self._published) if self._pending else (self._hosts,):
-            asked = [(hosts[one.worker], needs[id(one.model)], one.model.key) for one in readable]
-            if (i := choose(asked, wish)) is not None:
+            asked = [(hosts[one.worker], requirements[id(one.model)], one.model.key) for one in readable]
+            if (i := choose(asked, constraints)) is not None:
                 host, needed, key = asked[i]
-                placed = place(needed, wish, host.worker, key)
+                placed = place(needed, constraints, host.worker, key)
                 if placed is not None and (best is None or len(placed.evicts) < len(best[1].evicts)):
                     best = readable[i], placed
             if best is not None and not best[1].evicts:
@@ -140,14 +141,17 @@ class Roster:
         ranks = [(-host.reach, host.worker.residents, host.worker.name, i) for i, host in enumerate(loads)]
         return readable[min(ranks)[-1]], None
 
-    def needs(self, model: Model, request: LoadRequest) -> Needs:
+    def requirements(self, model: Model, request: LoadRequest) -> Requirements:
         """What a request takes.  Raises InvalidValue against the model's limits."""
         check(request, model)
-        return needs_of(model, plan(request, model, self.settings))
+        return requirements_of(model, plan(request, model, self.settings))
 
-    def has_room(self, candidates: Sequence[Candidate], needs: Needs, wish: Wish) -> bool:
+    def has_room(self, candidates: Sequence[Candidate], requirements: Requirements, constraints: Constraints) -> bool:
         """Whether any of them has room for a load that takes this."""
-        return choose([(self._published[one.worker], needs, one.model.key) for one in candidates], wish) is not None
+        return (
+            choose([(self._published[one.worker], requirements, one.model.key) for one in candidates], constraints)
+            is not None
+        )
 
     def placed(self, instance: Instance, placement: Placement | None) -> None:
         """Count an instance that was just given to a worker, until what that publishes does, or for PENDING_S."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from shared.memory.estimate import Needs
-from shared.memory.placement import Smallest, Wish, arrange, available, evicting, once_gone, partly
+from shared.memory.estimate import Requirements
+from shared.memory.placement import Constraints, Smallest, arrange, available, evicting, once_gone, partly
 from shared.schema.memory import CPU, Holding
 from shared.schema.snapshot import WorkerSnapshot
 
@@ -62,25 +62,25 @@ class _Costs(NamedTuple):
     smallest: Smallest
 
     @classmethod
-    def of(cls, needs: Needs, wish: Wish) -> _Costs:
-        n = wish.n_layers(needs)
-        first = needs.n_layers - n
+    def of(cls, requirements: Requirements, constraints: Constraints) -> _Costs:
+        n = constraints.n_layers(requirements)
+        first = requirements.n_layers - n
         return cls(
             n=n,
             are_all=first == 0,
-            single=needs.single(first),
-            beside=needs.beside_gpus(first).total_bytes,
-            on_cpu=needs.on_cpu().total_bytes,
-            smallest=Smallest.of(needs, first),
+            single=requirements.single(first),
+            beside=requirements.beside_gpus(first).total_bytes,
+            on_cpu=requirements.on_cpu().total_bytes,
+            smallest=Smallest.of(requirements, first),
         )
 
 
 # A worker's place in the list, and of its devices those that have the model already.  A plain tuple: for each load one
 # is made of every worker.
-_Candidate = tuple[int, Host, Needs, _Costs, Collection[str]]
+_Candidate = tuple[int, Host, Requirements, _Costs, Collection[str]]
 
 
-def choose(hosts: Sequence[tuple[Host, Needs, str]], wish: Wish) -> int | None:
+def choose(hosts: Sequence[tuple[Host, Requirements, str]], constraints: Constraints) -> int | None:
     """Which of these workers is to be asked, by its place in the list; None where none has room.
 
     With each comes what the load takes there, and the key of the model.
@@ -88,11 +88,11 @@ def choose(hosts: Sequence[tuple[Host, Needs, str]], wish: Wish) -> int | None:
     on_gpus: list[_Candidate] = []
     on_cpus: list[_Candidate] = []
     all_costs: dict[int, _Costs] = {}
-    for i, (host, needs, key) in enumerate(hosts):
-        if (costs := all_costs.get(id(needs))) is None:
-            costs = all_costs[id(needs)] = _Costs.of(needs, wish)
+    for i, (host, requirements, key) in enumerate(hosts):
+        if (costs := all_costs.get(id(requirements))) is None:
+            costs = all_costs[id(requirements)] = _Costs.of(requirements, constraints)
         among = on_gpus if costs.n and host.rooms else on_cpus
-        among.append((i, host, needs, costs, host.copies.get(key, ())))
+        among.append((i, host, requirements, costs, host.copies.get(key, ())))
     for find, those in (
         (_single, on_gpus),
         (_several, on_gpus),
@@ -101,7 +101,7 @@ def choose(hosts: Sequence[tuple[Host, Needs, str]], wish: Wish) -> int | None:
         (_cpu, on_cpus),
         (_evicted, on_cpus),
     ):
-        if (found := find(those, wish)) is not None:
+        if (found := find(those, constraints)) is not None:
             return found
     return None
 
@@ -111,9 +111,9 @@ def _has_host_room(host: Host, costs: _Costs) -> bool:
     return costs.are_all if host.cpu_room is None else host.cpu_room >= costs.beside
 
 
-def _single(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
+def _single(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
     """The worker with the GPU that has the least room of those that have enough."""
-    if wish.split is not None:
+    if constraints.split is not None:
         return None
     ranks = []
     is_held = any(copies and _has_host_room(host, costs) for _, host, _, costs, copies in candidates)
@@ -123,7 +123,7 @@ def _single(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
             continue
         second: int | None = None  # the room of one that has the model already
         for room, id_ in host.by_room[bisect_left(host.rooms, need) :]:
-            if wish.devices and id_ not in wish.devices:
+            if constraints.devices and id_ not in constraints.devices:
                 continue
             if id_ not in copies:
                 ranks.append((0 if copies else int(is_held), room - need, host.worker.name, i))
@@ -135,7 +135,7 @@ def _single(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
     return min(ranks)[-1] if ranks else None
 
 
-def _several(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
+def _several(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
     """The worker where a load has room on the fewest GPUs."""
     ranks = []
     for at, (_, host, _, costs, _) in enumerate(candidates):
@@ -144,17 +144,17 @@ def _several(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
             ranks.append((least, host.sums[least - 1], host.worker.name, at))
 
     def look(at: int, any_order: bool) -> tuple[int, int, str, int] | None:
-        i, host, needs, costs, _ = candidates[at]
+        i, host, requirements, costs, _ = candidates[at]
         if not costs.smallest.may_have(host.rooms):
             return None
         free = available(host.worker.devices)
-        placed = arrange(needs, wish, host.worker.devices, free, evenly=False, any_order=any_order)
+        placed = arrange(requirements, constraints, host.worker.devices, free, evenly=False, any_order=any_order)
         return None if placed is None else (len(placed.gpus), host.sums[len(placed.gpus) - 1], host.worker.name, i)
 
     return _best(sorted(ranks), look, lambda at: candidates[at][1].sums[-1])
 
 
-def _evicted(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
+def _evicted(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
     """The worker where the fewest have to be unloaded; where that is the same, those that were not used for longer."""
     ranks = []
     for at, (i, host, _, costs, _) in enumerate(candidates):
@@ -164,11 +164,11 @@ def _evicted(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
             ranks.append((host.unused_since, i, at))
 
     def look(at: int, any_order: bool) -> tuple[int, float, int] | None:
-        i, host, needs, costs, _ = candidates[at]
+        i, host, requirements, costs, _ = candidates[at]
         if costs.n and host.rooms and not costs.smallest.may_have(host.rooms_then):
             return None
         free = available(host.worker.devices)
-        placed = evicting(needs, wish, host.worker, free, evenly=False, any_order=any_order)
+        placed = evicting(requirements, constraints, host.worker, free, evenly=False, any_order=any_order)
         if placed is None:
             return None
         return len(placed.evicts), max(held.used_at for held in placed.evicts), i
@@ -176,17 +176,17 @@ def _evicted(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
     return _best(sorted(ranks), look, lambda at: candidates[at][1].reach)
 
 
-def _partial(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
+def _partial(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
     """The worker where the most layers have room on GPUs."""
     ranks = []
     for at, (_, host, _, costs, _) in enumerate(candidates):
-        if host.worker.partly_on_cpu and wish.is_partly:
+        if host.worker.partly_on_cpu and constraints.is_partly:
             ranks.append((-costs.smallest.n_layers(host.rooms), host.worker.name, at))
 
     def look(at: int, any_order: bool) -> tuple[int, str, int] | None:
-        i, host, needs, _, _ = candidates[at]
+        i, host, requirements, _, _ = candidates[at]
         free = available(host.worker.devices)
-        placed = partly(needs, wish, host.worker, free, evenly=False, any_order=any_order)
+        placed = partly(requirements, constraints, host.worker, free, evenly=False, any_order=any_order)
         return None if placed is None else (-sum(placed.layers), host.worker.name, i)
 
     return _best(sorted(ranks), look, lambda at: candidates[at][1].sums[-1])
@@ -213,9 +213,9 @@ def _best(
     return None
 
 
-def _cpu(candidates: Sequence[_Candidate], wish: Wish) -> int | None:
+def _cpu(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
     """The worker that holds the fewest instances, since they share their host's processors."""
-    if wish.devices and CPU not in wish.devices:
+    if constraints.devices and CPU not in constraints.devices:
         return None
     ranks = [
         (CPU in copies, host.worker.residents, host.worker.name, i)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from shared.memory.plan import Plan
-from shared.schema.memory import CPU, Taken
+from shared.schema.memory import CPU, Usage
 from shared.schema.model import ENCODERS, Dimensions, Model, each
 
 CELLS = 256  # a context is padded to a multiple of this many tokens
@@ -32,7 +32,7 @@ UNKNOWN_VOCABULARY = 262_144  # tokens: there are none much larger
 MOST_BYTES = 2**53  # more than there is anywhere, and the last number that every JSON reader can hold
 
 
-class Needs(Struct, frozen=True, kw_only=True):
+class Requirements(Struct, frozen=True, kw_only=True):
     """What a load takes.  `weights` and `context` have the bytes of each layer."""
 
     weights: list[int]
@@ -65,27 +65,27 @@ class Needs(Struct, frozen=True, kw_only=True):
         """Whether this was compared with the engine, where so many GPUs take all layers but the first `on_cpu`."""
         return self.exact and (n_gpus == 0 or (self.offload_kqv and (n_gpus == 1 or on_cpu > 0)))
 
-    def on_cpu(self) -> Taken:
-        return Taken(
+    def on_cpu(self) -> Usage:
+        return Usage(
             id=CPU,
             weights_bytes=min(self.input_bytes + sum(self.weights) * (2 if self.is_repacked else 1), MOST_BYTES),
             context_bytes=min(sum(self.context), MOST_BYTES),
             compute_bytes=min(self.cpu_compute_bytes, MOST_BYTES),
         )
 
-    def on_gpu(self, device: str, first: int, last: int) -> Taken:
+    def on_gpu(self, device: str, first: int, last: int) -> Usage:
         """What the layers from `first` up to, without it, `last` take of a GPU."""
         has_output = last == self.n_layers
-        return Taken(
+        return Usage(
             id=device,
             weights_bytes=min(sum(self.weights[first:last]) + (self.tied_bytes if has_output else 0), MOST_BYTES),
             context_bytes=min(sum(self.context[first:last]), MOST_BYTES) if self.offload_kqv else 0,
             compute_bytes=min(self.compute_bytes if has_output else self.inner_compute_bytes, MOST_BYTES),
         )
 
-    def beside_gpus(self, first: int) -> Taken:
+    def beside_gpus(self, first: int) -> Usage:
         """What is left with the CPU where GPUs take the layers from `first` on."""
-        return Taken(
+        return Usage(
             id=CPU,
             weights_bytes=min(self.input_bytes + sum(self.weights[:first]), MOST_BYTES),
             context_bytes=min(sum(self.context[:first] if self.offload_kqv else self.context), MOST_BYTES),
@@ -93,11 +93,11 @@ class Needs(Struct, frozen=True, kw_only=True):
         )
 
 
-def needs_of(model: Model, load: Plan) -> Needs:
+def requirements_of(model: Model, load: Plan) -> Requirements:
     """What a load takes of any devices.  Without dimensions, nothing is known of layers: all of it is one."""
     dimensions = model.dimensions
     if dimensions is None:
-        return Needs(
+        return Requirements(
             weights=[model.size_bytes],
             context=[0],
             tied_bytes=0,
@@ -122,7 +122,7 @@ def needs_of(model: Model, load: Plan) -> Needs:
         is_tied = _has_cache(model) and not weights.has_output
     beside = not load.offload_kqv and _has_cache(model)
     cells = _cells(load)
-    return Needs(
+    return Requirements(
         weights=[*blocks, output_bytes],
         context=[*(cells * of_a_token for of_a_token in _cache_of_a_token(model, dimensions) or [0] * n), 0],
         tied_bytes=input_bytes if is_tied else 0,

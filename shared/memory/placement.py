@@ -24,10 +24,10 @@ from typing import Literal, NamedTuple
 
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from shared.memory.estimate import CELLS, Needs, needs_of
+from shared.memory.estimate import CELLS, Requirements, requirements_of
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
-from shared.schema.memory import CPU, Device, Holding, Taken
+from shared.schema.memory import CPU, Device, Holding, Usage
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
@@ -36,7 +36,7 @@ ORDERED = 8  # of so many GPUs every order is looked at
 HALVINGS = 10  # how evenly layers are spread: to a thousandth of what is free
 
 
-class Wish(Struct, frozen=True, kw_only=True):
+class Constraints(Struct, frozen=True, kw_only=True):
     """Where a client wants a load to go."""
 
     offload: float = 1.0  # part of the layers that GPUs take
@@ -45,7 +45,7 @@ class Wish(Struct, frozen=True, kw_only=True):
     split: Literal["even", "priority"] | list[float] | None = None
 
     @classmethod
-    def of(cls, asked: GPURequest | UnsetType) -> Wish:
+    def of(cls, asked: GPURequest | UnsetType) -> Constraints:
         if asked is UNSET:
             return cls()
         offload = {UNSET: 1.0, "max": 1.0, "off": 0.0}.get(asked.offload, asked.offload)
@@ -57,9 +57,9 @@ class Wish(Struct, frozen=True, kw_only=True):
             split=None if asked.split is UNSET else asked.split,
         )
 
-    def n_layers(self, needs: Needs) -> int:
+    def n_layers(self, requirements: Requirements) -> int:
         """How many layers GPUs are to take."""
-        return 0 if self.devices == [CPU] else int(self.offload * needs.n_layers + 1e-9)
+        return 0 if self.devices == [CPU] else int(self.offload * requirements.n_layers + 1e-9)
 
     def gpus(self, devices: Sequence[Device]) -> list[str]:
         """Those of a worker's GPUs that may be used, in the order that the client gave, or the worker has."""
@@ -73,7 +73,7 @@ class Placement(Struct, frozen=True, kw_only=True):
 
     gpus: list[str] = []
     layers: list[int] = []
-    taken: list[Taken]  # of the GPUs, then of the CPU
+    usage: list[Usage]  # of the GPUs, then of the CPU
     evicts: list[Holding] = []
     exact: bool  # whether `taken` is from a formula that was compared with the engine
 
@@ -84,20 +84,22 @@ class Placement(Struct, frozen=True, kw_only=True):
 
     @property
     def bytes(self) -> dict[str, int]:
-        return {taken.id: taken.total_bytes for taken in self.taken}
+        return {taken.id: taken.total_bytes for taken in self.usage}
 
 
 Free = Mapping[str, int]  # bytes that may be given, by device
 
 
-def place(needs: Needs, wish: Wish, worker: WorkerSnapshot, key: str = "") -> Placement | None:
+def place(
+    requirements: Requirements, constraints: Constraints, worker: WorkerSnapshot, key: str = ""
+) -> Placement | None:
     """The place of a load of model `key` on this worker; None where it has no room, whatever were unloaded."""
     free = available(worker.devices)
     copies = {id_ for held in worker.held if held.key == key for id_ in held.devices}
     return (
-        arrange(needs, wish, worker.devices, free, copies)
-        or evicting(needs, wish, worker, free)
-        or partly(needs, wish, worker, free)
+        arrange(requirements, constraints, worker.devices, free, copies)
+        or evicting(requirements, constraints, worker, free)
+        or partly(requirements, constraints, worker, free)
     )
 
 
@@ -115,8 +117,8 @@ def once_gone(free: Free, victims: Iterable[Holding]) -> dict[str, int]:
 
 
 def arrange(
-    needs: Needs,
-    wish: Wish,
+    requirements: Requirements,
+    constraints: Constraints,
     devices: Sequence[Device],
     free: Free,
     copies: Collection[str] = (),
@@ -126,18 +128,18 @@ def arrange(
 ) -> Placement | None:
     """A place where there is room as it is, with as many layers on GPUs as was wished.  Without `evenly`, of several
     GPUs the last ones may get little; without `any_order`, not every order of them is tried."""
-    n = wish.n_layers(needs)
+    n = constraints.n_layers(requirements)
     if n == 0 or not has_gpu(devices):
-        return _on_cpu(needs, wish, free)
-    gpus, first = wish.gpus(devices), needs.n_layers - n
-    if not gpus or not _has_room_beside(needs, first, free):
+        return _on_cpu(requirements, constraints, free)
+    gpus, first = constraints.gpus(devices), requirements.n_layers - n
+    if not gpus or not _has_room_beside(requirements, first, free):
         return None
-    return _on_gpus(needs, wish, first, gpus, free, copies, HALVINGS if evenly else 0, any_order)
+    return _on_gpus(requirements, constraints, first, gpus, free, copies, HALVINGS if evenly else 0, any_order)
 
 
 def _on_gpus(
-    needs: Needs,
-    wish: Wish,
+    requirements: Requirements,
+    constraints: Constraints,
     first: int,
     gpus: Sequence[str],
     free: Free,
@@ -146,25 +148,25 @@ def _on_gpus(
     any_order: bool,
 ) -> Placement | None:
     """A place for the layers from `first` on, whatever is left of the host's memory."""
-    if isinstance(wish.split, list) and len(wish.split) > len(gpus):
+    if isinstance(constraints.split, list) and len(constraints.split) > len(gpus):
         return None
-    if wish.split is not None:
-        return _placed(needs, first, gpus, _as_wished(needs, first, gpus, free, wish.split), free)
-    need, n = needs.single(first), needs.n_layers - first
+    if constraints.split is not None:
+        return _placed(requirements, first, gpus, _as_wished(requirements, first, gpus, free, constraints.split), free)
+    need, n = requirements.single(first), requirements.n_layers - first
     roomy = [(id_ in copies, free[id_] - need, i) for i, id_ in enumerate(gpus) if free[id_] >= need]
     if roomy:
-        return _placed(needs, first, [gpus[min(roomy)[2]]], [n], free)
+        return _placed(requirements, first, [gpus[min(roomy)[2]]], [n], free)
     if sum(max(0, free[id_]) for id_ in gpus) < need:
         return None
     by_room = sorted(gpus, key=lambda id_: -free[id_])
-    sums, smallest = _sums(needs), Smallest.of(needs, first)
+    sums, smallest = _sums(requirements), Smallest.of(requirements, first)
     for k in range(2, min(len(gpus), n) + 1):
         rooms = [free[id_] for id_ in by_room[:k]]
-        if sum(rooms) < need + (k - 1) * needs.inner_compute_bytes or not smallest.may_have(rooms):
+        if sum(rooms) < need + (k - 1) * requirements.inner_compute_bytes or not smallest.may_have(rooms):
             continue
-        for order in _orders(needs, first, by_room[:k], free, sums, any_order):
-            if (layers := _by_room(needs, first, order, free, sums, halvings)) is not None:
-                return _placed(needs, first, order, layers, free)
+        for order in _orders(requirements, first, by_room[:k], free, sums, any_order):
+            if (layers := _by_room(requirements, first, order, free, sums, halvings)) is not None:
+                return _placed(requirements, first, order, layers, free)
     return None
 
 
@@ -177,11 +179,11 @@ class Smallest(NamedTuple):
     n: int  # so many layers there are
 
     @classmethod
-    def of(cls, needs: Needs, first: int) -> Smallest:
-        contexts = needs.context if needs.offload_kqv else repeat(0)
-        last = max(first, needs.n_layers - 1)
-        layers = map(add, islice(needs.weights, first, last), islice(contexts, first, last))
-        least = min(needs.compute_bytes, needs.inner_compute_bytes)
+    def of(cls, requirements: Requirements, first: int) -> Smallest:
+        contexts = requirements.context if requirements.offload_kqv else repeat(0)
+        last = max(first, requirements.n_layers - 1)
+        layers = map(add, islice(requirements.weights, first, last), islice(contexts, first, last))
+        least = min(requirements.compute_bytes, requirements.inner_compute_bytes)
         return cls(max(1, min(layers, default=1)), least, last - first)
 
     def may_have(self, rooms: Iterable[int]) -> bool:
@@ -196,39 +198,41 @@ def has_gpu(devices: Sequence[Device]) -> bool:
     return any(device.kind == "gpu" for device in devices)
 
 
-def _on_cpu(needs: Needs, wish: Wish, free: Free) -> Placement | None:
-    taken = needs.on_cpu()
-    if CPU not in free or taken.total_bytes > free[CPU] or (wish.devices and CPU not in wish.devices):
+def _on_cpu(requirements: Requirements, constraints: Constraints, free: Free) -> Placement | None:
+    taken = requirements.on_cpu()
+    if CPU not in free or taken.total_bytes > free[CPU] or (constraints.devices and CPU not in constraints.devices):
         return None
-    return Placement(taken=[taken], exact=needs.is_exact(0, needs.n_layers))
+    return Placement(usage=[taken], exact=requirements.is_exact(0, requirements.n_layers))
 
 
-def _has_room_beside(needs: Needs, first: int, free: Free) -> bool:
+def _has_room_beside(requirements: Requirements, first: int, free: Free) -> bool:
     """Whether the host's memory has room for what does not go to GPUs.  A worker that does not own it may not put
     layers there, and what it needs of it besides is not counted."""
     if CPU not in free:
         return first == 0
-    return needs.beside_gpus(first).total_bytes <= free[CPU]
+    return requirements.beside_gpus(first).total_bytes <= free[CPU]
 
 
-def _placed(needs: Needs, first: int, gpus: Sequence[str], layers: Sequence[int], free: Free) -> Placement | None:
+def _placed(
+    requirements: Requirements, first: int, gpus: Sequence[str], layers: Sequence[int], free: Free
+) -> Placement | None:
     """The placement with so many layers on each of these GPUs, unless one of them has no room for them."""
     ends = [*accumulate(layers, initial=first)]
     used = [(id_, n, start) for id_, n, start in zip(gpus, layers, ends, strict=False) if n]
-    taken = [needs.on_gpu(id_, start, start + n) for id_, n, start in used]
+    taken = [requirements.on_gpu(id_, start, start + n) for id_, n, start in used]
     if any(one.total_bytes > free[one.id] for one in taken):
         return None
-    beside = [needs.beside_gpus(first)] if CPU in free else []
+    beside = [requirements.beside_gpus(first)] if CPU in free else []
     return Placement(
         gpus=[id_ for id_, _, _ in used],
         layers=[n for _, n, _ in used],
-        taken=[*taken, *beside],
-        exact=needs.is_exact(len(used), first),
+        usage=[*taken, *beside],
+        exact=requirements.is_exact(len(used), first),
     )
 
 
 def _by_room(
-    needs: Needs, first: int, gpus: Sequence[str], free: Free, sums: Sequence[int], halvings: int
+    requirements: Requirements, first: int, gpus: Sequence[str], free: Free, sums: Sequence[int], halvings: int
 ) -> list[int] | None:
     """Layers for each of these GPUs, in this order, such that all are as full as each other, or None where they have
     no room.  Each gets at least one."""
@@ -236,7 +240,7 @@ def _by_room(
         return None
 
     def filled(part: float) -> list[int] | None:
-        return _filled(needs, first, [int(free[id_] * part) for id_ in gpus], sums)
+        return _filled(requirements, first, [int(free[id_] * part) for id_ in gpus], sums)
 
     best = filled(1.0)
     low, high = 0.0, 1.0  # `high` does
@@ -249,23 +253,23 @@ def _by_room(
     return best
 
 
-def _sums(needs: Needs) -> list[int]:
+def _sums(requirements: Requirements) -> list[int]:
     """What the first none, one, two, ... layers take of GPUs, without what comes with the output."""
-    layers = map(add, needs.weights, needs.context) if needs.offload_kqv else needs.weights
+    layers = map(add, requirements.weights, requirements.context) if requirements.offload_kqv else requirements.weights
     return [*accumulate(layers, initial=0)]
 
 
 def _orders(
-    needs: Needs, first: int, gpus: Sequence[str], free: Free, sums: Sequence[int], any_order: bool
+    requirements: Requirements, first: int, gpus: Sequence[str], free: Free, sums: Sequence[int], any_order: bool
 ) -> Iterator[Sequence[str]]:
     """Orders in which these GPUs may have room: two that nearly always do, then one that does if any does."""
     yield gpus
     yield gpus[::-1]
     if any_order:
-        yield _order(needs, first, gpus, free, sums)
+        yield _order(requirements, first, gpus, free, sums)
 
 
-def _order(needs: Needs, first: int, gpus: Sequence[str], free: Free, sums: Sequence[int]) -> list[str]:
+def _order(requirements: Requirements, first: int, gpus: Sequence[str], free: Free, sums: Sequence[int]) -> list[str]:
     """An order in which these GPUs have room, each filled before the next, or none.
 
     Layers cannot be cut, so what is left over of each GPU depends on which layers it takes.  By how far the layers
@@ -273,33 +277,33 @@ def _order(needs: Needs, first: int, gpus: Sequence[str], free: Free, sums: Sequ
     """
     if len(gpus) > ORDERED:
         return []
-    last = needs.n_layers - 1  # the output, which the last GPU takes
+    last = requirements.n_layers - 1  # the output, which the last GPU takes
     reached: dict[tuple[str, ...], tuple[int, list[str]]] = {(): (first, [])}
     for _ in gpus[1:]:
         further: dict[tuple[str, ...], tuple[int, list[str]]] = {}
         for start, order in reached.values():
             rooms = {free[id_]: id_ for id_ in gpus if id_ not in order}  # of GPUs with the same room, one
             for room, id_ in rooms.items():
-                end = min(last, bisect_right(sums, sums[start] + room - needs.inner_compute_bytes, start) - 1)
+                end = min(last, bisect_right(sums, sums[start] + room - requirements.inner_compute_bytes, start) - 1)
                 taken = tuple(sorted([*order, id_]))
                 if end > start and end > further.get(taken, (0, []))[0]:
                     further[taken] = end, [*order, id_]
         reached = further
     for start, order in reached.values():
         (id_,) = (id_ for id_ in gpus if id_ not in order)
-        if sums[-1] - sums[start] + needs.tied_bytes + needs.compute_bytes <= free[id_]:
+        if sums[-1] - sums[start] + requirements.tied_bytes + requirements.compute_bytes <= free[id_]:
             return [*order, id_]
     return []
 
 
-def _filled(needs: Needs, first: int, rooms: Sequence[int], sums: Sequence[int]) -> list[int] | None:
+def _filled(requirements: Requirements, first: int, rooms: Sequence[int], sums: Sequence[int]) -> list[int] | None:
     """Layers for each of some GPUs with so much room, where each is filled before the next."""
-    layers, start, n = [], first, needs.n_layers
+    layers, start, n = [], first, requirements.n_layers
     for left, room in zip(range(len(rooms) - 1, -1, -1), rooms, strict=True):
         if left == 0:
-            end, besides = n, needs.tied_bytes + needs.compute_bytes
+            end, besides = n, requirements.tied_bytes + requirements.compute_bytes
         else:  # each of those that are left is to get one
-            besides = needs.inner_compute_bytes
+            besides = requirements.inner_compute_bytes
             end = min(n - left, bisect_right(sums, sums[start] + room - besides, start) - 1)
         if end <= start or sums[end] - sums[start] + besides > room:
             return None
@@ -309,18 +313,22 @@ def _filled(needs: Needs, first: int, rooms: Sequence[int], sums: Sequence[int])
 
 
 def _as_wished(
-    needs: Needs, first: int, gpus: Sequence[str], free: Free, split: Literal["even", "priority"] | list[float]
+    requirements: Requirements,
+    first: int,
+    gpus: Sequence[str],
+    free: Free,
+    split: Literal["even", "priority"] | list[float],
 ) -> list[int]:
     """Layers for each of these GPUs, whether or not they have room."""
-    n = needs.n_layers - first
+    n = requirements.n_layers - first
     if split == "priority":
         layers: list[int] = []
         start = first
         for id_ in gpus:
-            if needs.single(start) <= free[id_]:
-                return [*layers, needs.n_layers - start]
-            end, bytes_ = start, needs.inner_compute_bytes
-            while end < needs.n_layers - 1 and (bytes_ := bytes_ + needs.of_layer(end)) <= free[id_]:
+            if requirements.single(start) <= free[id_]:
+                return [*layers, requirements.n_layers - start]
+            end, bytes_ = start, requirements.inner_compute_bytes
+            while end < requirements.n_layers - 1 and (bytes_ := bytes_ + requirements.of_layer(end)) <= free[id_]:
                 end += 1
             layers.append(end - start)
             start = end
@@ -336,30 +344,44 @@ def _as_wished(
 
 
 def partly(
-    needs: Needs, wish: Wish, worker: WorkerSnapshot, free: Free, *, evenly: bool = True, any_order: bool = True
+    requirements: Requirements,
+    constraints: Constraints,
+    worker: WorkerSnapshot,
+    free: Free,
+    *,
+    evenly: bool = True,
+    any_order: bool = True,
 ) -> Placement | None:
     """As many layers on GPUs as there is room for, where that may be fewer than all."""
-    if not (worker.partly_on_cpu and wish.is_partly and has_gpu(worker.devices)) or CPU not in free:
+    if not (worker.partly_on_cpu and constraints.is_partly and has_gpu(worker.devices)) or CPU not in free:
         return None
-    if wish.devices and CPU not in wish.devices:
+    if constraints.devices and CPU not in constraints.devices:
         return None
-    gpus = wish.gpus(worker.devices)
+    gpus = constraints.gpus(worker.devices)
 
     def on_gpus(n: int) -> Placement | None:
-        return _on_gpus(needs, wish, needs.n_layers - n, gpus, free, (), HALVINGS if evenly else 0, any_order)
+        return _on_gpus(
+            requirements, constraints, requirements.n_layers - n, gpus, free, (), HALVINGS if evenly else 0, any_order
+        )
 
     n = 0  # the most layers that GPUs have room for: the fewer they take, the more is left to the CPU
-    if gpus and wish.split in (None, "priority"):
-        n = bisect_left(range(1, needs.n_layers), True, key=lambda n: on_gpus(n) is None)
+    if gpus and constraints.split in (None, "priority"):
+        n = bisect_left(range(1, requirements.n_layers), True, key=lambda n: on_gpus(n) is None)
     elif gpus:  # in fixed parts each GPU takes other layers as they get fewer, and these may be larger
-        n = next((n for n in range(needs.n_layers - 1, 0, -1) if on_gpus(n) is not None), 0)
+        n = next((n for n in range(requirements.n_layers - 1, 0, -1) if on_gpus(n) is not None), 0)
     if n == 0:
-        return _on_cpu(needs, wish, free)
-    return on_gpus(n) if _has_room_beside(needs, needs.n_layers - n, free) else None
+        return _on_cpu(requirements, constraints, free)
+    return on_gpus(n) if _has_room_beside(requirements, requirements.n_layers - n, free) else None
 
 
 def evicting(
-    needs: Needs, wish: Wish, worker: WorkerSnapshot, free: Free, *, evenly: bool = True, any_order: bool = True
+    requirements: Requirements,
+    constraints: Constraints,
+    worker: WorkerSnapshot,
+    free: Free,
+    *,
+    evenly: bool = True,
+    any_order: bool = True,
 ) -> Placement | None:
     """A place where there is room once others are unloaded."""
     idle = sorted(
@@ -367,7 +389,9 @@ def evicting(
     )
 
     def without(victims: Sequence[Holding], *, evenly: bool = False) -> Placement | None:
-        return arrange(needs, wish, worker.devices, once_gone(free, victims), evenly=evenly, any_order=any_order)
+        return arrange(
+            requirements, constraints, worker.devices, once_gone(free, victims), evenly=evenly, any_order=any_order
+        )
 
     enough = next((n for n in range(1, len(idle) + 1) if without(idle[:n]) is not None), None)
     if enough is None:
@@ -382,13 +406,15 @@ def evicting(
 
 
 def largest_context_length(
-    request: LoadRequest, model: Model, settings: Settings, has_room: Callable[[Needs], bool]
+    request: LoadRequest, model: Model, settings: Settings, has_room: Callable[[Requirements], bool]
 ) -> int | None:
     """The largest context length with which a request has room: a multiple of 256, or the model's maximum; None where
     no context is small enough.  More context never takes less memory."""
 
     def fits(context_length: int) -> bool:
-        return has_room(needs_of(model, plan(structs.replace(request, context_length=context_length), model, settings)))
+        return has_room(
+            requirements_of(model, plan(structs.replace(request, context_length=context_length), model, settings))
+        )
 
     if fits(model.max_context_length):
         return model.max_context_length

@@ -9,7 +9,7 @@ from msgspec import Struct
 CPU = "CPU"  # the id of the host's memory as a device
 
 
-class Taken(Struct, frozen=True, kw_only=True):
+class Usage(Struct, frozen=True, kw_only=True):
     """Bytes that a load takes of a device."""
 
     id: str

@@ -17,7 +17,7 @@ from msgspec import msgpack
 from redis.asyncio import Redis
 
 from shared.instance import Instance
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 from shared.schema.snapshot import Sizing
 from shared.store import keys
 from shared.store.connection import UNAVAILABLE
@@ -76,7 +76,7 @@ class Queue:
         except UNAVAILABLE as e:
             log.get("store").warning("delivery lost", action="delivery_lost", **instance.ids, error=str(e))
 
-    async def sized(self, worker: str, sizing: Sizing) -> list[Taken] | None:
+    async def sized(self, worker: str, sizing: Sizing) -> list[Usage] | None:
         """Return what a worker's engine says that a load would take; None if it does not say within SIZED_S.
 
         Raises what UNAVAILABLE lists.
@@ -88,7 +88,7 @@ class Queue:
             found: bytes = await job.result(timeout=SIZED_S, poll_delay=0.02)
         except TimeoutError:
             return None
-        return msgpack.decode(found, type=list[Taken] | None)
+        return msgpack.decode(found, type=list[Usage] | None)
 
     async def _enqueue(self, worker: str, id_: str, data: bytes, within_s: int) -> None:
         await self._deliver(worker=worker, id=id_, entry=data, expires_ms=within_s * 1000, retain_s=RETAIN_S)

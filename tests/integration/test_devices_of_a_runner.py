@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 from shared.synthetic.models import large_vocabulary, tiny_gemma3
 from tests.integration.test_runner import DEADLINE_S, answers, given, ready, taken
 from tests.support.fakehosts import Device, FakeHost
@@ -70,7 +70,7 @@ async def started(visible: str | None = None) -> AsyncIterator[Runner]:
         await runners.close()
 
 
-async def measured(runner: Runner, load: Load) -> list[Taken]:
+async def measured(runner: Runner, load: Load) -> list[Usage]:
     await runner.send(Measure(load))
     async with asyncio.timeout(DEADLINE_S):
         message = await runner.receive()

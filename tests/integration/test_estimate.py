@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import pytest
 
-from shared.memory.estimate import Needs, needs_of
+from shared.memory.estimate import Requirements, requirements_of
 from shared.memory.plan import plan
 from shared.schema.http import LoadRequest
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 from shared.schema.model import Model
 from shared.settings import Settings
 from shared.synthetic.architectures import SHAPES
@@ -71,12 +71,12 @@ def models(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Mo
     return {preset: found[f"p/{preset}"] for preset in SHAPES}
 
 
-def estimated(model: Model, **fields: Any) -> Needs:
-    return needs_of(model, plan(LoadRequest(model=model.key, **fields), model, Settings()))
+def estimated(model: Model, **fields: Any) -> Requirements:
+    return requirements_of(model, plan(LoadRequest(model=model.key, **fields), model, Settings()))
 
 
 @pytest.fixture(scope="module")
-def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict[str, Taken]]:
+def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict[str, Usage]]:
     """The engine's, by model and kind of device, of each configuration: what it takes of that device."""
     asked: list[tuple[str, Kind, str]] = []
     loads: list[Load] = []
@@ -87,7 +87,7 @@ def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict
             asked.append((preset, kind, words))
             planned = plan(LoadRequest(model=model.key, **fields), model, Settings())
             loads.append(load(root / model.shards[0], planned, layers))
-    found: dict[tuple[str, Kind], dict[str, Taken]] = defaultdict(dict)
+    found: dict[tuple[str, Kind], dict[str, Usage]] = defaultdict(dict)
     for (preset, kind, words), (taken, *_) in zip(asked, measured(loads), strict=True):
         found[preset, kind][words] = taken
     return found
@@ -95,14 +95,14 @@ def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict
 
 @pytest.mark.parametrize(("preset", "kind"), DEVICES)
 def test_the_estimate_is_what_the_engine_would_take(
-    preset: str, kind: Kind, models: dict[str, Model], figures: dict[tuple[str, Kind], dict[str, Taken]]
+    preset: str, kind: Kind, models: dict[str, Model], figures: dict[tuple[str, Kind], dict[str, Usage]]
 ) -> None:
     asked = configurations(preset, kind)
     assert figures[preset, kind].keys() == asked.keys()
     for words, engine in figures[preset, kind].items():
-        needs = estimated(models[preset], **asked[words])
-        found = needs.on_gpu("", 0, needs.n_layers) if kind == "gpu" else needs.on_cpu()
-        assert needs.is_exact(1 if kind == "gpu" else 0, 0)
+        requirements = estimated(models[preset], **asked[words])
+        found = requirements.on_gpu("", 0, requirements.n_layers) if kind == "gpu" else requirements.on_cpu()
+        assert requirements.is_exact(1 if kind == "gpu" else 0, 0)
         assert found.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), words
         assert found.compute_bytes == pytest.approx(engine.compute_bytes, rel=COMPUTE_BOUND), words
         assert found.context_bytes == engine.context_bytes, words
@@ -125,24 +125,24 @@ SPLITS: list[tuple[str, str, list[float]]] = (
 def test_the_estimate_of_each_device_is_what_the_engine_would_take_there(root: Path, models: dict[str, Model]) -> None:
     """Of what is computed on the host, which is little, it is an upper bound."""
     loads: list[Load] = []
-    asked: list[tuple[str, str, Needs, list[int]]] = []
+    asked: list[tuple[str, str, Requirements, list[int]]] = []
     for preset, words, parts in SPLITS:
         model, fields = models[preset], (EMBEDDING if preset == "bert-large" else DECODER)[words]
-        needs = estimated(model, **fields)
-        layers = [int(part * needs.n_layers) for part in parts]
+        requirements = estimated(model, **fields)
+        layers = [int(part * requirements.n_layers) for part in parts]
         if sum(parts) == 1:
-            layers[-1] += needs.n_layers - sum(layers)
+            layers[-1] += requirements.n_layers - sum(layers)
         planned = plan(LoadRequest(model=model.key, **fields), model, Settings())
         loads.append(load(root / model.shards[0], planned, layers))
-        asked.append((preset, words, needs, layers))
-    for (preset, words, needs, layers), taken in zip(asked, measured(loads), strict=True):
-        start = first = needs.n_layers - sum(layers)
+        asked.append((preset, words, requirements, layers))
+    for (preset, words, requirements, layers), taken in zip(asked, measured(loads), strict=True):
+        start = first = requirements.n_layers - sum(layers)
         for n, engine in zip(layers, taken, strict=False):
-            found = needs.on_gpu(engine.id, start, start + n)
+            found = requirements.on_gpu(engine.id, start, start + n)
             start += n
             assert found.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), (preset, words, layers)
             assert found.context_bytes == engine.context_bytes
-        host, engine = needs.beside_gpus(first), taken[-1]
+        host, engine = requirements.beside_gpus(first), taken[-1]
         assert host.context_bytes == engine.context_bytes
         assert host.weights_bytes == pytest.approx(engine.weights_bytes, rel=1e-3, abs=1 << 16)
         assert 0.9 <= host.compute_bytes / engine.compute_bytes <= 1.4, (preset, words, layers)

@@ -14,7 +14,7 @@ from msgspec import msgpack
 import worker.runner.warm
 from shared.lifecycle import State
 from shared.schema.http import LoadRequest
-from shared.schema.memory import CPU, Taken
+from shared.schema.memory import CPU, Usage
 from shared.schema.snapshot import Sizing
 from tests.integration.test_agent import (
     DEADLINE_S,
@@ -44,7 +44,7 @@ MESSAGES: list[Received] = [
     Pong(),
     Progress("weights", 1),
     msgspec.convert({"config": {"context_length": 256}, "timing": {"weights": 0.5}, "files": [], "taken": []}, Ready),
-    Measured([Taken(id=CPU, weights_bytes=1)]),
+    Measured([Usage(id=CPU, weights_bytes=1)]),
     Failed("it will not"),
     Unreadable(),
     None,
@@ -113,7 +113,7 @@ async def test_any_message_to_a_dry_run_leaves_nothing(
     Engine(runner, monkeypatch).says(message)
     question = Sizing(request=LoadRequest(model="p/llama"), key="p/llama", gpus=[], layers=[])
     async with asyncio.timeout(DEADLINE_S):
-        answer = msgpack.decode(await agent.dry_run.answer(msgpack.encode(question)), type=list[Taken] | None)
+        answer = msgpack.decode(await agent.dry_run.answer(msgpack.encode(question)), type=list[Usage] | None)
     assert answer == (message.taken if isinstance(message, Measured) else None)
     assert is_gone(runner.pid)
 

@@ -29,11 +29,11 @@ from msgspec import UNSET, Struct, structs
 from api.pool.roster import Roster
 from shared.instance import Instance
 from shared.lifecycle import State
-from shared.memory.estimate import Needs, needs_of
-from shared.memory.placement import Placement, Wish, place
+from shared.memory.estimate import Requirements, requirements_of
+from shared.memory.placement import Constraints, Placement, place
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
-from shared.schema.memory import Holding, Taken
+from shared.schema.memory import Holding, Usage
 from shared.schema.model import Dimensions, Model, Weights
 from shared.schema.snapshot import WorkerSnapshot, short
 from shared.settings import Settings
@@ -240,7 +240,7 @@ class _Ledger(Ledger):
         super().update(readings)
         self.worker.check_what_is_available()
 
-    def reserve(self, instance: str, taken: Iterable[Taken]) -> None:
+    def reserve(self, instance: str, taken: Iterable[Usage]) -> None:
         taken = [*taken]
         room = self.worker.safe(without=instance)
         for one in taken:
@@ -378,11 +378,13 @@ class _Worker:
         ]
         return structs.replace(self.snapshot(), devices=devices, held=[*held])
 
-    def needs(self, instance: Instance) -> Needs:
-        return needs_of(MODELS[instance.key], plan(instance.request, MODELS[instance.key], self.settings))
+    def requirements(self, instance: Instance) -> Requirements:
+        return requirements_of(MODELS[instance.key], plan(instance.request, MODELS[instance.key], self.settings))
 
     def has_room(self, instance: Instance, held: Collection[Holding] = ()) -> bool:
-        return place(self.needs(instance), Wish.of(instance.request.gpu), self._as_it_is(held)) is not None
+        return (
+            place(self.requirements(instance), Constraints.of(instance.request.gpu), self._as_it_is(held)) is not None
+        )
 
     def check_victims(self, victims: Sequence[Holding], instance: Instance) -> None:
         by_name = {one.id: one for one in self.held.values()}
@@ -398,7 +400,11 @@ class _Worker:
                 )
                 for device in room.devices
             ]
-            found = place(self.needs(instance), Wish.of(instance.request.gpu), structs.replace(room, devices=devices))
+            found = place(
+                self.requirements(instance),
+                Constraints.of(instance.request.gpu),
+                structs.replace(room, devices=devices),
+            )
             assert found is None, f"{victim.instance_id} is unloaded in vain"
 
 
@@ -493,11 +499,11 @@ class _Resident:
         self.outcome = "loaded"
         await self.worker.announce()
 
-    def _truth(self, placed: Placement) -> list[Taken]:
+    def _truth(self, placed: Placement) -> list[Usage]:
         """What the engine takes in this place: more than the estimate, or less, by so many percent."""
-        needs, start, found = self.worker.needs(self.instance), needs_first(placed, self), []
+        requirements, start, found = self.worker.requirements(self.instance), needs_first(placed, self), []
         for id_, n in zip(placed.gpus, placed.layers, strict=True):
-            taken = needs.on_gpu(id_, start, start + n)
+            taken = requirements.on_gpu(id_, start, start + n)
             more = taken.weights_bytes * self.load.error // 100
             found.append(structs.replace(taken, weights_bytes=taken.weights_bytes + more))
             start += n
@@ -522,7 +528,7 @@ class _Resident:
 
 
 def needs_first(placed: Placement, resident: _Resident) -> int:
-    return resident.worker.needs(resident.instance).n_layers - sum(placed.layers)
+    return resident.worker.requirements(resident.instance).n_layers - sum(placed.layers)
 
 
 # ---- the pool

@@ -27,8 +27,8 @@ from msgspec import UNSET, convert, msgpack
 from redis import Redis
 
 from shared.instance import Instance
-from shared.memory.estimate import Needs, needs_of
-from shared.memory.placement import Wish, available
+from shared.memory.estimate import Requirements, requirements_of
+from shared.memory.placement import Constraints, available
 from shared.memory.plan import plan
 from shared.schema.http import LoadRequest
 from shared.schema.memory import Device, Holding
@@ -49,7 +49,7 @@ TTL_S = 100_000.0  # that nobody waits for
 LAGS_S = (0.0, 0.0, 0.3)  # a driver's, after the end of a process
 OFF = 0.03  # by which an estimate may be off
 BESIDE = 2 * 32 * 64 * 4  # bytes by which a dry run may be off, on several GPUs: `worker.engine.llama.measure` says why
-ANYWHERE = Wish()
+ANYWHERE = Constraints()
 
 
 class Asked(NamedTuple):
@@ -91,7 +91,7 @@ class Pool:
         self.redis_server = RedisServer(home / "redis")
         self.redis = Redis(unix_socket_path=str(self.redis_server.socket))
         self.apis: list[Client] = []
-        self.needs: dict[int, Needs] = {}
+        self.requirements: dict[int, Requirements] = {}
 
     def start(self) -> None:
         redis = ("--redis-url", self.redis_server.url)
@@ -131,14 +131,14 @@ class Pool:
         self.redis.close()
         self.redis_server.kill()
 
-    def needs_of(self, asked: Asked) -> Needs:
+    def requirements_of(self, asked: Asked) -> Requirements:
         """What a load takes, by the formula."""
-        if asked.context_length not in self.needs:
+        if asked.context_length not in self.requirements:
             found: Any = self.redis.get(f"catalog:{next(iter(self.owned))}")
             (model,) = msgpack.decode(found, type=list[Model])
             request = convert({"model": MODEL, **asked.fields}, LoadRequest)
-            self.needs[asked.context_length] = needs_of(model, plan(request, model, Settings()))
-        return self.needs[asked.context_length]
+            self.requirements[asked.context_length] = requirements_of(model, plan(request, model, Settings()))
+        return self.requirements[asked.context_length]
 
     # ---- the truth
 
@@ -305,8 +305,8 @@ class Sequence:
         """Its record if it was loaded.  Half of the APIs know only what they read at their last beat: such a load may
         go to a worker that is not the best one, and comes to another where that has no room."""
         before = self.pool.truth()
-        client, needs = self.pool.apis[asked.api], self.pool.needs_of(asked)
-        wanted = {name: victims_of(needs, ANYWHERE, worker) for name, worker in before.workers.items()}
+        client, requirements = self.pool.apis[asked.api], self.pool.requirements_of(asked)
+        wanted = {name: victims_of(requirements, ANYWHERE, worker) for name, worker in before.workers.items()}
         self.steps.append(f"{asked}, of which the oracle says {_names(wanted)}")
         said = self._estimate(client, asked) if self.random.random() < 0.5 else None
         reply = client.load(MODEL, **asked.fields)
@@ -327,11 +327,11 @@ class Sequence:
         assert sorted(record.evicted) == sorted(one.instance_id for one in victims), "no others, and no more"
         assert after.held() == (before.held() - {*record.evicted}) | {name}
         self._check_room(record.devices)
-        least = fewest(needs, ANYWHERE, 0, there, without(there, victims))
+        least = fewest(requirements, ANYWHERE, 0, there, without(there, victims))
         assert len(record.devices) == least, "as few GPUs as can be"
         if said is not None:
             assert len(victims) == min(len(one) for one in wanted.values() if one is not None)
-            free = [fewest(needs, ANYWHERE, 0, one, without(one, [])) for one in before.workers.values()]
+            free = [fewest(requirements, ANYWHERE, 0, one, without(one, [])) for one in before.workers.values()]
             assert victims or least == min(n for n in free if n is not None), "another worker had it on fewer GPUs"
             (held,) = (one for one in after.workers[record.worker].held if one.instance_id == name)
             self._check_estimate(said, record, held)
@@ -385,7 +385,7 @@ class Sequence:
             self.seen["refused at once"] += 1
             if not evicted and not going:  # else there is room now that there was not
                 for worker in after.workers.values():
-                    now = has_room(self.pool.needs_of(one), ANYWHERE, worker, without(worker, []))
+                    now = has_room(self.pool.requirements_of(one), ANYWHERE, worker, without(worker, []))
                     assert not now, f"{worker.name} has room for {one}"
         self.seen["loaded at once"] += len(loaded)
         self.seen["evictions at once"] += len(evicted)

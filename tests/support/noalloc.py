@@ -1,7 +1,7 @@
 """What llama.cpp itself says a load would take: a dry run that allocates nothing, `worker.engine.llama.measure`.
 
 `python -m tests.support.noalloc GPUS` is a process of its own, since the engine may not be in that of the tests: it
-reads a JSON list of `Load` from stdin and writes, for each, a list of `Taken` to stdout.
+reads a JSON list of `Load` from stdin and writes, for each, a list of `Usage` to stdout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from shared.memory.plan import Plan
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 from worker.runner.protocol import Load
 
 GPUS = ("GPU-0", "GPU-1", "GPU-2", "GPU-3")  # with room for everything, as they take nothing
@@ -31,7 +31,7 @@ def load(path: Path, plan: Plan, layers: list[int]) -> Load:
     )
 
 
-def measured(loads: list[Load]) -> list[list[Taken]]:
+def measured(loads: list[Load]) -> list[list[Usage]]:
     """The engine's figures of each load."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.noalloc"],
@@ -42,7 +42,7 @@ def measured(loads: list[Load]) -> list[list[Taken]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-    return msgspec.json.decode(done.stdout, type=list[list[Taken]])
+    return msgspec.json.decode(done.stdout, type=list[list[Usage]])
 
 
 def main() -> None:

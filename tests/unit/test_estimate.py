@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from shared.memory.estimate import CELLS, MOST_BYTES, Needs, needs_of
+from shared.memory.estimate import CELLS, MOST_BYTES, Requirements, requirements_of
 from shared.memory.placement import largest_context_length
 from shared.memory.plan import plan
 from shared.schema.http import LoadRequest
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 from shared.schema.model import Dimensions, Model, Weights
 from shared.settings import Settings
 
@@ -50,17 +50,17 @@ def model(**fields: Any) -> Model:
     return Model(**{**made, **fields})
 
 
-def needs(found: Model, **fields: Any) -> Needs:
-    return needs_of(found, plan(LoadRequest(model="p/m", **fields), found, SETTINGS))
+def requirements(found: Model, **fields: Any) -> Requirements:
+    return requirements_of(found, plan(LoadRequest(model="p/m", **fields), found, SETTINGS))
 
 
-def on_one(needed: Needs, kind: Kind) -> Taken:
+def on_one(needed: Requirements, kind: Kind) -> Usage:
     """What one device takes that has all of it."""
     return needed.on_cpu() if kind == "cpu" else needed.on_gpu("D", 0, needed.n_layers)
 
 
-def of(found: Model, kind: Kind = "gpu", **fields: Any) -> Taken:
-    return on_one(needs(found, **fields), kind)
+def of(found: Model, kind: Kind = "gpu", **fields: Any) -> Usage:
+    return on_one(requirements(found, **fields), kind)
 
 
 # ---- whatever the header says
@@ -140,7 +140,7 @@ def test_a_gpu_never_takes_more_than_the_host_would(found: Model, asked: dict[st
 def test_the_parts_of_several_devices_are_the_whole_with_a_compute_buffer_for_each(
     found: Model, asked: dict[str, Any], data: st.DataObject
 ) -> None:
-    needed = needs(found, **asked)
+    needed = requirements(found, **asked)
     cut = data.draw(st.integers(0, needed.n_layers - 1))
     first, last = needed.on_gpu("D", 0, cut), needed.on_gpu("E", cut, needed.n_layers)
     whole = on_one(needed, "gpu")
@@ -157,16 +157,16 @@ def test_the_parts_of_several_devices_are_the_whole_with_a_compute_buffer_for_ea
 def test_the_largest_context_is_the_largest_that_fits(
     found: Model, kind: Kind, asked: dict[str, Any], free_bytes: int
 ) -> None:
-    def fits(needed: Needs) -> bool:
+    def fits(needed: Requirements) -> bool:
         return on_one(needed, kind).total_bytes <= free_bytes
 
     largest = largest_context_length(LoadRequest(model="p/m", **asked), found, SETTINGS, fits)
     if largest is not None:
         assert largest == found.max_context_length or largest % CELLS == 0
-        assert fits(needs(found, context_length=largest, **asked))
+        assert fits(requirements(found, context_length=largest, **asked))
     if largest != found.max_context_length:
         more = min((largest or 0) + CELLS, found.max_context_length)
-        assert not fits(needs(found, context_length=more, **asked))
+        assert not fits(requirements(found, context_length=more, **asked))
 
 
 # ---- what counts
@@ -195,7 +195,7 @@ def test_a_matrix_that_is_both_embedding_and_output_is_on_the_gpu_too() -> None:
 def test_an_encoder_has_no_cache() -> None:
     encoder = model(type="embedding", architecture="bert", causal=False, max_context_length=512)
     assert of(encoder).context_bytes == 0
-    assert needs(encoder).exact
+    assert requirements(encoder).exact
 
 
 def test_blocks_that_differ_each_count_as_they_are() -> None:
@@ -218,28 +218,28 @@ UNSURE: dict[str, tuple[Model, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", UNSURE)
 def test_what_was_not_compared_with_the_engine_is_not_called_exact(case: str) -> None:
     found, asked = UNSURE[case]
-    guess = needs(found, **asked)
+    guess = requirements(found, **asked)
     assert not guess.is_exact(n_gpus=1, on_cpu=0)
     assert on_one(guess, "gpu").weights_bytes > 4_000_000_000, "it is a guess all the same"
-    assert needs(model()).is_exact(n_gpus=1, on_cpu=0)
+    assert requirements(model()).is_exact(n_gpus=1, on_cpu=0)
 
 
 def test_only_one_device_that_has_all_of_it_was_compared_with_the_engine() -> None:
-    needed = needs(model())
+    needed = requirements(model())
     assert needed.is_exact(n_gpus=0, on_cpu=33)
     assert not needed.is_exact(n_gpus=2, on_cpu=0)
     assert needed.is_exact(n_gpus=1, on_cpu=1)
 
 
 def test_an_unknown_vocabulary_is_taken_for_a_large_one() -> None:
-    guess = needs(model(dimensions=structs.replace(LLAMA, vocabulary=None)))
+    guess = requirements(model(dimensions=structs.replace(LLAMA, vocabulary=None)))
     assert not guess.exact
-    assert guess.compute_bytes > needs(model()).compute_bytes
+    assert guess.compute_bytes > requirements(model()).compute_bytes
 
 
 def test_gpus_take_the_last_layers_and_the_cpu_the_first_and_the_embeddings() -> None:
     """32 blocks and the output are 33 layers; each block has 3.9 GB / 32."""
-    needed = needs(model())
+    needed = requirements(model())
     assert needed.n_layers == 33
     assert needed.on_gpu("D", 17, 33).weights_bytes == 15 * 3_900_000_000 // 32 + 430_000_000
     assert needed.on_gpu("D", 1, 17).weights_bytes == 16 * 3_900_000_000 // 32, "the output is on the last one only"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shared.schema.memory import CPU, Device, Taken
+from shared.schema.memory import CPU, Device, Usage
 from worker.memory.ledger import TOLERANCE_BYTES, Ledger
 from worker.memory.nvml import Reading
 
@@ -24,8 +24,8 @@ def reading(used: int = 0, users: Mapping[int, int] | None = None, id_: str = GP
     return Reading(id=id_, is_gpu=id_ != CPU, name="", total_bytes=TOTAL, free_bytes=free, users=named)
 
 
-def takes(weights: int, *, context: int = 0, id_: str = GPU) -> Taken:
-    return Taken(id=id_, weights_bytes=weights * GIB, context_bytes=context * GIB)
+def takes(weights: int, *, context: int = 0, id_: str = GPU) -> Usage:
+    return Usage(id=id_, weights_bytes=weights * GIB, context_bytes=context * GIB)
 
 
 @pytest.fixture

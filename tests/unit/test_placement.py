@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from msgspec import UNSET, structs
 
 from shared.memory.choose import Host, choose
-from shared.memory.estimate import CELLS, Needs, needs_of
-from shared.memory.placement import Placement, Wish, arrange, available, has_gpu, largest_context_length, place
+from shared.memory.estimate import CELLS, Requirements, requirements_of
+from shared.memory.placement import Constraints, Placement, arrange, available, has_gpu, largest_context_length, place
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import CPU, Device, Holding
@@ -23,12 +23,12 @@ from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
 
 GPUS = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
-ANY = Wish()
+ANY = Constraints()
 Kind = Literal["one", "several", "evicting", "partly", "cpu", "evicting on the cpu"]
 KINDS: list[Kind] = ["one", "several", "evicting", "partly", "cpu", "evicting on the cpu"]
 
 
-def needing(*weights: int, **fields: Any) -> Needs:
+def requiring(*weights: int, **fields: Any) -> Requirements:
     """So much for each layer; nothing else but for these fields."""
     usual: dict[str, Any] = {
         "context": [0] * len(weights),
@@ -42,7 +42,7 @@ def needing(*weights: int, **fields: Any) -> Needs:
         "offload_kqv": True,
         "exact": True,
     }
-    return Needs(weights=[*weights], **usual | fields)
+    return Requirements(weights=[*weights], **usual | fields)
 
 
 def device(id_: str, room: int) -> Device:
@@ -72,16 +72,16 @@ def holding(name: str, used_at: float = 0.0, *, evictable: bool = True, key: str
     return Holding(instance_id=name, key=key, devices=devices, used_at=used_at, is_evictable=evictable)
 
 
-# ---- what is there: any needs, wishes and workers
+# ---- any requirements, constraints and workers
 
 
 @st.composite
-def needs_(draw: st.DrawFn) -> Needs:
+def any_requirements(draw: st.DrawFn) -> Requirements:
     n = draw(st.integers(1, 6))
     size = st.integers(0, 8)
     inner, host = draw(size), draw(size)
     cpu_inner = host + draw(size)
-    return needing(
+    return requiring(
         *draw(st.lists(st.integers(0, 30), min_size=n, max_size=n)),
         context=draw(st.lists(size, min_size=n, max_size=n)),
         tied_bytes=draw(size),
@@ -98,13 +98,13 @@ def needs_(draw: st.DrawFn) -> Needs:
 split_ways = st.sampled_from(["even", "priority"]) | st.lists(
     st.integers(1, 5).map(float), min_size=len(GPUS), max_size=len(GPUS)
 )
-wishes = st.builds(
-    Wish,
+any_constraints = st.builds(
+    Constraints,
     offload=st.sampled_from([1.0, 1.0, 1.0, 0.7, 0.3, 0.0]),
     is_partly=st.booleans(),
     devices=st.just([]) | st.permutations([*GPUS, CPU]).flatmap(lambda ids: st.integers(1, 5).map(lambda n: ids[:n])),
     split=st.none() | st.none() | split_ways,
-).map(lambda wish: structs.replace(wish, is_partly=wish.is_partly and wish.offload == 1.0))
+).map(lambda constraints: structs.replace(constraints, is_partly=constraints.is_partly and constraints.offload == 1.0))
 
 held_ = st.builds(
     Holding,
@@ -132,62 +132,77 @@ def workers(draw: st.DrawFn, name: str = "w") -> WorkerSnapshot:
 # ---- the oracle: every place there is
 
 
-def splits(needs: Needs, first: int, gpus: Sequence[str], free: Mapping[str, int]) -> Iterator[int]:
+def splits(requirements: Requirements, first: int, gpus: Sequence[str], free: Mapping[str, int]) -> Iterator[int]:
     """Of every way to cut the layers from `first` on into parts, one for each of these GPUs in this order, that all
     have room for: its number of parts."""
     if len(gpus) == 1:
-        if first < needs.n_layers and needs.on_gpu("", first, needs.n_layers).total_bytes <= free[gpus[0]]:
+        if (
+            first < requirements.n_layers
+            and requirements.on_gpu("", first, requirements.n_layers).total_bytes <= free[gpus[0]]
+        ):
             yield 1
         return
-    for end in range(first + 1, needs.n_layers):
-        if needs.on_gpu("", first, end).total_bytes <= free[gpus[0]]:
-            yield from (1 + n for n in splits(needs, end, gpus[1:], free))
+    for end in range(first + 1, requirements.n_layers):
+        if requirements.on_gpu("", first, end).total_bytes <= free[gpus[0]]:
+            yield from (1 + n for n in splits(requirements, end, gpus[1:], free))
 
 
-def fewest(needs: Needs, wish: Wish, first: int, there: WorkerSnapshot, free: Mapping[str, int]) -> int | None:
+def fewest(
+    requirements: Requirements, constraints: Constraints, first: int, there: WorkerSnapshot, free: Mapping[str, int]
+) -> int | None:
     """How few GPUs have room for the layers from `first` on; None where they have not."""
-    gpus = wish.gpus(there.devices)
-    n = needs.n_layers - first
+    gpus = constraints.gpus(there.devices)
+    n = requirements.n_layers - first
     if not gpus:
         return None
-    if wish.split is not None and wish.split != "priority":
-        if not isinstance(wish.split, str) and len(wish.split) > len(gpus):
+    if constraints.split is not None and constraints.split != "priority":
+        if not isinstance(constraints.split, str) and len(constraints.split) > len(gpus):
             return None
-        ratios = [1] * len(gpus) if wish.split == "even" else [int(ratio) for ratio in wish.split]
+        ratios = [1] * len(gpus) if constraints.split == "even" else [int(ratio) for ratio in constraints.split]
         cumulated = [Fraction(sum(ratios[: i + 1]), sum(ratios)) for i in range(len(ratios))]
         # llama.cpp's load_tensors: std::upper_bound of i / n in the cumulated parts, at most the last device.
         of = [min(sum(part <= Fraction(i, n) for part in cumulated), len(gpus) - 1) for i in range(n)]
         used = sorted(set(of))
         has_room = all(
-            needs.on_gpu("", first + of.index(i), first + n - of[::-1].index(i)).total_bytes <= free[gpus[i]]
+            requirements.on_gpu("", first + of.index(i), first + n - of[::-1].index(i)).total_bytes <= free[gpus[i]]
             for i in used
         )
         return len(used) if has_room else None
     for k in range(1, min(len(gpus), n) + 1):
-        orders = combinations(gpus, k) if wish.split == "priority" else permutations(gpus, k)
-        if any(True for order in orders for _ in splits(needs, first, order, free)):
+        orders = combinations(gpus, k) if constraints.split == "priority" else permutations(gpus, k)
+        if any(True for order in orders for _ in splits(requirements, first, order, free)):
             return k
     return None
 
 
-def first_of(needs: Needs, wish: Wish) -> int:
-    return needs.n_layers - (0 if wish.devices == [CPU] else int(wish.offload * needs.n_layers + 1e-9))
+def first_of(requirements: Requirements, constraints: Constraints) -> int:
+    return requirements.n_layers - (
+        0 if constraints.devices == [CPU] else int(constraints.offload * requirements.n_layers + 1e-9)
+    )
 
 
-def beside_has_room(needs: Needs, first: int, free: Mapping[str, int]) -> bool:
-    return needs.beside_gpus(first).total_bytes <= free[CPU] if CPU in free else first == 0
+def beside_has_room(requirements: Requirements, first: int, free: Mapping[str, int]) -> bool:
+    return requirements.beside_gpus(first).total_bytes <= free[CPU] if CPU in free else first == 0
 
 
-def cpu_has_room(needs: Needs, wish: Wish, free: Mapping[str, int]) -> bool:
-    return CPU in free and needs.on_cpu().total_bytes <= free[CPU] and (not wish.devices or CPU in wish.devices)
+def cpu_has_room(requirements: Requirements, constraints: Constraints, free: Mapping[str, int]) -> bool:
+    return (
+        CPU in free
+        and requirements.on_cpu().total_bytes <= free[CPU]
+        and (not constraints.devices or CPU in constraints.devices)
+    )
 
 
-def has_room(needs: Needs, wish: Wish, there: WorkerSnapshot, free: Mapping[str, int]) -> bool:
+def has_room(
+    requirements: Requirements, constraints: Constraints, there: WorkerSnapshot, free: Mapping[str, int]
+) -> bool:
     """Whether there is any place with as many layers on GPUs as was wished."""
-    first = first_of(needs, wish)
-    if first == needs.n_layers or not has_gpu(there.devices):
-        return cpu_has_room(needs, wish, free)
-    return beside_has_room(needs, first, free) and fewest(needs, wish, first, there, free) is not None
+    first = first_of(requirements, constraints)
+    if first == requirements.n_layers or not has_gpu(there.devices):
+        return cpu_has_room(requirements, constraints, free)
+    return (
+        beside_has_room(requirements, first, free) and fewest(requirements, constraints, first, there, free) is not None
+    )
 
 
 def without(there: WorkerSnapshot, victims: Collection[Holding]) -> dict[str, int]:
@@ -202,7 +217,7 @@ def oldest_first(there: WorkerSnapshot) -> list[Holding]:
     return sorted((held for held in there.held if held.is_evictable), key=lambda held: (held.used_at, held.instance_id))
 
 
-def victims_of(needs: Needs, wish: Wish, there: WorkerSnapshot) -> list[Holding] | None:
+def victims_of(requirements: Requirements, constraints: Constraints, there: WorkerSnapshot) -> list[Holding] | None:
     """Of all sets of evictable instances that make room, the one that spares what was used last, and of those that do
     the one that spares what was used before that, and so on."""
     idle = oldest_first(there)
@@ -210,125 +225,134 @@ def victims_of(needs: Needs, wish: Wish, there: WorkerSnapshot) -> list[Holding]
         chosen
         for n in range(len(idle) + 1)
         for chosen in combinations(idle, n)
-        if has_room(needs, wish, there, without(there, chosen))
+        if has_room(requirements, constraints, there, without(there, chosen))
     )
     return min(map(list, enough), key=lambda chosen: [held in chosen for held in idle[::-1]], default=None)
 
 
-def most_layers(needs: Needs, wish: Wish, there: WorkerSnapshot) -> int | None:
+def most_layers(requirements: Requirements, constraints: Constraints, there: WorkerSnapshot) -> int | None:
     """How many layers at most GPUs have room for, where the CPU has it for the others; None where there is no place."""
     free = available(there.devices)
-    if not (there.partly_on_cpu and wish.is_partly and has_gpu(there.devices)) or CPU not in free:
+    if not (there.partly_on_cpu and constraints.is_partly and has_gpu(there.devices)) or CPU not in free:
         return None
-    if wish.devices and CPU not in wish.devices:
+    if constraints.devices and CPU not in constraints.devices:
         return None
-    for first in range(1, needs.n_layers):
-        if beside_has_room(needs, first, free) and fewest(needs, wish, first, there, free) is not None:
-            return needs.n_layers - first
-    return 0 if cpu_has_room(needs, wish, free) else None
+    for first in range(1, requirements.n_layers):
+        if (
+            beside_has_room(requirements, first, free)
+            and fewest(requirements, constraints, first, there, free) is not None
+        ):
+            return requirements.n_layers - first
+    return 0 if cpu_has_room(requirements, constraints, free) else None
 
 
-def kind_of(needs: Needs, wish: Wish, there: WorkerSnapshot, placed: Placement) -> Kind:
-    is_on_cpu = first_of(needs, wish) == needs.n_layers or not has_gpu(there.devices)
+def kind_of(requirements: Requirements, constraints: Constraints, there: WorkerSnapshot, placed: Placement) -> Kind:
+    is_on_cpu = first_of(requirements, constraints) == requirements.n_layers or not has_gpu(there.devices)
     if placed.evicts:
         return "evicting on the cpu" if is_on_cpu else "evicting"
     if is_on_cpu:
         return "cpu"
-    if sum(placed.layers) < needs.n_layers - first_of(needs, wish):
+    if sum(placed.layers) < requirements.n_layers - first_of(requirements, constraints):
         return "partly"
-    return "one" if len(placed.gpus) == 1 and wish.split is None else "several"
+    return "one" if len(placed.gpus) == 1 and constraints.split is None else "several"
 
 
 # ---- one worker
 
 
 @settings(max_examples=200)
-@given(needs_(), wishes, workers())
-def test_a_load_is_placed_exactly_where_there_is_any_room(needs: Needs, wish: Wish, there: WorkerSnapshot) -> None:
-    placed = place(needs, wish, there)
-    expected = victims_of(needs, wish, there)
-    fewer = most_layers(needs, wish, there) if expected is None else None
+@given(any_requirements(), any_constraints, workers())
+def test_a_load_is_placed_exactly_where_there_is_any_room(
+    requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
+) -> None:
+    placed = place(requirements, constraints, there)
+    expected = victims_of(requirements, constraints, there)
+    fewer = most_layers(requirements, constraints, there) if expected is None else None
     if placed is None:
         assert expected is None
         assert fewer is None
     elif expected is not None:
         assert sorted(held.instance_id for held in placed.evicts) == sorted(held.instance_id for held in expected)
-        assert sum(placed.layers) in (needs.n_layers - first_of(needs, wish), 0)
+        assert sum(placed.layers) in (requirements.n_layers - first_of(requirements, constraints), 0)
     else:
         assert fewer == sum(placed.layers), "as many as there is room for"
         assert not placed.evicts
 
 
 @settings(max_examples=150)
-@given(needs_(), wishes, workers())
+@given(any_requirements(), any_constraints, workers())
 def test_each_device_has_room_for_its_part_and_the_parts_are_the_whole_model(
-    needs: Needs, wish: Wish, there: WorkerSnapshot
+    requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
 ) -> None:
-    if (placed := place(needs, wish, there)) is None:
+    if (placed := place(requirements, constraints, there)) is None:
         return
     free = without(there, placed.evicts)
     assert all(n_bytes <= free[id_] for id_, n_bytes in placed.bytes.items())
     assert len(placed.gpus) == len(placed.layers) == len(set(placed.gpus))
     assert all(n > 0 for n in placed.layers)
-    assert set(placed.gpus) <= set(wish.gpus(there.devices))
-    start = first = needs.n_layers - sum(placed.layers)
+    assert set(placed.gpus) <= set(constraints.gpus(there.devices))
+    start = first = requirements.n_layers - sum(placed.layers)
     for id_, n in zip(placed.gpus, placed.layers, strict=True):
-        assert placed.bytes[id_] == needs.on_gpu(id_, start, start + n).total_bytes
+        assert placed.bytes[id_] == requirements.on_gpu(id_, start, start + n).total_bytes
         start += n
-    beside = needs.beside_gpus(first) if placed.gpus else needs.on_cpu()
+    beside = requirements.beside_gpus(first) if placed.gpus else requirements.on_cpu()
     assert placed.bytes.get(CPU) == (beside.total_bytes if CPU in free else None)
-    if wish.devices and not placed.gpus:
-        assert CPU in wish.devices
+    if constraints.devices and not placed.gpus:
+        assert CPU in constraints.devices
 
 
 @settings(max_examples=150)
-@given(needs_(), st.lists(st.integers(0, 90), min_size=1, max_size=4))
+@given(any_requirements(), st.lists(st.integers(0, 90), min_size=1, max_size=4))
 def test_the_gpu_that_has_room_and_least_more_is_taken_and_else_as_few_as_can_be(
-    needs: Needs, rooms: list[int]
+    requirements: Requirements, rooms: list[int]
 ) -> None:
     there = worker(rooms)
-    placed = arrange(needs, ANY, there.devices, available(there.devices))
-    enough = [room for room in rooms if room >= needs.single(0)]
+    placed = arrange(requirements, ANY, there.devices, available(there.devices))
+    enough = [room for room in rooms if room >= requirements.single(0)]
     if enough:
         assert placed is not None
         assert [rooms[GPUS.index(id_)] for id_ in placed.gpus] == [min(enough)]
     else:
-        k = fewest(needs, ANY, 0, there, available(there.devices))
+        k = fewest(requirements, ANY, 0, there, available(there.devices))
         assert (None if placed is None else len(placed.gpus)) == k
 
 
 @settings(max_examples=150)
-@given(needs_(), wishes, workers())
-def test_nothing_is_unloaded_in_vain(needs: Needs, wish: Wish, there: WorkerSnapshot) -> None:
-    placed = place(needs, wish, there)
+@given(any_requirements(), any_constraints, workers())
+def test_nothing_is_unloaded_in_vain(
+    requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
+) -> None:
+    placed = place(requirements, constraints, there)
     if placed is None or not placed.evicts:
         return
     assert all(held.is_evictable and held in there.held for held in placed.evicts)
-    assert has_room(needs, wish, there, without(there, placed.evicts))
+    assert has_room(requirements, constraints, there, without(there, placed.evicts))
     for held in placed.evicts:
         others = [one for one in placed.evicts if one is not held]
-        assert not has_room(needs, wish, there, without(there, others)), "without this one there is room already"
+        assert not has_room(requirements, constraints, there, without(there, others)), (
+            "without this one there is room already"
+        )
 
 
 def test_of_two_that_would_do_the_one_that_was_not_used_for_longer_is_unloaded() -> None:
     there = worker(
         [10], held=[holding("new", 2.0, a=40), holding("old", 1.0, a=40), holding("busy", evictable=False, a=9)]
     )
-    placed = place(needing(45), ANY, there)
+    placed = place(requiring(45), ANY, there)
     assert placed is not None
     assert [held.instance_id for held in placed.evicts] == ["old"]
 
 
 def test_an_old_small_one_is_spared_where_only_a_newer_one_makes_room() -> None:
     there = worker([10], held=[holding("old", 1.0, a=5), holding("new", 2.0, a=40)])
-    placed = place(needing(45), ANY, there)
+    placed = place(requiring(45), ANY, there)
     assert placed is not None
     assert [held.instance_id for held in placed.evicts] == ["new"]
 
 
 def test_several_gpus_are_about_equally_full() -> None:
     there = worker([100, 200, 100])
-    placed = place(needing(*[1] * 300, compute_bytes=5, inner_compute_bytes=5), ANY, there)
+    placed = place(requiring(*[1] * 300, compute_bytes=5, inner_compute_bytes=5), ANY, there)
     assert placed is not None
     parts = {id_: placed.bytes[id_] / available(there.devices)[id_] for id_ in placed.gpus}
     assert len(parts) == 3
@@ -337,57 +361,57 @@ def test_several_gpus_are_about_equally_full() -> None:
 
 def test_layers_that_fit_in_one_order_of_the_gpus_only_are_placed() -> None:
     """30 goes only where 31 is, which is neither the most room nor the least, and it is neither first nor last."""
-    placed = place(needing(40, 30, 10), ANY, worker([31, 11, 41]))
+    placed = place(requiring(40, 30, 10), ANY, worker([31, 11, 41]))
     assert placed is not None
     assert placed.gpus == ["GPU-c", "GPU-a", "GPU-b"]
-    middle = place(needing(9, 30, 10), ANY, worker([30, 9, 10]))
+    middle = place(requiring(9, 30, 10), ANY, worker([30, 9, 10]))
     assert middle is not None
     assert middle.gpus == ["GPU-b", "GPU-a", "GPU-c"]
 
 
-# ---- what a client wishes
+# ---- what a client asks for
 
 
 @pytest.mark.parametrize(
     ("asked", "n"), [(UNSET, 33), ("max", 33), ("off", 0), (1.0, 33), (0.0, 0), (0.5, 16), (1 / 33, 1), (0.999, 32)]
 )
 def test_the_offload_ratio_is_rounded_down_to_whole_layers(asked: Any, n: int) -> None:
-    assert Wish.of(GPURequest(offload=asked)).n_layers(needing(*[1] * 33)) == n
+    assert Constraints.of(GPURequest(offload=asked)).n_layers(requiring(*[1] * 33)) == n
 
 
 def test_only_who_leaves_the_offload_to_the_worker_may_get_fewer_layers_on_gpus() -> None:
     there = worker([25], partly=True)
-    needs = needing(10, 10, 10)
+    requirements = requiring(10, 10, 10)
     for asked, expected in ((GPURequest(), [2]), (GPURequest(offload="max"), None), (GPURequest(offload=1.0), None)):
-        placed = place(needs, Wish.of(asked), there)
+        placed = place(requirements, Constraints.of(asked), there)
         assert (None if placed is None else placed.layers) == expected, asked
-    assert place(needs, ANY, structs.replace(there, partly_on_cpu=False)) is None
+    assert place(requirements, ANY, structs.replace(there, partly_on_cpu=False)) is None
 
 
 def test_layers_stay_with_the_cpu_where_it_has_room_for_exactly_those_that_no_gpu_takes() -> None:
     """With half of the layers it would not have room."""
-    placed = place(needing(10, 10, 10, 10), ANY, worker([35], cpu=10, partly=True))
+    placed = place(requiring(10, 10, 10, 10), ANY, worker([35], cpu=10, partly=True))
     assert placed is not None
     assert placed.layers == [3]
 
 
 def test_a_worker_without_the_cpu_puts_no_layers_there() -> None:
-    half = Wish(offload=0.5, is_partly=False)
-    assert place(needing(10, 10), half, worker([100], cpu=None)) is None
-    assert choose([(Host(worker([100], cpu=None)), needing(10, 10), "")], half) is None
-    assert place(needing(10, 10), ANY, worker([100], cpu=None)) is not None
+    half = Constraints(offload=0.5, is_partly=False)
+    assert place(requiring(10, 10), half, worker([100], cpu=None)) is None
+    assert choose([(Host(worker([100], cpu=None)), requiring(10, 10), "")], half) is None
+    assert place(requiring(10, 10), ANY, worker([100], cpu=None)) is not None
 
 
 def test_gpus_take_layers_in_the_order_that_a_client_gave() -> None:
-    wish = Wish(devices=["GPU-c", "GPU-a"], split="even")
-    placed = place(needing(1, 1, 1), wish, worker([9, 9, 9]))
+    constraints = Constraints(devices=["GPU-c", "GPU-a"], split="even")
+    placed = place(requiring(1, 1, 1), constraints, worker([9, 9, 9]))
     assert placed is not None
     assert (placed.gpus, placed.layers) == (["GPU-c", "GPU-a"], [2, 1])
 
 
 def test_with_priority_each_gpu_is_filled_before_the_next_and_a_full_one_is_passed_over() -> None:
-    wish = Wish(split="priority")
-    placed = place(needing(10, 10, 10, 10), wish, worker([25, 5, 90]))
+    constraints = Constraints(split="priority")
+    placed = place(requiring(10, 10, 10, 10), constraints, worker([25, 5, 90]))
     assert placed is not None
     assert (placed.gpus, placed.layers) == (["GPU-a", "GPU-c"], [2, 2])
 
@@ -395,8 +419,8 @@ def test_with_priority_each_gpu_is_filled_before_the_next_and_a_full_one_is_pass
 @given(st.integers(1, 130), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans())
 def test_a_split_is_the_one_that_llama_cpp_makes(n: int, ratios: list[int], even: bool) -> None:
     ratios = [1] * len(ratios) if even else ratios
-    wish = Wish(split="even" if even else [*map(float, ratios)])
-    placed = place(needing(*[1] * n), wish, worker([1000] * len(ratios)))
+    constraints = Constraints(split="even" if even else [*map(float, ratios)])
+    placed = place(requiring(*[1] * n), constraints, worker([1000] * len(ratios)))
     assert placed is not None
     parts = [Fraction(sum(ratios[: i + 1]), sum(ratios)) for i in range(len(ratios))]
     expected = [0] * len(ratios)
@@ -409,37 +433,38 @@ def test_a_split_is_the_one_that_llama_cpp_makes(n: int, ratios: list[int], even
 
 def test_the_cpu_is_taken_where_it_is_the_only_device_that_may_be_used() -> None:
     there = worker([100], held=[holding("idle", cpu=50)], cpu=20)
-    only = Wish(devices=[CPU])
-    placed = place(needing(10), only, there)
+    only = Constraints(devices=[CPU])
+    placed = place(requiring(10), only, there)
     assert placed is not None
     assert placed.devices == [CPU]
-    evicting = place(needing(60), only, there)
+    evicting = place(requiring(60), only, there)
     assert evicting is not None
     assert [held.instance_id for held in evicting.evicts] == ["idle"]
 
 
 def test_a_load_that_stays_off_gpus_makes_room_in_memory_where_every_gpu_is_full() -> None:
     there = worker([0], held=[holding("idle", cpu=50)], cpu=20)
-    off = Wish(offload=0.0, is_partly=False)
-    needs = needing(60, input_bytes=5, tied_bytes=5)
-    assert place(needs, off, there) is not None
-    assert choose([(Host(there), needs, "")], off) == 0
+    off = Constraints(offload=0.0, is_partly=False)
+    requirements = requiring(60, input_bytes=5, tied_bytes=5)
+    assert place(requirements, off, there) is not None
+    assert choose([(Host(there), requirements, "")], off) == 0
 
 
 # ---- among workers
 
 
 @settings(max_examples=200)
-@given(needs_(), wishes, st.data())
+@given(any_requirements(), any_constraints, st.data())
 def test_a_worker_is_chosen_whenever_one_has_room_and_it_has_the_best_kind_of_place(
-    needs: Needs, wish: Wish, data: st.DataObject
+    requirements: Requirements, constraints: Constraints, data: st.DataObject
 ) -> None:
     pool = [data.draw(workers(f"w{i}")) for i in range(data.draw(st.integers(1, 3)))]
-    placed = [place(needs, wish, there, "m") for there in pool]
+    placed = [place(requirements, constraints, there, "m") for there in pool]
     kinds = [
-        None if found is None else kind_of(needs, wish, there, found) for there, found in zip(pool, placed, strict=True)
+        None if found is None else kind_of(requirements, constraints, there, found)
+        for there, found in zip(pool, placed, strict=True)
     ]
-    i = choose([(Host(there), needs, "m") for there in pool], wish)
+    i = choose([(Host(there), requirements, "m") for there in pool], constraints)
     if i is None:
         assert kinds == [None] * len(pool)
         return
@@ -461,7 +486,9 @@ def test_a_worker_is_chosen_whenever_one_has_room_and_it_has_the_best_kind_of_pl
 
 
 def test_the_worker_whose_gpu_is_left_with_least_is_chosen() -> None:
-    pool = [(Host(worker(rooms, name=f"w{i}")), needing(40), "") for i, rooms in enumerate([[90, 50], [45, 100], [60]])]
+    pool = [
+        (Host(worker(rooms, name=f"w{i}")), requiring(40), "") for i, rooms in enumerate([[90, 50], [45, 100], [60]])
+    ]
     assert choose(pool, ANY) == 1
 
 
@@ -469,12 +496,12 @@ def test_a_further_instance_goes_to_another_device_of_its_host_else_to_another_h
     first = holding("m", key="m", evictable=False, a=40)
     beside, elsewhere = worker([100, 50], held=[first], name="w0"), worker([45], name="w1")
     alone = worker([100], held=[first], name="w0")
-    needs = needing(40)
+    requirements = requiring(40)
 
     def chosen(*pool: WorkerSnapshot) -> tuple[int, list[str]]:
-        i = choose([(Host(there), needs, "m") for there in pool], ANY)
+        i = choose([(Host(there), requirements, "m") for there in pool], ANY)
         assert i is not None
-        placed = place(needs, ANY, pool[i], "m")
+        placed = place(requirements, ANY, pool[i], "m")
         assert placed is not None
         return i, placed.gpus
 
@@ -486,13 +513,13 @@ def test_a_further_instance_goes_to_another_device_of_its_host_else_to_another_h
 def test_what_was_just_placed_counts_before_its_worker_says_so() -> None:
     host = Host(worker([50]))
     then = host.holding([holding("m", key="m", evictable=False, a=40)])
-    assert choose([(host, needing(40), "")], ANY) == 0
-    assert choose([(then, needing(40), "")], ANY) is None
+    assert choose([(host, requiring(40), "")], ANY) == 0
+    assert choose([(then, requiring(40), "")], ANY) is None
 
 
 def test_of_workers_without_gpus_the_one_that_holds_the_fewest_instances_is_chosen() -> None:
     busy = worker([], held=[holding("x", evictable=False, cpu=1)], name="w0")
-    assert choose([(Host(there), needing(10), "") for there in (busy, worker([], cpu=500, name="w1"))], ANY) == 1
+    assert choose([(Host(there), requiring(10), "") for there in (busy, worker([], cpu=500, name="w1"))], ANY) == 1
 
 
 # ---- the largest context
@@ -524,20 +551,22 @@ MODEL = Model(
 @given(
     st.lists(st.integers(0, 9_000_000), max_size=3),
     st.none() | st.integers(0, 9_000_000),
-    st.sampled_from([ANY, Wish(split="even"), Wish(split="priority"), Wish(offload=0.5, is_partly=False)]),
+    st.sampled_from(
+        [ANY, Constraints(split="even"), Constraints(split="priority"), Constraints(offload=0.5, is_partly=False)]
+    ),
     st.booleans(),
 )
 def test_the_largest_context_length_has_room_and_no_longer_one_has(
-    rooms: list[int], cpu: int | None, wish: Wish, partly: bool
+    rooms: list[int], cpu: int | None, constraints: Constraints, partly: bool
 ) -> None:
     there, made = worker(rooms, cpu, partly=partly), Settings()
 
-    def fits(needs: Needs) -> bool:
-        return place(needs, wish, there) is not None
+    def fits(requirements: Requirements) -> bool:
+        return place(requirements, constraints, there) is not None
 
     def fits_with(context_length: int) -> bool:
         request = LoadRequest(model="p/m", context_length=context_length)
-        return fits(needs_of(MODEL, plan(request, MODEL, made)))
+        return fits(requirements_of(MODEL, plan(request, MODEL, made)))
 
     lengths = [length for length in range(CELLS, MAXIMUM + 1, CELLS) if fits_with(length)]
     assert largest_context_length(LoadRequest(model="p/m"), MODEL, made, fits) == max(lengths, default=None)

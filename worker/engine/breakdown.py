@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 
 HOST = "CPU"
 SYMBOL = "_Z26llama_get_memory_breakdownPK13llama_context"
@@ -46,7 +46,7 @@ class _Map(ctypes.Structure):  # std::map: its comparison, the header of its tre
     ]
 
 
-def breakdown(engine: Any, context: Any, devices: Mapping[int, str]) -> list[Taken] | None:
+def breakdown(engine: Any, context: Any, devices: Mapping[int, str]) -> list[Usage] | None:
     """What a context and its model take of `devices`, by ggml's handle and our id, in their order, and of the host.
 
     None: this build of the engine does not say.  `engine` is the handle of libllama.
@@ -62,7 +62,7 @@ def breakdown(engine: Any, context: Any, devices: Mapping[int, str]) -> list[Tak
         weights, cache, compute = sums[id_ := _device(engine, node.buffer_type, devices)]
         sums[id_] = weights + node.model, cache + node.context, compute + node.compute
     return [
-        Taken(id=id_, weights_bytes=weights, context_bytes=cache, compute_bytes=compute)
+        Usage(id=id_, weights_bytes=weights, context_bytes=cache, compute_bytes=compute)
         for id_ in (*devices.values(), HOST)
         for weights, cache, compute in [sums[id_]]
     ]

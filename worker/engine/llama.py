@@ -19,7 +19,7 @@ from llama_cpp import llama_cpp
 from msgspec import UNSET
 
 from shared.schema.http import LoadConfig, Phase
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 from shared.schema.model import FileStat
 from worker.engine.breakdown import breakdown
 from worker.engine.prefetch import Ahead, Unreadable, open_model
@@ -182,7 +182,7 @@ def n_threads(n_bytes: int) -> int:
     return min(MOST_THREADS, len(os.sched_getaffinity(0))) if n_bytes >= MANY_BYTES else 1
 
 
-def measure(load: Load, log: Log) -> list[Taken]:
+def measure(load: Load, log: Log) -> list[Usage]:
     """What a load would take of each of its devices and of the host.  Raises LoadError.
 
     With `no_alloc` llama.cpp builds the model and the context, allocates and reads no weights, and sums up what it

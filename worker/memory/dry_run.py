@@ -8,7 +8,7 @@ from typing import assert_never
 
 from msgspec import MsgspecError, msgpack
 
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 from shared.schema.model import Model
 from shared.schema.snapshot import Sizing
 from shared.settings import Settings
@@ -38,10 +38,10 @@ class DryRun:
         self._runners = runners
         self._timing = timing
         self._asking = asyncio.Lock()
-        self._kept: dict[bytes, list[Taken]] = {}  # by the files and the load, the last asked for at the end
+        self._kept: dict[bytes, list[Usage]] = {}  # by the files and the load, the last asked for at the end
 
     async def answer(self, question: bytes) -> bytes:
-        """Answer a Sizing (msgpack) with a list of Taken as msgpack, or nil if the engine does not say."""
+        """Answer a Sizing (msgpack) with a list of Usage as msgpack, or nil if the engine does not say."""
         try:
             sizing = msgpack.decode(question, type=Sizing)
         except MsgspecError as e:  # a newer version's
@@ -60,7 +60,7 @@ class DryRun:
                 del self._kept[next(iter(self._kept))]
         return msgpack.encode(taken)
 
-    async def _ask(self, load: Load) -> list[Taken] | None:
+    async def _ask(self, load: Load) -> list[Usage] | None:
         runner: Runner | None = None
         try:
             async with asyncio.timeout(self._timing.dry_run_s):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import Struct
 
-from shared.schema.memory import CPU, Device, Taken
+from shared.schema.memory import CPU, Device, Usage
 from worker.memory.nvml import Reading
 
 TOLERANCE_BYTES = 64 << 20  # a driver's numbers are rounded, and those of a process that ends not all at once
@@ -101,12 +101,12 @@ class Ledger:
 
     # ---- what instances take
 
-    def reserve(self, instance: str, taken: Iterable[Taken]) -> None:
+    def reserve(self, instance: str, taken: Iterable[Usage]) -> None:
         """Reserve what `shared.memory.placement` found room for in `devices()`, with nothing awaited in between."""
         taken = [*taken]
         self.reservations[instance] = Reservation(bytes={one.id: one.total_bytes for one in taken}, shown=_shown(taken))
 
-    def change(self, instance: str, taken: Iterable[Taken]) -> dict[str, int]:
+    def change(self, instance: str, taken: Iterable[Usage]) -> dict[str, int]:
         """Reserve this instead, and return by how many bytes each device lacks room for it; where one does, nothing
         is changed."""
         before, taken = self.reservations[instance], [*taken]
@@ -121,7 +121,7 @@ class Ledger:
     def started(self, instance: str, pid: int) -> None:
         self.reservations[instance].pid = pid
 
-    def settle(self, instance: str, taken: Sequence[Taken]) -> None:
+    def settle(self, instance: str, taken: Sequence[Usage]) -> None:
         """It is loaded, and the engine says what it took; nothing where it does not say."""
         held = self.reservations[instance]
         owned = [one for one in taken if any(one.id == reading.id for reading in self.readings)]
@@ -188,7 +188,7 @@ class Ledger:
         return reading.total_bytes - self._reserved(reading.id) - others - self._kept_free(reading.total_bytes)
 
 
-def _shown(taken: Sequence[Taken]) -> dict[str, int]:
+def _shown(taken: Sequence[Usage]) -> dict[str, int]:
     """Where the CPU has all of a model, its weights are a mapping of the file, in the page cache, which counts as
     free."""
     is_mapped = all(one.id == CPU for one in taken)

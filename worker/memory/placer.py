@@ -13,11 +13,11 @@ from msgspec import UNSET, structs
 from shared.errors import ErrorBody, LoadFailed
 from shared.instance import Instance
 from shared.lifecycle import State
-from shared.memory.estimate import needs_of
-from shared.memory.placement import Placement, Wish, has_gpu, largest_context_length, place
+from shared.memory.estimate import requirements_of
+from shared.memory.placement import Constraints, Placement, has_gpu, largest_context_length, place
 from shared.memory.plan import plan
 from shared.race import first, racing
-from shared.schema.memory import CPU, Device, Holding, Taken
+from shared.schema.memory import CPU, Device, Holding, Usage
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
@@ -119,20 +119,20 @@ class Placer:
         nothing.
         """
         await self.look()
-        needed = needs_of(model, plan(instance.request, model, self._settings))
-        wish = Wish.of(instance.request.gpu)
+        needed = requirements_of(model, plan(instance.request, model, self._settings))
+        constraints = Constraints.of(instance.request.gpu)
         snapshot = self._snapshot()
         if instance.restoring:
             snapshot = structs.replace(snapshot, held=[])
-        placed = place(needed, wish, snapshot, instance.key)
+        placed = place(needed, constraints, snapshot, instance.key)
         if placed is not None and placed.evicts:
             await self._evict(placed.evicts, instance)
             await self.look()
             evicted = placed.evicts
-            placed = place(needed, wish, structs.replace(self._snapshot(), held=[]))
+            placed = place(needed, constraints, structs.replace(self._snapshot(), held=[]))
             placed = None if placed is None else structs.replace(placed, evicts=evicted)
         if placed is not None:
-            self.ledger.reserve(instance.id, placed.taken)
+            self.ledger.reserve(instance.id, placed.usage)
         return placed
 
     async def _evict(self, victims: Sequence[Holding], instance: Instance) -> None:
@@ -160,15 +160,15 @@ class Placer:
         return bool(placed.gpus) or free[CPU] < (AMPLE - 1) * placed.bytes[CPU]
 
     def corrected(
-        self, instance: Instance, model: Model, placed: Placement, taken: Sequence[Taken]
+        self, instance: Instance, model: Model, placed: Placement, taken: Sequence[Usage]
     ) -> Placement | None:
         """Reserve what the engine said that a load takes.
 
         Returns its placement, another one if there is no room for that here, None if there is none anywhere.
         """
         if not self.ledger.change(instance.id, taken):
-            return structs.replace(placed, taken=[*taken], exact=True)
-        needed = needs_of(model, plan(instance.request, model, self._settings))
+            return structs.replace(placed, usage=[*taken], exact=True)
+        needed = requirements_of(model, plan(instance.request, model, self._settings))
         more = {one.id: one.total_bytes - placed.bytes.get(one.id, 0) for one in taken}
         pid = self.ledger.reservations[instance.id].pid
         self.ledger.release(instance.id)
@@ -177,10 +177,10 @@ class Placer:
             structs.replace(device, available_bytes=device.available_bytes - max(0, more.get(device.id, 0)))
             for device in snapshot.devices
         ]
-        other = place(needed, Wish.of(instance.request.gpu), structs.replace(snapshot, devices=devices, held=[]))
+        other = place(needed, Constraints.of(instance.request.gpu), structs.replace(snapshot, devices=devices, held=[]))
         if other is not None:
             other = structs.replace(other, evicts=placed.evicts)
-            self.ledger.reserve(instance.id, other.taken)
+            self.ledger.reserve(instance.id, other.usage)
             if pid is not None:
                 self.ledger.started(instance.id, pid)
         return other
@@ -269,22 +269,22 @@ class Placer:
         fit.
         """
         devices, holders = self.devices(), self._holders_by_device()
-        wish = Wish.of(instance.request.gpu)
-        if wish.offload and wish.devices != [CPU] and has_gpu(devices):
+        constraints = Constraints.of(instance.request.gpu)
+        if constraints.offload and constraints.devices != [CPU] and has_gpu(devices):
             devices = [device for device in devices if device.kind == "gpu"]
-        if wish.devices:
-            devices = [device for device in devices if device.id in wish.devices] or devices
+        if constraints.devices:
+            devices = [device for device in devices if device.id in constraints.devices] or devices
         would_fit: dict[str, object] = {}
         if model is not None:
             asked = plan(instance.request, model, self._settings)
-            needs = needs_of(model, asked)
+            requirements = requirements_of(model, asked)
             if needed is None:
-                n = wish.n_layers(needs) if has_gpu(devices) else 0
-                needed = needs.single(needs.n_layers - n) if n else needs.on_cpu().total_bytes
-            if needs.exact:
+                n = constraints.n_layers(requirements) if has_gpu(devices) else 0
+                needed = requirements.single(requirements.n_layers - n) if n else requirements.on_cpu().total_bytes
+            if requirements.exact:
                 snapshot = self._snapshot()
                 largest = largest_context_length(
-                    instance.request, model, self._settings, lambda one: place(one, wish, snapshot) is not None
+                    instance.request, model, self._settings, lambda one: place(one, constraints, snapshot) is not None
                 )
                 if largest is None or largest < asked.n_ctx:
                     would_fit = {"largest_context_length": largest}

@@ -9,7 +9,7 @@ from msgspec import Struct, msgpack
 
 from shared.memory.plan import Plan
 from shared.schema.http import LoadConfig, Phase
-from shared.schema.memory import Taken
+from shared.schema.memory import Usage
 from shared.schema.model import FileStat
 
 LENGTH = struct.Struct("<I")
@@ -73,13 +73,13 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     config: LoadConfig  # as read back
     timing: dict[Phase, float]  # seconds, disjoint
     files: list[FileStat]  # of each shard, as it was opened; it was the same at the end
-    taken: list[Taken]  # of each device, and of the host; empty where this build of the engine cannot say
+    taken: list[Usage]  # of each device, and of the host; empty where this build of the engine cannot say
 
 
 class Measured(Struct, frozen=True, tag="measured"):
     """The answer to a Measure.  The runner waits for what it is told next."""
 
-    taken: list[Taken]  # of each device, and of the host
+    taken: list[Usage]  # of each device, and of the host
 
 
 class Failed(Struct, frozen=True, tag="failed"):
