@@ -8,7 +8,7 @@ from api.pool.listing import nowhere
 from api.pool.roster import Candidate, Roster
 from shared.errors import LoadFailed
 from shared.memory.estimate import Requirements
-from shared.memory.placement import Constraints, Placement, available, largest_context_length, once_gone
+from shared.memory.placement import Constraints, Demand, Placement, available, largest_context_length, once_gone
 from shared.schema.http import EstimatedDevice, EstimateResult, LoadRequest
 from shared.schema.memory import CPU, Usage
 from shared.schema.snapshot import Sizing
@@ -55,7 +55,7 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
     ]
 
     def has_room(requirements: Requirements) -> bool:
-        return roster.has_room(candidates, requirements, Constraints.of(request.gpu))
+        return roster.has_room(candidates, Demand(requirements, Constraints.of(request.gpu), model.key))
 
     return EstimateResult(
         model=request.model,

@@ -13,7 +13,7 @@ from shared.instance import Instance
 from shared.lookup import by_name
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import Requirements, requirements_of
-from shared.memory.placement import Constraints, Placement, place
+from shared.memory.placement import Constraints, Demand, Placement, place
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, ListedModel, LoadRequest
 from shared.schema.memory import Holding
@@ -119,18 +119,18 @@ class Roster:
         readable = [one for one in candidates if one.model.problem is None]
         if not readable:
             return candidates[0], None
-        requirements = {
-            id(model): self.requirements(model, request)
+        constraints = Constraints.of(request.gpu)
+        demands = {
+            id(model): Demand(self.requirements(model, request), constraints, model.key)
             for model in {id(one.model): one.model for one in readable}.values()
         }
-        constraints = Constraints.of(request.gpu)
         best: tuple[Candidate, Placement] | None = None
         # What was placed a moment ago may have been refused, or be gone.
         for hosts in (self._hosts, self._published) if self._pending else (self._hosts,):
-            asked = [(hosts[one.worker], requirements[id(one.model)], one.model.key) for one in readable]
-            if (i := choose(asked, constraints)) is not None:
-                host, needed, key = asked[i]
-                placed = place(needed, constraints, host.worker, key)
+            asked = [(hosts[one.worker], demands[id(one.model)]) for one in readable]
+            if (i := choose(asked)) is not None:
+                host, demand = asked[i]
+                placed = place(demand, host.worker)
                 if placed is not None and (best is None or len(placed.evicts) < len(best[1].evicts)):
                     best = readable[i], placed
             if best is not None and not best[1].evicts:
@@ -146,12 +146,9 @@ class Roster:
         check(request, model)
         return requirements_of(model, plan(request, model, self.settings))
 
-    def has_room(self, candidates: Sequence[Candidate], requirements: Requirements, constraints: Constraints) -> bool:
+    def has_room(self, candidates: Sequence[Candidate], demand: Demand) -> bool:
         """Whether any of them has room for a load that takes this."""
-        return (
-            choose([(self._published[one.worker], requirements, one.model.key) for one in candidates], constraints)
-            is not None
-        )
+        return choose([(self._published[one.worker], demand) for one in candidates]) is not None
 
     def placed(self, instance: Instance, placement: Placement | None) -> None:
         """Count an instance that was just given to a worker, until what that publishes does, or for PENDING_S."""

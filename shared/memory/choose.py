@@ -1,4 +1,4 @@
-"""Which worker a load goes to: pure functions over what workers published of their devices."""
+"""Chooses the worker that a load goes to: pure functions over what workers publish of their devices."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from heapq import nlargest
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from msgspec import structs
 
-from shared.memory.estimate import Requirements
-from shared.memory.placement import Constraints, Smallest, arrange, available, evicting, once_gone, partly
+from shared.memory.placement import Demand, Search, available, once_gone, place_evicting, place_now, place_partly
 from shared.schema.memory import CPU, Holding
 from shared.schema.snapshot import WorkerSnapshot
 
-LOOKED_AT = 8  # workers of a large pool whose devices are looked at one by one
+LOOKED_AT = 8  # workers of a large pool whose devices are searched one by one
+SEARCHES = (Search(evenly=False, any_order=False), Search(evenly=False))  # the quick one first
 
 
 class Host:
-    """A worker's snapshot, and what choosing asks of each worker: put together once for all loads until the next."""
+    """A worker's snapshot, with the sums that every choice asks for: computed once, for all loads until the next."""
 
     def __init__(self, worker: WorkerSnapshot) -> None:
         self.worker = worker
@@ -31,15 +31,15 @@ class Host:
         idle = [held for held in worker.held if held.is_evictable]
         self.unused_since = min((held.used_at for held in idle), default=None)
         then = once_gone(available(worker.devices), idle)
-        self.copies: dict[str, set[str]] = {}  # the devices that have a model, by its key
+        self.copies: dict[str, set[str]] = {}  # the devices that hold a model, by its key
         for held in worker.held:
             self.copies.setdefault(held.key, set()).update(held.devices)
-        self.rooms_then = [then[id_] for _, id_ in gpus]  # once all idle are gone
+        self.rooms_then = [then[id_] for _, id_ in gpus]  # after all evictions that are possible
         self.cpu_reach = then.get(CPU, 0)
         self.reach = sum(max(0, room) for room in self.rooms_then) if self.rooms else self.cpu_reach
 
     def holding(self, more: Sequence[Holding]) -> Host:
-        """The same once loads that were just placed here have their memory."""
+        """Return this host with the memory of loads that were just placed here taken from it."""
         worker = self.worker
         then = available(worker.devices)
         for held in more:
@@ -51,79 +51,52 @@ class Host:
         return Host(structs.replace(worker, devices=devices, held=[*worker.held, *more], residents=residents))
 
 
-class _Costs(NamedTuple):
-    """What a load takes, as far as it is the same for every worker."""
-
-    n: int  # layers that GPUs are to take
-    are_all: bool
-    single: int  # bytes of one GPU that takes them
-    beside: int  # of the host then
-    on_cpu: int  # of a host without GPUs
-    smallest: Smallest
-
-    @classmethod
-    def of(cls, requirements: Requirements, constraints: Constraints) -> _Costs:
-        n = constraints.n_layers(requirements)
-        first = requirements.n_layers - n
-        return cls(
-            n=n,
-            are_all=first == 0,
-            single=requirements.single(first),
-            beside=requirements.beside_gpus(first).total_bytes,
-            on_cpu=requirements.on_cpu().total_bytes,
-            smallest=Smallest.of(requirements, first),
-        )
+# The position in the caller's list, the worker, the load, and the worker's devices that hold the model already.  A
+# plain tuple, since each choice makes one for every worker.
+_Candidate = tuple[int, Host, Demand, Collection[str]]
 
 
-# A worker's place in the list, and of its devices those that have the model already.  A plain tuple: for each load one
-# is made of every worker.
-_Candidate = tuple[int, Host, Requirements, _Costs, Collection[str]]
+def choose(hosts: Sequence[tuple[Host, Demand]]) -> int | None:
+    """Choose the worker that a load goes to.  Returns its position in the list, or None if the load fits on none.
 
-
-def choose(hosts: Sequence[tuple[Host, Requirements, str]], constraints: Constraints) -> int | None:
-    """Which of these workers is to be asked, by its place in the list; None where none has room.
-
-    With each comes what the load takes there, and the key of the model.
+    Each worker comes with the demand of the load there, which depends on the worker's model.  Workers with the same
+    model are to share one Demand.
     """
     on_gpus: list[_Candidate] = []
     on_cpus: list[_Candidate] = []
-    all_costs: dict[int, _Costs] = {}
-    for i, (host, requirements, key) in enumerate(hosts):
-        if (costs := all_costs.get(id(requirements))) is None:
-            costs = all_costs[id(requirements)] = _Costs.of(requirements, constraints)
-        among = on_gpus if costs.n and host.rooms else on_cpus
-        among.append((i, host, requirements, costs, host.copies.get(key, ())))
-    for find, those in (
+    for i, (host, demand) in enumerate(hosts):
+        among = on_gpus if demand.n_on_gpus and host.rooms else on_cpus
+        among.append((i, host, demand, host.copies.get(demand.key, ())))
+    for find, candidates in (
         (_single, on_gpus),
         (_several, on_gpus),
-        (_evicted, on_gpus),
-        (_partial, on_gpus),
+        (_evicting, on_gpus),
+        (_partly, on_gpus),
         (_cpu, on_cpus),
-        (_evicted, on_cpus),
+        (_evicting, on_cpus),
     ):
-        if (found := find(those, constraints)) is not None:
+        if (found := find(candidates)) is not None:
             return found
     return None
 
 
-def _has_host_room(host: Host, costs: _Costs) -> bool:
-    """As `_has_room_beside`."""
-    return costs.are_all if host.cpu_room is None else host.cpu_room >= costs.beside
+def _has_host_room(host: Host, demand: Demand) -> bool:
+    """Return whether the host has room for what GPUs do not take, by the same rule as a placement."""
+    return demand.first == 0 if host.cpu_room is None else host.cpu_room >= demand.beside_bytes
 
 
-def _single(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
-    """The worker with the GPU that has the least room of those that have enough."""
-    if constraints.split is not None:
-        return None
+def _single(candidates: Sequence[_Candidate]) -> int | None:
+    """Choose the worker with the GPU that has the least room of those that have enough."""
     ranks = []
-    is_held = any(copies and _has_host_room(host, costs) for _, host, _, costs, copies in candidates)
-    for i, host, _, costs, copies in candidates:
-        need = costs.single
-        if host.rooms[-1] < need or not _has_host_room(host, costs):
+    is_held = any(copies and _has_host_room(host, demand) for _, host, demand, copies in candidates)
+    for i, host, demand, copies in candidates:
+        need = demand.single_bytes
+        if host.rooms[-1] < need or demand.constraints.split is not None or not _has_host_room(host, demand):
             continue
-        second: int | None = None  # the room of one that has the model already
+        allowed = demand.constraints.devices
+        second: int | None = None  # the room of a GPU that holds the model already
         for room, id_ in host.by_room[bisect_left(host.rooms, need) :]:
-            if constraints.devices and id_ not in constraints.devices:
+            if allowed and id_ not in allowed:
                 continue
             if id_ not in copies:
                 ranks.append((0 if copies else int(is_held), room - need, host.worker.name, i))
@@ -135,40 +108,38 @@ def _single(candidates: Sequence[_Candidate], constraints: Constraints) -> int |
     return min(ranks)[-1] if ranks else None
 
 
-def _several(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
-    """The worker where a load has room on the fewest GPUs."""
+def _several(candidates: Sequence[_Candidate]) -> int | None:
+    """Choose the worker where the load fits on the fewest GPUs."""
     ranks = []
-    for at, (_, host, _, costs, _) in enumerate(candidates):
-        if host.sums[-1] >= costs.single and _has_host_room(host, costs):
-            least = bisect_left(host.sums, costs.single) + 1  # fewer cannot have room
+    for at, (_, host, demand, _) in enumerate(candidates):
+        if host.sums[-1] >= demand.single_bytes and _has_host_room(host, demand):
+            least = bisect_left(host.sums, demand.single_bytes) + 1  # fewer GPUs cannot have room
             ranks.append((least, host.sums[least - 1], host.worker.name, at))
 
-    def look(at: int, any_order: bool) -> tuple[int, int, str, int] | None:
-        i, host, requirements, costs, _ = candidates[at]
-        if not costs.smallest.may_have(host.rooms):
+    def look(at: int, search: Search) -> tuple[int, int, str, int] | None:
+        i, host, demand, _ = candidates[at]
+        if not demand.limit.may_fit(host.rooms):
             return None
-        free = available(host.worker.devices)
-        placed = arrange(requirements, constraints, host.worker.devices, free, evenly=False, any_order=any_order)
+        placed = place_now(demand, host.worker, search)
         return None if placed is None else (len(placed.gpus), host.sums[len(placed.gpus) - 1], host.worker.name, i)
 
     return _best(sorted(ranks), look, lambda at: candidates[at][1].sums[-1])
 
 
-def _evicted(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
-    """The worker where the fewest have to be unloaded; where that is the same, those that were not used for longer."""
+def _evicting(candidates: Sequence[_Candidate]) -> int | None:
+    """Choose the worker with the fewest evictions; of several, the one whose victims were not used for longer."""
     ranks = []
-    for at, (i, host, _, costs, _) in enumerate(candidates):
-        is_gpus = costs.n and host.rooms
-        reach, need = (host.reach, costs.single) if is_gpus else (host.cpu_reach, costs.on_cpu)
+    for at, (i, host, demand, _) in enumerate(candidates):
+        is_gpus = demand.n_on_gpus and host.rooms
+        reach, need = (host.reach, demand.single_bytes) if is_gpus else (host.cpu_reach, demand.cpu_bytes)
         if host.unused_since is not None and reach >= need:
             ranks.append((host.unused_since, i, at))
 
-    def look(at: int, any_order: bool) -> tuple[int, float, int] | None:
-        i, host, requirements, costs, _ = candidates[at]
-        if costs.n and host.rooms and not costs.smallest.may_have(host.rooms_then):
+    def look(at: int, search: Search) -> tuple[int, float, int] | None:
+        i, host, demand, _ = candidates[at]
+        if demand.n_on_gpus and host.rooms and not demand.limit.may_fit(host.rooms_then):
             return None
-        free = available(host.worker.devices)
-        placed = evicting(requirements, constraints, host.worker, free, evenly=False, any_order=any_order)
+        placed = place_evicting(demand, host.worker, search)
         if placed is None:
             return None
         return len(placed.evicts), max(held.used_at for held in placed.evicts), i
@@ -176,17 +147,16 @@ def _evicted(candidates: Sequence[_Candidate], constraints: Constraints) -> int 
     return _best(sorted(ranks), look, lambda at: candidates[at][1].reach)
 
 
-def _partial(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
-    """The worker where the most layers have room on GPUs."""
+def _partly(candidates: Sequence[_Candidate]) -> int | None:
+    """Choose the worker where the most layers fit on GPUs."""
     ranks = []
-    for at, (_, host, _, costs, _) in enumerate(candidates):
-        if host.worker.partly_on_cpu and constraints.is_partly:
-            ranks.append((-costs.smallest.n_layers(host.rooms), host.worker.name, at))
+    for at, (_, host, demand, _) in enumerate(candidates):
+        if host.worker.partly_on_cpu and demand.constraints.is_partly:
+            ranks.append((-demand.limit.n_layers(host.rooms), host.worker.name, at))
 
-    def look(at: int, any_order: bool) -> tuple[int, str, int] | None:
-        i, host, requirements, _, _ = candidates[at]
-        free = available(host.worker.devices)
-        placed = partly(requirements, constraints, host.worker, free, evenly=False, any_order=any_order)
+    def look(at: int, search: Search) -> tuple[int, str, int] | None:
+        i, host, demand, _ = candidates[at]
+        placed = place_partly(demand, host.worker, search)
         return None if placed is None else (-sum(placed.layers), host.worker.name, i)
 
     return _best(sorted(ranks), look, lambda at: candidates[at][1].sums[-1])
@@ -194,32 +164,33 @@ def _partial(candidates: Sequence[_Candidate], constraints: Constraints) -> int 
 
 def _best(
     ranks: Sequence[tuple[Any, ...]],
-    look: Callable[[int, bool], tuple[Any, ...] | None],
+    look: Callable[[int, Search], tuple[Any, ...] | None],
     room: Callable[[int], int],
 ) -> int | None:
-    """The place in `choose`'s list of the worker that is best by a look at its devices, which is what takes the longest
-    in a large pool.  So the first ones are looked at, and where these have no room, those that have the most; at first
-    without trying every order of GPUs.  A pool of more than twice LOOKED_AT may be said to be full where only another
-    worker had room, to which large layers happen to fit."""
+    """Search the devices of the most promising workers, and return the position of the best one in the caller's list.
+
+    A rank ends with a candidate's position, and so does what `look` returns.  To search a worker's devices takes most
+    of the time in a large pool.  So only the LOOKED_AT first are searched, and if the load fits on none of them, the
+    LOOKED_AT others with the most room; a second round tries every order of GPUs.  In a pool of more than twice as many
+    workers, a load may be refused though it fits on one more, where large layers happen to suit the GPUs.
+    """
     first, others = ranks[:LOOKED_AT], ranks[LOOKED_AT:]
-    for any_order in (False, True):
-        found = [one for *_, at in first if (one := look(at, any_order)) is not None]
+    for search in SEARCHES:
+        found = [rank for *_, at in first if (rank := look(at, search)) is not None]
         if not found:
             most = nlargest(LOOKED_AT, (at for *_, at in others), key=room)
-            found = [one for at in most if (one := look(at, any_order)) is not None]
+            found = [rank for at in most if (rank := look(at, search)) is not None]
         if found:
             best: int = min(found)[-1]
             return best
     return None
 
 
-def _cpu(candidates: Sequence[_Candidate], constraints: Constraints) -> int | None:
-    """The worker that holds the fewest instances, since they share their host's processors."""
-    if constraints.devices and CPU not in constraints.devices:
-        return None
+def _cpu(candidates: Sequence[_Candidate]) -> int | None:
+    """Choose the worker that holds the fewest instances, since they share their host's processors."""
     ranks = [
         (CPU in copies, host.worker.residents, host.worker.name, i)
-        for i, host, _, costs, copies in candidates
-        if host.cpu_room is not None and host.cpu_room >= costs.on_cpu
+        for i, host, demand, copies in candidates
+        if demand.allows_cpu and host.cpu_room is not None and host.cpu_room >= demand.cpu_bytes
     ]
     return min(ranks)[-1] if ranks else None

@@ -30,7 +30,7 @@ from api.pool.roster import Roster
 from shared.instance import Instance
 from shared.lifecycle import State
 from shared.memory.estimate import Requirements, requirements_of
-from shared.memory.placement import Constraints, Placement, place
+from shared.memory.placement import Constraints, Demand, Placement, place
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import Holding, Usage
@@ -382,9 +382,10 @@ class _Worker:
         return requirements_of(MODELS[instance.key], plan(instance.request, MODELS[instance.key], self.settings))
 
     def has_room(self, instance: Instance, held: Collection[Holding] = ()) -> bool:
-        return (
-            place(self.requirements(instance), Constraints.of(instance.request.gpu), self._as_it_is(held)) is not None
-        )
+        return place(self._demand(instance), self._as_it_is(held)) is not None
+
+    def _demand(self, instance: Instance) -> Demand:
+        return Demand(self.requirements(instance), Constraints.of(instance.request.gpu), instance.key)
 
     def check_victims(self, victims: Sequence[Holding], instance: Instance) -> None:
         by_name = {one.id: one for one in self.held.values()}
@@ -400,11 +401,7 @@ class _Worker:
                 )
                 for device in room.devices
             ]
-            found = place(
-                self.requirements(instance),
-                Constraints.of(instance.request.gpu),
-                structs.replace(room, devices=devices),
-            )
+            found = place(self._demand(instance), structs.replace(room, devices=devices))
             assert found is None, f"{victim.instance_id} is unloaded in vain"
 
 

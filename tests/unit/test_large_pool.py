@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 
 from shared.memory.choose import Host, choose
-from shared.memory.placement import Constraints
+from shared.memory.placement import Constraints, Demand
 from shared.schema.memory import CPU, Device, Holding
 from shared.schema.snapshot import WorkerSnapshot
 from tests.unit.test_placement import requiring
 
 N_WORKERS, THE_ONE = 1000, 777
-LAYERS = requiring(*[10] * 40)
+LAYERS = Demand(requiring(*[10] * 40), Constraints(), "p/other")
 
 
 def pool(rooms: Callable[[bool], list[int]], idle: int = 0) -> list[WorkerSnapshot]:
@@ -46,10 +46,10 @@ def pool(rooms: Callable[[bool], list[int]], idle: int = 0) -> list[WorkerSnapsh
 )
 def test_the_only_worker_with_room_is_chosen(workers: list[WorkerSnapshot]) -> None:
     """Also where the others have bytes enough, but not for whole layers."""
-    assert choose([(Host(one), LAYERS, "p/other") for one in workers], Constraints()) == THE_ONE
+    assert choose([(Host(one), LAYERS) for one in workers]) == THE_ONE
 
 
 @pytest.mark.parametrize("idle", [0, 9])
 def test_bytes_that_are_no_room_for_whole_layers_are_none_anywhere(idle: int) -> None:
     workers = pool(lambda _: [109 - idle, 109, 109, 99], idle)
-    assert choose([(Host(one), LAYERS, "p/other") for one in workers], Constraints()) is None
+    assert choose([(Host(one), LAYERS) for one in workers]) is None

@@ -14,7 +14,16 @@ from msgspec import UNSET, structs
 
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import CELLS, Requirements, requirements_of
-from shared.memory.placement import Constraints, Placement, arrange, available, has_gpu, largest_context_length, place
+from shared.memory.placement import (
+    Constraints,
+    Demand,
+    Placement,
+    available,
+    has_gpu,
+    largest_context_length,
+    place,
+    place_now,
+)
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import CPU, Device, Holding
@@ -265,7 +274,7 @@ def kind_of(requirements: Requirements, constraints: Constraints, there: WorkerS
 def test_a_load_is_placed_exactly_where_there_is_any_room(
     requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
 ) -> None:
-    placed = place(requirements, constraints, there)
+    placed = place(Demand(requirements, constraints), there)
     expected = victims_of(requirements, constraints, there)
     fewer = most_layers(requirements, constraints, there) if expected is None else None
     if placed is None:
@@ -284,7 +293,7 @@ def test_a_load_is_placed_exactly_where_there_is_any_room(
 def test_each_device_has_room_for_its_part_and_the_parts_are_the_whole_model(
     requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
 ) -> None:
-    if (placed := place(requirements, constraints, there)) is None:
+    if (placed := place(Demand(requirements, constraints), there)) is None:
         return
     free = without(there, placed.evicts)
     assert all(n_bytes <= free[id_] for id_, n_bytes in placed.bytes.items())
@@ -307,7 +316,7 @@ def test_the_gpu_that_has_room_and_least_more_is_taken_and_else_as_few_as_can_be
     requirements: Requirements, rooms: list[int]
 ) -> None:
     there = worker(rooms)
-    placed = arrange(requirements, ANY, there.devices, available(there.devices))
+    placed = place_now(Demand(requirements, ANY), there)
     enough = [room for room in rooms if room >= requirements.single(0)]
     if enough:
         assert placed is not None
@@ -322,7 +331,7 @@ def test_the_gpu_that_has_room_and_least_more_is_taken_and_else_as_few_as_can_be
 def test_nothing_is_unloaded_in_vain(
     requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
 ) -> None:
-    placed = place(requirements, constraints, there)
+    placed = place(Demand(requirements, constraints), there)
     if placed is None or not placed.evicts:
         return
     assert all(held.is_evictable and held in there.held for held in placed.evicts)
@@ -338,21 +347,21 @@ def test_of_two_that_would_do_the_one_that_was_not_used_for_longer_is_unloaded()
     there = worker(
         [10], held=[holding("new", 2.0, a=40), holding("old", 1.0, a=40), holding("busy", evictable=False, a=9)]
     )
-    placed = place(requiring(45), ANY, there)
+    placed = place(Demand(requiring(45), ANY), there)
     assert placed is not None
     assert [held.instance_id for held in placed.evicts] == ["old"]
 
 
 def test_an_old_small_one_is_spared_where_only_a_newer_one_makes_room() -> None:
     there = worker([10], held=[holding("old", 1.0, a=5), holding("new", 2.0, a=40)])
-    placed = place(requiring(45), ANY, there)
+    placed = place(Demand(requiring(45), ANY), there)
     assert placed is not None
     assert [held.instance_id for held in placed.evicts] == ["new"]
 
 
 def test_several_gpus_are_about_equally_full() -> None:
     there = worker([100, 200, 100])
-    placed = place(requiring(*[1] * 300, compute_bytes=5, inner_compute_bytes=5), ANY, there)
+    placed = place(Demand(requiring(*[1] * 300, compute_bytes=5, inner_compute_bytes=5), ANY), there)
     assert placed is not None
     parts = {id_: placed.bytes[id_] / available(there.devices)[id_] for id_ in placed.gpus}
     assert len(parts) == 3
@@ -361,10 +370,10 @@ def test_several_gpus_are_about_equally_full() -> None:
 
 def test_layers_that_fit_in_one_order_of_the_gpus_only_are_placed() -> None:
     """30 goes only where 31 is, which is neither the most room nor the least, and it is neither first nor last."""
-    placed = place(requiring(40, 30, 10), ANY, worker([31, 11, 41]))
+    placed = place(Demand(requiring(40, 30, 10), ANY), worker([31, 11, 41]))
     assert placed is not None
     assert placed.gpus == ["GPU-c", "GPU-a", "GPU-b"]
-    middle = place(requiring(9, 30, 10), ANY, worker([30, 9, 10]))
+    middle = place(Demand(requiring(9, 30, 10), ANY), worker([30, 9, 10]))
     assert middle is not None
     assert middle.gpus == ["GPU-b", "GPU-a", "GPU-c"]
 
@@ -383,35 +392,35 @@ def test_only_who_leaves_the_offload_to_the_worker_may_get_fewer_layers_on_gpus(
     there = worker([25], partly=True)
     requirements = requiring(10, 10, 10)
     for asked, expected in ((GPURequest(), [2]), (GPURequest(offload="max"), None), (GPURequest(offload=1.0), None)):
-        placed = place(requirements, Constraints.of(asked), there)
+        placed = place(Demand(requirements, Constraints.of(asked)), there)
         assert (None if placed is None else placed.layers) == expected, asked
-    assert place(requirements, ANY, structs.replace(there, partly_on_cpu=False)) is None
+    assert place(Demand(requirements, ANY), structs.replace(there, partly_on_cpu=False)) is None
 
 
 def test_layers_stay_with_the_cpu_where_it_has_room_for_exactly_those_that_no_gpu_takes() -> None:
     """With half of the layers it would not have room."""
-    placed = place(requiring(10, 10, 10, 10), ANY, worker([35], cpu=10, partly=True))
+    placed = place(Demand(requiring(10, 10, 10, 10), ANY), worker([35], cpu=10, partly=True))
     assert placed is not None
     assert placed.layers == [3]
 
 
 def test_a_worker_without_the_cpu_puts_no_layers_there() -> None:
     half = Constraints(offload=0.5, is_partly=False)
-    assert place(requiring(10, 10), half, worker([100], cpu=None)) is None
-    assert choose([(Host(worker([100], cpu=None)), requiring(10, 10), "")], half) is None
-    assert place(requiring(10, 10), ANY, worker([100], cpu=None)) is not None
+    assert place(Demand(requiring(10, 10), half), worker([100], cpu=None)) is None
+    assert choose([(Host(worker([100], cpu=None)), Demand(requiring(10, 10), half))]) is None
+    assert place(Demand(requiring(10, 10), ANY), worker([100], cpu=None)) is not None
 
 
 def test_gpus_take_layers_in_the_order_that_a_client_gave() -> None:
     constraints = Constraints(devices=["GPU-c", "GPU-a"], split="even")
-    placed = place(requiring(1, 1, 1), constraints, worker([9, 9, 9]))
+    placed = place(Demand(requiring(1, 1, 1), constraints), worker([9, 9, 9]))
     assert placed is not None
     assert (placed.gpus, placed.layers) == (["GPU-c", "GPU-a"], [2, 1])
 
 
 def test_with_priority_each_gpu_is_filled_before_the_next_and_a_full_one_is_passed_over() -> None:
     constraints = Constraints(split="priority")
-    placed = place(requiring(10, 10, 10, 10), constraints, worker([25, 5, 90]))
+    placed = place(Demand(requiring(10, 10, 10, 10), constraints), worker([25, 5, 90]))
     assert placed is not None
     assert (placed.gpus, placed.layers) == (["GPU-a", "GPU-c"], [2, 2])
 
@@ -420,7 +429,7 @@ def test_with_priority_each_gpu_is_filled_before_the_next_and_a_full_one_is_pass
 def test_a_split_is_the_one_that_llama_cpp_makes(n: int, ratios: list[int], even: bool) -> None:
     ratios = [1] * len(ratios) if even else ratios
     constraints = Constraints(split="even" if even else [*map(float, ratios)])
-    placed = place(requiring(*[1] * n), constraints, worker([1000] * len(ratios)))
+    placed = place(Demand(requiring(*[1] * n), constraints), worker([1000] * len(ratios)))
     assert placed is not None
     parts = [Fraction(sum(ratios[: i + 1]), sum(ratios)) for i in range(len(ratios))]
     expected = [0] * len(ratios)
@@ -434,10 +443,10 @@ def test_a_split_is_the_one_that_llama_cpp_makes(n: int, ratios: list[int], even
 def test_the_cpu_is_taken_where_it_is_the_only_device_that_may_be_used() -> None:
     there = worker([100], held=[holding("idle", cpu=50)], cpu=20)
     only = Constraints(devices=[CPU])
-    placed = place(requiring(10), only, there)
+    placed = place(Demand(requiring(10), only), there)
     assert placed is not None
     assert placed.devices == [CPU]
-    evicting = place(requiring(60), only, there)
+    evicting = place(Demand(requiring(60), only), there)
     assert evicting is not None
     assert [held.instance_id for held in evicting.evicts] == ["idle"]
 
@@ -446,8 +455,9 @@ def test_a_load_that_stays_off_gpus_makes_room_in_memory_where_every_gpu_is_full
     there = worker([0], held=[holding("idle", cpu=50)], cpu=20)
     off = Constraints(offload=0.0, is_partly=False)
     requirements = requiring(60, input_bytes=5, tied_bytes=5)
-    assert place(requirements, off, there) is not None
-    assert choose([(Host(there), requirements, "")], off) == 0
+    demand = Demand(requirements, off)
+    assert place(demand, there) is not None
+    assert choose([(Host(there), demand)]) == 0
 
 
 # ---- among workers
@@ -459,12 +469,13 @@ def test_a_worker_is_chosen_whenever_one_has_room_and_it_has_the_best_kind_of_pl
     requirements: Requirements, constraints: Constraints, data: st.DataObject
 ) -> None:
     pool = [data.draw(workers(f"w{i}")) for i in range(data.draw(st.integers(1, 3)))]
-    placed = [place(requirements, constraints, there, "m") for there in pool]
+    demand = Demand(requirements, constraints, "m")
+    placed = [place(demand, there) for there in pool]
     kinds = [
         None if found is None else kind_of(requirements, constraints, there, found)
         for there, found in zip(pool, placed, strict=True)
     ]
-    i = choose([(Host(there), requirements, "m") for there in pool], constraints)
+    i = choose([(Host(there), demand) for there in pool])
     if i is None:
         assert kinds == [None] * len(pool)
         return
@@ -486,22 +497,21 @@ def test_a_worker_is_chosen_whenever_one_has_room_and_it_has_the_best_kind_of_pl
 
 
 def test_the_worker_whose_gpu_is_left_with_least_is_chosen() -> None:
-    pool = [
-        (Host(worker(rooms, name=f"w{i}")), requiring(40), "") for i, rooms in enumerate([[90, 50], [45, 100], [60]])
-    ]
-    assert choose(pool, ANY) == 1
+    demand = Demand(requiring(40), ANY)
+    pool = [(Host(worker(rooms, name=f"w{i}")), demand) for i, rooms in enumerate([[90, 50], [45, 100], [60]])]
+    assert choose(pool) == 1
 
 
 def test_a_further_instance_goes_to_another_device_of_its_host_else_to_another_host_else_beside_the_first() -> None:
     first = holding("m", key="m", evictable=False, a=40)
     beside, elsewhere = worker([100, 50], held=[first], name="w0"), worker([45], name="w1")
     alone = worker([100], held=[first], name="w0")
-    requirements = requiring(40)
+    demand = Demand(requiring(40), ANY, "m")
 
     def chosen(*pool: WorkerSnapshot) -> tuple[int, list[str]]:
-        i = choose([(Host(there), requirements, "m") for there in pool], ANY)
+        i = choose([(Host(there), demand) for there in pool])
         assert i is not None
-        placed = place(requirements, ANY, pool[i], "m")
+        placed = place(demand, pool[i])
         assert placed is not None
         return i, placed.gpus
 
@@ -513,13 +523,15 @@ def test_a_further_instance_goes_to_another_device_of_its_host_else_to_another_h
 def test_what_was_just_placed_counts_before_its_worker_says_so() -> None:
     host = Host(worker([50]))
     then = host.holding([holding("m", key="m", evictable=False, a=40)])
-    assert choose([(host, requiring(40), "")], ANY) == 0
-    assert choose([(then, requiring(40), "")], ANY) is None
+    demand = Demand(requiring(40), ANY)
+    assert choose([(host, demand)]) == 0
+    assert choose([(then, demand)]) is None
 
 
 def test_of_workers_without_gpus_the_one_that_holds_the_fewest_instances_is_chosen() -> None:
     busy = worker([], held=[holding("x", evictable=False, cpu=1)], name="w0")
-    assert choose([(Host(there), requiring(10), "") for there in (busy, worker([], cpu=500, name="w1"))], ANY) == 1
+    demand = Demand(requiring(10), ANY)
+    assert choose([(Host(there), demand) for there in (busy, worker([], cpu=500, name="w1"))]) == 1
 
 
 # ---- the largest context
@@ -562,7 +574,7 @@ def test_the_largest_context_length_has_room_and_no_longer_one_has(
     there, made = worker(rooms, cpu, partly=partly), Settings()
 
     def fits(requirements: Requirements) -> bool:
-        return place(requirements, constraints, there) is not None
+        return place(Demand(requirements, constraints), there) is not None
 
     def fits_with(context_length: int) -> bool:
         request = LoadRequest(model="p/m", context_length=context_length)

@@ -14,7 +14,7 @@ from shared.errors import ErrorBody, LoadFailed
 from shared.instance import Instance
 from shared.lifecycle import State
 from shared.memory.estimate import requirements_of
-from shared.memory.placement import Constraints, Placement, has_gpu, largest_context_length, place
+from shared.memory.placement import Constraints, Demand, Placement, has_gpu, largest_context_length, place
 from shared.memory.plan import plan
 from shared.race import first, racing
 from shared.schema.memory import CPU, Device, Holding, Usage
@@ -119,21 +119,24 @@ class Placer:
         nothing.
         """
         await self.look()
-        needed = requirements_of(model, plan(instance.request, model, self._settings))
-        constraints = Constraints.of(instance.request.gpu)
+        demand = self._demand(instance, model)
         snapshot = self._snapshot()
         if instance.restoring:
             snapshot = structs.replace(snapshot, held=[])
-        placed = place(needed, constraints, snapshot, instance.key)
+        placed = place(demand, snapshot)
         if placed is not None and placed.evicts:
             await self._evict(placed.evicts, instance)
             await self.look()
             evicted = placed.evicts
-            placed = place(needed, constraints, structs.replace(self._snapshot(), held=[]))
+            placed = place(demand, structs.replace(self._snapshot(), held=[]))
             placed = None if placed is None else structs.replace(placed, evicts=evicted)
         if placed is not None:
             self.ledger.reserve(instance.id, placed.usage)
         return placed
+
+    def _demand(self, instance: Instance, model: Model) -> Demand:
+        requirements = requirements_of(model, plan(instance.request, model, self._settings))
+        return Demand(requirements, Constraints.of(instance.request.gpu), instance.key)
 
     async def _evict(self, victims: Sequence[Holding], instance: Instance) -> None:
         names = {held.instance_id for held in victims}
@@ -168,7 +171,6 @@ class Placer:
         """
         if not self.ledger.change(instance.id, taken):
             return structs.replace(placed, usage=[*taken], exact=True)
-        needed = requirements_of(model, plan(instance.request, model, self._settings))
         more = {one.id: one.total_bytes - placed.bytes.get(one.id, 0) for one in taken}
         pid = self.ledger.reservations[instance.id].pid
         self.ledger.release(instance.id)
@@ -177,7 +179,7 @@ class Placer:
             structs.replace(device, available_bytes=device.available_bytes - max(0, more.get(device.id, 0)))
             for device in snapshot.devices
         ]
-        other = place(needed, Constraints.of(instance.request.gpu), structs.replace(snapshot, devices=devices, held=[]))
+        other = place(self._demand(instance, model), structs.replace(snapshot, devices=devices, held=[]))
         if other is not None:
             other = structs.replace(other, evicts=placed.evicts)
             self.ledger.reserve(instance.id, other.usage)
@@ -277,14 +279,16 @@ class Placer:
         would_fit: dict[str, object] = {}
         if model is not None:
             asked = plan(instance.request, model, self._settings)
-            requirements = requirements_of(model, asked)
+            demand = Demand(requirements_of(model, asked), constraints, instance.key)
             if needed is None:
-                n = constraints.n_layers(requirements) if has_gpu(devices) else 0
-                needed = requirements.single(requirements.n_layers - n) if n else requirements.on_cpu().total_bytes
-            if requirements.exact:
+                needed = demand.single_bytes if demand.n_on_gpus and has_gpu(devices) else demand.cpu_bytes
+            if demand.requirements.exact:
                 snapshot = self._snapshot()
                 largest = largest_context_length(
-                    instance.request, model, self._settings, lambda one: place(one, constraints, snapshot) is not None
+                    instance.request,
+                    model,
+                    self._settings,
+                    lambda one: place(Demand(one, constraints, instance.key), snapshot) is not None,
                 )
                 if largest is None or largest < asked.n_ctx:
                     would_fit = {"largest_context_length": largest}
