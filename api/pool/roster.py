@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from itertools import count
 
 from msgspec import UNSET, Struct
 
@@ -31,6 +32,14 @@ class Candidate(Struct, frozen=True, kw_only=True, gc=False):
 
     worker: str
     model: Model
+    catalog: int  # the number of the worker's catalog: candidates with the same one share the model
+
+
+class Names(Struct, frozen=True):
+    """The models of a catalog by each name that a client may use, and a number that no other catalog gets."""
+
+    number: int
+    models: Mapping[str, Model]
 
 
 class Roster:
@@ -47,7 +56,8 @@ class Roster:
         self._published: dict[str, Host] = {}  # the same without what was placed since
         self._pending: dict[str, list[tuple[float, Holding]]] = {}  # by worker: until when, and what is on its way
         self._digests: dict[str, str] = {}
-        self._names: dict[str, Mapping[str, Model]] = {}  # by worker; those with the same catalog share one
+        self._names: dict[str, Names] = {}  # by worker; workers with the same catalog share one
+        self._numbers = count()
         self._listed: list[ListedModel] = []
         self._listed_of: list[tuple[str, str | None]] = []  # which workers, with which catalogs
 
@@ -81,7 +91,8 @@ class Roster:
         if shared is not None and self.catalogs[shared] == catalog:
             self.catalogs[worker], self._names[worker] = self.catalogs[shared], self._names[shared]
         else:
-            self.catalogs[worker], self._names[worker] = catalog, by_name(catalog)
+            self.catalogs[worker] = catalog
+            self._names[worker] = Names(next(self._numbers), by_name(catalog))
         self._digests[worker] = digest
 
     # ---- placing
@@ -92,14 +103,18 @@ class Roster:
 
         Raises InvalidValue for a worker or devices that are none of theirs.
         """
-        found = {name: model for name, names in self._names.items() if (model := names.get(request.model))}
+        found = [
+            Candidate(worker=name, model=model, catalog=names.number)
+            for name, names in self._names.items()
+            if (model := names.models.get(request.model))
+        ]
         gpu = GPURequest() if request.gpu is UNSET else request.gpu
         if gpu.worker is not UNSET and gpu.worker not in self.catalogs:
             raise InvalidValue(f"'gpu.worker': there is no worker '{gpu.worker}'.", param="gpu.worker")
         live = [
-            Candidate(worker=name, model=model)
-            for name, model in found.items()
-            if name in self._hosts and name not in without and gpu.worker in (UNSET, name)
+            one
+            for one in found
+            if one.worker in self._hosts and one.worker not in without and gpu.worker in (UNSET, one.worker)
         ]
         if gpu.devices is not UNSET and live:
             theirs = {device.id for one in live for device in self.alive[one.worker].devices}
@@ -108,7 +123,7 @@ class Roster:
                     f"'gpu.devices': no worker that has '{request.model}' has {', '.join(map(repr, unknown))}.",
                     param="gpu.devices",
                 )
-        return live, next(iter(found.values()), None)
+        return live, found[0].model if found else None
 
     def choose(self, candidates: Sequence[Candidate], request: LoadRequest) -> tuple[Candidate, Placement | None]:
         """The best of some candidates, and where it would put the load by what it published last; where none has room,
@@ -120,14 +135,15 @@ class Roster:
         if not readable:
             return candidates[0], None
         constraints = Constraints.of(request.gpu)
+        models = {one.catalog: one.model for one in readable}
         demands = {
-            id(model): Demand(self.requirements(model, request), constraints, model.key)
-            for model in {id(one.model): one.model for one in readable}.values()
+            catalog: Demand(self.requirements(model, request), constraints, model.key)
+            for catalog, model in models.items()
         }
         best: tuple[Candidate, Placement] | None = None
         # What was placed a moment ago may have been refused, or be gone.
         for hosts in (self._hosts, self._published) if self._pending else (self._hosts,):
-            asked = [(hosts[one.worker], demands[id(one.model)]) for one in readable]
+            asked = [(hosts[one.worker], demands[one.catalog]) for one in readable]
             if (i := choose(asked)) is not None:
                 host, demand = asked[i]
                 placed = place(demand, host.worker)
