@@ -98,10 +98,10 @@ class Roster:
     # ---- placing
 
     def candidates(self, request: LoadRequest, without: Collection[str] = ()) -> tuple[list[Candidate], Model | None]:
-        """Workers that take loads and have what a request wants, less some, and the model as any worker knows it, also
-        one that is away.
+        """Return the workers that take loads and have the requested model, except for those in `without`; and the model
+        as the first worker knows it, even one that is away, or None.
 
-        Raises InvalidValue for a worker or devices that are none of theirs.
+        Raises InvalidValue for an unknown worker, or for devices that none of these workers has.
         """
         found = [
             Candidate(worker=name, model=model, catalog=names.number)
@@ -126,10 +126,10 @@ class Roster:
         return live, found[0].model if found else None
 
     def choose(self, candidates: Sequence[Candidate], request: LoadRequest) -> tuple[Candidate, Placement | None]:
-        """The best of some candidates, and where it would put the load by what it published last; where none has room,
-        the one that has the most of it, which may know better.
+        """Choose the best candidate.  Returns it with the placement that its last snapshot allows; if the load fits on
+        none, the candidate with the most memory and None: that worker may know better.
 
-        One that can read the file is better than one that cannot.  Raises InvalidValue against the model's limits.
+        A worker that can read the file is preferred.  Raises InvalidValue if the request exceeds the model's limits.
         """
         readable = [one for one in candidates if one.model.problem is None]
         if not readable:
@@ -141,7 +141,7 @@ class Roster:
             for catalog, model in models.items()
         }
         best: tuple[Candidate, Placement] | None = None
-        # What was placed a moment ago may have been refused, or be gone.
+        # A load that was placed a moment ago may have been refused, or be gone: second, do not count those.
         for hosts in (self._hosts, self._published) if self._pending else (self._hosts,):
             asked = [(hosts[one.worker], demands[one.catalog]) for one in readable]
             if (i := choose(asked)) is not None:
@@ -158,12 +158,12 @@ class Roster:
         return readable[min(ranks)[-1]], None
 
     def requirements(self, model: Model, request: LoadRequest) -> Requirements:
-        """What a request takes.  Raises InvalidValue against the model's limits."""
+        """Compute what a request takes.  Raises InvalidValue if it exceeds the model's limits."""
         check(request, model)
         return requirements_of(model, plan(request, model, self.settings))
 
     def has_room(self, candidates: Sequence[Candidate], demand: Demand) -> bool:
-        """Whether any of them has room for a load that takes this."""
+        """Return whether the load fits on any of these workers, by what they published."""
         return choose([(self._published[one.worker], demand) for one in candidates]) is not None
 
     def placed(self, instance: Instance, placement: Placement | None) -> None:

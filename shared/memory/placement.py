@@ -175,13 +175,19 @@ def place(demand: Demand, worker: WorkerSnapshot) -> Placement | None:
 
 
 def place_now(demand: Demand, worker: WorkerSnapshot, search: Search = THOROUGH) -> Placement | None:
-    """Place a load, with as many layers on GPUs as its constraints say, in memory that is free now."""
+    """Place a load in memory that is free now, with as many layers on GPUs as its constraints say.
+
+    Returns None if it does not fit.
+    """
     copies = {id_ for held in worker.held if held.key == demand.key for id_ in held.devices}
     return _Attempt(demand, worker.devices, available(worker.devices), search, copies).place()
 
 
 def place_evicting(demand: Demand, worker: WorkerSnapshot, search: Search = THOROUGH) -> Placement | None:
-    """Place a load as `place_now` does, in memory that is free after evictions."""
+    """Place a load as `place_now` does, in memory that is free after evictions.
+
+    Returns None if it does not fit, whatever is evicted, or if there is nothing to evict.
+    """
     free = available(worker.devices)
     idle = sorted(
         (held for held in worker.held if held.is_evictable), key=lambda held: (held.used_at, held.instance_id)
@@ -204,9 +210,9 @@ def place_evicting(demand: Demand, worker: WorkerSnapshot, search: Search = THOR
 
 
 def place_partly(demand: Demand, worker: WorkerSnapshot, search: Search = THOROUGH) -> Placement | None:
-    """Place as many layers of a load on GPUs as are free now, and the others on the CPU.
+    """Place as many layers of a load on GPUs as fit there now, and the others on the CPU.
 
-    Returns None if the worker or the constraints do not allow that.
+    Returns None if the worker or the constraints do not allow that, or if the others do not fit on the CPU.
     """
     requirements, constraints, free = demand.requirements, demand.constraints, available(worker.devices)
     if not (worker.partly_on_cpu and constraints.is_partly and has_gpu(worker.devices)):
@@ -269,11 +275,11 @@ def largest_context_length(
     return low * CELLS or None
 
 
-# ---- on one worker, with so much free
+# ---- one search
 
 
 class _Attempt(Struct, frozen=True, dict=True):
-    """A search for room for one load on the devices of one worker, of which `free` is free.
+    """One search for room for a load on a worker's devices, where `free` may be given to loads.
 
     `copies` are the devices that hold the model already.
     """
@@ -375,15 +381,14 @@ class _Attempt(Struct, frozen=True, dict=True):
             return []
         requirements, sums, free = self.demand.requirements, self.demand.sums, self.free
         last = requirements.n_layers - 1  # the output, which the last GPU takes
+        inner = requirements.inner_compute_bytes
         reached: dict[tuple[str, ...], tuple[int, list[str]]] = {(): (first, [])}
         for _ in gpus[1:]:
             further: dict[tuple[str, ...], tuple[int, list[str]]] = {}
             for start, order in reached.values():
                 rooms = {free[id_]: id_ for id_ in gpus if id_ not in order}  # of GPUs with the same room, one
                 for room, id_ in rooms.items():
-                    end = min(
-                        last, bisect_right(sums, sums[start] + room - requirements.inner_compute_bytes, start) - 1
-                    )
+                    end = min(last, bisect_right(sums, sums[start] + room - inner, start) - 1)
                     chosen = tuple(sorted([*order, id_]))
                     if end > start and end > further.get(chosen, (0, []))[0]:
                         further[chosen] = end, [*order, id_]
@@ -430,7 +435,7 @@ class _Attempt(Struct, frozen=True, dict=True):
         return layers
 
     def _by_priority(self, first: int) -> list[int]:
-        """Return the layers for each GPU, where each is filled before the next; they may be too many for the first."""
+        """Return the layers for each GPU, where each is filled before the next, whether or not they fit."""
         requirements, free = self.demand.requirements, self.free
         layers: list[int] = []
         start = first
