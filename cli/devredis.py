@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import importlib.util
 import os
 import re
@@ -17,7 +16,6 @@ import shutil
 import stat
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,9 +23,11 @@ from urllib.parse import quote
 
 from msgspec import Struct
 
+from shared import filelock
+
 OLDEST = (6, 2)
 SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its final NUL: unix(7)
-HANDOVER_S = 5.0  # a server whose supervisor was killed is told to leave at once, and first writes its file
+HANDOVER_S = 5.0  # a server whose supervisor was killed writes its file before it leaves
 ANSWER_S = 1.0
 
 
@@ -48,20 +48,20 @@ class Server(Struct, frozen=True, kw_only=True):
 def prepared(data_dir: Path) -> Iterator[Server]:
     """A server that keeps its data in the private directory `data_dir`/redis.  `data_dir` exists.
 
-    The server inherits a lock on its data: as long as a process of an older server lives, nobody starts a second one
-    on the same files, not even after the older one's supervisor was killed.  Waits up to HANDOVER_S for such a
-    server to leave.  Raises RedisUnavailable.  Start and stop the server inside the `with`.
+    The server inherits a lock on its data.  While a process of an older server lives, no second server starts on the
+    same files, even if the older server's supervisor was killed.  Waits up to HANDOVER_S for such a server to leave.
+    Raises RedisUnavailable.  Start and stop the server inside the `with`.
     """
     home = data_dir / "redis"
     with ExitStack() as undo:
         try:
             home.mkdir(mode=0o700, exist_ok=True)
             _make_private(home)
-            lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            undo.callback(os.close, lock)
+            lock = undo.enter_context(filelock.lock(home / "lock", HANDOVER_S))
         except OSError as e:
             raise RedisUnavailable(f"The embedded Redis cannot use '{home}': {e.strerror}.") from None
-        _lock(lock, home)
+        except filelock.Held:
+            raise RedisUnavailable(f"An older embedded Redis still uses '{home}'; stop it first.") from None
         socket = home.absolute() / "redis.sock"
         if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
             short = undo.enter_context(tempfile.TemporaryDirectory(prefix="loadstone-"))  # made with mode 0700
@@ -70,7 +70,7 @@ def prepared(data_dir: Path) -> Iterator[Server]:
                 raise RedisUnavailable(f"The path of the socket '{socket}' is too long; shorten the data directory's.")
         yield Server(
             argv=_argv(binary(), socket, home.absolute()),
-            pass_fds=(lock,),
+            pass_fds=(lock.fileno(),),
             socket=socket,
             url=f"unix://{quote(str(socket))}",
         )
@@ -82,17 +82,6 @@ def _make_private(home: Path) -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, "it belongs to someone else")
     home.chmod(0o700)
-
-
-def _lock(descriptor: int, home: Path) -> None:
-    until = time.monotonic() + HANDOVER_S
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise RedisUnavailable(f"An older embedded Redis still uses '{home}'; stop it first.") from None
-        time.sleep(0.02)
 
 
 def _argv(server: Path, socket: Path, home: Path) -> tuple[str, ...]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import msgspec
 from cli import devredis, listener
 from cli.devredis import Server
 from cli.supervisor import Command, StartFailed, Supervisor
+from shared import filelock
 from shared.settings import (
     PREFIX,
     Settings,
@@ -119,16 +119,17 @@ def make_directories(settings: Settings) -> None:
 
 @contextmanager
 def only_one(data_dir: Path) -> Iterator[None]:
-    """The right to run on a data directory, for as long as this process lives: children do not inherit it."""
+    """Hold the right to run on a data directory; child processes do not inherit it.
+
+    Raises SettingsError when another `loadstone up` has it, or when the directory cannot be written to.
+    """
     where = f"{variable('data_dir')} is '{data_dir}'"
-    try:
-        lock = (data_dir / "up.lock").open("w")
-    except OSError as e:
-        raise SettingsError(f"{where}: it must be a directory that can be written to ({e.strerror}).") from None
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.enter_context(filelock.lock(data_dir / "up.lock"))
+        except OSError as e:
+            raise SettingsError(f"{where}: it must be a directory that can be written to ({e.strerror}).") from None
+        except filelock.Held:
             raise SettingsError(f"{where}, where another `loadstone up` runs: each must have its own.") from None
         yield
 

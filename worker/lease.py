@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from shared import filelock
 from shared.lifecycle import State
 from shared.schema.model import Model
 from shared.settings import Settings, SettingsError
@@ -25,18 +25,17 @@ _log = log.get("worker")
 
 @contextmanager
 def owned(settings: Settings, epoch: str) -> Iterator[str]:
-    """Hold this worker's name on this data directory for life; yields the epoch of its last, dead holder.
+    """Hold this worker's name on this data directory until the process ends; yields the epoch of the last holder.
 
-    The lock is a `flock`: the kernel drops it when the process dies, however it dies.  Its file names the holder's
-    epoch and directory for temporary files, where multiprocessing puts its sockets: what a holder that was killed left
-    of it is removed by the next one.  Raises SettingsError.
+    The lock's file names the holder's epoch and its directory for temporary files, where multiprocessing puts its
+    sockets.  Removes the directory that a killed holder left.  Raises SettingsError when another process has the name.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = settings.data_dir / f"worker-{settings.name}.lock"
-    with path.open("a+") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            file = stack.enter_context(filelock.lock(path))
+        except filelock.Held:
             raise SettingsError(
                 f"a worker named '{settings.name}' already runs on the data directory {settings.data_dir}."
             ) from None
@@ -44,13 +43,13 @@ def owned(settings: Settings, epoch: str) -> Iterator[str]:
         dead_epoch, _, left = file.read().strip().partition(" ")
         if left and Path(left).name.startswith(TEMPORARY):
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as temporary:
-            file.truncate(0)
-            file.write(f"{epoch} {temporary}")
-            file.flush()
-            # As multiprocessing.util.get_temp_dir remembers it; one that it made itself would stay after a SIGKILL.
-            multiprocessing.current_process()._config["tempdir"] = temporary  # type: ignore[attr-defined]
-            yield dead_epoch
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True))
+        file.truncate(0)
+        file.write(f"{epoch} {temporary}")
+        file.flush()
+        # As multiprocessing.util.get_temp_dir remembers it; one that it made itself would stay after a SIGKILL.
+        multiprocessing.current_process()._config["tempdir"] = temporary  # type: ignore[attr-defined]
+        yield dead_epoch
 
 
 async def take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from shared import filelock
 from shared.schema.memory import CPU
 from shared.settings import Settings, SettingsError, variable
 from worker.memory.host import host_memory
@@ -79,16 +79,17 @@ def _chosen(wanted: str, there: Sequence[str]) -> tuple[list[str], bool]:
 
 @contextmanager
 def locked(lock_dir: Path, gpus: Sequence[str]) -> Iterator[None]:
-    """Hold the exclusive right to these GPUs: a `flock` on a file each, which the kernel drops when this process dies,
-    and which no child of it inherits.  Raises SettingsError where another worker has it."""
+    """Hold the exclusive right to these GPUs: the lock on a file for each, which no child process inherits.
+
+    Raises SettingsError when another worker has one of them.
+    """
     if gpus:
         lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with ExitStack() as held:
         for id_ in gpus:
-            file = held.enter_context((lock_dir / f"{id_}.lock").open("a"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                held.enter_context(filelock.lock(lock_dir / f"{id_}.lock"))
+            except filelock.Held:
                 raise SettingsError(
                     f"another worker uses the GPU {id_}; give each its own with {variable('devices')}."
                 ) from None
