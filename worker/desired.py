@@ -7,12 +7,12 @@ than records are kept.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from pathlib import Path
 
 import msgspec
 
+from shared.files import replace_atomically
 from shared.instance import Instance
 from shared.telemetry import log
 from worker.timing import Timing
@@ -91,14 +91,9 @@ class Desired:
         return self._number, msgspec.json.encode(list(self.instances.values()))
 
     def _replace(self, number: int, data: bytes) -> None:
-        """Whatever happens meanwhile, the file holds either all of what it had or all of `data`.  Raises OSError."""
+        """Write the encoding with this number, unless a later one is written already.  Raises OSError."""
         with self._writing:
             if number < self._written:  # a thread that was slower than a later one
                 return
-            beside = self.path.with_name(self.path.name + ".new")
-            with beside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
+            replace_atomically(self.path, data)
             self._written = number

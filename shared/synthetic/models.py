@@ -24,6 +24,7 @@ from gguf import GGMLQuantizationType as TensorType
 from gguf import GGUFValueType as Kind
 from numpy.typing import NDArray
 
+from shared.files import replacing
 from shared.synthetic import architectures, tokenizers
 from shared.synthetic.architectures import LLAMA2_7B, SHAPES, TINY, Model, Shape, Tensor, decoder
 from shared.synthetic.tokenizers import Metadata, Value
@@ -231,8 +232,8 @@ def _write(path: Path, model: Model, *, shards: int = 0, is_sparse: bool = False
 
 def _write_file(path: Path, model: Model, is_sparse: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write the same model
+    with replacing(path, partial, is_durable=False):  # a model of gigabytes would wait for the disk
         _write_header(partial, model)
         with partial.open("ab") as file:
             file.write(bytes(_padding(file.tell())))
@@ -242,9 +243,6 @@ def _write_file(path: Path, model: Model, is_sparse: bool) -> None:
             else:
                 for chunk in _weights(model.tensors):
                     file.write(chunk.data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_header(path: Path, model: Model) -> None:

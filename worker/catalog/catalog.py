@@ -17,6 +17,7 @@ from msgspec import Struct
 
 import shared
 from shared import quantization
+from shared.files import replace_atomically
 from shared.schema.model import FileStat, Model, Problem, Weights
 from worker.catalog import gguf, keys, modelfile
 from worker.catalog.directory import Found, walk
@@ -87,9 +88,8 @@ class Catalog:
         present = {found.path for found in self._found}
         files = {path: e for path, e in self._entries.items() if path in present and e.file.lasting}
         self._cache_file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._cache_file.with_name(self._cache_file.name + ".new")
-        beside.write_bytes(msgspec.msgpack.encode(CacheFile(version=CACHE_VERSION, files=files)))
-        beside.replace(self._cache_file)
+        data = msgspec.msgpack.encode(CacheFile(version=CACHE_VERSION, files=files))
+        replace_atomically(self._cache_file, data, is_durable=False)  # a lost cache is read from the models again
         self._unsaved = False
 
     def _lacks_rest(self, found: Found) -> bool:
