@@ -31,8 +31,9 @@ from tests.integration.test_agent import (
 from tests.support.runners import is_gone
 from tests.support.waiting import until
 from worker.agent import Agent
+from worker.framing import LENGTH, frame
 from worker.runner.process import Received, Runner, Unreadable
-from worker.runner.protocol import LENGTH, Failed, FromRunner, Measured, Pong, Progress, Ready, Warm, frame
+from worker.runner.protocol import Failed, FromRunner, Measured, Pong, Progress, Ready, Warm
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 

@@ -18,7 +18,8 @@ import pytest
 from shared.schema.model import Model
 from tests.support.headers import vocabulary, write
 from tests.support.service import processes
-from worker.catalog.scanner import LENGTH, catalogs
+from worker import framing
+from worker.catalog.scanner import catalogs
 
 DEADLINE_S = 20.0
 
@@ -154,8 +155,9 @@ def scanner(root: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def frame(scanner: subprocess.Popen[bytes]) -> list[Model]:
     assert scanner.stdout is not None
-    (size,) = LENGTH.unpack(scanner.stdout.read(LENGTH.size))
-    return msgspec.msgpack.decode(scanner.stdout.read(size), type=list[Model])
+    data = framing.read_blocking(scanner.stdout)
+    assert data is not None
+    return msgspec.msgpack.decode(data, type=list[Model])
 
 
 def test_a_scanner_is_nice_and_deaf_to_a_terminals_interrupt(scanner: subprocess.Popen[bytes], root: Path) -> None:

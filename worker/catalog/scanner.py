@@ -1,9 +1,8 @@
 """The scanner: a process of its own that watches the models directory and tells the worker what is in it.
 
 Reading headers keeps a Python interpreter busy, which a worker that talks to runners and Redis cannot have in its
-own.  `python -m worker.catalog.scanner MODELS_DIR CACHE_FILE` writes each catalog to its stdout: four bytes of length,
-little endian, then a msgpack `list[Model]`.  Its stdin is its lifeline: it says nothing, and at its end the scanner
-goes.
+own.  `python -m worker.catalog.scanner MODELS_DIR CACHE_FILE` writes each catalog, a `list[Model]`, to its stdout in a
+frame of `worker.framing`.  Its stdin carries no data; the scanner ends when its stdin does.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import asyncio
 import os
 import select
 import signal
-import struct
 import sys
 import time
 from collections.abc import AsyncGenerator
@@ -25,6 +23,7 @@ import msgspec
 
 from shared.schema.model import Model, Problem
 from shared.telemetry import log
+from worker import framing
 from worker.catalog.catalog import Catalog
 
 POLL_S = 1.0  # a stat of 200 files takes a millisecond or two
@@ -34,7 +33,6 @@ FIRST_PAUSE_S = 0.5  # before a scanner that died is started again; doubles up t
 LAST_PAUSE_S = 30.0
 STABLE_S = 60.0  # a scanner that lived this long gets the first pause again
 LAST_WORDS_S = 1.0  # between the end of a scanner's stream and its exit
-LENGTH = struct.Struct("<I")
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
@@ -80,12 +78,12 @@ async def catalogs(
 
 
 async def _next(child: asyncio.subprocess.Process) -> list[Model] | None:
-    """The next catalog that a scanner writes; None when its stream ends or makes no sense."""
+    """Read the next catalog from a scanner; None when its stream ends or cannot be decoded."""
     assert child.stdout is not None
+    data = await framing.read(child.stdout)
     try:
-        (size,) = LENGTH.unpack(await child.stdout.readexactly(LENGTH.size))
-        return _decode(await child.stdout.readexactly(size))
-    except (asyncio.IncompleteReadError, msgspec.MsgspecError):
+        return None if data is None else _decode(data)
+    except msgspec.MsgspecError:
         return None
 
 
@@ -175,8 +173,7 @@ class Publisher:
         if models == self._last:
             return
         self._last = models
-        data = msgspec.msgpack.encode(models)
-        rest = memoryview(LENGTH.pack(len(data)) + data)
+        rest = memoryview(framing.frame(models))
         while rest:  # without a buffer that the interpreter would flush once more when nobody listens
             rest = rest[os.write(sys.stdout.fileno(), rest) :]
 

@@ -15,12 +15,12 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from worker import framing
 from worker.engine import llama
 from worker.engine.confine import confine
 from worker.engine.prewarm import give_back, practise
 from worker.engine.progress import Throttled
 from worker.runner.protocol import (
-    LENGTH,
     NO_GPU,
     Failed,
     FromRunner,
@@ -93,13 +93,11 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
 def read_channel(
     control: socket.socket, inbox: queue.SimpleQueue[Load | Measure], send: Callable[[FromRunner], None]
 ) -> None:
-    """Reader thread.  Stop, or the end of the stream, ends the process whatever the main thread is deep in."""
+    """Receive messages, in a thread of its own.  Stop, or the end of the stream, ends the process at once, whatever
+    the main thread does."""
     with control.makefile("rb") as stream:
-        while True:
-            head = stream.read(LENGTH.size)
-            if len(head) < LENGTH.size:
-                os._exit(ORPHANED)
-            message: ToRunner = decode_to_runner(stream.read(LENGTH.unpack(head)[0]))
+        while (data := framing.read_blocking(stream)) is not None:
+            message: ToRunner = decode_to_runner(data)
             match message:
                 case Load() | Measure():
                     inbox.put(message)
@@ -108,3 +106,4 @@ def read_channel(
                         send(Pong())
                 case Stop():
                     os._exit(0)
+    os._exit(ORPHANED)

@@ -11,8 +11,9 @@ from multiprocessing.context import ForkServerProcess
 
 import msgspec
 
+from worker import framing
 from worker.runner.output import Output
-from worker.runner.protocol import LENGTH, FromRunner, Ping, Pong, Stop, ToRunner, decode_from_runner, frame
+from worker.runner.protocol import FromRunner, Ping, Pong, Stop, ToRunner, decode_from_runner, frame
 from worker.timing import Timing
 
 CHUNK_BYTES = 1 << 16
@@ -87,16 +88,13 @@ class Runner:
 
     async def _listen(self) -> None:
         try:
-            while True:
-                head = await self._reader.readexactly(LENGTH.size)
-                message = decode_from_runner(await self._reader.readexactly(LENGTH.unpack(head)[0]))
+            while (data := await framing.read(self._reader)) is not None:
+                message = decode_from_runner(data)
                 self._is_asked, self.silent_s = False, 0.0  # whatever it says
                 if not isinstance(message, Pong):
                     self._inbox.put_nowait(message)
         except msgspec.MsgspecError:
             self._inbox.put_nowait(Unreadable())
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
         self._inbox.put_nowait(None)
 
     async def stop(self) -> None:

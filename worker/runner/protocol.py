@@ -1,8 +1,7 @@
-"""What a worker and its runner say to each other: tagged messages in length-prefixed msgpack frames."""
+"""The messages between a worker and its runner: tagged structs, each in a frame of `worker.framing`."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 from msgspec import Struct, msgpack
@@ -11,8 +10,8 @@ from shared.memory.plan import Plan
 from shared.schema.http import LoadConfig, Phase
 from shared.schema.memory import Usage
 from shared.schema.model import FileStat
+from worker import framing
 
-LENGTH = struct.Struct("<I")
 NO_GPU = "-1"  # CUDA_VISIBLE_DEVICES ends before the first number that is none: CUDA C++ Programming Guide
 
 # ---- to the runner
@@ -91,10 +90,6 @@ class Failed(Struct, frozen=True, tag="failed"):
 FromRunner = Warm | Pong | Progress | Ready | Measured | Failed
 
 
-def frame(message: ToRunner | FromRunner) -> bytes:
-    data = msgpack.encode(message)
-    return LENGTH.pack(len(data)) + data
-
-
+frame: Callable[[ToRunner | FromRunner], bytes] = framing.frame
 decode_to_runner: Callable[[bytes], ToRunner] = msgpack.Decoder(ToRunner).decode
 decode_from_runner: Callable[[bytes], FromRunner] = msgpack.Decoder(FromRunner).decode
