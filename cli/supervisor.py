@@ -10,7 +10,6 @@ a byte at each of its beats (`heartbeat`).  One that wrote and then fell silent 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from typing import Self
 
 from msgspec import Struct
 
+from shared import libc
 from shared.telemetry import log
 
 CONFIGURATION_ERROR = 2  # exit status of a child that refuses its settings: starting it again changes nothing
@@ -31,9 +31,7 @@ START_DEADLINE_S = 60.0
 KILL_S = 5.0  # what survives SIGKILL this long is stuck in the kernel, and waiting does not help
 LOOKS = 10  # of a watchdog, all without a beat, before a child is killed
 PIPE_BYTES = 65536  # what a pipe holds
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-_libc = ctypes.CDLL(None)
 _log = log.get(__name__)
 
 
@@ -337,7 +335,7 @@ def _leave_with(parent: int) -> Callable[[], None]:
     def before_exec() -> None:
         # The death signal may come before exec, where the handler we inherited would swallow it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+        libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before we could ask
             os._exit(1)
 

@@ -7,27 +7,17 @@ leaves llama.cpp's own mapping nothing to wait for.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from shared import libc
+
 STEP_BYTES = 32 << 20
 SAMPLE_BYTES = 1 << 20
-MADV_POPULATE_READ = 22
-MAP_FAILED = ctypes.c_void_p(-1).value
-
-# Not Python's mmap, which holds the interpreter's lock while madvise reads (Modules/mmapmodule.c of 3.11): a runner
-# must answer, and be able to leave, while a disk is slow.  ctypes lets go of it.
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.mmap.restype = ctypes.c_void_p
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Unreadable(Exception):
@@ -109,26 +99,25 @@ def _cached(fd: int, at: int, length: int) -> bool:
 
 @contextmanager
 def _mapped(fd: int, size: int) -> Iterator[int]:
-    """The address of a mapping of a file, to be read only."""
-    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address == MAP_FAILED:
-        raise _error()
+    """Map a file for reading; yields the address.
+
+    Not with Python's mmap, which holds the interpreter's lock while madvise reads (Modules/mmapmodule.c of 3.11): a
+    runner must answer, and be able to leave, while a disk is slow.
+    """
+    address = libc.map_file(fd, size)
     try:
         yield address
     finally:
-        _libc.munmap(address, size)
+        libc.unmap(address, size)
 
 
 def _populate(address: int, fd: int, at: int, length: int) -> None:
-    if _libc.madvise(address + at, length, MADV_POPULATE_READ) == 0:
-        return
-    if (error := _error()).errno != errno.EINVAL:
-        raise error
-    buffer = bytearray(1 << 20)  # a kernel before 5.14: read it the plain way
-    for position in range(at, at + length, len(buffer)):
-        os.preadv(fd, [buffer], position)
-
-
-def _error() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
+    """Bring a step of a file into the page cache.  Raises OSError."""
+    try:
+        libc.populate(address + at, length)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        buffer = bytearray(1 << 20)  # a kernel before 5.14: read it the plain way
+        for position in range(at, at + length, len(buffer)):
+            os.preadv(fd, [buffer], position)

@@ -7,21 +7,16 @@ With GPUs it is left out: what is first touched there is the driver's, and takes
 
 from __future__ import annotations
 
-import ctypes
 from contextlib import suppress
 from pathlib import Path
 
+from shared import libc
 from worker.engine import llama
 from worker.runner.protocol import Load
 
 MODEL = Path(__file__).with_name("prewarm.gguf")  # by shared.synthetic.models.practice
 HEAP_BYTES = 16 << 20  # a tiny model's context, or a large one's vocabulary
 MOST_BYTES = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX: what is larger is a mapping of its own in any case
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-_libc = ctypes.CDLL(None)
-_libc.malloc.argtypes, _libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-_libc.free.argtypes = [ctypes.c_void_p]
 
 
 def practise(log: llama.Log) -> None:
@@ -52,24 +47,5 @@ def practise(log: llama.Log) -> None:
     finally:
         log.forget()
         log.is_muted = False
-    _touch_heap()
-
-
-def _touch_heap() -> None:
-    """Have the kernel give the heap its pages now, and malloc keep them: by default a block of 128 KiB and more is
-    mapped for itself, and its pages are new ones (mallopt(3), of glibc)."""
-    if not hasattr(_libc, "mallopt"):
-        return
-    _libc.mallopt(M_MMAP_THRESHOLD, MOST_BYTES)
-    _libc.mallopt(M_TRIM_THRESHOLD, MOST_BYTES)
-    block = _libc.malloc(HEAP_BYTES)
-    if block:
-        ctypes.memset(block, 0, HEAP_BYTES)
-        _libc.free(block)
-
-
-def give_back() -> None:
-    """Return what malloc keeps free to the kernel, once all is loaded (malloc_trim(3), of glibc): 7 MB of what parsing
-    150,000 tokens leaves."""
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
+    if libc.keep_heap(MOST_BYTES):
+        libc.touch_heap(HEAP_BYTES)
