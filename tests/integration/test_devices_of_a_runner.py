@@ -10,7 +10,6 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from shared.synthetic.models import large_vocabulary, tiny_gemma3
 from tests.integration.test_runner import DEADLINE_S, answers, given, ready, taken
 from tests.support.fakehosts import Device, FakeHost
 from tests.support.runners import freeze
-from worker.engine.breakdown import breakdown
 from worker.runner.failure import from_reason
 from worker.runner.process import Runner
 from worker.runner.protocol import NO_GPU, Failed, Load, Measure, Measured
@@ -333,10 +331,6 @@ async def test_what_cannot_be_loaded_cannot_be_measured_and_says_why(host: FakeH
         assert code == "invalid_model_file"
         assert sentence
         assert (made != "garbage") or any("invalid magic" in line for line in runner.output)
-
-
-def test_an_engine_that_cannot_say_what_it_took_says_nothing() -> None:
-    assert breakdown(SimpleNamespace(), None, {}) is None
 
 
 async def test_a_warm_runner_says_whether_its_engine_has_cuda(host: FakeHost) -> None:

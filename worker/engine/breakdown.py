@@ -1,8 +1,12 @@
-"""What the engine has taken of each device, by its own account.
+"""The engine's own account of the memory that it has taken of each device.
 
-llama.cpp 0c1e57098 has no C interface for it: `llama_get_memory_breakdown` returns a std::map by value.  Here its
-nodes are laid out as libstdc++ has them, and it is called as the Itanium C++ ABI wants on x86-64, with the address of
-the result in front of the arguments.  The nodes are not freed: some 70 bytes of each of a handful of buffer types.
+llama.cpp has no C interface for it: `llama_get_memory_breakdown` returns a std::map by value.  The structures below are
+the map's nodes as libstdc++ lays them out, and the call follows the Itanium C++ ABI on x86-64, with the address of the
+result before the arguments.  The nodes are not freed: about 70 bytes for each of a few buffer types.
+
+A symbol's name says nothing of the fields of a struct, so the call is made only with the version of llama-cpp-python
+that it was checked with.  To check another one, compare its `llama_memory_breakdown_data` with `_Node`, and run
+tests/integration/test_devices_of_a_runner.py.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 
 from shared.schema.memory import Usage
 
+CHECKED_VERSION = "0.3.36"  # of llama-cpp-python; it carries llama.cpp 0c1e57098
 HOST = "CPU"
 SYMBOL = "_Z26llama_get_memory_breakdownPK13llama_context"
 
@@ -46,12 +51,14 @@ class _Map(ctypes.Structure):  # std::map: its comparison, the header of its tre
     ]
 
 
-def breakdown(engine: Any, context: Any, devices: Mapping[int, str]) -> list[Usage] | None:
-    """What a context and its model take of `devices`, by ggml's handle and our id, in their order, and of the host.
+def breakdown(engine: Any, version: str, context: Any, devices: Mapping[int, str]) -> list[Usage] | None:
+    """Return what a context and its model take of each of `devices` (ggml's handle to our id), in their order, and of
+    the host.
 
-    None: this build of the engine does not say.  `engine` is the handle of libllama.
+    None when this build of the engine does not say: of another version, for another processor, without the symbol.
+    `engine` is the handle of libllama, `version` that of llama-cpp-python.
     """
-    if platform.machine() != "x86_64" or not hasattr(engine, SYMBOL):
+    if version != CHECKED_VERSION or platform.machine() != "x86_64" or not hasattr(engine, SYMBOL):
         return None
     ask = getattr(engine, SYMBOL)
     ask.argtypes, ask.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from llama_cpp import __version__ as version
 from llama_cpp import llama_cpp
 from msgspec import UNSET
 
@@ -208,7 +209,7 @@ def measure(load: Load, log: Log) -> list[Usage]:
             undo.callback(lib.llama_model_free, model)
             context = _create_context(load, model, log)
             undo.callback(lib.llama_free, context)
-            taken = breakdown(lib._lib, context, gpus)
+            taken = breakdown(lib._lib, version, context, gpus)
             if taken is None:
                 raise LoadError("this build of the engine does not say what a load takes")
         log.forget()
@@ -343,7 +344,7 @@ class Loaded:
 
     def ready(self, load: Load) -> Ready:
         """What applied, read back from the model, the context and the engine's log."""
-        taken = breakdown(lib._lib, self.context, self._gpus) or []
+        taken = breakdown(lib._lib, version, self.context, self._gpus) or []
         return Ready(config=self._config(load), timing=self.timing, files=self.files, taken=taken)
 
     def _config(self, load: Load) -> LoadConfig:
