@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from shared.settings import Settings, SettingsError
 from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
 from worker.agent import Agent, LeaseLost
+from worker.runner.sockets import place_sockets
 
 TEMPORARY = "loadstone-worker-"  # how the names of our temporary directories begin
 
@@ -47,8 +47,7 @@ def owned(settings: Settings, epoch: str) -> Iterator[str]:
         file.truncate(0)
         file.write(f"{epoch} {temporary}")
         file.flush()
-        # As multiprocessing.util.get_temp_dir remembers it; one that it made itself would stay after a SIGKILL.
-        multiprocessing.current_process()._config["tempdir"] = temporary  # type: ignore[attr-defined]
+        place_sockets(temporary)
         yield dead_epoch
 
 
