@@ -143,8 +143,8 @@ def big(
     return _write(path, _model(made, f"Big {gb:g} GB", quantization), shards=shards)
 
 
-def practice(path: Path) -> Path:
-    """The least of language models: worker/engine/prewarm.gguf."""
+def prewarm(path: Path) -> Path:
+    """Write worker/engine/prewarm.gguf, the smallest of the language models."""
     shape = replace(
         TINY,
         block_count=1,
@@ -155,7 +155,7 @@ def practice(path: Path) -> Path:
         context_length=256,
         has_output=False,
     )
-    return tiny_llama(path, name="Practice", shape=shape)
+    return tiny_llama(path, name="Prewarm", shape=shape)
 
 
 def sparse_shape(

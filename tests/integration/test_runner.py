@@ -34,7 +34,7 @@ from worker.timing import Timing
 pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 10.0
-HEAP_BYTES = 16 << 20  # that a runner touches in its practice
+HEAP_BYTES = 16 << 20  # that a runner touches when it prewarms
 SHORT_S = 0.3  # of a rung of the ladder, for runners that will not answer
 PHASES: list[Phase] = ["metadata", "weights", "context", "warmup"]
 
@@ -195,17 +195,17 @@ async def test_a_warm_runner_that_was_given_nothing_stops_at_once(runner: Runner
     assert is_gone(runner.pid)
 
 
-async def test_a_runner_that_waits_practises_and_says_nothing_of_it(runner: Runner, models_dir: Path) -> None:
+async def test_a_waiting_runner_prewarms_without_output(runner: Runner, models_dir: Path) -> None:
     def resident_bytes() -> int:
         return int(Path(f"/proc/{runner.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident_bytes()
-    await asyncio.to_thread(until, lambda: resident_bytes() > before + HEAP_BYTES, "practice")
+    await asyncio.to_thread(until, lambda: resident_bytes() > before + HEAP_BYTES, "the heap is touched")
     message = await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     assert message.config.context_length == 256
     said = "\n".join(runner.output)
     assert "llama-f16.gguf" in said
-    assert "practice" not in said.lower()
+    assert "prewarm" not in said.lower()
 
 
 async def test_progress_never_goes_back_and_its_phases_come_in_order(runner: Runner, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model that runners prewarm with is the one that the generator writes."""
+"""The model with which runners prewarm is the one that the generator writes."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ KEPT = Path(__file__).parents[2] / "worker/engine/prewarm.gguf"
 
 
 def test_it_can_be_made_again(tmp_path: Path) -> None:
-    assert synthetic.practice(tmp_path / "prewarm.gguf").read_bytes() == KEPT.read_bytes()
+    assert synthetic.prewarm(tmp_path / "prewarm.gguf").read_bytes() == KEPT.read_bytes()

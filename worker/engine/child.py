@@ -1,8 +1,8 @@
 """The runner: a process that holds one model's memory and gives it back by dying.
 
-It is forked from a server that has imported this module and nothing that touches a device, gets warm, practises if
-there is time, measures what it is asked to, loads one model, and then only lives.  The worker is its lifeline: when the
-channel ends, so does the process.
+It is forked from a server that has imported this module and nothing that touches a device.  It starts the engine,
+prewarms if it has time, measures loads on request, loads one model, and then waits.  It ends when its channel to the
+worker ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shared import libc
 from worker import framing
 from worker.engine import llama
 from worker.engine.confine import confine
-from worker.engine.prewarm import practise
+from worker.engine.prewarm import prewarm
 from worker.engine.progress import Throttled
 from worker.runner.protocol import (
     NO_GPU,
@@ -38,7 +38,7 @@ from worker.runner.protocol import (
 )
 
 ORPHANED = 3  # exit status
-IDLE_S = 0.02  # without being told anything; then a runner for the CPU practises
+IDLE_S = 0.02  # without a message; then a runner for the CPU prewarms
 
 
 def main(control: socket.socket, output: socket.socket, visible: str | None) -> None:
@@ -69,7 +69,7 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
         with suppress(queue.Empty):
             inbox.put(inbox.get(timeout=IDLE_S))
         if inbox.empty():
-            practise(log)
+            prewarm(log)
     told = inbox.get()
     load = told.load if isinstance(told, Measure) else told
     if load.traceparent:  # where OpenTelemetry's convention has it, for libraries that look
