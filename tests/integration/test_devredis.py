@@ -93,6 +93,14 @@ def test_a_second_server_never_joins_one_that_outlived_its_supervisor(
         pass
 
 
+def test_a_server_waits_for_an_older_one_that_leaves(tmp_path: Path) -> None:
+    with devredis.prepared(tmp_path) as server:
+        leaving = subprocess.Popen(["sleep", "0.3"], pass_fds=server.pass_fds)
+    began = time.monotonic()
+    with leaving, devredis.prepared(tmp_path):
+        assert 0.1 < time.monotonic() - began < devredis.HANDOVER_S
+
+
 def test_a_directory_of_someone_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "redis").symlink_to(tmp_path / "elsewhere")
