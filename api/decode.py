@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
@@ -104,14 +105,20 @@ def _fields(kind: type[Struct]) -> dict[str, msgspec.structs.FieldInfo]:
 
 @cache
 def _inner(kind: Any) -> type[Struct] | None:
-    """The struct that a field may hold."""
-    return next((one for one in get_args(kind) if isinstance(one, type) and issubclass(one, Struct)), None)
+    """Return the struct that a field may hold, if there is one."""
+    return next((one for one in _members(kind) if isinstance(one, type) and issubclass(one, Struct)), None)
 
 
 def _choices(kind: Any) -> list[str]:
-    """The words that a field may hold."""
-    literals = [kind] if get_origin(kind) is Literal else get_args(kind)
-    return [word for one in literals if get_origin(one) is Literal for word in get_args(one)]
+    """Return the words that a field may hold."""
+    return [word for one in _members(kind) if get_origin(one) is Literal for word in get_args(one)]
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a field's union, or the type itself if it is none; without the field's description."""
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -11,11 +11,11 @@ import sys
 import uuid
 from collections.abc import Callable
 from contextlib import closing, suppress
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import click
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, Meta, Struct
 
 from cli.client import Client, Failure, cancelled, checked_url
 from cli.display import clean, following, left, percent, size, stage, table, when
@@ -133,6 +133,21 @@ def ps(server: Client, as_json: bool) -> None:
     return table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS", "TTL"), rows)
 
 
+def description(kind: type[Struct], field: str) -> str:
+    """Return the description of a request's field, which its type carries."""
+    annotated = get_type_hints(kind, include_extras=True)[field]
+    (text,) = (meta.description for meta in annotated.__metadata__ if isinstance(meta, Meta))
+    assert text is not None
+    return text
+
+
+def field_option(
+    kind: type[Struct], field: str, flags: str, *, note: str = "", **attributes: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make the option for a request's field.  Its help is the field's description, and `note`."""
+    return click.option(flags, field, help=description(kind, field) + note, **attributes)
+
+
 def offload_of(context: click.Context, option: click.Parameter, text: str | None) -> float | str | None:
     if text in (None, "max", "off"):
         return text
@@ -154,38 +169,19 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
 
 @command
 @click.argument("model", metavar="KEY")
-@click.option("--context-length", type=click.IntRange(1), metavar="N", help="Tokens that the context holds.")
-@click.option("--eval-batch-size", type=click.IntRange(1), metavar="N", help="Tokens that are evaluated at once.")
-@click.option("--flash-attention/--no-flash-attention", default=None, help="Left out: the engine decides.")
-@click.option("--num-experts", type=click.IntRange(1), metavar="N", help="Experts that are used per token.")
-@click.option(
-    "--offload-kv-cache/--no-offload-kv-cache",
-    "offload_kv_cache_to_gpu",
-    default=None,
-    help="Keep the KV cache on the GPU.",
-)
-@click.option("--parallel", type=click.IntRange(1), metavar="N", help="Sequences that the context holds.")
-@click.option(
-    "--ttl",
-    "ttl_seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="SECONDS",
-    help="Unload it when nothing has used it for this long.",
-)
-@click.option(
-    "--gpu-offload",
-    "offload",
-    callback=offload_of,
-    metavar="PART",
-    help="Part of the layers for GPUs: 0 to 1, max or off.",
-)
-@click.option("--gpu-worker", "worker", metavar="NAME", help="Only on this worker.")
-@click.option("--gpu-device", "devices", multiple=True, metavar="ID", help="Only on these devices; may be repeated.")
-@click.option(
-    "--gpu-split", "split", callback=split_of, metavar="PARTS", help="Over all these GPUs: even, priority or like 2,1."
-)
+@field_option(LoadRequest, "context_length", "--context-length", type=click.IntRange(1), metavar="N")
+@field_option(LoadRequest, "eval_batch_size", "--eval-batch-size", type=click.IntRange(1), metavar="N")
+@field_option(LoadRequest, "flash_attention", "--flash-attention/--no-flash-attention", default=None)
+@field_option(LoadRequest, "num_experts", "--num-experts", type=click.IntRange(1), metavar="N")
+@field_option(LoadRequest, "offload_kv_cache_to_gpu", "--offload-kv-cache/--no-offload-kv-cache", default=None)
+@field_option(LoadRequest, "parallel", "--parallel", type=click.IntRange(1), metavar="N")
+@field_option(LoadRequest, "ttl_seconds", "--ttl", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS")
+@field_option(GPURequest, "offload", "--gpu-offload", callback=offload_of, metavar="SHARE")
+@field_option(GPURequest, "worker", "--gpu-worker", metavar="NAME")
+@field_option(GPURequest, "devices", "--gpu-device", note=" May be repeated.", multiple=True, metavar="ID")
+@field_option(GPURequest, "split", "--gpu-split", callback=split_of, metavar="even|priority|N,N...")
 @click.option("--copies", type=click.IntRange(1), default=1, metavar="N", help="Load it so many times.")
-@click.option("--force", is_flag=True, default=None, help="Try a model that crashed the engine lately.")
+@field_option(LoadRequest, "force", "--force", is_flag=True, default=None)
 @click.option("--estimate-only", is_flag=True, help="Load nothing: say what it would take. Exit status 0: it fits.")
 @click.option("--detach", is_flag=True, help="Do not wait: write the job's id to stdout.")
 @click.option(

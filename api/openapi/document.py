@@ -15,7 +15,6 @@ from api.errors import ErrorReply, status_of
 from api.openapi import page
 from api.openapi.operations import (
     EXAMPLES,
-    FIELDS,
     HEADERS,
     JSON,
     OPERATIONS,
@@ -46,12 +45,8 @@ def document() -> dict[str, Any]:
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
     schemas = msgspec.json.schema_components(_types(), schema_hook=anything, ref_template=REF)[1]
-    for kind, fields in FIELDS.items():
-        schema = schemas[kind.__name__]
-        schema["additionalProperties"] = False
-        schema["examples"] = [EXAMPLES[kind]]
-        for name, description in fields.items():
-            schema["properties"][name]["description"] = description
+    for kind, example in EXAMPLES.items():
+        schemas[kind.__name__] |= {"additionalProperties": False, "examples": [example]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Loadstone", "version": __version__, "description": INTRO},
@@ -137,7 +132,7 @@ def _errors(kinds: Iterable[type[ServiceError]], status: int) -> dict[str, Any]:
 def _types() -> list[Any]:
     replies = [reply for operation in OPERATIONS.values() for reply in operation.replies.values()]
     sent = [kind for reply in replies for kind in reply.content.values() if not isinstance(kind, dict)]
-    return [*FIELDS, *sent, LoadEvent, ErrorReply]
+    return [*EXAMPLES, *sent, LoadEvent, ErrorReply]
 
 
 @cache

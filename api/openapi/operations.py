@@ -107,33 +107,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
 }
 
-FIELDS: dict[type[Struct], dict[str, str]] = {
-    LoadRequest: {
-        "model": "A key as `GET /api/v1/models` lists it, or `key@variant`.",
-        "context_length": "Tokens; at most the model's `max_context_length`.",
-        "eval_batch_size": "Tokens evaluated at once. LLMs only; no effect on others.",
-        "flash_attention": "LLMs only. Left out, the engine decides, unless the operator has.",
-        "num_experts": "Experts used per token, at most those the model has. Mixtures of experts only; no effect on "
-        "others.",
-        "offload_kv_cache_to_gpu": "LLMs only.",
-        "parallel": "Sequences that the context can hold. LLMs only.",
-        "force": "Tries a model that crashed the engine lately, which is refused otherwise.",
-        "ttl_seconds": "Unloads the instance when nothing has used it for this long; left out: never by itself.",
-        "gpu": "Where the model may go; what is left out, the pool decides.",
-        "echo_load_config": "Adds `load_config` to the reply: what applied, read back from the engine.",
-    },
-    GPURequest: {
-        "offload": "Part of the layers, the output among them, that GPUs take: `max` is all of them, `off` is none. "
-        "Left out: all, or where the operator allows it as many as there is room for.",
-        "worker": "Only on the worker with this name.",
-        "devices": "Only on devices with these ids, as `GET /api/v1/workers` has them.",
-        "split": "Use all of the GPUs that may be used: in equal parts (`even`), each one filled before the next "
-        "(`priority`), or in these ratios. Left out: as few as have room.",
-    },
-    UnloadRequest: {"instance_id": "As the reply to its load has it."},
-}
-
-EXAMPLES: dict[type[Struct], dict[str, object]] = {
+EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one of each type that clients send
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
     GPURequest: {"offload": "max", "worker": "gpu-host-1", "split": "even"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},

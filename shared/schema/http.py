@@ -1,6 +1,7 @@
 """What clients send and read over HTTP, as closed named types.
 
-Strict towards clients (`forbid_unknown_fields` is enforced by `api.decode`, which must list all unknown keys)."""
+Strict towards clients (`forbid_unknown_fields` is enforced by `api.decode`, which must list all unknown keys).  The
+description of a request's field stands in its type: /openapi.json, /docs and `loadstone load --help` show that text."""
 
 from __future__ import annotations
 
@@ -28,37 +29,81 @@ Ratios = Annotated[list[Annotated[float, Meta(ge=0, le=1_000_000)]], Meta(min_le
 
 
 class GPURequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """Where a model may go.  What is left out, the pool decides.
+    """Where a model may go."""
 
-    `offload` is the part of the layers, the output among them, that GPUs take ("max": all, "off": none).  `devices`
-    are the only ones that may be used, by their ids.  `split` uses all of these that are GPUs: in equal parts, each
-    one filled before the next, or in these ratios.
-    """
-
-    offload: Ratio | Literal["max", "off"] | UnsetType = UNSET
-    worker: Name | UnsetType = UNSET
-    devices: Devices | UnsetType = UNSET
-    split: Literal["even", "priority"] | Ratios | UnsetType = UNSET
+    offload: Annotated[
+        Ratio | Literal["max", "off"] | UnsetType,
+        Meta(
+            description="Share of the layers, the output layer included, that goes to GPUs: 0 to 1, `max` (all) or "
+            "`off` (none). Default: the operator's setting, which is all or as many as fit."
+        ),
+    ] = UNSET
+    worker: Annotated[Name | UnsetType, Meta(description="Load only on the worker with this name.")] = UNSET
+    devices: Annotated[
+        Devices | UnsetType,
+        Meta(
+            description="Load only on the devices with these ids, as `GET /api/v1/workers` lists them; with `CPU` "
+            "alone, on no GPU."
+        ),
+    ] = UNSET
+    split: Annotated[
+        Literal["even", "priority"] | Ratios | UnsetType,
+        Meta(
+            description="Use all of the GPUs that may be used: in equal parts (`even`), each one filled before the "
+            "next (`priority`), or in these ratios. Default: as few GPUs as have room."
+        ),
+    ] = UNSET
 
 
 class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """What a client may ask for.  What is left out, the worker decides; null is not absence."""
+    """A request to load a model.  The server decides what is left out; null is refused."""
 
-    model: str
-    context_length: Positive | UnsetType = UNSET
-    eval_batch_size: Positive | UnsetType = UNSET
-    flash_attention: bool | UnsetType = UNSET
-    num_experts: Positive | UnsetType = UNSET
-    offload_kv_cache_to_gpu: bool | UnsetType = UNSET
-    parallel: Parallel | UnsetType = UNSET
-    echo_load_config: bool = False
-    force: bool = False
-    ttl_seconds: Seconds | UnsetType = UNSET
-    gpu: GPURequest | UnsetType = UNSET
+    model: Annotated[str, Meta(description="Key of the model, as `GET /api/v1/models` lists it, or `key@variant`.")]
+    context_length: Annotated[
+        Positive | UnsetType,
+        Meta(description="Tokens that the context can hold, at most the model's `max_context_length`."),
+    ] = UNSET
+    eval_batch_size: Annotated[
+        Positive | UnsetType, Meta(description="Tokens evaluated at once. LLMs only; no effect on other models.")
+    ] = UNSET
+    flash_attention: Annotated[
+        bool | UnsetType,
+        Meta(description="Use flash attention. LLMs only. Default: the engine decides, unless the operator set it."),
+    ] = UNSET
+    num_experts: Annotated[
+        Positive | UnsetType,
+        Meta(
+            description="Experts used per token, at most as many as the model has. Mixtures of experts only; no "
+            "effect on other models."
+        ),
+    ] = UNSET
+    offload_kv_cache_to_gpu: Annotated[
+        bool | UnsetType, Meta(description="Keep the KV cache on the GPU. LLMs only.")
+    ] = UNSET
+    parallel: Annotated[Parallel | UnsetType, Meta(description="Sequences that the context can hold. LLMs only.")] = (
+        UNSET
+    )
+    echo_load_config: Annotated[
+        bool,
+        Meta(description="Add `load_config` to the reply: the parameters that applied, read back from the engine."),
+    ] = False
+    force: Annotated[
+        bool,
+        Meta(description="Try a model that crashed the engine in the last ten minutes, which is refused otherwise."),
+    ] = False
+    ttl_seconds: Annotated[
+        Seconds | UnsetType,
+        Meta(description="Unload the instance after this many seconds without use. Default: keep it loaded."),
+    ] = UNSET
+    gpu: Annotated[
+        GPURequest | UnsetType, Meta(description="Where the model may go. The pool decides what is left out.")
+    ] = UNSET
 
 
 class UnloadRequest(Struct, frozen=True, kw_only=True):
-    instance_id: str
+    """A request to unload an instance."""
+
+    instance_id: Annotated[str, Meta(description="Id of the instance, as the reply to its load has it.")]
 
 
 class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import click
 import msgspec
 import pytest
 from click.testing import CliRunner
 
+from api.openapi.document import document
 from cli import commands
 from cli import main as cli
 from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Failure, Patience, _status, checked_url, events
 from cli.display import Lines, Meter, clean, facts
 from shared.errors import ErrorBody
-from shared.schema.http import LoadProgress
+from shared.schema.http import GPURequest, LoadProgress, LoadRequest
 
 ERROR = ErrorBody(type="service_unavailable", message="Redis does not answer.")
 
@@ -158,6 +160,16 @@ def test_a_terminal_is_not_told_what_to_do_by_a_models_name() -> None:
 
 def test_the_program_knows_every_client_command() -> None:
     assert set(cli.CLIENT_COMMANDS) == set(commands.client.commands)
+
+
+@pytest.mark.parametrize("kind", [LoadRequest, GPURequest])
+def test_each_option_of_load_has_the_text_of_its_field(kind: type[msgspec.Struct]) -> None:
+    helps = {option.name: option.help for option in commands.load.params if isinstance(option, click.Option)}
+    schema = document()["components"]["schemas"][kind.__name__]["properties"]
+    without = {"model", "gpu", "echo_load_config"}  # an argument, a group of options, and what is always asked for
+    fields = {name: field["description"] for name, field in schema.items() if name not in without}
+    assert fields
+    assert [name for name, text in fields.items() if not str(helps.get(name)).startswith(text)] == []
 
 
 @pytest.mark.parametrize("url", ["http://h", "https://h:1/prefix/", "http://[::1]:1234"])

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -16,10 +17,10 @@ from api.auth import OPEN_PATHS
 from api.errors import STATUS
 from api.openapi import page
 from api.openapi.document import bodies, document
-from api.openapi.operations import FIELDS, OPERATIONS, PARAMETERS
+from api.openapi.operations import EXAMPLES, OPERATIONS, PARAMETERS
 from api.routes import ROUTES
 from shared.errors import ServiceError
-from shared.schema.http import LoadRequest
+from shared.schema.http import LoadRequest, UnloadRequest
 from tests.unit.test_errors import kinds
 
 DOCUMENT = document()
@@ -92,12 +93,21 @@ def alone(schema: dict[str, Any]) -> dict[str, Any]:
     return {**schema, "components": DOCUMENT["components"]}
 
 
-@pytest.mark.parametrize("kind", FIELDS)
+@pytest.mark.parametrize("kind", EXAMPLES)
 def test_a_request_is_closed_and_every_field_is_described(kind: Any) -> None:
-    assert set(FIELDS[kind]) == set(kind.__struct_fields__)
     schema = DOCUMENT["components"]["schemas"][kind.__name__]
+    assert {name for name, field in schema["properties"].items() if field["description"]} == {*kind.__struct_fields__}
     assert schema["additionalProperties"] is False
     jsonschema_rs.validate(alone(schema), schema["examples"][0])
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_the_readme_describes_each_field_as_its_type_does(kind: Any) -> None:
+    if kind is UnloadRequest:  # the README shows its body instead of a table
+        return
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    for name, field in DOCUMENT["components"]["schemas"][kind.__name__]["properties"].items():
+        assert re.search(rf"^\| `{name}` \| [^|]+ \| {re.escape(field['description'])}", readme, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(
