@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import accumulate
-from typing import TypeVar, get_args
+from typing import TypeVar, assert_never, get_args
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -35,32 +35,13 @@ from shared.store.connection import UNAVAILABLE, check_cancelled
 from shared.store.counters import Counters, Readings
 from shared.store.store import Store
 from shared.telemetry import log
-from shared.telemetry.tally import BOUNDS_S, COUNTERS, HISTOGRAMS, OUTCOMES, RunnerState, Tally, field, observed
+from shared.telemetry.tally import BOUNDS_S, FAMILIES, GONE, Family, Tally, field, observed
 
 Row = TypeVar("Row", bound=tuple[str, ...])  # the labels of a sample
 
 BEAT_S = 1.0
 DEADLINE_S = 4.0  # of a scrape's readings; Prometheus waits for 10 s
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-GONE = "499"  # a client that went away before it was replied to, as nginx logs it
-HELP = {
-    "loads": "Loads that ended, by outcome (loaded, failed, cancelled, lost) and, of failed ones, the error's code.",
-    "loaded_bytes": "Bytes of the models that were loaded.",
-    "evictions": "Instances unloaded to make room for another.",
-    "restorations": "Loads begun, each try, to bring back what a worker's end had taken.",
-    "runner_deaths": "Runners that died, by what they were: warm (without a load), loading, loaded.",
-    "http_requests": f"Requests, by route and status; {GONE}: the client went away first.",
-    "load_phase_seconds": "Phases of the loads that came to loaded, by the class of the model's bytes.",
-    "load_seconds": "From acceptance to loaded: all phases of a load.",
-    "http_request_seconds": "Time to the head of the reply; where a client waits for a load, that is the load.",
-}
-KNOWN: dict[str, list[tuple[str, ...]]] = {  # what counts from 0: a series that begins with 1 hides its first increase
-    "loads": [*OUTCOMES],
-    "loaded_bytes": [()],
-    "evictions": [()],
-    "restorations": [()],
-    "runner_deaths": [(state,) for state in get_args(RunnerState)],
-}
 
 
 class Requests:
@@ -222,25 +203,39 @@ def _transitions(counters: Mapping[str, int]) -> Iterator[Metric]:
 
 
 def _tallies(tallies: Mapping[str, int]) -> Iterator[Metric]:
-    """What another version counts, with other labels, is left out."""
-    found: dict[tuple[str, int], dict[tuple[str, ...], int]] = {}  # by family and how many labels
-    for name, value in sorted(tallies.items()):
-        family, *row = name.split("|")
-        found.setdefault((family, len(row)), {})[tuple(row)] = value
-    for name, labels in COUNTERS.items():
-        counter = CounterMetricFamily(f"loadstone_{name}", HELP[name], labels=labels)
-        for its, value in (dict.fromkeys(KNOWN.get(name, ()), 0) | found.get((name, len(labels)), {})).items():
-            counter.add_metric(its, value)
-        yield counter
-    for name, labels in HISTOGRAMS.items():
-        histogram = HistogramMetricFamily(f"loadstone_{name}", HELP[name], labels=labels)
-        series: dict[tuple[str, ...], dict[str, int]] = {}
-        for (*its_labels, part), value in found.get((name, len(labels) + 1), {}).items():
-            series.setdefault(tuple(its_labels), {})[part] = value
-        for its, parts in series.items():
-            total_us = parts.pop("sum", 0)
-            histogram.add_metric(its, cumulated(parts), total_us / 1e6)
-        yield histogram
+    """Render the FAMILIES.  What another version counts under other names or labels is left out."""
+    rows: dict[tuple[str, int], dict[tuple[str, ...], int]] = {}  # by family and number of labels
+    for key, value in sorted(tallies.items()):
+        name, *labels = key.split("|")
+        rows.setdefault((name, len(labels)), {})[tuple(labels)] = value
+    for family in FAMILIES:
+        match family.kind:
+            case "counter":
+                yield _counter(family, rows.get((family.name, len(family.labels)), {}))
+            case "histogram":
+                yield _histogram(family, rows.get((family.name, len(family.labels) + 1), {}))
+            case _:
+                assert_never(family.kind)
+
+
+def _counter(family: Family, rows: Mapping[tuple[str, ...], int]) -> Metric:
+    """Render a counter from its values by labels."""
+    metric = CounterMetricFamily(f"loadstone_{family.name}", family.help, labels=family.labels)
+    for labels, value in {**dict.fromkeys(family.known, 0), **rows}.items():
+        metric.add_metric(labels, value)
+    return metric
+
+
+def _histogram(family: Family, rows: Mapping[tuple[str, ...], int]) -> Metric:
+    """Render a histogram from its values by labels and part: a bucket's bound, or "sum" in microseconds."""
+    metric = HistogramMetricFamily(f"loadstone_{family.name}", family.help, labels=family.labels)
+    series: dict[tuple[str, ...], dict[str, int]] = {}
+    for (*labels, part), value in rows.items():
+        series.setdefault(tuple(labels), {})[part] = value
+    for its, parts in series.items():
+        total_us = parts.pop("sum", 0)
+        metric.add_metric(its, cumulated(parts), total_us / 1e6)
+    return metric
 
 
 def cumulated(counts: Mapping[str, int]) -> list[tuple[str, float]]:

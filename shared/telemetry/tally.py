@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Literal, get_args
 
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 
 from shared.errors import LoadFailure, NoWorker
 from shared.instance import Instance
@@ -36,19 +36,81 @@ OUTCOMES = [("loaded", ""), ("cancelled", ""), ("lost", ""), *(("failed", code) 
 Add = Callable[[str, int, Mapping[str, int]], Awaitable[None]]  # `store.counters.Counters.add`
 RunnerState = Literal["warm", "loading", "loaded"]  # warm: it has no load yet
 
-COUNTERS: dict[str, tuple[str, ...]] = {  # families, and the names of their labels
-    "loads": ("outcome", "reason"),
-    "loaded_bytes": (),
-    "restorations": (),
-    "evictions": (),
-    "runner_deaths": ("state",),
-    "http_requests": ("method", "route", "status"),
-}
-HISTOGRAMS: dict[str, tuple[str, ...]] = {
-    "load_phase_seconds": ("phase", "size"),
-    "load_seconds": ("size",),
-    "http_request_seconds": ("method", "route"),
-}
+GONE = "499"  # the status of a request whose client went away before the reply, as nginx logs it
+
+
+class Family(Struct, frozen=True, kw_only=True):
+    """A family of metrics that processes count and Redis adds up.
+
+    `known` are the values of `labels` that a counter shows from 0 on: a series that begins with 1 hides its first
+    increase from Prometheus.
+    """
+
+    name: str
+    kind: Literal["counter", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    known: tuple[tuple[str, ...], ...] = ()
+
+
+FAMILIES = (
+    Family(
+        name="loads",
+        kind="counter",
+        help="Loads that ended, by outcome (loaded, failed, cancelled, lost) and, of failed ones, the error's code.",
+        labels=("outcome", "reason"),
+        known=(*OUTCOMES,),
+    ),
+    Family(
+        name="loaded_bytes",
+        kind="counter",
+        help="Bytes of the models that were loaded.",
+        known=((),),
+    ),
+    Family(
+        name="restorations",
+        kind="counter",
+        help="Loads begun, each try, to bring back what a worker's end had taken.",
+        known=((),),
+    ),
+    Family(
+        name="evictions",
+        kind="counter",
+        help="Instances unloaded to make room for another.",
+        known=((),),
+    ),
+    Family(
+        name="runner_deaths",
+        kind="counter",
+        help="Runners that died, by what they were: warm (without a load), loading, loaded.",
+        labels=("state",),
+        known=tuple((state,) for state in get_args(RunnerState)),
+    ),
+    Family(
+        name="http_requests",
+        kind="counter",
+        help=f"Requests, by route and status; {GONE}: the client went away first.",
+        labels=("method", "route", "status"),
+    ),
+    Family(
+        name="load_phase_seconds",
+        kind="histogram",
+        help="Phases of the loads that came to loaded, by the class of the model's bytes.",
+        labels=("phase", "size"),
+    ),
+    Family(
+        name="load_seconds",
+        kind="histogram",
+        help="From acceptance to loaded: all phases of a load.",
+        labels=("size",),
+    ),
+    Family(
+        name="http_request_seconds",
+        kind="histogram",
+        help="Time to the head of the reply; where a client waits for a load, that is the load.",
+        labels=("method", "route"),
+    ),
+)
 
 
 def size_class(size_bytes: int) -> str:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.pool.metrics import HELP, KNOWN, cumulated, rendered
+from api.pool.metrics import cumulated, rendered
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import Event
@@ -21,13 +21,14 @@ from shared.schema.http import LoadRequest
 from shared.store.counters import Readings
 from shared.telemetry.tally import (
     BOUNDS_S,
-    COUNTERS,
+    FAMILIES,
     GIB,
-    HISTOGRAMS,
     OUTCOMES,
     PHASES,
+    Family,
     accepted,
     bucket,
+    died,
     moved,
     observed,
     size_class,
@@ -163,21 +164,39 @@ def test_every_outcome_that_a_load_can_have_counts_from_nought() -> None:
     assert {outcome for outcome, reason in OUTCOMES if not reason} == {"loaded", "cancelled", "lost"}
 
 
-def test_every_family_is_described_and_none_twice() -> None:
-    assert set(HELP) == set(COUNTERS) | set(HISTOGRAMS)
-    assert not set(COUNTERS) & set(HISTOGRAMS)
-    assert set(KNOWN) <= set(COUNTERS)
-    assert all(len(row) == len(COUNTERS[name]) for name, rows in KNOWN.items() for row in rows)
+def test_a_family_is_declared_once_and_known_rows_fit_its_labels() -> None:
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    assert all(len(row) == len(family.labels) for family in FAMILIES for row in family.known)
+    assert not any(family.known for family in FAMILIES if family.kind == "histogram")
+
+
+def test_each_count_of_a_load_is_of_a_declared_family() -> None:
+    """A count of any other family would be added up in Redis and never shown."""
+    n_labels = {family.name: len(family.labels) + (family.kind == "histogram") for family in FAMILIES}
+    counts = accepted(queued(restoring=1)) | moved(loading(), loaded()) | died("warm")
+    for key in counts | moved(queued(), queued().after(Event.STOP)):
+        name, *labels = key.split("|")
+        assert len(labels) == n_labels[name], key
 
 
 NOTHING = Readings(workers=[], counters={}, tallies={}, queued=0, queued_at={}, live={})
 
 
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
 def test_the_readme_has_every_family_and_no_other() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    listed = re.findall(r"^\| `(loadstone_\w+)` \|", readme, re.MULTILINE)
-    served = re.findall(r"^# TYPE (\w+) ", rendered(NOTHING).decode(), re.MULTILINE)
-    assert sorted(listed) == sorted(served)
+    described = dict(re.findall(r"^\| `(loadstone_\w+)` \| [^|]*\| (.*) \|$", README, re.MULTILINE))
+    served = dict(re.findall(r"^# HELP (\w+) (.*)$", rendered(NOTHING).decode(), re.MULTILINE))
+    assert sorted(described) == sorted(served)
+    assert [name for name, text in served.items() if not described[name].startswith(text)] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_readme_has_the_labels_of_a_family(family: Family) -> None:
+    name = f"loadstone_{family.name}{'_total' if family.kind == 'counter' else ''}"
+    labels = ", ".join(f"`{label}`" for label in family.labels)
+    assert re.search(rf"^\| `{name}` \| {labels} ?\| ", README, re.MULTILINE)
 
 
 def test_what_another_version_counts_is_left_out() -> None:
