@@ -138,7 +138,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     evict: Annotated[
         Literal["idle", "any", "off"],
         setting(
-            "what may be unloaded to make room: instances with a TTL, any instance, or none",
+            "instances that may be unloaded to make room for a load: those with a TTL (idle), any, or none (off)",
             "idle, any or off",
             flags=("up", "worker"),
         ),

@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from typing import Protocol
+from typing import Protocol, assert_never
 
 from msgspec import UNSET, structs
 
@@ -231,10 +231,19 @@ class Placer:
         return 0.0 if found is None or found.state is not State.LOADED else found.used_at or 0.0
 
     def _is_evictable(self, holder: Holder) -> bool:
-        found, may_be = holder.instance, self._settings.evict
-        if found is None or found.state is not State.LOADED or holder.stop.is_set() or may_be == "off":
+        """Decide whether an instance may be unloaded to make room, as the setting `evict` says."""
+        instance, policy = holder.instance, self._settings.evict
+        if instance is None or instance.state is not State.LOADED or holder.stop.is_set():
             return False
-        return may_be == "any" or found.request.ttl_seconds is not UNSET
+        match policy:
+            case "idle":
+                return instance.request.ttl_seconds is not UNSET
+            case "any":
+                return True
+            case "off":
+                return False
+            case _:
+                assert_never(policy)
 
     def devices(self) -> list[Device]:
         """Return the devices as they were when they were looked at last."""
