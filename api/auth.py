@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 
 from api.errors import reply
+from shared import paths
 from shared.errors import ForbiddenHost, InvalidAPIKey
 from shared.settings import is_loopback
 
@@ -20,7 +21,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+OPEN_PATHS = frozenset({paths.HEALTHZ, paths.READYZ})
 
 
 class Auth:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
-from api.openapi.operations import LOAD
+from shared import paths
 from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError
 from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
@@ -60,7 +60,7 @@ def reply(error: ServiceError, headers: dict[str, str] | None = None) -> Respons
 async def on_service_error(request: Request, exc: Exception) -> Response:
     """One line of it where a load was asked for: what a client could not have."""
     assert isinstance(exc, ServiceError)
-    if request.method == "POST" and request.url.path == LOAD:
+    if request.method == "POST" and request.url.path == paths.LOAD:
         body = exc.body()
         code = {} if body.code is UNSET else {"code": body.code}
         log.get("api").info("load request failed", action="load_failed", status=status_of(body), type=body.type, **code)

@@ -33,9 +33,9 @@ from api.loads.jobs import is_over, job
 from api.loads.stream import EventStream, events
 from api.loads.submit import Loads
 from api.openapi.document import docs_page, openapi_json
-from api.openapi.operations import ESTIMATE, LOAD, STATUS
 from api.pool.estimate import estimated
 from api.pool.metrics import metrics
+from shared import paths
 from shared.errors import JobNotFound, QueueUnavailable
 from shared.instance import Instance
 from shared.schema.http import JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
@@ -155,21 +155,21 @@ async def readyz(request: Request) -> Response:
 
 
 ROUTES = [  # they are tried in order: what is asked most comes first
-    Route(STATUS + "/{job_id}", one_job, methods=["GET"]),
-    Route("/api/v1/models", models, methods=["GET"]),
-    Route(LOAD, load, methods=["POST"]),
-    Route(ESTIMATE, estimate, methods=["POST"]),
-    Route(STATUS, jobs, methods=["GET"]),
-    Route(STATUS + "/{job_id}", cancel, methods=["DELETE"]),
-    Route(STATUS + "/{job_id}/events", job_events, methods=["GET"]),
-    Route(STATUS + "/{job_id}/logs", job_logs, methods=["GET"]),
-    Route("/api/v1/models/unload", unload, methods=["POST"]),
-    Route("/api/v1/workers", workers, methods=["GET"]),
-    Route("/healthz", healthz, methods=["GET"]),
-    Route("/readyz", readyz, methods=["GET"]),
-    Route("/metrics", metrics, methods=["GET"]),
-    Route("/openapi.json", openapi_json, methods=["GET"]),
-    Route("/docs", docs_page, methods=["GET"]),
+    Route(paths.JOB, one_job, methods=["GET"]),
+    Route(paths.MODELS, models, methods=["GET"]),
+    Route(paths.LOAD, load, methods=["POST"]),
+    Route(paths.ESTIMATE, estimate, methods=["POST"]),
+    Route(paths.JOBS, jobs, methods=["GET"]),
+    Route(paths.JOB, cancel, methods=["DELETE"]),
+    Route(paths.JOB_EVENTS, job_events, methods=["GET"]),
+    Route(paths.JOB_LOGS, job_logs, methods=["GET"]),
+    Route(paths.UNLOAD, unload, methods=["POST"]),
+    Route(paths.WORKERS, workers, methods=["GET"]),
+    Route(paths.HEALTHZ, healthz, methods=["GET"]),
+    Route(paths.READYZ, readyz, methods=["GET"]),
+    Route(paths.METRICS, metrics, methods=["GET"]),
+    Route(paths.OPENAPI, openapi_json, methods=["GET"]),
+    Route(paths.DOCS, docs_page, methods=["GET"]),
 ]
 
 
@@ -202,7 +202,7 @@ async def _stream(request: Request, find: Callable[[], Awaitable[Instance]], aft
 
 
 def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
-    headers = {"Location": f"{STATUS}/{instance.id}", "Retry-After": "1", **applied}
+    headers = {"Location": paths.JOB.format(job_id=instance.id), "Retry-After": "1", **applied}
     return _json(job(instance), 202, headers)
 
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
+from shared import paths
 from shared.errors import ErrorBody
 from shared.schema.http import (
     EstimateResult,
@@ -33,8 +34,6 @@ ANSWER_S = 30.0
 STOP_ANSWER_S = 90.0  # an unload or a cancel is answered once memory is back: the server waits a minute for that
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # the same request may succeed later
-LOADS, STATUS = "/api/v1/models/load", "/api/v1/models/load/status"
-ESTIMATE = "/api/v1/models/estimate"
 JSON = {"Content-Type": "application/json"}
 
 T = TypeVar("T")
@@ -108,31 +107,31 @@ class Client:
         self._http.close()
 
     def models(self) -> ModelList:
-        return self._ask(ModelList, "GET", "/api/v1/models")
+        return self._ask(ModelList, "GET", paths.MODELS)
 
     def workers(self) -> WorkerList:
-        return self._ask(WorkerList, "GET", "/api/v1/workers")
+        return self._ask(WorkerList, "GET", paths.WORKERS)
 
     def unload(self, instance_id: str) -> None:
         body = msgspec.json.encode(UnloadRequest(instance_id=instance_id))
-        self._ask(object, "POST", "/api/v1/models/unload", content=body, headers=JSON, timeout=STOP_ANSWER_S)
+        self._ask(object, "POST", paths.UNLOAD, content=body, headers=JSON, timeout=STOP_ANSWER_S)
 
     def jobs(self, **filters: str | int | None) -> JobList:
-        return self._ask(JobList, "GET", STATUS, params={k: v for k, v in filters.items() if v is not None})
+        return self._ask(JobList, "GET", paths.JOBS, params={k: v for k, v in filters.items() if v is not None})
 
     def job(self, job_id: str) -> Job:
-        return self._ask(Job, "GET", _status(job_id))
+        return self._ask(Job, "GET", _path(paths.JOB, job_id))
 
     def cancel(self, job_id: str) -> Job:
         """The job once it has ended and its memory is back."""
-        return self._ask(Job, "DELETE", _status(job_id), timeout=STOP_ANSWER_S)
+        return self._ask(Job, "DELETE", _path(paths.JOB, job_id), timeout=STOP_ANSWER_S)
 
     def logs(self, job_id: str) -> str:
-        with self._answer("GET", _status(job_id) + "/logs") as answer:
+        with self._answer("GET", _path(paths.JOB_LOGS, job_id)) as answer:
             return answer.read().decode(errors="replace")
 
     def estimate(self, request: LoadRequest) -> EstimateResult:
-        return self._ask(EstimateResult, "POST", ESTIMATE, content=msgspec.json.encode(request), headers=JSON)
+        return self._ask(EstimateResult, "POST", paths.ESTIMATE, content=msgspec.json.encode(request), headers=JSON)
 
     def submit(self, request: LoadRequest, idempotency_key: str) -> Job:
         """Have a load accepted.  What was asked twice under one key is one load, so a broken connection is no end;
@@ -142,7 +141,7 @@ class Client:
         is_first = True
         while True:
             try:
-                return self._ask(Job, "POST", LOADS, content=msgspec.json.encode(request), headers=headers)
+                return self._ask(Job, "POST", paths.LOAD, content=msgspec.json.encode(request), headers=headers)
             except Failure as failure:
                 if is_first and isinstance(failure, Unreachable):
                     raise
@@ -179,7 +178,7 @@ class Client:
     def _events(self, job_id: str, after: str, patience: Patience) -> Iterator[tuple[str, LoadEvent]]:
         """The events of one connection, with their ids."""
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
-        with self._answer("GET", _status(job_id) + "/events", headers=headers, timeout=SILENCE_S) as answer:
+        with self._answer("GET", _path(paths.JOB_EVENTS, job_id), headers=headers, timeout=SILENCE_S) as answer:
             if answer.status_code != 204:
                 for id_, data in events(_lines(answer, patience)):
                     yield id_, self._decode(data, LoadEvent)
@@ -268,9 +267,9 @@ def _lines(answer: httpx.Response, patience: Patience) -> Iterator[bytes]:
         yield from (line.removesuffix(b"\r") for line in lines)
 
 
-def _status(job_id: str) -> str:
-    """The path of a job.  An id is one segment, whatever it holds: a dot segment would name another path."""
-    return f"{STATUS}/{quote(job_id, safe='').replace('.', '%2E')}"
+def _path(template: str, job_id: str) -> str:
+    """Put the id of a job into a path, as one segment whatever it holds: a dot segment would name another path."""
+    return template.format(job_id=quote(job_id, safe="").replace(".", "%2E"))
 
 
 def _error(kind: str, message: str, code: str | msgspec.UnsetType = msgspec.UNSET) -> ErrorBody:

@@ -16,7 +16,7 @@ import msgspec
 from cli import devredis, listener
 from cli.devredis import Server
 from cli.supervisor import Command, StartFailed, Supervisor
-from shared import filelock
+from shared import filelock, paths
 from shared.settings import (
     PREFIX,
     Settings,
@@ -50,7 +50,7 @@ async def run_all(settings: Settings, listening: socket.socket, redis: Server | 
             await devredis.forget_lease(redis.socket, settings.name)
         supervisor.start(worker_command(settings, WORKER_GRACE_S))
         supervisor.start(*[api_command(settings, listening, (0.0, UP_DRAIN_S))] * settings.api_workers)
-        await supervisor.until(partial(listener.missing, listening, "/readyz"), "Loadstone")
+        await supervisor.until(partial(listener.missing, listening, paths.READYZ), "Loadstone")
         url = listener.url(settings.host, listening)
         click.echo(f"ready: {url}")
         if demo and (settings.models_dir / DEMO_MODEL).is_dir():
@@ -62,7 +62,7 @@ async def run_api(settings: Settings, listening: socket.socket) -> None:
     async with Supervisor() as supervisor:
         command = api_command(settings, listening, (settings.drain_s, settings.drain_s))
         supervisor.start(*[command] * settings.api_workers)
-        await supervisor.until(partial(listener.missing, listening, "/healthz"), "The API")
+        await supervisor.until(partial(listener.missing, listening, paths.HEALTHZ), "The API")
         click.echo(f"listening: {listener.url(settings.host, listening)}")
         await supervisor.forever()
 
@@ -149,6 +149,6 @@ def write_demo(models_dir: Path) -> None:
 def _demo_line(settings: Settings, url: str) -> str:
     token = ' -H "Authorization: Bearer $TOKEN"' if read_tokens(settings) else ""
     return (
-        f"curl {url}/api/v1/models/load{token} -H 'Content-Type: application/json' "
+        f"curl {url}{paths.LOAD}{token} -H 'Content-Type: application/json' "
         f"""-d '{{"model": "{DEMO_MODEL}", "echo_load_config": true}}'"""
     )

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
-from shared import errors
+from shared import errors, paths
 from shared.errors import ServiceError
 from shared.schema.http import (
     EstimateResult,
@@ -25,9 +25,6 @@ from shared.schema.http import (
     WorkerList,
 )
 
-LOAD = "/api/v1/models/load"
-STATUS = f"{LOAD}/status"
-ESTIMATE = "/api/v1/models/estimate"
 JSON, SSE, TEXT, HTML = "application/json", "text/event-stream", "text/plain", "text/html"
 REF = "#/components/schemas/{name}"
 
@@ -162,7 +159,7 @@ FOLLOWED = {
 }
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
-    ("POST", LOAD): Operation(
+    ("POST", paths.LOAD): Operation(
         name="load_model",
         summary="Load a model into memory",
         description="Replies when the model can be used. With `Prefer` the reply may come earlier and be a job to "
@@ -202,7 +199,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             errors.QueueUnavailable,
         ),
     ),
-    ("POST", ESTIMATE): Operation(
+    ("POST", paths.ESTIMATE): Operation(
         name="estimate_load",
         summary="Say how much memory a load would take, and whether it would fit",
         description="The body is that of the load. Loads nothing. The estimate is for the device with the most free "
@@ -218,21 +215,21 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             errors.QueueUnavailable,
         ),
     ),
-    ("GET", STATUS): Operation(
+    ("GET", paths.JOBS): Operation(
         name="list_jobs",
         summary="List the loads of the last day, newest first",
         parameters=("status", "limit"),
         replies={200: Reply(description="The loads.", content={JSON: JobList})},
         errors=(errors.InvalidType, errors.InvalidValue, errors.QueueUnavailable),
     ),
-    ("GET", STATUS + "/{job_id}"): Operation(
+    ("GET", paths.JOB): Operation(
         name="get_job",
         summary="Say how far a load is",
         parameters=("job_id", "wait"),
         replies={200: Reply(description="The load as it is.", content={JSON: Job})},
         errors=(errors.InvalidType, errors.InvalidValue, *IN_A_PATH, errors.TooManyWaiting, errors.QueueUnavailable),
     ),
-    ("DELETE", STATUS + "/{job_id}"): Operation(
+    ("DELETE", paths.JOB): Operation(
         name="cancel_load",
         summary="Cancel a load",
         description="The job stays, with the status `cancelled`.",
@@ -240,7 +237,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         replies={200: Reply(description="The load is over and its memory is back.", content={JSON: Job})},
         errors=(*IN_A_PATH, errors.JobAlreadyFinished, errors.QueueUnavailable),
     ),
-    ("GET", STATUS + "/{job_id}/events"): Operation(
+    ("GET", paths.JOB_EVENTS): Operation(
         name="follow_load",
         summary="Follow a load, from its first event on",
         parameters=("job_id", "Last-Event-ID"),
@@ -250,14 +247,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         },
         errors=(*IN_A_PATH, errors.TooManyWaiting, errors.QueueUnavailable),
     ),
-    ("GET", STATUS + "/{job_id}/logs"): Operation(
+    ("GET", paths.JOB_LOGS): Operation(
         name="read_log",
         summary="Read what the engine logged during a load",
         parameters=("job_id",),
         replies={200: Reply(description="The last 256 KiB at most.", content={TEXT: str})},
         errors=(*IN_A_PATH, errors.QueueUnavailable),
     ),
-    ("POST", "/api/v1/models/unload"): Operation(
+    ("POST", paths.UNLOAD): Operation(
         name="unload_model",
         summary="Unload an instance",
         description="One that is not loaded yet is cancelled.",
@@ -265,24 +262,24 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         replies={200: Reply(description="The instance is gone and its memory is back.", content={JSON: UnloadResult})},
         errors=(*IN_A_BODY, errors.ModelNotFound, errors.QueueUnavailable),
     ),
-    ("GET", "/api/v1/models"): Operation(
+    ("GET", paths.MODELS): Operation(
         name="list_models",
         summary="List the models that can be loaded, with their loaded instances",
         replies={200: Reply(description="The models of all live workers.", content={JSON: ModelList})},
         errors=(errors.QueueUnavailable,),
     ),
-    ("GET", "/api/v1/workers"): Operation(
+    ("GET", paths.WORKERS): Operation(
         name="list_workers",
         summary="List the workers that are alive, with their devices and their instances in every state",
         replies={200: Reply(description="The workers.", content={JSON: WorkerList})},
         errors=(errors.QueueUnavailable,),
     ),
-    ("GET", "/healthz"): Operation(
+    ("GET", paths.HEALTHZ): Operation(
         name="healthz",
         summary="Say whether the process lives",
         replies={200: Reply(description="It does.", content={TEXT: str})},
     ),
-    ("GET", "/readyz"): Operation(
+    ("GET", paths.READYZ): Operation(
         name="readyz",
         summary="Say whether loads can be accepted and carried out",
         replies={
@@ -292,7 +289,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             ),
         },
     ),
-    ("GET", "/metrics"): Operation(
+    ("GET", paths.METRICS): Operation(
         name="metrics",
         summary="Say what the pool is and has done, for Prometheus",
         description="Any API process answers for the whole pool; its README lists the families.",
@@ -304,12 +301,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             )
         },
     ),
-    ("GET", "/openapi.json"): Operation(
+    ("GET", paths.OPENAPI): Operation(
         name="openapi",
         summary="This API as an OpenAPI document",
         replies={200: Reply(description="OpenAPI 3.1.", content={JSON: dict[str, Any]})},
     ),
-    ("GET", "/docs"): Operation(
+    ("GET", paths.DOCS): Operation(
         name="docs",
         summary="This API as a page to read",
         replies={200: Reply(description="The page.", content={HTML: str}, headers=("Content-Security-Policy",))},

@@ -16,8 +16,8 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, StopReason, events, from_schema
 
-from api.openapi.operations import ESTIMATE, LOAD
 from api.routes import ROUTES
+from shared.paths import ESTIMATE, LOAD
 from shared.synthetic import models as synthetic
 from tests.support.service import Service, error, until, up
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from api.openapi.document import document
 from cli import commands
 from cli import main as cli
-from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Failure, Patience, _status, checked_url, events
+from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Failure, Patience, checked_url, events
 from cli.display import Lines, Meter, clean, facts
 from shared.errors import ErrorBody
 from shared.schema.http import GPURequest, LoadProgress, LoadRequest
@@ -104,14 +104,6 @@ def test_events_are_taken_from_a_stream_with_comments_and_unknown_fields() -> No
 
 def test_an_event_without_an_id_keeps_the_last() -> None:
     assert list(events([b"id: 1", b"data: a", b"", b"data: b", b""])) == [("1", b"a"), ("1", b"b")]
-
-
-@pytest.mark.parametrize("job_id", ["..", "a/b", "a?b#c", "a%2Fb", "é"])
-def test_a_job_id_is_one_segment_of_a_path(job_id: str) -> None:
-    path = _status(job_id)
-    assert path.count("/") == _status("x").count("/")
-    assert set(path) & set(".?#") == set()
-    assert path.isascii()
 
 
 # ---- what is shown

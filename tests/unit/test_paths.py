@@ -1,0 +1,83 @@
+"""The paths of the API: the server routes them, the document describes them, and the client asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+from starlette.routing import Match
+
+from api.openapi.operations import OPERATIONS
+from api.routes import ROUTES
+from cli.client import Client, Failure
+from shared import paths
+from shared.schema.http import LoadRequest
+
+JOB_ID = f"load_{'0' * 32}"
+ROUTED = {(method, route.path) for route in ROUTES for method in route.methods or () if method != "HEAD"}
+
+Asked = list[tuple[str, str]]
+
+
+@pytest.fixture
+def asked() -> Asked:
+    """Methods and raw paths of the client's requests."""
+    return []
+
+
+@pytest.fixture
+def client(asked: Asked) -> Iterator[Client]:
+    """A client whose requests are recorded and refused."""
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        asked.append((request.method, request.url.raw_path.decode()))
+        return httpx.Response(404)
+
+    with Client("http://loadstone.example") as client:
+        client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(refuse))
+        yield client
+
+
+def route_of(method: str, path: str) -> str:
+    """The path of the route that takes a request."""
+    scope = {"type": "http", "method": method, "path": path}
+    return next(route.path for route in ROUTES if route.matches(scope)[0] is Match.FULL)
+
+
+def test_each_path_is_routed_and_described() -> None:
+    declared = {value for name, value in vars(paths).items() if name.isupper()}
+    assert {path for _, path in ROUTED} == declared
+    assert set(OPERATIONS) == ROUTED
+
+
+def test_the_client_asks_for_each_route_of_the_api(client: Client, asked: Asked) -> None:
+    request = LoadRequest(model="p/m")
+    calls: list[Callable[[], Any]] = [
+        client.models,
+        client.workers,
+        client.jobs,
+        lambda: client.unload("p/m"),
+        lambda: client.job(JOB_ID),
+        lambda: client.cancel(JOB_ID),
+        lambda: client.logs(JOB_ID),
+        lambda: client.estimate(request),
+        lambda: client.submit(request, "a-key"),
+        lambda: next(client.follow(JOB_ID)),
+    ]
+    for call in calls:
+        with suppress(Failure):
+            call()
+    found = {(method, route_of(method, path)) for method, path in asked}
+    assert found == {(method, path) for method, path in ROUTED if path.startswith("/api/")}
+
+
+@pytest.mark.parametrize("job_id", ["..", "a/b", "a?b#c", "a%2Fb", "é", "{job_id}"])
+def test_a_job_id_is_one_segment_of_a_path(client: Client, asked: Asked, job_id: str) -> None:
+    for ask in (client.job, client.logs):
+        with suppress(Failure):
+            ask(job_id)
+    assert [route_of("GET", path) for _, path in asked] == [paths.JOB, paths.JOB_LOGS]
+    assert not any(set(path) & set(".?#{") or not path.isascii() for _, path in asked)
