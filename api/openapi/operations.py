@@ -202,9 +202,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", paths.ESTIMATE): Operation(
         name="estimate_load",
         summary="Say how much memory a load would take, and whether it would fit",
-        description="The body is that of the load. Loads nothing. The estimate is for the device with the most free "
-        "memory, of all workers that have the model. `exact` is false where it is a guess: `exact` ones are within 3 % "
-        "of what the engine would allocate.",
+        description="Takes the body of a load, and loads nothing. The estimate is for the devices that the load would "
+        "use now, by what the workers published last. If the load fits nowhere, `fits` is false, and the devices are "
+        "those with the most room. If `exact` is true, the estimate is within 3 % of what the engine would allocate.",
         body=LoadRequest,
         replies={200: Reply(description="The estimate, whether or not it fits.", content={JSON: EstimateResult})},
         errors=(
