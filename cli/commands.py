@@ -18,9 +18,10 @@ import msgspec
 from msgspec import UNSET, Meta, Struct
 
 from cli.client import Client, Failure, cancelled, checked_url
-from cli.display import clean, following, left, percent, size, stage, table, when
+from cli.display import clean, following, left, percent, stage, table, when
 from shared.errors import ErrorBody
 from shared.schema.http import EstimateResult, GPURequest, Job, JobStatus, LoadConfig, LoadEnd, LoadRequest, LoadResult
+from shared.units import size
 
 FAILED, CANCELLED = 1, 130
 VISIBLE = {chr(code) for code in range(0x21, 0x7F)}

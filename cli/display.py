@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 
 from rich.console import Console
-from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from shared.schema.http import LoadEnd, LoadEvent, LoadProgress
+from shared.units import size
 
 WIDE = 10_000  # a table is never cut: terminals wrap, and pipes have no width
 BAR_WIDTH, FRAMES_PER_S = 30, 12
@@ -36,10 +36,6 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         shown.add_row(*(Text(clean(cell)) for cell in row))
     Console(width=WIDE, markup=False, highlight=False, emoji=False).print(shown, no_wrap=True)
-
-
-def size(n_bytes: float) -> str:
-    return decimal(int(n_bytes))
 
 
 def when(at: datetime) -> str:

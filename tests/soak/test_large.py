@@ -76,7 +76,7 @@ def test_the_bar_of_a_cold_load_moves_evenly(service: Service) -> None:
     moving = [(at, share) for at, share in shown if 0 < share < 99]
     middle = next(at for at, share in moving if share >= 50)
     assert 0.25 < (middle - moving[0][0]) / (moving[-1][0] - moving[0][0]) < 0.75
-    assert re.search(r"weights, [\d.]+ GB of [\d.]+ GB, [\d.]+ GB/s, 0:0\d:\d\d left", drawn), drawn[:2000]
+    assert re.search(r"weights, [\d.]+ GiB of [\d.]+ GiB, [\d.]+ [GM]iB/s, 0:0\d:\d\d left", drawn), drawn[:2000]
     assert service.unload(BIG).status == 200
 
 

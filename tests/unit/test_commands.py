@@ -43,9 +43,9 @@ def progress(**fields: object) -> LoadProgress:
         "status": "loading",
         "progress": 0.25,
         "phase": "weights",
-        "total_size_bytes": 8_000_000_000,
-        "loaded_bytes": 2_000_000_000,
-        "bytes_per_second": 100_000_000,
+        "total_size_bytes": 8 << 30,
+        "loaded_bytes": 2 << 30,
+        "bytes_per_second": 100 << 20,
         "estimated_completion": None,
     }
     return msgspec.convert(base | fields, LoadProgress)
@@ -130,17 +130,17 @@ def test_lines_are_written_for_each_phase_and_each_tenth() -> None:
     lines.show(progress(status="queued", phase=None, progress=0.0))
     lines.show(progress(status="loading", phase=None, progress=0.0))
     for hundredth in range(100):
-        lines.show(progress(progress=hundredth / 100, loaded_bytes=hundredth * 80_000_000))
-    lines.show(progress(phase="context", progress=0.995, loaded_bytes=8_000_000_000))
+        lines.show(progress(progress=hundredth / 100, loaded_bytes=hundredth * (8 << 30) // 100))
+    lines.show(progress(phase="context", progress=0.995, loaded_bytes=8 << 30))
     assert said[:2] == ["m: 0% queued", "m: 0% starting"]
-    assert said[3] == "m: 10% weights, 800.0 MB of 8.0 GB, 100.0 MB/s, 0:01:12 left"
-    assert said[-1] == "m: 99% context, 8.0 GB of 8.0 GB"
+    assert said[3] == "m: 10% weights, 819.2 MiB of 8.0 GiB, 100.0 MiB/s, 0:01:14 left"
+    assert said[-1] == "m: 99% context, 8.0 GiB of 8.0 GiB"
     assert len(said) == 13
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    assert facts(progress(bytes_per_second=None)) == "weights, 2.0 GB of 8.0 GB"
-    assert facts(progress(bytes_per_second=0)) == "weights, 2.0 GB of 8.0 GB"
+    assert facts(progress(bytes_per_second=None)) == "weights, 2.0 GiB of 8.0 GiB"
+    assert facts(progress(bytes_per_second=0)) == "weights, 2.0 GiB of 8.0 GiB"
 
 
 def test_a_terminal_is_not_told_what_to_do_by_a_models_name() -> None:

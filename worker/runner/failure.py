@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from shared.errors import LoadFailure
 from shared.schema.memory import Device
+from shared.units import size
 
 MEMORY = re.compile(
     r"insufficient memory|out of memory|cannot allocate memory|failed to allocate|unable to allocate|bad_alloc"
@@ -78,9 +79,7 @@ def shortage(
     `needed` bytes were asked for; `holders` are the instances on each device, and `by_others` what other processes have
     there, as far as the driver tells.
     """
-    free = ", ".join(
-        f"{_size(max(0, d.available_bytes))} of {_size(d.total_bytes)} available on {d.id}" for d in devices
-    )
+    free = ", ".join(f"{size(max(0, d.available_bytes))} of {size(d.total_bytes)} available on {d.id}" for d in devices)
     detail: dict[str, object] = {
         "needed_bytes": needed,
         "devices": [
@@ -95,14 +94,7 @@ def shortage(
             for d in devices
         ],
     }
-    return f"{reason}: {_size(needed)} needed, {free}", detail
-
-
-def _size(n_bytes: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.1f} {unit}"
-    return f"{n_bytes} bytes"
+    return f"{reason}: {size(needed)} needed, {free}", detail
 
 
 def _signal_name(number: int) -> str:
