@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import httpx
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from cli import devredis
@@ -311,6 +312,13 @@ class Client:
     def instances(self) -> dict[str, Any]:
         """The instances that are loaded and usable now, by id."""
         return {instance["id"]: instance for model in self.models().values() for instance in model["loaded_instances"]}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Read the sample of /metrics that has this name, and these labels among its own.  Fails if it is not one."""
+        families = text_string_to_metric_families(self.send("GET", "/metrics").text)
+        samples = [sample for family in families for sample in family.samples if sample.name == f"loadstone_{name}"]
+        (value,) = (sample.value for sample in samples if labels.items() <= sample.labels.items())
+        return float(value)
 
     def unload_all(self) -> None:
         for instance_id in self.instances():
