@@ -1,0 +1,60 @@
+"""What the warm-up of a load leaves in the engine's context.
+
+`python -m tests.support.warmup` is a process of its own, since the engine may not be in that of the tests: it reads a
+JSON list of `Load` from stdin, loads one after the other, and writes a list of `WarmedUp` to stdout.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from worker.runner.protocol import NO_GPU, Load
+
+
+class WarmedUp(Struct, frozen=True):
+    """A context after its warm-up."""
+
+    has_output: bool  # logits of a token, or an embedding: there are none before one was evaluated
+    n_cached: int  # tokens in the KV cache
+
+
+def warmed_up(loads: list[Load]) -> list[WarmedUp]:
+    """Load models in a process of its own, and report their contexts."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.warmup"],
+        input=msgspec.json.encode(loads),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return msgspec.json.decode(done.stdout, type=list[WarmedUp])
+
+
+def main() -> None:
+    """Load and report, in the process of its own."""
+    from worker.engine import llama
+
+    log = llama.initialise(NO_GPU)
+    reports = []
+    for load in msgspec.json.decode(sys.stdin.buffer.read(), type=list[Load]):
+        loaded = llama.Loaded(load, log, lambda phase, n_bytes: None)
+        if load.embedding:
+            output = llama.lib.llama_get_embeddings_seq(loaded.context, 0)
+        else:
+            output = llama.lib.llama_get_logits_ith(loaded.context, -1)
+        memory = llama.lib.llama_get_memory(loaded.context)
+        n_cached = llama.lib.llama_memory_seq_pos_max(memory, 0) + 1 if memory else 0
+        reports.append(WarmedUp(bool(output), n_cached))
+        loaded.close()
+    sys.stdout.buffer.write(msgspec.json.encode(reports))
+
+
+if __name__ == "__main__":
+    main()
