@@ -21,6 +21,7 @@ from shared.schema.memory import Holding
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot, short
 from shared.settings import Settings
+from shared.store.keys import RETAIN_S
 from shared.store.store import Store
 from shared.store.workers import Worker
 
@@ -83,6 +84,9 @@ class Roster:
         for name in self.catalogs.keys() - known:  # of long ago, or Redis was emptied: then it is back in a beat
             if now - self.absent_since.setdefault(name, now) > self.store.workers.lease_s:
                 del self.catalogs[name], self._digests[name], self._names[name], self.absent_since[name]
+        for name in self.absent_since.keys() - known - self.catalogs.keys():  # the sweep may still count from it
+            if now - self.absent_since[name] > RETAIN_S:
+                del self.absent_since[name]
         return {worker.name: worker.epoch for worker in workers}
 
     def _learn(self, worker: str, digest: str, catalog: list[Model]) -> None:

@@ -1,17 +1,95 @@
-"""The roster of an API process, on a real Redis: what it knows of workers, and the worker that it gives a load to."""
+"""The roster of an API process, on a real Redis: what it remembers of workers, and the one it gives a load to."""
 
 from __future__ import annotations
 
-from api.pool.roster import Roster
+import pytest
+import redis
+
+import api.pool.roster
+from api.pool.roster import PENDING_S, Roster
+from shared.instance import Instance
 from shared.schema.http import LoadRequest
 from shared.schema.memory import Device
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
+from shared.store.keys import RETAIN_S
 from shared.store.store import Store
 
+MODEL = Model(key="p/m", base="p/m", variant="", shards=["p/m/m.gguf"], max_context_length=2048)
 
-async def publish(store: Store, name: str, model_bytes: int, gpu_bytes: int) -> None:
+
+class Clock:
+    """The roster's monotonic clock, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(api.pool.roster, "time", clock)
+    return clock
+
+
+async def alive(store: Store, name: str, *, has_catalog: bool = True) -> None:
+    digest = await store.workers.publish_catalog(name, [MODEL], "e") if has_catalog else ""
+    await store.workers.renew(WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest or "", residents=0))
+
+
+def remembered(roster: Roster) -> dict[str, object]:
+    """Whatever the roster holds of workers."""
+    return {name: value for name, value in vars(roster).items() if isinstance(value, dict | list) and value}
+
+
+async def test_a_worker_that_redis_forgot_is_forgotten(store: Store, raw: redis.Redis, clock: Clock) -> None:
+    """Of some pools each worker that starts has a new name."""
+    roster = Roster(store, Settings())
+    for name, has_catalog in (("w", True), ("without-catalog", False)):
+        await alive(store, name, has_catalog=has_catalog)
+    await roster.refresh()
+    instance = Instance(id="load_1", model="p/m", key="p/m", type="llm", worker="w", request=LoadRequest(model="p/m"))
+    roster.placed(instance, None)
+    assert roster.listed()
+    for name in ("w", "without-catalog"):
+        await store.workers.release(name, "e")
+    await roster.refresh()
+    assert {*roster.absent_since} == {"w", "without-catalog"}
+    raw.delete("workers", "catalog:w")
+    clock.now += RETAIN_S + PENDING_S
+    await roster.refresh()
+    assert roster.listed() == []
+    assert remembered(roster) == {}
+
+
+async def test_a_redis_that_was_emptied_makes_no_worker_forgotten(store: Store, raw: redis.Redis, clock: Clock) -> None:
+    roster = Roster(store, Settings())
+    await alive(store, "w")
+    await roster.refresh()
+    raw.flushall()
+    await roster.refresh()
+    clock.now += store.workers.lease_s / 2
+    await roster.refresh()
+    assert [*roster.catalogs] == ["w"]
+    await alive(store, "w")
+    await roster.refresh()
+    assert (roster.absent_since, [*roster.catalogs]) == ({}, ["w"])
+
+
+async def test_an_absence_is_remembered_until_loads_were_moved(store: Store, raw: redis.Redis, clock: Clock) -> None:
+    """The sweep counts from it, also for a worker that Redis does not know."""
+    roster = Roster(store, Settings())
+    roster.absent_since["gone"] = clock.now
+    clock.now += 2 * store.workers.lease_s
+    await roster.refresh()
+    assert [*roster.absent_since] == ["gone"]
+
+
+async def with_a_gpu(store: Store, name: str, model_bytes: int, gpu_bytes: int) -> None:
     """Publish a worker with one GPU and one model, `p/m`, of these sizes."""
     model = Model(key="p/m", base="p/m", variant="", shards=[], size_bytes=model_bytes, max_context_length=512)
     digest = await store.workers.publish_catalog(name, [model], "e")
@@ -26,9 +104,9 @@ async def publish(store: Store, name: str, model_bytes: int, gpu_bytes: int) -> 
 
 async def test_a_load_takes_what_the_file_of_its_worker_takes(store: Store) -> None:
     """Workers may have files of different sizes under one key: here only `small` has room for its own."""
-    await publish(store, "large", 100, gpu_bytes=50)
-    await publish(store, "other", 100, gpu_bytes=60)
-    await publish(store, "small", 40, gpu_bytes=70)
+    await with_a_gpu(store, "large", 100, gpu_bytes=50)
+    await with_a_gpu(store, "other", 100, gpu_bytes=60)
+    await with_a_gpu(store, "small", 40, gpu_bytes=70)
     roster = Roster(store, Settings())
     await roster.refresh()
     request = LoadRequest(model="p/m")
