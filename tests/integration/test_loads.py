@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from itertools import permutations
 
 import pytest
+import redis
 
 from api.loads.follow import Follower
 from api.loads.submit import Loads
 from api.pool.roster import Roster
-from shared.errors import LoadFailed
+from shared.errors import LoadFailed, QueueFull
 from shared.schema.http import LoadRequest
 from shared.schema.model import Model, Problem
 from shared.schema.snapshot import WorkerSnapshot
@@ -29,9 +32,13 @@ async def alive(store: Store, name: str, model: Model, residents: int = 0) -> No
     )
 
 
+def made(store: Store, settings: Settings) -> Loads:
+    return Loads(settings, store, Roster(store, settings), Follower(store))
+
+
 @pytest.fixture
 def loads(store: Store) -> Loads:
-    return Loads(Settings(), store, Roster(store, Settings()), Follower(store))
+    return made(store, Settings())
 
 
 async def test_loads_at_once_are_spread_over_the_workers(store: Store, loads: Loads) -> None:
@@ -59,3 +66,53 @@ async def test_a_file_that_no_worker_can_read_is_refused_with_the_reason(store: 
     with pytest.raises(LoadFailed, match="why"):
         await loads.submit(LoadRequest(model="p/m"))
     assert await store.instances.live() == []
+
+
+# ---- when to come back
+
+
+def departed(raw: redis.Redis, queue: str, seconds_ago: float) -> None:
+    """Have a load leave a queue so long ago: that is its pace."""
+    raw.rpush(queue, round((time.time() - seconds_ago) * 1e6))
+
+
+async def retry_after_s(loads: Loads) -> int | None:
+    with pytest.raises(QueueFull) as refused:
+        await loads.submit(LoadRequest(model="p/m"))
+    return refused.value.retry_after_s
+
+
+@pytest.mark.parametrize("paces_s", [*permutations((9.1, 19.1, 29.1))])
+async def test_of_full_workers_the_first_to_have_room_counts(
+    store: Store, raw: redis.Redis, paces_s: tuple[float, ...]
+) -> None:
+    """In whatever order they are asked: the one that holds least comes first."""
+    loads = made(store, Settings(worker_queue_limit=1))
+    names = ("a", "b", "c")
+    for residents, (name, pace_s) in enumerate(zip(names, paces_s, strict=True)):
+        await alive(store, name, MODEL, residents)
+        departed(raw, f"pace:{name}", pace_s)
+    assert {(await loads.submit(LoadRequest(model="p/m"))).worker for _ in names} == {*names}
+    assert await retry_after_s(loads) == 10
+
+
+async def test_a_full_pool_counts_beside_a_full_worker(store: Store, raw: redis.Redis) -> None:
+    loads = made(store, Settings(worker_queue_limit=1, queue_limit=1))
+    for residents, name in enumerate(("a", "b")):
+        await alive(store, name, MODEL, residents)
+    departed(raw, "pace:a", 19.1)
+    departed(raw, "pace", 9.1)
+    assert (await loads.submit(LoadRequest(model="p/m"))).worker == "a"
+    assert await retry_after_s(loads) == 10
+
+
+async def test_a_worker_that_is_full_in_the_second_round_counts(store: Store, raw: redis.Redis) -> None:
+    """The first round asks a worker that has just gone, the second one that has just come."""
+    loads = made(store, Settings(worker_queue_limit=1))
+    await alive(store, "gone", MODEL)
+    await loads.roster.refresh()
+    await store.workers.release("gone", "e")
+    await alive(store, "w", MODEL)
+    departed(raw, "pace:w", 9.1)
+    assert (await made(store, Settings()).submit(LoadRequest(model="p/m"))).worker == "w"
+    assert await retry_after_s(loads) == 10
