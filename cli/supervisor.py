@@ -21,6 +21,7 @@ from typing import Self
 from msgspec import Struct
 
 from shared import libc
+from shared.backoff import Backoff
 from shared.telemetry import log
 
 CONFIGURATION_ERROR = 2  # exit status of a child that refuses its settings: starting it again changes nothing
@@ -172,7 +173,7 @@ class _Keeper:
             self._process.signal(signal.SIGKILL)
 
     async def _keep(self) -> None:
-        backoff_s, n_exits = FIRST_BACKOFF_S, 0
+        backoff, n_exits = Backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S, LAST_BACKOFF_S), 0
         while True:
             began = time.monotonic()
             try:
@@ -186,16 +187,14 @@ class _Keeper:
                     raise StartFailed(f"The {self._command.name} process refused its settings.", CONFIGURATION_ERROR)
             n_exits += 1
             self.deaths = f"the {self._command.name} process {how}" + (f", {n_exits} times" if n_exits > 1 else "")
-            if time.monotonic() - began > LAST_BACKOFF_S:
-                backoff_s = FIRST_BACKOFF_S
+            pause_s = backoff.after(time.monotonic() - began)
             _log.warning(
                 f"the {self._command.name} process {how}",
                 action="child_exited",
                 child=self._command.name,
-                restart_in_s=backoff_s,
+                restart_in_s=pause_s,
             )
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(backoff_s * 2, LAST_BACKOFF_S)
+            await asyncio.sleep(pause_s)
 
     def _kept(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (reason := task.exception()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -11,15 +12,17 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+import worker.catalog.scanner
 from shared.schema.model import Model
 from tests.support.headers import vocabulary, write
 from tests.support.service import processes
 from worker import framing
-from worker.catalog.scanner import catalogs
+from worker.catalog.scanner import FIRST_PAUSE_S, LAST_PAUSE_S, STABLE_S, catalogs
 
 DEADLINE_S = 20.0
 
@@ -104,6 +107,31 @@ async def test_a_scanner_that_is_killed_is_started_again(root: Path) -> None:
         write(root / "m.gguf")
         await until(stream, lambda models: keys(models) == ["m"])
         assert children() != [pid]
+
+
+async def test_scanners_that_die_at_once_are_started_ever_less_often(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs of eight that end at once, of one that was stable, and of two more."""
+    runs_s, pauses_s = iter([*[0.0] * 8, STABLE_S + 1, 0.0, 0.0]), list[float]()
+    now = 1000.0
+
+    async def start(*words: str, **options: object) -> None:
+        nonlocal now
+        now += next(runs_s)
+        raise OSError(errno.EAGAIN, "no process can be started")
+
+    async def sleep(seconds: float) -> None:
+        pauses_s.append(seconds)
+        if len(pauses_s) == 11:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(worker.catalog.scanner, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with pytest.raises(asyncio.CancelledError):
+        await anext(watch(root))
+    assert pauses_s == [0.5, 1, 2, 4, 8, 16, LAST_PAUSE_S, LAST_PAUSE_S, FIRST_PAUSE_S, 1, 2]
 
 
 async def test_a_cancelled_worker_takes_its_scanner_along(root: Path) -> None:

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import cli.supervisor
 from cli.supervisor import Command, StartFailed, Stopped, Supervisor
 
 SLEEP = "import time; time.sleep(60)"
@@ -108,6 +110,24 @@ async def test_a_child_that_crashes_is_started_again(file: Path) -> None:
         assert is_gone(first)
         assert not is_gone(second)
     assert is_gone(second)
+
+
+async def test_a_child_that_never_starts_is_tried_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses_s, tried_enough = list[float](), asyncio.Event()
+
+    def warning(sentence: str, *, restart_in_s: float, **facts: object) -> None:
+        pauses_s.append(restart_in_s)
+        if len(pauses_s) == 4:
+            tried_enough.set()
+
+    monkeypatch.setattr(cli.supervisor, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(cli.supervisor, "LAST_BACKOFF_S", 0.04)
+    monkeypatch.setattr(cli.supervisor, "time", SimpleNamespace(monotonic=lambda: 0.0))  # each run ends at once
+    monkeypatch.setattr(cli.supervisor, "_log", SimpleNamespace(warning=warning))
+    async with Supervisor() as supervisor, asyncio.timeout(5):
+        supervisor.start(Command(name="child", argv=("/nowhere/child",), environ={}))
+        await tried_enough.wait()
+    assert pauses_s == [0.01, 0.02, 0.04, 0.04]
 
 
 async def test_once_ready_even_the_status_of_a_configuration_error_is_restarted(file: Path) -> None:

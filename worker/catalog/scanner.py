@@ -21,6 +21,7 @@ from typing import Literal
 
 import msgspec
 
+from shared.backoff import Backoff
 from shared.schema.model import Model, Problem
 from shared.telemetry import log
 from worker import framing
@@ -53,7 +54,7 @@ async def catalogs(
     reaped when it returns: use it within `contextlib.aclosing`, since a loop that is left does not close it.
     """
     command = [sys.executable, "-m", __name__, str(models_dir), str(cache_file), "--log-level", log_level]
-    pause_s = FIRST_PAUSE_S
+    backoff = Backoff(FIRST_PAUSE_S, LAST_PAUSE_S, STABLE_S)
     while True:
         started = time.monotonic()
         try:
@@ -71,10 +72,9 @@ async def catalogs(
             finally:
                 await _end(child)
             why = f"exit status {child.returncode}"
-        pause_s = FIRST_PAUSE_S if time.monotonic() - started > STABLE_S else pause_s
+        pause_s = backoff.after(time.monotonic() - started)
         _log.error("the scanner ended", action="scanner_ended", reason=why, again_in_s=pause_s)
         await asyncio.sleep(pause_s)
-        pause_s = min(2 * pause_s, LAST_PAUSE_S)
 
 
 async def _next(child: asyncio.subprocess.Process) -> list[Model] | None:
