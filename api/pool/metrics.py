@@ -29,6 +29,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared import __version__
+from shared.beat import BEAT_S
 from shared.lifecycle import TERMINAL, State
 from shared.schema.http import WorkerState
 from shared.store.connection import UNAVAILABLE, check_cancelled
@@ -39,7 +40,6 @@ from shared.telemetry.tally import BOUNDS_S, FAMILIES, GONE, Family, Tally, fiel
 
 Row = TypeVar("Row", bound=tuple[str, ...])  # the labels of a sample
 
-BEAT_S = 1.0
 DEADLINE_S = 4.0  # of a scrape's readings; Prometheus waits for 10 s
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from api.pool.roster import Candidate, Roster
+from shared.beat import BEAT_S
 from shared.errors import InvalidValue, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import Event, State
@@ -16,8 +17,6 @@ from shared.store.connection import UNAVAILABLE, check_cancelled
 from shared.store.instances import Fenced
 from shared.store.keys import REQUEUED
 from shared.telemetry import log
-
-BEAT_S = 1.0
 
 
 class Sweep:
