@@ -12,11 +12,11 @@ from contextlib import aclosing, suppress
 import msgspec
 
 from api.headers import FIRST, is_after
-from api.loads.coalesce import Batch
 from api.loads.follow import RECORD_LOST, Follower
 from api.loads.jobs import event, is_over, outcome, status
 from api.pool.listing import nowhere
 from api.pool.roster import Candidate, Roster
+from api.single_flight import SingleFlight
 from shared.errors import (
     ErrorBody,
     IdempotencyKeyReused,
@@ -64,8 +64,8 @@ class Loads:
         self.store = store
         self.roster = roster
         self.follower = follower
-        self._records = Batch(self._read)
-        self._lists = Batch(self._list)
+        self._records = SingleFlight(self._read)
+        self._lists = SingleFlight(self._list)
 
     async def submit(self, request: LoadRequest, idempotency_key: str = "", traceparent: str = "") -> Instance:
         """Accept a load: choose a worker, write the record, put the delivery into the worker's queue; or, where the

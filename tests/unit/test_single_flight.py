@@ -1,4 +1,4 @@
-"""Questions that are asked while another is answered share the next reading, and none gets an older one."""
+"""Callers that arrive during a read share the next one, and none gets a read that started before its call."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from api.loads.coalesce import Batch
+from api.single_flight import SingleFlight
 
 
 class Source:
-    """Answers a reading when it is told to, with the number of the reading."""
+    """Completes a read on demand, with the number of the read as its value."""
 
     def __init__(self) -> None:
         self.readings: list[tuple[list[str], asyncio.Future[None]]] = []
@@ -32,13 +32,13 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_who_asks_during_a_reading_gets_the_next_one_which_all_of_them_share() -> None:
+def test_callers_that_arrive_during_a_read_share_the_next_one() -> None:
     async def ask() -> tuple[list[int], list[list[str]]]:
         source = Source()
-        batch = Batch(source.read)
-        first = asyncio.create_task(batch("a"))
+        flight = SingleFlight(source.read)
+        first = asyncio.create_task(flight("a"))
         await settle()
-        others = [asyncio.create_task(batch(key)) for key in ("a", "b", "b", "c")]
+        others = [asyncio.create_task(flight(key)) for key in ("a", "b", "b", "c")]
         await settle()
         assert len(source.readings) == 1
         source.answer()
@@ -49,17 +49,17 @@ def test_who_asks_during_a_reading_gets_the_next_one_which_all_of_them_share() -
     assert asyncio.run(ask()) == ([1, 2, 2, 2, 2], [["a"], ["a", "b", "c"]])
 
 
-def test_a_failure_is_everybodys_and_the_next_reading_is_another() -> None:
+def test_a_failure_reaches_every_caller_and_the_next_call_reads_anew() -> None:
     async def ask() -> int:
         source = Source()
-        batch = Batch(source.read)
-        both = [asyncio.create_task(batch(key)) for key in ("a", "b")]
+        flight = SingleFlight(source.read)
+        both = [asyncio.create_task(flight(key)) for key in ("a", "b")]
         await settle()
         source.readings[0][1].set_exception(ConnectionError("gone"))
         for one in both:
             with pytest.raises(ConnectionError, match="gone"):
                 await one
-        again = asyncio.create_task(batch("a"))
+        again = asyncio.create_task(flight("a"))
         await settle()
         source.answer()
         return await again
@@ -67,11 +67,11 @@ def test_a_failure_is_everybodys_and_the_next_reading_is_another() -> None:
     assert asyncio.run(ask()) == 2
 
 
-def test_one_who_goes_away_takes_nothing_from_the_others() -> None:
+def test_a_cancelled_caller_does_not_cancel_the_read_of_the_others() -> None:
     async def ask() -> int:
         source = Source()
-        batch = Batch(source.read)
-        gone, stays = (asyncio.create_task(batch("a")) for _ in range(2))
+        flight = SingleFlight(source.read)
+        gone, stays = (asyncio.create_task(flight("a")) for _ in range(2))
         await settle()
         gone.cancel()
         await settle()
@@ -81,20 +81,20 @@ def test_one_who_goes_away_takes_nothing_from_the_others() -> None:
     assert asyncio.run(ask()) == 1
 
 
-def test_a_failure_that_nobody_waits_for_any_more_is_reported_by_nobody() -> None:
+def test_a_failure_whose_callers_have_gone_is_not_reported() -> None:
     reported: list[object] = []
 
     async def ask() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
         source = Source()
-        batch = Batch(source.read)
-        gone = asyncio.create_task(batch("a"))
+        flight = SingleFlight(source.read)
+        gone = asyncio.create_task(flight("a"))
         await settle()
         gone.cancel()
         await settle()
         source.readings[0][1].set_exception(ConnectionError("gone"))
         await settle()
-        del batch, source, gone
+        del flight, source, gone
         gc.collect()
 
     asyncio.run(ask())

@@ -1,4 +1,4 @@
-"""Reading for many at once."""
+"""One read for many callers."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Batch(Generic[K, V]):
-    """Answers each question from a reading that began after it was asked, as a reading of its own would: whoever asks
-    while one is under way shares the next.  One command to Redis costs this process as much as half a request."""
+class SingleFlight(Generic[K, V]):
+    """Coalesces concurrent reads.
+
+    A caller gets a read that started after its call; callers that arrive during a read share the next one.  One
+    command to Redis costs this process as much as half a request.
+    """
 
     def __init__(self, read: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]]) -> None:
-        """`read` answers everything that it is asked."""
+        """`read` returns a value for each key that it is given."""
         self._read = read
         self._asked: dict[K, None] = {}
         self._current: asyncio.Task[Mapping[K, V]] | None = None
         self._next: asyncio.Task[Mapping[K, V]] | None = None
 
     async def __call__(self, key: K) -> V:
-        """Raises what `read` raises."""
+        """Return the value of `key`.  Raises what `read` raises."""
         self._asked[key] = None
         if self._next is None:
             self._next = asyncio.create_task(self._read_after(self._current))
-            self._next.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, if all have gone
-        return (await asyncio.shield(self._next))[key]  # others may wait for it too
+            # Retrieves the exception of a read whose callers have all gone: asyncio would report it otherwise.
+            self._next.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return (await asyncio.shield(self._next))[key]  # a cancelled caller must not cancel the read of the others
 
     async def _read_after(self, previous: asyncio.Task[Mapping[K, V]] | None) -> Mapping[K, V]:
         if previous is not None and not previous.done():
