@@ -15,12 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Auth
 from api.errors import HANDLERS
-from api.limits import Waiting
 from api.loads.follow import Follower
 from api.loads.submit import Loads
 from api.pool.metrics import Requests, hand_over
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
+from api.replies import OpenReplies
 from api.routes import ROUTES
 from shared.settings import Settings, is_loopback, read_tokens, redis_url
 from shared.store.connection import connected
@@ -76,7 +76,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
             yield {
                 "loads": Loads(settings, store, roster, follower),
                 "tally": tally,
-                "waiting": Waiting(settings.waiting_limit),
+                "replies": OpenReplies(settings.waiting_limit),
                 "draining": draining,
                 "closing": closing,
             }

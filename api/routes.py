@@ -28,13 +28,13 @@ from api.headers import (
     preference,
     whole_number,
 )
-from api.limits import Waiting
 from api.loads.jobs import is_over, job
 from api.loads.stream import EventStream, events
 from api.loads.submit import Loads
 from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import estimated
 from api.pool.metrics import metrics
+from api.replies import OpenReplies
 from shared import paths
 from shared.errors import JobNotFound, QueueUnavailable
 from shared.instance import Instance
@@ -182,8 +182,8 @@ def _job_id(request: Request) -> str:
 
 
 def _place(request: Request) -> AbstractContextManager[None]:
-    waiting: Waiting = request.state.waiting
-    return waiting.place()
+    replies: OpenReplies = request.state.replies
+    return replies.place()
 
 
 async def _stream(request: Request, find: Callable[[], Awaitable[Instance]], after: str) -> Response:

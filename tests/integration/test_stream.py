@@ -10,9 +10,9 @@ import pytest
 
 import api.loads.follow
 import api.loads.stream
-from api.limits import Waiting
 from api.loads.follow import Follower
 from api.loads.stream import EventStream, events
+from api.replies import OpenReplies
 from shared.errors import TooManyWaiting
 from shared.instance import Instance
 from shared.lifecycle import Event
@@ -80,9 +80,9 @@ async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
 ) -> None:
     """What it has not taken stays in Redis: one event is on its way, and none is read ahead of it."""
     monkeypatch.setattr(api.loads.stream, "LAST_WORDS_S", 0.01)
-    waiting, closing = Waiting(1), asyncio.Event()
+    replies, closing = OpenReplies(1), asyncio.Event()
     with ExitStack() as undo:
-        undo.enter_context(waiting.place())
+        undo.enter_context(replies.place())
         place = undo.pop_all()
     sent: list[Any] = []
 
@@ -96,12 +96,12 @@ async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
         await asyncio.Event().wait()
 
     stream = EventStream(events(Follower(store), record, "0", closing), place, closing)
-    with pytest.raises(TooManyWaiting), waiting.place():
+    with pytest.raises(TooManyWaiting), replies.place():
         pass
     async with asyncio.timeout(DEADLINE_S):
         await stream({"type": "http"}, receive, send)
     assert len(sent) == 2
-    with waiting.place():
+    with replies.place():
         pass
 
 
@@ -118,9 +118,9 @@ async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(store: S
             await gone.wait()
             return {"type": "http.disconnect"}
 
-        waiting = Waiting(1)
+        replies = OpenReplies(1)
         with ExitStack() as undo:
-            undo.enter_context(waiting.place())
+            undo.enter_context(replies.place())
             place = undo.pop_all()
         stream = EventStream(events(follower, record, "0", asyncio.Event()), place, asyncio.Event())
         async with asyncio.timeout(DEADLINE_S):
@@ -129,7 +129,7 @@ async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(store: S
                 await asyncio.sleep(0)
             gone.set()
             await streaming
-        assert waiting.count == 0
+        assert replies.count == 0
     left = asyncio.all_tasks() - before  # a shared reading goes on to its end
     if left:
         _, late = await asyncio.wait(left, timeout=DEADLINE_S)

@@ -1,4 +1,4 @@
-"""How many replies this process may hold open at once."""
+"""The replies that this process holds open while their loads are under way."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from shared.errors import TooManyWaiting
 
 
-class Waiting:
-    """Each reply that waits for a load costs a connection; one too many is refused before anything is accepted."""
+class OpenReplies:
+    """Limits how many replies are open at once: each costs a connection.
+
+    A request over the limit is refused before anything is accepted.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
