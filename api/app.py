@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -16,12 +15,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.auth import Auth
 from api.errors import HANDLERS
 from api.loads.follow import Follower
-from api.loads.submit import Loads
+from api.loads.records import Records
+from api.loads.stop import Stopper
+from api.loads.submit import Intake
+from api.pool.listing import Listing
 from api.pool.metrics import Requests, hand_over
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
 from api.replies import OpenReplies
 from api.routes import ROUTES
+from api.state import State
 from shared.settings import Settings, is_loopback, read_tokens, redis_url
 from shared.store.connection import connected
 from shared.store.store import Store
@@ -67,19 +70,39 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
     tally = Tally()
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
+    async def lifespan(_: Starlette) -> AsyncIterator[State]:
         async with connected(redis_url(settings)) as redis, asyncio.TaskGroup() as group:
             store = Store(redis, settings.lease_s)
-            roster, follower = Roster(store, settings), Follower(store)
-            parts = (Sweep(roster).run(), follower.run(), hand_over(tally, store.counters))
+            roster = Roster(store.workers, settings)
+            records = Records(store.instances)
+            follower = Follower(store.instances, store.listen)
+            sweep = Sweep(
+                roster,
+                store.instances,
+                store.queue,
+                store.listen,
+                lease_s=settings.lease_s,
+                load_attempts=settings.load_attempts,
+            )
+            parts = (sweep.run(), follower.run(), hand_over(tally, store.counters))
             tasks = [group.create_task(part) for part in parts]
-            yield {
-                "loads": Loads(settings, store, roster, follower),
-                "tally": tally,
-                "replies": OpenReplies(settings.waiting_limit),
-                "draining": draining,
-                "closing": closing,
-            }
+            yield State(
+                intake=Intake(
+                    roster, store.instances, records, at_most=(settings.worker_queue_limit, settings.queue_limit)
+                ),
+                records=records,
+                follower=follower,
+                stopper=Stopper(store.instances, records, follower),
+                listing=Listing(roster, store.instances),
+                roster=roster,
+                workers=store.workers,
+                queue=store.queue,
+                counters=store.counters,
+                tally=tally,
+                replies=OpenReplies(settings.waiting_limit),
+                draining=draining,
+                closing=closing,
+            )
             for task in tasks:
                 task.cancel()
 

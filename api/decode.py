@@ -26,7 +26,7 @@ MAX_BODY_BYTES = 1 << 20
 T = TypeVar("T", bound=Struct)
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request[Any]) -> bytes:
     """The body of a JSON request.  Raises UnsupportedMediaType and BodyTooLarge, the latter without reading on."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":

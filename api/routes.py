@@ -28,13 +28,13 @@ from api.headers import (
     preference,
     whole_number,
 )
+from api.loads.follow import settled
 from api.loads.jobs import is_over, job
 from api.loads.stream import EventStream, events
-from api.loads.submit import Loads
 from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import estimated
-from api.pool.metrics import metrics
-from api.replies import OpenReplies
+from api.pool.metrics import CONTENT_TYPE, scraped
+from api.state import State
 from shared import paths
 from shared.errors import JobNotFound, QueueUnavailable
 from shared.instance import Instance
@@ -44,16 +44,14 @@ from shared.store.connection import UNAVAILABLE
 T = TypeVar("T")
 
 
-async def load(request: Request) -> Response:
+async def load(request: Request[State]) -> Response:
     """Three ways to follow it: an event stream, a job to poll, or a reply when it is over; the last may become a job
     when the client's patience ends."""
     wanted = decode(await read_body(request), LoadRequest, '"{}" is required')
     key = idempotency_key(request.headers.getlist("idempotency-key"))
-    draining: asyncio.Event = request.state.draining
-    if draining.is_set():
+    if request.state["draining"].is_set():
         raise QueueUnavailable("This server is shutting down and takes no more loads. Try again shortly.")
-    loads: Loads = request.state.loads
-    submit = partial(loads.submit, wanted, key, request.state.traceparent)
+    submit = partial(request.state["intake"].submit, wanted, key, request.state["traceparent"])
     if accepts_events(request.headers.getlist("accept")):
         return await _stream(request, submit, FIRST)
     prefer = preference(request.headers.getlist("prefer"))
@@ -64,94 +62,89 @@ async def load(request: Request) -> Response:
         instance = await submit()
         try:
             async with asyncio.timeout(prefer.wait_s) as patience:
-                instance = await waited_for(request, loads.loaded(instance))
+                instance = await waited_for(request, request.state["follower"].loaded(instance))
         except TimeoutError:
             if not patience.expired():
                 raise
-            return _accepted(await loads.job(instance.id), applied)
+            return _accepted(await request.state["records"].get(instance.id), applied)
     evicted = {"Loadstone-Evicted": instance_ids(instance.evicted)} if instance.evicted else {}
     return _json(instance.result(), headers={"Server-Timing": server_timing(instance), **evicted, **applied})
 
 
-async def estimate(request: Request) -> Response:
+async def estimate(request: Request[State]) -> Response:
     wanted = decode(await read_body(request), LoadRequest, '"{}" is required')
-    loads: Loads = request.state.loads
-    return _json(await estimated(wanted, loads.roster))
+    return _json(await estimated(wanted, request.state["roster"], request.state["queue"]))
 
 
-async def jobs(request: Request) -> Response:
-    loads: Loads = request.state.loads
+async def jobs(request: Request[State]) -> Response:
     status = one_of(request.query_params, "status", get_args(JobStatus))
     limit = whole_number(request.query_params, "limit", default=USUAL_JOBS, lowest=1, highest=MOST_JOBS)
-    found = await loads.jobs(status, limit)
+    found = await request.state["records"].newest(status, limit)
     return _json(JobList(jobs=[job(instance) for instance in found]))
 
 
-async def one_job(request: Request) -> Response:
+async def one_job(request: Request[State]) -> Response:
     """The job as it is, or once it is over and at the latest after `wait` seconds."""
-    loads: Loads = request.state.loads
     wait_s = whole_number(request.query_params, "wait", default=0, lowest=0, highest=LONGEST_WAIT_S)
-    instance = await loads.job(_job_id(request))
+    records = request.state["records"]
+    instance = await records.get(_job_id(request))
     if wait_s and not is_over(instance):
         with _place(request):
-            instance = await waited_for(request, loads.settled(instance, wait_s))
+            instance = await waited_for(request, settled(request.state["follower"], records, instance, wait_s))
     return _json(job(instance))
 
 
-async def cancel(request: Request) -> Response:
-    loads: Loads = request.state.loads
-    return _json(job(await waited_for(request, loads.cancel(_job_id(request)))))
+async def cancel(request: Request[State]) -> Response:
+    return _json(job(await waited_for(request, request.state["stopper"].cancel(_job_id(request)))))
 
 
-async def job_events(request: Request) -> Response:
-    loads: Loads = request.state.loads
+async def job_events(request: Request[State]) -> Response:
     if request.method == "HEAD":
-        await loads.job(_job_id(request))
+        await request.state["records"].get(_job_id(request))
         return Response(media_type=EventStream.media_type)
     after = last_event_id(request.headers.get("last-event-id"))
-    return await _stream(request, partial(loads.job, _job_id(request)), after)
+    return await _stream(request, partial(request.state["records"].get, _job_id(request)), after)
 
 
-async def job_logs(request: Request) -> Response:
-    loads: Loads = request.state.loads
-    return PlainTextResponse(await loads.engine_log(_job_id(request)))
+async def job_logs(request: Request[State]) -> Response:
+    return PlainTextResponse(await request.state["records"].engine_log(_job_id(request)))
 
 
-async def unload(request: Request) -> Response:
+async def unload(request: Request[State]) -> Response:
     wanted = decode(await read_body(request), UnloadRequest, "Missing required field '{}'")
-    loads: Loads = request.state.loads
-    await waited_for(request, loads.unload(wanted.instance_id))
+    await waited_for(request, request.state["stopper"].unload(wanted.instance_id))
     return _json(UnloadResult(instance_id=wanted.instance_id))
 
 
-async def models(request: Request) -> Response:
-    loads: Loads = request.state.loads
-    return Response(await loads.models(), media_type="application/json")
+async def models(request: Request[State]) -> Response:
+    return Response(await request.state["listing"].models(), media_type="application/json")
 
 
-async def workers(request: Request) -> Response:
-    loads: Loads = request.state.loads
-    return _json(WorkerList(workers=await loads.workers()))
+async def workers(request: Request[State]) -> Response:
+    return _json(WorkerList(workers=await request.state["listing"].workers()))
 
 
-async def healthz(request: Request) -> Response:
+async def healthz(request: Request[State]) -> Response:
     return PlainTextResponse("ok\n")
 
 
-async def readyz(request: Request) -> Response:
+async def readyz(request: Request[State]) -> Response:
     """200 if Redis answers and a worker holds a lease: then a load can be accepted and carried out; 503 as soon as
     this process is told to stop."""
-    loads: Loads = request.state.loads
-    draining: asyncio.Event = request.state.draining
     try:
-        missing = "" if any(w.epoch for w in await loads.store.workers.all()) else "no worker holds a lease\n"
+        missing = "" if any(w.epoch for w in await request.state["workers"].all()) else "no worker holds a lease\n"
     except UNAVAILABLE:
         missing = "Redis does not answer\n"
-    if draining.is_set():
+    if request.state["draining"].is_set():
         missing = "shutting down\n"
     if missing:
         return PlainTextResponse(missing, 503, {"Retry-After": str(QueueUnavailable.retry_after_s)})
     return PlainTextResponse("ready\n")
+
+
+async def metrics(request: Request[State]) -> Response:
+    """200 also without Redis."""
+    return Response(await scraped(request.state["counters"], request.state["tally"]), media_type=CONTENT_TYPE)
 
 
 ROUTES = [  # they are tried in order: what is asked most comes first
@@ -173,7 +166,7 @@ ROUTES = [  # they are tried in order: what is asked most comes first
 ]
 
 
-def _job_id(request: Request) -> str:
+def _job_id(request: Request[State]) -> str:
     """The id in the path.  Raises JobNotFound for what can be none: it would name another key in Redis."""
     job_id: str = request.path_params["job_id"]
     if not re.fullmatch(r"load_[0-9a-f]{32}", job_id):
@@ -181,24 +174,22 @@ def _job_id(request: Request) -> str:
     return job_id
 
 
-def _place(request: Request) -> AbstractContextManager[None]:
-    replies: OpenReplies = request.state.replies
-    return replies.place()
+def _place(request: Request[State]) -> AbstractContextManager[None]:
+    return request.state["replies"].place()
 
 
-async def _stream(request: Request, find: Callable[[], Awaitable[Instance]], after: str) -> Response:
+async def _stream(request: Request[State], find: Callable[[], Awaitable[Instance]], after: str) -> Response:
     """The events of a load since entry `after`; 204, which tells a browser to stop coming back, if there are none
     any more.  What `find` refuses is a plain error."""
-    loads: Loads = request.state.loads
+    follower, closing = request.state["follower"], request.state["closing"]
     with ExitStack() as undo:
         undo.enter_context(_place(request))
         instance = await find()
-        start = await loads.resumed(instance, after)
+        start = await follower.resumed(instance, after)
         if start is None:
             return Response(status_code=204)
         place = undo.pop_all()
-    closing: asyncio.Event = request.state.closing
-    return EventStream(events(loads.follower, instance, start, closing), place, closing)
+    return EventStream(events(follower, instance, start, closing), place, closing)
 
 
 def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
@@ -206,10 +197,10 @@ def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
     return _json(job(instance), 202, headers)
 
 
-async def waited_for(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def waited_for(request: Request[State], work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, unless the client goes away or this process comes to its end: then waiting ends, and
     nothing else does, since a load belongs to its worker."""
-    closing: asyncio.Event = request.state.closing
+    closing = request.state["closing"]
     job = asyncio.ensure_future(work)
     others = [asyncio.ensure_future(closing.wait()), asyncio.ensure_future(_gone(request))]
     try:
@@ -223,7 +214,7 @@ async def waited_for(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(job, *others, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _gone(request: Request[State]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

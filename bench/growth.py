@@ -163,7 +163,7 @@ async def _loaded(store: Store, epoch: str, held: Holding) -> None:
 
 
 async def _costs(store: Store, url: str, out: Path) -> dict[str, list[float]]:
-    roster = Roster(store, Settings())
+    roster = Roster(store.workers, Settings())
     await roster.refresh()
     (snapshot,) = roster.alive.values()
     (first, *_) = await store.instances.live()

@@ -166,7 +166,7 @@ class Pool:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.roster = Roster(store, Settings())
+        self.roster = Roster(store.workers, Settings())
         self.chance = random.Random(1)  # the same pool in every run
         self.snapshots: list[WorkerSnapshot] = []
 
@@ -297,8 +297,14 @@ class Pool:
 
     async def beating(self, redis_cpu_s: Callable[[], float]) -> tuple[dict[str, list[float]], dict[str, float]]:
         """What is done once a second: by each worker, and by each API process."""
-        sweep = Sweep(self.roster)
-        sweep._from = 0.0  # no lease runs out here
+        sweep = Sweep(
+            self.roster,
+            self.store.instances,
+            self.store.queue,
+            self.store.listen,
+            lease_s=0.0,  # it waits for no lease to expire
+            load_attempts=Settings().load_attempts,
+        )
 
         async def beat() -> None:
             worker = self.chance.choice(self.snapshots)
@@ -312,7 +318,7 @@ class Pool:
         parts: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
             BEAT: (N_BEATS, beat),
             REFRESH: (N_READ, refresh),
-            SWEEP: (N_READ, sweep._beat),
+            SWEEP: (N_READ, sweep.beat),
         }
         taken: dict[str, list[float]] = {}
         redis_s: dict[str, float] = {}

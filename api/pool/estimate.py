@@ -1,28 +1,28 @@
-"""What a load would take, and whether it would fit: the use case of an estimate."""
+"""What a load would take, and whether it would fit."""
 
 from __future__ import annotations
 
 from msgspec import structs
 
-from api.pool.listing import nowhere
-from api.pool.roster import Candidate, Roster
+from api.pool.roster import Candidate, Roster, nowhere
 from shared.errors import LoadFailed
-from shared.memory.estimate import Requirements
-from shared.memory.placement import Constraints, Demand, Placement, available, largest_context_length, once_gone
+from shared.memory.placement import Constraints, Placement, available, once_gone
 from shared.schema.http import EstimatedDevice, EstimateResult, LoadRequest
 from shared.schema.memory import CPU, Usage
 from shared.schema.snapshot import Sizing
+from shared.store.queue import Queue
 
 
-async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
-    """Where a load of this request would go, by what the workers published last.  Loads nothing.
+async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> EstimateResult:
+    """Return where a load of this request would go, by what the workers published last.  Loads nothing.
 
-    Where the formula was not compared with the engine (`shared.memory.estimate`), the engine of the worker is asked;
-    `exact` is False where that does not answer.  Where the load fits nowhere, the devices are those with the most room.
+    Where the formula was not compared with the engine (`shared.memory.estimate`), it asks the engine of the worker;
+    `exact` is False if the worker does not answer.  If the load fits nowhere, the devices are those with the most room.
 
-    Raises what a load of this request would, before it is accepted: ModelNotFound, NoWorker, InvalidValue, LoadFailed.
+    Raises what a load of this request raises before it is accepted: ModelNotFound, NoWorker, InvalidValue, LoadFailed;
+    and what UNAVAILABLE lists if Redis does not answer.
     """
-    await roster.refresh()  # what is free now
+    await roster.refresh()  # an estimate is of what is free now, not a beat ago
     candidates, known = roster.candidates(request)
     if not candidates:
         raise nowhere(request, known)
@@ -35,9 +35,9 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
         placed = _roomiest(best, request, roster)
     if not placed.exact:
         sizing = Sizing(request=request, key=model.key, gpus=placed.gpus, layers=placed.layers)
-        taken = await roster.store.queue.sized(best.worker, sizing)
-        if taken is not None:
-            placed = structs.replace(placed, usage=taken, exact=True)
+        usage = await queue.sized(best.worker, sizing)
+        if usage is not None:
+            placed = structs.replace(placed, usage=usage, exact=True)
             fits = fits and _has_room(best, placed, roster)
     free = available(roster.alive[best.worker].devices)
     devices = [
@@ -51,25 +51,21 @@ async def estimated(request: LoadRequest, roster: Roster) -> EstimateResult:
             free_bytes=max(0, free[one.id]),
         )
         for one in placed.usage
-        if one.id in free  # the engine also tells of a CPU that is none of the worker's devices
+        if one.id in free  # the engine also reports a CPU that is not among the worker's devices
     ]
-
-    def has_room(requirements: Requirements) -> bool:
-        return roster.has_room(candidates, Demand(requirements, Constraints.of(request.gpu), model.key))
-
     return EstimateResult(
         model=request.model,
         fits=fits,
         devices=devices,
         total_bytes=sum(device.total_bytes for device in devices),
         evicts=[held.instance_id for held in placed.evicts],
-        max_context_length_that_fits=largest_context_length(request, model, roster.settings, has_room),
+        max_context_length_that_fits=roster.largest_context_length(candidates, model, request),
         exact=placed.exact,
     )
 
 
 def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Placement:
-    """Where a load would go if there were room: onto one GPU, if the worker has any."""
+    """Return where a load would go if there were room: onto one GPU, if the worker has any."""
     requirements, constraints = roster.requirements(candidate.model, request), Constraints.of(request.gpu)
     devices = roster.alive[candidate.worker].devices
     gpus = [device for device in devices if device.id in constraints.gpus(devices)]
@@ -88,6 +84,6 @@ def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Pla
 
 
 def _has_room(candidate: Candidate, placed: Placement, roster: Roster) -> bool:
-    """Whether there is room for what the engine says, once what was to be unloaded for it is."""
+    """Return whether there is room for what the engine reports, once the instances that it evicts are unloaded."""
     room = once_gone(available(roster.alive[candidate.worker].devices), placed.evicts)
     return all(one.total_bytes <= room[one.id] for one in placed.usage if one.id in room)

@@ -1,78 +1,114 @@
-"""What a model allows, and how it is listed."""
+"""The lists of a pool: its models and its workers."""
 
 from __future__ import annotations
 
+import asyncio
 import math
+import time
+from collections.abc import Iterable, Sequence
 
+import msgspec
 from msgspec import UNSET
 
-from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
-from shared.schema.http import Capabilities, GPURequest, ListedModel, LoadRequest, Quantization
+from api.pool.roster import Roster
+from api.single_flight import SingleFlight
+from shared.instance import Instance
+from shared.lifecycle import State
+from shared.schema.http import (
+    Capabilities,
+    HeldInstance,
+    ListedModel,
+    ListedWorker,
+    LoadedInstance,
+    ModelList,
+    Quantization,
+)
 from shared.schema.model import Model
+from shared.store.instances import Instances
 
 
-def check(request: LoadRequest, model: Model) -> None:
-    """Refuse what the model cannot do, and what llama.cpp would abort on.  Raises InvalidValue."""
-    if request.gpu is not UNSET:
-        _check_split(request.gpu)
-    if request.context_length is not UNSET and request.context_length > model.max_context_length:
-        raise InvalidValue(
-            f"'context_length': {request.context_length} is more than the maximum of {model.max_context_length} "
-            f"tokens that '{request.model}' supports.",
-            param="context_length",
-            maximum=model.max_context_length,
-        )
-    if model.type != "llm":
-        return
-    if model.expert_count and request.num_experts is not UNSET and request.num_experts > model.expert_count:
-        raise InvalidValue(
-            f"'num_experts': expected integer from 1 to {model.expert_count}, got {request.num_experts}.",
-            param="num_experts",
-            maximum=model.expert_count,
-        )
-    if request.parallel is not UNSET:
-        limits = {
-            "context_length": model.max_context_length if request.context_length is UNSET else request.context_length,
-            "eval_batch_size": request.eval_batch_size,
-        }
-        for name, limit in limits.items():
-            if limit is not UNSET and limit < request.parallel:
-                raise InvalidValue(
-                    f"'parallel': {request.parallel} sequences do not fit into {limit} tokens of '{name}'.",
-                    param="parallel",
-                    maximum=limit,
+class Listing:
+    """Lists what the workers of a roster have.
+
+    Every method raises what UNAVAILABLE lists if Redis does not answer.
+    """
+
+    def __init__(self, roster: Roster, instances: Instances) -> None:
+        self._roster = roster
+        self._instances = instances
+        self._flight = SingleFlight(self._read)
+        self._models: Sequence[Model] = ()
+        self._unloaded: list[ListedModel] = []  # of `_models`
+
+    async def models(self) -> bytes:
+        """Return every model that can be loaded, with its instances that are loaded now: a ModelList as JSON."""
+        return await self._flight(None)
+
+    async def workers(self) -> list[ListedWorker]:
+        """Return every live worker, with the instances that it holds or is to hold."""
+        await self._roster.refresh()  # a client that sees a worker here can load onto it
+        held: dict[str, list[HeldInstance]] = {}
+        for instance in _oldest_first(await self._instances.live()):
+            held.setdefault(instance.worker, []).append(
+                HeldInstance(
+                    id=instance.instance_id, state=instance.state, model=instance.model, devices=instance.devices
                 )
+            )
+        return [
+            ListedWorker(
+                name=worker.name,
+                state=snapshot.state,
+                devices=snapshot.devices,
+                instances=held.get(worker.name, []),
+                lease_age_seconds=round(max(0.0, snapshot.lease_s - worker.lease_left_s), 3),
+                version=snapshot.version,
+            )
+            for worker in self._roster.workers
+            if (snapshot := worker.snapshot) is not None
+        ]
 
+    async def _read(self, _keys: Sequence[None]) -> dict[None, bytes]:
+        # Refreshed, not a beat old: a client that is told that a worker is ready must see its models.
+        _, live = await asyncio.gather(self._roster.refresh(), self._instances.live())
+        loaded: dict[str, list[LoadedInstance]] = {}
+        for instance in _oldest_first(live):
+            holder = self._roster.alive.get(instance.worker)
+            is_usable = instance.state is State.LOADED and holder is not None and holder.epoch == instance.epoch
+            if is_usable and instance.load_config is not None:
+                loaded.setdefault(instance.key, []).append(
+                    LoadedInstance(
+                        id=instance.instance_id,
+                        config=instance.load_config,
+                        worker=instance.worker,
+                        devices=instance.devices,
+                        remaining_ttl_seconds=None
+                        if instance.idle_at is None
+                        else round(max(0.0, instance.idle_at - time.time()), 3),
+                    )
+                )
+        models = [
+            msgspec.structs.replace(model, loaded_instances=loaded[model.key]) if model.key in loaded else model
+            for model in self._listed()
+        ]
+        return {None: msgspec.json.encode(ModelList(models=models))}
 
-def _check_split(gpu: GPURequest) -> None:
-    ratios = gpu.split if isinstance(gpu.split, list) else None
-    if ratios is not None and not sum(ratios):
-        raise InvalidValue("'gpu.split': at least one part must be more than 0.", param="gpu.split")
-    if ratios is not None and gpu.devices is not UNSET and len(ratios) != len(gpu.devices):
-        raise InvalidValue(
-            f"'gpu.split': expected as many parts as 'gpu.devices' has devices, {len(gpu.devices)}, got {len(ratios)}.",
-            param="gpu.split",
-        )
-
-
-def nowhere(request: LoadRequest, known: Model | None) -> ServiceError:
-    """Why no worker can load what a client wants; `known` is what any that was alive today has of it."""
-    if known is None:
-        return ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
-    if request.gpu is not UNSET and request.gpu.worker is not UNSET:
-        return NoWorker(f"The worker '{request.gpu.worker}' is not alive, or has no {request.model}.")
-    return NoWorker(f"No worker that has {request.model} is alive. Try again shortly.")
+    def _listed(self) -> list[ListedModel]:
+        """Return the models of the roster as if nothing were loaded.  They are made once for each change of it."""
+        models = self._roster.models()
+        if models is not self._models:
+            self._models, self._unloaded = models, [listed(model) for model in models]
+        return self._unloaded
 
 
 def listed(model: Model) -> ListedModel:
-    """As one of which nothing is loaded."""
-    llm = model.type == "llm"
+    """Return a model as it is listed while nothing of it is loaded."""
+    is_llm = model.type == "llm"
     return ListedModel(
         type=model.type,
         publisher=model.publisher,
         key=model.key,
         display_name=model.display_name,
-        architecture=model.architecture if llm else UNSET,
+        architecture=model.architecture if is_llm else UNSET,
         quantization=Quantization(
             name=model.quantization,
             bits_per_weight=None if model.bits_per_weight is None else math.floor(model.bits_per_weight),
@@ -83,7 +119,11 @@ def listed(model: Model) -> ListedModel:
         max_context_length=model.max_context_length,
         format="gguf",
         capabilities=Capabilities(vision=model.vision, trained_for_tool_use=model.trained_for_tool_use)
-        if llm
+        if is_llm
         else UNSET,
-        description=model.description if llm else UNSET,
+        description=model.description if is_llm else UNSET,
     )
+
+
+def _oldest_first(instances: Iterable[Instance]) -> list[Instance]:
+    return sorted(instances, key=lambda instance: (instance.created_at, instance.id))

@@ -24,8 +24,6 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared import __version__
@@ -34,12 +32,12 @@ from shared.lifecycle import TERMINAL, State
 from shared.schema.http import WorkerState
 from shared.store.connection import UNAVAILABLE, check_cancelled
 from shared.store.counters import Counters, Readings
-from shared.store.store import Store
 from shared.telemetry import log
 from shared.telemetry.tally import BOUNDS_S, FAMILIES, GONE, Family, Tally, field, observed
 
 Row = TypeVar("Row", bound=tuple[str, ...])  # the labels of a sample
 
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 DEADLINE_S = 4.0  # of a scrape's readings; Prometheus waits for 10 s
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -100,19 +98,17 @@ async def hand_over(tally: Tally, counters: Counters) -> None:
                 await tally.hand_over(counters.add)
 
 
-async def metrics(request: Request) -> Response:
-    """200 also without Redis: then it says just that."""
-    store: Store = request.state.loads.store
-    tally: Tally = request.state.tally
+async def scraped(counters: Counters, tally: Tally) -> bytes:
+    """Return the reply to one scrape; if Redis does not answer, it says just that."""
     readings: Readings | None = None
     try:
         async with asyncio.timeout(DEADLINE_S):
             with suppress(*UNAVAILABLE):  # a Redis whose disk is full can still be read
-                await tally.hand_over(store.counters.add)  # other processes' counts may be a beat old, not ours
-            readings = await store.counters.read()
+                await tally.hand_over(counters.add)  # other processes' counts may be a beat old, not ours
+            readings = await counters.read()
     except (*UNAVAILABLE, TimeoutError) as e:
         log.get("api").warning("metrics without Redis", action="redis_unavailable", error=str(e))
-    return Response(rendered(readings), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    return rendered(readings)
 
 
 def rendered(readings: Readings | None) -> bytes:

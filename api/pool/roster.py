@@ -1,4 +1,4 @@
-"""What the workers publish, as this API process last read it, and which of them a load is given to."""
+"""What the workers publish, as this API process last read it, and which of them is to take a load."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from itertools import count
 
 from msgspec import UNSET, Struct
 
-from api.pool.listing import check, listed
-from shared.errors import InvalidValue
+from api.pool.limits import check
+from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
 from shared.instance import Instance
 from shared.lookup import by_name
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import Requirements, requirements_of
-from shared.memory.placement import Constraints, Demand, Placement, place
+from shared.memory.placement import Constraints, Demand, Placement, largest_context_length, place
 from shared.memory.plan import plan
-from shared.schema.http import GPURequest, ListedModel, LoadRequest
+from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import Holding
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot, short
 from shared.settings import Settings
 from shared.store.keys import RETAIN_S
-from shared.store.store import Store
-from shared.store.workers import Worker
+from shared.store.workers import Worker, Workers
 
-PENDING_S = 3.0  # a worker that has not said within this time that it took a load is asked as if it had none
+PENDING_S = 3.0  # after this time, a placed load that its worker has not published counts no more
 
 
 class Candidate(Struct, frozen=True, kw_only=True, gc=False):
-    """A worker that takes loads and has a model."""
+    """A worker that takes loads, and a model that it has."""
 
     worker: str
     model: Model
@@ -44,53 +43,60 @@ class Names(Struct, frozen=True):
 
 
 class Roster:
-    """Workers and catalogs, at most a beat old.  `refresh` reads them now."""
+    """Holds workers and catalogs, at most a beat old.  `refresh` reads them now.
 
-    def __init__(self, store: Store, settings: Settings) -> None:
-        self.store = store
-        self.settings = settings
+    The settings are the defaults of what a request leaves out.
+    """
+
+    def __init__(self, workers: Workers, settings: Settings) -> None:
+        self._store = workers
+        self._settings = settings
         self.workers: list[Worker] = []
         self.alive: dict[str, WorkerSnapshot] = {}
         self.catalogs: dict[str, list[Model]] = {}  # of every worker of the last day, alive or not
-        self.absent_since: dict[str, float] = {}  # worker -> when its lease was first seen gone
+        self._absent_since: dict[str, float] = {}  # worker -> when its lease was first seen gone
         self._hosts: dict[str, Host] = {}  # of those that take loads
         self._published: dict[str, Host] = {}  # the same without what was placed since
         self._pending: dict[str, list[tuple[float, Holding]]] = {}  # by worker: until when, and what is on its way
         self._digests: dict[str, str] = {}
         self._names: dict[str, Names] = {}  # by worker; workers with the same catalog share one
         self._numbers = count()
-        self._listed: list[ListedModel] = []
-        self._listed_of: list[tuple[str, str | None]] = []  # which workers, with which catalogs
+        self._models: list[Model] = []
+        self._models_of: list[tuple[str, str | None]] = []  # which workers, with which catalogs
 
     async def refresh(self) -> dict[str, str | None]:
-        """Read what the workers publish; returns the epoch that holds each one's lease."""
-        self.workers = workers = await self.store.workers.all()
+        """Read what the workers publish; return the epoch that holds the lease of each, None if none does.
+
+        Raises what UNAVAILABLE lists if Redis does not answer.
+        """
+        self.workers = workers = await self._store.all()
         now = time.monotonic()
         for worker in workers:
             digest = worker.snapshot.catalog if worker.snapshot else self._digests.get(worker.name, "")
             if worker.name not in self.catalogs or digest != self._digests.get(worker.name):
-                catalog = await self.store.workers.catalog(worker.name)
-                if catalog is not None:  # else it is about to be published, or Redis was emptied
+                catalog = await self._store.catalog(worker.name)
+                if catalog is not None:  # else its worker is about to publish it, or Redis was emptied
                     self._learn(worker.name, digest, catalog)
             if worker.epoch is None:
-                self.absent_since.setdefault(worker.name, now)
+                self._absent_since.setdefault(worker.name, now)
             else:
-                self.absent_since.pop(worker.name, None)
+                self._absent_since.pop(worker.name, None)
         self.alive = {worker.name: worker.snapshot for worker in workers if worker.snapshot}
         self._hosts = {name: Host(snapshot) for name, snapshot in self.alive.items() if snapshot.state == "ready"}
         self._published = dict(self._hosts)
         self._hold_pending()
         known = {worker.name for worker in workers}
-        for name in self.catalogs.keys() - known:  # of long ago, or Redis was emptied: then it is back in a beat
-            if now - self.absent_since.setdefault(name, now) > self.store.workers.lease_s:
-                del self.catalogs[name], self._digests[name], self._names[name], self.absent_since[name]
-        for name in self.absent_since.keys() - known - self.catalogs.keys():  # the sweep may still count from it
-            if now - self.absent_since[name] > RETAIN_S:
-                del self.absent_since[name]
+        # Not seen for a day, or Redis was emptied: then the worker is back within a beat.
+        for name in self.catalogs.keys() - known:
+            if now - self._absent_since.setdefault(name, now) > self._store.lease_s:
+                del self.catalogs[name], self._digests[name], self._names[name], self._absent_since[name]
+        for name in self._absent_since.keys() - known - self.catalogs.keys():  # the sweep may still count from it
+            if now - self._absent_since[name] > RETAIN_S:
+                del self._absent_since[name]
         return {worker.name: worker.epoch for worker in workers}
 
     def _learn(self, worker: str, digest: str, catalog: list[Model]) -> None:
-        """Large pools have the same files on many hosts: what they have in common is kept once."""
+        """Keep a catalog, once for all workers that have the same: many hosts of a large pool have the same files."""
         shared = next((name for name, known in self._digests.items() if known == digest and digest), None)
         if shared is not None and self.catalogs[shared] == catalog:
             self.catalogs[worker], self._names[worker] = self.catalogs[shared], self._names[shared]
@@ -98,6 +104,27 @@ class Roster:
             self.catalogs[worker] = catalog
             self._names[worker] = Names(next(self._numbers), by_name(catalog))
         self._digests[worker] = digest
+
+    def absent_s(self, worker: str) -> float:
+        """Return for how many seconds a worker has held no lease, as far as this process has seen."""
+        now = time.monotonic()
+        return now - self._absent_since.setdefault(worker, now)
+
+    def models(self) -> list[Model]:
+        """Return every model of the live workers that can be loaded, once, by key.
+
+        It is the same list as before while the catalogs are the same.
+        """
+        catalogs = [(name, self._digests.get(name)) for name in sorted(self.alive)]
+        if catalogs != self._models_of:
+            by_key: dict[str, Model] = {}
+            for name, _ in catalogs:
+                for model in self.catalogs.get(name, ()):
+                    if model.problem is None:
+                        by_key.setdefault(model.key, model)
+            self._models = [by_key[key] for key in sorted(by_key)]
+            self._models_of = catalogs
+        return self._models
 
     # ---- placing
 
@@ -164,14 +191,20 @@ class Roster:
     def requirements(self, model: Model, request: LoadRequest) -> Requirements:
         """Compute what a request takes.  Raises InvalidValue if it exceeds the model's limits."""
         check(request, model)
-        return requirements_of(model, plan(request, model, self.settings))
+        return requirements_of(model, plan(request, model, self._settings))
 
-    def has_room(self, candidates: Sequence[Candidate], demand: Demand) -> bool:
-        """Return whether the load fits on any of these workers, by what they published."""
-        return choose([(self._published[one.worker], demand) for one in candidates]) is not None
+    def largest_context_length(self, candidates: Sequence[Candidate], model: Model, request: LoadRequest) -> int | None:
+        """Return the largest context length (tokens) with which a request fits on any candidate, None if none does."""
+        constraints = Constraints.of(request.gpu)
+
+        def has_room(requirements: Requirements) -> bool:
+            demand = Demand(requirements, constraints, model.key)
+            return choose([(self._published[one.worker], demand) for one in candidates]) is not None
+
+        return largest_context_length(request, model, self._settings, has_room)
 
     def placed(self, instance: Instance, placement: Placement | None) -> None:
-        """Count an instance that was just given to a worker, until what that publishes does, or for PENDING_S."""
+        """Count an instance that was just given to a worker, until the worker publishes it, or for PENDING_S."""
         held = Holding(
             id=instance.id,
             instance_id=instance.instance_id,
@@ -188,7 +221,7 @@ class Roster:
             self._hosts[worker] = host.holding(more)
 
     def _hold_pending(self) -> None:
-        """Add to what was published what it is too old for."""
+        """Add to what was published what was placed too late to be in it."""
         now = time.monotonic()
         for worker, pending in [*self._pending.items()]:
             published = self.alive.get(worker)
@@ -200,17 +233,11 @@ class Roster:
             if not self._pending[worker]:
                 del self._pending[worker]
 
-    # ---- listing
 
-    def listed(self) -> list[ListedModel]:
-        """Every model of the live workers that can be loaded, once, by key; as if nothing were loaded."""
-        catalogs = [(name, self._digests.get(name)) for name in sorted(self.alive)]
-        if catalogs != self._listed_of:
-            by_key: dict[str, Model] = {}
-            for name, _ in catalogs:
-                for model in self.catalogs.get(name, ()):
-                    if model.problem is None:
-                        by_key.setdefault(model.key, model)
-            self._listed = [listed(by_key[key]) for key in sorted(by_key)]
-            self._listed_of = catalogs
-        return self._listed
+def nowhere(request: LoadRequest, known: Model | None) -> ServiceError:
+    """Return why no worker can take a load; `known` is the model as any worker of the last day has it."""
+    if known is None:
+        return ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
+    if request.gpu is not UNSET and request.gpu.worker is not UNSET:
+        return NoWorker(f"The worker '{request.gpu.worker}' is not alive, or has no {request.model}.")
+    return NoWorker(f"No worker that has {request.model} is alive. Try again shortly.")

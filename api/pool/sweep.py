@@ -1,62 +1,66 @@
-"""The sweep: moves on what no live worker has, or what its worker has no room for."""
+"""The sweep: moves on the instances that no live worker holds, and the loads that their workers have no room for."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from api.pool.roster import Candidate, Roster
+from api.subscription import subscribed
 from shared.beat import BEAT_S
 from shared.errors import InvalidValue, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.memory.placement import Placement
-from shared.store.connection import UNAVAILABLE, check_cancelled
-from shared.store.instances import Fenced
+from shared.store.connection import UNAVAILABLE, Listen, check_cancelled
+from shared.store.instances import Fenced, Head, Instances
 from shared.store.keys import REQUEUED
+from shared.store.queue import Queue
 from shared.telemetry import log
 
 
 class Sweep:
-    """Done by every API process; where two do the same, Redis lets one."""
+    """Sweeps the instances, in every API process; if two do the same, Redis lets one.
 
-    def __init__(self, roster: Roster) -> None:
-        self.roster = roster
-        self.store = roster.store
-        self.load_attempts = roster.settings.load_attempts
+    `lease_s` is how long the lease of a worker lasts; `load_attempts` is how often a load is begun at most.
+    """
+
+    def __init__(
+        self, roster: Roster, instances: Instances, queue: Queue, listen: Listen, *, lease_s: float, load_attempts: int
+    ) -> None:
+        self._roster = roster
+        self._instances = instances
+        self._queue = queue
+        self._listen = listen
+        self._lease_s = lease_s
+        self._load_attempts = load_attempts
         self._from: float | None = None  # a lease after Redis' first answer: until then leases may have run out
         self._rung = asyncio.Event()
 
     async def run(self) -> None:
-        """Refresh and sweep every beat, and where a load was handed back; ends only by cancellation."""
+        """Refresh the roster and sweep at every beat, and when a load was refused; ends only by cancellation."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._listen())
+            group.create_task(subscribed(self._listen, REQUEUED, lambda _: self._rung.set()))
             while True:
                 self._rung.clear()
-                await self._beat()
+                await self.beat()
                 check_cancelled()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(BEAT_S):
                         await self._rung.wait()
 
-    async def _listen(self) -> None:
-        while True:
-            try:
-                await self.store.listen(REQUEUED, lambda _: self._rung.set())
-            except UNAVAILABLE as e:
-                log.get("api").warning("subscription lost", action="redis_unavailable", error=str(e))
-            await asyncio.sleep(0.2)
-
-    async def _beat(self) -> None:
+    async def beat(self) -> None:
+        """Refresh the roster and sweep once; if Redis does not answer, log it."""
         started = time.monotonic()
         try:
-            epochs = await self.roster.refresh()
+            epochs = await self._roster.refresh()
             if self._from is None or time.monotonic() - started > 1.0:  # a paused Redis breaks no connection
-                self._from = time.monotonic() + self.store.workers.lease_s
+                self._from = time.monotonic() + self._lease_s
             is_time = time.monotonic() >= self._from
-            for instance in await self.store.instances.live(await self._doubtful(epochs)):
+            for instance in await self._instances.live(doubtful(await self._instances.heads(), epochs)):
                 if is_time or _is_refused(instance):
                     with suppress(Fenced), log.about(instance):  # its worker, or another API process, moved it on
                         await self._look(instance, epochs)
@@ -64,28 +68,24 @@ class Sweep:
             self._from = None
             log.get("api").warning("roster not refreshed", action="redis_unavailable", error=str(e))
 
-    async def _doubtful(self, epochs: dict[str, str | None]) -> list[str]:
-        """The instances whose documents have to be read: of most of a large pool, the few fields beside it tell that
-        their worker has them.  What is queued has no epoch."""
-        return [head.id for head in await self.store.instances.heads() if epochs.get(head.worker) != head.epoch]
-
-    async def _look(self, instance: Instance, epochs: dict[str, str | None]) -> None:
-        """A claimed instance is held by a worker with a lease of its epoch; a queued one by a worker that takes loads.
-
-        Raises Fenced.
+    async def _look(self, instance: Instance, epochs: Mapping[str, str | None]) -> None:
+        """Move an instance on unless it is held: a claimed one by a worker with a lease of its epoch, a queued one by a
+        worker that takes loads.  Raises Fenced.
         """
         if instance.state is not State.QUEUED:
             is_held = epochs.get(instance.worker) == instance.epoch
         elif _is_refused(instance):
             return await self._move_refused(instance)
         else:
-            snapshot = self.roster.alive.get(instance.worker)
+            snapshot = self._roster.alive.get(instance.worker)
             is_held = snapshot is not None and snapshot.state == "ready"
         return None if is_held else await self._move(instance)
 
     async def _move_refused(self, instance: Instance) -> None:
-        """To another worker that has room by what it published last; none is asked twice, so this ends.  Raises
-        Fenced."""
+        """Give a refused load to another worker that has room by what it published last, or fail it.
+
+        No worker is asked twice, so this ends.  Raises Fenced.
+        """
         if instance.stop_requested:
             return await self._commit(instance, instance.after(Event.STOP))
         found = self._place(instance)
@@ -94,21 +94,22 @@ class Sweep:
         return await self._commit(instance, instance.after(Event.FAIL, error=instance.refusal))
 
     async def _move(self, instance: Instance) -> None:
-        """What was never loaded goes to another worker, or waits for its own to come back, a whole lease long; what
-        was is lost.  A restoration stays with its worker.  Raises Fenced."""
+        """Give a load whose worker is gone to another, or let it wait for its own for a whole lease.
+
+        A loaded instance is lost.  A restoration stays with its worker.  Raises Fenced.
+        """
         if instance.state not in (State.QUEUED, State.LOADING):
             return await self._commit(instance, instance.after(Event.EXPIRE))
         if instance.stop_requested:
             if instance.state is State.LOADING:
-                instance, _ = await self.store.instances.commit(instance, instance.after(Event.REQUEUE))
+                instance, _ = await self._instances.commit(instance, instance.after(Event.REQUEUE))
             return await self._commit(instance, instance.after(Event.STOP))
         found = None if instance.restoring else self._place(instance)
         if found is not None:
             return await self._give(instance, *found)
         if instance.state is State.LOADING:
-            return await self._commit(instance, instance.abandoned(self.load_attempts))
-        since = self.roster.absent_since.setdefault(instance.worker, time.monotonic())
-        if time.monotonic() - since <= self.store.workers.lease_s or instance.worker in self.roster.alive:
+            return await self._commit(instance, instance.abandoned(self._load_attempts))
+        if self._roster.absent_s(instance.worker) <= self._lease_s or instance.worker in self._roster.alive:
             return None
         if instance.restoring:
             return await self._commit(instance, instance.after(Event.EXPIRE))
@@ -116,12 +117,12 @@ class Sweep:
         return await self._commit(instance, instance.after(Event.FAIL, error=nowhere.body()))
 
     def _place(self, instance: Instance) -> tuple[Candidate, Placement | None] | None:
-        """The best worker for a load that its own does not take, of those that did not refuse it."""
+        """Return the best worker for a load, of those that did not refuse it; None if there is none."""
         with suppress(InvalidValue):
-            candidates, _ = self.roster.candidates(instance.request, without=instance.refused)
+            candidates, _ = self._roster.candidates(instance.request, without=instance.refused)
             same = [one for one in candidates if one.model.problem is None and one.model.type == instance.type]
             if same:
-                return self.roster.choose(same, instance.request)
+                return self._roster.choose(same, instance.request)
         return None
 
     async def _give(self, instance: Instance, candidate: Candidate, placement: Placement | None) -> None:
@@ -130,12 +131,12 @@ class Sweep:
         if _is_refused(instance):
             new = instance.after(Event.REQUEUE, **changes)
         else:
-            new = instance.abandoned(self.load_attempts, **changes)
+            new = instance.abandoned(self._load_attempts, **changes)
         await self._commit(instance, new)
-        self.roster.placed(new, placement)
+        self._roster.placed(new, placement)
 
     async def _commit(self, old: Instance, new: Instance) -> None:
-        committed, _ = await self.store.instances.commit(old, new)
+        committed, _ = await self._instances.commit(old, new)
         why = "its worker had no room" if _is_refused(old) else "its worker is gone"
         log.get("api").warning(
             f"{old.state} -> {new.state}: {why}",
@@ -145,9 +146,18 @@ class Sweep:
             to=new.worker,
         )
         if committed.state is State.QUEUED:
-            await self.store.queue.deliver(committed)
+            await self._queue.deliver(committed)
+
+
+def doubtful(heads: Iterable[Head], epochs: Mapping[str, str | None]) -> list[str]:
+    """Return the ids of the instances whose documents have to be read.
+
+    For most of a large pool, the fields beside the document say that their worker has them.  A queued one has no epoch,
+    so its document is read.
+    """
+    return [head.id for head in heads if epochs.get(head.worker) != head.epoch]
 
 
 def _is_refused(instance: Instance) -> bool:
-    """Whether its worker has handed it back."""
+    """Return whether its worker has refused it."""
     return instance.state is State.QUEUED and instance.worker in instance.refused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 UNAVAILABLE = (RedisError, OSError)  # redis-py lets a refused socket through as an OSError
+Listen = Callable[[str, Callable[[bytes], None]], Awaitable[None]]  # `listen`, on a client of its own
 
 
 def check_cancelled() -> None:

@@ -1,8 +1,9 @@
-"""Following a record on a real Redis: nobody waits for what has happened already."""
+"""Following a record on a real Redis: no follower waits for what has happened already."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import msgspec
@@ -18,6 +19,7 @@ from shared.lifecycle import Event, State
 from shared.schema.http import LoadRequest
 from shared.store.instances import HISTORY_N
 from shared.store.store import Store
+from tests.support.channel import Channel, running
 
 DEADLINE_S = 10.0
 
@@ -42,16 +44,20 @@ async def states(follower: Follower, record: Instance, first: asyncio.Event) -> 
 async def test_every_revision_is_seen_from_the_first_on(store: Store, record: Instance) -> None:
     claimed, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e"))
     await store.instances.commit(claimed, claimed.after(Event.EXPIRE))
-    assert await states(Follower(store), record, asyncio.Event()) == [State.QUEUED, State.LOADING, State.LOST]
+    assert await states(Follower(store.instances, store.listen), record, asyncio.Event()) == [
+        State.QUEUED,
+        State.LOADING,
+        State.LOST,
+    ]
 
 
 @pytest.fixture
 async def waiting(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Follower, asyncio.Task[list[State]]]:
-    """Somebody who follows, has seen what there was, and hears of nothing."""
+    """One that follows a record, has seen what there was, and gets no notification."""
     monkeypatch.setattr(api.loads.follow, "RECHECK_S", 0.01)
-    follower, first = Follower(store), asyncio.Event()
+    follower, first = Follower(store.instances, Channel().listen), asyncio.Event()
     following = asyncio.create_task(states(follower, record, first))
     async with asyncio.timeout(DEADLINE_S):
         await first.wait()
@@ -61,12 +67,11 @@ async def waiting(
 async def test_a_change_whose_notification_was_lost_is_found(
     store: Store, record: Instance, waiting: tuple[Follower, asyncio.Task[list[State]]]
 ) -> None:
-    """Also one that came before anybody looked for the first time."""
+    """Also one that came before the first recheck."""
     follower, following = waiting
     await store.instances.commit(record, record.after(Event.STOP))
-    looking = asyncio.create_task(follower._recheck())
-    assert await following == [State.QUEUED, State.CANCELLED]
-    looking.cancel()
+    async with running(follower):
+        assert await following == [State.QUEUED, State.CANCELLED]
 
 
 async def test_a_record_that_is_gone_ends_the_wait(
@@ -74,10 +79,23 @@ async def test_a_record_that_is_gone_ends_the_wait(
 ) -> None:
     follower, following = waiting
     await store.redis.flushall()
-    looking = asyncio.create_task(follower._recheck())
-    with pytest.raises(QueueUnavailable):
-        await following
-    looking.cancel()
+    async with running(follower):
+        with pytest.raises(QueueUnavailable):
+            await following
+
+
+@pytest.fixture
+def channel() -> Channel:
+    return Channel()
+
+
+@pytest.fixture
+async def follower(store: Store, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Follower]:
+    """One that runs, and that only the channel wakes."""
+    monkeypatch.setattr(api.loads.follow, "RECHECK_S", 3600.0)
+    made = Follower(store.instances, channel.listen)
+    async with running(made):
+        yield made
 
 
 # ---- where to begin
@@ -112,31 +130,30 @@ async def test_whoever_comes_back_gets_what_came_after_and_the_end_after_the_las
     await moved(store, record, 6, ended=True)
     entries = [entry for entry, _ in await store.instances.history(record)]
     for n, entry in enumerate(entries):
-        assert await seen(Follower(store), record, entry) == [*range(n + 2, 7)]
-    assert await seen(Follower(store), record, "9999999999999-0") == []
+        assert await seen(Follower(store.instances, store.listen), record, entry) == [*range(n + 2, 7)]
+    assert await seen(Follower(store.instances, store.listen), record, "9999999999999-0") == []
 
 
-async def test_whoever_comes_back_after_the_last_entry_of_a_load_that_goes_on_waits_for_the_next(
-    store: Store, record: Instance
+async def test_after_the_last_entry_of_a_load_that_goes_on_it_waits_for_the_next(
+    store: Store, record: Instance, follower: Follower, channel: Channel
 ) -> None:
     last = await moved(store, record, 3, ended=False)
     (*_, (entry, _)) = await store.instances.history(record)
-    follower = Follower(store)
     following = asyncio.create_task(seen(follower, record, entry))
-    await reading_done(follower)
+    await reading_done(store, follower)
     assert not following.done()
     await store.instances.commit(last, last.after(Event.EXPIRE))
-    follower._ring(record.id)
+    channel.send(record.id)
     assert await following == [4]
 
 
-async def reading_done(follower: Follower) -> None:
-    """Wait until somebody follows, and has read what there is."""
+async def reading_done(store: Store, follower: Follower) -> None:
+    """Wait until a record is followed, and what there was of it has been read."""
     async with asyncio.timeout(DEADLINE_S):
-        while not follower._bells or follower._readings:  # noqa: ASYNC110
+        while not follower.followed:  # noqa: ASYNC110
             await asyncio.sleep(0)
         for _ in range(20):
-            await follower.store.redis.ping()
+            await store.redis.ping()
 
 
 @pytest.mark.parametrize("revisions", [7, 8, 9, 15, 16, 17, 40])
@@ -146,14 +163,14 @@ async def test_a_log_of_several_readings_is_seen_whole_and_once(
     for module in (api.loads.follow, shared.store.instances):
         monkeypatch.setattr(module, "HISTORY_N", 8)
     last = await moved(store, record, revisions, ended=False)
-    assert await seen(Follower(store), record, most=revisions) == [*range(1, revisions + 1)]
+    assert await seen(Follower(store.instances, store.listen), record, most=revisions) == [*range(1, revisions + 1)]
     await store.instances.commit(last, last.after(Event.EXPIRE))
-    assert await seen(Follower(store), record) == [*range(1, revisions + 2)]
+    assert await seen(Follower(store.instances, store.listen), record) == [*range(1, revisions + 2)]
 
 
 async def test_a_log_longer_than_one_reading_is_seen_whole(store: Store, record: Instance) -> None:
     await moved(store, record, HISTORY_N + 2, ended=True)
-    assert await seen(Follower(store), record) == [*range(1, HISTORY_N + 3)]
+    assert await seen(Follower(store.instances, store.listen), record) == [*range(1, HISTORY_N + 3)]
 
 
 # ---- many at once
@@ -186,19 +203,15 @@ def readings(store: Store, monkeypatch: pytest.MonkeyPatch) -> Readings:
 
 
 async def test_many_followers_that_are_woken_together_read_once_and_all_see_everything(
-    store: Store, record: Instance, readings: Readings
+    store: Store, record: Instance, readings: Readings, follower: Follower, channel: Channel
 ) -> None:
-    follower = Follower(store)
     following = [asyncio.create_task(seen(follower, record)) for _ in range(200)]
-    async with asyncio.timeout(DEADLINE_S):
-        while len(follower._bells.get(record.id, ())) < len(following):  # noqa: ASYNC110
-            await asyncio.sleep(0)
-    await reading_done(follower)
+    await reading_done(store, follower)
     last = await moved(store, record, 5, ended=False)
-    follower._ring(record.id)
-    await reading_done(follower)
+    channel.send(record.id)
+    await reading_done(store, follower)
     await store.instances.commit(last, last.after(Event.EXPIRE))
-    follower._ring(record.id)
+    channel.send(record.id)
     assert await asyncio.gather(*following) == [[*range(1, 7)]] * 200
     assert readings.count <= 6, "three times there was something to read"
 
@@ -210,7 +223,7 @@ async def test_followers_of_different_loads_or_from_different_entries_do_not_sha
     await moved(store, record, 6, ended=True)
     await moved(store, other, 3, ended=True)
     entries = [entry for entry, _ in await store.instances.history(record)]
-    follower = Follower(store)
+    follower = Follower(store.instances, store.listen)
     found = await asyncio.gather(
         seen(follower, record), seen(follower, other), seen(follower, record, entries[3]), seen(follower, record)
     )
@@ -218,10 +231,9 @@ async def test_followers_of_different_loads_or_from_different_entries_do_not_sha
 
 
 async def test_whoever_comes_while_something_older_is_read_does_not_get_that(
-    store: Store, record: Instance, readings: Readings
+    store: Store, record: Instance, readings: Readings, follower: Follower, channel: Channel
 ) -> None:
     """It would sleep until the recheck on what it could have seen at once."""
-    follower = Follower(store)
     readings.passing.clear()
     early = asyncio.create_task(seen(follower, record))
     async with asyncio.timeout(DEADLINE_S):
@@ -231,7 +243,7 @@ async def test_whoever_comes_while_something_older_is_read_does_not_get_that(
     await store.instances.commit(record, record.after(Event.STOP))
     assert await seen(follower, record) == [1, 2]
     assert not early.done()
-    follower._ring(record.id)
+    channel.send(record.id)
     held.set()
     assert await early == [1, 2]
 
@@ -241,7 +253,7 @@ async def test_a_follower_that_goes_away_while_several_read_disturbs_nobody(
 ) -> None:
     """Whichever it is: also the one that began the reading."""
     await moved(store, record, 3, ended=True)
-    follower = Follower(store)
+    follower = Follower(store.instances, store.listen)
     readings.passing.clear()
     following = [asyncio.create_task(seen(follower, record)) for _ in range(5)]
     async with asyncio.timeout(DEADLINE_S):
@@ -255,14 +267,16 @@ async def test_a_follower_that_goes_away_while_several_read_disturbs_nobody(
     readings.passing.set()
     assert await asyncio.gather(*following) == [[1, 2, 3]] * 3
     assert readings.count == 1
-    assert (follower._readings, dict(follower._bells)) == ({}, {}), "nothing is kept of followers that are gone"
+    assert not follower.followed, "nothing is kept of followers that are gone"
+    assert await seen(follower, record) == [1, 2, 3]
+    assert readings.count == 2, "nor of what they read"
 
 
 async def test_where_redis_fails_in_a_shared_reading_all_are_told_and_the_next_one_reads_again(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await moved(store, record, 3, ended=True)
-    follower, history = Follower(store), store.instances.history
+    follower, history = Follower(store.instances, store.listen), store.instances.history
 
     async def fail(instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
         await history(instance, after)

@@ -9,8 +9,8 @@ from itertools import permutations
 import pytest
 import redis
 
-from api.loads.follow import Follower
-from api.loads.submit import Loads
+from api.loads.records import Records
+from api.loads.submit import Intake
 from api.pool.roster import Roster
 from shared.errors import LoadFailed, QueueFull
 from shared.schema.http import LoadRequest
@@ -32,39 +32,41 @@ async def alive(store: Store, name: str, model: Model, residents: int = 0) -> No
     )
 
 
-def made(store: Store, settings: Settings) -> Loads:
-    return Loads(settings, store, Roster(store, settings), Follower(store))
+def made(store: Store, settings: Settings, roster: Roster | None = None) -> Intake:
+    roster = roster or Roster(store.workers, settings)
+    limits = settings.worker_queue_limit, settings.queue_limit
+    return Intake(roster, store.instances, Records(store.instances), at_most=limits)
 
 
 @pytest.fixture
-def loads(store: Store) -> Loads:
+def intake(store: Store) -> Intake:
     return made(store, Settings())
 
 
-async def test_loads_at_once_are_spread_over_the_workers(store: Store, loads: Loads) -> None:
+async def test_loads_at_once_are_spread_over_the_workers(store: Store, intake: Intake) -> None:
     """Snapshots are up to a beat old: what was placed since then counts too."""
     for name in ("w", "another"):
         await alive(store, name, MODEL)
-    placed = [(await loads.submit(LoadRequest(model="p/m"))).worker for _ in range(6)]
+    placed = [(await intake.submit(LoadRequest(model="p/m"))).worker for _ in range(6)]
     assert Counter(placed) == {"w": 3, "another": 3}
 
 
-async def test_the_worker_that_holds_least_is_chosen(store: Store, loads: Loads) -> None:
+async def test_the_worker_that_holds_least_is_chosen(store: Store, intake: Intake) -> None:
     await alive(store, "another", MODEL, residents=2)
     await alive(store, "w", MODEL, residents=1)
-    assert (await loads.submit(LoadRequest(model="p/m"))).worker == "w"
+    assert (await intake.submit(LoadRequest(model="p/m"))).worker == "w"
 
 
-async def test_a_worker_that_can_read_the_file_is_chosen_over_one_that_cannot(store: Store, loads: Loads) -> None:
+async def test_a_worker_that_can_read_the_file_is_chosen_over_one_that_cannot(store: Store, intake: Intake) -> None:
     await alive(store, "another", BROKEN)
     await alive(store, "w", MODEL, residents=9)
-    assert (await loads.submit(LoadRequest(model="p/m"))).worker == "w"
+    assert (await intake.submit(LoadRequest(model="p/m"))).worker == "w"
 
 
-async def test_a_file_that_no_worker_can_read_is_refused_with_the_reason(store: Store, loads: Loads) -> None:
+async def test_a_file_that_no_worker_can_read_is_refused_with_the_reason(store: Store, intake: Intake) -> None:
     await alive(store, "w", BROKEN)
     with pytest.raises(LoadFailed, match="why"):
-        await loads.submit(LoadRequest(model="p/m"))
+        await intake.submit(LoadRequest(model="p/m"))
     assert await store.instances.live() == []
 
 
@@ -76,9 +78,9 @@ def departed(raw: redis.Redis, queue: str, seconds_ago: float) -> None:
     raw.rpush(queue, round((time.time() - seconds_ago) * 1e6))
 
 
-async def retry_after_s(loads: Loads) -> int | None:
+async def retry_after_s(intake: Intake) -> int | None:
     with pytest.raises(QueueFull) as refused:
-        await loads.submit(LoadRequest(model="p/m"))
+        await intake.submit(LoadRequest(model="p/m"))
     return refused.value.retry_after_s
 
 
@@ -87,32 +89,33 @@ async def test_of_full_workers_the_first_to_have_room_counts(
     store: Store, raw: redis.Redis, paces_s: tuple[float, ...]
 ) -> None:
     """In whatever order they are asked: the one that holds least comes first."""
-    loads = made(store, Settings(worker_queue_limit=1))
+    intake = made(store, Settings(worker_queue_limit=1))
     names = ("a", "b", "c")
     for residents, (name, pace_s) in enumerate(zip(names, paces_s, strict=True)):
         await alive(store, name, MODEL, residents)
         departed(raw, f"pace:{name}", pace_s)
-    assert {(await loads.submit(LoadRequest(model="p/m"))).worker for _ in names} == {*names}
-    assert await retry_after_s(loads) == 10
+    assert {(await intake.submit(LoadRequest(model="p/m"))).worker for _ in names} == {*names}
+    assert await retry_after_s(intake) == 10
 
 
 async def test_a_full_pool_counts_beside_a_full_worker(store: Store, raw: redis.Redis) -> None:
-    loads = made(store, Settings(worker_queue_limit=1, queue_limit=1))
+    intake = made(store, Settings(worker_queue_limit=1, queue_limit=1))
     for residents, name in enumerate(("a", "b")):
         await alive(store, name, MODEL, residents)
     departed(raw, "pace:a", 19.1)
     departed(raw, "pace", 9.1)
-    assert (await loads.submit(LoadRequest(model="p/m"))).worker == "a"
-    assert await retry_after_s(loads) == 10
+    assert (await intake.submit(LoadRequest(model="p/m"))).worker == "a"
+    assert await retry_after_s(intake) == 10
 
 
 async def test_a_worker_that_is_full_in_the_second_round_counts(store: Store, raw: redis.Redis) -> None:
     """The first round asks a worker that has just gone, the second one that has just come."""
-    loads = made(store, Settings(worker_queue_limit=1))
+    roster = Roster(store.workers, Settings())
+    intake = made(store, Settings(worker_queue_limit=1), roster)
     await alive(store, "gone", MODEL)
-    await loads.roster.refresh()
+    await roster.refresh()
     await store.workers.release("gone", "e")
     await alive(store, "w", MODEL)
     departed(raw, "pace:w", 9.1)
     assert (await made(store, Settings()).submit(LoadRequest(model="p/m"))).worker == "w"
-    assert await retry_after_s(loads) == 10
+    assert await retry_after_s(intake) == 10

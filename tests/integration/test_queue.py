@@ -16,8 +16,8 @@ import redis
 from msgspec import msgpack
 
 import worker.deliveries
-from api.loads.follow import Follower
-from api.loads.submit import Loads
+from api.loads.records import Records
+from api.loads.submit import Intake
 from api.pool.roster import Roster
 from shared.instance import Instance
 from shared.lifecycle import State
@@ -68,13 +68,13 @@ def agent(store: Store) -> Recording:
 
 
 @pytest.fixture
-async def loads(store: Store) -> Loads:
+async def intake(store: Store) -> Intake:
     """The API's side, with one live worker that has a model."""
     digest = await store.workers.publish_catalog("w", [MODEL], "e")
     await store.workers.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest or "", residents=0))
-    roster = Roster(store, Settings())
+    roster = Roster(store.workers, Settings())
     await roster.refresh()
-    return Loads(Settings(), store, roster, Follower(store))
+    return Intake(roster, store.instances, Records(store.instances), at_most=(128, 1024))
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ async def end(task: asyncio.Task[None]) -> None:
     assert done, "it went on after its cancellation"
 
 
-async def submit(loads: Loads) -> Instance:
-    return await loads.submit(LoadRequest(model="p/m"))
+async def submit(intake: Intake) -> Instance:
+    return await intake.submit(LoadRequest(model="p/m"))
 
 
 def listeners(raw: redis.Redis) -> int:
@@ -125,18 +125,18 @@ def kill_connections(raw: redis.Redis) -> None:
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
-async def test_a_load_is_delivered_at_once(loads: Loads, agent: Recording) -> None:
+async def test_a_load_is_delivered_at_once(intake: Intake, agent: Recording) -> None:
     for _ in range(5):
         began = time.monotonic()
-        made = await submit(loads)
+        made = await submit(intake)
         await agent.until(made.id)
         assert time.monotonic() - began < FAST_S
     assert len(agent.delivered) == 5
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
-async def test_many_at_once_are_all_delivered_once(loads: Loads, agent: Recording, raw: redis.Redis) -> None:
-    made = await asyncio.gather(*(submit(loads) for _ in range(50)))
+async def test_many_at_once_are_all_delivered_once(intake: Intake, agent: Recording, raw: redis.Redis) -> None:
+    made = await asyncio.gather(*(submit(intake) for _ in range(50)))
     await agent.until(*(one.id for one in made))
     assert sorted(agent.delivered) == sorted(one.id for one in made)
     theirs = [f"arq:{kind}:{one.id}:1" for one in made for kind in ("job", "result", "in-progress")]
@@ -145,19 +145,21 @@ async def test_many_at_once_are_all_delivered_once(loads: Loads, agent: Recordin
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_what_was_queued_before_the_worker_came_is_delivered(loads: Loads, agent: Recording) -> None:
-    made = await submit(loads)
+async def test_what_was_queued_before_the_worker_came_is_delivered(
+    store: Store, intake: Intake, agent: Recording
+) -> None:
+    made = await submit(intake)
     assert agent.delivered == []
-    task = asyncio.create_task(worker.deliveries.take_deliveries(loads.store.redis, agent))
+    task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
     await agent.until(made.id)
     await end(task)
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
-async def test_a_wish_reaches_the_agent(loads: Loads, agent: Recording) -> None:
-    made = await submit(loads)
+async def test_a_wish_reaches_the_agent(store: Store, intake: Intake, agent: Recording) -> None:
+    made = await submit(intake)
     await agent.until(made.id)
-    assert await loads.store.instances.request_stop(made.id)
+    assert await store.instances.request_stop(made.id)
     async with asyncio.timeout(FAST_S):
         while made.id not in agent.wished:
             agent.something.clear()
@@ -165,30 +167,30 @@ async def test_a_wish_reaches_the_agent(loads: Loads, agent: Recording) -> None:
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_an_entry_that_is_queued_twice_is_delivered_once(loads: Loads, agent: Recording) -> None:
-    made = await submit(loads)
+async def test_an_entry_that_is_queued_twice_is_delivered_once(store: Store, intake: Intake, agent: Recording) -> None:
+    made = await submit(intake)
     again: dict[str, Any] = {"_job_id": f"{made.id}:1", "_queue_name": keys.queue("w"), "_expires": 3600}
-    assert await as_arq(loads.store.redis).enqueue_job("load", made.id, **again) is None
-    last = await submit(loads)
-    task = asyncio.create_task(worker.deliveries.take_deliveries(loads.store.redis, agent))
+    assert await as_arq(store.redis).enqueue_job("load", made.id, **again) is None
+    last = await submit(intake)
+    task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
     await agent.until(made.id, last.id)
     await end(task)
     assert agent.delivered.count(made.id) == 1
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_one_cancellation_ends_it_whenever_it_comes(loads: Loads, agent: Recording) -> None:
+async def test_one_cancellation_ends_it_whenever_it_comes(store: Store, intake: Intake, agent: Recording) -> None:
     """A worker that is told to stop waits for this before it drains: a cancellation that gets lost stops nothing."""
     for _ in range(5):
-        made = await submit(loads)
-        task = asyncio.create_task(worker.deliveries.take_deliveries(loads.store.redis, agent))
+        made = await submit(intake)
+        task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
         await agent.until(made.id)
         await end(task)
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
 async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_delivery(
-    loads: Loads, agent: Recording, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    store: Store, intake: Intake, agent: Recording, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, answer = [], asyncio.Event()
 
@@ -199,9 +201,9 @@ async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_
 
     monkeypatch.setattr(agent.dry_run, "answer", sized)
     sizing = Sizing(request=LoadRequest(model="p/m"), key="p/m", gpus=[], layers=[])
-    asking = asyncio.create_task(loads.store.queue.sized("w", sizing))
+    asking = asyncio.create_task(store.queue.sized("w", sizing))
     for _ in range(3):
-        made = await submit(loads)
+        made = await submit(intake)
         await agent.until(made.id)
         await until(partial(is_over, raw, f"{made.id}:1"), "arq has done with it")
     assert raw.zcard(keys.queue("w")) == 1, "it is not given up for one that was begun too often"
@@ -215,9 +217,9 @@ async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_
 
 
 @pytest.mark.usefixtures("working")
-async def test_a_delivery_without_its_notification_arrives_a_fallback_later(loads: Loads, agent: Recording) -> None:
-    record = await loads.store.instances.create(Instance(**QUEUED))
-    await as_arq(loads.store.redis).enqueue_job("load", record.id, _job_id=record.id, _queue_name=keys.queue("w"))
+async def test_a_delivery_without_its_notification_arrives_a_fallback_later(store: Store, agent: Recording) -> None:
+    record = await store.instances.create(Instance(**QUEUED))
+    await as_arq(store.redis).enqueue_job("load", record.id, _job_id=record.id, _queue_name=keys.queue("w"))
     await agent.until(record.id)
 
 
@@ -246,15 +248,15 @@ async def test_a_delivery_that_was_lost_is_found_by_the_beat(store: Store, agent
 
 @pytest.mark.usefixtures("no_fallback", "working")
 async def test_it_comes_back_by_itself_when_all_connections_are_cut(
-    loads: Loads, agent: Recording, raw: redis.Redis
+    store: Store, intake: Intake, agent: Recording, raw: redis.Redis
 ) -> None:
     for _ in range(4):
         kill_connections(raw)
-        made = await submit(loads)
+        made = await submit(intake)
         await agent.until(made.id)
     kill_connections(raw)
     await until(lambda: listeners(raw) > 0, "wishes are heard, too: the channel is open again")
-    await loads.store.instances.request_stop(made.id)
+    await store.instances.request_stop(made.id)
     async with asyncio.timeout(DEADLINE_S):
         while made.id not in agent.wished:
             agent.something.clear()
@@ -263,27 +265,27 @@ async def test_it_comes_back_by_itself_when_all_connections_are_cut(
 
 @pytest.mark.usefixtures("no_fallback", "working")
 async def test_nothing_is_delivered_twice_or_lost_in_a_storm_of_cuts(
-    loads: Loads, agent: Recording, raw: redis.Redis
+    store: Store, intake: Intake, agent: Recording, raw: redis.Redis
 ) -> None:
     """An arq job may be lost in a storm (its claim's reply never came); its record is not, and a beat finds it."""
     made = []
     for _ in range(10):
-        made.append(await submit(loads))
+        made.append(await submit(intake))
         kill_connections(raw)
     missing = {one.id for one in made}
     async with asyncio.timeout(DEADLINE_S):
         while not missing <= {*agent.delivered}:
             await agent.reconciler.reconcile()
             await asyncio.sleep(0.05)
-    states = {one.state for one in await loads.store.instances.live()}
+    states = {one.state for one in await store.instances.live()}
     assert states == {State.QUEUED}
 
 
 # ---- what is in the queue
 
 
-async def test_nothing_in_the_queue_is_pickled(loads: Loads, raw: redis.Redis) -> None:
-    made = await submit(loads)
+async def test_nothing_in_the_queue_is_pickled(intake: Intake, raw: redis.Redis) -> None:
+    made = await submit(intake)
     data = cast(bytes, raw.get(f"arq:job:{made.id}:1"))
     job = msgpack.decode(data)
     assert (job["f"], job["a"], job["k"]) == ("load", [made.id], {})
@@ -304,7 +306,7 @@ class Crafted:
 @pytest.mark.usefixtures("no_fallback", "working")
 @pytest.mark.parametrize("kind", ["pickle", "noise", "another function", "no arguments"])
 async def test_a_crafted_entry_runs_nothing_and_stops_nobody(
-    loads: Loads, agent: Recording, raw: redis.Redis, tmp_path: Path, kind: str
+    store: Store, intake: Intake, agent: Recording, raw: redis.Redis, tmp_path: Path, kind: str
 ) -> None:
     entries = {
         "pickle": pickle.dumps({"t": None, "f": "load", "a": (Crafted(tmp_path / "run"),), "k": {}, "et": 1}),
@@ -315,11 +317,11 @@ async def test_a_crafted_entry_runs_nothing_and_stops_nobody(
     raw.set("arq:job:crafted", entries[kind], ex=60)
     raw.zadd(keys.queue("w"), {"crafted": time.time() * 1000})
     for _ in range(2):
-        made = await submit(loads)
+        made = await submit(intake)
         await agent.until(made.id)
     await until(lambda: is_over(raw, "crafted"), "arq has done with it")
     assert not (tmp_path / "run").exists()
-    assert set(agent.delivered) <= {one.id for one in await loads.store.instances.live()}
+    assert set(agent.delivered) <= {one.id for one in await store.instances.live()}
 
 
 # ---- arq's format

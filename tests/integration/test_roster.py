@@ -48,26 +48,27 @@ def remembered(roster: Roster) -> dict[str, object]:
 
 async def test_a_worker_that_redis_forgot_is_forgotten(store: Store, raw: redis.Redis, clock: Clock) -> None:
     """Of some pools each worker that starts has a new name."""
-    roster = Roster(store, Settings())
+    roster = Roster(store.workers, Settings())
     for name, has_catalog in (("w", True), ("without-catalog", False)):
         await alive(store, name, has_catalog=has_catalog)
     await roster.refresh()
     instance = Instance(id="load_1", model="p/m", key="p/m", type="llm", worker="w", request=LoadRequest(model="p/m"))
     roster.placed(instance, None)
-    assert roster.listed()
+    assert roster.models()
     for name in ("w", "without-catalog"):
         await store.workers.release(name, "e")
     await roster.refresh()
-    assert {*roster.absent_since} == {"w", "without-catalog"}
+    clock.now += 1
+    assert [roster.absent_s(name) for name in ("w", "without-catalog")] == [1, 1]
     raw.delete("workers", "catalog:w")
     clock.now += RETAIN_S + PENDING_S
     await roster.refresh()
-    assert roster.listed() == []
+    assert roster.models() == []
     assert remembered(roster) == {}
 
 
 async def test_a_redis_that_was_emptied_makes_no_worker_forgotten(store: Store, raw: redis.Redis, clock: Clock) -> None:
-    roster = Roster(store, Settings())
+    roster = Roster(store.workers, Settings())
     await alive(store, "w")
     await roster.refresh()
     raw.flushall()
@@ -77,16 +78,16 @@ async def test_a_redis_that_was_emptied_makes_no_worker_forgotten(store: Store, 
     assert [*roster.catalogs] == ["w"]
     await alive(store, "w")
     await roster.refresh()
-    assert (roster.absent_since, [*roster.catalogs]) == ({}, ["w"])
+    assert (roster.absent_s("w"), [*roster.catalogs]) == (0, ["w"])
 
 
 async def test_an_absence_is_remembered_until_loads_were_moved(store: Store, raw: redis.Redis, clock: Clock) -> None:
     """The sweep counts from it, also for a worker that Redis does not know."""
-    roster = Roster(store, Settings())
-    roster.absent_since["gone"] = clock.now
+    roster = Roster(store.workers, Settings())
+    assert roster.absent_s("gone") == 0
     clock.now += 2 * store.workers.lease_s
     await roster.refresh()
-    assert [*roster.absent_since] == ["gone"]
+    assert roster.absent_s("gone") == 2 * store.workers.lease_s
 
 
 async def with_a_gpu(store: Store, name: str, model_bytes: int, gpu_bytes: int) -> None:
@@ -107,7 +108,7 @@ async def test_a_load_takes_what_the_file_of_its_worker_takes(store: Store) -> N
     await with_a_gpu(store, "large", 100, gpu_bytes=50)
     await with_a_gpu(store, "other", 100, gpu_bytes=60)
     await with_a_gpu(store, "small", 40, gpu_bytes=70)
-    roster = Roster(store, Settings())
+    roster = Roster(store.workers, Settings())
     await roster.refresh()
     request = LoadRequest(model="p/m")
     candidates, _ = roster.candidates(request)

@@ -18,6 +18,7 @@ from shared.instance import Instance
 from shared.lifecycle import Event
 from shared.schema.http import LoadRequest
 from shared.store.store import Store
+from tests.support.channel import Channel, running
 
 DEADLINE_S = 10.0
 
@@ -35,7 +36,10 @@ async def test_comments_come_while_nothing_happens(
 ) -> None:
     """Proxies cut a connection on which nothing is sent, and a load may be queued for long."""
     monkeypatch.setattr(api.loads.stream, "HEARTBEAT_S", 0.01)
-    async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", asyncio.Event())) as stream:
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        aclosing(events(Follower(store.instances, store.listen), record, "0", asyncio.Event())) as stream,
+    ):
         found = [await anext(stream) for _ in range(3)]
     assert [text.startswith(b"id: ") for text in found].count(True) == 1
     assert found.count(b": nothing new\n\n") == 2
@@ -46,7 +50,10 @@ async def test_a_process_that_is_told_to_stop_ends_its_streams_without_a_termina
 ) -> None:
     """So that a client comes back, to another process, with the id it saw last."""
     closing = asyncio.Event()
-    async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", closing)) as stream:
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        aclosing(events(Follower(store.instances, store.listen), record, "0", closing)) as stream,
+    ):
         await anext(stream)
         closing.set()
         assert [chunk async for chunk in stream] == [b": shutting down\n\n"]
@@ -56,13 +63,12 @@ async def test_where_redis_lost_the_record_the_last_event_says_so_and_has_no_id(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api.loads.follow, "RECHECK_S", 0.01)
-    follower = Follower(store)
-    looking = asyncio.create_task(follower._recheck())
-    async with asyncio.timeout(DEADLINE_S), aclosing(events(follower, record, "0", asyncio.Event())) as stream:
+    follower = Follower(store.instances, Channel().listen)
+    stream = events(follower, record, "0", asyncio.Event())
+    async with asyncio.timeout(DEADLINE_S), running(follower), aclosing(stream):
         await anext(stream)
         await store.redis.flushall()
         (last,) = [chunk async for chunk in stream]
-    looking.cancel()
     assert last.startswith(b'event: error\ndata: {"type":"error","error":{"type":"service_unavailable"')
 
 
@@ -70,7 +76,10 @@ async def test_there_is_nothing_after_the_terminal_event(store: Store, record: I
     claimed, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e"))
     stopping, _ = await store.instances.commit(claimed, claimed.after(Event.STOP))
     await store.instances.commit(stopping, stopping.after(Event.EXIT))
-    async with asyncio.timeout(DEADLINE_S), aclosing(events(Follower(store), record, "0", asyncio.Event())) as stream:
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        aclosing(events(Follower(store.instances, store.listen), record, "0", asyncio.Event())) as stream,
+    ):
         names = [chunk.partition(b"event: ")[2].partition(b"\n")[0] async for chunk in stream]
     assert names == [b"model_load.start", b"model_load.progress", b"model_load.progress", b"error"]
 
@@ -95,7 +104,7 @@ async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    stream = EventStream(events(Follower(store), record, "0", closing), place, closing)
+    stream = EventStream(events(Follower(store.instances, store.listen), record, "0", closing), place, closing)
     with pytest.raises(TooManyWaiting), replies.place():
         pass
     async with asyncio.timeout(DEADLINE_S):
@@ -107,7 +116,7 @@ async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
 
 async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(store: Store, record: Instance) -> None:
     """Also in the midst of a reading: no error, no task, and its place is free."""
-    follower = Follower(store)
+    follower = Follower(store.instances, store.listen)
     before = asyncio.all_tasks()
     for turns in range(40):
         gone = asyncio.Event()
@@ -134,4 +143,4 @@ async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(store: S
     if left:
         _, late = await asyncio.wait(left, timeout=DEADLINE_S)
         assert not late
-    assert not follower._bells
+    assert not follower.followed

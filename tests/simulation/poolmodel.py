@@ -554,9 +554,8 @@ class _Sim:
             cards = [Card(f"GPU-{name}-{i}", mib, next(at_start)) for i, mib in enumerate(sizes)]
             self.cards += cards
             self.workers[name] = _Worker(self, name, cards)
-        workers = SimpleNamespace(lease_s=10.0, all=self._published, catalog=self._catalog)
-        store: Any = SimpleNamespace(workers=workers)
-        self.apis = [Roster(store, Settings()) for _ in range(2)]
+        workers: Any = SimpleNamespace(lease_s=10.0, all=self._published, catalog=self._catalog)
+        self.apis = [Roster(workers, Settings()) for _ in range(2)]
         for api in self.apis:
             await api.refresh()
         for step in self.sequence.steps:

@@ -48,7 +48,7 @@ CONTRACT = {
 
 
 def kinds(of: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
-    """Every class of `shared.errors`; one of `api.loads.submit` only carries the body of another."""
+    """Every class of `shared.errors`; `api.loads.follow.ReportedFailure` only carries the body of another."""
     yield of
     for kind in of.__subclasses__():
         if kind.__module__ == errors.__name__:

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from api.pool.listing import check
+from api.pool.limits import check
 from shared.errors import InvalidValue
 from shared.memory.plan import MEAN, UBATCH
 from shared.schema.http import LoadRequest

@@ -1,0 +1,49 @@
+"""The records of loads, as their jobs are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import aclosing
+
+from api.loads.jobs import status
+from api.single_flight import SingleFlight
+from shared.errors import JobNotFound
+from shared.instance import Instance
+from shared.schema.http import JobStatus
+from shared.store.instances import Instances
+
+
+class Records:
+    """Reads the records of loads.  Every method raises what UNAVAILABLE lists if Redis does not answer."""
+
+    def __init__(self, instances: Instances) -> None:
+        self._instances = instances
+        self._flight = SingleFlight(self._read)
+
+    async def get(self, job_id: str) -> Instance:
+        """Return the record of a load.  Raises JobNotFound."""
+        instance = await self._flight(job_id)
+        if instance is None:
+            raise JobNotFound(f"Job '{job_id}' not found.", param="job_id")
+        return instance
+
+    async def newest(self, wanted: JobStatus | None, limit: int) -> list[Instance]:
+        """Return up to `limit` loads of the last day, newest first, those with one status or all."""
+        found: list[Instance] = []
+        async with aclosing(self._instances.newest()) as newest:
+            async for instance in newest:
+                if wanted is None or status(instance) == wanted:
+                    found.append(instance)
+                if len(found) == limit:
+                    break
+        return found
+
+    async def engine_log(self, job_id: str) -> bytes:
+        """Return what the engine logged in a load, empty before it logged anything.  Raises JobNotFound."""
+        found = await self._instances.engine_log(job_id)
+        if found is None:
+            await self.get(job_id)
+        return found or b""
+
+    async def _read(self, ids: Sequence[str]) -> dict[str, Instance | None]:
+        return {**dict.fromkeys(ids), **{instance.id: instance for instance in await self._instances.many(ids)}}

@@ -1,0 +1,74 @@
+"""Stopping: cancelling a load, and unloading an instance."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from api.loads.follow import Follower
+from api.loads.jobs import is_over
+from api.loads.records import Records
+from shared.errors import JobAlreadyFinished, ModelNotFound, QueueUnavailable
+from shared.instance import Instance
+from shared.lifecycle import TERMINAL, Event, State
+from shared.store.instances import Fenced, Instances
+
+STOP_DEADLINE_S = 60.0
+
+
+class Stopper:
+    """Stops loads and instances, and waits until their memory is free.
+
+    Every method raises what UNAVAILABLE lists if Redis does not answer, and QueueUnavailable after STOP_DEADLINE_S.
+    """
+
+    def __init__(self, instances: Instances, records: Records, follower: Follower) -> None:
+        self._instances = instances
+        self._records = records
+        self._follower = follower
+
+    async def cancel(self, job_id: str) -> Instance:
+        """Stop a load; return its record once its runner is gone.
+
+        Raises JobNotFound, and JobAlreadyFinished, also if the load comes to another end first.
+        """
+        instance = await self._records.get(job_id)
+        if is_over(instance):
+            raise _finished(job_id)
+        ended = await self._stop(instance, unless_loaded=True)
+        if ended.state is not State.CANCELLED:  # another end came first; whether a lost one holds memory is not known
+            raise _finished(job_id)
+        return ended
+
+    async def unload(self, instance_id: str) -> None:
+        """Stop an instance; return once its runner is gone.
+
+        One that is not loaded yet is cancelled.  One whose worker is away, or dies meanwhile, is not restored when the
+        worker comes back.  Raises ModelNotFound.
+        """
+        # First, so that nothing restores the instance from now on.
+        was_desired = await self._instances.forget_desired_everywhere(instance_id)
+        id_ = await self._instances.named(instance_id)
+        instance = await self._instances.get(id_) if id_ else None
+        is_gone = instance is None or (await self._stop(instance)).state is State.LOST
+        if is_gone and not was_desired:
+            raise ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
+
+    async def _stop(self, instance: Instance, *, unless_loaded: bool = False) -> Instance:
+        """Request a stop; return the terminal revision, or the one at `loaded` if that is to stay."""
+        await self._instances.request_stop(instance.id, unless_loaded=unless_loaded)
+        if instance.state is State.QUEUED:
+            with suppress(Fenced):  # its worker was quicker
+                return (await self._instances.commit(instance, instance.after(Event.STOP)))[0]
+
+        def is_stopped(revision: Instance) -> bool:
+            return revision.state in TERMINAL or (unless_loaded and revision.loaded_at is not None)
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_DEADLINE_S):
+                return await self._follower.until(instance.id, is_stopped)
+        raise QueueUnavailable(f"'{instance.instance_id}' was asked to stop and has not yet. Try again shortly.")
+
+
+def _finished(job_id: str) -> JobAlreadyFinished:
+    return JobAlreadyFinished(f"Job '{job_id}' has already finished.", param="job_id")

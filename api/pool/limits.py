@@ -1,0 +1,53 @@
+"""The limits that a model sets to a load."""
+
+from __future__ import annotations
+
+from msgspec import UNSET
+
+from shared.errors import InvalidValue
+from shared.schema.http import GPURequest, LoadRequest
+from shared.schema.model import Model
+
+
+def check(request: LoadRequest, model: Model) -> None:
+    """Refuse what exceeds the model's limits, and what llama.cpp would abort on.  Raises InvalidValue."""
+    if request.gpu is not UNSET:
+        _check_split(request.gpu)
+    if request.context_length is not UNSET and request.context_length > model.max_context_length:
+        raise InvalidValue(
+            f"'context_length': {request.context_length} is more than the maximum of {model.max_context_length} "
+            f"tokens that '{request.model}' supports.",
+            param="context_length",
+            maximum=model.max_context_length,
+        )
+    if model.type != "llm":
+        return
+    if model.expert_count and request.num_experts is not UNSET and request.num_experts > model.expert_count:
+        raise InvalidValue(
+            f"'num_experts': expected integer from 1 to {model.expert_count}, got {request.num_experts}.",
+            param="num_experts",
+            maximum=model.expert_count,
+        )
+    if request.parallel is not UNSET:
+        limits = {
+            "context_length": model.max_context_length if request.context_length is UNSET else request.context_length,
+            "eval_batch_size": request.eval_batch_size,
+        }
+        for name, limit in limits.items():
+            if limit is not UNSET and limit < request.parallel:
+                raise InvalidValue(
+                    f"'parallel': {request.parallel} sequences do not fit into {limit} tokens of '{name}'.",
+                    param="parallel",
+                    maximum=limit,
+                )
+
+
+def _check_split(gpu: GPURequest) -> None:
+    ratios = gpu.split if isinstance(gpu.split, list) else None
+    if ratios is not None and not sum(ratios):
+        raise InvalidValue("'gpu.split': at least one part must be more than 0.", param="gpu.split")
+    if ratios is not None and gpu.devices is not UNSET and len(ratios) != len(gpu.devices):
+        raise InvalidValue(
+            f"'gpu.split': expected as many parts as 'gpu.devices' has devices, {len(gpu.devices)}, got {len(ratios)}.",
+            param="gpu.split",
+        )

@@ -1,0 +1,37 @@
+"""What the routes work with."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NotRequired, TypedDict
+
+from api.loads.follow import Follower
+from api.loads.records import Records
+from api.loads.stop import Stopper
+from api.loads.submit import Intake
+from api.pool.listing import Listing
+from api.pool.roster import Roster
+from api.replies import OpenReplies
+from shared.store.counters import Counters
+from shared.store.queue import Queue
+from shared.store.workers import Workers
+from shared.telemetry.tally import Tally
+
+
+class State(TypedDict):
+    """The state of a `Request[State]`: what the lifespan of the process yields, and what middleware adds."""
+
+    intake: Intake
+    records: Records
+    follower: Follower
+    stopper: Stopper
+    listing: Listing
+    roster: Roster
+    workers: Workers
+    queue: Queue
+    counters: Counters
+    tally: Tally
+    replies: OpenReplies
+    draining: asyncio.Event
+    closing: asyncio.Event
+    traceparent: NotRequired[str]  # of this request's span; `api.app.Traced` adds it
