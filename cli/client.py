@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, assert_never
 from urllib.parse import quote
 
 import httpx
@@ -21,7 +21,9 @@ from shared.schema.http import (
     LoadEnd,
     LoadError,
     LoadEvent,
+    LoadProgress,
     LoadRequest,
+    LoadStart,
     ModelList,
     UnloadRequest,
     WorkerList,
@@ -149,30 +151,40 @@ class Client:
                 patience.wait(failure)
 
     def follow(self, job_id: str) -> Generator[LoadEvent, None, None]:
-        """Every event of a load up to its LoadEnd, over as many connections as it takes; to be closed.
+        """Yield every event of a load up to its LoadEnd, over as many connections as it takes; to be closed.
 
-        A load that ends in any other way raises Failure with its error.
+        Raises Failure with the error of a load that ends in any other way.
         """
         patience, last_id = Patience(self.note), ""
         while True:
             try:
                 for id_, event in self._events(job_id, last_id, patience):
-                    if isinstance(event, LoadError):
-                        raise _ended(event.error)
-                    last_id = id_
-                    yield event
-                    if isinstance(event, LoadEnd):
-                        return
+                    match event:
+                        case LoadStart() | LoadProgress():
+                            last_id = id_
+                            yield event
+                        case LoadEnd():
+                            yield event
+                            return
+                        case LoadError():
+                            raise _ended(event.error)
+                        case _:
+                            assert_never(event)
                 raise self._broken()
             except Failure as failure:
                 if failure.error.code == "too_many_waiting":  # a poll that waits for nothing needs no place
                     event = self.job(job_id).event()
-                    if isinstance(event, LoadError):
-                        raise _ended(event.error) from None
-                    yield event
-                    if isinstance(event, LoadEnd):
-                        return
-                    patience.heard()
+                    match event:
+                        case LoadStart() | LoadProgress():
+                            yield event
+                            patience.heard()
+                        case LoadEnd():
+                            yield event
+                            return
+                        case LoadError():
+                            raise _ended(event.error) from None
+                        case _:
+                            assert_never(event)
                 patience.wait(failure)
 
     def _events(self, job_id: str, after: str, patience: Patience) -> Iterator[tuple[str, LoadEvent]]:

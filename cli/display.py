@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from typing import assert_never
 
 from rich.console import Console
 from rich.live import Live
@@ -16,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from shared.schema.http import LoadEnd, LoadEvent, LoadProgress
+from shared.schema.http import JobStatus, LoadEnd, LoadError, LoadEvent, LoadProgress, LoadStart, Phase
 from shared.units import size
 
 WIDE = 10_000  # a table is never cut: terminals wrap, and pipes have no width
@@ -52,9 +53,15 @@ def left(seconds: float | None) -> str:
     return "-" if seconds is None else str(timedelta(seconds=math.ceil(seconds)))
 
 
-def stage(status: str, phase: str | None) -> str:
-    """One word for where a load is."""
-    return phase or "starting" if status == "loading" else status
+def stage(status: JobStatus, phase: Phase | None) -> str:
+    """Return one word for where a load is."""
+    match status:
+        case "loading":
+            return phase or "starting"
+        case "queued" | "loaded" | "failed" | "cancelled":
+            return status
+        case _:
+            assert_never(status)
 
 
 def facts(event: LoadProgress) -> str:
@@ -104,11 +111,16 @@ class Bar:
         )
 
     def show(self, event: LoadEvent) -> None:
-        if isinstance(event, LoadProgress):
-            self._meter.saw(event.progress)
-            self._facts = facts(event)
-        elif isinstance(event, LoadEnd):
-            self._facts, self._ended = "loaded", True
+        match event:
+            case LoadProgress():
+                self._meter.saw(event.progress)
+                self._facts = facts(event)
+            case LoadEnd():
+                self._facts, self._ended = "loaded", True
+            case LoadStart() | LoadError():
+                pass
+            case _:
+                assert_never(event)
 
     def note(self, sentence: str) -> None:
         self.live.console.print(Text(clean(sentence)))
@@ -132,12 +144,16 @@ class Lines:
         self._stage, self._next = "", 0.0
 
     def show(self, event: LoadEvent) -> None:
-        if not isinstance(event, LoadProgress):
-            return
-        now = stage(event.status, event.phase)
-        if now != self._stage or event.progress >= self._next:
-            self._stage, self._next = now, event.progress + STEP
-            self.note(f"{self._model}: {percent(event.progress)} {facts(event)}")
+        match event:
+            case LoadProgress():
+                now = stage(event.status, event.phase)
+                if now != self._stage or event.progress >= self._next:
+                    self._stage, self._next = now, event.progress + STEP
+                    self.note(f"{self._model}: {percent(event.progress)} {facts(event)}")
+            case LoadStart() | LoadEnd() | LoadError():
+                pass
+            case _:
+                assert_never(event)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 import socket
-from typing import Literal
+from typing import Literal, assert_never
 
 import msgspec
 
@@ -52,7 +52,13 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def _refused(settings: Settings, field: Literal["host", "port"], reason: str) -> SettingsError:
-    allowed = "an address of this machine" if field == "host" else f"free on {settings.host}, or 0 to pick a free one"
+    match field:
+        case "host":
+            allowed = "an address of this machine"
+        case "port":
+            allowed = f"free on {settings.host}, or 0 to pick a free one"
+        case _:
+            assert_never(field)
     return SettingsError(f"{variable(field)} is {getattr(settings, field)!r}: it must be {allowed} ({reason}).")
 
 

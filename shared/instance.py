@@ -5,7 +5,7 @@ Tolerant between our own processes: a new field has a default, so that two versi
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, assert_never
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -87,14 +87,24 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
         return msgspec.structs.replace(self, state=state, **changes)
 
     def abandoned(self, attempts: int, **changes: Any) -> Instance:
-        """This record once its worker ended under it.  What was never loaded is begun anew, with `changes`, unless it
-        was begun `attempts` times; what was, or is being unloaded, is lost."""
-        if self.state not in (State.QUEUED, State.LOADING):
-            return self.after(Event.EXPIRE)
-        if self.state is State.QUEUED or self.attempt < attempts:
-            return self.after(Event.REQUEUE, **changes)
-        reason = f"its worker ended under it, the last time '{self.worker}', and it was begun {self.attempt} times"
-        return self.after(Event.FAIL, error=LoadFailed("worker_lost", self.type, self.model, reason).body())
+        """Return this record after the end of its worker.
+
+        A load is requeued, with `changes`, unless it was begun `attempts` times: then it has failed.  A loaded
+        instance, and one that was being unloaded, is lost.  Raises IllegalTransition for a terminal record.
+        """
+        match self.state:
+            case State.QUEUED:
+                return self.after(Event.REQUEUE, **changes)
+            case State.LOADING if self.attempt < attempts:
+                return self.after(Event.REQUEUE, **changes)
+            case State.LOADING:
+                ended = f"its worker ended under it, the last time '{self.worker}'"
+                reason = f"{ended}, and it was begun {self.attempt} times"
+                return self.after(Event.FAIL, error=LoadFailed("worker_lost", self.type, self.model, reason).body())
+            case State.LOADED | State.UNLOADING | State.UNLOADED | State.CANCELLED | State.FAILED | State.LOST:
+                return self.after(Event.EXPIRE)
+            case _:
+                assert_never(self.state)
 
     @property
     def ids(self) -> dict[str, str]:

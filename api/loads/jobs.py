@@ -1,8 +1,9 @@
-"""A load as a client sees it: its job, its outcome, its events.  Pure: from the record, and nothing else."""
+"""A load as a client sees it: its job, its outcome, its events.  All of it follows from the record alone."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import assert_never
 
 from shared.errors import ErrorBody, LoadFailed
 from shared.instance import Instance
@@ -11,12 +12,12 @@ from shared.schema.http import Job, JobStatus, LoadEvent, LoadStart
 
 
 def is_over(instance: Instance) -> bool:
-    """Whether the load has its outcome; the instance may live on."""
+    """Return whether the load has its outcome; the instance may live on."""
     return instance.loaded_at is not None or instance.state in TERMINAL
 
 
 def status(instance: Instance) -> JobStatus:
-    """The load's outcome, or how far it is; what became of the instance afterwards does not change it."""
+    """Return the outcome of the load, or how far it is; what becomes of the instance afterwards does not change it."""
     if instance.loaded_at is not None:
         return "loaded"
     match instance.state:
@@ -26,24 +27,32 @@ def status(instance: Instance) -> JobStatus:
             return "cancelled"
         case State.FAILED | State.LOST:
             return "failed"
-    return "loading"
+        case State.LOADING | State.LOADED | State.UNLOADING | State.UNLOADED:  # UNLOADING: it is being cancelled
+            return "loading"
+        case _:
+            assert_never(instance.state)
 
 
 def outcome(instance: Instance) -> ErrorBody | None:
-    """Why a load ended without a model in memory, if it did."""
+    """Return why a load ended without a model in memory; None if it did not end so."""
     if instance.loaded_at is not None:
         return None
     if instance.error is not None:
         return instance.error
-    if instance.state is State.CANCELLED:
-        return LoadFailed("load_cancelled", instance.type, instance.model, "the load was cancelled").body()
-    if instance.state is State.LOST:
-        reason = f"the worker '{instance.worker}' is gone"
-        return LoadFailed("worker_lost", instance.type, instance.model, reason).body()
-    return None
+    match instance.state:
+        case State.CANCELLED:
+            return LoadFailed("load_cancelled", instance.type, instance.model, "the load was cancelled").body()
+        case State.LOST:
+            reason = f"the worker '{instance.worker}' is gone"
+            return LoadFailed("worker_lost", instance.type, instance.model, reason).body()
+        case State.QUEUED | State.LOADING | State.LOADED | State.UNLOADING | State.UNLOADED | State.FAILED:
+            return None  # `failed` has an error: see Instance.after
+        case _:
+            assert_never(instance.state)
 
 
 def job(instance: Instance) -> Job:
+    """Return the job of a load."""
     is_loaded = instance.loaded_at is not None
     timing = {name: round(seconds, 6) for name, seconds in instance.timing.items()}
     if is_over(instance):
@@ -74,7 +83,7 @@ def job(instance: Instance) -> Job:
 
 
 def event(instance: Instance) -> LoadEvent | None:
-    """The event that a revision of the record is; None for those after the terminal one."""
+    """Return the event of a revision of the record; None for a revision after the outcome of the load."""
     if instance.loaded_at is not None and instance.state is not State.LOADED:
         return None
     if instance.rev == 1:

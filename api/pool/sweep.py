@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, assert_never
 
 from api.pool.roster import Candidate, Roster
 from api.subscription import subscribed
@@ -72,14 +72,21 @@ class Sweep:
         """Move an instance on unless it is held: a claimed one by a worker with a lease of its epoch, a queued one by a
         worker that takes loads.  Raises Fenced.
         """
-        if instance.state is not State.QUEUED:
-            is_held = epochs.get(instance.worker) == instance.epoch
-        elif _is_refused(instance):
-            return await self._move_refused(instance)
-        else:
-            snapshot = self._roster.alive.get(instance.worker)
-            is_held = snapshot is not None and snapshot.state == "ready"
-        return None if is_held else await self._move(instance)
+        match instance.state:
+            case State.QUEUED if _is_refused(instance):
+                await self._move_refused(instance)
+                return
+            case State.QUEUED:
+                snapshot = self._roster.alive.get(instance.worker)
+                is_held = snapshot is not None and snapshot.state == "ready"
+            case State.LOADING | State.LOADED | State.UNLOADING:
+                is_held = epochs.get(instance.worker) == instance.epoch
+            case State.UNLOADED | State.CANCELLED | State.FAILED | State.LOST:
+                return  # it has ended: no worker has to hold it
+            case _:
+                assert_never(instance.state)
+        if not is_held:
+            await self._move(instance)
 
     async def _move_refused(self, instance: Instance) -> None:
         """Give a refused load to another worker that has room by what it published last, or fail it.
@@ -87,34 +94,49 @@ class Sweep:
         No worker is asked twice, so this ends.  Raises Fenced.
         """
         if instance.stop_requested:
-            return await self._commit(instance, instance.after(Event.STOP))
+            await self._commit(instance, instance.after(Event.STOP))
+            return
         found = self._place(instance)
         if found is not None and found[1] is not None:
-            return await self._give(instance, *found)
-        return await self._commit(instance, instance.after(Event.FAIL, error=instance.refusal))
+            await self._give(instance, *found)
+            return
+        await self._commit(instance, instance.after(Event.FAIL, error=instance.refusal))
 
     async def _move(self, instance: Instance) -> None:
-        """Give a load whose worker is gone to another, or let it wait for its own for a whole lease.
+        """Move on an instance that is not held: a load, if it can be; what was loaded is lost.  Raises Fenced."""
+        match instance.state:
+            case State.QUEUED | State.LOADING if instance.stop_requested:
+                await self._stop(instance)
+            case State.QUEUED | State.LOADING:
+                await self._move_load(instance)
+            case State.LOADED | State.UNLOADING | State.UNLOADED | State.CANCELLED | State.FAILED | State.LOST:
+                await self._commit(instance, instance.after(Event.EXPIRE))  # raises for a terminal one
+            case _:
+                assert_never(instance.state)
 
-        A loaded instance is lost.  A restoration stays with its worker.  Raises Fenced.
+    async def _stop(self, instance: Instance) -> None:
+        """Cancel a load whose worker is gone.  Raises Fenced."""
+        if instance.state is State.LOADING:
+            instance, _ = await self._instances.commit(instance, instance.after(Event.REQUEUE))
+        await self._commit(instance, instance.after(Event.STOP))
+
+    async def _move_load(self, instance: Instance) -> None:
+        """Give a load to another worker, or let it wait for its own to come back, for a whole lease.
+
+        A restoration stays with its worker.  Raises Fenced.
         """
-        if instance.state not in (State.QUEUED, State.LOADING):
-            return await self._commit(instance, instance.after(Event.EXPIRE))
-        if instance.stop_requested:
-            if instance.state is State.LOADING:
-                instance, _ = await self._instances.commit(instance, instance.after(Event.REQUEUE))
-            return await self._commit(instance, instance.after(Event.STOP))
         found = None if instance.restoring else self._place(instance)
         if found is not None:
-            return await self._give(instance, *found)
-        if instance.state is State.LOADING:
-            return await self._commit(instance, instance.abandoned(self._load_attempts))
-        if self._roster.absent_s(instance.worker) <= self._lease_s or instance.worker in self._roster.alive:
-            return None
-        if instance.restoring:
-            return await self._commit(instance, instance.after(Event.EXPIRE))
-        nowhere = NoWorker(f"Its worker '{instance.worker}' is gone, and no other that has {instance.model} is alive.")
-        return await self._commit(instance, instance.after(Event.FAIL, error=nowhere.body()))
+            await self._give(instance, *found)
+        elif instance.state is State.LOADING:
+            await self._commit(instance, instance.abandoned(self._load_attempts))
+        elif self._roster.absent_s(instance.worker) <= self._lease_s or instance.worker in self._roster.alive:
+            pass  # it may come back
+        elif instance.restoring:
+            await self._commit(instance, instance.after(Event.EXPIRE))
+        else:
+            reason = f"Its worker '{instance.worker}' is gone, and no other that has {instance.model} is alive."
+            await self._commit(instance, instance.after(Event.FAIL, error=NoWorker(reason).body()))
 
     def _place(self, instance: Instance) -> tuple[Candidate, Placement | None] | None:
         """Return the best worker for a load, of those that did not refuse it; None if there is none."""

@@ -13,10 +13,10 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
 
 import gguf
 import numpy as np
@@ -271,8 +271,10 @@ def _kind(key: str, value: Value) -> tuple[Kind, Kind | None]:
             return Kind.get_type(value), None
         case int():
             return Kind.INT32 if value < 0 else Kind.UINT32, None
-        case _:
+        case Sequence():
             return Kind.ARRAY, Kind.get_type(value[0])
+        case _:
+            assert_never(value)
 
 
 def _weights(tensors: list[Tensor]) -> Iterator[Bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import structlog
 
@@ -35,16 +35,11 @@ def configure(level: str, form: Literal["console", "json"], **context: str) -> N
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    render: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if form == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False)
-    )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _renderer(form)],
         )
     )
     root = logging.getLogger()
@@ -52,6 +47,16 @@ def configure(level: str, form: Literal["console", "json"], **context: str) -> N
     root.setLevel(level.upper())
     for noisy in ("arq", "gguf", "uvicorn.access", "uvicorn.error", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _renderer(form: Literal["console", "json"]) -> structlog.typing.Processor:
+    match form:
+        case "console":
+            return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), sort_keys=False)
+        case "json":
+            return structlog.processors.JSONRenderer()
+        case _:
+            assert_never(form)
 
 
 def bind(**ids: str) -> None:
