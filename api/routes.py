@@ -38,6 +38,7 @@ from api.state import State
 from shared import paths
 from shared.errors import JobNotFound, QueueUnavailable
 from shared.instance import Instance
+from shared.race import first, racing
 from shared.schema.http import JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
 from shared.store.connection import UNAVAILABLE
 
@@ -198,20 +199,13 @@ def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
 
 
 async def waited_for(request: Request[State], work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, unless the client goes away or this process comes to its end: then waiting ends, and
-    nothing else does, since a load belongs to its worker."""
-    closing = request.state["closing"]
-    job = asyncio.ensure_future(work)
-    others = [asyncio.ensure_future(closing.wait()), asyncio.ensure_future(_gone(request))]
-    try:
-        await asyncio.wait([job, *others], return_when=asyncio.FIRST_COMPLETED)
-        if job.done():
-            return job.result()
+    """Return the result of `work`, unless the client goes away or this process ends: then only the waiting ends, since
+    a load belongs to its worker.  Raises what `work` raises, and QueueUnavailable."""
+    async with racing(work, request.state["closing"].wait(), _gone(request)) as (working, closing, gone):
+        await first((working, closing, gone))
+        if working.done():
+            return working.result()
         raise QueueUnavailable("This server is shutting down; what was accepted goes on without it.")
-    finally:
-        for task in (job, *others):
-            task.cancel()
-        await asyncio.gather(job, *others, return_exceptions=True)
 
 
 async def _gone(request: Request[State]) -> None:

@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from shared import libc
 from shared.backoff import Backoff
+from shared.race import first, racing
 from shared.telemetry import log
 
 CONFIGURATION_ERROR = 2  # exit status of a child that refuses its settings: starting it again changes nothing
@@ -96,10 +97,10 @@ class Supervisor:
         self._stages.append([_Keeper(command, self._fail) for command in commands])
 
     async def until(self, missing: Callable[[], Awaitable[str | None]], what: str) -> None:
-        """Return once `missing` finds nothing missing any more; every child counts as ready from then on.
+        """Return once `missing` returns None; every child counts as ready from then on.
 
-        Raises StartFailed when that takes longer than the start deadline, with what was missing last, or when a
-        child exits with status CONFIGURATION_ERROR; and Stopped.
+        Raises StartFailed if that takes longer than the start deadline, with what was missing last, or if a child exits
+        with status CONFIGURATION_ERROR; and Stopped.
         """
         last = "it was not asked"
 
@@ -109,19 +110,14 @@ class Supervisor:
                 last = found
                 await asyncio.sleep(POLL_S)
 
-        polling = asyncio.create_task(poll())
-        try:
-            await asyncio.wait(
-                {polling, self._end}, timeout=self._start_deadline_s, return_when=asyncio.FIRST_COMPLETED
-            )
+        async with racing(poll(), asyncio.shield(self._end)) as (polling, ending):
+            await first((polling, ending), self._start_deadline_s)
             if self._end.done():
                 self._end.result()
             if not polling.done():
                 deaths = "".join(f"; {keeper.deaths}" for keeper in self._keepers() if keeper.deaths)
                 raise StartFailed(f"{what} was not ready within {self._start_deadline_s:g} s: {last}{deaths}.")
             polling.result()
-        finally:
-            polling.cancel()
         for keeper in self._keepers():
             keeper.is_ready = True
 

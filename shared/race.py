@@ -14,6 +14,10 @@ D = TypeVar("D")
 
 
 @overload
+def racing(one: Awaitable[A], /) -> AbstractAsyncContextManager[tuple[asyncio.Future[A]]]: ...
+
+
+@overload
 def racing(
     one: Awaitable[A], two: Awaitable[B], /
 ) -> AbstractAsyncContextManager[tuple[asyncio.Future[A], asyncio.Future[B]]]: ...

@@ -36,6 +36,14 @@ async def test_the_first_result_is_read_and_the_rest_has_ended() -> None:
     assert ended == ["the other"], "its own end was waited for"
 
 
+async def test_leaving_ends_a_lone_one_too() -> None:
+    ended: list[str] = []
+    async with racing(forever(lambda: ended.append("it"))) as (one,):
+        assert not await first((one,), 0.0)
+    assert one.cancelled()
+    assert ended == ["it"]
+
+
 async def test_nothing_done_in_time_is_false() -> None:
     async with racing(forever(), forever()) as tasks:
         assert not await first(tasks, 0.0)
