@@ -94,7 +94,8 @@ def ls(server: Client, as_json: bool) -> None:
     """List the models."""
     found = server.models()
     if as_json:
-        return document(found)
+        document(found)
+        return
     headings = ("MODEL", "TYPE", "ARCHITECTURE", "QUANTIZATION", "SIZE", "MAX CONTEXT", "LOADED")
     rows = [
         (
@@ -108,7 +109,7 @@ def ls(server: Client, as_json: bool) -> None:
         )
         for model in found.models
     ]
-    return table(headings, rows)
+    table(headings, rows)
 
 
 @command
@@ -122,7 +123,8 @@ def ps(server: Client, as_json: bool) -> None:
     jobs = [job for id_, job in under_way.items() if id_ not in {instance.id for _, instance in instances}]
     if as_json:
         loaded = [{"model": key, "state": "loaded", **msgspec.to_builtins(instance)} for key, instance in instances]
-        return document({"instances": loaded, "jobs": jobs})
+        document({"instances": loaded, "jobs": jobs})
+        return
     rows = [
         (i.id, key, "loaded", i.worker, str(i.config.context_length), "100%", left(i.remaining_ttl_seconds))
         for key, i in instances
@@ -131,7 +133,7 @@ def ps(server: Client, as_json: bool) -> None:
         (job.instance_id, job.model, stage(job.status, job.phase), job.worker, "-", percent(job.progress), "-")
         for job in jobs
     ]
-    return table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS", "TTL"), rows)
+    table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS", "TTL"), rows)
 
 
 def description(kind: type[Struct], field: str) -> str:
@@ -210,7 +212,8 @@ def load(
     if estimate_only:
         if detach or idempotency_key:
             raise click.UsageError("--estimate-only loads nothing: leave out --detach and --idempotency-key.")
-        return show(server.estimate(LoadRequest(model=model, **given)), as_json)
+        show(server.estimate(LoadRequest(model=model, **given)), as_json)
+        return
     request = LoadRequest(model=model, echo_load_config=True, **given)
     key = idempotency_key or uuid.uuid4().hex
     jobs: dict[str, Job | None] = dict.fromkeys([key] if copies == 1 else [f"{key}-{n + 1}" for n in range(copies)])
@@ -220,8 +223,10 @@ def load(
         accepted = [job for job in jobs.values() if job is not None]
         if detach:
             if as_json:
-                return document(accepted if copies > 1 else accepted[0])
-            return click.echo("\n".join(job.job_id for job in accepted))
+                document(accepted if copies > 1 else accepted[0])
+            else:
+                click.echo("\n".join(job.job_id for job in accepted))
+            return
         results, failures = followed(server, accepted, as_json=as_json)
     except KeyboardInterrupt:
         interrupted(server, request, jobs)
@@ -230,7 +235,8 @@ def load(
         sys.exit(FAILED if failures else 0)
     if failures:
         raise failures[0]
-    return document(results[0]) if as_json else None
+    if as_json:
+        document(results[0])
 
 
 def followed(server: Client, jobs: list[Job], *, as_json: bool) -> tuple[list[LoadResult], list[Failure]]:
@@ -358,7 +364,8 @@ def jobs(server: Client, as_json: bool, status: str | None, limit: int | None) -
     """List loads, newest first."""
     found = server.jobs(status=status, limit=limit)
     if as_json:
-        return document(found)
+        document(found)
+        return
     headings = ("JOB", "STATUS", "INSTANCE", "WORKER", "PROGRESS", "CREATED", "ERROR")
     rows = [
         (
@@ -372,7 +379,7 @@ def jobs(server: Client, as_json: bool, status: str | None, limit: int | None) -
         )
         for job in found.jobs
     ]
-    return table(headings, rows)
+    table(headings, rows)
 
 
 @command
@@ -380,7 +387,10 @@ def jobs(server: Client, as_json: bool, status: str | None, limit: int | None) -
 def cancel(server: Client, as_json: bool, job_id: str) -> None:
     """Cancel a load, and return once its memory is back."""
     ended = server.cancel(job_id)
-    return document(ended) if as_json else click.echo(clean(ended.job_id))
+    if as_json:
+        document(ended)
+    else:
+        click.echo(clean(ended.job_id))
 
 
 @command
@@ -391,10 +401,10 @@ def logs(server: Client, as_json: bool, job_id: str) -> None:
     if not lines[-1]:
         lines.pop()
     if as_json:
-        return document({"job_id": job_id, "lines": lines})
+        document({"job_id": job_id, "lines": lines})
+        return
     for line in lines:
         click.echo(clean(line))
-    return None
 
 
 @command
@@ -402,7 +412,8 @@ def workers(server: Client, as_json: bool) -> None:
     """List the workers that are alive: each device, and how many instances there are in whatever state."""
     found = server.workers()
     if as_json:
-        return document(found)
+        document(found)
+        return
     headings = ("WORKER", "STATE", "DEVICE", "NAME", "AVAILABLE", "TOTAL", "INSTANCES", "LEASE AGE", "VERSION")
     rows = [
         (
@@ -419,7 +430,7 @@ def workers(server: Client, as_json: bool) -> None:
         for worker in found.workers
         for device in worker.devices
     ]
-    return table(headings, rows)
+    table(headings, rows)
 
 
 def document(value: object) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from shared.beat import BEAT_S
+
 
 class Timing(Struct, frozen=True, kw_only=True):
     """Durations in seconds.  Tests shorten them."""
 
-    beat_s: float = 1.0
+    beat_s: float = BEAT_S
     drain_s: float = 4.0  # for all runners together to stop at the worker's end
     commit_s: float = 0.5  # progress is recorded at least this often
     silence_s: float = 5.0  # how often it is checked whether the runner of a loaded model answers

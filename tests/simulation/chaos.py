@@ -167,7 +167,8 @@ class Clients:
     def _load(self, dice: random.Random, http: httpx.Client) -> None:
         """Send one load, again and again under its key until it is answered."""
         if len(self._instances(dice, http)) >= MOST_LOADED:
-            return self._unload(dice, http)
+            self._unload(dice, http)
+            return
         body = json.dumps({"model": f"acme/m{dice.randrange(N_MODELS)}", "context_length": 256})
         key = f"{dice.random()}"
         prefer = dice.choice([f"wait={PATIENCE_S}", "respond-async"])
@@ -179,10 +180,9 @@ class Clients:
                     job_id = reply.json()["job_id"]
                     assert self.jobs.setdefault(key, job_id) == job_id, "one key, two loads"
                 if reply.status_code not in (503, 429):
-                    return None
+                    return
             if self.over.wait(0.3):
-                return None
-        return None
+                return
 
     def _instances(self, dice: random.Random, http: httpx.Client) -> list[str]:
         reply = self._ask(dice, http, "GET", "/api/v1/models")

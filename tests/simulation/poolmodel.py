@@ -699,7 +699,8 @@ class _Sim:
             live = [one for worker in self.workers.values() for one in worker.held.values()]
             dying = [pid for card in self.cards for pid in card.dying]
             if not dying and all(one.instance.state is State.LOADED and not one.stop.is_set() for one in live):
-                return await self._publish_all()
+                await self._publish_all()
+                return
         raise Stuck
 
     async def _end(self) -> None:

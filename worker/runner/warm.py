@@ -69,9 +69,10 @@ class Runners:
         for runner in self._all:
             runner.ping(since_s)
         if (coming := self.coming) is None or not coming.done():
-            return None
+            return
         if _failed(coming):
-            return self.prepare()
+            self.prepare()
+            return
         runner = coming.result()
         if runner.silent_s >= self._patience_s:
             log.get("worker").warning("a warm runner is silent", action="warm_runner_silent", pid=runner.pid)
@@ -81,7 +82,6 @@ class Runners:
             self.coming = None
             self.prepare()
             await runner.reaped()
-        return None
 
     async def warmed(self) -> None:
         """Wait until a runner is warm: the engine can be started here, and `has_cuda` is known.
