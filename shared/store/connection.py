@@ -13,6 +13,8 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from shared.store.steady import STEADY
+
 UNAVAILABLE = (RedisError, OSError)  # redis-py lets a refused socket through as an OSError
 Listen = Callable[[str, Callable[[bytes], None]], Awaitable[None]]  # `listen`, on a client of its own
 
@@ -28,7 +30,7 @@ def check_cancelled() -> None:
 
 
 def connect(url: str) -> Redis:
-    """A client for a redis://, rediss:// or unix:// URL.  Nothing is sent yet.
+    """Return a client for a redis://, rediss:// or unix:// URL.  Nothing is sent yet.
 
     At most 16 connections; a caller waits up to 5 s for one, a command up to 5 s for its reply.  A command whose
     connection broke is repeated on a new one a few times within about half a second.
@@ -50,44 +52,13 @@ def connect(url: str) -> Redis:
         retry_on_error=list(broken),
         **options,
     )
-    pool.connection_class = _told(pool.connection_class)
+    pool.connection_class = STEADY[pool.connection_class]
     return Redis(connection_pool=pool)
-
-
-def _told(kind: Any) -> Any:
-    """A class of connections that tells of a closed one as the rest of redis-py 5.3 expects it.
-
-    Writing to one raises an OSError on asyncio's loop, but a RuntimeError on uvloop ("the handler is closed",
-    uvloop/handles/handle.pyx), which would be taken for a fault of ours.  And one that is dropped while it is being
-    made would be made anew from within, with all the retries at each level: 16 commands at a server that accepts
-    connections and drops them had no answer after 12 s.
-    """
-
-    class Told(kind):  # type: ignore[misc]
-        is_being_made = False
-
-        async def connect(self) -> None:
-            if self.is_connected:
-                return
-            if self.is_being_made:
-                raise RedisConnectionError("Connection dropped while it was being made.")
-            self.is_being_made = True
-            try:
-                await super().connect()
-            finally:
-                self.is_being_made = False
-
-        async def send_packed_command(self, *args: Any, **options: Any) -> None:
-            try:
-                await super().send_packed_command(*args, **options)
-            except RuntimeError as e:
-                raise RedisConnectionError(str(e)) from e
-
-    return Told
 
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[Redis]:
+    """Yield a client, and close its connections at the end."""
     redis = connect(url)
     try:
         yield redis

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -27,8 +29,8 @@ from worker.engine.prefetch import Ahead, Unreadable
 from worker.runner.failure import from_exit, from_reason
 from worker.runner.parameters import plan
 from worker.runner.process import Received, Runner, RunnerDied
-from worker.runner.protocol import NO_GPU, Failed, Load, Progress, Ready
-from worker.runner.warm import Runners
+from worker.runner.protocol import NO_GPU, Failed, Load, Progress, Ready, Warm
+from worker.runner.warm import Runners, run_child
 from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -325,14 +327,35 @@ async def test_what_cannot_be_loaded_is_refused_with_a_reason_and_the_process_en
 # ---- other ends
 
 
-async def test_a_warm_runner_ends_with_its_channel(runner: Runner) -> None:
-    runner._writer.close()
+@pytest.fixture
+async def ours() -> AsyncIterator[tuple[Runner, asyncio.StreamWriter]]:
+    """A runner, and our end of its channel."""
+    (control, control_child), (output, output_child) = socket.socketpair(), socket.socketpair()
+    with control_child, output_child:
+        arguments = (control_child, output_child, NO_GPU)
+        process = multiprocessing.get_context("forkserver").Process(target=run_child, args=arguments, daemon=True)
+        await asyncio.to_thread(process.start)
+    reader, writer = await asyncio.open_connection(sock=control)
+    runner = Runner(process, reader, writer, Timing())
+    runner.collect(output)
+    assert isinstance(await runner.receive(), Warm)
+    yield runner, writer
+    runner.kill()
+    await runner.reaped()
+
+
+async def test_a_warm_runner_ends_with_its_channel(ours: tuple[Runner, asyncio.StreamWriter]) -> None:
+    runner, writer = ours
+    writer.close()
     assert await ending(runner) == ORPHANED == 3
 
 
-async def test_a_loaded_runner_ends_with_its_channel(runner: Runner, models_dir: Path) -> None:
+async def test_a_loaded_runner_ends_with_its_channel(
+    ours: tuple[Runner, asyncio.StreamWriter], models_dir: Path
+) -> None:
+    runner, writer = ours
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
-    runner._writer.close()
+    writer.close()
     assert await ending(runner) == ORPHANED
 
 

@@ -30,6 +30,7 @@ from shared.store.connection import connected
 from shared.store.instances import Fenced, Full, Head, KeyTaken, NoLease, Remembered, StopRequested
 from shared.store.keys import NEWS, RETAIN_S, queue
 from shared.store.queue import as_arq, pack_job, unpack_job
+from shared.store.steady import CHECKED_VERSION
 from shared.store.store import Store
 from tests.integration.conftest import hold
 
@@ -580,6 +581,11 @@ async def test_a_record_of_an_earlier_version_has_defaults(store: Store, raw: re
 def uvloops() -> None:
     """uvloop has run before: what it keeps for as long as the process lives is there."""
     uvloop.run(asyncio.sleep(0))
+
+
+def test_connections_are_those_of_the_checked_redis_py() -> None:
+    """They reach into it: look again at `shared.store.steady` before another version is pinned."""
+    assert redis.__version__ == CHECKED_VERSION
 
 
 @pytest.mark.usefixtures("uvloops")
