@@ -129,8 +129,8 @@ class Roster:
     # ---- placing
 
     def candidates(self, request: LoadRequest, without: Collection[str] = ()) -> tuple[list[Candidate], Model | None]:
-        """Return the workers that take loads and have the requested model, except for those in `without`; and the model
-        as the first worker knows it, even one that is away, or None.
+        """Return the workers that take loads and have the requested model and one of the requested devices, except for
+        those in `without`; and the model as the first worker knows it, even one that is away, or None.
 
         Raises InvalidValue for an unknown worker, or for devices that none of these workers has.
         """
@@ -142,18 +142,18 @@ class Roster:
         gpu = GPURequest() if request.gpu is UNSET else request.gpu
         if gpu.worker is not UNSET and gpu.worker not in self.catalogs:
             raise InvalidValue(f"'gpu.worker': there is no worker '{gpu.worker}'.", param="gpu.worker")
-        live = [
-            one
-            for one in found
-            if one.worker in self._hosts and one.worker not in without and gpu.worker in (UNSET, one.worker)
-        ]
+        live = [one for one in found if one.worker in self._hosts and gpu.worker in (UNSET, one.worker)]
         if gpu.devices is not UNSET and live:
-            theirs = {device.id for one in live for device in self.alive[one.worker].devices}
-            if unknown := [id_ for id_ in gpu.devices if id_ not in theirs]:
+            asked = {*gpu.devices}
+            theirs = {one.worker: {device.id for device in self.alive[one.worker].devices} for one in live}
+            if unknown := asked.difference(*theirs.values()):
                 raise InvalidValue(
-                    f"'gpu.devices': no worker that has '{request.model}' has {', '.join(map(repr, unknown))}.",
+                    f"'gpu.devices': no worker that has '{request.model}' has "
+                    f"{', '.join(repr(id_) for id_ in gpu.devices if id_ in unknown)}.",
                     param="gpu.devices",
                 )
+            live = [one for one in live if asked & theirs[one.worker]]
+        live = [one for one in live if one.worker not in without]
         return live, found[0].model if found else None
 
     def choose(self, candidates: Sequence[Candidate], request: LoadRequest) -> tuple[Candidate, Placement | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import permutations
 
 import pytest
@@ -12,8 +13,9 @@ import redis
 from api.loads.records import Records
 from api.loads.submit import Intake
 from api.pool.roster import Roster
-from shared.errors import LoadFailed, QueueFull
-from shared.schema.http import LoadRequest
+from shared.errors import InvalidValue, LoadFailed, QueueFull
+from shared.schema.http import GPURequest, LoadRequest
+from shared.schema.memory import Device
 from shared.schema.model import Model, Problem
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
@@ -25,10 +27,10 @@ BROKEN = Model(
 )
 
 
-async def alive(store: Store, name: str, model: Model, residents: int = 0) -> None:
+async def alive(store: Store, name: str, model: Model, residents: int = 0, devices: Sequence[Device] = ()) -> None:
     digest = await store.workers.publish_catalog(name, [model], "e")
     await store.workers.renew(
-        WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest or "", residents=residents)
+        WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest or "", residents=residents, devices=[*devices])
     )
 
 
@@ -119,3 +121,26 @@ async def test_a_worker_that_is_full_in_the_second_round_counts(store: Store, ra
     departed(raw, "pace:w", 9.1)
     assert (await made(store, Settings()).submit(LoadRequest(model="p/m"))).worker == "w"
     assert await retry_after_s(intake) == 10
+
+
+async def test_a_full_worker_with_the_only_device_is_no_invalid_value(store: Store, raw: redis.Redis) -> None:
+    """Its devices exist, also while it takes nothing; the other worker has none of them, and is not asked."""
+    intake = made(store, Settings(worker_queue_limit=1))
+    request = LoadRequest(model="p/m", gpu=GPURequest(devices=["GPU-1"]))
+    await alive(store, "w", MODEL, devices=[device("GPU-1")])
+    await alive(store, "another", MODEL, devices=[device("GPU-2")])
+    departed(raw, "pace:w", 9.1)
+    assert (await intake.submit(request)).worker == "w"
+    with pytest.raises(QueueFull) as refused:
+        await intake.submit(request)
+    assert refused.value.retry_after_s == 10
+
+
+async def test_a_device_that_no_worker_has_is_an_invalid_value(store: Store) -> None:
+    await alive(store, "w", MODEL, devices=[device("GPU-1")])
+    with pytest.raises(InvalidValue, match="'GPU-9'"):
+        await made(store, Settings()).submit(LoadRequest(model="p/m", gpu=GPURequest(devices=["GPU-1", "GPU-9"])))
+
+
+def device(id_: str) -> Device:
+    return Device(id=id_, kind="gpu", name="", total_bytes=1 << 30, free_bytes=1 << 30, available_bytes=1 << 30)
