@@ -83,11 +83,17 @@ def decide(held: Iterable[Held], records: Sequence[Instance], worker: str, epoch
     for record in records:
         if record.id in ids:
             continue
-        if record.state is State.QUEUED:
-            if worker not in record.refused:  # else an API is to find it another worker
-                actions.append(Deliver(record.id, record.not_before))
-        elif record.epoch == epoch:
-            actions.append(GiveUp(record))
+        match record.state:
+            case State.QUEUED:
+                if worker not in record.refused:  # else an API is to find it another worker
+                    actions.append(Deliver(record.id, record.not_before))
+            case State.LOADING | State.LOADED | State.UNLOADING:
+                if record.epoch == epoch:
+                    actions.append(GiveUp(record))
+            case State.UNLOADED | State.CANCELLED | State.FAILED | State.LOST:
+                pass
+            case _:
+                assert_never(record.state)
     return actions
 
 

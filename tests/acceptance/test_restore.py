@@ -336,7 +336,7 @@ def test_a_damaged_file_is_passed_over_with_a_log_line(home: Home) -> None:
     os.truncate(file, file.stat().st_size // 2)
     service = home.start()
     (said,) = (line for line in service.stderr.splitlines() if "action=wanted_unreadable" in line)
-    assert "wanted file not read" in said
+    assert "desired instances not read" in said
     beat(service, socket.gethostname())
     assert (service.instances(), jobs(service)) == ({}, {})
     assert service.loaded(TINY)["instance_id"] == TINY

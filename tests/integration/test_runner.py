@@ -26,6 +26,7 @@ from tests.support.runners import freeze, has_variable, is_gone
 from tests.support.service import below, tiny_quantized, until
 from worker.engine.child import ORPHANED
 from worker.engine.prefetch import Ahead, Unreadable
+from worker.framing import LENGTH
 from worker.runner.failure import from_exit, from_reason
 from worker.runner.parameters import plan
 from worker.runner.process import Received, Runner, RunnerDied
@@ -348,6 +349,13 @@ async def test_a_warm_runner_ends_with_its_channel(ours: tuple[Runner, asyncio.S
     runner, writer = ours
     writer.close()
     assert await ending(runner) == ORPHANED == 3
+
+
+async def test_a_runner_ends_at_noise_in_its_channel(ours: tuple[Runner, asyncio.StreamWriter]) -> None:
+    """It could be told nothing any more, not even to stop."""
+    runner, writer = ours
+    writer.write(LENGTH.pack(3) + b"\xc1\xc1\xc1")
+    assert await ending(runner) == ORPHANED
 
 
 async def test_a_loaded_runner_ends_with_its_channel(

@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import assert_never
 
 from shared import libc
 from worker import framing
@@ -94,17 +95,21 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
 def read_channel(
     control: socket.socket, inbox: queue.SimpleQueue[Load | Measure], send: Callable[[FromRunner], None]
 ) -> None:
-    """Receive messages, in a thread of its own.  Stop, or the end of the stream, ends the process at once, whatever
-    the main thread does."""
-    with control.makefile("rb") as stream:
-        while (data := framing.read_blocking(stream)) is not None:
-            message: ToRunner = decode_to_runner(data)
-            match message:
-                case Load() | Measure():
-                    inbox.put(message)
-                case Ping():
-                    with suppress(OSError):  # the end of the stream is about to be read
-                        send(Pong())
-                case Stop():
-                    os._exit(0)
-    os._exit(ORPHANED)
+    """Receive messages, in a thread of its own.  Stop, the end of the stream, or noise in it ends the process at once,
+    whatever the main thread does."""
+    try:
+        with control.makefile("rb") as stream:
+            while (data := framing.read_blocking(stream)) is not None:
+                message: ToRunner = decode_to_runner(data)
+                match message:
+                    case Load() | Measure():
+                        inbox.put(message)
+                    case Ping():
+                        with suppress(OSError):  # the end of the stream is about to be read
+                            send(Pong())
+                    case Stop():
+                        os._exit(0)
+                    case _:
+                        assert_never(message)
+    finally:  # also after a message that cannot be read: without its lifeline a runner must not live on
+        os._exit(ORPHANED)
