@@ -1,7 +1,7 @@
 """`python -m bench.peers [ROUNDS]`: Loadstone side by side with its peers, on this machine, in one run.
 
 `make bench-peers` makes what it needs first: llama-server, and an environment with llama_cpp.server.  It writes a
-directory of docs/benchmarks: a table (Markdown, and every single figure as JSON) and plots.
+directory of docs/benchmarks, with a table and plots, and every single figure as JSON to bench/out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from bench import pagecache
-from bench.__main__ import MODELS, OUT, machine, say
+from bench.__main__ import MODELS, OUT, keep, machine, say
 from bench.peers import plots
 from bench.peers.figures import CACHES, Cache, Failed, Measured, Memory, Run, goals
 from bench.peers.memory import watched
@@ -150,8 +150,7 @@ def write(measured: Measured, directory: Path) -> None:
         plots.times(measured, cache, directory / name)
     plots.memory(measured, directory / "memory.png")
     (directory / "table.md").write_text(markdown(measured, names, "memory.png"))
-    figures = msgspec.to_builtins(measured) | {"goals": msgspec.to_builtins(goals(measured))}
-    (directory / "table.json").write_bytes(msgspec.json.format(msgspec.json.encode(figures)))
+    keep(directory.name, msgspec.to_builtins(measured) | {"goals": msgspec.to_builtins(goals(measured))})
 
 
 if __name__ == "__main__":
