@@ -20,7 +20,7 @@ from api.openapi.document import bodies, document
 from api.openapi.operations import EXAMPLES, OPERATIONS, PARAMETERS
 from api.routes import ROUTES
 from shared.errors import ServiceError
-from shared.schema.http import LoadRequest, UnloadRequest
+from shared.schema.http import GPURequest, LoadRequest, UnloadRequest
 from tests.unit.test_errors import kinds
 
 DOCUMENT = document()
@@ -102,12 +102,12 @@ def test_a_request_is_closed_and_every_field_is_described(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_the_readme_describes_each_field_as_its_type_does(kind: Any) -> None:
-    if kind is UnloadRequest:  # the README shows its body instead of a table
+def test_the_documents_describe_each_field_as_its_type_does(kind: Any) -> None:
+    if kind is UnloadRequest:  # the document shows its body instead of a table
         return
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    text = (Path(__file__).parents[2] / "docs" / ("gpus.md" if kind is GPURequest else "api.md")).read_text("utf-8")
     for name, field in DOCUMENT["components"]["schemas"][kind.__name__]["properties"].items():
-        assert re.search(rf"^\| `{name}` \| [^|]+ \| {re.escape(field['description'])}", readme, re.MULTILINE), name
+        assert re.search(rf"^\| `{name}` \| [^|]+ \| {re.escape(field['description'])}", text, re.MULTILINE), name
 
 
 @pytest.mark.parametrize(

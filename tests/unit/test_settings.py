@@ -24,7 +24,7 @@ from shared.settings import (
     variable,
 )
 
-README = Path(__file__).parents[2] / "README.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/configuration.md"
 WRONG = {
     "port": ["65536", "-1", "http", "1.5", "1234 "],
     "redis_url": ["http://127.0.0.1:6379", "127.0.0.1:6379", "redis://", "redis://a b"],
@@ -185,8 +185,8 @@ def test_only_up_brings_its_own_redis() -> None:
     assert redis_url(Settings(redis_url="unix:///run/redis.sock")) == "unix:///run/redis.sock"
 
 
-def readme_rows() -> list[str]:
-    """The rows of the README's table, as the type has them."""
+def documented_rows() -> list[str]:
+    """Return the rows of the table of settings, as the type has them."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for field, default in to_builtins(Settings(), enc_hook=str).items():
         about = entry(field)
@@ -198,7 +198,7 @@ def readme_rows() -> list[str]:
     return rows
 
 
-def test_the_readme_lists_every_setting() -> None:
-    found = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", README.read_text("utf-8"), re.DOTALL)
-    assert found, "README.md has no settings table"
-    assert [line for line in found[1].splitlines() if line.strip()] == readme_rows()
+def test_the_documents_list_every_setting() -> None:
+    found = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", DOCUMENT.read_text("utf-8"), re.DOTALL)
+    assert found, f"{DOCUMENT.name} has no settings table"
+    assert [line for line in found[1].splitlines() if line.strip()] == documented_rows()

@@ -182,21 +182,21 @@ def test_each_count_of_a_load_is_of_a_declared_family() -> None:
 NOTHING = Readings(workers=[], counters={}, tallies={}, queued=0, queued_at={}, live={})
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+DOCUMENT = (Path(__file__).parents[2] / "docs/metrics.md").read_text("utf-8")
 
 
-def test_the_readme_has_every_family_and_no_other() -> None:
-    described = dict(re.findall(r"^\| `(loadstone_\w+)` \| [^|]*\| (.*) \|$", README, re.MULTILINE))
+def test_the_documents_have_every_family_and_no_other() -> None:
+    described = dict(re.findall(r"^\| `(loadstone_\w+)` \| [^|]*\| (.*) \|$", DOCUMENT, re.MULTILINE))
     served = dict(re.findall(r"^# HELP (\w+) (.*)$", rendered(NOTHING).decode(), re.MULTILINE))
     assert sorted(described) == sorted(served)
     assert [name for name, text in served.items() if not described[name].startswith(text)] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_the_readme_has_the_labels_of_a_family(family: Family) -> None:
+def test_the_documents_have_the_labels_of_a_family(family: Family) -> None:
     name = f"loadstone_{family.name}{'_total' if family.kind == 'counter' else ''}"
     labels = ", ".join(f"`{label}`" for label in family.labels)
-    assert re.search(rf"^\| `{name}` \| {labels} ?\| ", README, re.MULTILINE)
+    assert re.search(rf"^\| `{name}` \| {labels} ?\| ", DOCUMENT, re.MULTILINE)
 
 
 def test_what_another_version_counts_is_left_out() -> None:
