@@ -1,4 +1,4 @@
-"""The files that are not code: pins, the compose file, and what must not be in any file."""
+"""The files that are not code: pins, the compose file, the documents, and what must not be in any file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ ROOT = Path(__file__).parents[2]
 PIN = re.compile(r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>[0-9][A-Za-z0-9.!+]*)")
 REGISTRY_HOST = re.compile(r"\b(pypi|pythonhosted|anaconda|conda|jfrog)\.(org|com|io)\b|--(extra-)?index-url", re.I)
 TOOLS_OF_AN_ENVIRONMENT = {"pip", "setuptools", "wheel"}
+README_LINES = 150
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+HISTORY = "CHANGELOG.md"  # names files as they were
+CODE, FENCED = re.compile(r"`([^`\n]+)`"), re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK, HEADING = re.compile(r"\]\(([^)\s]+)\)"), re.compile(r"^#+ (.+)$", re.MULTILINE)
+PATH = re.compile(r"\.?\w[\w.-]*(/[\w.*-]+)*/?")
+SUFFIXES = (".py", ".md", ".lua", ".toml", ".yml", ".yaml", ".txt", ".png", ".html")
+MADE = ("bench/out",)  # by programs, and not in git
 
 
 def normal(name: str) -> str:
@@ -146,3 +154,101 @@ def test_make_and_ci_run_the_same_commands() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"setup", "run", "test", "check", "bench"} <= targets
     assert re.findall(r"^make (\S+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE) == ["check", "test"]
+
+
+def name_of(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= README_LINES
+
+
+def named_files(text: str) -> set[str]:
+    """Return what looks like a file or a directory of the repository, among the code within a document's lines."""
+    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in {".git", ".venv", ".run"}}
+    paths = {code for code in CODE.findall(FENCED.sub("", text)) if PATH.fullmatch(code)}
+    paths = {path for path in paths if ("/" in path and path.split("/")[0] in rooms) or path.endswith(SUFFIXES)}
+    return {path for path in paths if not path.startswith(MADE)}
+
+
+def test_files_are_found_among_a_documents_code() -> None:
+    text = (
+        "`api/app.py` `/docs` `publisher/name` `docs/gone.md` `bench/out` `gone.toml` `shared/`\n```\n`cli/x.py`\n```"
+    )
+    assert named_files(text) == {"api/app.py", "docs/gone.md", "gone.toml", "shared/"}
+
+
+@pytest.mark.parametrize("document", [each for each in DOCUMENTS if each.name != HISTORY], ids=name_of)
+def test_the_files_that_a_document_names_exist(document: Path) -> None:
+    assert [path for path in sorted(named_files(document.read_text("utf-8"))) if not [*ROOT.glob(path)]] == []
+
+
+def anchors(document: Path) -> set[str]:
+    """Return the anchors of a document's headings, as forges make them."""
+    headings = HEADING.findall(FENCED.sub("", document.read_text("utf-8")))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_the_links_of_a_document_lead_somewhere(document: Path) -> None:
+    broken = []
+    for link in LINK.findall(FENCED.sub("", document.read_text("utf-8"))):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_house_in_design_is_the_one_that_stands() -> None:
+    text = (ROOT / "DESIGN.md").read_text("utf-8")
+    section = text.partition("\n## The house\n")[2].partition("\n## ")[0]
+    described: dict[str, set[str]] = {}
+    room = ""
+    for directory, names in re.findall(r"^\| (?:`([\w/]+)/`)? ?\| ([\w, ]+) \|", section, re.MULTILINE):
+        room = directory or room
+        described.setdefault(room, set()).update(names.split(", "))
+    packages = [package for top in ("api", "worker", "shared", "cli") for package in (ROOT / top).rglob("__init__.py")]
+    standing = {
+        name_of(package.parent): {file.stem for file in package.parent.glob("[!_]*.py")} for package in packages
+    }
+    assert described == standing
+
+
+def test_every_decision_has_its_context_and_its_price() -> None:
+    records = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
+    listed = LINK.findall((ROOT / "docs/decisions/README.md").read_text("utf-8"))
+    assert [record.name for record in records] == [link for link in listed if link[0].isdigit()]
+    for number, record in enumerate(records, 1):
+        text = record.read_text("utf-8")
+        assert record.name.startswith(f"{number:04}-")
+        assert text.startswith(f"# {number:04}. ")
+        assert re.findall(r"^## (.+)$", text, re.MULTILINE) == ["Context", "Decision", "Price"], record.name
+
+
+def test_the_project_has_a_licence_and_says_which() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    text = (ROOT / "LICENSE").read_text("utf-8")
+    assert project["license"] == "Apache-2.0"
+    assert project["license-files"] == ["LICENSE"]
+    assert "Apache License\n                           Version 2.0, January 2004\n" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert "!LICENSE" in (ROOT / ".dockerignore").read_text().splitlines(), "an image is built with it"
+
+
+def test_every_package_tells_that_it_is_typed() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        packages = tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert packages
+    assert [package for package in packages if not (ROOT / package / "py.typed").is_file()] == []
+
+
+def test_a_forge_runs_what_must_pass() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert job["strategy"]["matrix"]["python"][0] == "3.11", "the oldest that pyproject.toml allows"
