@@ -213,7 +213,7 @@ def unreadable_folder(path: Path) -> None:
 
 CUT = r"damaged, or its download is incomplete"
 HEADER_ENDS = rf"ends within its header: it is {CUT}"
-NO_GGUF = r"does not start with 'GGUF': it is no GGUF file, or a damaged one"
+NO_GGUF = r"does not start with 'GGUF': it is not a GGUF file, or it is damaged"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 4368439584\n"
 PAGE = b"<!DOCTYPE html><html><head><title>401 Unauthorized</title></head></html>"
 
@@ -225,7 +225,7 @@ SEEN_AT_ONCE: dict[str, Damage] = {
     "garbage": Damage(of(bytes(range(256)) * 64), INVALID, NO_GGUF),
     "zeros": Damage(of(bytes(MIB)), INVALID, NO_GGUF),
     "text": Damage(of(b"# A model card\n\nIt writes poems.\n"), INVALID, NO_GGUF),
-    "web-page": Damage(of(PAGE), INVALID, r"is a web page, probably an error saved by a download"),
+    "web-page": Damage(of(PAGE), INVALID, r"is a web page, probably an error page saved as a download"),
     "lfs-pointer": Damage(of(LFS), INVALID, r"is a Git LFS pointer: the model itself was not downloaded"),
     "bad-magic": Damage(with_number(">I", at(0), int.from_bytes(b"GGUf")), INVALID, NO_GGUF),
     # a header that cannot be, or is not whole
@@ -265,10 +265,10 @@ SEEN_AT_ONCE: dict[str, Damage] = {
         for n in (10**9, 1 << 61, 2**64 - 1)
     },
     "type-of-a-value": Damage(
-        with_number(U32, within("llama.block_count", KIND), 77), INVALID, r"has a metadata value of the unknown type 77"
+        with_number(U32, within("llama.block_count", KIND), 77), INVALID, r"has a metadata value of unknown type 77"
     ),
     "type-of-items": Damage(
-        with_number(U32, within(SCORES, ITEM_KIND), 77), INVALID, r"has a metadata value of the unknown type 77"
+        with_number(U32, within(SCORES, ITEM_KIND), 77), INVALID, r"has a metadata value of unknown type 77"
     ),
     "duplicate-key": Damage(
         renamed("llama.attention.key_length", "llama.attention.head_count"),
@@ -276,7 +276,9 @@ SEEN_AT_ONCE: dict[str, Damage] = {
         r"has the metadata key 'llama\.attention\.head_count' twice",
     ),
     **{
-        f"alignment-{n}": Damage(llama({"general.alignment": n}), INVALID, rf"has the alignment {n}, which is no power")
+        f"alignment-{n}": Damage(
+            llama({"general.alignment": n}), INVALID, rf"has general\.alignment = {n}; it must be a power"
+        )
         for n in (0, 3)
     },
     "alignment-2147483648": Damage(
@@ -304,7 +306,7 @@ SEEN_AT_ONCE: dict[str, Damage] = {
         cut(lambda data: len(data) - 1), INVALID, rf"is shorter than the \d+ bytes that its tensors need: .*{CUT}"
     ),
     # GGUF, but no model, or one on which the engine would abort
-    "no-architecture": Damage(llama(drop=["general.architecture"]), INVALID, r"names no architecture"),
+    "no-architecture": Damage(llama(drop=["general.architecture"]), INVALID, r"has no general\.architecture"),
     "no-context-length": Damage(llama(drop=["llama.context_length"]), INVALID, r"has no llama\.context_length"),
     "context-length-0": Damage(llama({"llama.context_length": 0}), INVALID, r"llama\.context_length = 0; it must be"),
     "vocabulary-only": Damage(synthetic.vocab_only, INVALID, r"has no tensors: it is a vocabulary, not a model"),
@@ -331,10 +333,10 @@ SEEN_AT_ONCE: dict[str, Damage] = {
     ),
     # models of several files
     "missing-shard": Damage(
-        sharded(lambda shards: shards[1].unlink()), INVALID, r"missing-shard-00002-of-00003\.gguf cannot be found"
+        sharded(lambda shards: shards[1].unlink()), INVALID, r"; missing: missing-shard-00002-of-00003\.gguf"
     ),
     "missing-first-shard": Damage(
-        sharded(lambda shards: shards[0].unlink()), INVALID, r"first-shard-00001-of-00003\.gguf cannot be found"
+        sharded(lambda shards: shards[0].unlink()), INVALID, r"; missing: first-shard-00001-of-00003\.gguf"
     ),
     "garbage-shard": Damage(
         sharded(lambda shards: shards[1].write_bytes(b"garbage")),
@@ -346,13 +348,21 @@ SEEN_AT_ONCE: dict[str, Damage] = {
         INVALID,
         r"truncated-shard-00003-of-00003\.gguf is shorter than",
     ),
-    "swapped-shards": Damage(sharded(swapped), INVALID, r"swapped-shards-00001-of-00003\.gguf names no architecture"),
-    "renamed-shard": Damage(sharded(alone), INVALID, r"is one of the 3 files of a split model, but is not named like"),
+    "swapped-shards": Damage(
+        sharded(swapped), INVALID, r"swapped-shards-00001-of-00003\.gguf has no general\.architecture"
+    ),
+    "renamed-shard": Damage(
+        sharded(alone), INVALID, r"is one of the 3 files of a split model, but lacks a suffix like"
+    ),
     # no file, or one that may not be read
     "fifo": Damage(lambda path: os.mkfifo(path), INVALID, r"fifo\.gguf is not a regular file"),
     "directory": Damage(lambda path: path.mkdir(), NOT_FOUND, r"not found"),
-    "link-to-a-device": Damage(linked("/dev/zero"), INVALID, r"is a symbolic link out of the models directory"),
-    "link-to-passwd": Damage(linked("/etc/passwd"), INVALID, r"is a symbolic link out of the models directory"),
+    "link-to-a-device": Damage(
+        linked("/dev/zero"), INVALID, r"is a symbolic link to a path outside the models directory"
+    ),
+    "link-to-passwd": Damage(
+        linked("/etc/passwd"), INVALID, r"is a symbolic link to a path outside the models directory"
+    ),
     "link-loop": Damage(linked_to_itself, INVALID, r"cannot be read: Too many levels of symbolic links"),
     "dangling-link": Damage(linked("nothing.gguf"), INVALID, r"cannot be read: No such file"),
     "unreadable": Damage(unreadable, INVALID, r"unreadable\.gguf cannot be read: Permission denied"),

@@ -189,7 +189,7 @@ def test_missing_shards_are_named(root: Path, look: Look) -> None:
     write(root / "p/m/M-00002-of-00004.gguf")
     write(root / "p/m/M-00003-of-00004.gguf")
     message = problem(look()["p/m"])
-    assert "M-00001-of-00004.gguf, M-00004-of-00004.gguf cannot be found" in message
+    assert "missing: M-00001-of-00004.gguf, M-00004-of-00004.gguf" in message
 
 
 def test_a_broken_shard_is_named(root: Path, look: Look) -> None:
@@ -455,7 +455,7 @@ def test_links_out_of_the_directory_are_refused_unopened(root: Path, look: Look)
     found = look()
     assert sorted(found) == ["p/file", "p/folder"]
     for refused in found.values():
-        assert problem(refused).endswith("is a symbolic link out of the models directory")
+        assert problem(refused).endswith("is a symbolic link to a path outside the models directory")
         assert refused.architecture == ""
 
 

@@ -1,1 +1,1 @@
-"""The models on a disk of a worker: scanned, read, named."""
+"""The catalog of a worker: scanning the models directory, reading headers, naming models."""

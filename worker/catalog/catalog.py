@@ -1,8 +1,8 @@
 """The catalog: the models of a directory, as the headers of their files describe them.
 
-What a header said is remembered by the file's path, size, time and inode, in memory and on disk, so that an
-unchanged file is read once.  A first look stops before the vocabulary, which is most of a header; the rest is read
-afterwards, a few files at a time.
+The content of a header is cached by the file's path, size, modification time and inode, in memory and on disk, so that
+an unchanged file is read once.  The first pass stops before the vocabulary, which is most of a header; the rest is read
+later, a few files at a time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from shared import quantization
 from shared.files import replace_atomically
 from shared.schema.model import FileStat, Model, Problem, Weights
 from worker.catalog import gguf, keys, modelfile
-from worker.catalog.directory import Found, walk
+from worker.catalog.directory import Candidate, walk
 from worker.catalog.gguf import InvalidGGUF
 from worker.catalog.keys import Named, Place
 from worker.catalog.modelfile import ModelFile
 
-CACHE_VERSION = f"3 {shared.__version__}"  # what is concluded from a header may change with every release
-NAMED_SHARDS = 5  # missing files that are named in a message
-COMPANION = "mmproj"  # in a file's name: the part of a vision model that encodes images
+CACHE_VERSION = f"3 {shared.__version__}"  # the interpretation of a header may change with every release
+NAMED_SHARDS = 5  # how many missing files a message names
+COMPANION = "mmproj"  # in a file's name: the image encoder of a vision model
 
 
 class Entry(Struct, frozen=True, array_like=True):
@@ -41,74 +41,78 @@ class CacheFile(Struct, frozen=True):
 
 
 class Catalog:
-    """The models under `models_dir`.  `look`, then `deepen` as long as `is_shallow`; `models` is what is known now."""
+    """The models under `models_dir`.
+
+    Call `look`, then `deepen` while `is_shallow` is true.  `models` returns the current state at any time.
+    """
 
     def __init__(self, models_dir: Path, cache_file: Path) -> None:
         self._models_dir = models_dir
         self._cache_file = cache_file
         self._entries = _load(cache_file)
-        self._found: list[Found] = []
+        self._candidates: list[Candidate] = []
         self._unsaved = False
 
     def look(self) -> bool:
-        """See what is there and read the start of what is new; whether anything changed.
+        """List the directory and read the start of new files.  Returns whether anything changed.
 
-        Raises OSError where the models directory cannot be listed: there are no models then.
+        Raises OSError if the models directory cannot be listed; the catalog is empty then.
         """
-        before, self._found = self._found, []
-        self._found = walk(self._models_dir)
-        changed = before != self._found
-        for found in self._found:
-            known = self._entries.get(found.path)
-            if found.refusal or (known and known.stat == found.stat and known.file.lasting):
+        before, self._candidates = self._candidates, []
+        self._candidates = walk(self._models_dir)
+        changed = before != self._candidates
+        for candidate in self._candidates:
+            known = self._entries.get(candidate.path)
+            if candidate.refusal or (known and known.stat == candidate.stat and known.file.lasting):
                 continue
-            changed |= self._read(found, whole=False)
+            changed |= self._read(candidate, whole=False)
         return changed
 
     @property
     def is_shallow(self) -> bool:
-        return any(self._lacks_rest(found) for found in self._found)
+        """Whether the header of a file is read only in part."""
+        return any(self._lacks_rest(candidate) for candidate in self._candidates)
 
     def deepen(self, budget_s: float) -> None:
-        """Read whole headers, at least one and no further one after `budget_s` seconds."""
+        """Read whole headers, at least one; start no further one after `budget_s` seconds."""
         end = time.monotonic() + budget_s
-        for found in self._found:
-            if self._lacks_rest(found):
-                self._read(found, whole=True)
+        for candidate in self._candidates:
+            if self._lacks_rest(candidate):
+                self._read(candidate, whole=True)
                 if time.monotonic() >= end:
                     return
 
     def models(self) -> list[Model]:
-        return assemble(self._found, {path: entry.file for path, entry in self._entries.items()})
+        return assemble(self._candidates, {path: entry.file for path, entry in self._entries.items()})
 
     def save(self) -> None:
-        """Write what was learnt since the last time, so that a restart need not read it again.  Raises OSError."""
+        """Write the cache if it changed, so that a restart need not read the files again.  Raises OSError."""
         if not self._unsaved:
             return
-        present = {found.path for found in self._found}
+        present = {candidate.path for candidate in self._candidates}
         files = {path: e for path, e in self._entries.items() if path in present and e.file.lasting}
         self._cache_file.parent.mkdir(parents=True, exist_ok=True)
         data = msgspec.msgpack.encode(CacheFile(version=CACHE_VERSION, files=files))
-        replace_atomically(self._cache_file, data, is_durable=False)  # a lost cache is read from the models again
+        replace_atomically(self._cache_file, data, is_durable=False)  # a lost cache is rebuilt from the files
         self._unsaved = False
 
-    def _lacks_rest(self, found: Found) -> bool:
-        return not found.refusal and not self._entries[found.path].file.whole
+    def _lacks_rest(self, candidate: Candidate) -> bool:
+        return not candidate.refusal and not self._entries[candidate.path].file.whole
 
-    def _read(self, found: Found, *, whole: bool) -> bool:
-        """Read a file's header and keep what it says; whether that differs from what was known."""
+    def _read(self, candidate: Candidate, *, whole: bool) -> bool:
+        """Read a file's header into the cache.  Returns whether the entry changed."""
         try:
-            file = modelfile.describe(gguf.read(self._models_dir / found.path, whole=whole))
+            file = modelfile.describe(gguf.read(self._models_dir / candidate.path, whole=whole))
         except InvalidGGUF as e:
             file = modelfile.unreadable(e)
-        before = self._entries.get(found.path)
-        self._entries[found.path] = Entry(found.stat, file)
+        before = self._entries.get(candidate.path)
+        self._entries[candidate.path] = Entry(candidate.stat, file)
         self._unsaved |= file.lasting
         return before is None or before.file != file
 
 
 def _load(cache_file: Path) -> dict[str, Entry]:
-    """A cache that cannot be used (missing, damaged, of another version) is as good as an empty one."""
+    """Read the cache.  Returns no entries if the file is missing, damaged or of another version."""
     try:
         cache = msgspec.msgpack.decode(cache_file.read_bytes(), type=CacheFile)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
@@ -116,48 +120,48 @@ def _load(cache_file: Path) -> dict[str, Entry]:
     return cache.files if cache.version == CACHE_VERSION else {}
 
 
-def assemble(found: Sequence[Found], files: Mapping[str, ModelFile]) -> list[Model]:
-    """The models that these files make, by key.  `files` has what is known of every one that may be opened.
+def assemble(candidates: Sequence[Candidate], files: Mapping[str, ModelFile]) -> list[Model]:
+    """Group files into models, sorted by key.  `files` describes every candidate without a refusal, by path.
 
-    A file that cannot be read, and a folder that cannot be listed, is a model with a problem.
+    An unreadable file, or a folder that cannot be listed, becomes a model with a problem.
     """
-    groups: dict[tuple[Place, object], dict[int, Found]] = {}
-    seeing_folders: set[tuple[str, ...]] = set()
-    for one in found:
-        if one.is_folder:
-            folders = PurePosixPath(one.path).parts
-            groups[Place(folders, folders[-1]), one.path] = {1: one}
+    groups: dict[tuple[Place, object], dict[int, Candidate]] = {}
+    vision_folders: set[tuple[str, ...]] = set()
+    for candidate in candidates:
+        if candidate.is_folder:
+            folders = PurePosixPath(candidate.path).parts
+            groups[Place(folders, folders[-1]), candidate.path] = {1: candidate}
             continue
-        place, no, of = keys.shard(one.path)
-        file = files.get(one.path)
+        place, no, of = keys.shard(candidate.path)
+        file = files.get(candidate.path)
         if COMPANION in place.stem.lower() or (file is not None and file.kind == "companion"):
-            if file is not None and file.vision and not one.refusal:
-                seeing_folders.add(place.folders)
+            if file is not None and file.vision and not candidate.refusal:
+                vision_folders.add(place.folders)
         else:
-            groups.setdefault((place, of or one.path), {})[no] = one
+            groups.setdefault((place, of or candidate.path), {})[no] = candidate
     names = keys.name_all([place for place, _ in groups])
     models = [
-        _model(name, place, of if isinstance(of, int) else 0, parts, files, vision=place.folders in seeing_folders)
+        _model(name, place, of if isinstance(of, int) else 0, parts, files, vision=place.folders in vision_folders)
         for name, ((place, of), parts) in zip(names, groups.items(), strict=True)
     ]
     return sorted(models, key=lambda model: model.key)
 
 
 def _model(
-    name: Named, place: Place, of: int, parts: dict[int, Found], files: Mapping[str, ModelFile], *, vision: bool
+    name: Named, place: Place, of: int, parts: dict[int, Candidate], files: Mapping[str, ModelFile], *, vision: bool
 ) -> Model:
     shards = [parts[no] for no in sorted(parts)]
-    read = [files[one.path] for one in shards if not one.refusal]
-    first = read[0] if read and 1 in parts and not parts[1].refusal else ModelFile(whole=True)
-    parameters = _sum([file.parameters for file in read])
-    tensor_bytes = _sum([file.tensor_bytes for file in read])
+    readable = [files[shard.path] for shard in shards if not shard.refusal]
+    first = readable[0] if readable and 1 in parts and not parts[1].refusal else ModelFile(whole=True)
+    parameters = _sum([file.parameters for file in readable])
+    tensor_bytes = _sum([file.tensor_bytes for file in readable])
     tag = quantization.tag(place.stem).upper()
     return Model(
         key=name.key,
         base=name.base,
         variant=name.variant,
-        shards=[one.path for one in shards],
-        size_bytes=sum(one.stat.size for one in shards),
+        shards=[shard.path for shard in shards],
+        size_bytes=sum(shard.stat.size for shard in shards),
         problem=_problem(place, of, parts, files),
         type=first.type,
         publisher=keys.publisher(place) or first.organization,
@@ -173,9 +177,9 @@ def _model(
         pooling=first.pooling,
         vision=vision,
         trained_for_tool_use=first.tool_use,
-        files=[one.stat for one in shards],
+        files=[shard.stat for shard in shards],
         dimensions=first.dimensions,
-        weights=_all_weights([file.weights for file in read]),
+        weights=_all_weights([file.weights for file in readable]),
     )
 
 
@@ -184,10 +188,11 @@ def _sum(numbers: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(numbers) else None
 
 
-def _all_weights(found: Sequence[Weights | None]) -> Weights | None:
-    """Of all shards, once all are known; a list of equal blocks is left out."""
-    known = [weights for weights in found if weights is not None]
-    if not known or len(known) != len(found):
+def _all_weights(shards: Sequence[Weights | None]) -> Weights | None:
+    """Sum the weights of all shards.  Returns None until all are known.  The list of blocks is empty if all have the
+    same size."""
+    known = [weights for weights in shards if weights is not None]
+    if not known or len(known) != len(shards):
         return None
     blocks = [sum(parts) for parts in zip_longest(*(weights.block_bytes for weights in known), fillvalue=0)]
     return Weights(
@@ -199,8 +204,8 @@ def _all_weights(found: Sequence[Weights | None]) -> Weights | None:
     )
 
 
-def _problem(place: Place, of: int, parts: dict[int, Found], files: Mapping[str, ModelFile]) -> Problem | None:
-    """The first reason why the files cannot be loaded as one model, with the name of the file at fault."""
+def _problem(place: Place, of: int, parts: dict[int, Candidate], files: Mapping[str, ModelFile]) -> Problem | None:
+    """Return the first reason why the files cannot be loaded as one model, with the name of the file at fault."""
     for no in sorted(parts):
         if parts[no].refusal:
             return _fault(parts[no], parts[no].refusal)
@@ -208,7 +213,7 @@ def _problem(place: Place, of: int, parts: dict[int, Found], files: Mapping[str,
     if missing:
         names = [f"{place.stem}-{no:05}-of-{of:05}.gguf" for no in missing[:NAMED_SHARDS]]
         more = [f"{len(missing) - NAMED_SHARDS} more"] if len(missing) > NAMED_SHARDS else []
-        message = f"the model is split into {of} files, of which {', '.join(names + more)} cannot be found"
+        message = f"the model is split into {of} files; missing: {', '.join(names + more)}"
         return Problem(code="invalid_model_file", message=message)
     for no in sorted(parts):
         file = files[parts[no].path]
@@ -216,12 +221,13 @@ def _problem(place: Place, of: int, parts: dict[int, Found], files: Mapping[str,
             return _fault(parts[no], file.problem.message, file.problem)
     split_count = files[parts[1].path].split_count
     if split_count > 1 and not of:
-        return _fault(parts[1], f"is one of the {split_count} files of a split model, but is not named like one")
-    if not any(files[one.path].n_tensors for one in parts.values()):
+        suffix = f"-00001-of-{split_count:05}"
+        return _fault(parts[1], f"is one of the {split_count} files of a split model, but lacks a suffix like {suffix}")
+    if not any(files[shard.path].n_tensors for shard in parts.values()):
         return _fault(parts[1], "has no tensors: it is a vocabulary, not a model")
     return None
 
 
-def _fault(found: Found, reason: str, problem: Problem | None = None) -> Problem:
-    message = f"{PurePosixPath(found.path).name} {reason}"
+def _fault(candidate: Candidate, reason: str, problem: Problem | None = None) -> Problem:
+    message = f"{PurePosixPath(candidate.path).name} {reason}"
     return Problem(code=problem.code if problem else "invalid_model_file", message=message)

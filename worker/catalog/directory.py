@@ -1,4 +1,4 @@
-"""The files of a models directory: a walk that always ends, opens nothing and does not leave the directory."""
+"""Lists the GGUF files of a models directory.  Always terminates, opens no file, and stays inside the directory."""
 
 from __future__ import annotations
 
@@ -10,46 +10,47 @@ from typing import NamedTuple
 from shared.schema.model import FileStat
 from worker.catalog.keys import GGUF
 
-OUTSIDE = "is a symbolic link out of the models directory"
+OUTSIDE = "is a symbolic link to a path outside the models directory"
 NOT_UTF8 = "has a name that is not UTF-8"
-MAX_DEPTH = 32  # folders below each other
+MAX_DEPTH = 32  # nested folders
 
 
-class Found(NamedTuple):
-    """A GGUF file by its name, or, with `is_folder`, a folder whose files cannot be had.
+class Candidate(NamedTuple):
+    """A file named `*.gguf` or, if `is_folder`, a folder that cannot be listed or lies outside the models directory.
 
-    `refusal`: why it must not be opened, "" if it may be; it continues a sentence that begins with the name.
+    `refusal` says why the file must not be opened, "" if it may be opened.  It continues a sentence that begins with
+    the file's name.
     """
 
-    path: str  # under the models directory, with slashes
+    path: str  # relative to the models directory, with slashes
     stat: FileStat = FileStat(0, 0, 0)
     refusal: str = ""
     is_folder: bool = False
 
 
-def walk(models_dir: Path) -> list[Found]:
-    """All GGUF files under `models_dir`, in the order of their paths; hidden files and folders are passed over.
+def walk(models_dir: Path) -> list[Candidate]:
+    """Return all GGUF files under `models_dir`, sorted by path.  Hidden files and folders are skipped.
 
-    A link to a file is as good as the file.  A link to a folder is followed unless that folder holds the link,
-    and no further link to a folder behind it is, so that there is no way round in circles.  What leads out of the
-    directory is found, but refused.  Raises OSError where `models_dir` itself cannot be listed.
+    A link to a file is treated like the file.  A link to a folder is followed unless the folder contains the link.
+    Below a followed link, further links to folders are not followed, which rules out cycles.  A link to a path outside
+    the directory is returned with a refusal.  Raises OSError if `models_dir` itself cannot be listed.
     """
     root = os.path.realpath(models_dir)
     with os.scandir(root) as entries:
-        found = [one for entry in entries for one in _entry(entry, root, "", linked=False)]
-    return sorted((_printable(one) for one in found), key=lambda one: one.path)
+        candidates = [candidate for entry in entries for candidate in _entry(entry, root, "", linked=False)]
+    return sorted((_printable(candidate) for candidate in candidates), key=lambda candidate: candidate.path)
 
 
-def _folder(folder: str, root: str, path: str, *, linked: bool) -> Iterator[Found]:
+def _folder(folder: str, root: str, path: str, *, linked: bool) -> Iterator[Candidate]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 yield from _entry(entry, root, path + "/", linked=linked)
     except OSError as e:
-        yield Found(path, refusal=f"cannot be read: {e.strerror}", is_folder=True)
+        yield Candidate(path, refusal=f"cannot be read: {e.strerror}", is_folder=True)
 
 
-def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> Iterator[Found]:
+def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> Iterator[Candidate]:
     path = prefix + entry.name
     if entry.name.startswith("."):
         return
@@ -58,12 +59,12 @@ def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> 
         is_folder = entry.is_dir()
         target = os.path.realpath(entry.path) if entry.is_symlink() else ""
         info = entry.stat() if is_gguf and not is_folder else None
-    except OSError as e:  # a link to nothing or to itself, or nobody may look
+    except OSError as e:  # a dangling link, a link to itself, or no permission
         if is_gguf:
-            yield Found(path, refusal=f"cannot be read: {e.strerror}")
+            yield Candidate(path, refusal=f"cannot be read: {e.strerror}")
         return
     if target and not _holds(root, target) and (is_folder or is_gguf):
-        yield Found(path, refusal=OUTSIDE, is_folder=is_folder)
+        yield Candidate(path, refusal=OUTSIDE, is_folder=is_folder)
     elif is_folder and target:
         if not linked and not _holds(target, str(Path(entry.path).parent)):
             yield from _folder(target, root, path, linked=True)
@@ -71,16 +72,16 @@ def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> 
         if path.count("/") < MAX_DEPTH:
             yield from _folder(entry.path, root, path, linked=linked)
     elif info is not None:
-        yield Found(path, FileStat.of(info))
+        yield Candidate(path, FileStat.of(info))
 
 
 def _holds(folder: str, path: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _printable(found: Found) -> Found:
+def _printable(candidate: Candidate) -> Candidate:
     try:
-        found.path.encode()
+        candidate.path.encode()
     except UnicodeEncodeError:
-        return found._replace(path=os.fsencode(found.path).decode("utf-8", "replace"), refusal=NOT_UTF8)
-    return found
+        return candidate._replace(path=os.fsencode(candidate.path).decode("utf-8", "replace"), refusal=NOT_UTF8)
+    return candidate

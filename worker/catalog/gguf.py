@@ -1,11 +1,11 @@
-"""What the head of a GGUF file says: metadata, and where the tensors lie.
+"""Reads the header of a GGUF file: metadata, and the position of the tensors.
 
-Read without llama.cpp, which aborts the whole process on some files, and without the `gguf` package, which takes
-seconds for a large vocabulary.  The layout is that of the GGUF specification (ggml, docs/gguf.md); the limits are
-those of llama.cpp's own reader (ggml/src/gguf.cpp).
+Does not use llama.cpp, which aborts the whole process on some files, nor the `gguf` package, which takes seconds for a
+large vocabulary.  The layout is that of the GGUF specification (ggml, docs/gguf.md); the limits are those of
+llama.cpp's own reader (ggml/src/gguf.cpp).
 
-A file is somebody else's bytes: nothing is allocated by a count that it names, every length is compared with the
-file's size before anything is read, and whatever is wrong with it is one error, InvalidGGUF.
+Files are untrusted input: a count in a file never sizes an allocation, every length is compared with the file's size
+before data is read, and every defect raises the same error, InvalidGGUF.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from shared.quantization import BLOCKS
 Scalar = str | int | float | bool
 Value = Scalar | list[Scalar]
 
-KEPT_ITEMS = 1024  # a longer array is a vocabulary: only its length is of interest
+KEPT_ITEMS = 1024  # a longer array is a vocabulary, of which only the length is used
 MAX_HEAD_BYTES = 256 << 20  # the largest known vocabularies take 16 MiB
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 18
 MAX_DIMS = 4  # GGML_MAX_DIMS
-QUICK_STEPS = (1 << 16, 8 << 20, MAX_HEAD_BYTES)  # bytes to try with: reading on is parsing anew, and rare
+QUICK_STEPS = (1 << 16, 8 << 20, MAX_HEAD_BYTES)  # bytes to read; each further step parses from the start, and is rare
 WHOLE_STEPS = (8 << 20, MAX_HEAD_BYTES)
 
 U32 = struct.Struct("<I")
@@ -55,10 +55,10 @@ STRING_TYPE, ARRAY_TYPE = 8, 9
 
 
 class InvalidGGUF(Exception):
-    """A file that is no readable GGUF model; `reason` continues "this file ..." and names no path.
+    """The file is not a readable GGUF model.  `reason` continues a sentence that begins with the file's name.
 
-    `lasting` is False where the system and not the file's content refused (permissions, a disk's error): the same
-    bytes may be readable the next time.
+    `lasting` is False if the system and not the file's content is the cause (permissions, an I/O error): the same bytes
+    may be readable the next time.
     """
 
     def __init__(self, reason: str, *, lasting: bool = True) -> None:
@@ -79,7 +79,7 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int | None:
-        """Bytes of the tensor's data, None for a type that is not in BLOCKS."""
+        """The bytes of the tensor's data; None if its type is not in BLOCKS."""
         if self.type not in BLOCKS:
             return None
         items, size = BLOCKS[self.type]
@@ -87,10 +87,10 @@ class Tensor(NamedTuple):
 
 
 class Header(Struct, frozen=True, kw_only=True):
-    """The head of one file.
+    """The header of one file.
 
-    `metadata` holds every value but arrays of over KEPT_ITEMS items, of which `array_lengths` (of all arrays) knows
-    the length.  `tensors` and `data_offset` (bytes from the start of the file) are None unless the whole was read.
+    `metadata` holds every value except arrays of more than KEPT_ITEMS items; `array_lengths` holds the length of every
+    array.  `tensors` and `data_offset` (bytes from the start of the file) are None unless the whole header was read.
     """
 
     version: int
@@ -103,11 +103,10 @@ class Header(Struct, frozen=True, kw_only=True):
 
 
 def read(path: Path, *, whole: bool) -> Header:
-    """The header of the file at `path`; with `whole=False` only what stands before the first `tokenizer.` key.
+    """Read the header of the file at `path`; with `whole=False` only the keys before the first `tokenizer.` key.
 
-    With `whole=True` every tensor of a known type was found to lie within the file.  A tensor of an unknown type is
-    let through, since a newer engine may know it; only its offset is checked.  Never blocks on a FIFO or a device.
-    Raises InvalidGGUF and nothing else.
+    With `whole=True`, checks that every tensor lies within the file.  Of a tensor of an unknown type, which a newer
+    engine may support, only the offset is checked.  Never blocks on a FIFO or a device.  Raises only InvalidGGUF.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -126,34 +125,34 @@ def _read(fd: int, file_size: int, whole: bool) -> Header:
     for step in WHOLE_STEPS if whole else QUICK_STEPS:
         head = os.pread(fd, min(step, file_size), 0)
         if len(head) < min(step, file_size):
-            raise InvalidGGUF("became shorter while it was read", lasting=False)
+            raise InvalidGGUF("was truncated while it was read", lasting=False)
         try:
             return parse(head, file_size, whole=whole)
         except _MoreNeeded:
             continue
-    raise InvalidGGUF(f"has a header of over {MAX_HEAD_BYTES >> 20} MiB")
+    raise InvalidGGUF(f"has a header of more than {MAX_HEAD_BYTES >> 20} MiB")
 
 
 class _MoreNeeded(Exception):
-    """The header goes on behind the bytes at hand, within the file."""
+    """The header continues after the bytes read so far, within the file."""
 
 
 def parse(head: bytes, file_size: int, *, whole: bool) -> Header:
-    """The header that `head`, the first bytes of a file of `file_size` bytes, holds.
+    """Parse the header in `head`, the first bytes of a file of `file_size` bytes.
 
-    Raises InvalidGGUF, or, only where `head` is not the whole file, a private error that asks for more bytes.
+    Raises InvalidGGUF; also _MoreNeeded, but only if `head` is not the whole file.
     """
     _check_magic(head)
     cursor = _Cursor(head, file_size)
     _, version, n_tensors, n_keys = cursor.numbers(START)
     if version & 0xFFFF == 0 and version:
-        raise InvalidGGUF("is a big-endian GGUF; only little-endian ones can be loaded")
+        raise InvalidGGUF("is a big-endian GGUF file; only little-endian files are supported")
     if version not in (2, 3):
-        raise InvalidGGUF(f"is GGUF version {version}; only versions 2 and 3 can be loaded")
+        raise InvalidGGUF(f"is GGUF version {version}; only versions 2 and 3 are supported")
     if n_keys > MAX_KEYS:
-        raise InvalidGGUF(f"claims {n_keys} metadata keys; at most {MAX_KEYS} are read")
+        raise InvalidGGUF(f"claims {n_keys} metadata keys; at most {MAX_KEYS} are supported")
     if n_tensors > MAX_TENSORS:
-        raise InvalidGGUF(f"claims {n_tensors} tensors; at most {MAX_TENSORS} are read")
+        raise InvalidGGUF(f"claims {n_tensors} tensors; at most {MAX_TENSORS} are supported")
     header = Header(version=version, metadata={}, array_lengths={}, n_tensors=n_tensors, file_size=file_size)
     for _ in range(n_keys):
         key = cursor.string()
@@ -182,14 +181,17 @@ def _check_magic(head: bytes) -> None:
     if not head:
         raise InvalidGGUF("is empty")
     if head.startswith(b"version https://git-lfs"):
-        raise InvalidGGUF("is a Git LFS pointer: the model itself was not downloaded (git lfs pull does)")
+        raise InvalidGGUF("is a Git LFS pointer: the model itself was not downloaded; run `git lfs pull`")
     if head[:64].lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise InvalidGGUF("is a web page, probably an error saved by a download")
-    raise InvalidGGUF("does not start with 'GGUF': it is no GGUF file, or a damaged one")
+        raise InvalidGGUF("is a web page, probably an error page saved as a download")
+    raise InvalidGGUF("does not start with 'GGUF': it is not a GGUF file, or it is damaged")
 
 
 class _Cursor:
-    """Walks along a header.  Every step raises InvalidGGUF beyond the file and _MoreNeeded beyond the bytes at hand."""
+    """Reads a header value by value.
+
+    Every method raises InvalidGGUF at the end of the file, and _MoreNeeded at the end of the bytes read so far.
+    """
 
     def __init__(self, head: bytes, file_size: int) -> None:
         self.head, self.file_size, self.at = head, file_size, 0
@@ -218,12 +220,12 @@ class _Cursor:
         if kind == STRING_TYPE:
             return self.string()
         if kind not in NUMBERS:
-            raise InvalidGGUF(f"has a metadata value of the unknown type {kind}")
+            raise InvalidGGUF(f"has a metadata value of unknown type {kind}")
         (value,) = self.numbers(NUMBERS[kind])
         return value
 
     def array(self) -> tuple[list[Scalar] | None, int]:
-        """The items of an array, or None for a long one, and their number."""
+        """Read an array.  Returns its items, None if there are more than KEPT_ITEMS, and their number."""
         kind, n = self.numbers(ARRAY)
         if n <= KEPT_ITEMS:
             return [self.scalar(kind) for _ in range(n)], n
@@ -232,11 +234,11 @@ class _Cursor:
         elif kind in NUMBERS:
             self._take(n * NUMBERS[kind].size)
         else:
-            raise InvalidGGUF(f"has a metadata array of the unknown type {kind}")
+            raise InvalidGGUF(f"has a metadata array of unknown type {kind}")
         return None, n
 
     def _skip_strings(self, n: int) -> None:
-        """The time of a scan goes here: 150,000 tokens and as many merges are 16 ms."""
+        """Skip `n` strings.  A scan spends most of its time here: 150,000 tokens and as many merges take 16 ms."""
         head, at, length = self.head, self.at, U64.unpack_from
         if at + 8 * n > self.file_size:
             self._beyond(at + 8 * n)
@@ -244,7 +246,7 @@ class _Cursor:
             for _ in repeat(None, n):
                 (size,) = length(head, at)
                 at += 8 + size
-        except (struct.error, OverflowError):  # the latter: an offset of 2**63 and more
+        except (struct.error, OverflowError):  # OverflowError: an offset of 2**63 or more
             self._beyond(at + 8)
         if at > len(head):
             self._beyond(at)
@@ -254,18 +256,18 @@ class _Cursor:
         name = self.string()
         (n_dims,) = self.numbers(U32)
         if n_dims > MAX_DIMS:
-            raise InvalidGGUF(f"has a tensor of {n_dims} dimensions; there are at most {MAX_DIMS}")
+            raise InvalidGGUF(f"has a tensor of {n_dims} dimensions; at most {MAX_DIMS} are supported")
         dims = tuple(self.numbers(U64)[0] for _ in range(n_dims))
         kind, offset = self.numbers(TENSOR_END)
         if prod(dims) >= 1 << 63:
-            raise InvalidGGUF(f"has a tensor of the impossible shape {list(dims)}")
+            raise InvalidGGUF(f"has a tensor with the impossible shape {list(dims)}")
         return Tensor(name, dims, kind, offset)
 
 
 def _alignment(metadata: dict[str, Value]) -> int:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise InvalidGGUF(f"has the alignment {str(alignment)[:20]}, which is no power of two")
+        raise InvalidGGUF(f"has general.alignment = {str(alignment)[:20]}; it must be a power of two")
     return alignment
 
 
@@ -274,10 +276,14 @@ def _aligned(offset: int, alignment: int) -> int:
 
 
 def _check_data(tensors: tuple[Tensor, ...], data_offset: int, file_size: int) -> None:
-    """Every tensor must lie within the file.  The reason stays the same while a download goes on."""
+    """Check that every tensor lies within the file.  The message does not name the file's size, so that it stays the
+    same while a download makes the file grow."""
     for tensor in tensors:
         if tensor.type in BLOCKS and tensor.dims and tensor.dims[0] % BLOCKS[tensor.type][0]:
-            raise InvalidGGUF(f"has a tensor whose rows of {tensor.dims[0]} elements are no whole blocks of its type")
+            block = BLOCKS[tensor.type][0]
+            raise InvalidGGUF(
+                f"has a tensor with rows of {tensor.dims[0]} elements; its type needs a multiple of {block}"
+            )
     end = max((data_offset + tensor.offset + (tensor.size or 0) for tensor in tensors), default=0)
     if end > file_size:
         raise InvalidGGUF(

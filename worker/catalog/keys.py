@@ -1,4 +1,4 @@
-"""The keys that clients load models by, from the places of their files."""
+"""Derives the keys by which clients load models from the paths of their files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})", re.DOTALL)
 
 
 class Place(NamedTuple):
-    """Where a model lies under the models directory, all its shards taken together."""
+    """The location of a model under the models directory; all its shards share it."""
 
     folders: tuple[str, ...]
-    stem: str  # of the file's name, without "-00001-of-00003"
+    stem: str  # of the file's name, without the suffix of a shard ("-00001-of-00003")
 
 
 class Named(NamedTuple):
@@ -30,11 +30,11 @@ class Named(NamedTuple):
 class Shard(NamedTuple):
     place: Place
     no: int  # from 1
-    of: int  # 0: the file is not one of several
+    of: int  # number of shards; 0: the model is a single file
 
 
 def shard(path: str) -> Shard:
-    """The model, and the part of it, that a file under the models directory is by its name."""
+    """Return the model's location and the shard number that a path under the models directory encodes."""
     *folders, name = PurePosixPath(path).parts
     stem = name[: -len(GGUF)] if name.lower().endswith(GGUF) else name
     split = SHARD.fullmatch(stem)
@@ -44,7 +44,7 @@ def shard(path: str) -> Shard:
 
 
 def base(place: Place) -> str:
-    """The key of a place, without a variant: `publisher/name`, `name`, or a bare file's stem."""
+    """Return the key of a place without its variant: `publisher/name`, `name`, or the stem of a file in no folder."""
     if not place.folders:
         return place.stem.lower()
     *publisher, name = (folder.lower() for folder in place.folders[-2:])
@@ -56,10 +56,10 @@ def publisher(place: Place) -> str:
 
 
 def name_all(places: Sequence[Place]) -> list[Named]:
-    """A key for each place: never the same twice, and the same for the same set of places in any order.
+    """Return a unique key for each place.  The keys depend on the set of places, not on their order.
 
-    A base that several places share tells them apart by their quantizations, where that is not enough by their
-    stems, and where even those are equal (the same file name in two folders) by a number in the order of the paths.
+    Places with the same base get a variant: their quantization or, if it is not unique, their stem.  If the stems are
+    equal too (the same file name in two folders), a number in the order of the paths is appended.
     """
     order = sorted(range(len(places)), key=lambda i: places[i])
     bases = [base(place) for place in places]
@@ -69,18 +69,18 @@ def name_all(places: Sequence[Place]) -> list[Named]:
         tag if n_base[shared] == 1 or (tag and n_tag[shared, tag] == 1) else place.stem.lower()
         for place, shared, tag in zip(places, bases, tags, strict=True)
     ]
-    wanted = [
+    preferred = [
         shared if n_base[shared] == 1 else f"{shared}@{variant}"
         for shared, variant in zip(bases, variants, strict=True)
     ]
-    n_wanted = Counter(wanted)
-    taken = {key for key in wanted if n_wanted[key] == 1}
+    n_preferred = Counter(preferred)
+    assigned = {key for key in preferred if n_preferred[key] == 1}
     named: dict[int, Named] = {}
     for i in order:
         suffix, n = "", 1
-        while n_wanted[wanted[i]] > 1 and wanted[i] + suffix in taken:
+        while n_preferred[preferred[i]] > 1 and preferred[i] + suffix in assigned:
             n += 1
             suffix = f"-{n}"
-        taken.add(wanted[i] + suffix)
-        named[i] = Named(wanted[i] + suffix, bases[i], variants[i] + suffix if variants[i] else "")
+        assigned.add(preferred[i] + suffix)
+        named[i] = Named(preferred[i] + suffix, bases[i], variants[i] + suffix if variants[i] else "")
     return [named[i] for i in range(len(places))]

@@ -1,4 +1,4 @@
-"""What one GGUF file is to Loadstone: a model, a part of one, a companion, or none of these, and why."""
+"""Interprets the header of one GGUF file: a model, a shard, a companion, or an unusable file with the reason."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS; measured: 1024 passes, 1025 aborts
 ROPE_SCALING_TYPES = frozenset({"none", "linear", "yarn", "longrope"})
 MAX_CONTEXT_LENGTH = 2**31 - 1
-MAX_LENGTH = 2**20  # elements of what a memory estimate counts with: no model comes near
-MAX_TEXT = 2000  # characters of a name or a description that are passed on
-DIFFUSERS = frozenset({"dream", "llada", "llada-moe", "rnd1"})  # not causal either, but they write text
+MAX_LENGTH = 2**20  # the largest dimension that a memory estimate uses; no known model comes near
+MAX_TEXT = 2000  # characters of a name or a description that are published
+DIFFUSERS = frozenset({"dream", "llada", "llada-moe", "rnd1"})  # not causal, but they generate text
 
 INPUT_TENSORS = frozenset({"token_embd.weight", "token_types.weight", "position_embd.weight"})
 
@@ -34,17 +34,17 @@ Kind = Literal["model", "companion", "other"]
 
 
 class ModelFile(Struct, frozen=True, kw_only=True):
-    """What one file says of itself.
+    """The description that one file gives of itself.
 
-    `whole`: its header was read to the end (or cannot be), and nothing more is to be learnt.  The message of
-    `problem` continues a sentence that begins with the file's name.
+    `whole`: its header was read to the end, or cannot be read.  The message of `problem` continues a sentence that
+    begins with the file's name.
     """
 
     whole: bool
     readable: bool = True
     kind: Kind = "model"
     problem: Problem | None = None
-    lasting: bool = True  # False: the problem may pass without a change to the file
+    lasting: bool = True  # False: the problem may disappear without a change to the file
     type: ModelType = "llm"
     architecture: str = ""
     name: str = ""
@@ -56,9 +56,9 @@ class ModelFile(Struct, frozen=True, kw_only=True):
     expert_count: int = 0
     causal: bool = True
     pooling: int = -1
-    vision: bool = False  # if it is a companion, what it encodes is images
+    vision: bool = False  # of a companion: it encodes images
     tool_use: bool = False
-    split_count: int = 0  # files that the model is split into, 0: the file names none
+    split_count: int = 0  # number of files of a split model; 0: the header has none
     n_tensors: int = 0
     parameters: int | None = None
     tensor_bytes: int | None = None
@@ -72,7 +72,7 @@ def unreadable(error: InvalidGGUF) -> ModelFile:
 
 
 def describe(header: Header) -> ModelFile:
-    """What the header says.  Any header has an answer; what is wrong with it is in `problem`."""
+    """Describe a file by its header.  Accepts any header; a defect is reported in `problem`."""
     fields = _Fields(header.metadata)
     architecture = fields.text("general.architecture")
     of = f"{architecture}.".__add__
@@ -80,7 +80,7 @@ def describe(header: Header) -> ModelFile:
     causal = architecture not in ENCODERS and fields.flag(of("attention.causal"), True)
     file_type = fields.number("general.file_type", -1)
     parameters, tensor_bytes = _weigh(header)
-    found = ModelFile(
+    file = ModelFile(
         whole=header.tensors is not None,
         kind=_kind(fields),
         type="embedding" if pooling in (1, 2, 3, 4) or (not causal and architecture not in DIFFUSERS) else "llm",
@@ -103,11 +103,11 @@ def describe(header: Header) -> ModelFile:
         dimensions=_dimensions(fields, architecture, header.array_lengths.get("tokenizer.ggml.tokens")),
         weights=None if tensor_bytes is None else _by_place(header.tensors or ()),
     )
-    return structs.replace(found, problem=_problem(fields, found))
+    return structs.replace(file, problem=_problem(fields, file))
 
 
 class _Fields:
-    """Metadata by key and type: a value of another type counts as absent, and llama.cpp will say so."""
+    """Typed access to metadata.  A value of another type counts as absent; llama.cpp reports it in a load."""
 
     def __init__(self, metadata: dict[str, Value]) -> None:
         self._metadata = metadata
@@ -117,24 +117,24 @@ class _Fields:
         return value[:MAX_TEXT] if isinstance(value, str) else ""
 
     def number(self, key: str, absent: int) -> int:
-        """An integer, the largest of several (one per layer)."""
+        """Return an integer; of an array with one per layer, the largest."""
         value = self._metadata.get(key)
         values: list[Scalar] = value if isinstance(value, list) else [absent if value is None else value]
         return max((v for v in values if isinstance(v, int)), default=absent)
 
     def length(self, key: str, absent: int = 0) -> int:
-        """A count of elements, the largest of several; `absent` also for what can be none."""
+        """Return a dimension; of an array, the largest.  Returns `absent` also if the value is out of range."""
         value = self.number(key, absent)
         return value if 0 <= value <= MAX_LENGTH else absent
 
     def lengths(self, key: str, blocks: int, absent: PerBlock = 0) -> PerBlock:
-        """A count of elements for each block, or one for all; `absent` also for what can be none."""
+        """Return a dimension for each block, or one for all.  Returns `absent` also if a value is out of range."""
         value = self._metadata.get(key)
         values = value[:blocks] if isinstance(value, list) else [value]
-        found = [v for v in values if isinstance(v, int) and 0 <= v <= MAX_LENGTH]
-        if len(found) != (blocks if isinstance(value, list) else 1):
+        valid = [v for v in values if isinstance(v, int) and 0 <= v <= MAX_LENGTH]
+        if len(valid) != (blocks if isinstance(value, list) else 1):
             return absent
-        return found if isinstance(value, list) else found[0]
+        return valid if isinstance(value, list) else valid[0]
 
     def flag(self, key: str, absent: bool) -> bool:
         value = self._metadata.get(key)
@@ -154,29 +154,29 @@ def _no_model(fields: _Fields) -> str | None:
     return NO_MODEL.get(fields.text("general.type")) or NO_MODEL.get(fields.text("general.architecture"))
 
 
-def _problem(fields: _Fields, found: ModelFile) -> Problem | None:
+def _problem(fields: _Fields, file: ModelFile) -> Problem | None:
     if (message := _no_model(fields)) is not None:
         return Problem(code="unsupported_model", message=message)
-    if found.kind == "companion":
+    if file.kind == "companion":
         return None
-    if (message := _defect(fields, found)) is not None:
+    if (message := _defect(fields, file)) is not None:
         return Problem(code="invalid_model_file", message=message)
     return None
 
 
-def _defect(fields: _Fields, found: ModelFile) -> str | None:
-    """The first value that llama.cpp would abort on, or could not begin with."""
-    if not found.architecture:
-        return "names no architecture"
-    prefix = found.architecture
-    if not 1 <= found.context_length <= MAX_CONTEXT_LENGTH:
+def _defect(fields: _Fields, file: ModelFile) -> str | None:
+    """Return the first required value that is missing, or that would make llama.cpp abort; None if there is none."""
+    if not file.architecture:
+        return "has no general.architecture"
+    prefix = file.architecture
+    if not 1 <= file.context_length <= MAX_CONTEXT_LENGTH:
         if not fields.has(f"{prefix}.context_length"):
             return f"has no {prefix}.context_length"
-        return f"has {prefix}.context_length = {found.context_length}; it must be from 1 to {MAX_CONTEXT_LENGTH}"
+        return f"has {prefix}.context_length = {file.context_length}; it must be from 1 to {MAX_CONTEXT_LENGTH}"
     blocks = fields.number(f"{prefix}.block_count", 1)
     if not 1 <= blocks <= MAX_BLOCKS:
         return f"has {prefix}.block_count = {blocks}; it must be from 1 to {MAX_BLOCKS}"
-    if (message := _expert_defect(fields, prefix, found.expert_count)) is not None:
+    if (message := _expert_defect(fields, prefix, file.expert_count)) is not None:
         return message
     scaling = fields.text(f"{prefix}.rope.scaling.type")
     if fields.has(f"{prefix}.rope.scaling.type") and scaling not in ROPE_SCALING_TYPES:
@@ -202,13 +202,14 @@ def _expert_defect(fields: _Fields, prefix: str, experts: int) -> str | None:
 
 
 def _mentions_tools(metadata: dict[str, Value]) -> bool:
-    """Whether a chat template has a place for tools: what a model that was not trained with them lacks."""
+    """Return whether a chat template uses `tools`, as that of a model trained for tool use does."""
     templates = [value for key, value in metadata.items() if key.startswith("tokenizer.chat_template")]
     return any(isinstance(template, str) and re.search(r"\btools\b", template) is not None for template in templates)
 
 
 def _weigh(header: Header) -> tuple[int | None, int | None]:
-    """Number of weights, and bytes that they take; None where the header does not tell (yet)."""
+    """Return the number of weights and their bytes.  Each is None if unknown: the tensors were not read yet, or for the
+    bytes, have an unknown type."""
     if header.tensors is None:
         return None, None
     parameters = sum(tensor.elements for tensor in header.tensors)
@@ -217,7 +218,7 @@ def _weigh(header: Header) -> tuple[int | None, int | None]:
 
 
 def _by_place(tensors: Sequence[Tensor]) -> Weights:
-    """Their bytes; every one is of a known type."""
+    """Sum the bytes of tensors, all of known types, by their place in the model."""
     by_place, by_block = Counter[str](), Counter[int]()
     for tensor in tensors:
         size = tensor.size or 0
@@ -235,7 +236,7 @@ def _by_place(tensors: Sequence[Tensor]) -> Weights:
 
 
 def _dimensions(fields: _Fields, architecture: str, tokens: int | None) -> Dimensions | None:
-    """None where something is missing without which llama.cpp loads nothing, or is none of what there can be."""
+    """Return the model's dimensions.  Returns None if a field that llama.cpp requires is missing or out of range."""
     of = f"{architecture}.".__add__
     blocks, n_embd = fields.length(of("block_count")), fields.length(of("embedding_length"))
     heads = fields.lengths(of("attention.head_count"), blocks)
@@ -258,7 +259,7 @@ def _dimensions(fields: _Fields, architecture: str, tokens: int | None) -> Dimen
 
 
 def abbreviated(parameters: int) -> str:
-    """A number of weights as people say it: 7B, 1.5B, 596M, 22K."""
+    """Format a number of weights in the usual short form: 7B, 1.5B, 596M, 22K."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
         value = parameters / size
         if value >= 0.9995:

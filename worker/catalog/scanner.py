@@ -1,8 +1,8 @@
-"""The scanner: a process of its own that watches the models directory and tells the worker what is in it.
+"""The scanner: a separate process that watches the models directory and sends the catalog to the worker.
 
-Reading headers keeps a Python interpreter busy, which a worker that talks to runners and Redis cannot have in its
-own.  `python -m worker.catalog.scanner MODELS_DIR CACHE_FILE` writes each catalog, a `list[Model]`, to its stdout in a
-frame of `worker.framing`.  Its stdin carries no data; the scanner ends when its stdin does.
+Reading headers keeps a Python interpreter busy and would delay a worker's traffic with runners and Redis.
+`python -m worker.catalog.scanner MODELS_DIR CACHE_FILE` writes each catalog, a `list[Model]`, to its stdout in a frame
+of `worker.framing`.  Its stdin carries no data; the scanner exits at the end of its stdin.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from worker import framing
 from worker.catalog.catalog import Catalog
 
 POLL_S = 1.0  # a stat of 200 files takes a millisecond or two
-SLICE_S = 0.5  # of reading whole headers between two looks at the directory
+SLICE_S = 0.5  # for reading whole headers between two scans of the directory
 NICENESS = 10
 FIRST_PAUSE_S = 0.5  # before a scanner that died is started again; doubles up to LAST_PAUSE_S
 LAST_PAUSE_S = 30.0
-STABLE_S = 60.0  # a scanner that lived this long gets the first pause again
+STABLE_S = 60.0  # a scanner that ran this long resets the pause
 LAST_WORDS_S = 1.0  # between the end of a scanner's stream and its exit
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -48,10 +48,10 @@ _decode = msgspec.msgpack.Decoder(list[Model]).decode
 async def catalogs(
     models_dir: Path, cache_file: Path, *, log_level: LogLevel = "info", log_format: LogFormat = "console"
 ) -> AsyncGenerator[list[Model], None]:
-    """The catalog, at once and whenever it changes, for as long as it is iterated; a dead scanner is started again.
+    """Yield the catalog at once and whenever it changes.  Restarts the scanner if it exits.
 
-    Equal catalogs may follow each other.  Ends only by being closed or cancelled, and then the scanner is gone and
-    reaped when it returns: use it within `contextlib.aclosing`, since a loop that is left does not close it.
+    May yield the same catalog twice in a row.  Ends only when closed or cancelled; the scanner is reaped by then.  Use
+    it within `contextlib.aclosing`, since leaving an `async for` loop does not close it.
     """
     command = [sys.executable, "-m", __name__, str(models_dir), str(cache_file), "--log-level", log_level]
     backoff = Backoff(FIRST_PAUSE_S, LAST_PAUSE_S, STABLE_S)
@@ -67,18 +67,18 @@ async def catalogs(
             try:
                 while (models := await _next(child)) is not None:
                     yield models
-                with suppress(TimeoutError):  # let it end with a status of its own
+                with suppress(TimeoutError):  # an exit status of its own explains more than SIGKILL
                     await asyncio.wait_for(child.wait(), LAST_WORDS_S)
             finally:
                 await _end(child)
             why = f"exit status {child.returncode}"
         pause_s = backoff.after(time.monotonic() - started)
-        _log.error("the scanner ended", action="scanner_ended", reason=why, again_in_s=pause_s)
+        _log.error("scanner exited", action="scanner_ended", reason=why, again_in_s=pause_s)
         await asyncio.sleep(pause_s)
 
 
 async def _next(child: asyncio.subprocess.Process) -> list[Model] | None:
-    """Read the next catalog from a scanner; None when its stream ends or cannot be decoded."""
+    """Read the next catalog from a scanner.  Returns None if its stream ends or cannot be decoded."""
     assert child.stdout is not None
     data = await framing.read(child.stdout)
     try:
@@ -88,9 +88,9 @@ async def _next(child: asyncio.subprocess.Process) -> list[Model] | None:
 
 
 async def _end(child: asyncio.subprocess.Process) -> None:
-    """Kill and reap; the scanner keeps nothing that SIGKILL could damage.
+    """Kill and reap a scanner, which has no state that SIGKILL could damage.
 
-    What it wrote is read to the end, because asyncio closes a pipe only there.
+    Reads its output to the end, because asyncio closes a pipe only there.
     """
     assert child.stdin is not None
     with suppress(ProcessLookupError):
@@ -103,10 +103,10 @@ async def _end(child: asyncio.subprocess.Process) -> None:
 
 
 def main() -> None:
-    """Look, publish, read on, until nobody listens any more."""
+    """Scan and publish until the worker is gone."""
     arguments = _arguments()
     log.configure(arguments.log_level, arguments.log_format, process="scanner")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the worker, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the worker, which stops the scanner
     os.nice(NICENESS)
     with suppress(BrokenPipeError):
         _scan(Catalog(arguments.models_dir, arguments.cache_file), Publisher(), Reporter())
@@ -133,16 +133,16 @@ def _scan(catalog: Catalog, publisher: Publisher, reporter: Reporter) -> None:
         else:
             reporter.directory(None)
         if changed or not publisher.has_published:
-            _tell(catalog, publisher, reporter)
+            _publish(catalog, publisher, reporter)
         if _worker_is_gone(0 if catalog.is_shallow else POLL_S):
             return
         if catalog.is_shallow:
             catalog.deepen(SLICE_S)
-            _tell(catalog, publisher, reporter)
+            _publish(catalog, publisher, reporter)
 
 
-def _tell(catalog: Catalog, publisher: Publisher, reporter: Reporter) -> None:
-    """Save first: what was told once, the next scanner knows at once."""
+def _publish(catalog: Catalog, publisher: Publisher, reporter: Reporter) -> None:
+    """Save the cache, then publish: the next scanner starts with everything that was published."""
     try:
         catalog.save()
     except OSError as e:
@@ -160,7 +160,7 @@ def _worker_is_gone(wait_s: float) -> bool:
 
 
 class Publisher:
-    """Writes catalogs that differ from the one before."""
+    """Writes a catalog to stdout if it differs from the last one."""
 
     def __init__(self) -> None:
         self._last: list[Model] | None = None
@@ -174,12 +174,12 @@ class Publisher:
             return
         self._last = models
         rest = memoryview(framing.frame(models))
-        while rest:  # without a buffer that the interpreter would flush once more when nobody listens
+        while rest:  # unbuffered: at exit the interpreter would flush a buffer into a closed pipe
             rest = rest[os.write(sys.stdout.fileno(), rest) :]
 
 
 class Reporter:
-    """Logs what cannot be read: once, and again when the reason changes."""
+    """Logs each read error once, and again when its reason changes."""
 
     def __init__(self) -> None:
         self._problems: dict[str, Problem] = {}
@@ -195,17 +195,17 @@ class Reporter:
             if self._problems.get(model.shards[0]) != problem:
                 write = _log.warning if problem.code == "invalid_model_file" else _log.info
                 facts = {"model": model.key, "file": model.shards[0], "reason": problem.message}
-                write("a file is no usable model", action="unreadable_model", **facts)
+                write("file is not a usable model", action="unreadable_model", **facts)
         self._problems = problems
 
     def directory(self, reason: str | None) -> None:
         if reason and reason != self._directory:
-            _log.warning("the models directory cannot be listed", action="unreadable_models_dir", reason=reason)
+            _log.warning("models directory cannot be listed", action="unreadable_models_dir", reason=reason)
         self._directory = reason
 
     def cache(self, reason: str | None) -> None:
         if reason and reason != self._cache:
-            _log.warning("the catalog's cache cannot be written", action="unwritable_catalog_cache", reason=reason)
+            _log.warning("catalog cache cannot be written", action="unwritable_catalog_cache", reason=reason)
         self._cache = reason
 
 
