@@ -269,7 +269,7 @@ def making_a_context(service: Service, model: str) -> Iterator[str]:
     ("name", "change", "says"),
     [
         ("replaced-in-load", replace, "a file of the model changed while it was loaded"),
-        ("cut-in-load", cut, "a file of the model was cut short"),
+        ("cut-in-load", cut, "a file of the model was truncated"),
     ],
 )
 def test_a_file_that_changes_behind_the_engine_fails_its_load(

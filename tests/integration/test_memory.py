@@ -279,7 +279,7 @@ async def test_a_runner_that_the_kernel_kills_for_want_of_memory_did_not_crash(
 ) -> None:
     runner = await held.warm()
     found = await held.outcome(await killer.strike(held, runner))
-    detail = held.check_short(found, runner, "the kernel killed the engine, since memory had run out")
+    detail = held.check_short(found, runner, "the kernel's OOM killer terminated the engine")
     check_host(detail["devices"][0], [SMALL])
     await held.loaded(LONG, 256)
 

@@ -467,7 +467,7 @@ async def test_close_ends_a_warm_one_that_does_not_answer(impatient: Runners) ->
 async def test_one_that_ends_before_it_is_warm_is_told_of(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(worker.runner.warm, "run_child", slice)  # anything that returns at once
-        with pytest.raises(RunnerDied, match="it said nothing"):
+        with pytest.raises(RunnerDied, match="it exited without output"):
             await runners.take()
     async with taken(runners):  # the next one is another try
         pass

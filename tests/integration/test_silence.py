@@ -176,7 +176,7 @@ async def test_a_server_that_forks_no_more_fails_loads_in_time(begin: Begin) -> 
     try:
         id_, _ = await loaded(agent)
         other = await delivered(agent, 2)
-        check_failed(await reached(agent, other, State.FAILED), "engine_crashed", "none was forked in time")
+        check_failed(await reached(agent, other, State.FAILED), "engine_crashed", "the fork server timed out")
         await released(agent, other)
         assert not is_gone(first.pid)
     finally:

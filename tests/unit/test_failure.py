@@ -108,7 +108,7 @@ def test_an_assert_is_told_without_the_path_of_the_build() -> None:
     code, sentence = from_exit(-signal.SIGABRT, ["load: printing all EOG tokens:", ASSERT, ""])
     assert code == "engine_crashed"
     assert sentence == (
-        "the engine died of SIGABRT: llama-model.cpp:1362: GGML_ASSERT(hparams.n_expert_used <= hparams.n_expert) failed"  # noqa: E501
+        "the engine was terminated by SIGABRT: llama-model.cpp:1362: GGML_ASSERT(hparams.n_expert_used <= hparams.n_expert) failed"  # noqa: E501
     )
 
 
@@ -118,9 +118,9 @@ def test_an_assert_is_told_without_the_path_of_the_build() -> None:
         (0, "with status 0"),
         (1, "with status 1"),
         (3, "with status 3"),
-        (-signal.SIGSEGV, "of SIGSEGV"),
-        (-signal.SIGABRT, "of SIGABRT"),
-        (-signal.SIGTERM, "of SIGTERM"),
+        (-signal.SIGSEGV, "terminated by SIGSEGV"),
+        (-signal.SIGABRT, "terminated by SIGABRT"),
+        (-signal.SIGTERM, "terminated by SIGTERM"),
         (-signal.SIGKILL, "killed by SIGKILL"),
     ],
 )

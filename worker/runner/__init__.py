@@ -1,1 +1,1 @@
-"""The parent side of a runner: the process, its messages, its output, its failure."""
+"""The parent side of a runner: process, messages, output, failures."""

@@ -1,4 +1,4 @@
-"""Why a load failed, for machines and for people: pure functions over the engine's words."""
+"""Classifies a failed load: a code for machines and a sentence for people.  Pure functions over the engine's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEMORY = re.compile(
     r"|MemoryError|can't start new thread",
     re.I,
 )
-ASKED = re.compile(r"(?:of size|allocate|allocating)\s+(?P<number>[\d.]+)(?: ?(?P<unit>Mi?B))?")
+REQUESTED = re.compile(r"(?:of size|allocate|allocating)\s+(?P<number>[\d.]+)(?: ?(?P<unit>Mi?B))?")
 UNSUPPORTED = re.compile(
     r"unknown model architecture|unknown tokenizer|unknown pre-tokenizer|cannot be used as main model"
     r"|model type is not supported|does not support",
@@ -27,12 +27,12 @@ SAYS_WHY = re.compile(r"GGML_ASSERT|ggml_abort|terminate called|what\(\):|error|
 
 
 def scrub(text: str) -> str:
-    """Lines of the engine's without the directories of this machine."""
+    """Remove directories from the paths in the engine's output."""
     return PATH.sub(r"\1", text)
 
 
 def from_reason(reason: str) -> tuple[LoadFailure, str]:
-    """Code and sentence for what llama.cpp said when it refused a file."""
+    """Return code and sentence for the reason with which llama.cpp rejected a file."""
     sentence = PREFIX.sub("", scrub(reason)).strip() or scrub(reason)
     if MEMORY.search(reason):
         return "insufficient_memory", sentence
@@ -41,43 +41,44 @@ def from_reason(reason: str) -> tuple[LoadFailure, str]:
     return "invalid_model_file", sentence
 
 
-def from_exit(status: int, tail: Iterable[str], *, oom_killed: bool = False) -> tuple[LoadFailure, str]:
-    """Code and sentence for a runner that died without saying so; `status` as Popen has it: -n is signal n.
+def from_exit(status: int, output: Iterable[str], *, oom_killed: bool = False) -> tuple[LoadFailure, str]:
+    """Return code and sentence for a runner that exited without a message.
 
-    `oom_killed`: meanwhile the kernel killed some process for want of memory.
+    `status` is as in `subprocess.Popen`: -n is signal n.  `output` is what the runner wrote last.  `oom_killed`: the
+    kernel's OOM killer terminated a process on this host during the load.
     """
-    lines = [scrub(line) for line in tail if line.strip()]
+    lines = [scrub(line) for line in output if line.strip()]
     memory = next((line for line in reversed(lines) if MEMORY.search(line)), None)
     if memory is not None:
         return "insufficient_memory", memory
-    said = next((line for line in reversed(lines) if SAYS_WHY.search(line)), lines[-1] if lines else "it said nothing")
+    cause = next((line for line in reversed(lines) if SAYS_WHY.search(line)), lines[-1] if lines else "no output")
     if status == -signal.SIGKILL:
         if oom_killed:
-            return "insufficient_memory", "the kernel killed the engine, since memory had run out"
+            return "insufficient_memory", "the kernel's OOM killer terminated the engine"
         return "engine_crashed", "the engine was killed by SIGKILL"
     if status == -signal.SIGBUS:  # a page of a mapped file that is not there: mmap(2)
-        return "invalid_model_file", "a file of the model was cut short, or its device fails: the engine died of SIGBUS"
-    how = f"of {_signal_name(-status)}" if status < 0 else f"with status {status}"
-    return "engine_crashed", f"the engine died {how}: {said}"
+        return "invalid_model_file", "a file of the model was truncated, or its storage failed (SIGBUS)"
+    end = f"was terminated by {_signal_name(-status)}" if status < 0 else f"exited with status {status}"
+    return "engine_crashed", f"the engine {end}: {cause}"
 
 
-def needed_bytes(tail: Iterable[str]) -> int | None:
-    """The most that the engine asked for at once and did not get, by what it said."""
-    found = []
-    for line in tail:
-        if MEMORY.search(line) and (match := ASKED.search(line)):
+def needed_bytes(output: Iterable[str]) -> int | None:
+    """Return the size of the largest allocation that failed, from the engine's output; None if it names none."""
+    sizes = []
+    for line in output:
+        if MEMORY.search(line) and (match := REQUESTED.search(line)):
             number, unit = match["number"], match["unit"]
-            found.append(round(float(number) * (1 << 20)) if unit else int(float(number)))
-    return max(found, default=None)
+            sizes.append(round(float(number) * (1 << 20)) if unit else int(float(number)))
+    return max(sizes, default=None)
 
 
 def shortage(
     reason: str, needed: int, devices: list[Device], holders: Mapping[str, list[str]], by_others: Mapping[str, int]
 ) -> tuple[str, dict[str, object]]:
-    """The sentence and the numbers for machines of a load that memory was too short for.
+    """Return the sentence, and the detail for machines, of a load that did not fit in memory.
 
-    `needed` bytes were asked for; `holders` are the instances on each device, and `by_others` what other processes have
-    there, as far as the driver tells.
+    `needed` is in bytes.  `holders` are the instances on each device; `by_others` the bytes that other processes use
+    there, as far as the driver reports them.
     """
     free = ", ".join(f"{size(max(0, d.available_bytes))} of {size(d.total_bytes)} available on {d.id}" for d in devices)
     detail: dict[str, object] = {

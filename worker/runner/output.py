@@ -10,7 +10,7 @@ MOST_BYTES = 256 << 10
 
 
 class Output:
-    """Keeps lines, up to MOST_BYTES in all: the oldest are dropped.  Each new line sets `grown`."""
+    """Keeps the last MOST_BYTES of lines and drops the oldest.  Each new line sets `grown`."""
 
     def __init__(self) -> None:
         self.grown = asyncio.Event()

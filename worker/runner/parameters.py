@@ -1,4 +1,4 @@
-"""From what a client asked for to what a runner is told."""
+"""Translates a client's request to the message that a runner receives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.runner.protocol import Load
 
 
 def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[str], layers: list[int]) -> Load:
-    """The load of a request that `model` allows, onto the CPU or onto GPUs; see `Load` of both."""
+    """Return the `Load` for a request.  `devices` and `layers` are as in `Load`: GPUs, or none for the CPU."""
     return Load(
         shards=[str(Path(settings.models_dir, shard)) for shard in model.shards],
         total_bytes=model.size_bytes,

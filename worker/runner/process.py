@@ -1,4 +1,4 @@
-"""The worker's handle on one runner process."""
+"""The worker's handle for a runner process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RunnerStuck(Exception):
 
 
 class Unreadable(msgspec.Struct, frozen=True, tag="unreadable"):
-    """A frame that is none of the protocol's messages; nothing after it can be read."""
+    """A frame that is not a message of the protocol.  The rest of the stream is not read."""
 
 
 Received = FromRunner | Unreadable | None  # None: the end of the stream
@@ -40,7 +40,7 @@ def tag(message: msgspec.Struct) -> str:
 
 
 class Runner:
-    """One child process, from its start until it is reaped."""
+    """A child process, from its start until it is reaped."""
 
     def __init__(
         self,
@@ -60,29 +60,32 @@ class Runner:
         self._reader, self._writer = reader, writer
         self._inbox: asyncio.Queue[Received] = asyncio.Queue()
         self._listening = asyncio.create_task(self._listen())
-        self._is_asked = False
+        self._awaits_pong = False
         self._collecting: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(process.sentinel, self._on_exit)
 
     async def send(self, message: ToRunner) -> None:
-        with suppress(ConnectionError, RuntimeError):  # closed, as uvloop says it: `receive` and `exited` tell
+        """Send a message.  If the channel is closed, drops it: `receive` and `exited` report the end."""
+        with suppress(ConnectionError, RuntimeError):  # uvloop raises RuntimeError if the transport is closed
             self._writer.write(frame(message))
             await self._writer.drain()
 
     async def receive(self) -> Received:
-        """Return the next message, None at the end of the stream."""
+        """Return the next message; None at the end of the stream, also if called again."""
         message = await self._inbox.get()
         if message is None:
             self._inbox.put_nowait(None)
         return message
 
     def ping(self, since_s: float) -> None:
-        """Ask for a sign of life, `since_s` after the last time.  Only that counts as silence: where this process
-        was paused, answers may lie unread."""
-        if self._is_asked:
+        """Send a ping, or count `since_s`, the time since the last call, as silence if the last one is unanswered.
+
+        The wall clock would not do: while this process was paused, answers may lie unread.
+        """
+        if self._awaits_pong:
             self.silent_s += since_s
             return
-        self._is_asked = True
+        self._awaits_pong = True
         with suppress(ConnectionError, RuntimeError):
             self._writer.write(frame(Ping()))
 
@@ -90,7 +93,7 @@ class Runner:
         try:
             while (data := await framing.read(self._reader)) is not None:
                 message = decode_from_runner(data)
-                self._is_asked, self.silent_s = False, 0.0  # whatever it says
+                self._awaits_pong, self.silent_s = False, 0.0  # any message proves that it is alive
                 if not isinstance(message, Pong):
                     self._inbox.put_nowait(message)
         except msgspec.MsgspecError:
@@ -98,9 +101,10 @@ class Runner:
         self._inbox.put_nowait(None)
 
     async def stop(self) -> None:
-        """The stop ladder: ask, SIGTERM, SIGKILL to its process group; done when it is reaped and its output is read.
+        """Stop the process group by the stop ladder: Stop message, SIGTERM, SIGKILL.
 
-        Safe to repeat.  Raises RunnerStuck if it outlives SIGKILL by `Timing.reap_s`.
+        Returns once the process is reaped and its output is read.  Safe to repeat.  Raises RunnerStuck if the process
+        survives SIGKILL for `Timing.reap_s`.
         """
         await self.send(Stop())
         grace_s, reap_s = self._timing.grace_s, self._timing.reap_s
@@ -114,17 +118,17 @@ class Runner:
         raise RunnerStuck(f"process {self.pid} survived SIGKILL")
 
     async def reaped(self) -> None:
-        """Wait until the process is gone and the last of its output is in `output`."""
+        """Wait until the process is reaped and all of its output is in `output`."""
         await self.exited.wait()
         if self._collecting is not None:
-            await asyncio.wait([self._collecting], timeout=self._timing.grace_s)  # a grandchild may hold the other end
+            await asyncio.wait([self._collecting], timeout=self._timing.grace_s)  # a grandchild may keep the pipe open
             self._collecting.cancel()
         self._listening.cancel()
         self._inbox.put_nowait(None)
         self._writer.close()
 
     def kill(self) -> None:
-        """SIGKILL, without waiting."""
+        """Send SIGKILL without waiting."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, signum: int) -> None:
@@ -133,7 +137,7 @@ class Runner:
         with suppress(ProcessLookupError):
             try:
                 os.killpg(self.pid, signum)
-            except ProcessLookupError:  # it has not made its own group yet
+            except ProcessLookupError:  # it has not created its process group yet
                 os.kill(self.pid, signum)
 
     def _on_exit(self) -> None:
@@ -144,23 +148,24 @@ class Runner:
         self.exited.set()
 
     def collect(self, output: socket.socket) -> None:
-        """Read what it writes to its stdout and stderr into `output`, until `reaped`."""
+        """Start to read the process's stdout and stderr from `output` into `self.output`, until `reaped`."""
         self._collecting = asyncio.create_task(self._collect(output))
 
     async def _collect(self, output: socket.socket) -> None:
-        """Line by line, and one of more than CHUNK_BYTES in parts.  A load says hundreds, in few chunks."""
+        """Append output by line; split lines longer than CHUNK_BYTES.  Reads in chunks: a load writes hundreds of lines
+        in few writes."""
         reader, writer = await asyncio.open_connection(sock=output)
-        begun = b""
+        partial = b""
         try:
             with suppress(ConnectionError):
                 while chunk := await reader.read(CHUNK_BYTES):
-                    said, end, begun = (begun + chunk).rpartition(b"\n")
-                    if len(begun) > CHUNK_BYTES:
-                        said, end, begun = said + end + begun, b"\n", b""
+                    complete, end, partial = (partial + chunk).rpartition(b"\n")
+                    if len(partial) > CHUNK_BYTES:
+                        complete, end, partial = complete + end + partial, b"\n", b""
                     if end:
-                        for line in said.decode("utf-8", "replace").split("\n"):
+                        for line in complete.decode("utf-8", "replace").split("\n"):
                             self.output.append(line.rstrip())
-            if begun:
-                self.output.append(begun.decode("utf-8", "replace").rstrip())
+            if partial:
+                self.output.append(partial.decode("utf-8", "replace").rstrip())
         finally:
             writer.close()

@@ -12,38 +12,39 @@ from shared.schema.memory import Usage
 from shared.schema.model import FileStat
 from worker import framing
 
-NO_GPU = "-1"  # CUDA_VISIBLE_DEVICES ends before the first number that is none: CUDA C++ Programming Guide
+NO_GPU = "-1"  # CUDA_VISIBLE_DEVICES ends before the first invalid index: CUDA C++ Programming Guide
 
 # ---- to the runner
 
 
 class Load(Plan, frozen=True, kw_only=True, tag="load"):
-    """Load one model, with these parameters of llama.cpp's."""
+    """Load a model with these parameters of llama.cpp."""
 
     shards: list[str]  # absolute paths, first shard first
     total_bytes: int
     check_tensors: bool
-    devices: list[str]  # UUIDs of GPUs, in the order in which they take layers; none: the CPU alone
-    layers: list[int]  # how many each of these takes; the first ones of the model, that none takes, stay on the CPU
-    traceparent: str = ""  # W3C Trace Context: the runner's own span
+    devices: list[str]  # UUIDs of GPUs, in the order in which they take layers; empty: the CPU only
+    layers: list[int]  # number of layers per device; the model's first layers, beyond their sum, stay on the CPU
+    traceparent: str = ""  # of the runner's own span (W3C Trace Context)
 
 
 class Measure(Struct, frozen=True, tag="measure"):
-    """Say what a load would take.  Any number of these may come before a Load; where the runner has not started the
-    engine's backend yet, it does for the GPUs of the first one, and sees no others from then on.
+    """Do a dry run: report the memory that a load would take, without allocating it.
 
-    It takes none of that.  On a GPU the process holds the driver's context from then on, as it does in a load.
+    A runner accepts any number of these before a Load.  If it has not started the engine's backend yet, it starts it
+    for the GPUs of the first message and sees no other GPUs afterwards.  On a GPU, the process then holds the driver's
+    context, as in a load.
     """
 
     load: Load
 
 
 class Ping(Struct, frozen=True, tag="ping"):
-    """Give a sign of life."""
+    """Answer with a Pong."""
 
 
 class Stop(Struct, frozen=True, tag="stop"):
-    """Leave at once; dying is how a runner gives its memory back."""
+    """Exit at once, which is how a runner frees its memory."""
 
 
 ToRunner = Load | Measure | Ping | Stop
@@ -52,16 +53,18 @@ ToRunner = Load | Measure | Ping | Stop
 
 
 class Warm(Struct, frozen=True, tag="warm"):
-    """The engine is there; a load may be given."""
+    """The engine is imported; the runner accepts a Load or a Measure."""
 
     has_cuda: bool  # whether it was built with CUDA
 
 
 class Pong(Struct, frozen=True, tag="pong"):
-    """The answer to a Ping, in whatever the engine is deep."""
+    """The answer to a Ping, also while the engine is busy."""
 
 
 class Progress(Struct, frozen=True, tag="progress"):
+    """The progress of a load."""
+
     phase: Phase
     loaded_bytes: int  # never decreases
 
@@ -69,20 +72,20 @@ class Progress(Struct, frozen=True, tag="progress"):
 class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     """The model is in memory and has decoded a token."""
 
-    config: LoadConfig  # as read back
+    config: LoadConfig  # as read back from the engine
     timing: dict[Phase, float]  # seconds, disjoint
-    files: list[FileStat]  # of each shard, as it was opened; it was the same at the end
-    taken: list[Usage]  # of each device, and of the host; empty where this build of the engine cannot say
+    files: list[FileStat]  # of each shard, when it was opened and, unchanged, at the end of the load
+    taken: list[Usage]  # by device, then of the host; empty if this build of the engine does not report it
 
 
 class Measured(Struct, frozen=True, tag="measured"):
-    """The answer to a Measure.  The runner waits for what it is told next."""
+    """The answer to a Measure.  The runner then waits for the next message."""
 
-    taken: list[Usage]  # of each device, and of the host
+    taken: list[Usage]  # by device, then of the host
 
 
 class Failed(Struct, frozen=True, tag="failed"):
-    """The engine refused; the runner ends after this."""
+    """The engine rejected the load, or the dry run; the runner exits after this message."""
 
     reason: str
 

@@ -1,4 +1,4 @@
-"""How fast a load goes, from what it did in the last seconds."""
+"""The rate of a load over the last seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ WINDOW_S = 3.0
 
 
 class Rate:
-    """Bytes over time; `now` is monotonic, in seconds."""
+    """A moving average of bytes per second over WINDOW_S.  `now` is monotonic, in seconds."""
 
     def __init__(self, now: float) -> None:
         self._seen: deque[tuple[float, int]] = deque([(now, 0)])
@@ -19,6 +19,6 @@ class Rate:
             self._seen.popleft()
 
     def bytes_per_second(self) -> float | None:
-        """None before anything was loaded."""
+        """Return the rate; None before anything was loaded."""
         (began, least), (ended, most) = self._seen[0], self._seen[-1]
         return (most - least) / (ended - began) if most > least and ended > began else None

@@ -1,4 +1,4 @@
-"""The runners of a worker, of which one waits warm."""
+"""Starts the runners of a worker and keeps one warm."""
 
 from __future__ import annotations
 
@@ -17,55 +17,54 @@ from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, t
 from worker.runner.protocol import Failed, Measured, Pong, Progress, Ready, Warm
 from worker.timing import Timing
 
-ENGINE = "worker.engine.child"  # imported by the server that forks runners, and in them; never by the worker itself
+ENGINE = "worker.engine.child"  # imported by the fork server and the runners, never by the worker itself
 
 
 class Runners:
-    """Starts runners, keeping one warm ahead, so that a load does not wait for a process.
+    """Starts runners and keeps one warm, so that a load does not wait for a process to start.
 
-    They are forked from a server process that has imported the engine but never initialised it: CUDA cannot be used
-    in the fork of a process that did.
+    Runners are forked from multiprocessing's fork server, which has imported the engine but never initialised it: CUDA
+    cannot be used in the fork of a process that initialised it.
 
-    `silent_s`: for how long no runner has answered, and none could be started that does.
+    `silent_s`: for how long no runner has answered a ping, or could be started.
     """
 
     def __init__(
         self,
         patience_s: float,
-        on_death: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None] = lambda: None,
         *,
         visible: str | None,
         timing: Timing | None = None,
     ) -> None:
-        """A warm runner that is silent for `patience_s` is replaced.  `on_death` is called for each that died before
-        it was taken.
+        """`patience_s`: a warm runner that is silent for longer is replaced.  `on_failure` is called for each runner
+        that dies before a load takes it.
 
-        `visible`: the GPUs that every load may have, as CUDA_VISIBLE_DEVICES names them, "-1" for none: a warm runner
-        has started the engine's backend for them.  None: which ones differs by load, so that it has only imported the
-        engine.
+        `visible`: the value of CUDA_VISIBLE_DEVICES for all loads, "-1" for no GPU; a warm runner has started the
+        engine's backend for these GPUs.  None: the GPUs differ by load; a warm runner has only imported the engine.
         """
         self.silent_s = 0.0
-        self.has_cuda = False  # whether the engine was built with it, by the word of a warm runner
+        self.has_cuda = False  # whether the engine was built with CUDA; known once a runner was warm
         self._visible = visible
         self._timing = timing or Timing()
         self._patience_s = patience_s
-        self._on_death = on_death
+        self._on_failure = on_failure
         self._all: set[Runner] = set()
         self._context = multiprocessing.get_context("forkserver")
-        # This module too, since `run_child` is found in it: imported after the fork, it would cost each runner 0.1 s.
+        # This module too, for `run_child`: importing it after the fork would cost each runner 0.1 s.
         self._context.set_forkserver_preload([ENGINE, __name__])
-        self.coming: asyncio.Task[Runner] | None = None  # the next runner: warm, or getting warm
+        self.coming: asyncio.Task[Runner] | None = None  # the next runner: warm, or starting
 
     def prepare(self) -> None:
-        """Begin to warm the next runner, also where the last attempt failed."""
+        """Start the next runner, unless one is warm or starting."""
         if self.coming is None or _failed(self.coming):
             self.coming = asyncio.create_task(self._start())
 
     async def watch(self, since_s: float) -> None:
-        """Ping every runner, `since_s` after the last time, and replace the warm one where it is gone or silent."""
+        """Ping every runner, `since_s` after the last call, and replace the warm one if it has exited or is silent."""
         self._all = {runner for runner in self._all if not runner.exited.is_set()}
-        heard = [runner for runner in self._all if runner.silent_s == 0]
-        self.silent_s = 0.0 if heard else self.silent_s + since_s
+        responsive = [runner for runner in self._all if runner.silent_s == 0]
+        self.silent_s = 0.0 if responsive else self.silent_s + since_s
         for runner in self._all:
             runner.ping(since_s)
         if (coming := self.coming) is None or not coming.done():
@@ -75,16 +74,16 @@ class Runners:
             return
         runner = coming.result()
         if runner.silent_s >= self._patience_s:
-            log.get("worker").warning("a warm runner is silent", action="warm_runner_silent", pid=runner.pid)
+            log.get("worker").warning("warm runner does not answer", action="warm_runner_silent", pid=runner.pid)
             runner.kill()
         if runner.exited.is_set():
-            self._on_death()
+            self._on_failure()
             self.coming = None
             self.prepare()
             await runner.reaped()
 
     async def warmed(self) -> None:
-        """Wait until a runner is warm: the engine can be started here, and `has_cuda` is known.
+        """Wait until a runner is warm.  Then the engine is known to start on this host, and `has_cuda` is set.
 
         Raises RunnerDied and TimeoutError.
         """
@@ -93,32 +92,31 @@ class Runners:
         await asyncio.shield(self.coming)
 
     async def take(self) -> Runner:
-        """A warm runner.  Raises RunnerDied and TimeoutError where none can be started.
+        """Take a warm runner, which the caller then owns.  Raises RunnerDied and TimeoutError if none can be started.
 
-        Whoever stops waiting leaves it to the next.
+        If the caller is cancelled, the runner stays for the next caller.
         """
         while True:
             self.prepare()
             coming = self.coming
             assert coming is not None
             await asyncio.wait([coming])
-            if self.coming is not coming:  # another load took it
+            if self.coming is not coming:  # another caller took it
                 continue
             self.coming = None
             runner = coming.result()
             if not runner.exited.is_set():
                 return runner
-            self._on_death()
-            log.get("worker").warning("a warm runner died", action="warm_runner_died", status=runner.status)
+            self._on_failure()
+            log.get("worker").warning("warm runner died", action="warm_runner_died", status=runner.status)
             await runner.reaped()
 
     async def close(self) -> None:
-        """Stop the warm runner; the server that forks them ends with this process."""
+        """Stop the warm runner.  The fork server exits with this process."""
         if self.coming is not None:
             coming, self.coming = self.coming, None
-            await asyncio.wait(
-                {coming}, timeout=2 * self._timing.grace_s
-            )  # it is about to be warm: stopped then, it leaves nothing
+            # A runner that is warm can be stopped cleanly; one that is still starting is cancelled.
+            await asyncio.wait({coming}, timeout=2 * self._timing.grace_s)
             coming.cancel()
             await asyncio.wait({coming}, timeout=self._timing.grace_s)
             if coming.done() and not _failed(coming):
@@ -134,14 +132,14 @@ class Runners:
                     target=run_child, args=(control_child, output_child, self._visible), daemon=True
                 )
                 starting = asyncio.ensure_future(asyncio.to_thread(process.start))
-                async with asyncio.timeout(self._timing.warm_s):  # the server that forks them may be stuck
+                async with asyncio.timeout(self._timing.warm_s):  # the fork server may hang
                     await asyncio.shield(starting)
         except BaseException as e:
             control.close()
             output.close()
-            starting.add_done_callback(partial(_bury, process))
-            if isinstance(e, (OSError, EOFError)):  # no descriptor, no process, no memory left for one more; or no time
-                raise RunnerDied(f"a runner could not start: {str(e) or 'none was forked in time'}") from e
+            starting.add_done_callback(partial(_reap_late, process))
+            if isinstance(e, (OSError, EOFError)):  # out of descriptors, processes or memory; or TimeoutError
+                raise RunnerDied(f"no runner could be started: {str(e) or 'the fork server timed out'}") from e
             raise
         runner = Runner(process, *await asyncio.open_connection(sock=control), self._timing)
         self._all.add(runner)
@@ -149,7 +147,7 @@ class Runners:
         try:
             async with asyncio.timeout(self._timing.warm_s):
                 message = await runner.receive()
-        except BaseException:  # too late, or nobody wants it any more
+        except BaseException:  # a timeout, or cancelled
             runner.kill()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._timing.reap_s):
@@ -164,17 +162,17 @@ class Runners:
             case Failed():
                 reason = message.reason
             case Pong() | Progress() | Ready() | Measured() | Unreadable():
-                reason = f"it said '{tag(message)}' before it was warm"
+                reason = f"it sent '{tag(message)}' before 'warm'"
             case _:
                 assert_never(message)
-        self._on_death()
+        self._on_failure()
         await runner.stop()
-        *_, last = ["it said nothing", *runner.output]
-        raise RunnerDied(f"a runner could not start: {reason or last}")
+        *_, last = ["it exited without output", *runner.output]
+        raise RunnerDied(f"no runner could be started: {reason or last}")
 
 
-def _bury(process: ForkServerProcess, started: asyncio.Future[None]) -> None:
-    """Reap what was started too late for anybody: its channel is closed, so that it leaves at once."""
+def _reap_late(process: ForkServerProcess, started: asyncio.Future[None]) -> None:
+    """Reap a process that started after the timeout.  Its channel is closed, so that it exits at once."""
     if not started.cancelled() and started.exception() is None:
 
         def reap() -> None:
@@ -189,6 +187,6 @@ def _failed(start: asyncio.Task[Runner]) -> bool:
 
 
 def run_child(control: socket.socket, output: socket.socket, visible: str | None) -> None:
-    """What a runner does for its whole life.  The engine is found by its name: importing it here would import it into
-    the worker."""
+    """Run a runner process until it exits.  Imports the engine by name: an import statement in this module would load
+    the engine into the worker."""
     importlib.import_module(ENGINE).main(control, output, visible)
