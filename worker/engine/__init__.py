@@ -1,1 +1,1 @@
-"""The engine: runs in runner processes only.  Nothing outside this package imports it."""
+"""The engine.  Runs in runner processes only; no module outside this package imports it."""

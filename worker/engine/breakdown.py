@@ -1,11 +1,11 @@
-"""The engine's own account of the memory that it has taken of each device.
+"""Reads the engine's own account of the memory that it uses on each device.
 
 llama.cpp has no C interface for it: `llama_get_memory_breakdown` returns a std::map by value.  The structures below are
 the map's nodes as libstdc++ lays them out, and the call follows the Itanium C++ ABI on x86-64, with the address of the
 result before the arguments.  The nodes are not freed: about 70 bytes for each of a few buffer types.
 
-A symbol's name says nothing of the fields of a struct, so the call is made only with the version of llama-cpp-python
-that it was checked with.  To check another one, compare its `llama_memory_breakdown_data` with `_Node`, and run
+The mangled name does not encode the fields of a struct, so the call is made only with the version of llama-cpp-python
+that it was checked with.  To check another version, compare its `llama_memory_breakdown_data` with `_Node`, and run
 tests/integration/test_devices_of_a_runner.py.
 """
 
@@ -52,20 +52,20 @@ class _Map(ctypes.Structure):  # std::map: its comparison, the header of its tre
 
 
 def breakdown(engine: Any, version: str, context: Any, devices: Mapping[int, str]) -> list[Usage] | None:
-    """Return what a context and its model take of each of `devices` (ggml's handle to our id), in their order, and of
-    the host.
+    """Return the memory of a context and its model: on each of `devices` (ggml's handle -> device id), in their order,
+    then on the host.
 
-    None when this build of the engine does not say: of another version, for another processor, without the symbol.
+    Returns None if it is not known for this build of the engine: another version, another processor, or no such symbol.
     `engine` is the handle of libllama, `version` that of llama-cpp-python.
     """
     if version != CHECKED_VERSION or platform.machine() != "x86_64" or not hasattr(engine, SYMBOL):
         return None
-    ask = getattr(engine, SYMBOL)
-    ask.argtypes, ask.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p
-    found = _Map()
-    ask(ctypes.addressof(found), context)
+    function = getattr(engine, SYMBOL)
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_void_p
+    result = _Map()
+    function(ctypes.addressof(result), context)
     sums: defaultdict[str, tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
-    for node in _nodes(found.root):
+    for node in _nodes(result.root):
         weights, cache, compute = sums[id_ := _device(engine, node.buffer_type, devices)]
         sums[id_] = weights + node.model, cache + node.context, compute + node.compute
     return [
@@ -83,12 +83,17 @@ def _nodes(node: Any) -> Iterator[Any]:
 
 
 def _device(engine: Any, buffer_type: int, devices: Mapping[int, str]) -> str:
-    """Where the buffers of a type are.  Pinned memory of the host ("CUDA_Host") belongs to a GPU in ggml, and is the
-    host's all the same; the CPU's own types belong to no device, or to its own (ggml-cuda.cu, ggml-backend.cpp)."""
+    """Return the device whose memory a buffer type uses.
+
+    ggml assigns pinned host memory ("CUDA_Host") to a GPU, although it is host memory; the CPU's buffer types have no
+    device, or the CPU's (ggml-cuda.cu, ggml-backend.cpp).
+    """
     engine.ggml_backend_buft_is_host.argtypes = [ctypes.c_void_p]
     engine.ggml_backend_buft_is_host.restype = ctypes.c_bool
     engine.ggml_backend_buft_get_device.argtypes = [ctypes.c_void_p]
     engine.ggml_backend_buft_get_device.restype = ctypes.c_void_p
     if engine.ggml_backend_buft_is_host(buffer_type):
         return HOST
-    return devices.get(engine.ggml_backend_buft_get_device(buffer_type), HOST)  # the CPU's own: rearranged weights
+    return devices.get(
+        engine.ggml_backend_buft_get_device(buffer_type), HOST
+    )  # not host memory by ggml, but the CPU's: repacked weights

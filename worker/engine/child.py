@@ -1,8 +1,7 @@
-"""The runner: a process that holds one model's memory and gives it back by dying.
+"""The runner: a process that holds one model and frees its memory by exiting.
 
-It is forked from a server that has imported this module and nothing that touches a device.  It starts the engine,
-prewarms if it has time, measures loads on request, loads one model, and then waits.  It ends when its channel to the
-worker ends.
+It is forked from a server that has imported this module but has touched no device.  It starts the engine, prewarms if
+it is idle, does dry runs on request, loads one model, and then waits.  It exits when its channel to the worker closes.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ IDLE_S = 0.02  # without a message; then a runner for the CPU prewarms
 
 
 def main(control: socket.socket, output: socket.socket, visible: str | None) -> None:
-    """The process's whole life.  `output` becomes its stdout and stderr: the engine writes there.
+    """Run the process.  `output` becomes stdout and stderr, to which the engine writes.
 
-    `visible`: the GPUs that it may use, as CUDA_VISIBLE_DEVICES names them; None: those of what it is told first.
+    `visible`: the value of CUDA_VISIBLE_DEVICES; None: the GPUs of the first Load or Measure.
     """
     os.setsid()
     os.dup2(output.fileno(), 1)
@@ -54,7 +53,7 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     confine(control.fileno())
-    os.environ["GGML_NO_BACKTRACE"] = "1"  # or an abort would fork a debugger
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # otherwise an abort forks a debugger
 
     inbox: queue.SimpleQueue[Load | Measure] = queue.SimpleQueue()
     sending = threading.Lock()
@@ -71,32 +70,32 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
             inbox.put(inbox.get(timeout=IDLE_S))
         if inbox.empty():
             prewarm(log)
-    told = inbox.get()
-    load = told.load if isinstance(told, Measure) else told
-    if load.traceparent:  # where OpenTelemetry's convention has it, for libraries that look
+    message = inbox.get()
+    load = message.load if isinstance(message, Measure) else message
+    if load.traceparent:  # OpenTelemetry's convention for environment variables; libraries may read it
         os.environ["TRACEPARENT"] = load.traceparent
     if log is None:
         log = llama.initialise(",".join(load.devices) or NO_GPU)
     try:
-        while isinstance(told, Measure):
-            send(Measured(llama.measure(told.load, log)))
-            told = inbox.get()
-        loaded = llama.Loaded(told, log, Throttled(send, told.total_bytes))
+        while isinstance(message, Measure):
+            send(Measured(llama.measure(message.load, log)))
+            message = inbox.get()
+        loaded = llama.Loaded(message, log, Throttled(send, message.total_bytes))
     except llama.LoadError as e:
         log.write()
         send(Failed(str(e)))
         return
-    send(loaded.ready(told))
+    send(loaded.ready(message))
     log.write()
-    libc.trim_heap()  # 7 MB after the vocabulary of 150,000 tokens
+    libc.trim_heap()  # frees 7 MB after a vocabulary of 150,000 tokens
     threading.Event().wait()  # until the reader thread ends the process
 
 
 def read_channel(
     control: socket.socket, inbox: queue.SimpleQueue[Load | Measure], send: Callable[[FromRunner], None]
 ) -> None:
-    """Receive messages, in a thread of its own.  Stop, the end of the stream, or noise in it ends the process at once,
-    whatever the main thread does."""
+    """Receive messages, in a separate thread.  Stop, the end of the stream, or an invalid message ends the process at
+    once, whatever the main thread does."""
     try:
         with control.makefile("rb") as stream:
             while (data := framing.read_blocking(stream)) is not None:
@@ -105,11 +104,11 @@ def read_channel(
                     case Load() | Measure():
                         inbox.put(message)
                     case Ping():
-                        with suppress(OSError):  # the end of the stream is about to be read
+                        with suppress(OSError):  # the channel closed; the next read returns the end of the stream
                             send(Pong())
                     case Stop():
                         os._exit(0)
                     case _:
                         assert_never(message)
-    finally:  # also after a message that cannot be read: without its lifeline a runner must not live on
+    finally:  # also after an invalid message: a runner without its channel must not keep running
         os._exit(ORPHANED)

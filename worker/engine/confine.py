@@ -1,4 +1,4 @@
-"""What a runner gives up before it touches a model's file, which a stranger may have made."""
+"""Drops a runner's privileges before it opens a model's file, which is untrusted input."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ OPEN_FILES = 4096  # shards, libraries, and what a driver opens for each of its 
 
 
 def confine(channel: int) -> None:
-    """Take from this process, for good: other descriptors than its standard ones and `channel`; new privileges, such
-    as a setuid program would give; core dumps, which would hold a model's weights.  It dies with its parent, also
-    where it is stopped and cannot read the end of its channel."""
+    """Restrict this process irrevocably.
+
+    Closes all descriptors except stdin, stdout, stderr and `channel`; forbids new privileges, such as those of a setuid
+    program, and core dumps, which would contain a model's weights.  Requests SIGKILL at the parent's death, which also
+    reaches a stopped process that cannot read the end of its channel.
+    """
     os.closerange(3, channel)
     os.closerange(channel + 1, os.sysconf("SC_OPEN_MAX"))
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)

@@ -1,7 +1,7 @@
-"""The engine: the only importer of llama_cpp, used only inside a runner.
+"""Loads a model with llama.cpp.  The only module that imports llama_cpp; used only in a runner.
 
 Facts about llama.cpp here were read from its source or measured at commit 0c1e57098, which llama-cpp-python 0.3.36
-carries.  Names on this side are llama.cpp's.
+contains.  Names in this module are llama.cpp's.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from worker.engine.breakdown import breakdown
 from worker.engine.prefetch import Ahead, Unreadable, open_model
 from worker.runner.protocol import Load, Ready
 
-lib: Any = llama_cpp  # ctypes: nothing of it is typed
+lib: Any = llama_cpp  # ctypes: untyped
 
-ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's own table is an older one
-TENSORS = "load_tensors: "  # how the first line about the weights begins (src/llama-model.cpp)
+ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's table is outdated
+TENSORS = "load_tensors: "  # prefix of the first line about the weights (src/llama-model.cpp)
 MANY_BYTES, MOST_THREADS = 128 << 20, 8
 GENERIC = re.compile(r"failed to load model|error loading model$")
 
 
 class LoadError(Exception):
-    """The engine refused; the text is its own reason."""
+    """The engine rejected the load; the message is the engine's reason."""
 
 
 class Log:
-    """What llama.cpp says, line by line, also passed on to stderr.  Alive for as long as the process.
+    """Collects llama.cpp's log by line and forwards it to stderr.  Lives as long as the process.
 
-    A load says hundreds of lines.  They are passed on in bunches, since each write wakes the worker, which would
-    cost a small model as much as its load: at an error, once the weights are there, at the end, and else 20 times a
-    second.  While it `is_muted`, only an error is passed on, and what led to it.
+    A load logs hundreds of lines.  They are written in batches, since each write wakes the worker, which would cost a
+    small model as much as its load: at an error, once the weights are loaded, at the end, and otherwise 20 times a
+    second.  While `is_muted`, only an error is written, with the lines before it.
     """
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, str]] = []
-        self.tensors_at: float | None = None  # when the engine came to the weights, by the monotonic clock
+        self.tensors_at: float | None = None  # when the engine reached the weights, by the monotonic clock
         self.is_muted = False
         self._unwritten: list[bytes] = []
         self._written_at = 0.0
-        self._callback = lib.llama_log_callback(self._add)  # must outlive every call from llama.cpp
+        self._callback = lib.llama_log_callback(self._add)  # llama.cpp keeps the pointer: must outlive every call
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _add(self, level: int, text: bytes, _user_data: object) -> None:
@@ -66,47 +66,46 @@ class Log:
             self.tensors_at = time.monotonic()
         self._unwritten.append(text)
         if level == ERROR:
-            self._pass_on()
+            self._flush()
         elif time.monotonic() - self._written_at > 0.05:
             self.write()
 
     def write(self) -> None:
-        """Pass on what has come up since the last time."""
+        """Write the collected lines to stderr, unless muted."""
         if not self.is_muted:
-            self._pass_on()
+            self._flush()
 
-    def _pass_on(self) -> None:
+    def _flush(self) -> None:
         text, self._unwritten = b"".join(self._unwritten), []
         self._written_at = time.monotonic()
         while text:
             text = text[os.write(2, text) :]
 
     def forget(self) -> None:
-        """Begin anew, without what is not passed on yet."""
+        """Drop all lines, also those that are not written yet."""
         self.lines.clear()
         self.tensors_at = None
         self._unwritten.clear()
 
     def reason(self, otherwise: str) -> str:
-        """The first error that says more than that the load failed."""
+        """Return the first error that is not generic, else the first error, else `otherwise`."""
         errors = [line.strip() for level, line in self.lines if level == ERROR]
         return next((line for line in errors if not GENERIC.search(line)), errors[0] if errors else otherwise)
 
     def find(self, marker: str, pattern: str) -> list[str]:
-        """What a pattern's one group matches in the lines that hold `marker`, in order."""
-        found = (re.search(pattern, line) for _, line in self.lines if marker in line)
-        return [match[1] for match in found if match]
+        """Return the pattern's group 1 for each matching line that contains `marker`, in order."""
+        matches = (re.search(pattern, line) for _, line in self.lines if marker in line)
+        return [match[1] for match in matches if match]
 
 
 def has_cuda() -> bool:
-    """Whether the engine was built with CUDA: whether libllama, or what it depends on, has the symbol (dlsym(3)).
-    Nothing is initialised by asking."""
+    """Return whether the engine was built with CUDA: whether libllama or its dependencies have the symbol (dlsym(3)).
+    Initialises nothing."""
     return hasattr(lib._lib, "ggml_backend_cuda_reg")
 
 
 def initialise(visible: str) -> Log:
-    """Start the backends, for the GPUs that `visible` names as CUDA_VISIBLE_DEVICES has it.  Once per process, never
-    before a fork."""
+    """Start the backends with `visible` as CUDA_VISIBLE_DEVICES.  Call it once per process, never before a fork."""
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
     log = Log()
     lib.llama_backend_init()
@@ -114,35 +113,35 @@ def initialise(visible: str) -> Log:
 
 
 def _gpus(load: Load) -> dict[int, str]:
-    """The GPUs of a load, by ggml's handle: it names them CUDA0, CUDA1, ... as CUDA numbers them, in the order of
-    CUDA_VISIBLE_DEVICES.
+    """Return the GPUs of a load by ggml's handle.  Raises LoadError if the engine does not see one of them.
 
-    ggml's functions are reached through libllama's handle, as llama-cpp-python wraps only llama.h.
+    ggml names devices CUDA0, CUDA1, ... in the order of CUDA_VISIBLE_DEVICES.  Its functions are called through
+    libllama's handle, as llama-cpp-python wraps only llama.h.
     """
     ggml = lib._lib
     ggml.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
     ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
     visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-    found = {}
+    gpus = {}
     for id_ in load.devices:
         name = f"CUDA{visible.index(id_)}" if id_ in visible else ""
         handle = ggml.ggml_backend_dev_by_name(name.encode())
-        if not handle:  # or the model would go to the CPU without a word
+        if not handle:  # llama.cpp would silently load the model onto the CPU
             raise LoadError(f"the engine does not see the GPU {id_}")
-        found[handle] = id_
-    return found
+        gpus[handle] = id_
+    return gpus
 
 
 def _model_params(load: Load, gpus: dict[int, str]) -> Any:
-    """Everything but how the file is read.
+    """Return the model parameters of a load, except `load_mode`.
 
-    llama.cpp gives layer `i` to the first device whose share of `tensor_split`, added to those before it, exceeds
-    i / n_gpu_layers: shares that are counts of layers give exactly these (llama-model.cpp, get_layer_buft_list).
+    llama.cpp assigns layer `i` to the first device whose cumulative share of `tensor_split` exceeds i / n_gpu_layers:
+    with layer counts as shares, each device gets exactly its count (llama-model.cpp, get_layer_buft_list).
     """
     params = lib.llama_model_default_params()
-    handles = (ctypes.c_void_p * (len(gpus) + 1))(*gpus)  # the last one, NULL, ends the list: without one, all GPUs
+    handles = (ctypes.c_void_p * (len(gpus) + 1))(*gpus)  # NULL-terminated; no list would mean all GPUs
     params.devices = ctypes.addressof(handles)
-    params.referenced = handles  # a bare address does not keep it
+    params.referenced = handles  # an address alone does not keep the array alive
     params.n_gpu_layers = sum(load.layers)
     params.split_mode = lib.LLAMA_SPLIT_MODE_LAYER if len(gpus) > 1 else lib.LLAMA_SPLIT_MODE_NONE
     params.main_gpu = 0
@@ -151,7 +150,7 @@ def _model_params(load: Load, gpus: dict[int, str]) -> Any:
     params.check_tensors = load.check_tensors
     params.use_extra_bufts = load.repack
     if load.expert_override is not None:
-        overrides = (lib.llama_model_kv_override * 2)()  # the last one, empty, ends the list
+        overrides = (lib.llama_model_kv_override * 2)()  # an empty entry ends the list
         key, value = load.expert_override
         overrides[0].tag = lib.LLAMA_KV_OVERRIDE_TYPE_INT
         overrides[0].key = key.encode()
@@ -175,32 +174,32 @@ def _context_params(load: Load) -> Any:
 
 
 def n_threads(n_bytes: int) -> int:
-    """How many threads decode the warm-up token of a model, which is all that is decoded here.
+    """Return the number of threads for the warm-up token, which is all that is decoded here.
 
-    That reads all the weights: two threads halve it (2 GB: 273 and 141 ms), and a few take all that memory gives.  A
-    small one takes less than it costs to start them, 0.5 to 10 ms.
+    Decoding it reads all weights: two threads halve the time (2 GB: 273 and 141 ms), and a few saturate the memory's
+    bandwidth.  For a small model, starting threads takes longer (0.5 to 10 ms) than decoding.
     """
     return min(MOST_THREADS, len(os.sched_getaffinity(0))) if n_bytes >= MANY_BYTES else 1
 
 
 def measure(load: Load, log: Log) -> list[Usage]:
-    """What a load would take of each of its devices and of the host.  Raises LoadError.
+    """Do a dry run: return the memory that a load would use on each of its devices and on the host.  Raises LoadError.
 
-    With `no_alloc` llama.cpp builds the model and the context, allocates and reads no weights, and sums up what it
-    would have allocated.  It reads the whole header for that: 0.1 to 1 s for the vocabulary.
+    With `no_alloc`, llama.cpp builds the model and the context without allocating or reading weights, and sums up the
+    sizes of its buffers.  It still reads the whole header: 0.1 to 1 s for the vocabulary.
 
-    To the byte what a load takes, but for the compute buffers of several GPUs that take all layers: there the engine
-    puts each layer's norm where the layer is, and its dry run forgets that (graph_get_cb of llama-context.cpp, and
-    ggml_backend_sched_reserve_size, which resets what was set).  A buffer then differs by one tensor of n_ubatch
-    times the model's width, two in tiny models, either way.
+    The result equals the usage of the load to the byte, with one exception: the compute buffers if several GPUs take
+    all layers.  A load places each layer's norm on the layer's device, and the dry run loses that assignment
+    (graph_get_cb of llama-context.cpp, and ggml_backend_sched_reserve_size, which resets it).  A buffer is then too
+    small or too large by one tensor of n_ubatch times the model's width, or by two in tiny models.
     """
     log.write()
     log.forget()
-    log.is_muted = True  # of a load that is none: it would name buffers of 0 MiB
+    log.is_muted = True  # its lines would look like a load's, with buffers of 0 MiB
     try:
         with ExitStack() as undo:
             for shard in load.shards:
-                os.close(_opened(shard))
+                os.close(_open_shard(shard))
             gpus = _gpus(load)
             params = _model_params(load, gpus)
             params.no_alloc = True
@@ -209,17 +208,18 @@ def measure(load: Load, log: Log) -> list[Usage]:
             undo.callback(lib.llama_model_free, model)
             context = _create_context(load, model, log)
             undo.callback(lib.llama_free, context)
-            taken = breakdown(lib._lib, version, context, gpus)
-            if taken is None:
-                raise LoadError("this build of the engine does not say what a load takes")
+            usage = breakdown(lib._lib, version, context, gpus)
+            if usage is None:
+                raise LoadError("this build of the engine does not report its memory usage")
         log.forget()
-        return taken
+        return usage
     finally:
         log.is_muted = False
 
 
-def _opened(shard: str) -> int:
-    """A descriptor of a file of the model's: llama.cpp would wait at a pipe for ever.  Raises LoadError."""
+def _open_shard(shard: str) -> int:
+    """Open a file of the model and return the descriptor.  Raises LoadError, also for a FIFO, on which llama.cpp would
+    block for ever."""
     try:
         return open_model(shard)
     except Unreadable as e:
@@ -241,12 +241,12 @@ def _create_context(load: Load, model: Any, log: Log) -> Any:
 
 
 class Loaded:
-    """A model and its context in memory, and how long each phase took."""
+    """A model and its context in memory, with the duration of each phase in seconds."""
 
     def __init__(self, load: Load, log: Log, report: Callable[[Phase, int], None]) -> None:
-        """Load, create the context, decode one token.  Raises LoadError; what was taken by then is given back."""
+        """Load the model, create the context, and decode one token.  Raises LoadError, after freeing all memory."""
         self.timing: dict[Phase, float] = {}
-        self.files: list[FileStat] = []  # as they were opened
+        self.files: list[FileStat] = []  # when they were opened
         self._log = log
         log.write()
         log.forget()
@@ -266,11 +266,12 @@ class Loaded:
             self.close = undo.pop_all().close
 
     def _load_model(self, load: Load, report: Callable[[Phase, int], None]) -> Any:
-        """Metadata and weights.
+        """Load metadata and weights.
 
-        On the CPU the weights stay a mapping of the file, which is read ahead while llama.cpp is at the vocabulary;
-        where it maps the file before all of that is read, both read on.  For GPUs the file is read and copied tensor by
-        tensor, which llama.cpp reports by itself; with a mapping it would read the whole file before the first report.
+        On the CPU the weights stay a mapping of the file.  `Ahead` reads the file while llama.cpp parses the
+        vocabulary; if llama.cpp maps the file before that is done, both continue to read.  For GPUs, llama.cpp reads
+        and copies tensor by tensor and reports progress itself; with a mapping it would read the whole file before the
+        first report.
         """
         params = _model_params(load, self._gpus)
         params.load_mode = lib.LLAMA_LOAD_MODE_NONE if load.devices else lib.LLAMA_LOAD_MODE_MMAP
@@ -293,7 +294,7 @@ class Loaded:
         with ExitStack() as files:
             fds = []
             for shard in load.shards:
-                fds.append(_opened(shard))
+                fds.append(_open_shard(shard))
                 files.callback(os.close, fds[-1])
             self.files = [FileStat.of(os.fstat(fd)) for fd in fds]
             started = time.monotonic()
@@ -312,10 +313,10 @@ class Loaded:
         return model
 
     def _warm_up(self) -> None:
-        """Run one token through every layer, so that nothing is left to be paid by the first request."""
+        """Decode one token, so that the first request pays no cost of initialisation."""
         vocabulary = lib.llama_model_get_vocab(self.model)
         token = max(lib.llama_vocab_bos(vocabulary), 0)
-        tokens = (lib.llama_token * 1)(token)  # borrowed by the batch: referenced until the end
+        tokens = (lib.llama_token * 1)(token)  # the batch borrows it: keep a reference
         has_encoder, has_decoder = lib.llama_model_has_encoder(self.model), lib.llama_model_has_decoder(self.model)
         if has_encoder:
             self._run("llama_encode", lib.llama_encode, tokens)
@@ -324,16 +325,19 @@ class Loaded:
             self._run("llama_decode", lib.llama_decode, tokens)
         memory = lib.llama_get_memory(self.context)
         if memory:
-            lib.llama_memory_clear(memory, False)  # the cells, not their data: that takes 15 ms for 2 GB
+            lib.llama_memory_clear(memory, False)  # only the cells; clearing the data takes 15 ms for 2 GB
         lib.llama_synchronize(self.context)
 
     def _check_files(self, load: Load) -> None:
-        """What was read is of the files that were opened, and these are what their paths still name."""
+        """Check that the files are unchanged since they were opened, and that their paths still name them.
+
+        Raises LoadError.
+        """
         for shard, before in zip(load.shards, self.files, strict=True):
             try:
                 now = FileStat.of(Path(shard).stat())
             except OSError as e:
-                raise LoadError(f"a file of the model went away while it was loaded: {e.strerror}") from None
+                raise LoadError(f"a file of the model disappeared while it was loaded: {e.strerror}") from None
             if now != before:
                 raise LoadError("a file of the model changed while it was loaded")
 
@@ -343,9 +347,9 @@ class Loaded:
             raise LoadError(self._log.reason(f"{name} of the warm-up token failed with status {status}"))
 
     def ready(self, load: Load) -> Ready:
-        """What applied, read back from the model, the context and the engine's log."""
-        taken = breakdown(lib._lib, version, self.context, self._gpus) or []
-        return Ready(config=self._config(load), timing=self.timing, files=self.files, taken=taken)
+        """Return the applied configuration and usage, read back from the model, the context and the engine's log."""
+        usage = breakdown(lib._lib, version, self.context, self._gpus) or []
+        return Ready(config=self._config(load), timing=self.timing, files=self.files, taken=usage)
 
     def _config(self, load: Load) -> LoadConfig:
         n_ctx = min(load.n_ctx, lib.llama_n_ctx(self.context))  # llama.cpp pads up to a multiple of 256
@@ -361,14 +365,15 @@ class Loaded:
         )
 
     def _flash_attention(self) -> bool:
-        """There is no getter; the context's log says what was asked for, and for "auto" what became of it."""
-        asked = self._log.find("llama_context: flash_attn", r"= (\w+)")[-1]
-        if asked == "auto":
+        """Return whether flash attention is on.  llama.cpp has no getter; the context's log has the requested value
+        and, for "auto", the outcome."""
+        requested = self._log.find("llama_context: flash_attn", r"= (\w+)")[-1]
+        if requested == "auto":
             return bool(self._log.find("Flash Attention", r"(enabled)"))
-        return asked == "enabled"
+        return requested == "enabled"
 
     def _kv_on_gpu(self, load: Load) -> bool:
-        """Where the KV cache went, from the buffers that the log names; without a GPU, the value given."""
+        """Return whether the KV cache is on a GPU, from the buffers in the log; without a GPU, the requested value."""
         buffers = self._log.find("KV buffer size", r"(\S+) KV buffer size")
         if not load.devices or not buffers:
             return load.offload_kqv

@@ -1,8 +1,8 @@
-"""Reading a model's files into the page cache, with progress, before llama.cpp maps them.
+"""Reads a model's files into the page cache, with progress, before llama.cpp maps them.
 
-llama.cpp maps a file with MAP_POPULATE: one system call that reads all of it and reports nothing.  Populating a
-mapping of our own in steps (MADV_POPULATE_READ, Linux 5.14) reads at the same speed, tells how far it came, and
-leaves llama.cpp's own mapping nothing to wait for.
+llama.cpp maps a file with MAP_POPULATE: one system call that reads the whole file without progress.  Populating a
+separate mapping in steps (MADV_POPULATE_READ, Linux 5.14) reads at the same speed and reports progress; llama.cpp's
+mapping then finds the pages in the cache.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SAMPLE_BYTES = 1 << 20
 
 
 class Unreadable(Exception):
-    """What cannot be mapped (a FIFO, a device, a directory, nothing at all), or not be read to its end."""
+    """The file cannot be opened, is not a regular file, or cannot be read to its end."""
 
 
 def open_model(path: str) -> int:
-    """A descriptor of a regular file.  A FIFO would block an ordinary open for ever; this one never blocks.
+    """Open a regular file for reading and return the descriptor.  Never blocks, not even on a FIFO.
 
-    Raises Unreadable with a reason that names no path.
+    Raises Unreadable with a reason that contains no path.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -40,9 +40,9 @@ def open_model(path: str) -> int:
 
 
 def prefetch(fd: int, advanced: Callable[[int], None]) -> None:
-    """Bring a file into the page cache; `advanced` gets the bytes of each step.  Cached steps cost microseconds.
+    """Read a file into the page cache.  Calls `advanced` with the bytes of each step.  Cached steps take microseconds.
 
-    Raises Unreadable, also where the device fails or the file ends early.
+    Raises Unreadable, also if the storage fails or the file is truncated meanwhile.
     """
     size = os.fstat(fd).st_size
     if size == 0:
@@ -56,23 +56,25 @@ def prefetch(fd: int, advanced: Callable[[int], None]) -> None:
                     _populate(address, fd, at, length)
                 advanced(length)
     except OSError as e:
-        is_short = e.errno == errno.EFAULT  # madvise(2): where a read would be a SIGBUS
-        why = "it was cut short, or its device fails" if is_short else e.strerror
+        is_short = e.errno == errno.EFAULT  # madvise(2): accessing the page would raise SIGBUS
+        why = "it was truncated, or its storage failed" if is_short else e.strerror
         raise Unreadable(f"the file cannot be read: {why}") from None
 
 
 class Ahead:
-    """Brings files into the page cache in a thread of its own, while the engine is busy with what comes before the
-    weights: a large vocabulary takes it as long as a disk takes for a gigabyte."""
+    """Reads files into the page cache in a separate thread, while the engine parses the metadata.
+
+    A large vocabulary takes the engine as long as a disk takes for a gigabyte.
+    """
 
     def __init__(self, fds: Sequence[int], advanced: Callable[[int], None]) -> None:
-        """`advanced` is called in that thread.  The descriptors are to stay open until `wait` has returned."""
+        """`advanced` is called in that thread.  The caller keeps the descriptors open until `wait` returns."""
         self._error: Unreadable | None = None
         self._thread = threading.Thread(target=self._read, args=(fds, advanced), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Return once all is read.  Raises Unreadable."""
+        """Wait until all files are read.  Raises Unreadable."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -86,7 +88,7 @@ class Ahead:
 
 
 def _cached(fd: int, at: int, length: int) -> bool:
-    """Whether a byte of every megabyte is in the page cache: a read that would have to wait fails instead."""
+    """Return whether one byte of every megabyte is in the page cache.  RWF_NOWAIT: fails instead of blocking."""
     byte = bytearray(1)
     for position in range(at, at + length, SAMPLE_BYTES):
         try:
@@ -101,8 +103,8 @@ def _cached(fd: int, at: int, length: int) -> bool:
 def _mapped(fd: int, size: int) -> Iterator[int]:
     """Map a file for reading; yields the address.
 
-    Not with Python's mmap, which holds the interpreter's lock while madvise reads (Modules/mmapmodule.c of 3.11): a
-    runner must answer, and be able to leave, while a disk is slow.
+    Does not use Python's mmap, which holds the GIL during madvise (Modules/mmapmodule.c of 3.11): a runner must answer
+    pings, and be able to exit, while a disk is slow.
     """
     address = libc.map_file(fd, size)
     try:
@@ -112,12 +114,12 @@ def _mapped(fd: int, size: int) -> Iterator[int]:
 
 
 def _populate(address: int, fd: int, at: int, length: int) -> None:
-    """Bring a step of a file into the page cache.  Raises OSError."""
+    """Read a step of a file into the page cache.  Raises OSError."""
     try:
         libc.populate(address + at, length)
     except OSError as e:
         if e.errno != errno.EINVAL:
             raise
-        buffer = bytearray(1 << 20)  # a kernel before 5.14: read it the plain way
+        buffer = bytearray(1 << 20)  # a kernel before 5.14: read it instead
         for position in range(at, at + length, len(buffer)):
             os.preadv(fd, [buffer], position)

@@ -1,9 +1,9 @@
-"""Prewarming: a runner for the CPU, while it waits, loads and frees a tiny model and touches the heap.
+"""Prewarms an idle runner for the CPU: loads and frees a tiny model and touches the heap.
 
-A fresh process pays for what it touches first: the engine's code and tables, and each page that the kernel gives it.
-That is nearly half of the load of a tiny model, and too little to notice in that of a large one: 14.8 ms without
-prewarming, 11.2 with the heap alone, 8.1 with the model as well (medians of 60 loads each, two cores).  A runner for
-GPUs does not prewarm: it would take memory of the driver's that no worker has reserved.
+A fresh process faults in the engine's code and tables, and each new page of its heap, at first use.  That is nearly
+half the load time of a tiny model, and negligible for a large one: 14.8 ms without prewarming, 11.2 with the heap only,
+8.1 with heap and model (medians of 60 loads each, two cores).  A runner for GPUs does not prewarm, since it would use
+device memory that no worker has reserved.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from shared import libc
 from worker.engine import llama
 from worker.runner.protocol import Load
 
-MODEL = Path(__file__).with_name("prewarm.gguf")  # by shared.synthetic.models.prewarm
-HEAP_BYTES = 16 << 20  # a tiny model's context, or a large one's vocabulary
-MOST_BYTES = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX: a larger block is always a mapping of its own
+MODEL = Path(__file__).with_name("prewarm.gguf")  # written by shared.synthetic.models.prewarm
+HEAP_BYTES = 16 << 20  # enough for the context of a tiny model, or the vocabulary of a large one
+MOST_BYTES = 32 << 20  # glibc's DEFAULT_MMAP_THRESHOLD_MAX: a larger block is always a separate mapping
 
 
 def prewarm(log: llama.Log) -> None:
-    """Load and free the tiny model without output, and touch the heap that the next load takes."""
+    """Load and free the tiny model without output, and touch the heap that the next load will use."""
     load = Load(
         shards=[str(MODEL)],
         total_bytes=MODEL.stat().st_size,
@@ -41,7 +41,7 @@ def prewarm(log: llama.Log) -> None:
     )
     log.is_muted = True
     try:
-        with suppress(llama.LoadError):  # the load itself will say what is wrong with the engine
+        with suppress(llama.LoadError):  # the next load reports what is wrong with the engine
             loaded = llama.Loaded(load, log, lambda phase, n_bytes: None)
             loaded.ready(load)
             loaded.close()

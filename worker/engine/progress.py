@@ -1,4 +1,4 @@
-"""How far a load has come, told in steps."""
+"""Throttles the progress messages of a load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.runner.protocol import (
 
 
 class Throttled:
-    """Progress in steps: at each change of phase, at each percent of the bytes, and every 200 ms in between."""
+    """Sends progress at each change of phase, at each percent of the bytes, and otherwise at most every 200 ms."""
 
     def __init__(self, send: Callable[[Progress], None], total_bytes: int) -> None:
         self.send, self.step = send, max(1, total_bytes // 100)
