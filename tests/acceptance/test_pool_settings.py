@@ -136,7 +136,7 @@ def test_a_gpu_has_one_owner_and_a_worker_that_names_none_of_this_host_does_not_
         until(lambda: "action=ready" in first.stderr, "ready")
         for name, wanted, words in (
             ("second", "0,1", f"another worker uses the GPU {FIRST}"),
-            ("third", "2", f"there is no device '2': NVIDIA's GPUs here are 0 ({FIRST}), 1 ({SECOND})"),
+            ("third", "2", f"there is no device '2'; available: cpu, 0 ({FIRST}), 1 ({SECOND})."),
         ):
             refused = start(name, wanted)
             assert refused.popen.wait(20) == 2, refused.stderr

@@ -360,7 +360,7 @@ class _Worker:
     def is_told(self, card: str) -> bool:
         """Whether the ledger can know all about it: while something loads or leaves, it believes that what is unnamed
         is still there."""
-        if self.placer.ledger._names_ours is None:  # it has seen no runner yet
+        if self.placer.ledger._knows_pids is None:  # it has seen no runner yet
             return not self.is_moving(card)
         return not self.is_moving(card) or not self.cards[card].fell
 
@@ -508,7 +508,7 @@ class _Resident:
 
     async def _end(self) -> None:
         """The runner ends; a card has it back after a while, or not all of it."""
-        names_ours, lag_s = self.worker.placer.ledger._names_ours, self.sim.sequence.lag_s
+        names_ours, lag_s = self.worker.placer.ledger._knows_pids, self.sim.sequence.lag_s
         if names_ours is None:  # what stays of the very first load is not told from a second one that begins meanwhile
             lag_s = 0.0
         for card in self.worker.cards.values():

@@ -1,1 +1,1 @@
-"""The memory of the devices that a worker owns: readings, reservations, placement."""
+"""The memory of a worker's devices: readings, reservations, placement."""

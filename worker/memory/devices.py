@@ -1,4 +1,4 @@
-"""The devices that a worker owns: which they are, the exclusive right to them, and how they are now."""
+"""The devices of a worker: selection by the settings, exclusive locks, readings."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from worker.runner.protocol import NO_GPU
 
 
 class Devices:
-    """What of this host a worker may load into: GPUs in the order of its setting, then the CPU."""
+    """The devices of this host that a worker loads into: GPUs in the order of the setting, then the CPU."""
 
     def __init__(self, settings: Settings, driver: Driver) -> None:
-        """Raises SettingsError for a device that is not there."""
+        """Select the devices.  Raises SettingsError if one does not exist."""
         self._driver = driver
-        self.gpus, self.has_cpu = _chosen(settings.devices, driver.by_index)
+        self.gpus, self.has_cpu = _selected(settings.devices, driver.by_index)
         self._cpu_name = _processor()
 
     def read(self) -> list[Reading]:
-        """As they are now; the driver is asked, which takes about a millisecond."""
-        found = self._driver.read(self.gpus)
+        """Read the current state of the devices.  A call of the driver takes about a millisecond."""
+        readings = self._driver.read(self.gpus)
         if self.has_cpu:
             host = host_memory()
-            found.append(
+            readings.append(
                 Reading(
                     id=CPU,
                     is_gpu=False,
@@ -37,40 +37,41 @@ class Devices:
                     free_bytes=host.free_bytes,
                 )
             )
-        return found
+        return readings
 
     def visible(self) -> str | None:
-        """What CUDA is to see of every runner (CUDA_VISIBLE_DEVICES); None where that differs from load to load."""
+        """Return CUDA_VISIBLE_DEVICES for all runners; None if it differs by load."""
         return self.gpus[0] if len(self.gpus) == 1 else None if self.gpus else NO_GPU
 
     def without_gpus(self) -> None:
-        """The engine cannot use them.  Raises SettingsError where the setting leaves nothing else."""
+        """Drop the GPUs, since the engine cannot use them.  Raises SettingsError if no device remains."""
         if not self.has_cpu:
             raise SettingsError(
-                f"{variable('devices')} names GPUs, and llama.cpp was built without CUDA: build it with "
+                f"{variable('devices')} names only GPUs, but llama.cpp was built without CUDA: rebuild it with "
                 'CMAKE_ARGS="-DGGML_CUDA=on", or add cpu to the devices.'
             )
         self.gpus = []
 
 
-def _chosen(wanted: str, there: Sequence[str]) -> tuple[list[str], bool]:
-    """The GPUs that a setting means, and whether the CPU is among its devices.  `there` has "" in the place of one that
-    cannot be used, so that the others keep their indexes.  Raises SettingsError."""
-    known = {i: id_ for i, id_ in enumerate(there) if id_}
-    if not wanted:
+def _selected(setting: str, by_index: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the UUIDs of the GPUs that the setting names, and whether it names the CPU.  Raises SettingsError.
+
+    `by_index` has "" for an unusable GPU, so that the others keep their indexes.
+    """
+    known = {i: id_ for i, id_ in enumerate(by_index) if id_}
+    if not setting:
         return [*known.values()], True
     gpus, has_cpu = [], False
-    for name in (part.strip() for part in wanted.split(",")):
+    for name in (part.strip() for part in setting.split(",")):
         if name.lower() == "cpu":
             has_cpu = True
             continue
         index = int(name) if name.isdecimal() else None
         id_ = name if index is None else known.get(index, "")
         if id_ not in known.values():
-            what = f"NVIDIA's GPUs here are {', '.join(f'{i} ({id_})' for i, id_ in known.items())}"
+            available = ", ".join(["cpu", *(f"{i} ({id_})" for i, id_ in known.items())])
             raise SettingsError(
-                f"{variable('devices')} is '{wanted}', and there is no device '{name}': "
-                f"{what if known else 'no NVIDIA GPU is known here'}; cpu is the CPU."
+                f"{variable('devices')} is '{setting}': there is no device '{name}'; available: {available}."
             )
         if id_ not in gpus:
             gpus.append(id_)
@@ -79,9 +80,9 @@ def _chosen(wanted: str, there: Sequence[str]) -> tuple[list[str], bool]:
 
 @contextmanager
 def locked(lock_dir: Path, gpus: Sequence[str]) -> Iterator[None]:
-    """Hold the exclusive right to these GPUs: the lock on a file for each, which no child process inherits.
+    """Hold a lock file for each of these GPUs, which no child process inherits.
 
-    Raises SettingsError when another worker has one of them.
+    Raises SettingsError if another worker holds one of them.
     """
     if gpus:
         lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -91,13 +92,13 @@ def locked(lock_dir: Path, gpus: Sequence[str]) -> Iterator[None]:
                 held.enter_context(filelock.lock(lock_dir / f"{id_}.lock"))
             except filelock.Held:
                 raise SettingsError(
-                    f"another worker uses the GPU {id_}; give each its own with {variable('devices')}."
+                    f"another worker uses the GPU {id_}; give each worker its own GPUs with {variable('devices')}."
                 ) from None
         yield
 
 
 def _processor() -> str:
-    """What /proc/cpuinfo calls it; not every architecture does."""
+    """Return the CPU's model name from /proc/cpuinfo, CPU if it has none, as on some architectures."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

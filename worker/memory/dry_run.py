@@ -1,4 +1,4 @@
-"""What a load would take by the word of the engine: a dry run in a runner, for an API that asks."""
+"""Answers an API's dry-run requests: the memory that a load would take, measured by the engine in a runner."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from worker.runner.protocol import Failed, Load, Measure, Measured, Pong, Progre
 from worker.runner.warm import Runners
 from worker.timing import Timing
 
-KEPT_N = 256  # answers
+CACHED_N = 256  # results
 
 _log = log.get("worker")
 
 
 class DryRun:
-    """Asks the engine about one load after the other: each takes a runner, and a large vocabulary takes a second."""
+    """Runs dry runs one at a time: each takes a runner, and a second for a large vocabulary.  Caches the results."""
 
     def __init__(
         self, settings: Settings, models: Mapping[str, Model], devices: Devices, runners: Runners, timing: Timing
     ) -> None:
-        """`models`: the catalog as it is now, by key."""
+        """`models`: the current catalog, by key."""
         self._settings = settings
         self._models = models
         self._devices = devices
         self._runners = runners
         self._timing = timing
-        self._asking = asyncio.Lock()
-        self._kept: dict[bytes, list[Usage]] = {}  # by the files and the load, the last asked for at the end
+        self._running = asyncio.Lock()
+        self._cache: dict[bytes, list[Usage]] = {}  # by the files and the load; the most recently used last
 
     async def answer(self, question: bytes) -> bytes:
-        """Answer a Sizing (msgpack) with a list of Usage as msgpack, or nil if the engine does not say."""
+        """Answer a Sizing with a list of Usage, or nil if the dry run fails; both as msgpack."""
         try:
             sizing = msgpack.decode(question, type=Sizing)
-        except MsgspecError as e:  # a newer version's
-            _log.error("unreadable question", action="unreadable_sizing", error=str(e))
+        except MsgspecError as e:  # an API of a newer version
+            _log.error("dry run request cannot be decoded", action="unreadable_sizing", error=str(e))
             return msgpack.encode(None)
         model = self._models.get(sizing.key)
         if model is None or model.problem is not None or not {*sizing.gpus} <= {*self._devices.gpus}:
             return msgpack.encode(None)
         load = plan(sizing.request, model, self._settings, sizing.gpus, sizing.layers)
         digest = model.fingerprint.encode() + msgpack.encode(load)
-        async with self._asking:
-            taken = self._kept.pop(digest, None) or await self._ask(load)
-        if taken is not None:
-            self._kept[digest] = taken
-            if len(self._kept) > KEPT_N:
-                del self._kept[next(iter(self._kept))]
-        return msgpack.encode(taken)
+        async with self._running:
+            usage = self._cache.pop(digest, None) or await self._run(load)
+        if usage is not None:
+            self._cache[digest] = usage
+            if len(self._cache) > CACHED_N:
+                del self._cache[next(iter(self._cache))]
+        return msgpack.encode(usage)
 
-    async def _ask(self, load: Load) -> list[Usage] | None:
+    async def _run(self, load: Load) -> list[Usage] | None:
         runner: Runner | None = None
         try:
             async with asyncio.timeout(self._timing.dry_run_s):
@@ -68,7 +68,7 @@ class DryRun:
                 await runner.send(Measure(load))
                 message = await runner.receive()
         except (RunnerDied, TimeoutError) as e:
-            _log.warning("no dry run", action="not_sized", error=str(e) or "it took too long")
+            _log.warning("dry run failed", action="not_sized", error=str(e) or "timeout")
             return None
         else:
             match message:
@@ -79,10 +79,10 @@ class DryRun:
                 case Failed():
                     reason = message.reason
                 case Warm() | Pong() | Progress() | Ready() | Unreadable():
-                    reason = f"the runner said '{tag(message)}' out of turn"
+                    reason = f"the runner sent an unexpected message: '{tag(message)}'"
                 case _:
                     assert_never(message)
-            _log.warning("no dry run", action="not_sized", error=reason)
+            _log.warning("dry run failed", action="not_sized", error=reason)
             return None
         finally:
             if runner is not None:

@@ -1,4 +1,4 @@
-"""How much memory a runner may take on this host: the machine's, its cgroup's and its address space's."""
+"""The memory that a runner may use on this host: limits of the machine, of cgroups and of the address space."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
-# Files of a cgroup: its limit, what it uses, and what of that the kernel would give back (a page cache), by version:
+# Files of a cgroup by version: its limit, its usage, and the reclaimable part of it (page cache).  Source:
 # Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 V2 = ("memory.max", "memory.current", "inactive_file")
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 class Memory(NamedTuple):
+    """A limit on memory, and how much of it is free."""
+
     total_bytes: int
-    free_bytes: int  # what may be taken, a page cache included
+    free_bytes: int  # including reclaimable page cache
 
 
 def host_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory:
-    """The least of what the machine, every cgroup we are in and our limit on address space allow.
+    """Return the strictest limit among the machine, all enclosing cgroups and this process's RLIMIT_AS.
 
-    Raises OSError where /proc is not there.
+    Raises OSError if /proc is not mounted.
     """
-    found = dict(_numbers((proc / "meminfo").read_text().replace(":", " ")))
-    machine = Memory(found["MemTotal"] << 10, found["MemAvailable"] << 10)
+    meminfo = dict(_numbers((proc / "meminfo").read_text().replace(":", " ")))
+    machine = Memory(meminfo["MemTotal"] << 10, meminfo["MemAvailable"] << 10)
     bounds = [machine, *_cgroups(proc, cgroup, machine.total_bytes)]
     space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if space != resource.RLIM_INFINITY:
-        bounds.append(Memory(space, space))  # a runner begins with next to nothing of it
+        bounds.append(Memory(space, space))  # a new runner uses almost none of it
     return Memory(min(b.total_bytes for b in bounds), max(0, min(b.free_bytes for b in bounds)))
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since it started, in any cgroup (proc_vmstat(5));
-    0 where it does not say."""
+    """Return the number of OOM kills since boot, in any cgroup (proc_vmstat(5)); 0 if the kernel does not report it."""
     try:
         text = (PROC / "vmstat").read_text()
     except OSError:
         return 0
-    found = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
-    return int(found[1]) if found else 0
+    match = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def _numbers(text: str) -> Iterator[tuple[str, int]]:
@@ -53,8 +54,10 @@ def _numbers(text: str) -> Iterator[tuple[str, int]]:
 
 
 def _cgroups(proc: Path, root: Path, total_bytes: int) -> Iterator[Memory]:
-    """The bounds of our memory cgroup and of those it is in, where they are below what the machine has.  In a container
-    the root is often the cgroup itself."""
+    """Yield the limits of this process's memory cgroup and its ancestors, if they are below the machine's total.
+
+    In a container the root of the hierarchy is often the cgroup itself.
+    """
     try:
         lines = (proc / "self/cgroup").read_text().splitlines()
     except FileNotFoundError:  # a kernel without cgroups
@@ -75,10 +78,10 @@ def _cgroups(proc: Path, root: Path, total_bytes: int) -> Iterator[Memory]:
 def _bound(folder: Path, files: tuple[str, str, str], below: int) -> Memory | None:
     try:
         limit = (folder / files[0]).read_text().strip()
-        if not limit.isdigit() or int(limit) >= below:  # "max", or v1's 2**63 less a page; the rest costs more to read
+        if not limit.isdigit() or int(limit) >= below:  # "max", or v1's 2**63 minus a page
             return None
         used = int((folder / files[1]).read_text())
         cache = dict(_numbers((folder / "memory.stat").read_text())).get(files[2], 0)
-    except OSError:  # no such cgroup here, or one without this controller
+    except OSError:  # not visible from here, or without this controller
         return None
     return Memory(int(limit), int(limit) - used + cache)

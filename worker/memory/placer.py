@@ -1,4 +1,4 @@
-"""Carrying out `shared.memory.placement` on this worker: reserves memory, evicts instances, gives memory back."""
+"""Carries out `shared.memory.placement` on this worker: reserves memory, evicts instances, releases memory."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from worker.runner.failure import shortage
 from worker.timing import Timing
 
 TOO_LITTLE = "there is not enough memory"
-AMPLE = 2  # where there is room for so many times the estimate, it need not be exact
+AMPLE = 2  # with room for this many times the estimate, no dry run is needed
 
 _log = log.get("worker")
 
 
 class Holder(Protocol):
-    """An instance that holds memory of this worker, or is to."""
+    """An instance that holds memory of this worker, or waits for it."""
 
     stop: asyncio.Event
     freed: asyncio.Event
@@ -50,7 +50,7 @@ class Holder(Protocol):
 
 
 class Placer:
-    """Reserves what loads take, one after the other, and gives it back."""
+    """Reserves memory for loads, one load at a time, and releases it."""
 
     def __init__(
         self,
@@ -61,11 +61,11 @@ class Placer:
         tally: Tally,
         timing: Timing,
     ) -> None:
-        """`holders`: all instances of this worker, by id of the load.  `announce` publishes what has changed here."""
+        """`holders`: all instances of this worker, by id of the load.  `announce` publishes the worker's snapshot."""
         self.ledger = Ledger(settings.kept_free)
         self.ledger.update(devices.read())
         self.placing = asyncio.Lock()  # held while a load is placed
-        self.hanging: asyncio.Future[list[Reading]] | None = None  # a reading that the driver does not answer
+        self.hanging: asyncio.Future[list[Reading]] | None = None  # a reading for which the driver has not returned
         self._settings = settings
         self._devices = devices
         self._holders = holders
@@ -77,27 +77,30 @@ class Placer:
         self._at_once = asyncio.Semaphore(at_once) if at_once else None
 
     async def look(self) -> None:
-        """Read the devices.  While the driver hangs, nothing of a GPU counts as free."""
-        if not self._devices.gpus:  # the kernel answers at once
+        """Read the devices.  While the driver hangs, GPUs count as having no free memory."""
+        if not self._devices.gpus:  # the kernel does not block
             self.ledger.update(self._devices.read())
             return
-        readings = [structs.replace(one, free_bytes=0) if one.is_gpu else one for one in self.ledger.readings]
+        readings = [structs.replace(last, free_bytes=0) if last.is_gpu else last for last in self.ledger.readings]
         if self.hanging is None or self.hanging.done():
             self.hanging, reading = None, asyncio.ensure_future(asyncio.to_thread(self._devices.read))
             try:
                 async with asyncio.timeout(self._timing.hang_s):
                     readings = await asyncio.shield(reading)
             except TimeoutError:
-                self.hanging = reading  # until it is back, no thread more
-                _log.error("the driver hangs", action="driver_hangs", since_s=self._timing.hang_s)
+                self.hanging = reading  # until it returns, no further thread is started
+                _log.error("driver hangs", action="driver_hangs", since_s=self._timing.hang_s)
         self.ledger.update(readings)
 
     @asynccontextmanager
     async def turn(self, devices: Sequence[str], stop: asyncio.Event) -> AsyncIterator[bool]:
-        """Wait for a turn: one load at once on each device, since two would slow each other, or as many in all as the
-        setting says.  Yields whether it came before `stop` was set."""
+        """Wait for a load's turn.  Yields True on its turn, False if `stop` is set first.
+
+        Each device runs one load at a time, since concurrent loads slow each other down; if `loads_at_once` is set, it
+        limits the loads of the worker instead.
+        """
         locks: list[asyncio.Lock | asyncio.Semaphore] = (
-            # In one order for all, so that nobody waits in a circle.
+            # Sorted, so that loads acquire locks in the same order and cannot deadlock.
             [self._turns.setdefault(device, asyncio.Lock()) for device in sorted(devices)]
             if self._at_once is None
             else [self._at_once]
@@ -113,7 +116,7 @@ class Placer:
     # ---- reserving
 
     async def place(self, instance: Instance, model: Model) -> Placement | None:
-        """Reserve room for a load, one at a time; returns None if there is none.
+        """Reserve memory for a load.  Returns None if it does not fit.  The caller holds `placing`.
 
         Victims are stopped first.  Once their memory is free, the load is placed again, once.  A restoration evicts
         nothing.
@@ -140,22 +143,24 @@ class Placer:
 
     async def _evict(self, victims: Sequence[Holding], instance: Instance) -> None:
         names = {held.instance_id for held in victims}
-        leaving = [one for one in self._holders.values() if one.instance and one.instance.instance_id in names]
-        for holder in leaving:
+        evicted = [
+            holder for holder in self._holders.values() if holder.instance and holder.instance.instance_id in names
+        ]
+        for holder in evicted:
             assert holder.instance is not None
             with log.about(holder.instance):
                 _log.info("evicted", action="evicted", to_make_room_for=instance.id)
             holder.stop.set()
-        self._tally.add({field("evictions"): len(leaving)})
+        self._tally.add({field("evictions"): len(evicted)})
         with suppress(TimeoutError):
             async with asyncio.timeout(self._timing.leave_s):
-                for holder in leaving:
+                for holder in evicted:
                     await holder.freed.wait()
 
     def is_unsure(self, placed: Placement) -> bool:
-        """Return whether the engine is to be asked what a placed load would take, before anything is read.
+        """Return whether a placed load needs a dry run first, since its estimate is not exact.
 
-        On the CPU only where it matters: asking costs a large vocabulary's time, and most hosts have room.
+        On the CPU only if memory is scarce: a dry run reads the vocabulary, and most hosts have enough memory.
         """
         if placed.exact:
             return False
@@ -163,15 +168,15 @@ class Placer:
         return bool(placed.gpus) or free[CPU] < (AMPLE - 1) * placed.bytes[CPU]
 
     def corrected(
-        self, instance: Instance, model: Model, placed: Placement, taken: Sequence[Usage]
+        self, instance: Instance, model: Model, placed: Placement, usage: Sequence[Usage]
     ) -> Placement | None:
-        """Reserve what the engine said that a load takes.
+        """Replace a load's reservation by the usage that a dry run reported.
 
-        Returns its placement, another one if there is no room for that here, None if there is none anywhere.
+        Returns the placement; another one if the load no longer fits there; None if it fits nowhere.
         """
-        if not self.ledger.change(instance.id, taken):
-            return structs.replace(placed, usage=[*taken], exact=True)
-        more = {one.id: one.total_bytes - placed.bytes.get(one.id, 0) for one in taken}
+        if not self.ledger.change(instance.id, usage):
+            return structs.replace(placed, usage=[*usage], exact=True)
+        more = {device.id: device.total_bytes - placed.bytes.get(device.id, 0) for device in usage}
         pid = self.ledger.reservations[instance.id].pid
         self.ledger.release(instance.id)
         snapshot = self._snapshot()
@@ -187,12 +192,13 @@ class Placer:
                 self.ledger.started(instance.id, pid)
         return other
 
-    # ---- giving back
+    # ---- releasing
 
     async def give_back(self, holder: Holder) -> None:
-        """Count the memory of a reaped runner as free, once the GPUs agree or after `Timing.agree_s`.
+        """Release the memory of a reaped runner, once the GPUs report it as free or after `Timing.agree_s`.
 
-        What is still used then is seen as leaked.  Then announce it, before anybody reads that the instance is gone.
+        Memory that is still in use then counts as leaked.  Announces the change before returning, so that a client that
+        reads the instance's end finds its memory available.
         """
         id_ = holder.id
         if id_ in self.ledger.reservations:
@@ -204,16 +210,16 @@ class Placer:
                 await asyncio.sleep(self._timing.look_s)
                 await self.look()
             if not self.ledger.is_back(id_):
-                _log.error("memory is not back", action="memory_not_back", within_s=self._timing.agree_s)
+                _log.error("GPU memory was not freed", action="memory_not_back", within_s=self._timing.agree_s)
             self.ledger.release(id_)
             self.ledger.update(self.ledger.readings)
         holder.freed.set()
         await self._announce()
 
-    # ---- telling
+    # ---- reporting
 
     def held(self) -> list[Holding]:
-        """Return what the instances take that are loaded here or are to be."""
+        """Return the memory that each instance here has reserved."""
         return [
             Holding(
                 instance_id="" if holder.instance is None else holder.instance.instance_id,
@@ -227,11 +233,11 @@ class Placer:
         ]
 
     def _used_at(self, holder: Holder) -> float:
-        found = holder.instance
-        return 0.0 if found is None or found.state is not State.LOADED else found.used_at or 0.0
+        instance = holder.instance
+        return 0.0 if instance is None or instance.state is not State.LOADED else instance.used_at or 0.0
 
     def _is_evictable(self, holder: Holder) -> bool:
-        """Decide whether an instance may be unloaded to make room, as the setting `evict` says."""
+        """Return whether an instance may be evicted, by the setting `evict`."""
         instance, policy = holder.instance, self._settings.evict
         if instance is None or instance.state is not State.LOADED or holder.stop.is_set():
             return False
@@ -246,19 +252,19 @@ class Placer:
                 assert_never(policy)
 
     def devices(self) -> list[Device]:
-        """Return the devices as they were when they were looked at last."""
+        """Return the devices as of the last `look`."""
         return self.ledger.devices()
 
     def _holders_by_device(self) -> dict[str, list[str]]:
-        """Return the instances that hold memory of each device, by the ids that clients know."""
-        found: defaultdict[str, list[str]] = defaultdict(list)
+        """Return the `instance_id` of each instance that holds memory, by device."""
+        holders: defaultdict[str, list[str]] = defaultdict(list)
         for held in self.held():
             for device in held.devices:
-                found[device].append(held.instance_id)
-        return found
+                holders[device].append(held.instance_id)
+        return holders
 
     def _snapshot(self) -> WorkerSnapshot:
-        """Return what placement looks at of a worker."""
+        """Return the part of a worker's snapshot that placement reads."""
         return WorkerSnapshot(
             name="",
             epoch="",
@@ -273,11 +279,11 @@ class Placer:
     def refusal(
         self, instance: Instance, model: Model | None, reason: str = "", needed: int | None = None
     ) -> ErrorBody:
-        """Return the error of a load that there is no room for, with the devices that it could have gone to.
+        """Return the error of a load that does not fit, with the devices that its request allows.
 
-        `reason` and `needed` (bytes) are the engine's, if it was asked; otherwise the estimate says.  The largest
-        context length that would fit is left out if the formula is unsure, and if it would be the length that did not
-        fit.
+        `reason` and `needed` (bytes) are from the engine; without them, those of the estimate are used.  The detail has
+        the largest context length that would fit, unless the estimate is not exact or that length is not below the
+        requested one.
         """
         devices, holders = self.devices(), self._holders_by_device()
         constraints = Constraints.of(instance.request.gpu)
@@ -287,8 +293,8 @@ class Placer:
             devices = [device for device in devices if device.id in constraints.devices] or devices
         would_fit: dict[str, object] = {}
         if model is not None:
-            asked = plan(instance.request, model, self._settings)
-            demand = Demand(requirements_of(model, asked), constraints, instance.key)
+            parameters = plan(instance.request, model, self._settings)
+            demand = Demand(requirements_of(model, parameters), constraints, instance.key)
             if needed is None:
                 needed = demand.single_bytes if demand.n_on_gpus and has_gpu(devices) else demand.cpu_bytes
             if demand.requirements.exact:
@@ -297,23 +303,25 @@ class Placer:
                     instance.request,
                     model,
                     self._settings,
-                    lambda one: place(Demand(one, constraints, instance.key), snapshot) is not None,
+                    lambda requirements: place(Demand(requirements, constraints, instance.key), snapshot) is not None,
                 )
-                if largest is None or largest < asked.n_ctx:
+                if largest is None or largest < parameters.n_ctx:
                     would_fit = {"largest_context_length": largest}
         others = {id_: [name for name in names if name != instance.instance_id] for id_, names in holders.items()}
         by_others = {device.id: sum(self.ledger.others(device.id).values()) for device in devices}
-        words, detail = shortage(reason or TOO_LITTLE, needed or instance.total_size_bytes, devices, others, by_others)
-        return LoadFailed("insufficient_memory", instance.type, instance.model, words, **detail | would_fit).body()
+        sentence, detail = shortage(
+            reason or TOO_LITTLE, needed or instance.total_size_bytes, devices, others, by_others
+        )
+        return LoadFailed("insufficient_memory", instance.type, instance.model, sentence, **detail | would_fit).body()
 
     def forget(self, holder: Holder) -> None:
-        """Free what an instance that has ended had reserved and no runner ever took."""
+        """Release the reservation of an instance that ended before a runner used it."""
         self.ledger.release(holder.id)
         holder.freed.set()
 
 
 async def _acquired(lock: asyncio.Lock | asyncio.Semaphore, stop: asyncio.Event) -> bool:
-    """Return whether a lock could be had before `stop` was set."""
+    """Acquire a lock.  Returns False, without it, if `stop` is set first."""
     acquiring = asyncio.ensure_future(lock.acquire())
     is_ours = False
     try:
