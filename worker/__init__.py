@@ -1,1 +1,1 @@
-"""The GPU worker: owns devices and the runners that hold models in their memory."""
+"""The worker: owns devices, and the runners that hold models in the devices' memory."""

@@ -1,4 +1,4 @@
-"""The agent: owner of all that a worker holds."""
+"""The agent: owns the instances, devices and runners of a worker."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from worker.restore import Restorer
 from worker.runner.warm import Runners
 from worker.timing import Timing
 
-PLACED_N = 16  # more than an API usually gives a worker between two looks
+PLACED_N = 16  # more loads than an API usually sends a worker between two snapshots
 
 _log = log.get("worker")
 
 
 class LeaseLost(Exception):
-    """Another process works under this worker's name."""
+    """Another process holds the lease of this worker's name."""
 
 
 class Agent:
-    """Holds the instances of a worker, and moves them on at each beat."""
+    """Holds the instances of a worker and reconciles them with their records at each beat."""
 
     def __init__(
         self,
@@ -47,7 +47,10 @@ class Agent:
         heartbeat: Callable[[], None] = lambda: None,
         timing: Timing | None = None,
     ) -> None:
-        """`heartbeat` tells the supervisor that the beat goes on.  Raises SettingsError for unknown devices."""
+        """`heartbeat` is called at each beat and signals liveness to the supervisor.
+
+        Raises SettingsError for unknown devices.
+        """
         timing = timing or Timing()
         self.settings = settings
         self.store = store
@@ -57,9 +60,9 @@ class Agent:
         self.tally = Tally()
         self.models: dict[str, Model] = {}  # the catalog, by key
         self.residents: dict[str, Resident] = {}  # by id of the load
-        self.tasks: dict[str, asyncio.Task[None]] = {}  # their lives
+        self.tasks: dict[str, asyncio.Task[None]] = {}  # the tasks of `Resident.live`, by id of the load
         self.ending = asyncio.Event()  # set once the worker drains
-        self.changed = asyncio.Event()  # the snapshot has something new of the devices or of what they hold
+        self.changed = asyncio.Event()  # the snapshot's devices or instances changed
         self.placed: deque[str] = deque(maxlen=PLACED_N)  # loads that were placed or refused
         self.devices = Devices(settings, Driver())
         self.placer = Placer(settings, self.devices, self.residents, self.announce, self.tally, timing)
@@ -86,7 +89,7 @@ class Agent:
             self.stop,
         )
         self._heartbeat = heartbeat
-        self._digest = ""  # of the catalog that was published
+        self._digest = ""  # of the published catalog
         self._services = Services(
             name=self.name,
             epoch=epoch,
@@ -105,10 +108,13 @@ class Agent:
             ending=self.ending,
         )
 
-    # ---- what the worker's main gives it
+    # ---- called by the worker's main
 
     async def publish(self, models: list[Model], dead_epoch: str = "") -> bool:
-        """Take a new catalog and publish it; returns whether no other process holds our lease."""
+        """Take a new catalog and publish it.  Returns False if another process holds the lease.
+
+        `dead_epoch` is that of a predecessor whose lease may be taken over.  Raises what UNAVAILABLE lists.
+        """
         self.models.clear()
         self.models.update({model.key: model for model in models})
         digest = await self.store.workers.publish_catalog(self.name, models, self.epoch, dead_epoch)
@@ -116,9 +122,9 @@ class Agent:
         return digest is not None
 
     async def warm(self) -> None:
-        """Wait until a runner is warm, which tells what the engine can use.
+        """Wait until a runner is warm.  Drops the GPUs if the engine was built without CUDA.
 
-        Raises RunnerDied, TimeoutError, and SettingsError if the engine can use none of our devices.
+        Raises RunnerDied, TimeoutError, and SettingsError if the engine can use none of the worker's devices.
         """
         await self.runners.warmed()
         if self.devices.gpus and not self.runners.has_cuda:
@@ -127,27 +133,29 @@ class Agent:
             await self.placer.look()
 
     def deliver(self, id_: str, not_before: float = 0.0) -> None:
-        """Take an instance from the queue, to begin at `not_before` (seconds since the epoch).  A second delivery of
-        the same one is ignored."""
+        """Accept a queued instance, to be loaded from `not_before` on (seconds since the epoch).
+
+        Ignores an instance that is held already, and all deliveries while the worker drains.
+        """
         if id_ not in self.residents and not self.ending.is_set():
             self.residents[id_] = Resident(self._services, id_, not_before)
             self.tasks[id_] = asyncio.create_task(self._live(self.residents[id_]))
 
     def stop(self, id_: str) -> None:
-        """Stop an instance, if it is held here."""
+        """Stop an instance, if this worker holds it."""
         if id_ in self.residents:
             self.residents[id_].stop.set()
 
     # ---- the beat
 
     def snapshot(self) -> WorkerSnapshot:
-        """Return what is published of this worker."""
+        """Return the snapshot of this worker that is published."""
         return WorkerSnapshot(
             name=self.name,
             epoch=self.epoch,
             version=shared.__version__,
             catalog=self._digest,
-            residents=sum(one.claimed or not one.stop.is_set() for one in self.residents.values()),
+            residents=sum(resident.claimed or not resident.stop.is_set() for resident in self.residents.values()),
             state="draining" if self.ending.is_set() else "ready",
             devices=self.placer.devices(),
             held=self.placer.held(),
@@ -157,7 +165,7 @@ class Agent:
         )
 
     async def announce_changes(self) -> None:
-        """Announce what changes here, soon after; ends only by cancellation."""
+        """Publish the snapshot soon after each change.  Runs until cancelled."""
         while True:
             await self.changed.wait()
             self.changed.clear()
@@ -165,14 +173,14 @@ class Agent:
             check_cancelled()
 
     async def announce(self) -> None:
-        """Let the pool know at once what has changed here; the next beat does in any case."""
+        """Publish the snapshot now.  Errors of Redis are ignored, since the next beat publishes it again."""
         with suppress(*UNAVAILABLE):
             await self.store.workers.announce(self.snapshot())
 
     async def beat(self) -> None:
-        """Beat again and again.  Raises LeaseLost.
+        """Beat at each `Timing.beat_s`.  Raises LeaseLost.
 
-        The lease depends on runners: while none answers and none can be started, it is left to run out.
+        The lease depends on the runners: while none answers and none can be started, it is not renewed and expires.
         """
         while True:
             self._heartbeat()
@@ -182,13 +190,13 @@ class Agent:
                     await self.beat_once()
                 else:
                     _log.error("no runner answers", action="runners_silent", silent_s=round(self.runners.silent_s))
-            except UNAVAILABLE as e:  # the runners stay: nobody else can have been given their work
+            except UNAVAILABLE as e:  # the runners stay: without Redis, their loads cannot go to another worker
                 _log.warning("beat missed", action="redis_unavailable", error=str(e))
             check_cancelled()
             await asyncio.sleep(self.timing.beat_s)
 
     async def beat_once(self) -> None:
-        """Renew the lease, make what is held match the records, and restore what is missing.
+        """Renew the lease, reconcile the instances with their records, and restore missing ones.
 
         Raises LeaseLost and what UNAVAILABLE lists.
         """
@@ -197,43 +205,46 @@ class Agent:
         if lease == "refused":
             raise LeaseLost(f"the lease of worker '{self.name}' is held by another process")
         await self.reconciler.reconcile()
-        if lease == "no catalog":  # Redis was emptied: nothing is placed here before what we hold has its names again
+        if lease == "no catalog":
+            # Redis was emptied.  No load is placed here until the held instances have their names again.
             await self.publish(list(self.models.values()))
         if not self.ending.is_set():
             await self.restorer.restore(self.residents.keys())
         await self.tally.hand_over(self.store.counters.add)
 
     async def watch_files(self) -> None:
-        """Look at the files of what is loaded, and tell whose have changed; ends only by cancellation.
+        """Set `changed` of each instance whose files changed.  Runs until cancelled.
 
-        A change in place is under the mapping that the weights are; a file that was replaced is not what its key
-        names any more.  In a thread, since a network file system may hang.
+        A change in place alters the weights of a mapped model; if a file was replaced, the key names a different model.
+        Reads the files in a thread, since a network file system may hang.
         """
         while True:
             await asyncio.sleep(self.timing.beat_s)
-            for resident in [one for one in self.residents.values() if one.files]:
+            for resident in [resident for resident in self.residents.values() if resident.files]:
                 if await asyncio.to_thread(has_changed, resident.files):
                     resident.changed.set()
 
     # ---- the end
 
     async def drain(self) -> None:
-        """Take nothing more, hand back what is loading, and stop all runners in parallel; what is queued stays queued,
-        for another worker or for our successor."""
+        """Refuse new loads, requeue loads in progress, and stop all runners in parallel.
+
+        Queued loads stay queued, for another worker or for this worker's successor.
+        """
         self.ending.set()
         for resident in self.residents.values():
             resident.stop.set()
-        ending = asyncio.create_task(self._drained())
+        draining = asyncio.create_task(self._wait_for_residents())
         with suppress(*UNAVAILABLE, TimeoutError):
             async with asyncio.timeout(self.timing.drain_s / 2):
-                await self.store.workers.renew(self.snapshot())  # nothing more is placed here
-        await ending
+                await self.store.workers.renew(self.snapshot())  # the state "draining": no API places a load here
+        await draining
         self.desired.flush()
         with suppress(*UNAVAILABLE, TimeoutError):
             async with asyncio.timeout(self.timing.drain_s / 4):
                 await self.tally.hand_over(self.store.counters.add)
 
-    async def _drained(self) -> None:
+    async def _wait_for_residents(self) -> None:
         if self.tasks:
             _, late = await asyncio.wait(self.tasks.values(), timeout=self.timing.drain_s)
             for task in late:

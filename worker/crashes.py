@@ -1,4 +1,4 @@
-"""The models that crashed the engine recently."""
+"""Remembers the models that crashed the engine recently."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from shared.store.keys import CRASH_MEMORY_S
 
 
 class Crashes:
-    """Remembers a crash for CRASH_MEMORY_S, here and in Redis for the whole pool.  A Redis that is away is no error."""
+    """Remembers a crash for CRASH_MEMORY_S, here and in Redis for the whole pool.  Ignores an unavailable Redis."""
 
     def __init__(self, instances: Instances) -> None:
         self._instances = instances
-        self._known: dict[str, tuple[float, str]] = {}  # by fingerprint: until when (monotonic), and why
+        self._known: dict[str, tuple[float, str]] = {}  # by fingerprint: expiry (monotonic), reason
 
     async def remember(self, model: Model, reason: str) -> None:
-        """Refuse this model for a while."""
+        """Record a crash of this model."""
         self._known[model.fingerprint] = (time.monotonic() + CRASH_MEMORY_S, reason)
         with suppress(*UNAVAILABLE):
             await self._instances.remember_crash(model.fingerprint, reason)
 
     async def forget(self, model: Model, *, everywhere: bool) -> None:
-        """Accept it again, since it was loaded.  `everywhere`: also if this worker knows of no crash."""
+        """Forget a model's crash, since it was loaded.  `everywhere`: also one that only Redis knows."""
         if self._known.pop(model.fingerprint, None) is not None or everywhere:
             with suppress(*UNAVAILABLE):
                 await self._instances.forget_crash(model.fingerprint)
 
     def of(self, model: Model) -> tuple[str, int] | None:
-        """Return why a model crashed the engine, and for how many seconds more that is known; None if it did not."""
+        """Return the reason of a model's crash and the seconds until it expires; None if it did not crash."""
         until, reason = self._known.get(model.fingerprint, (0.0, ""))
         left_s = math.ceil(until - time.monotonic())
         return (reason, left_s) if left_s > 0 else None

@@ -1,4 +1,4 @@
-"""The queue of this worker: loads and questions that APIs put into it, through arq."""
+"""Reads this worker's queue through arq: loads and dry-run requests from APIs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from shared.store.queue import LOAD, SIZE, SIZED_S, as_arq, pack_job, unpack_job
 from shared.telemetry import log
 from worker.agent import Agent
 
-FALLBACK_S = 1.0  # a notification may be lost; the queue is looked at this often without one
+FALLBACK_S = 1.0  # polling interval, in case a notification is lost
 END_S = 2.0
 
 _log = log.get("worker")
 
 
 class Deliveries(ArqWorker):
-    """arq's worker on this worker's queue, woken by notification instead of polling.
+    """arq's worker on this worker's queue, woken by notifications instead of polling.
 
-    A load's job is only a delivery: it hands an id to the agent and is done.  The claim of the record decides who
-    loads, so arq's retries and results are off.  Only of the question what a load would take is the result the answer.
+    The job of a load only delivers an id to the agent.  The claim of the record decides which worker loads it, so arq's
+    retries and results are off.  Only the job of a dry run has a result.
     """
 
     def __init__(self, redis: Redis, agent: Agent) -> None:
@@ -57,14 +57,16 @@ class Deliveries(ArqWorker):
         self.woken = asyncio.Event()
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
-        """Without arq's lock of each job, which takes four trips to Redis: no other worker reads this queue, and what
-        has begun here and is not over is in `tasks`."""
+        """Start jobs without arq's lock per job, which takes four round trips to Redis.
+
+        No lock is needed: no other worker reads this queue, and `tasks` has the jobs that are running.
+        """
         for id_ in (id_.decode() for id_ in job_ids):
             if id_ not in self.tasks:
                 self.tasks[id_] = asyncio.create_task(self.run_job(id_, timestamp_ms()))
 
     async def main(self) -> None:
-        """Runs until Redis drops it: then it raises one of UNAVAILABLE, and a new one is started."""
+        """Run until the connection to Redis is lost.  Raises what UNAVAILABLE lists; the caller starts a new one."""
         while True:
             self.woken.clear()
             await self._poll_iteration()
@@ -75,11 +77,11 @@ class Deliveries(ArqWorker):
 
 
 async def take_deliveries(redis: Redis, agent: Agent) -> None:
-    """arq and the wake channel, restarted here whenever Redis drops them."""
+    """Run arq and listen on the wake channel.  Restarts both when the connection to Redis is lost."""
     while True:
         deliveries = Deliveries(redis, agent)
 
-        def heard(data: bytes, deliveries: Deliveries = deliveries) -> None:
+        def on_message(data: bytes, deliveries: Deliveries = deliveries) -> None:
             if data:
                 agent.stop(data.decode())
             else:
@@ -87,20 +89,21 @@ async def take_deliveries(redis: Redis, agent: Agent) -> None:
 
         both = {
             asyncio.create_task(deliveries.main()),
-            asyncio.create_task(agent.store.listen(f"wake:{agent.name}", heard)),
+            asyncio.create_task(agent.store.listen(f"wake:{agent.name}", on_message)),
         }
         try:
             done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         except UNAVAILABLE as e:
-            _log.warning("queue dropped", action="redis_unavailable", error=str(e))
+            _log.warning("queue connection lost", action="redis_unavailable", error=str(e))
         finally:
             for task in both:
                 task.cancel()
             await asyncio.wait(both, timeout=END_S)
-            # What arq still does with deliveries is not cancelled: that would leave behind what it shields.  Not looked
-            # at earlier: until its end it may begin more.
+            # arq's running jobs are not cancelled: that would leave behind the tasks that arq shields.  `tasks` is read
+            # only now, because arq may start jobs until it ends.
             for task in (*both, *deliveries.tasks.values()):
-                task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, or asyncio reports it
+                # Retrieves the exception, which asyncio would log otherwise.
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.sleep(0.2)

@@ -1,7 +1,7 @@
-"""The instances that a worker is to hold: those that were loaded and not unloaded, in a file of its own.
+"""The desired state of a worker: the instances that were loaded and not unloaded, kept in a file.
 
-Redis has their records as well; the file is for a Redis that was emptied, and for a worker that is away for longer
-than records are kept.
+Redis has their records too.  The file covers an emptied Redis, and a worker that is down for longer than records are
+retained.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _log = log.get("worker")
 
 
 class Desired:
-    """Instances by their ids (`instance_id`), as they were when they were loaded or began to be restored."""
+    """Desired instances by `instance_id`, as recorded when they were loaded or their restoration began."""
 
     def __init__(self, path: Path, *, is_on: bool, timing: Timing | None = None) -> None:
-        """`is_on`: whether a worker restores at all; otherwise nothing is ever desired."""
+        """`is_on`: whether the worker restores instances; if not, no instance is ever desired."""
         self.path, self.is_on = path, is_on
         self.instances: dict[str, Instance] = {}
         self._timing = timing or Timing()
@@ -33,22 +33,21 @@ class Desired:
         self._number = self._written = 0
 
     def read(self) -> None:
-        """Read the file that an earlier process left.
+        """Read the file of the previous process.  An unreadable file counts as missing.
 
-        One that cannot be read is as good as none.  One that is not used any more is removed, so that nothing is
-        restored from it years later.
+        If the worker does not restore, the file is removed, so that no instance is restored from it years later.
         """
         try:
             if not self.is_on:
                 self.path.unlink(missing_ok=True)
                 return
-            found = msgspec.json.decode(self.path.read_bytes(), type=list[Instance])
+            instances = msgspec.json.decode(self.path.read_bytes(), type=list[Instance])
         except FileNotFoundError:
             return
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
             _log.error("desired instances not read", action="wanted_unreadable", file=self.path.name, error=str(e))
             return
-        self.instances = {instance.instance_id: instance for instance in found}
+        self.instances = {instance.instance_id: instance for instance in instances}
 
     def add(self, instance: Instance) -> None:
         if self.is_on:
@@ -56,14 +55,14 @@ class Desired:
             self._changed.set()
 
     def discard(self, instance: Instance) -> None:
-        """Forget what this load made; what another load made under the same id stays desired."""
-        found = self.instances.get(instance.instance_id)
-        if found is not None and found.id == instance.id:
+        """Drop the instance of this load.  An instance of another load with the same `instance_id` stays."""
+        desired = self.instances.get(instance.instance_id)
+        if desired is not None and desired.id == instance.id:
             del self.instances[instance.instance_id]
             self._changed.set()
 
     async def keep(self) -> None:
-        """Write each change; ends only by cancellation."""
+        """Write the file after each change.  Runs until cancelled."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -75,7 +74,7 @@ class Desired:
                 await asyncio.sleep(self._timing.retry_s)
 
     def flush(self) -> None:
-        """Write at the process's end."""
+        """Write the file synchronously, at the end of the process."""
         if not self.is_on:
             return
         try:
@@ -91,9 +90,9 @@ class Desired:
         return self._number, msgspec.json.encode(list(self.instances.values()))
 
     def _replace(self, number: int, data: bytes) -> None:
-        """Write the encoding with this number, unless a later one is written already.  Raises OSError."""
+        """Write the encoding with this number, unless a newer one is already written.  Raises OSError."""
         with self._writing:
-            if number < self._written:  # a thread that was slower than a later one
+            if number < self._written:  # the thread of a newer one was faster
                 return
             replace_atomically(self.path, data)
             self._written = number

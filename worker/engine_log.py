@@ -1,4 +1,4 @@
-"""What the engine logs in a load, kept with the record."""
+"""Records the engine's log of a load in Redis."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from worker.runner.process import Runner
 
 
 class EngineLog:
-    """Writes the output of one load's runner to Redis, in bunches, from `follow` until `close`."""
+    """Writes the output of a load's runner to Redis, in batches, from `follow` until `close`."""
 
     def __init__(self, instances: Instances, id_: str, worker: str, models_dir: Path, every_s: float) -> None:
-        self.traceparent = ""  # of the runner's span: the first line
+        self.traceparent = ""  # of the runner's span; written as the first line
         self._instances = instances
         self._id, self._worker = id_, worker
         self._models_dir = models_dir
@@ -23,29 +23,28 @@ class EngineLog:
         self._task: asyncio.Task[None] | None = None
 
     def follow(self, runner: Runner) -> asyncio.Task[None]:
-        """Record what this runner says from now on; returns the task that does."""
+        """Start to record the output of this runner.  Returns the task."""
         self._task = asyncio.create_task(self._follow(runner))
         return self._task
 
     def close(self) -> None:
-        """Record no more by itself."""
+        """Stop the task.  `save` still works."""
         if self._task is not None:
             self._task.cancel()
 
     async def save(self, runner: Runner) -> None:
-        """Write all that was said until now; try again with the next bunch if Redis is away.
+        """Write the output so far.  If Redis is unavailable, it is written with the next batch.
 
-        The trace comes first: it is not among the engine's own lines, of which the oldest are dropped and the last may
-        say why a load failed.
+        The trace is the first line.  It is not kept in `output`, which drops its oldest lines.
         """
-        said = scrub(self.relative("".join(f"{line}\n" for line in runner.output)))
+        text = scrub(self.relative("".join(f"{line}\n" for line in runner.output)))
         try:
-            await self._instances.write_engine_log(self._id, f"traceparent: {self.traceparent}\n{said}", self._worker)
+            await self._instances.write_engine_log(self._id, f"traceparent: {self.traceparent}\n{text}", self._worker)
         except UNAVAILABLE:
             runner.output.grown.set()
 
     def relative(self, text: str) -> str:
-        """Return the engine's words with the models directory left out of the paths."""
+        """Make paths in the engine's output relative to the models directory."""
         return text.replace(f"{self._models_dir}/", "")
 
     async def _follow(self, runner: Runner) -> None:

@@ -1,7 +1,7 @@
-"""Messages on a byte stream: four bytes of length, little endian, then one msgpack value.
+"""Frames messages on a byte stream: four bytes of length, little endian, then one msgpack value.
 
-Both readers return None at the end of the stream, also when it ends within a message or is reset by the other side
-(ECONNRESET, which a unix socket gives when its peer closed with data unread: unix(7)).
+Both readers return None at the end of the stream, also if it ends within a message or the peer resets it (ECONNRESET,
+which a unix socket returns if its peer closed with unread data: unix(7)).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LENGTH = struct.Struct("<I")
 
 
 def frame(message: object) -> bytes:
-    """Encode a message, with its length in front."""
+    """Encode a message, preceded by its length."""
     data = msgpack.encode(message)
     return LENGTH.pack(len(data)) + data
 
@@ -31,7 +31,7 @@ async def read(stream: asyncio.StreamReader) -> bytes | None:
 
 
 def read_blocking(stream: IO[bytes]) -> bytes | None:
-    """Read the msgpack value of the next message from a buffered stream; blocks until all of it is there."""
+    """Read the msgpack value of the next message from a buffered stream.  Blocks until the message is complete."""
     try:
         head = stream.read(LENGTH.size)
         if len(head) < LENGTH.size:

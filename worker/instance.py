@@ -1,4 +1,4 @@
-"""One instance on this worker, from its delivery to its terminal state."""
+"""An instance on this worker, from its delivery to its terminal state."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from worker.runner.rate import Rate
 from worker.runner.warm import Runners
 from worker.timing import Timing
 
-FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})  # no crash of the engine
-COMMIT_FRACTION = 0.02  # progress is recorded after this much of the bytes
+FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})  # not a crash
+COMMIT_FRACTION = 0.02  # progress is recorded after this fraction of the bytes
 CHANGED = "a file of the model changed while it was loaded"
-DRY_RUNS = 3  # how often another place is looked for if the engine says that the estimate was too low
+DRY_RUNS = 3  # at most this many dry runs per load, if each result exceeds the memory of the chosen place
 
 Answer = TypeVar("Answer", Ready, Measured)
 
@@ -54,14 +54,14 @@ _log = log.get("worker")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """What the instances of a worker share."""
+    """The services and state that all instances of a worker share."""
 
     name: str
     epoch: str
     settings: Settings
     timing: Timing
-    models: Mapping[str, Model]  # by key; the catalog as it is now
-    residents: Mapping[str, Resident]  # by id of the load; all that the worker holds or is to hold
+    models: Mapping[str, Model]  # the current catalog, by key
+    residents: Mapping[str, Resident]  # by id of the load; all instances that the worker holds or has accepted
     instances: Instances
     placer: Placer
     runners: Runners
@@ -69,24 +69,24 @@ class Services:
     desired: Desired
     tally: Tally
     placed: deque[str]  # the ends (`short`) of the ids of loads that were placed or refused
-    changed: asyncio.Event  # set when the worker's snapshot has something new
+    changed: asyncio.Event  # set when the worker's snapshot changed
     ending: asyncio.Event  # set once the worker drains
 
 
 class Resident:
-    """What a worker holds of one instance; `live` is its whole life.  It alone writes the record meanwhile."""
+    """An instance on this worker.  Only `live`, which runs it to its end, writes the record meanwhile."""
 
     def __init__(self, services: Services, id_: str, not_before: float = 0.0) -> None:
-        """`not_before`: when to begin, in seconds since the epoch."""
+        """`not_before`: the earliest start, in seconds since the epoch."""
         self.id = id_
         self.not_before = not_before
-        self.stop = asyncio.Event()  # an unload, a cancel, a record that is another's by now, or the worker's end
+        self.stop = asyncio.Event()  # unload, cancel, eviction, a record changed by another writer, or drain
         self.changed = asyncio.Event()  # a file of a loaded model changed
-        self.freed = asyncio.Event()  # its memory is back
-        self.files: list[tuple[str, FileStat]] = []  # of a loaded model: paths, and how they were when they were opened
+        self.freed = asyncio.Event()  # its memory is released
+        self.files: list[tuple[str, FileStat]] = []  # of a loaded model: path, and state when it was opened
         self.key = ""  # of its model
         self.claimed = False
-        self._of = services
+        self._services = services
         self._record = Record(services.instances, services.ending)
         self._engine_log = EngineLog(
             services.instances,
@@ -100,42 +100,42 @@ class Resident:
 
     @property
     def instance(self) -> Instance | None:
-        """The record as it was written here last."""
+        """The record as this worker wrote it last; None before the claim."""
         return self._record.written
 
     async def live(self) -> None:
-        """Load it, hold it, and stop it.  Returns once nothing of it is left here."""
+        """Load the instance, hold it, and stop it.  Returns once its runner is reaped and its memory is released."""
         log.bind(job=self.id)
-        placer = self._of.placer
+        placer = self._services.placer
         try:
             await self._wait()
             async with placer.placing:  # in the order of the deliveries
-                found = None if self.stop.is_set() else await self._find()
-                placed = None if found is None else await placer.place(*found)
-            self._of.placed.append(short(self.id))
-            self._of.changed.set()
-            if found is None:
+                queued = None if self.stop.is_set() else await self._find()
+                placed = None if queued is None else await placer.place(*queued)
+            self._services.placed.append(short(self.id))
+            self._services.changed.set()
+            if queued is None:
                 return
-            record, model = found
+            record, model = queued
             if placed is None:
                 await self._refuse(record, model)
                 return
             loaded = None
             async with placer.turn(placed.devices, self.stop) as is_its_turn:
-                if is_its_turn and await self._loadable(record) is not None:  # others were before it
+                if is_its_turn and await self._loadable(record) is not None:  # it waited for other loads
                     loaded = await self._begin(record, model, placed)
             if loaded is not None:
                 await self._keep(*loaded)
-        except UNAVAILABLE as e:  # before the claim, when a beat will find the record queued; or at the worker's end
-            _log.warning("instance put off", action="redis_unavailable", error=str(e))
-        except Fenced:  # before the claim: cancelled, or given to another worker
-            _log.info("delivery void", action="delivery_void")
+        except UNAVAILABLE as e:  # before the claim: a beat delivers the record again; or while the worker drains
+            _log.warning("instance deferred", action="redis_unavailable", error=str(e))
+        except Fenced:  # before the claim: cancelled, or assigned to another worker
+            _log.info("delivery ignored: the record changed", action="delivery_void")
         finally:
             self._engine_log.close()
             placer.forget(self)
 
     async def _wait(self) -> None:
-        """Wait until it is time to begin; others go first meanwhile."""
+        """Wait until `not_before`, or for a stop.  Does not delay other loads."""
         if (left_s := self.not_before - time.time()) > 0:
             with suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
@@ -144,12 +144,13 @@ class Resident:
     # ---- before the load
 
     async def _find(self) -> tuple[Instance, Model] | None:
-        """Return the queued record that is to be ours, and its model; None if there is none, or it fails at once.
+        """Return the queued record and its model.
 
-        Raises Fenced and what UNAVAILABLE lists.
+        Returns None if this worker has no such queued record, or if the load fails at once.  Raises Fenced and what
+        UNAVAILABLE lists.
         """
-        record = await self._of.instances.get(self.id)
-        if record is None or record.state is not State.QUEUED or record.worker != self._of.name:
+        record = await self._services.instances.get(self.id)
+        if record is None or record.state is not State.QUEUED or record.worker != self._services.name:
             return None
         span = trace.continued([record.traceparent])
         self._engine_log.traceparent = str(span.child())
@@ -161,39 +162,44 @@ class Resident:
         return record, model
 
     async def _loadable(self, record: Instance) -> Model | None:
-        """Return the model of a load, None if the load fails at once.  Raises Fenced and what UNAVAILABLE lists."""
-        model = self._of.models.get(record.key)
+        """Return the model of a load.  If it cannot be loaded, fails the load and returns None.
+
+        Raises Fenced and what UNAVAILABLE lists.
+        """
+        model = self._services.models.get(record.key)
         if model is None or model.problem is not None:
-            reason = "its file is gone" if model is None or model.problem is None else model.problem.message
+            gone = "its file is no longer in the models directory"
+            reason = gone if model is None or model.problem is None else model.problem.message
             await self._fail(record, "invalid_model_file", reason)
             return None
-        crash = self._of.crashes.of(model)
+        crash = self._services.crashes.of(model)
         if crash is not None and not record.request.force and not record.restoring:
             await self._fail_with(record, crashed_lately(record.type, record.model, *crash).body())
             return None
         return model
 
     async def _refuse(self, instance: Instance, model: Model) -> None:
-        """Hand back what there is no room for: an API finds another worker, or lets it fail with what is said here.
+        """Refuse a load that does not fit: requeue it with the error of this worker.
 
-        A restoration stays with its worker, and fails.  Raises Fenced and what UNAVAILABLE lists.
+        An API then chooses another worker, or fails the load with that error.  A restoration belongs to this worker and
+        fails.  Raises Fenced and what UNAVAILABLE lists.
         """
-        error = self._of.placer.refusal(instance, model)
-        _log.info("no room", action="refused", reason=error.message)
+        error = self._services.placer.refusal(instance, model)
+        _log.info("load refused: not enough memory", action="refused", reason=error.message)
         if instance.restoring:
             await self._fail_with(instance, error)
             return
-        refused = [*instance.refused, self._of.name]
-        await self._record.surely(
+        refused = [*instance.refused, self._services.name]
+        await self._record.write(
             instance, Event.REQUEUE, refused=refused, refusal=error, attempt=instance.attempt, worker=instance.worker
         )
 
     async def _begin(self, record: Instance, model: Model, placed: Placement) -> tuple[Instance, Runner] | None:
         """Claim the record and load it.  Raises Fenced and what UNAVAILABLE lists."""
-        instance = await self._record.surely(
+        instance = await self._record.write(
             record,
             Event.CLAIM,
-            epoch=self._of.epoch,
+            epoch=self._services.epoch,
             devices=placed.devices,
             evicted=[held.instance_id for held in placed.evicts],
             started_at=time.time(),
@@ -202,31 +208,31 @@ class Resident:
         timing = {"queue": max(0.0, self._record.redis_time_s - record.created_at)}
         instance = msgspec.structs.replace(instance, timing=timing)
         try:
-            taken = await self._take(instance)
-            if any(not other.claimed for other in self._of.residents.values()):
-                self._of.runners.prepare()  # for one that waits already
-            return None if taken is None else await self._load(taken[0], model, placed, taken[1])
+            with_runner = await self._take_runner(instance)
+            if any(not other.claimed for other in self._services.residents.values()):
+                self._services.runners.prepare()  # for a load that waits already
+            return None if with_runner is None else await self._load(with_runner[0], model, placed, with_runner[1])
         finally:
-            if not self._of.ending.is_set():
-                self._of.runners.prepare()  # if none waits, not before: it would take a core from a short load
+            if not self._services.ending.is_set():
+                self._services.runners.prepare()  # if no load waits, only now: it would take a core from a short load
 
-    async def _take(self, instance: Instance) -> tuple[Instance, Runner] | None:
-        """Take a warm runner.  Returns None once the instance has ended without one."""
-        taking = asyncio.ensure_future(self._of.runners.take())
+    async def _take_runner(self, instance: Instance) -> tuple[Instance, Runner] | None:
+        """Take a warm runner.  Returns None if the instance ended without one."""
+        taking = asyncio.ensure_future(self._services.runners.take())
         try:
             async with racing(taking, self.stop.wait()) as waits:
-                while not await first(waits, self._of.timing.commit_s):
+                while not await first(waits, self._services.timing.commit_s):
                     instance = await self._record.progress(instance, instance)
-            if not taking.cancelled():  # also if a stop was requested at the same moment: the load will see that
+            if not taking.cancelled():  # also if a stop was requested at the same moment: `_watch` handles it
                 return instance, taking.result()
             await self._unload(instance, None)
         except Fenced:
-            _log.warning("instance is no longer ours", action="fenced")
-            await self._stopped(_taken(taking))
+            _log.warning("record changed by another writer", action="fenced")
+            await self._stop_runner(_unowned(taking))
         except (RunnerDied, RunnerStuck, TimeoutError) as e:
-            await self._fail(instance, "engine_crashed", str(e) or "no runner")
+            await self._fail(instance, "engine_crashed", str(e) or "the runner did not start in time")
         except BaseException:
-            if (runner := _taken(taking)) is not None:
+            if (runner := _unowned(taking)) is not None:
                 runner.kill()
             raise
         return None
@@ -236,15 +242,15 @@ class Resident:
     async def _load(
         self, instance: Instance, model: Model, placed: Placement, runner: Runner
     ) -> tuple[Instance, Runner] | None:
-        """Have a warm runner load it.  Returns the loaded instance, None once it has ended otherwise."""
+        """Load the model in a warm runner.  Returns the loaded instance with its runner, None if it ended otherwise."""
         self._engine_log.follow(runner)
         self._oom_kills = oom_kills()
-        self._of.placer.ledger.started(self.id, runner.pid)
+        self._services.placer.ledger.started(self.id, runner.pid)
         try:
             load = self._load_of(instance, model, placed)
             outcome: Ready | NoRoom | Ended | None = None
-            if self._of.placer.is_unsure(placed):
-                instance, load, outcome = await self._measure(instance, model, placed, runner)
+            if self._services.placer.is_unsure(placed):
+                instance, load, outcome = await self._dry_run(instance, model, placed, runner)
             if outcome is None:
                 spawn_s = time.monotonic() - self._claimed_at
                 instance = msgspec.structs.replace(instance, timing={**instance.timing, "spawn": spawn_s})
@@ -253,7 +259,7 @@ class Resident:
             return await self._conclude(instance, model, load, runner, outcome)
         except Fenced:
             await self._abandon(runner)
-        except BaseException:  # cancelled at the worker's end, or a fault of ours: no runner is left without an owner
+        except BaseException:  # cancelled while the worker drains, or a bug: never leave a runner without an owner
             runner.kill()
             raise
         return None
@@ -261,48 +267,51 @@ class Resident:
     async def _conclude(
         self, instance: Instance, model: Model, load: Load, runner: Runner, outcome: Ready | NoRoom | Ended
     ) -> tuple[Instance, Runner] | None:
-        """Record what a load came to.  Returns the loaded instance with its runner; otherwise None, and the runner is
-        reaped.  Raises Fenced and what UNAVAILABLE lists."""
+        """Record the outcome of a load.  Returns a loaded instance with its runner, or None after reaping the runner.
+
+        Raises Fenced and what UNAVAILABLE lists.
+        """
         match outcome:
-            case Ready() if outcome.files != model.files:  # everything was decided by the header of another file
-                await self._stopped(runner)
+            case Ready() if outcome.files != model.files:  # the catalog and the placement are of another file's header
+                await self._stop_runner(runner)
                 await self._fail(instance, "invalid_model_file", CHANGED)
             case Ready():
-                await self._of.crashes.forget(model, everywhere=instance.request.force)  # before anyone reads "loaded"
-                self._of.placer.ledger.settle(self.id, outcome.taken)
+                # Before a client can read "loaded".
+                await self._services.crashes.forget(model, everywhere=instance.request.force)
+                self._services.placer.ledger.settle(self.id, outcome.taken)
                 self.files = [*zip(load.shards, outcome.files, strict=True)]
                 loaded = await self._loaded(instance, outcome)
                 if loaded is not None:
                     return loaded, runner
                 await self._unload(instance, runner)
             case Failed():
-                await self._stopped(runner)
-                await self._failed(instance, runner, *from_reason(self._engine_log.relative(outcome.reason)))
+                await self._stop_runner(runner)
+                await self._fail_with_memory(instance, runner, *from_reason(self._engine_log.relative(outcome.reason)))
             case NoRoom():
-                await self._stopped(runner)
+                await self._stop_runner(runner)
                 await self._refuse(instance, model)
             case Stopped():
                 await self._unload(instance, runner)
             case Stalled():
-                await self._stopped(runner)
-                reason = f"the engine made no progress for {self._of.settings.stall_limit_s:g} s"
+                await self._stop_runner(runner)
+                reason = f"the engine made no progress for {self._services.settings.stall_limit_s:g} s"
                 await self._fail(instance, "load_stalled", reason)
             case Died():
-                self._of.tally.add(died("loading"))
-                await self._stopped(runner)
-                await self._failed(instance, runner, *await self._death(model, load, runner))
+                self._services.tally.add(died("loading"))
+                await self._stop_runner(runner)
+                await self._fail_with_memory(instance, runner, *await self._failure_of(model, load, runner))
             case Unexpected():
                 await self._unexpected(instance, runner, outcome)
             case _:
                 assert_never(outcome)
         return None
 
-    async def _measure(
+    async def _dry_run(
         self, instance: Instance, model: Model, placed: Placement, runner: Runner
     ) -> tuple[Instance, Load, NoRoom | Ended | None]:
-        """Ask the engine what a load would take, and reserve that.
+        """Do a dry run of the load, and reserve the memory that it reports.
 
-        Returns the load, perhaps for another place, and None if it can begin, else why not.
+        Returns the load, possibly for another place, and None if it can begin, else the outcome that prevents it.
         """
         timing = instance.timing
         for _ in range(DRY_RUNS):
@@ -312,24 +321,24 @@ class Resident:
             if not isinstance(outcome, Measured):
                 return instance, load, outcome
             instance = msgspec.structs.replace(instance, timing=timing)
-            await self._of.placer.look()
-            found = self._of.placer.corrected(instance, model, placed, outcome.taken)
-            if found is None:
+            await self._services.placer.look()
+            corrected = self._services.placer.corrected(instance, model, placed, outcome.taken)
+            if corrected is None:
                 break
-            if found.exact and found.layers == placed.layers and found.gpus == placed.gpus:
+            if corrected.exact and corrected.layers == placed.layers and corrected.gpus == placed.gpus:
                 return instance, load, None
-            placed = found
+            placed = corrected
         return instance, load, NoRoom()
 
     def _load_of(self, instance: Instance, model: Model, placed: Placement) -> Load:
-        load = plan(instance.request, model, self._of.settings, placed.gpus, placed.layers)
+        load = plan(instance.request, model, self._services.settings, placed.gpus, placed.layers)
         return msgspec.structs.replace(load, traceparent=self._engine_log.traceparent)
 
     async def _loaded(self, instance: Instance, ready: Ready) -> Instance | None:
-        """Return the record of a load that is ready, None if a stop was requested before."""
+        """Write the record of a load that is ready, and return it; None if a stop was requested before."""
         now = time.time()
         try:
-            loaded = await self._record.surely(
+            loaded = await self._record.write(
                 instance,
                 Event.LOAD,
                 phase=None,
@@ -345,20 +354,20 @@ class Resident:
             )
         except StopRequested:
             return None
-        self._of.desired.add(loaded)
-        self._of.changed.set()
+        self._services.desired.add(loaded)
+        self._services.changed.set()
         return loaded
 
     async def _watch(
         self, instance: Instance, runner: Runner, expected: type[Answer]
     ) -> tuple[Instance, Answer | Ended]:
-        """Wait for a runner's answer, and record its progress.  Only a load (`Ready`) makes progress.
+        """Wait for the expected answer of a runner, and record progress.  Only a load (`Ready`) makes progress.
 
-        Writes a revision at least every `Timing.commit_s`, so that followers hear something even without progress.
+        Writes a revision at least every `Timing.commit_s`, so that followers get events even without progress.
         """
-        commit_s = self._of.timing.commit_s
+        commit_s = self._services.timing.commit_s
         phase: Phase = "metadata"
-        began = heard_at = committed_at = time.monotonic()
+        began = progressed_at = committed_at = time.monotonic()
         rate = Rate(began)
         latest: Progress | None = None
         timing = instance.timing
@@ -381,7 +390,7 @@ class Resident:
                             return so_far, message
                         case Progress() if expected is Ready:
                             receiving = asyncio.ensure_future(runner.receive())
-                            heard_at, latest = now, message
+                            progressed_at, latest = now, message
                             rate.add(now, message.loaded_bytes)
                             if message.phase != phase:
                                 timing = {**timing, phase: now - began}
@@ -390,20 +399,20 @@ class Resident:
                             return so_far, Unexpected(tag(message))
                         case _:
                             assert_never(message)
-                elif now - heard_at >= self._of.settings.stall_limit_s:
+                elif now - progressed_at >= self._services.settings.stall_limit_s:
                     return so_far, Stalled()
-                reached = 0 if latest is None else latest.loaded_bytes
-                progress = max(instance.progress, min(0.999, reached / max(1, instance.total_size_bytes)))
+                loaded_bytes = 0 if latest is None else latest.loaded_bytes
+                progress = max(instance.progress, min(0.999, loaded_bytes / max(1, instance.total_size_bytes)))
                 changed = phase != instance.phase or progress >= instance.progress + COMMIT_FRACTION
-                if changed or not is_done or now - committed_at >= commit_s:  # a timer may be a little early
+                if changed or not is_done or now - committed_at >= commit_s:  # a timer may fire slightly early
                     committed_at = now
                     bytes_per_second = rate.bytes_per_second()
-                    left_bytes = max(0, instance.total_size_bytes - reached)
+                    left_bytes = max(0, instance.total_size_bytes - loaded_bytes)
                     new = msgspec.structs.replace(
                         instance,
                         phase=phase,
                         progress=progress,
-                        loaded_bytes=reached,
+                        loaded_bytes=loaded_bytes,
                         bytes_per_second=bytes_per_second,
                         estimated_completion=time.time() + left_bytes / bytes_per_second if bytes_per_second else None,
                         timing=timing,
@@ -416,22 +425,22 @@ class Resident:
     # ---- while it is loaded
 
     async def _keep(self, instance: Instance, runner: Runner) -> None:
-        """Hold a loaded instance until it is stopped or idle, its runner dies or falls silent, or its file changes."""
+        """Hold a loaded instance until its end: a stop, the idle TTL, a changed file, or a dead or silent runner."""
         try:
-            outcome = await self._held(instance, runner)
+            outcome = await self._wait_for_end(instance, runner)
             match outcome:
                 case Stopped():
                     await self._unload(instance, runner)
                 case Died():
-                    await self._stopped(runner)
-                    self._of.tally.add(died("loaded"))
-                    await self._failed(instance, runner, *self._exit(runner))
+                    await self._stop_runner(runner)
+                    self._services.tally.add(died("loaded"))
+                    await self._fail_with_memory(instance, runner, *self._exit_of(runner))
                 case Changed():
-                    await self._stopped(runner)
+                    await self._stop_runner(runner)
                     await self._fail(instance, "invalid_model_file", CHANGED)
                 case Stalled():
-                    await self._stopped(runner)
-                    limit_s = self._of.settings.stall_limit_s
+                    await self._stop_runner(runner)
+                    limit_s = self._services.settings.stall_limit_s
                     await self._fail(instance, "engine_crashed", f"the engine did not answer for {limit_s:g} s")
                 case Unexpected():
                     await self._unexpected(instance, runner, outcome)
@@ -443,16 +452,18 @@ class Resident:
             runner.kill()
             raise
 
-    async def _held(self, instance: Instance, runner: Runner) -> Stopped | Died | Changed | Stalled | Unexpected:
-        """Wait until a loaded instance is to end; returns why.  A runner that holds a model says nothing by itself."""
+    async def _wait_for_end(
+        self, instance: Instance, runner: Runner
+    ) -> Stopped | Died | Changed | Stalled | Unexpected:
+        """Wait until a loaded instance must end, and return why.  A runner with a model only answers pings."""
         waits = self.stop.wait(), runner.exited.wait(), self.changed.wait(), runner.receive()
         async with racing(*waits) as (stopping, exiting, changing, receiving):
             while not await first((stopping, exiting, changing, receiving), self._until_look_s(instance)):
-                self._oom_kills = oom_kills()  # those until now were others
+                self._oom_kills = oom_kills()  # the runner lives: OOM kills so far were of other processes
                 if instance.idle_at is not None and time.time() >= instance.idle_at:
-                    _log.info("unused for long", action="idle")
+                    _log.info("idle TTL expired", action="idle")
                     return Stopped()
-                if runner.silent_s >= self._of.settings.stall_limit_s:
+                if runner.silent_s >= self._services.settings.stall_limit_s:
                     return Stalled()
             if stopping.done():
                 return Stopped()
@@ -464,30 +475,35 @@ class Resident:
             return Died() if message is None else Unexpected(tag(message))
 
     def _until_look_s(self, instance: Instance) -> float:
-        """How long to hold a loaded instance without a look at it."""
-        silence_s = self._of.timing.silence_s
+        """Return the seconds until a loaded instance is to be checked again."""
+        silence_s = self._services.timing.silence_s
         return silence_s if instance.idle_at is None else min(silence_s, max(0.0, instance.idle_at - time.time()))
 
     # ---- the end
 
     async def _unload(self, instance: Instance, runner: Runner | None) -> None:
-        """Stop a runner on request.  At the worker's end nobody requested it: what is loaded counts as lost, and what
-        is not is handed back, to be begun again."""
-        if self._of.ending.is_set():
-            await self._stopped(runner)
-            await self._record.abandon(instance, self._of.settings.load_attempts)
+        """Stop a runner on request.
+
+        While the worker drains, there was no request: a loaded instance counts as lost, and a load is requeued.
+        """
+        if self._services.ending.is_set():
+            await self._stop_runner(runner)
+            await self._record.abandon(instance, self._services.settings.load_attempts)
             return
-        instance = await self._record.surely(instance, Event.STOP)
-        await self._stopped(runner)
-        self._of.desired.discard(await self._record.surely(instance, Event.EXIT))
+        instance = await self._record.write(instance, Event.STOP)
+        await self._stop_runner(runner)
+        self._services.desired.discard(await self._record.write(instance, Event.EXIT))
 
     async def _abandon(self, runner: Runner) -> None:
-        """Another writer moved the record on: whatever is held here for it is void."""
-        _log.warning("instance is no longer ours", action="fenced")
-        await self._stopped(runner)
+        """Drop an instance whose record another writer changed."""
+        _log.warning("record changed by another writer", action="fenced")
+        await self._stop_runner(runner)
 
-    async def _stopped(self, runner: Runner | None) -> None:
-        """Return once the runner is reaped: until then its memory is not free, and nothing may say so."""
+    async def _stop_runner(self, runner: Runner | None) -> None:
+        """Stop a runner, release its memory and save its output.
+
+        Returns only once the runner is reaped: until then its memory is not free, and must not be reported as free.
+        """
         if runner is None:
             return
         while True:
@@ -496,57 +512,58 @@ class Resident:
                 break
             except RunnerStuck as e:
                 _log.error("runner stuck", action="runner_stuck", pid=runner.pid, error=str(e))
-        await self._of.placer.give_back(self)
+        await self._services.placer.give_back(self)
         self._engine_log.close()
         await self._engine_log.save(runner)
 
     async def _unexpected(self, instance: Instance, runner: Runner, outcome: Unexpected) -> None:
-        """Stop a runner that broke the protocol, and fail what it was to do."""
-        _log.error("a runner broke the protocol", action="runner_unexpected", pid=runner.pid, said=outcome.message)
-        await self._stopped(runner)
-        await self._fail(instance, "engine_crashed", f"the engine's process said '{outcome.message}' out of turn")
+        """Stop a runner that violated the protocol, and fail its instance."""
+        _log.error("runner violated the protocol", action="runner_unexpected", pid=runner.pid, said=outcome.message)
+        await self._stop_runner(runner)
+        reason = f"the engine process sent an unexpected message: '{outcome.message}'"
+        await self._fail(instance, "engine_crashed", reason)
 
-    async def _death(self, model: Model, load: Load, runner: Runner) -> tuple[LoadFailure, str]:
-        """Return code and sentence for a runner that died in a load, and remember it if the engine crashed."""
-        code, reason = self._exit(runner)
-        files = [*zip(load.shards, model.files, strict=False)]  # as the catalog had read them
+    async def _failure_of(self, model: Model, load: Load, runner: Runner) -> tuple[LoadFailure, str]:
+        """Return code and sentence for a runner that died in a load.  If the engine crashed, remember the model."""
+        code, reason = self._exit_of(runner)
+        files = [*zip(load.shards, model.files, strict=False)]  # as the catalog read them
         if code == "engine_crashed" and await asyncio.to_thread(has_changed, files):
             code, reason = "invalid_model_file", CHANGED
         if code == "engine_crashed" and runner.status not in FROM_OUTSIDE:
-            await self._of.crashes.remember(model, reason)
+            await self._services.crashes.remember(model, reason)
         return code, reason
 
-    def _exit(self, runner: Runner) -> tuple[LoadFailure, str]:
+    def _exit_of(self, runner: Runner) -> tuple[LoadFailure, str]:
         """Return code and sentence for a runner that died."""
         lines = map(self._engine_log.relative, runner.output)
         return from_exit(runner.status, lines, oom_killed=oom_kills() > self._oom_kills)
 
-    async def _failed(self, instance: Instance, runner: Runner, code: LoadFailure, reason: str) -> None:
-        """Fail it for what its runner came to; if memory was too short, with the numbers."""
+    async def _fail_with_memory(self, instance: Instance, runner: Runner, code: LoadFailure, reason: str) -> None:
+        """Fail an instance whose runner failed.  If memory was insufficient, the error has the numbers."""
         if code != "insufficient_memory":
             await self._fail(instance, code, reason)
             return
-        needed = needed_bytes(runner.output)  # the engine may say no more than std::bad_alloc
-        error = self._of.placer.refusal(instance, self._of.models.get(instance.key), reason, needed)
+        needed = needed_bytes(runner.output)  # None if the engine logged only std::bad_alloc
+        error = self._services.placer.refusal(instance, self._services.models.get(instance.key), reason, needed)
         await self._fail_with(instance, error)
 
     async def _fail(self, instance: Instance, code: LoadFailure, reason: str) -> None:
         await self._fail_with(instance, LoadFailed(code, instance.type, instance.model, reason).body())
 
     async def _fail_with(self, instance: Instance, error: ErrorBody) -> None:
-        failed = await self._record.surely(instance, Event.FAIL, error=error)
+        failed = await self._record.write(instance, Event.FAIL, error=error)
         if failed.loaded_at is not None:
-            self._of.desired.discard(failed)
+            self._services.desired.discard(failed)
 
 
-def _taken(taking: asyncio.Future[Runner]) -> Runner | None:
-    """Return the runner that nobody else owns yet, if there is one."""
-    is_there = taking.done() and not taking.cancelled() and taking.exception() is None
-    return taking.result() if is_there else None
+def _unowned(taking: asyncio.Future[Runner]) -> Runner | None:
+    """Return the runner of a completed `Runners.take`, which has no owner yet; None if there is none."""
+    has_runner = taking.done() and not taking.cancelled() and taking.exception() is None
+    return taking.result() if has_runner else None
 
 
 def has_changed(files: list[tuple[str, FileStat]]) -> bool:
-    """Return whether one of these is not what it was.  One that is gone harms nobody: what was mapped stays."""
+    """Return whether one of these files changed.  A removed file does not count: its mapping stays intact."""
     for path, before in files:
         with suppress(OSError):
             if FileStat.of(Path(path).stat()) != before:

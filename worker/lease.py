@@ -1,4 +1,4 @@
-"""The right to a worker's name: on this host by a lock on its data directory, in the pool by a lease in Redis."""
+"""Exclusive ownership of a worker's name: by a lock file in its data directory, and by a lease in Redis."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from shared.telemetry import log
 from worker.agent import Agent, LeaseLost
 from worker.runner.sockets import place_sockets
 
-TEMPORARY = "loadstone-worker-"  # how the names of our temporary directories begin
+TEMPORARY = "loadstone-worker-"  # prefix of a worker's temporary directory
 
 _log = log.get("worker")
 
 
 @contextmanager
 def owned(settings: Settings, epoch: str) -> Iterator[str]:
-    """Hold this worker's name on this data directory until the process ends; yields the epoch of the last holder.
+    """Hold the lock of this worker's name in the data directory.  Yields the epoch of the previous holder.
 
-    The lock's file names the holder's epoch and its directory for temporary files, where multiprocessing puts its
-    sockets.  Removes the directory that a killed holder left.  Raises SettingsError when another process has the name.
+    The lock file contains the holder's epoch and its temporary directory, in which multiprocessing puts its sockets.
+    Removes the directory that a killed holder left behind.  Raises SettingsError if another process holds the lock.
     """
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = settings.data_dir / f"worker-{settings.name}.lock"
@@ -52,10 +52,11 @@ def owned(settings: Settings, epoch: str) -> Iterator[str]:
 
 
 async def take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> None:
-    """Take the lease at once from our own dead predecessor, or as soon as another's runs out; with it, and not before,
-    the catalog is ours.  Raises LeaseLost.
+    """Take the lease and publish the catalog: at once from this worker's dead predecessor (`dead_epoch`), from another
+    process once its lease expires.
 
-    What the predecessor held is lost, or begun anew if it was not loaded yet: its runners left when it died.
+    The predecessor's instances are marked lost, or requeued if they were not loaded yet: its runners exited with it.
+    Raises LeaseLost.
     """
     deadline = asyncio.get_running_loop().time() + agent.store.workers.lease_s + 1
     while True:
@@ -68,8 +69,8 @@ async def take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> None
                         await agent.reconciler.give_up(instance)
                 return
         except UNAVAILABLE as e:
-            _log.warning("lease not taken", action="redis_unavailable", error=str(e))
+            _log.warning("lease not acquired", action="redis_unavailable", error=str(e))
             deadline = asyncio.get_running_loop().time() + agent.store.workers.lease_s + 1
         if asyncio.get_running_loop().time() > deadline:
-            raise LeaseLost(f"a worker named '{agent.name}' is alive elsewhere; give this one another name.")
+            raise LeaseLost(f"another live worker is named '{agent.name}'; give this worker a different name.")
         await asyncio.sleep(0.2)

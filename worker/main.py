@@ -1,4 +1,4 @@
-"""A worker process: takes its lease, then runs the agent's beat, the deliveries and the catalog side by side."""
+"""A worker process: takes its lease, then runs the agent's beat, the deliveries and the catalog concurrently."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ _log = log.get("worker")
 
 
 async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
-    """Work until SIGTERM or SIGINT, then drain; a second signal ends the process where it stands, and runners leave
-    at the end of their stream.  Raises SettingsError, and LeaseLost (also in a group)."""
+    """Run the worker until SIGTERM or SIGINT, then drain.
+
+    A second signal exits at once; the runners then exit at the end of their streams.  Raises SettingsError,
+    LeaseLost and RunnerDied, also in a group.
+    """
     stop = asyncio.Event()
 
     def on_signal() -> None:
@@ -56,21 +59,21 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
                 await asyncio.wait({work}, timeout=END_S)
                 await agent.drain()
                 await agent.runners.close()
-                with suppress(*UNAVAILABLE):  # last: from then on the pool counts how long we are away
+                with suppress(*UNAVAILABLE):  # last: the pool measures the worker's absence from here on
                     await agent.store.workers.release(agent.name, epoch)
 
 
 async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str) -> None:
-    """Ready means: a catalog is published, a runner is warm, the lease is ours.  In this order."""
+    """Become ready, then work: read the first catalog, wait for a warm runner, publish and take the lease."""
     agent.runners.prepare()
     agent.desired.read()
-    found = catalogs(
+    scanned = catalogs(
         settings.models_dir,
         settings.data_dir / f"catalog-{agent.name}.msgpack",
         log_level=settings.log_level,
         log_format=settings.log_format,
     )
-    async with aclosing(found) as lists:
+    async with aclosing(scanned) as lists:
         async with asyncio.timeout(FIRST_CATALOG_S):
             first = await anext(lists)
         await agent.warm()
@@ -83,10 +86,10 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
             group.create_task(agent.desired.keep())
             group.create_task(agent.watch_files())
             async for models in lists:
-                await _published(agent, models)
+                await _publish(agent, models)
 
 
-async def _published(agent: Agent, models: list[Model]) -> None:
+async def _publish(agent: Agent, models: list[Model]) -> None:
     while True:
         try:
             await agent.publish(models)

@@ -1,4 +1,4 @@
-"""What can become of a load, or of a loaded instance, beside the answer that the runner was asked for."""
+"""The outcomes of a load, or of a loaded instance, other than the expected answer of the runner."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from worker.runner.protocol import Failed
 
 
 class NoRoom(Struct, frozen=True):
-    """The engine says that the load takes more than any place has."""
+    """By the engine's dry run, the load fits nowhere on this worker."""
 
 
 class Stopped(Struct, frozen=True):
@@ -16,7 +16,7 @@ class Stopped(Struct, frozen=True):
 
 
 class Stalled(Struct, frozen=True):
-    """There was no progress for the stall limit."""
+    """There was no progress, or no answer to a ping, within the stall limit."""
 
 
 class Changed(Struct, frozen=True):
@@ -28,7 +28,7 @@ class Died(Struct, frozen=True):
 
 
 class Unexpected(Struct, frozen=True):
-    """The runner said something that is no answer to what it was asked: a fault of the runner, or of its memory."""
+    """The runner sent a message that the protocol does not allow here: a bug, or corrupted memory."""
 
     message: str  # its tag in the protocol
 

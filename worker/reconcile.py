@@ -1,4 +1,4 @@
-"""Making what a worker holds match what the records say: first decided, then done."""
+"""Reconciles the instances that a worker holds with their records: a pure decision, then its execution."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _log = log.get("worker")
 
 
 class Held(Protocol):
-    """What a worker holds of one instance."""
+    """An instance that a worker holds, or is about to load."""
 
     @property
     def id(self) -> str: ...
@@ -27,32 +27,34 @@ class Held(Protocol):
     def claimed(self) -> bool: ...
     @property
     def instance(self) -> Instance | None:
-        """The record as it was written last; None before it was claimed."""
+        """The record as this worker wrote it last; None before the claim."""
 
 
 class Stop(Struct, frozen=True):
-    """Stop what is held: a stop was requested."""
+    """Stop a held instance: a stop was requested."""
 
     id: str
 
 
 class Rewrite(Struct, frozen=True):
-    """Redis lost the record of what is held, or its last revisions.  What it does not take again is stopped if
-    `or_stop`."""
+    """Write the record of a held instance again: Redis lost it, or its last revisions.
+
+    If `or_stop`, the instance is stopped if the record cannot be rewritten.
+    """
 
     id: str
     or_stop: bool
 
 
 class Deliver(Struct, frozen=True):
-    """Take it from the queue: its delivery was lost, or it is to be begun at `not_before`."""
+    """Accept a queued instance whose delivery was lost, or that is scheduled for `not_before`."""
 
     id: str
     not_before: float
 
 
 class GiveUp(Struct, frozen=True):
-    """We claimed it and do not hold it: the reply to the claim was lost, or it is an earlier process's."""
+    """Give up an instance that is claimed by this worker but not held: the reply to the claim was lost."""
 
     record: Instance
 
@@ -61,31 +63,31 @@ Action = Stop | Rewrite | Deliver | GiveUp
 
 
 def decide(held: Iterable[Held], records: Sequence[Instance], worker: str, epoch: str) -> list[Action]:
-    """Decide what to do so that what is held matches the live records of a worker.
+    """Return the actions that make the held instances match their records.
 
-    `held` is all that the worker holds or waits for; `records` are the live records of this worker, and of what it
-    holds.
+    `held` are all instances that the worker holds or has accepted.  `records` are the live records of this worker and
+    those of the instances that it has claimed.
     """
     actions: list[Action] = []
     by_id = {record.id: record for record in records}
     ids = set()
-    for one in held:
-        ids.add(one.id)
-        if not one.claimed:
+    for resident in held:
+        ids.add(resident.id)
+        if not resident.claimed:
             continue
-        record = by_id.get(one.id)
+        record = by_id.get(resident.id)
         if record is None or record.epoch != epoch:
-            actions.append(Rewrite(one.id, or_stop=True))
+            actions.append(Rewrite(resident.id, or_stop=True))
         elif record.stop_requested:
-            actions.append(Stop(one.id))
-        elif one.instance is not None and record.rev < one.instance.rev:
-            actions.append(Rewrite(one.id, or_stop=False))
+            actions.append(Stop(resident.id))
+        elif resident.instance is not None and record.rev < resident.instance.rev:
+            actions.append(Rewrite(resident.id, or_stop=False))
     for record in records:
         if record.id in ids:
             continue
         match record.state:
             case State.QUEUED:
-                if worker not in record.refused:  # else an API is to find it another worker
+                if worker not in record.refused:  # a refused load waits for an API to choose another worker
                     actions.append(Deliver(record.id, record.not_before))
             case State.LOADING | State.LOADED | State.UNLOADING:
                 if record.epoch == epoch:
@@ -98,7 +100,7 @@ def decide(held: Iterable[Held], records: Sequence[Instance], worker: str, epoch
 
 
 class Reconciler:
-    """Does what `decide` says."""
+    """Executes the actions that `decide` returns."""
 
     def __init__(
         self,
@@ -111,8 +113,8 @@ class Reconciler:
         deliver: Callable[[str, float], None],
         stop: Callable[[str], None],
     ) -> None:
-        """`attempts`: how often a load is begun before it fails.  `deliver` takes a load and when to begin it, in
-        seconds since the epoch; `stop` stops one that is held."""
+        """`attempts`: how often a load is started before it fails.  `deliver` takes the id of a load and its earliest
+        start, in seconds since the epoch.  `stop` takes the id of a held load."""
         self._name, self._epoch = name, epoch
         self._attempts = attempts
         self._instances = instances
@@ -122,7 +124,7 @@ class Reconciler:
         self._stop = stop
 
     async def reconcile(self) -> None:
-        """Compare once, and act.  Raises what UNAVAILABLE lists."""
+        """Compare held instances and records once, and act.  Raises what UNAVAILABLE lists."""
         claimed = [held.id for held in self._residents.values() if held.claimed]
         records = await self._instances.live_at(self._name, claimed)
         for action in decide([*self._residents.values()], records, self._name, self._epoch):
@@ -140,7 +142,7 @@ class Reconciler:
                     assert_never(action)
 
     async def give_up(self, record: Instance) -> None:
-        """Give up a claimed instance that nobody holds any more: one that was never loaded is begun again.
+        """Give up a claimed instance that no process holds: it is lost, or requeued if it was never loaded.
 
         Raises what UNAVAILABLE lists.
         """
@@ -152,22 +154,24 @@ class Reconciler:
                 await commit(self._instances, record, record.after(Event.STOP))
 
     async def _is_kept(self, id_: str) -> bool:
-        """Return whether a loaded instance stays although its record is not as we left it: Redis was emptied, or lost
-        what it was told last, and is told again.  If another writer moved it on, or its id was given away, it is not
-        ours."""
+        """Rewrite the record of a loaded instance that Redis lost, in whole or in part.
+
+        Returns whether the instance may stay.  It may not if another writer changed the record, or if its `instance_id`
+        now belongs to another load.
+        """
         held = self._residents.get(id_)
         loaded = None if held is None else held.instance
         if not self._desired.is_on or loaded is None or loaded.state is not State.LOADED:
             return False
-        found = await self._instances.rewrite(loaded)
-        match found:
+        result = await self._instances.rewrite(loaded)
+        match result:
             case "written":
                 with log.about(loaded):
-                    _log.warning("record written again", action="record_rewritten")
+                    _log.warning("record rewritten", action="record_rewritten")
                 return True
             case "there":
                 return True
             case "newer" | "name taken":
                 return False
             case _:
-                assert_never(found)
+                assert_never(result)

@@ -1,4 +1,4 @@
-"""Loading again what a worker is to hold and does not."""
+"""Restores the desired instances that a worker does not hold."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from shared.telemetry import log, trace
 from worker.desired import Desired
 from worker.timing import Timing
 
-TRIES = 5  # of one restoration
+TRIES = 5  # attempts per restoration
 
 _log = log.get("worker")
 
 
 class Restorer:
-    """Compares what a worker is to hold with what it holds."""
+    """Loads the desired instances that the worker does not hold."""
 
     def __init__(
         self, name: str, instances: Instances, desired: Desired, deliver: Callable[[str, float], None], timing: Timing
     ) -> None:
-        """`deliver` takes the id of a load, and when to begin it, in seconds since the epoch."""
+        """`deliver` takes the id of a load and its earliest start, in seconds since the epoch."""
         self._name = name
         self._instances = instances
         self._desired = desired
@@ -33,9 +33,9 @@ class Restorer:
         self._timing = timing
 
     async def recall(self) -> None:
-        """Learn from Redis what this worker is to hold and its file does not know of.  Without restoring, forget it.
+        """Add the desired instances that Redis knows and the file does not.
 
-        Raises what UNAVAILABLE lists.
+        If the worker does not restore, clears them in Redis instead.  Raises what UNAVAILABLE lists.
         """
         if not self._desired.is_on:
             await self._instances.clear_desired(self._name)
@@ -45,7 +45,7 @@ class Restorer:
             self._desired.add(record)
 
     async def restore(self, held: Collection[str]) -> None:
-        """Begin to load what is desired and not among `held` (ids of loads), the last used first.
+        """Start to load each desired instance that is not in `held` (ids of loads), the most recently used first.
 
         Raises what UNAVAILABLE lists.
         """
@@ -54,26 +54,26 @@ class Restorer:
             return
         records = {record.id: record for record in await self._instances.many([desired.id for desired in missing])}
         known = await self._instances.desired(self._name)
-        for desired in sorted(missing, key=lambda one: one.used_at or 0.0, reverse=True):
+        for desired in sorted(missing, key=lambda instance: instance.used_at or 0.0, reverse=True):
             record = records.get(desired.id)
-            todo = decide(desired, record, known.get(desired.instance_id))
-            if todo == "wait":
+            decision = decide(desired, record, known.get(desired.instance_id))
+            if decision == "wait":
                 continue
-            if todo == "drop":
+            if decision == "drop":
                 await self._forget(desired, record)
                 continue
-            begun = restoration(desired, f"load_{uuid.uuid4().hex}", todo, self._timing.first_pause_s)
+            new = restoration(desired, f"load_{uuid.uuid4().hex}", decision, self._timing.first_pause_s)
             try:
-                begun = await self._instances.create(begun, restores=desired.id if record else "")
-            except (NameTaken, NotDesired):  # it was loaded anew, or unloaded, while we were away
+                new = await self._instances.create(new, restores=desired.id if record else "")
+            except (NameTaken, NotDesired):  # it was loaded again, or unloaded, while this worker was down
                 await self._forget(desired, None)
             except NoLease:
                 return
             else:
-                with log.about(begun):
-                    _log.info("restoring", action="restoring", number=todo)
-                self._desired.add(begun)
-                self._deliver(begun.id, begun.not_before)
+                with log.about(new):
+                    _log.info("restoring", action="restoring", number=decision)
+                self._desired.add(new)
+                self._deliver(new.id, new.not_before)
 
     async def _forget(self, desired: Instance, record: Instance | None) -> None:
         await self._instances.forget_desired(desired)
@@ -81,18 +81,19 @@ class Restorer:
         if record is not None and record.state is State.FAILED:
             reason = record.error.message if record.error else ""
             with log.about(desired):
-                _log.error("not restored", action="restore_given_up", reason=reason)
+                _log.error("instance not restored", action="restore_given_up", reason=reason)
 
 
 def decide(desired: Instance, record: Instance | None, known: str | None) -> Literal["wait", "drop"] | int:
     """Decide what to do about a desired instance that its worker does not hold.
 
-    Returns "wait" to leave it for now, "drop" to desire it no longer, or the number of the try that loads it again.
-    `record` is its load's in Redis, and `known` the id of the load that Redis has as desired under its name.
+    Returns "wait" to decide again later, "drop" to remove it from the desired instances, or the number of the next
+    attempt to load it.  `record` is the record of its load in Redis.  `known` is the id of the load that Redis has as
+    desired under its `instance_id`.
     """
-    if desired.idle_at is not None and time.time() >= desired.idle_at:  # it would have been unloaded meanwhile
+    if desired.idle_at is not None and time.time() >= desired.idle_at:  # its idle TTL expired meanwhile
         return "drop"
-    if record is None:  # Redis was emptied, or the worker was away for longer than records are kept
+    if record is None:  # Redis was emptied, or the worker was down for longer than records are retained
         return 1
     if record.worker != desired.worker:
         return "drop"
@@ -112,7 +113,10 @@ def decide(desired: Instance, record: Instance | None, known: str | None) -> Lit
 
 
 def restoration(desired: Instance, id_: str, number: int, first_pause_s: float) -> Instance:
-    """Return the record of a new load that brings `desired` back, from its second try on after a pause that doubles."""
+    """Return the record of a new load that restores `desired`.
+
+    From the second attempt on, `not_before` delays it by a pause that starts at `first_pause_s` and doubles.
+    """
     pause_s = first_pause_s * 2 ** (number - 2) if number > 1 else 0.0
     return Instance(
         id=id_,
@@ -121,7 +125,7 @@ def restoration(desired: Instance, id_: str, number: int, first_pause_s: float) 
         type=desired.type,
         worker=desired.worker,
         request=desired.request,
-        traceparent=str(trace.begun()),  # nobody's request
+        traceparent=str(trace.begun()),  # a new trace: no client requested it
         total_size_bytes=desired.total_size_bytes,
         restoring=number,
         not_before=time.time() + pause_s if pause_s else 0.0,

@@ -386,7 +386,7 @@ def test_a_second_worker_of_a_name_leaves_after_a_lease_and_the_first_goes_on(po
     began = time.monotonic()
     said = refused(pool.begun("a", "second", models="b"))
     assert time.monotonic() - began >= LEASE_S, "the first one might have been dead"
-    assert "loadstone: a worker named 'a' is alive elsewhere; give this one another name.\n" in said
+    assert "loadstone: another live worker is named 'a'; give this worker a different name.\n" in said
     assert is_alive(first)
     assert set(pool.instances()) == {ALONE}
     assert pool.loaded(ALONE)["instance_id"] == f"{ALONE}:2"

@@ -341,7 +341,7 @@ def test_a_redis_that_starts_again_costs_nothing_that_is_loaded_and_no_load_that
             began = time.monotonic()
             said = len(pool.worker.stderr)
             os.kill(runner.pid, signal.SIGCONT)
-            until(lambda: "commit put off" in pool.worker.stderr[said:], "it is loaded, and nobody can be told")
+            until(lambda: "commit deferred" in pool.worker.stderr[said:], "it is loaded, and nobody can be told")
             until(lambda: time.monotonic() - began > GONE_S, "the lease has run out", GONE_S + 1)
     for job_id in (loading, queued):
         assert pool.ended(job_id)["status"] == "loaded"

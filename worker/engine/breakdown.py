@@ -94,6 +94,5 @@ def _device(engine: Any, buffer_type: int, devices: Mapping[int, str]) -> str:
     engine.ggml_backend_buft_get_device.restype = ctypes.c_void_p
     if engine.ggml_backend_buft_is_host(buffer_type):
         return HOST
-    return devices.get(
-        engine.ggml_backend_buft_get_device(buffer_type), HOST
-    )  # not host memory by ggml, but the CPU's: repacked weights
+    # HOST: buffers of repacked weights, which ggml does not count as host memory.
+    return devices.get(engine.ggml_backend_buft_get_device(buffer_type), HOST)
