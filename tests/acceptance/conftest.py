@@ -1,4 +1,4 @@
-"""A service with one tiny model, for the modules that need no more."""
+"""Fixtures: a service with one tiny model, for the modules that need only that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.service import TINY, Service, up
 
 @pytest.fixture(scope="module")
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The module's own, with its VARIABLES."""
+    """Start one service for the module, with the environment in the module's VARIABLES."""
     home = tmp_path_factory.mktemp("service")
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     with up(home, **getattr(request.module, "VARIABLES", {})) as service:
@@ -21,6 +21,6 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def service(running: Service) -> Iterator[Service]:
-    """The module's service, with nothing loaded before and after."""
+    """Return the module's service; unload everything after the test."""
     yield running
     running.unload_all()

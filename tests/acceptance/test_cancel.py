@@ -1,4 +1,4 @@
-"""A load is cancelled: at once, with its memory back, and never by accident."""
+"""Cancelling a load: it takes effect at once, frees the memory, and never happens by accident."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import pytest
 from tests.support.service import JSON, LOAD, STATUS, TINY, Service, error, is_alive, meanwhile, until
 
 
-def loading(service: Service) -> str:
-    """The id of the one job that is loading."""
-    (job,) = until(lambda: service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"], "a load has begun")
+def loading_job_id(service: Service) -> str:
+    """Return the id of the only job in the state `loading`, once there is one."""
+    (job,) = until(
+        lambda: service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"], "a load has started"
+    )
     return str(job["job_id"])
 
 
 def test_a_queued_load_is_cancelled_at_once(service: Service) -> None:
     with service.frozen():
         first, second = service.accepted(TINY)["job_id"], service.accepted(TINY)["job_id"]
-        until(lambda: service.job(first)["status"] == "loading", "the first one loads")
-        began = time.monotonic()
+        until(lambda: service.job(first)["status"] == "loading", "the first load has started")
+        start = time.monotonic()
         reply = service.cancel(second)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - start < 1
         assert (reply.status, reply.json()["job_id"], reply.json()["status"]) == (200, second, "cancelled")
     assert service.job(first, wait_s=20)["status"] == "loaded"
     assert list(service.instances()) == [TINY]
@@ -33,23 +35,23 @@ def test_a_queued_load_is_cancelled_at_once(service: Service) -> None:
     assert (job["result"], job["error"]["code"], job["started_at"]) == (None, "load_cancelled", None)
 
 
-def test_a_cancelled_load_gives_its_memory_back_before_the_answer_and_tells_its_waiters(service: Service) -> None:
-    with service.frozen() as runner, meanwhile(service.load, TINY) as waiting:
-        job_id = loading(service)
+def test_cancel_replies_after_memory_is_free_and_informs_waiters(service: Service) -> None:
+    with service.frozen() as runner, meanwhile(service.load, TINY) as waiter:
+        job_id = loading_job_id(service)
         with meanwhile(lambda: [*service.events(job_id)]) as events:
             reply = service.cancel(job_id)
             assert not is_alive(runner)
     assert (reply.status, reply.json()["status"], reply.json()["result"]) == (200, "cancelled", None)
-    told = error(waiting.result(), 409, "model_load_failed", "load_cancelled")
-    assert told["message"] == f"Failed to load LLM '{TINY}': Error: the load was cancelled"
-    assert reply.json()["error"] == told
-    assert events.result()[-1].data == {"type": "error", "error": told}
+    failure = error(waiter.result(), 409, "model_load_failed", "load_cancelled")
+    assert failure["message"] == f"Failed to load LLM '{TINY}': Error: the load was cancelled"
+    assert reply.json()["error"] == failure
+    assert events.result()[-1].data == {"type": "error", "error": failure}
     assert set(reply.json()["timing"]) == {"queue", "spawn", "metadata", "total"}
     assert service.instances() == {}
     assert service.loaded(TINY)["instance_id"] == TINY
 
 
-def test_a_load_that_has_ended_cannot_be_cancelled(service: Service) -> None:
+def test_a_finished_load_cannot_be_cancelled(service: Service) -> None:
     job_id = service.accepted(TINY)["job_id"]
     assert service.job(job_id, wait_s=20)["status"] == "loaded"
     error(service.cancel(job_id), 409, "invalid_request", "job_already_finished", "job_id")
@@ -60,37 +62,37 @@ def test_a_load_that_has_ended_cannot_be_cancelled(service: Service) -> None:
     error(service.cancel(cancelled), 409, "invalid_request", "job_already_finished", "job_id")
 
 
-def test_unloading_what_is_still_loading_cancels_it(service: Service) -> None:
-    with service.frozen() as runner, meanwhile(service.load, TINY) as waiting:
-        job_id = loading(service)
+def test_unloading_a_loading_instance_cancels_its_load(service: Service) -> None:
+    with service.frozen() as runner, meanwhile(service.load, TINY) as waiter:
+        job_id = loading_job_id(service)
         reply = service.unload(TINY)
         assert (reply.status, reply.json()) == (200, {"instance_id": TINY})
         assert not is_alive(runner)
-    error(waiting.result(), 409, "model_load_failed", "load_cancelled")
+    error(waiter.result(), 409, "model_load_failed", "load_cancelled")
     assert service.job(job_id)["status"] == "cancelled"
 
 
-def test_one_waiter_of_several_that_goes_away_cancels_nothing(service: Service) -> None:
+def test_a_load_survives_when_one_of_its_waiters_disconnects(service: Service) -> None:
     headers = {**JSON, "Idempotency-Key": "several"}
     body = json.dumps({"model": TINY}).encode()
-    with ExitStack() as staying, service.frozen():
-        stays = staying.enter_context(meanwhile(service.send, "POST", LOAD, content=body, headers=headers))
-        loading(service)
+    with ExitStack() as stack, service.frozen():
+        staying = stack.enter_context(meanwhile(service.send, "POST", LOAD, content=body, headers=headers))
+        loading_job_id(service)
         with pytest.raises(httpx.ReadTimeout):
             service.send("POST", LOAD, content=body, headers=headers, timeout=0.5)
-        job_id = loading(service)
+        job_id = loading_job_id(service)
         events = service.events(job_id)
         next(events)
         events.close()  # type: ignore[attr-defined]
-    assert stays.result().status == 200
+    assert staying.result().status == 200
     assert service.job(job_id, wait_s=20)["status"] == "loaded"
 
 
-def test_a_cancel_that_meets_the_end_of_the_load_has_one_outcome(service: Service) -> None:
-    """Whichever comes first: a load that is cancelled is not there, one that is there was not cancelled."""
+def test_a_cancel_racing_the_end_of_a_load_has_one_outcome(service: Service) -> None:
+    """The load is either cancelled and absent from the list, or loaded and the cancel refused."""
     outcomes: set[str] = set()
     attempt = 0
-    while attempt < 24 or len(outcomes) < 2:  # each cancel a little later: the first ones early, the last ones late
+    while attempt < 24 or len(outcomes) < 2:  # each attempt cancels a little later than the one before
         assert attempt < 200, outcomes
         job_id = service.accepted(TINY)["job_id"]
         time.sleep(attempt / 500)

@@ -1,6 +1,6 @@
-"""What published clients of LM Studio's REST API send and require of the reply, restated project by project.
+"""Requests that published clients of LM Studio's REST API send, and what they check in the replies, by project.
 
-Nothing is asserted here that such a client would not notice.
+Each assertion stands for something that such a client would notice.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def service(running: Service) -> Iterator[Service]:
-    """The module's service, with nothing loaded before and after."""
+    """Return the module's service; unload everything after the test."""
     yield running
     running.unload_all()
 
 
 class Failed(Exception):
-    """What a client tells its user."""
+    """An error that a client shows to its user."""
 
 
 def succeeded(reply: Reply) -> Any:
-    """The body of a success; of a failure, as all of them look for it: `error.message`, else `error`, else the text."""
+    """Return the body of a success; else raise Failed with `error.message`, `error` or the text, as the clients do."""
     if 200 <= reply.status < 300:
         return reply.json()
     error = reply.json().get("error")
@@ -62,23 +62,23 @@ def succeeded(reply: Reply) -> Any:
 
 
 def entry(client: Client, model: str) -> Any:
-    """The entry of the list with this key, else with this variant, where entries name theirs."""
+    """Return the list entry with this key, else the entry that lists it as a variant."""
     models = succeeded(client.send("GET", LIST))["models"]
     variant = [e for e in models if model in (e.get("selected_variant"), *(e.get("variants") or []))]
     return ([e for e in models if e["key"].strip() == model] + variant)[0]
 
 
 def contexts(client: Client, model: str) -> dict[str, int]:
-    """The context length of each loaded instance, by id."""
+    """Return the context length of each loaded instance by id."""
     return {one["id"]: one["config"]["context_length"] for one in entry(client, model)["loaded_instances"]}
 
 
-# ---- openclaw/openclaw and NousResearch/hermes-agent: clamp to the listed maximum, load unless an instance is enough
+# ---- openclaw/openclaw and NousResearch/hermes-agent: clamp to the listed maximum, load unless an instance suffices
 
 
-def openclaw(client: Client, model: str, wanted: int | None = None) -> str:
+def openclaw(client: Client, model: str, requested: int | None = None) -> str:
     maximum = entry(client, model)["max_context_length"]
-    target = min(wanted or maximum, maximum)
+    target = min(requested or maximum, maximum)
     for instance_id, context in contexts(client, model).items():
         if context >= target:
             return instance_id
@@ -89,19 +89,21 @@ def openclaw(client: Client, model: str, wanted: int | None = None) -> str:
 
 
 @pytest.mark.parametrize("model", [LLM, MOE, EMBEDDING])
-@pytest.mark.parametrize("wanted", [None, 1_000_000])
-def test_openclaw_loads_with_the_listed_maximum_and_reuses_it(service: Service, model: str, wanted: int | None) -> None:
-    assert [openclaw(service, model, wanted), openclaw(service, model, 512)] == [model, model]
+@pytest.mark.parametrize("requested", [None, 1_000_000])
+def test_openclaw_loads_with_the_listed_maximum_and_reuses_it(
+    service: Service, model: str, requested: int | None
+) -> None:
+    assert [openclaw(service, model, requested), openclaw(service, model, 512)] == [model, model]
     assert contexts(service, model) == {model: entry(service, model)["max_context_length"]}
 
 
-def test_a_token_that_nobody_asked_for_does_no_harm(service: Service) -> None:
+def test_an_unneeded_token_is_ignored(service: Service) -> None:
     client = Client(service.url, "lm-studio")
     assert openclaw(client, LLM, 512) == LLM
     client.close()
 
 
-def test_clients_with_a_token_work_and_others_read_401(tmp_path: Path) -> None:
+def test_clients_with_a_token_succeed_and_others_get_401(tmp_path: Path) -> None:
     synthetic.tiny_llama(tmp_path / f"models/{LLM}/llm-f16.gguf")
     with up(tmp_path, token="sk-lm-one", LOADSTONE_API_TOKENS="sk-lm-one") as guarded:
         assert openclaw(guarded, LLM, 512) == LLM
@@ -114,10 +116,10 @@ def test_clients_with_a_token_work_and_others_read_401(tmp_path: Path) -> None:
             stranger.close()
 
 
-# ---- NousResearch/hermes-agent, uwuclxdy/ollama-lmstudio-proxy and others: unload what is in the way, then load
+# ---- NousResearch/hermes-agent, uwuclxdy/ollama-lmstudio-proxy and others: unload the other instances, then load
 
 
-def test_rivals_are_unloaded_by_the_ids_that_are_listed_and_one_instance_is_loaded_anew(service: Service) -> None:
+def test_hermes_unloads_rivals_by_listed_id_and_then_loads(service: Service) -> None:
     for model in (MOE, LLM, LLM):
         service.loaded(model, context_length=512)
     ids = [one["id"] for e in succeeded(service.send("GET", LIST))["models"] for one in e["loaded_instances"]]
@@ -128,7 +130,7 @@ def test_rivals_are_unloaded_by_the_ids_that_are_listed_and_one_instance_is_load
     assert {**contexts(service, MOE), **contexts(service, LLM)} == {LLM: 8192}
 
 
-# ---- those that verify: "loaded" exactly, an instance id, a time, and every value as it was sent
+# ---- clients that verify the reply: exactly "loaded", an instance id, a time, and every value as it was sent
 
 ECHO = {"echo_load_config": True}
 VERIFIED = {
@@ -144,18 +146,18 @@ VERIFIED = {
 
 
 @pytest.mark.parametrize(("model", "body"), VERIFIED.values(), ids=list(VERIFIED))
-def test_clients_that_verify_a_load_find_what_they_asked_for(service: Service, model: str, body: Any) -> None:
+def test_a_load_matches_what_verifying_clients_check(service: Service, model: str, body: Any) -> None:
     reply = service.load(model, **body)
-    found = reply.json()
-    assert (reply.status, found["status"], found["instance_id"].strip()) == (200, "loaded", model)
-    assert found["load_time_seconds"] > 0
-    asked = {name: value for name, value in body.items() if name not in ECHO}
-    config = found["load_config"] if "echo_load_config" in body else asked
-    assert {name: config.get(name) for name in asked} == asked
-    assert list(contexts(service, model)) == [found["instance_id"]]
+    loaded = reply.json()
+    assert (reply.status, loaded["status"], loaded["instance_id"].strip()) == (200, "loaded", model)
+    assert loaded["load_time_seconds"] > 0
+    sent = {name: value for name, value in body.items() if name not in ECHO}
+    config = loaded["load_config"] if "echo_load_config" in body else sent
+    assert {name: config.get(name) for name in sent} == sent
+    assert list(contexts(service, model)) == [loaded["instance_id"]]
 
 
-# ---- giantswarm/model-manager (Go), and others in Rust and C#: typed; an instance id is the proof of success
+# ---- giantswarm/model-manager (Go), and others in Rust and C#: typed; an instance id proves success
 
 
 class Config(Struct):
@@ -197,12 +199,12 @@ def test_a_typed_client_can_read_the_list(service: Service) -> None:
     service.loaded(MOE, parallel=2)
     service.loaded(EMBEDDING)
     models = msgspec.json.decode(service.send("GET", LIST).text, type=dict[str, list[Entry]])["models"]
-    found = {(e.key, e.type, e.display_name, bool(e.capabilities), len(e.loaded_instances)) for e in models}
+    entries = {(e.key, e.type, e.display_name, bool(e.capabilities), len(e.loaded_instances)) for e in models}
     llms = {(LLM, "llm", "Tiny Llama", True, 0), (MOE, "llm", "Tiny MoE", True, 1)}
-    assert found == {*llms, (EMBEDDING, "embedding", "Tiny Embedding", False, 1)}
+    assert entries == {*llms, (EMBEDDING, "embedding", "Tiny Embedding", False, 1)}
 
 
-def test_a_typed_client_can_read_bits_per_weight_as_the_integer_it_is_in_lm_studio(service: Service) -> None:
+def test_a_typed_client_can_read_bits_per_weight_as_an_integer(service: Service) -> None:
     msgspec.json.decode(service.send("GET", LIST).text, type=dict[str, list[Quantized]])
 
 
@@ -212,16 +214,16 @@ def model_manager(client: Client, model: str) -> str:
     return str(instance_id)
 
 
-def test_model_manager_reads_an_instance_id_from_load_and_from_unload(service: Service) -> None:
+def test_model_manager_gets_instance_ids_from_load_and_unload(service: Service) -> None:
     instance_id = model_manager(service, LLM)
     assert succeeded(service.unload(instance_id))["instance_id"] == instance_id
-    with pytest.raises(Failed, match=r"^404 model_not_found: .*not loaded"):  # which it takes for success
+    with pytest.raises(Failed, match=r"^404 model_not_found: .*not loaded"):  # which the client treats as success
         succeeded(service.unload(instance_id))
     with pytest.raises(Failed, match=r"^404 model_not_found: "):
         model_manager(service, "acme/other")
 
 
-# ---- Myco: asks both lists; one instance that is large enough; what is gone already counts as unloaded
+# ---- Myco: reads both lists; keeps one instance that is large enough; a missing instance counts as unloaded
 
 
 def myco(client: Client, model: str, target: int) -> str:
@@ -237,12 +239,12 @@ def myco(client: Client, model: str, target: int) -> str:
     return str(chosen)
 
 
-def test_myco_converges_on_one_instance_that_is_large_enough(service: Service) -> None:
+def test_myco_converges_on_one_large_enough_instance(service: Service) -> None:
     assert [myco(service, LLM, target) for target in (1000, 500, 2000)] == [LLM, LLM, f"{LLM}:2"]
     assert contexts(service, LLM) == {f"{LLM}:2": 2000}
 
 
-# ---- the LM Studio node of n8n: gives `ttl` up if it reads that the key is not recognized
+# ---- the LM Studio node of n8n: retries without `ttl` if the reply says that the key is not recognized
 
 
 def n8n(client: Client, model: str, **options: object) -> Any:
@@ -253,18 +255,18 @@ def n8n(client: Client, model: str, **options: object) -> Any:
     return succeeded(reply)
 
 
-def test_n8n_reads_that_ttl_is_not_recognized_and_loads_without_it(service: Service) -> None:
+def test_n8n_retries_without_ttl_when_it_is_not_recognized(service: Service) -> None:
     with pytest.raises(Failed, match=rf"^400 invalid_request: {re.escape(TTL_IS_UNKNOWN)}$"):
         succeeded(service.load(MOE, echo_load_config=True, ttl=900))
     assert contexts(service, MOE) == {}
     assert n8n(service, MOE, **CONFIG, ttl=900)["load_config"] == CONFIG
 
 
-# ---- CodexModelManager: every value must come back as it was sent; probes before it dares
+# ---- CodexModelManager: every value must come back as it was sent; it probes the API first
 
 
 def codex(client: Client, model: str, config: dict[str, Any]) -> Any:
-    """The echo of a load that .NET sends: in chunks, and with a character set."""
+    """Return the echoed config of a load sent as .NET sends it: in chunks, and with a character set."""
     body = json.dumps({"model": model, "echo_load_config": True, **config}).encode()
     headers = {"Content-Type": "application/json; charset=utf-8"}
     reply = succeeded(client.send("POST", LOAD, content=iter([body]), headers=headers))
@@ -274,19 +276,19 @@ def codex(client: Client, model: str, config: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("model", [LLM, MOE, EMBEDDING])
-def test_codexmodelmanager_restores_an_instance_with_its_listed_config(service: Service, model: str) -> None:
+def test_codexmodelmanager_reloads_with_the_listed_config(service: Service, model: str) -> None:
     service.loaded(model, context_length=700)
     (instance,) = entry(service, model)["loaded_instances"]
     succeeded(service.unload(instance["id"]))
     assert codex(service, model, instance["config"]) == instance["config"]
 
 
-def test_codexmodelmanager_probes_with_a_model_that_cannot_exist(service: Service) -> None:
+def test_codexmodelmanager_can_probe_with_an_unknown_model(service: Service) -> None:
     with pytest.raises(Failed, match=r"^404 model_not_found: "):
         codex(service, f"__cmm_schema_probe_{uuid.uuid4().hex}", {})
 
 
-def test_codexmodelmanager_reads_all_keys_that_are_not_recognized_at_once(service: Service) -> None:
+def test_codexmodelmanager_gets_all_unrecognized_keys_at_once(service: Service) -> None:
     message = "Unrecognized key(s) in object: " + ", ".join(f"'{name}'" for name in EXTENDED)
     with pytest.raises(Failed, match=rf"^400 invalid_request: {re.escape(message)}$"):
         codex(service, MOE, CONFIG | EXTENDED)

@@ -1,4 +1,4 @@
-"""The client commands as their users have them: `loadstone load` and the others against a running service."""
+"""The client commands, such as `loadstone load`, run as users run them against a running service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from tests.support.service import LOADSTONE, Running, Service, is_alive, until, 
 TINY, MOE, BERT = "acme/tiny", "acme/moe", "nomic/bert"
 TOKEN = "t0ken-of-the-test"
 ENDS_S = 15.0
-BEGUN = ("starting", "metadata")  # where a load stands whose runner is frozen: its worker names a phase after a while
+# The stages of a load with a frozen runner: after a while the worker reports a phase.
+FIRST_STAGES = ("starting", "metadata")
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +31,21 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     synthetic.tiny_moe(home / f"models/{MOE}/moe-f16.gguf")
     synthetic.tiny_bert(home / f"models/{BERT}/bert-f32.gguf")
-    url = "http://127.0.0.1:1"  # the client's variables do not bother a server
+    url = "http://127.0.0.1:1"  # the server ignores the variables of the client
     with up(home, token=TOKEN, LOADSTONE_API_TOKENS=TOKEN, LOADSTONE_URL=url, LOADSTONE_TOKEN="x") as service:
-        until(lambda: all(model["params_string"] for model in service.models().values()), "every header read whole")
+        until(lambda: all(model["params_string"] for model in service.models().values()), "every header has been read")
         yield service
 
 
 @pytest.fixture
 def service(running: Service) -> Iterator[Service]:
-    """The module's service, with nothing loaded before and after."""
+    """Return the module's service; unload everything after the test."""
     yield running
     running.unload_all()
 
 
 class Done:
-    """A command that has ended; what it wrote holds no token and no traceback."""
+    """A finished command; checks that its output contains no token and no traceback."""
 
     def __init__(self, command: Running) -> None:
         self.status = command.popen.wait(ENDS_S)
@@ -54,17 +55,17 @@ class Done:
             assert "Traceback" not in text
 
     def json(self) -> Any:
-        """The one document on stdout."""
+        """Parse stdout, which must be one JSON document."""
         return json.loads(self.out)
 
     def rows(self) -> list[list[str]]:
-        """The cells of the table on stdout, without its headings."""
+        """Return the cells of the table on stdout, without its headings."""
         return [re.split(r" {2,}", line.strip()) for line in self.out.splitlines()[1:]]
 
 
 @contextmanager
-def began(service: Service, *words: str, **variables: str) -> Iterator[Running]:
-    """A command in the background, which has ended at the end of the block."""
+def started(service: Service, *words: str, **variables: str) -> Iterator[Running]:
+    """Run a command in the background; wait for its end when the block ends."""
     environ = {"LOADSTONE_URL": service.url, "LOADSTONE_TOKEN": TOKEN, **variables}
     command = Running(service.directory / "command", *words, environ=environ)
     try:
@@ -75,19 +76,19 @@ def began(service: Service, *words: str, **variables: str) -> Iterator[Running]:
 
 
 def run(service: Service, *words: str, **variables: str) -> Done:
-    with began(service, *words, **variables) as command:
+    with started(service, *words, **variables) as command:
         return Done(command)
 
 
 def result(service: Service, *words: str) -> Any:
-    """The JSON document of a command that did what it was asked."""
+    """Return the JSON document of a command that must succeed."""
     done = run(service, *words, "--json")
     assert (done.status, done.err if words[0] != "load" else "") == (0, "")
     return done.json()
 
 
-def is_loading(service: Service, command: Running) -> None:
-    until(lambda: "starting" in command.stderr, "its client knows that it is loading")
+def wait_until_loading(service: Service, command: Running) -> None:
+    until(lambda: "starting" in command.stderr, "the command reports that the load has started")
     assert service.state(TINY) == "loading"
 
 
@@ -95,7 +96,7 @@ def last_job(service: Service) -> Any:
     return service.send("GET", "/api/v1/models/load/status").json()["jobs"][0]
 
 
-# ---- each once for people and once for programs
+# ---- each command once with text output and once with JSON
 
 
 def test_ls_lists_the_models(service: Service) -> None:
@@ -110,7 +111,7 @@ def test_ls_lists_the_models(service: Service) -> None:
     assert result(service, "ls") == service.send("GET", "/api/v1/models").json()
 
 
-def test_workers_lists_their_devices_and_how_much_they_hold(service: Service) -> None:
+def test_workers_lists_workers_with_devices_and_instances(service: Service) -> None:
     service.loaded(TINY)
     done, shown = run(service, "workers"), result(service, "workers")
     assert (done.status, done.err) == (0, "")
@@ -120,7 +121,7 @@ def test_workers_lists_their_devices_and_how_much_they_hold(service: Service) ->
     assert [instance["id"] for instance in worker["instances"]] == [TINY]
 
 
-def test_load_writes_the_id_and_how_it_went(service: Service) -> None:
+def test_load_prints_the_instance_id_and_its_progress(service: Service) -> None:
     done = run(service, "load", TINY, "--context-length", "1024")
     assert (done.status, done.out) == (0, f"{TINY}\n")
     lines = done.err.splitlines()
@@ -131,7 +132,7 @@ def test_load_writes_the_id_and_how_it_went(service: Service) -> None:
     assert set(service.instances()) == {TINY}
 
 
-def test_load_hands_every_option_on_and_shows_the_reply(service: Service) -> None:
+def test_load_sends_every_option_and_prints_the_reply(service: Service) -> None:
     options = ["--context-length", "512", "--eval-batch-size", "64", "--no-flash-attention", "--no-offload-kv-cache"]
     reply = result(service, "load", MOE, *options, "--num-experts", "3", "--parallel", "2")
     assert reply.pop("load_time_seconds") > 0
@@ -153,7 +154,7 @@ def test_the_same_idempotency_key_joins_the_load(service: Service) -> None:
     assert set(service.instances()) == {TINY}
 
 
-def test_load_with_detach_writes_the_job_and_leaves(service: Service) -> None:
+def test_load_with_detach_prints_the_job_id_and_exits(service: Service) -> None:
     with service.frozen():
         done = run(service, "load", TINY, "--detach")
         (word,) = done.out.split()
@@ -161,27 +162,27 @@ def test_load_with_detach_writes_the_job_and_leaves(service: Service) -> None:
         assert word == last_job(service)["job_id"]
         job = result(service, "load", TINY, "--detach")
         assert (job["job_id"], job["status"]) == (last_job(service)["job_id"], "queued")
-    until(lambda: len(service.instances()) == 2, "both are loaded")
+    until(lambda: len(service.instances()) == 2, "both instances are loaded")
 
 
-def test_ps_shows_what_is_loaded_and_what_is_under_way(service: Service) -> None:
+def test_ps_shows_loaded_instances_and_running_jobs(service: Service) -> None:
     service.loaded(BERT)
     with service.frozen(1):
         service.send("POST", "/api/v1/models/load", json={"model": TINY}, headers={"Prefer": "respond-async"})
-        until(lambda: service.state(TINY) == "loading", "it is loading")
+        until(lambda: service.state(TINY) == "loading", "the model is loading")
         done, shown = run(service, "ps"), result(service, "ps")
     assert done.status == 0
     (loaded, loading) = done.rows()
     assert (loaded[:3], loaded[4:]) == ([BERT, BERT, "loaded"], ["512", "100%", "-"])
     assert (loading[:2], loading[4:]) == ([TINY, TINY], ["-", "0%", "-"])
-    assert loading[2] in BEGUN
+    assert loading[2] in FIRST_STAGES
     (instance,), (job,) = shown["instances"], shown["jobs"]
     assert (instance["id"], instance["model"], instance["state"]) == (BERT, BERT, "loaded")
     assert (job["instance_id"], job["status"]) == (TINY, "loading")
-    until(lambda: TINY in service.instances(), "it is loaded")
+    until(lambda: TINY in service.instances(), "the model is loaded")
 
 
-def test_jobs_and_their_logs(service: Service) -> None:
+def test_jobs_and_logs_show_a_load(service: Service) -> None:
     service.loaded(TINY)
     job = last_job(service)
     done = run(service, "jobs", "--status", "loaded", "--limit", "1")
@@ -196,7 +197,7 @@ def test_jobs_and_their_logs(service: Service) -> None:
     assert (done.status, done.err, done.out.splitlines()) == (0, "", logs["lines"])
 
 
-def test_unload_of_some_and_of_all(service: Service) -> None:
+def test_unload_takes_several_ids_or_all(service: Service) -> None:
     for _ in range(4):
         service.loaded(TINY)
     assert run(service, "unload", TINY).out == f"{TINY}\n"
@@ -209,14 +210,14 @@ def test_unload_of_some_and_of_all(service: Service) -> None:
     assert run(service, "unload", "--all").status == 0
 
 
-# ---- cancelled
+# ---- cancelling
 
 
-def test_cancel_ends_the_load_of_somebody_who_waits_for_it(service: Service) -> None:
-    with service.frozen(), began(service, "load", TINY) as waiting:
-        is_loading(service, waiting)
+def test_cancel_ends_a_load_that_another_command_waits_for(service: Service) -> None:
+    with service.frozen(), started(service, "load", TINY) as waiter:
+        wait_until_loading(service, waiter)
         job = result_of_cancel(service, last_job(service)["job_id"])
-        done = Done(waiting)
+        done = Done(waiter)
     assert job["status"] == "cancelled"
     assert (done.status, done.out) == (130, "")
     assert "the load was cancelled" in done.err.splitlines()[-1]
@@ -233,9 +234,9 @@ def result_of_cancel(service: Service, job_id: str) -> Any:
     return done.json()
 
 
-def test_ctrl_c_cancels_the_load_and_waits_for_that(service: Service) -> None:
-    with service.frozen() as runner, began(service, "load", TINY, "--json") as command:
-        is_loading(service, command)
+def test_ctrl_c_cancels_the_load_and_waits_until_it_ends(service: Service) -> None:
+    with service.frozen() as runner, started(service, "load", TINY, "--json") as command:
+        wait_until_loading(service, command)
         command.popen.send_signal(signal.SIGINT)
         done = Done(command)
         assert not is_alive(runner)
@@ -244,14 +245,14 @@ def test_ctrl_c_cancels_the_load_and_waits_for_that(service: Service) -> None:
     assert last_job(service)["status"] == "cancelled"
 
 
-def test_a_second_ctrl_c_does_not_wait(service: Service) -> None:
-    with service.frozen(), began(service, "load", TINY) as command:
-        is_loading(service, command)
+def test_a_second_ctrl_c_exits_without_waiting(service: Service) -> None:
+    with service.frozen(), started(service, "load", TINY) as command:
+        wait_until_loading(service, command)
         command.popen.send_signal(signal.SIGINT)
-        until(lambda: service.state(TINY) == "unloading", "the server was asked to cancel")
+        until(lambda: service.state(TINY) == "unloading", "the server is cancelling")
         command.popen.send_signal(signal.SIGINT)
         done = Done(command)
-        until(lambda: last_job(service)["status"] == "cancelled", "it is cancelled")
+        until(lambda: last_job(service)["status"] == "cancelled", "the load is cancelled")
     assert (done.status, done.out) == (130, "")
     assert done.err.splitlines()[-1].startswith("loadstone: Not waiting;")
 
@@ -259,7 +260,7 @@ def test_a_second_ctrl_c_does_not_wait(service: Service) -> None:
 # ---- the terminal
 
 
-def test_on_a_terminal_a_bar_is_drawn_and_stdout_has_the_id_alone(service: Service) -> None:
+def test_a_terminal_shows_a_bar_and_stdout_only_the_id(service: Service) -> None:
     with terminal() as (master, slave), service.frozen() as runner:
         command = subprocess.Popen(
             [str(LOADSTONE), "load", TINY, "--url", service.url],
@@ -271,7 +272,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_stdout_has_the_id_alone(service: Servi
         )
         with command:
             drawn = ""
-            while not any(stage in drawn for stage in BEGUN):
+            while not any(stage in drawn for stage in FIRST_STAGES):
                 drawn += os.read(master, 4096).decode(errors="replace")
             os.kill(runner.pid, signal.SIGCONT)
             out, _ = command.communicate(timeout=ENDS_S)
@@ -279,8 +280,8 @@ def test_on_a_terminal_a_bar_is_drawn_and_stdout_has_the_id_alone(service: Servi
                 drawn += os.read(master, 4096).decode(errors="replace")
     assert (command.returncode, out) == (0, f"{TINY}\n")
     assert drawn.count("━" * 5) > 1
-    assert "\x1b[?25l" in drawn  # the cursor is hidden, ...
-    assert drawn.index("\x1b[?25l") < drawn.rindex("\x1b[?25h")  # ... and back at the end
+    assert "\x1b[?25l" in drawn  # the cursor is hidden ...
+    assert drawn.index("\x1b[?25l") < drawn.rindex("\x1b[?25h")  # ... and shown again at the end
     shares = [int(share) for share in re.findall(r"(\d+)%", drawn)]
     assert shares == sorted(shares)
     assert shares[-1] == 100
@@ -296,22 +297,22 @@ def terminal() -> Iterator[tuple[int, int]]:
         os.close(slave)
 
 
-# ---- what goes wrong
+# ---- errors
 
 
-def test_a_load_is_followed_over_the_death_of_its_api(service: Service) -> None:
-    with service.frozen() as runner, began(service, "load", TINY) as command:
-        is_loading(service, command)
+def test_load_keeps_following_when_the_api_is_killed(service: Service) -> None:
+    with service.frozen() as runner, started(service, "load", TINY) as command:
+        wait_until_loading(service, command)
         (api,) = (process for process in service.tree() if process.words[2:4] == ("-m", "api"))
         os.kill(api.pid, signal.SIGKILL)
-        until(lambda: "Trying again." in command.stderr, "its client noticed")
+        until(lambda: "Trying again." in command.stderr, "the command has noticed the failure")
         os.kill(runner.pid, signal.SIGCONT)
         done = Done(command)
     assert (done.status, done.out) == (0, f"{TINY}\n")
     assert set(service.instances()) == {TINY}
 
 
-def test_what_the_server_refuses_is_its_sentence(service: Service) -> None:
+def test_a_refusal_prints_the_servers_message(service: Service) -> None:
     done = run(service, "load", "acme/none")
     assert (done.status, done.out) == (1, "")
     assert done.err == "loadstone: Model acme/none not found in downloaded models\n"
@@ -338,10 +339,10 @@ def test_the_token_comes_from_the_variable_or_the_option(service: Service) -> No
 
 
 @pytest.mark.parametrize("words", [("ls",), ("load", TINY), ("unload", "--all")])
-def test_a_server_that_is_not_there_is_a_sentence(service: Service, words: tuple[str, ...]) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+def test_an_unreachable_server_is_reported_in_one_line(service: Service, words: tuple[str, ...]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         done = run(service, *words, LOADSTONE_URL=url)
         assert (done.status, done.out) == (1, "")
         assert done.err == f"loadstone: No server can be reached at {url} ([Errno 111] Connection refused).\n"
@@ -349,13 +350,13 @@ def test_a_server_that_is_not_there_is_a_sentence(service: Service, words: tuple
             assert run(service, *words, "--json", LOADSTONE_URL=url).json()["error"]["type"] == "unreachable"
 
 
-def test_what_is_no_loadstone_is_a_sentence(service: Service) -> None:
+def test_a_url_without_a_loadstone_is_reported_in_one_line(service: Service) -> None:
     done = run(service, "ls", "--url", f"{service.url}/elsewhere")
     assert (done.status, done.out) == (1, "")
     assert done.err == "loadstone: Unexpected endpoint or method. (GET /elsewhere/api/v1/models)\n"
 
 
-def test_wrong_usage_is_status_2(service: Service) -> None:
+def test_wrong_usage_exits_with_status_2(service: Service) -> None:
     done = run(service, "load", TINY, "--context-length", "x")
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith("Usage: loadstone load ")

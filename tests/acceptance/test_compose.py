@@ -1,17 +1,17 @@
 """The compose file, started without containers.
 
-Every service of docker-compose.yml runs as a local process with the file's own command, environment and health check.
-What containers would give is translated, and nothing else:
+Every service of docker-compose.yml runs as a local process with the command, environment and health check of the file.
+Only what containers would provide is translated:
 
   an image's program        the embedded Redis's binary; `loadstone` of this environment
   host names of services    127.0.0.1, with a free port in place of 6379 and 1234
   /models, /data, /locks    directories of the test; /run/secrets/NAME is the secret's file
   NVIDIA's GPUs             a host of `tests.support.fakehosts` that has two
   valkey-cli ping           PING over the same TCP port
-  depends_on, health        a service starts once those it names are healthy
+  depends_on, health        a service starts once its dependencies are healthy
 
-Not covered, for want of containers: the images, networks and ports, users and modes of mounts, and how GPUs come into
-a container.
+Not covered without containers: the images, networks and ports, users and modes of mounts, and GPU access from within a
+container.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEADLINE_S = 60
 
 
 class Stack:
-    """The services of the file, as processes: those of no profile, and of this one."""
+    """The services of the file as processes: those without a profile, and those of the given profile."""
 
     def __init__(self, directory: Path, profile: str = "") -> None:
         self.file: dict[str, Any] = yaml.safe_load(FILE.read_text())
@@ -78,10 +78,10 @@ class Stack:
         return text
 
     def start(self, name: str, instance: str) -> None:
-        """Start a service under the name that its container's host would have."""
+        """Start a service; `instance` stands for the host name of its container."""
         service = self.services[name]
-        for needed in service.get("depends_on", {}):
-            self.wait_until_healthy(needed)
+        for dependency in service.get("depends_on", {}):
+            self.wait_until_healthy(dependency)
         command = [self.translate(word) for word in service["command"]]
         if "build" in service:
             argv = [str(Path(sys.executable).parent / "loadstone"), *command]
@@ -113,11 +113,11 @@ class Stack:
         until = time.monotonic() + DEADLINE_S
         while not self.is_healthy(name):
             assert time.monotonic() < until, f"{name} is not healthy"
-            assert all(process.poll() is None for process in self.processes.values()), "a service has ended"
+            assert all(process.poll() is None for process in self.processes.values()), "a service has exited"
             time.sleep(0.1)
 
     def stop(self, instance: str) -> int:
-        """What `docker compose stop` does; returns the exit status."""
+        """Stop a service as `docker compose stop` does; return the exit status."""
         process = self.processes.pop(instance)
         process.send_signal(signal.SIGTERM)
         name = next(name for name in (instance, instance.rpartition("-")[0]) if name in self.services)
@@ -130,7 +130,7 @@ class Stack:
             process.wait()
 
     def ask(self, path: str, body: object = None) -> Any:
-        """The reply to GET, or to POST of a body."""
+        """Return the reply to a GET, or to a POST of `body`."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}{path}", data, {"Authorization": f"Bearer {self.token}"})
         request.add_header("Content-Type", "application/json")
@@ -138,7 +138,7 @@ class Stack:
             return json.load(answer)
 
     def get(self, path: str, token: str = "") -> int:
-        """The status of GET."""
+        """Return the status of the reply to a GET."""
         request = urllib.request.Request(f"{self.url}{path}")
         if token:
             request.add_header("Authorization", f"Bearer {token}")
@@ -151,8 +151,8 @@ class Stack:
 
 
 def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return str(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def answers_pong(port: int) -> bool:
@@ -171,7 +171,7 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
     made.close()
 
 
-def test_the_services_of_the_compose_file_become_healthy_together_and_stop_cleanly(stack: Stack) -> None:
+def test_compose_services_become_healthy_and_stop_cleanly(stack: Stack) -> None:
     assert set(stack.services) == {"redis", "api", "worker"}
     stack.start("redis", "redis")
     stack.start("worker", "worker-1")
@@ -185,19 +185,19 @@ def test_the_services_of_the_compose_file_become_healthy_together_and_stop_clean
     assert [stack.stop(name) for name in ("api", "worker-2", "worker-1", "redis")] == [0, 0, 0, 0]
 
 
-def test_an_api_that_is_told_to_stop_is_unhealthy_first_and_has_the_time_for_it(stack: Stack) -> None:
+def test_a_stopping_api_is_unhealthy_first_and_has_time_to_drain(stack: Stack) -> None:
     grace_s = float(stack.services["api"]["stop_grace_period"].rstrip("s"))
     assert grace_s > Settings().drain_s + up.API_GRACE_S
     for name, instance in (("redis", "redis"), ("worker", "worker-1"), ("api", "api")):
         stack.start(name, instance)
     stack.wait_until_healthy("api")
-    api, told = stack.processes["api"], time.monotonic()
+    api, signalled = stack.processes["api"], time.monotonic()
     api.send_signal(signal.SIGTERM)
     assert not stack.is_healthy("api")
     assert stack.get("/healthz") == 200
     assert stack.get("/api/v1/models", stack.token) == 200
     assert api.wait(grace_s) == 0
-    assert time.monotonic() - told >= Settings().drain_s
+    assert time.monotonic() - signalled >= Settings().drain_s
 
 
 def test_without_a_worker_the_api_is_alive_but_not_healthy(stack: Stack) -> None:
@@ -219,12 +219,12 @@ def is_listening(port: int) -> bool:
     return True
 
 
-def test_a_pool_of_two_gpus_has_a_worker_for_each_and_loads_onto_both(tmp_path: Path) -> None:
+def test_with_two_gpus_each_worker_owns_one_and_both_are_used(tmp_path: Path) -> None:
     stack = Stack(tmp_path, "two-gpus")
     stack.host = FakeHost.made(tmp_path / "host", 1 << 30, 1 << 30)
     try:
         assert set(stack.services) == {"redis", "api", "worker", "worker-gpu-0", "worker-gpu-1"}
-        for name in ("redis", "worker-gpu-0", "worker-gpu-1", "api"):  # as with --scale worker=0
+        for name in ("redis", "worker-gpu-0", "worker-gpu-1", "api"):  # what --scale worker=0 leaves
             stack.start(name, name)
         stack.wait_until_healthy("api")
         until = time.monotonic() + DEADLINE_S
@@ -248,10 +248,10 @@ def test_a_pool_of_two_gpus_has_a_worker_for_each_and_loads_onto_both(tmp_path: 
         stack.close()
 
 
-@pytest.mark.skipif(not shutil.which("docker"), reason="there is no docker here")
-def test_docker_agrees_that_the_file_is_a_compose_file() -> None:
-    known = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=30, check=False)
-    if known.returncode:
+@pytest.mark.skipif(not shutil.which("docker"), reason="docker is not installed")
+def test_docker_accepts_the_compose_file() -> None:
+    compose = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=30, check=False)
+    if compose.returncode:
         pytest.skip("this docker has no compose")
     argv = ["docker", "compose", "--file", str(FILE), "--profile", "*", "config", "--quiet"]
     assert subprocess.run(argv, timeout=30, check=False).returncode == 0

@@ -1,5 +1,7 @@
-"""Files that lie, that change under the service, or that break the engine: their load says why, and nothing else
-suffers."""
+"""Damaged files, files that change while in use, and files that crash the engine.
+
+Their load fails with the reason, and no other model is affected.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,8 @@ from tests.support.service import (
 MIB = 1 << 20
 HEALTHY = "acme/healthy"
 NAN, INFINITE = "acme/nan", "acme/infinite"
-# One for each test that spoils its own; those of LONG take a while to make a context of.
-SPOILT = (
+# Models that one test each damages or changes. Creating a context for those in LONG takes a while.
+DAMAGED = (
     "replaced",
     "cut",
     "replaced-at-first",
@@ -54,13 +56,13 @@ SPOILT = (
     "touched",
 )
 LONG, LONG_TOKENS = ("replaced-in-load", "cut-in-load"), MIB // 4
-# Where everything may be read by root, root does without that.
+# Drops root's privilege to read every file.
 WITHOUT_PRIVILEGE = "setpriv --inh-caps=-dac_override,-dac_read_search --bounding-set=-dac_override,-dac_read_search"
 
 
 @contextmanager
-def an_ordinary_user(home: Path) -> Iterator[None]:
-    """A file that nobody may read is not read, whoever runs these tests."""
+def without_root_privileges(home: Path) -> Iterator[None]:
+    """Run the service without the privilege to read unreadable files, even if the tests run as root."""
     if os.geteuid() != 0:
         yield
         return
@@ -80,22 +82,22 @@ def file_of(service: Service, model: str) -> Path:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("damage")
     models = home / "models"
-    for model in (TINY, HEALTHY, *(f"acme/{name}" for name in SPOILT)):
+    for model in (TINY, HEALTHY, *(f"acme/{name}" for name in DAMAGED)):
         synthetic.tiny_llama(models / model / "m.gguf")
     for name in LONG:
         synthetic.tiny_llama(models / f"acme/{name}/m.gguf", metadata={"llama.context_length": LONG_TOKENS})
     damaged.not_finite(models / NAN / "m.gguf")
     damaged.write_all(models)
     synthetic.tiny_llama(models / "z/last/m.gguf")
-    with an_ordinary_user(home), up(home) as service:
-        until(lambda: service.models()["z/last"]["quantization"]["bits_per_weight"], "every header is read whole")
+    with without_root_privileges(home), up(home) as service:
+        until(lambda: service.models()["z/last"]["quantization"]["bits_per_weight"], "every header has been read")
         yield service
         assert str(home) not in service.stderr
-    (models / damaged.key_of("unreadable-folder")).chmod(0o700)  # or nobody could remove it
+    (models / damaged.key_of("unreadable-folder")).chmod(0o700)  # pytest must be able to remove it
 
 
 class Bystander(NamedTuple):
-    """Who must not be touched by what happens to a file: the worker, and the runner of a healthy model."""
+    """The worker and the runner of a healthy model, which damaged files must not affect."""
 
     worker: Process
     runner: Process
@@ -110,7 +112,7 @@ def bystander(running: Service) -> Bystander:
 
 @pytest.fixture
 def service(running: Service, bystander: Bystander) -> Iterator[Service]:
-    """The module's service; whatever a test does to it, the bystander lives on as it was."""
+    """Return the module's service; check after the test that the bystander still runs."""
     yield running
     assert is_alive(bystander.worker)
     assert is_alive(bystander.runner)
@@ -120,18 +122,18 @@ def service(running: Service, bystander: Bystander) -> Iterator[Service]:
 
 
 def failure(reply: Reply, model: str, code: str) -> str:
-    """Why a load failed, in words; it must be with this code."""
+    """Return the reason in the message of a failed load, which must have this code."""
     message = error(reply, 500, "model_load_failed", code)["message"]
     start = f"Failed to load LLM '{model}': Error: "
     assert message.startswith(start)
     return str(message.removeprefix(start))
 
 
-# ---- files that are not what they seem
+# ---- damaged files
 
 
 @pytest.mark.parametrize("name", damaged.DAMAGES)
-def test_a_file_that_lies_is_refused_with_what_is_wrong_with_it(service: Service, name: str) -> None:
+def test_a_damaged_file_is_refused_with_its_defect(service: Service, name: str) -> None:
     _, code, says = damaged.DAMAGES[name]
     reply = service.load(damaged.key_of(name))
     if code == damaged.NOT_FOUND:
@@ -141,22 +143,22 @@ def test_a_file_that_lies_is_refused_with_what_is_wrong_with_it(service: Service
     assert re.search(says, reason), reason
 
 
-def test_what_is_seen_to_be_no_model_is_not_listed(service: Service) -> None:
+def test_files_that_are_recognizably_not_models_are_not_listed(service: Service) -> None:
     listed = {key for key in service.models() if key.startswith("damaged/")}
     assert listed == {*map(damaged.key_of, damaged.SEEN_BY_THE_ENGINE)}
 
 
-def test_a_file_is_loaded_as_soon_as_it_may_be_read(service: Service) -> None:
-    """Nothing but its permissions change: neither its time nor its size."""
+def test_a_file_loads_as_soon_as_it_becomes_readable(service: Service) -> None:
+    """Only the permissions of the file change, neither its time nor its size."""
     key = damaged.key_of("unreadable")
     assert "Permission denied" in failure(service.load(key), key, "invalid_model_file")
     path = service.models_dir / key / "unreadable.gguf"
     path.chmod(0o600)
-    until(lambda: service.load(key).status == 200, "it is loaded")
+    until(lambda: service.load(key).status == 200, "the file is loaded")
     path.chmod(0)
 
 
-def test_after_all_of_them_a_healthy_model_is_loaded(service: Service, bystander: Bystander) -> None:
+def test_a_healthy_model_still_loads_after_the_damaged_files(service: Service, bystander: Bystander) -> None:
     assert service.loaded(HEALTHY)["instance_id"] == HEALTHY
     assert {*service.instances()} == {TINY, HEALTHY}
     assert service.worker() == bystander.worker
@@ -174,33 +176,33 @@ def cut(path: Path) -> None:
 
 
 def ended(service: Service, job_id: str) -> Instance | None:
-    """The record of a load whose instance has ended."""
+    """Return the record of a load if its instance has ended."""
     with service.redis() as redis:
         doc: Any = redis.hget(f"inst:{job_id}", "doc")
-    found = msgspec.msgpack.decode(doc, type=Instance)
-    return found if found.completed_at is not None else None
+    instance = msgspec.msgpack.decode(doc, type=Instance)
+    return instance if instance.completed_at is not None else None
 
 
 @pytest.mark.parametrize(("name", "change"), [("replaced", replace), ("cut", cut)])
-def test_a_file_that_changes_under_its_instance_ends_it(
+def test_changing_the_file_of_a_loaded_instance_ends_it(
     service: Service, name: str, change: Callable[[Path], None]
 ) -> None:
-    """What is loaded is not what its key names any more, or not all there any more.  The load itself had succeeded."""
+    """The instance no longer matches its file, or the file lacks data. The outcome of the load stays `loaded`."""
     model = f"acme/{name}"
     runner = service.warm_runner(1)
     job_id = service.accepted(model)["job_id"]
     job = service.job(job_id, wait_s=10)
     assert job["status"] == "loaded"
     change(file_of(service, model))
-    found = until(lambda: ended(service, job_id), "the instance has ended")
-    assert (found.state, found.error and found.error.code) == (State.FAILED, "invalid_model_file")
-    assert found.error is not None
-    assert "a file of the model changed while it was loaded" in found.error.message
+    instance = until(lambda: ended(service, job_id), "the instance has ended")
+    assert (instance.state, instance.error and instance.error.code) == (State.FAILED, "invalid_model_file")
+    assert instance.error is not None
+    assert "a file of the model changed while it was loaded" in instance.error.message
     assert not is_alive(runner)
     assert {*service.instances()} == {TINY}
-    assert service.job(job_id) == job, "what became of the load does not change"
+    assert service.job(job_id) == job, "the outcome of the load does not change"
     if name == "replaced":
-        until(lambda: service.load(model).status == 200, "what its key names now is loaded")
+        until(lambda: service.load(model).status == 200, "the new file is loaded")
     else:
         failure(service.load(model), model, "invalid_model_file")
 
@@ -210,7 +212,7 @@ def test_a_file_that_changes_under_its_instance_ends_it(
 
 @contextmanager
 def loading(service: Service, model: str) -> Iterator[tuple[Process, Future[Reply]]]:
-    """A load whose runner has not begun, and its reply to come: the runner goes on at the end of the block."""
+    """Start a load with a frozen runner; yield the runner and the future reply. The runner resumes after the block."""
     with service.frozen(1) as runner, meanwhile(service.load, model) as reply:
         try:
             until(lambda: service.state(model) == "loading", f"{model} is loading")
@@ -226,10 +228,10 @@ def loading(service: Service, model: str) -> Iterator[tuple[Process, Future[Repl
         ("cut-at-first", cut, "is not within the file bounds"),
     ],
 )
-def test_a_file_that_changes_before_the_engine_reads_it_is_refused(
+def test_a_file_changed_before_the_engine_reads_it_is_refused(
     service: Service, name: str, change: Callable[[Path], object], says: str
 ) -> None:
-    """Else it would be loaded as what it was, and called so: here a language model, which is now an encoder."""
+    """Without the check it would be loaded under its old description: the file is now an encoder, not an LLM."""
     model = f"acme/{name}"
     with loading(service, model) as (runner, reply):
         change(file_of(service, model))
@@ -241,11 +243,11 @@ def has_read(job: Any) -> bool:
     return job["phase"] in ("context", "warmup") or job["status"] == "loaded"
 
 
-def caught(service: Service, model: str) -> tuple[str, Process] | None:
-    """A load whose runner has read all files, and stands still: the id of its job; None where it was quicker."""
+def stopped_in_context(service: Service, model: str) -> tuple[str, Process] | None:
+    """Stop a runner that has read its files but is not done; return its job and it, or None if it was done first."""
     runner = service.warm_runner(1)
     job_id = service.accepted(model, context_length=LONG_TOKENS)["job_id"]
-    until(lambda: has_read(service.job(job_id)), "its files are read")
+    until(lambda: has_read(service.job(job_id)), "the runner has read its files")
     os.kill(runner.pid, signal.SIGSTOP)
     if service.job(job_id)["phase"] == "context":
         return job_id, runner
@@ -256,9 +258,9 @@ def caught(service: Service, model: str) -> tuple[str, Process] | None:
 
 
 @contextmanager
-def making_a_context(service: Service, model: str) -> Iterator[str]:
-    """The same during the block."""
-    job_id, runner = until(lambda: caught(service, model), "a load is caught", 30)
+def held_in_context(service: Service, model: str) -> Iterator[str]:
+    """Hold a load in the phase `context` during the block; yield the id of its job."""
+    job_id, runner = until(lambda: stopped_in_context(service, model), "a load is stopped in the phase `context`", 30)
     try:
         yield job_id
     finally:
@@ -272,26 +274,26 @@ def making_a_context(service: Service, model: str) -> Iterator[str]:
         ("cut-in-load", cut, "a file of the model was truncated"),
     ],
 )
-def test_a_file_that_changes_behind_the_engine_fails_its_load(
+def test_a_file_changed_after_the_engine_read_it_fails_the_load(
     service: Service, name: str, change: Callable[[Path], None], says: str
 ) -> None:
-    """What was cut off is missed when the first token is decoded: the engine dies of it, and is not to blame."""
+    """Decoding the first token reads the missing data, which kills the engine; the error blames the file."""
     model = f"acme/{name}"
-    with making_a_context(service, model) as job_id:
+    with held_in_context(service, model) as job_id:
         change(file_of(service, model))
     job = service.job(job_id, wait_s=10)
     assert (job["status"], job["error"]["code"]) == ("failed", "invalid_model_file")
     assert says in job["error"]["message"]
 
 
-# ---- weights that are no numbers
+# ---- weights that are not finite
 
 
-def test_weights_are_not_looked_at_unless_it_is_asked_for(service: Service) -> None:
+def test_weights_are_not_checked_by_default(service: Service) -> None:
     assert service.loaded(NAN)["instance_id"] == NAN
 
 
-def test_weights_that_are_no_finite_numbers_are_refused_where_they_are_looked_at(tmp_path: Path) -> None:
+def test_non_finite_weights_are_refused_when_checking_is_on(tmp_path: Path) -> None:
     for model, value in ((NAN, float("nan")), (INFINITE, float("-inf"))):
         damaged.not_finite(tmp_path / f"models/{model}/m.gguf", value)
     synthetic.tiny_llama(tmp_path / f"models/{HEALTHY}/m.gguf")
@@ -306,15 +308,15 @@ def test_weights_that_are_no_finite_numbers_are_refused_where_they_are_looked_at
 
 
 def crash(service: Service, model: str, signum: signal.Signals) -> None:
-    """A load in which the engine dies of a signal."""
+    """Run a load in which a signal kills the engine."""
     with loading(service, model) as (runner, reply):
         os.kill(runner.pid, signum)
     assert signum.name in failure(reply.result(10), model, "engine_crashed")
     assert not is_alive(runner)
 
 
-def check_told(found: Any) -> None:
-    """The error says why it is not tried, for how long, and how to have it tried all the same."""
+def check_crash_error(found: Any) -> None:
+    """Check that the error says why the load is refused, for how long, and how to force it."""
     assert found["code"] == "engine_crashed"
     assert "crashed the engine lately" in found["message"]
     assert '"force": true' in found["message"]
@@ -323,48 +325,46 @@ def check_told(found: Any) -> None:
 
 
 def check_refused(service: Service, model: str) -> None:
-    """It is not even tried: no job is made, and no runner used."""
+    """Check that a load is refused without a job and without using a runner."""
     service.warm_runner(1)
     jobs, runners = service.send("GET", STATUS).json()["jobs"], service.runners()
-    check_told(error(service.load(model), 500, "model_load_failed", "engine_crashed"))
+    check_crash_error(error(service.load(model), 500, "model_load_failed", "engine_crashed"))
     assert service.send("GET", STATUS).json()["jobs"] == jobs
     assert service.runners() == runners
 
 
 @pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGABRT])
-def test_a_model_that_crashed_the_engine_is_not_tried_again_unless_forced(
-    service: Service, signum: signal.Signals
-) -> None:
+def test_a_model_that_crashed_the_engine_needs_force_to_load(service: Service, signum: signal.Signals) -> None:
     model = f"acme/crash-{signum.value}"
     crash(service, model, signum)
     check_refused(service, model)
-    assert service.loaded(HEALTHY)["instance_id"] == HEALTHY, "another model has nothing to do with it"
+    assert service.loaded(HEALTHY)["instance_id"] == HEALTHY, "other models are not affected"
     assert service.unload(HEALTHY).status == 200
     check_refused(service, model)
     assert service.loaded(model, force=True)["instance_id"] == model
-    assert service.loaded(model)["instance_id"] == f"{model}:2", "it did not crash, so that is forgotten"
+    assert service.loaded(model)["instance_id"] == f"{model}:2", "a load that succeeds clears the record of the crash"
 
 
-def test_what_waits_behind_a_load_that_crashes_is_refused_in_the_same_words_unless_forced(service: Service) -> None:
+def test_loads_queued_behind_a_crash_are_refused_unless_forced(service: Service) -> None:
     model = "acme/behind"
     with loading(service, model) as (runner, reply):
         behind, forced = service.accepted(model), service.accepted(model, force=True)
         os.kill(runner.pid, signal.SIGSEGV)
     failure(reply.result(10), model, "engine_crashed")
-    check_told(service.job(behind["job_id"], wait_s=10)["error"])
+    check_crash_error(service.job(behind["job_id"], wait_s=10)["error"])
     assert service.job(forced["job_id"], wait_s=10)["status"] == "loaded"
 
 
-def test_the_command_forces_it_too(service: Service) -> None:
+def test_the_command_line_can_force_a_load(service: Service) -> None:
     model = "acme/force"
     crash(service, model, signal.SIGSEGV)
 
     def command(*words: str) -> tuple[int, str, str]:
-        begun = Running(service.directory / "command", "load", model, *words, environ={"LOADSTONE_URL": service.url})
+        forced = Running(service.directory / "command", "load", model, *words, environ={"LOADSTONE_URL": service.url})
         try:
-            return begun.popen.wait(15), begun.stdout, begun.stderr
+            return forced.popen.wait(15), forced.stdout, forced.stderr
         finally:
-            begun.kill()
+            forced.kill()
 
     status, out, err = command()
     assert (status, out) == (1, "")
@@ -374,16 +374,16 @@ def test_the_command_forces_it_too(service: Service) -> None:
     assert service.loaded(model)["instance_id"] == f"{model}:2"
 
 
-def test_an_engine_that_somebody_killed_says_nothing_of_its_model(service: Service) -> None:
+def test_a_killed_engine_does_not_count_as_a_crash(service: Service) -> None:
     model = "acme/killed"
     crash(service, model, signal.SIGKILL)
     assert service.loaded(model)["instance_id"] == model
 
 
-def test_a_file_with_another_time_is_another_file(service: Service) -> None:
-    """As one that was mended, or downloaded again."""
+def test_a_touched_file_is_tried_again(service: Service) -> None:
+    """A repaired or newly downloaded file has another time."""
     model = "acme/touched"
     crash(service, model, signal.SIGSEGV)
     check_refused(service, model)
     os.utime(file_of(service, model))
-    until(lambda: service.load(model).status == 200, "it is tried again")
+    until(lambda: service.load(model).status == 200, "the load is tried again and succeeds")

@@ -1,4 +1,4 @@
-"""Every refusal and every failure of the contract's table, through the real service."""
+"""Every error of the documented table, produced by the real service."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOKENS = ("user:pa:ss", "s3cr3t-token")
 MIB = 1 << 20
 Defect = Callable[[Path], object]
 
-# What llama.cpp finds wrong with a file whose header is in order: code, and what the message says.
+# Defects that llama.cpp finds in a file with a valid header: the error's code, and a pattern for its message.
 DEFECTS: dict[str, tuple[Defect, str, str]] = {
     "unknown-architecture": (
         lambda path: synthetic.tiny_llama(
@@ -68,7 +68,7 @@ DEFECTS: dict[str, tuple[Defect, str, str]] = {
         "invalid_model_file",
         r"not within the file bounds|truncated|ends|incomplete",
     ),
-    "too-many-experts-used": (  # llama.cpp asserts, and the process aborts, unless it is found before
+    "too-many-experts-used": (  # unless detected before, an assertion of llama.cpp aborts the process
         lambda path: synthetic.tiny_moe(path, metadata={"qwen3moe.expert_used_count": 9}),
         "invalid_model_file|engine_crashed",
         r"expert",
@@ -102,7 +102,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def unloaded(service: Service) -> Iterator[Service]:
-    """The module's service, with nothing loaded before and after, and a warm runner whatever the test before did."""
+    """Return the module's service with nothing loaded and a warm runner; unload everything after the test."""
     service.loaded(TINY)
     service.unload_all()
     yield service
@@ -132,13 +132,13 @@ def refusal(reply: Reply, code: str | None, param: str | None = None, status: in
     ],
 )
 @pytest.mark.parametrize("path", [LOAD, UNLOAD])
-def test_what_is_not_json_is_refused_with_the_place(service: Service, path: str, body: bytes, where: str) -> None:
+def test_invalid_json_is_refused_with_its_position(service: Service, path: str, body: bytes, where: str) -> None:
     assert where in refusal(service.post(path, body), "invalid_json")
 
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b'"acme/tiny"', b"3", b"true", b"1.5"])
 @pytest.mark.parametrize("path", [LOAD, UNLOAD])
-def test_a_body_that_is_no_object_is_refused(service: Service, path: str, body: bytes) -> None:
+def test_a_body_that_is_not_an_object_is_refused(service: Service, path: str, body: bytes) -> None:
     assert "object" in refusal(service.post(path, body), "invalid_type")
 
 
@@ -153,12 +153,12 @@ def test_a_body_that_is_no_object_is_refused(service: Service, path: str, body: 
         ([""], "''"),
     ],
 )
-def test_all_keys_that_nobody_reads_are_named(service: Service, keys: list[str], named: str) -> None:
+def test_all_unrecognized_keys_are_named(service: Service, keys: list[str], named: str) -> None:
     reply = service.load(TINY, **dict.fromkeys(keys, 1))
     assert refusal(reply, "unrecognized_keys") == f"Unrecognized key(s) in object: {named}"
 
 
-def test_an_unload_refuses_keys_too(service: Service) -> None:
+def test_unload_refuses_unrecognized_keys(service: Service) -> None:
     reply = service.post(UNLOAD, {"instance_id": "x", "model": "y"})
     assert refusal(reply, "unrecognized_keys") == "Unrecognized key(s) in object: 'model'"
 
@@ -171,7 +171,7 @@ def test_an_unload_refuses_keys_too(service: Service) -> None:
     ],
 )
 def test_a_missing_field_is_named(service: Service, path: str, field: str, sentence: str) -> None:
-    for body in ({}, {"ttl": 3}):  # what is missing comes before what is too much
+    for body in ({}, {"ttl": 3}):  # a missing key is reported before an unrecognized one
         assert refusal(service.post(path, body), "missing_required_parameter", field) == sentence
 
 
@@ -196,7 +196,7 @@ def test_a_missing_field_is_named(service: Service, path: str, field: str, sente
         ("echo_load_config", "yes", "boolean", "string"),
     ],
 )
-def test_a_wrong_type_is_named_with_what_would_be_right(
+def test_a_wrong_type_is_named_with_the_expected_type(
     service: Service, field: str, value: object, expected: str, got: str
 ) -> None:
     message = refusal(service.post(LOAD, {"model": MOE, field: value}), "invalid_type", field)
@@ -205,7 +205,7 @@ def test_a_wrong_type_is_named_with_what_would_be_right(
 
 
 @pytest.mark.parametrize("value", [None, 3, ["x"], {}])
-def test_an_instance_id_is_a_string(service: Service, value: object) -> None:
+def test_an_instance_id_must_be_a_string(service: Service, value: object) -> None:
     assert "expected string" in refusal(service.post(UNLOAD, {"instance_id": value}), "invalid_type", "instance_id")
 
 
@@ -236,12 +236,12 @@ def test_a_value_out_of_range_is_named_with_its_limit(
     assert says in message
 
 
-def test_the_maximum_is_there_for_machines_too(service: Service) -> None:
-    found = error(service.load(MOE, context_length=5000), 400, "invalid_request", "invalid_value", "context_length")
-    assert found["detail"] == {"maximum": 4096}
+def test_the_maximum_is_also_in_the_error_detail(service: Service) -> None:
+    failure = error(service.load(MOE, context_length=5000), 400, "invalid_request", "invalid_value", "context_length")
+    assert failure["detail"] == {"maximum": 4096}
 
 
-def test_a_float_that_is_a_whole_number_is_an_integer(unloaded: Service) -> None:
+def test_an_integral_float_counts_as_an_integer(unloaded: Service) -> None:
     reply = unloaded.post(
         LOAD, b'{"model": "acme/tiny", "context_length": 2048.0, "parallel": 2e0, "echo_load_config": true}'
     )
@@ -277,11 +277,11 @@ def test_an_unknown_model_is_not_found(service: Service, model: str) -> None:
 
 @pytest.mark.parametrize("instance_id", ["nobody/has-it", TINY, f"{TINY}:2", ""])
 def test_an_instance_that_is_not_loaded_cannot_be_unloaded(service: Service, instance_id: str) -> None:
-    found = error(service.unload(instance_id), 404, "model_not_found", param="instance_id")
-    assert found["message"] == f"Model with instance identifier '{instance_id}' is not loaded."
+    failure = error(service.unload(instance_id), 404, "model_not_found", param="instance_id")
+    assert failure["message"] == f"Model with instance identifier '{instance_id}' is not loaded."
 
 
-def test_an_instance_is_unloaded_once(unloaded: Service) -> None:
+def test_a_second_unload_of_an_instance_is_not_found(unloaded: Service) -> None:
     unloaded.loaded(TINY)
     assert unloaded.unload(TINY).status == 200
     error(unloaded.unload(TINY), 404, "model_not_found", param="instance_id")
@@ -291,33 +291,35 @@ def test_an_instance_is_unloaded_once(unloaded: Service) -> None:
     ("method", "path"), [("GET", "/"), ("GET", "/x"), ("POST", "/api/v1/models/loads"), ("GET", "/api/v1/models/")]
 )
 def test_an_unknown_path_is_named(service: Service, method: str, path: str) -> None:
-    found = error(service.send(method, path), 404, "not_found")
-    assert found["message"] == f"Unexpected endpoint or method. ({method} {path})"
+    failure = error(service.send(method, path), 404, "not_found")
+    assert failure["message"] == f"Unexpected endpoint or method. ({method} {path})"
 
 
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [("GET", LOAD, "POST"), ("PUT", UNLOAD, "POST"), ("DELETE", LIST, "GET"), ("POST", LIST, "GET")],
 )
-def test_a_wrong_method_is_answered_with_those_allowed(service: Service, method: str, path: str, allowed: str) -> None:
+def test_a_wrong_method_is_answered_with_the_allowed_ones(
+    service: Service, method: str, path: str, allowed: str
+) -> None:
     reply = service.send(method, path)
     assert error(reply, 405, "method_not_allowed")["message"] == f"Unexpected endpoint or method. ({method} {path})"
     assert allowed in reply.headers["allow"].split(", ")
 
 
-# ---- the outside of a request
+# ---- headers and size of a request
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/jsonx", None])
 @pytest.mark.parametrize("path", [LOAD, UNLOAD])
-def test_a_body_that_is_not_declared_as_json_is_refused(service: Service, path: str, kind: str | None) -> None:
+def test_a_body_not_declared_as_json_is_refused(service: Service, path: str, kind: str | None) -> None:
     headers = {"Content-Type": kind} if kind else {}
     reply = service.send("POST", path, content=b'{"model": "x"}', headers=headers)
     assert "application/json" in refusal(reply, "unsupported_media_type", status=415)
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON"])
-def test_json_may_be_declared_in_other_words(service: Service, kind: str) -> None:
+def test_variants_of_the_json_content_type_are_accepted(service: Service, kind: str) -> None:
     reply = service.send("POST", LOAD, content=b"{}", headers={"Content-Type": kind})
     refusal(reply, "missing_required_parameter", "model")
 
@@ -327,12 +329,12 @@ def padded(n_bytes: int) -> bytes:
     return start + b" " * (n_bytes - len(start) - len(end)) + end
 
 
-def test_a_body_of_a_mebibyte_is_read_and_one_byte_more_is_refused(service: Service) -> None:
+def test_a_body_may_have_one_mebibyte_and_no_more(service: Service) -> None:
     error(service.post(LOAD, padded(MIB)), 404, "model_not_found", param="model")
     assert "1,048,576" in refusal(service.post(LOAD, padded(MIB + 1)), "body_too_large", status=413)
 
 
-def test_a_chunked_body_is_counted_too(service: Service) -> None:
+def test_the_size_limit_applies_to_a_chunked_body(service: Service) -> None:
     def chunks() -> Iterator[bytes]:
         for _ in range(17):
             yield b" " * (MIB // 16)
@@ -340,7 +342,7 @@ def test_a_chunked_body_is_counted_too(service: Service) -> None:
     refusal(service.send("POST", LOAD, content=chunks(), headers=JSON), "body_too_large", status=413)
 
 
-def test_a_body_that_never_ends_is_refused_without_reading_it(service: Service, tmp_path: Path) -> None:
+def test_a_huge_body_is_refused_without_reading_it(service: Service, tmp_path: Path) -> None:
     huge = tmp_path / "huge"
     with huge.open("wb") as file:
         file.truncate(64 * MIB)
@@ -359,11 +361,11 @@ def test_without_tokens_the_host_header_must_name_this_machine(service: Service,
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:1", "[::1]:1234", "loadstone.localhost"])
-def test_every_name_of_loopback_will_do(service: Service, host: str) -> None:
+def test_every_name_of_loopback_is_accepted(service: Service, host: str) -> None:
     assert service.send("GET", LIST, headers={"Host": host}).status == 200
 
 
-def test_what_is_not_http_gets_an_answer_and_hurts_nobody(service: Service) -> None:
+def test_a_request_that_is_not_http_gets_400_and_does_no_harm(service: Service) -> None:
     assert service.raw(b"\x16\x03\x01 not http\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert service.send("GET", LIST).status == 200
 
@@ -381,7 +383,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def authorized(service: Service, value: bytes | None, path: str = LIST, method: str = "GET") -> Reply:
-    client = Client(service.url)  # without the token that `service` sends
+    client = Client(service.url)  # unlike `service`, it sends no token
     try:
         headers = [(b"Authorization", value)] if value is not None else []
         return client.send(method, path, headers=headers)
@@ -390,7 +392,7 @@ def authorized(service: Service, value: bytes | None, path: str = LIST, method: 
 
 
 @pytest.mark.parametrize("value", [None, b"", b"Bearer", b"Basic dXNlcjpwYQ==", b"user:pa:ss"])
-def test_no_token_is_one_sentence(guarded: Service, value: bytes | None) -> None:
+def test_a_missing_token_is_refused(guarded: Service, value: bytes | None) -> None:
     reply = authorized(guarded, value)
     assert (
         refusal(reply, "invalid_api_key", status=401)
@@ -402,7 +404,7 @@ def test_no_token_is_one_sentence(guarded: Service, value: bytes | None) -> None
 @pytest.mark.parametrize(
     "token", [b"wrong", b"user", b"user:pa", b"user:pa:ss:", b"USER:PA:SS", b"\xc3\xa9", b"s3cr3t-token,"]
 )
-def test_a_bad_token_is_another_and_is_not_repeated(guarded: Service, token: bytes) -> None:
+def test_a_wrong_token_is_refused_and_not_repeated(guarded: Service, token: bytes) -> None:
     reply = authorized(guarded, b"Bearer " + token)
     assert refusal(reply, "invalid_api_key", status=401) == "The token is not one that this server knows."
     assert reply.headers["www-authenticate"] == "Bearer"
@@ -410,7 +412,7 @@ def test_a_bad_token_is_another_and_is_not_repeated(guarded: Service, token: byt
 
 @pytest.mark.parametrize("token", TOKENS)
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER "])
-def test_every_configured_token_opens(guarded: Service, scheme: str, token: str) -> None:
+def test_every_configured_token_is_accepted(guarded: Service, scheme: str, token: str) -> None:
     assert authorized(guarded, f"{scheme} {token}".encode()).status == 200
 
 
@@ -420,11 +422,11 @@ def test_health_needs_no_token(guarded: Service, path: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/x"), ("PUT", LOAD), ("POST", UNLOAD), ("GET", "/healthz/")])
-def test_without_a_token_nothing_else_is_told(guarded: Service, method: str, path: str) -> None:
+def test_without_a_token_nothing_else_is_revealed(guarded: Service, method: str, path: str) -> None:
     refusal(authorized(guarded, None, path, method), "invalid_api_key", status=401)
 
 
-def test_with_tokens_any_host_header_will_do(guarded: Service) -> None:
+def test_with_tokens_any_host_header_is_accepted(guarded: Service) -> None:
     assert guarded.send("GET", LIST, headers={"Host": "models.example"}).status == 200
 
 
@@ -443,7 +445,7 @@ curl http://localhost:1234/api/v1/models/load \\
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_file_that_the_engine_cannot_use_fails_its_load_with_the_engines_reason(service: Service, name: str) -> None:
+def test_an_unusable_file_fails_its_load_with_the_engines_reason(service: Service, name: str) -> None:
     _, codes, says = DEFECTS[name]
     reply = service.load(f"defects/{name}")
     code = reply.json()["error"].get("code")
@@ -456,19 +458,19 @@ def test_a_file_that_the_engine_cannot_use_fails_its_load_with_the_engines_reaso
     assert service.instances() == {}
 
 
-def test_a_failed_embedding_model_is_called_one(service: Service) -> None:
-    found = error(service.load("acme/bad-bert"), 500, "model_load_failed", "invalid_model_file")
-    assert found["message"].startswith("Failed to load embedding model 'acme/bad-bert': Error: ")
-    assert "blk.0.attn_output.weight" in found["message"]
+def test_a_failed_embedding_model_is_called_an_embedding_model(service: Service) -> None:
+    failure = error(service.load("acme/bad-bert"), 500, "model_load_failed", "invalid_model_file")
+    assert failure["message"].startswith("Failed to load embedding model 'acme/bad-bert': Error: ")
+    assert "blk.0.attn_output.weight" in failure["message"]
 
 
-def test_a_file_that_is_no_model_says_what_it_is(service: Service) -> None:
+def test_a_file_that_is_not_a_model_is_refused(service: Service) -> None:
     reply = service.load("acme/lora")
     assert "LoRA adapter" in error(reply, 500, "model_load_failed", reply.json()["error"]["code"])["message"]
     error(service.load("acme/garbage"), 500, "model_load_failed", "invalid_model_file")
 
 
-def test_a_name_that_a_failed_load_had_is_free_again(unloaded: Service) -> None:
+def test_a_failed_load_frees_its_instance_id(unloaded: Service) -> None:
     for _ in range(2):
         error(unloaded.load("defects/missing-tensor"), 500, "model_load_failed", "invalid_model_file")
     with unloaded.redis() as redis:
@@ -477,64 +479,64 @@ def test_a_name_that_a_failed_load_had_is_free_again(unloaded: Service) -> None:
         check_keys(redis)
 
 
-def test_a_context_that_does_not_fit_into_memory_is_insufficient_memory(unloaded: Service) -> None:
+def test_a_context_too_large_for_memory_is_insufficient_memory(unloaded: Service) -> None:
     runner = unloaded.warm_runner(0)
     limit = int(Path(f"/proc/{runner.pid}/statm").read_text().split()[0]) * resource.getpagesize() + 300 * MIB
     resource.prlimit(runner.pid, resource.RLIMIT_AS, (limit, limit))
-    found = error(unloaded.load(LONG, context_length=MIB), 500, "model_load_failed", "insufficient_memory")
-    assert re.search(r"alloc|memory", found["message"])
+    failure = error(unloaded.load(LONG, context_length=MIB), 500, "model_load_failed", "insufficient_memory")
+    assert re.search(r"alloc|memory", failure["message"])
     assert not is_alive(runner)
     assert unloaded.loaded(LONG)["instance_id"] == LONG
 
 
 @contextmanager
 def loading(service: Service, model: str) -> Iterator[Any]:
-    """A load that stays `loading`, as its runner is stopped: the runner, and the reply to come."""
+    """Hold a load in the state `loading` by stopping its runner; yield the runner and the future reply."""
     with service.frozen() as runner, meanwhile(service.load, model) as reply:
         until(lambda: service.state(model) == "loading", f"{model} is loading")
         yield runner, reply
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
-def test_a_runner_that_dies_while_it_loads_is_engine_crashed(unloaded: Service, signum: signal.Signals) -> None:
+def test_a_runner_that_dies_while_loading_is_engine_crashed(unloaded: Service, signum: signal.Signals) -> None:
     with loading(unloaded, TINY) as (runner, reply):
         os.kill(runner.pid, signum)
         go_on(runner)
-        found = error(reply.result(10), 500, "model_load_failed", "engine_crashed")
-    assert found["message"].startswith(f"Failed to load LLM '{TINY}': Error: ")
-    assert signum.name in found["message"]
+        failure = error(reply.result(10), 500, "model_load_failed", "engine_crashed")
+    assert failure["message"].startswith(f"Failed to load LLM '{TINY}': Error: ")
+    assert signum.name in failure["message"]
     assert unloaded.loaded(TINY, force=True)["instance_id"] == TINY
 
 
-def test_a_file_that_changes_under_the_service_fails_its_load_and_nothing_else(unloaded: Service) -> None:
+def test_a_file_changed_during_its_load_fails_that_load_only(unloaded: Service) -> None:
     path = unloaded.models_dir / "acme/changing/changing-f16.gguf"
     synthetic.tiny_llama(path)
     until(lambda: "acme/changing" in unloaded.models(), "the new model is listed")
     unloaded.loaded(TINY)
     with unloaded.frozen(1) as runner, meanwhile(unloaded.load, "acme/changing") as reply:
-        until(lambda: unloaded.state("acme/changing") == "loading", "it is loading")
-        synthetic.tiny_moe(path, metadata={"qwen3moe.expert_used_count": 9})  # on which llama.cpp aborts
+        until(lambda: unloaded.state("acme/changing") == "loading", "the model is loading")
+        synthetic.tiny_moe(path, metadata={"qwen3moe.expert_used_count": 9})  # llama.cpp aborts on this file
         os.kill(runner.pid, signal.SIGCONT)
-        found = error(reply.result(10), 500, "model_load_failed", "invalid_model_file")
-    assert "changed while it was loaded" in found["message"], "and not that the engine aborted on what it is now"
+        failure = error(reply.result(10), 500, "model_load_failed", "invalid_model_file")
+    assert "changed while it was loaded" in failure["message"], "not the abort of the engine"
     assert set(unloaded.instances()) == {TINY}
     path.unlink()
 
 
-def test_a_load_that_makes_no_progress_is_stalled(unloaded: Service) -> None:
+def test_a_load_without_progress_is_stalled(unloaded: Service) -> None:
     with loading(unloaded, TINY) as (runner, reply):
-        found = error(reply.result(20), 500, "model_load_failed", "load_stalled")
-        assert "2 s" in found["message"]
+        failure = error(reply.result(20), 500, "model_load_failed", "load_stalled")
+        assert "2 s" in failure["message"]
         assert not is_alive(runner)
 
 
-def test_to_unload_what_is_loading_or_queued_cancels_it(unloaded: Service) -> None:
+def test_unloading_a_loading_or_queued_instance_cancels_it(unloaded: Service) -> None:
     with loading(unloaded, TINY) as (runner, first), meanwhile(unloaded.load, MOE) as second:
         until(lambda: unloaded.state(MOE) == "queued", "the second load is queued")
         assert unloaded.instances() == {}
         assert unloaded.unload(MOE).json() == {"instance_id": MOE}
-        found = error(second.result(5), 409, "model_load_failed", "load_cancelled")
-        assert found["message"] == f"Failed to load LLM '{MOE}': Error: the load was cancelled"
+        failure = error(second.result(5), 409, "model_load_failed", "load_cancelled")
+        assert failure["message"] == f"Failed to load LLM '{MOE}': Error: the load was cancelled"
         assert not first.done()
         assert unloaded.unload(TINY).json() == {"instance_id": TINY}
         assert not is_alive(runner)
@@ -542,16 +544,16 @@ def test_to_unload_what_is_loading_or_queued_cancels_it(unloaded: Service) -> No
     error(unloaded.unload(TINY), 404, "model_not_found", param="instance_id")
 
 
-def test_a_loaded_model_whose_runner_dies_leaves_the_list(unloaded: Service) -> None:
+def test_an_instance_whose_runner_dies_leaves_the_list(unloaded: Service) -> None:
     unloaded.loaded(TINY)
     unloaded.warm_runner(1)
     os.kill(unloaded.runners()[0].pid, signal.SIGKILL)
-    until(lambda: not unloaded.instances(), "the dead instance leaves the list", 3)
+    until(lambda: not unloaded.instances(), "the instance leaves the list", 3)
     error(unloaded.unload(TINY), 404, "model_not_found", param="instance_id")
     assert unloaded.loaded(TINY)["instance_id"] == TINY
 
 
-# ---- a pool: an API, a worker and a Redis of the operator's
+# ---- a pool: an API, a worker and an external Redis
 
 
 class Pool(Client):
@@ -574,13 +576,13 @@ class Pool(Client):
         return Running(self.home / "worker", "worker", *flags, environ=self.environ)
 
     def wait_ready(self, within_s: float = 10.0) -> None:
-        until(self.is_ready, f"ready, and {TINY} is listed", within_s)
+        until(self.is_ready, f"the pool is ready and {TINY} is listed", within_s)
 
     def is_ready(self) -> bool:
         return self.send("GET", "/readyz").status == 200 and TINY in self.models()
 
     def restore(self) -> None:
-        """Whatever a test before did to it."""
+        """Restart the parts that are down; end with nothing loaded and a warm runner."""
         if self.redis.popen.poll() is not None:
             self.redis.start()
         if self.worker.popen.poll() is not None:
@@ -595,7 +597,7 @@ class Pool(Client):
             until(lambda: "action=ready" in self.worker.stderr, "the worker is ready", 20)
             self.start_api()
             self.wait_ready()
-        self.loaded(TINY)  # after which a runner waits warm
+        self.loaded(TINY)  # after a load a warm runner is waiting
         self.unload_all()
 
     def state(self, instance_id: str) -> str | None:
@@ -623,21 +625,21 @@ def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 @pytest.fixture
 def pool(the_pool: Pool) -> Iterator[Pool]:
-    """The pool, all of it up, with nothing loaded before and after, and a warm runner."""
+    """Return the pool with every process running, nothing loaded and a warm runner; restore it after the test."""
     the_pool.restore()
     yield the_pool
     the_pool.restore()
 
 
 def unavailable(reply: Reply, code: str) -> str:
-    found = error(reply, 503, "service_unavailable", code)
+    failure = error(reply, 503, "service_unavailable", code)
     assert int(reply.headers["retry-after"]) > 0
-    return str(found["message"])
+    return str(failure["message"])
 
 
-def test_a_model_of_a_worker_that_is_away_is_no_worker_and_an_unknown_one_still_unknown(pool: Pool) -> None:
+def test_a_known_model_without_a_worker_is_no_worker(pool: Pool) -> None:
     pool.worker.stop()
-    until(lambda: pool.models() == {}, "nothing is listed that cannot be loaded", 3)
+    until(lambda: pool.models() == {}, "the model list is empty", 3)
     assert TINY in unavailable(pool.load(TINY), "no_worker")
     error(pool.load("nobody/has-it"), 404, "model_not_found", param="model")
     ready = pool.send("GET", "/readyz")
@@ -649,28 +651,28 @@ def test_a_model_of_a_worker_that_is_away_is_no_worker_and_an_unknown_one_still_
     assert pool.loaded(TINY)["status"] == "loaded"
 
 
-def all_unavailable(pool: Pool, within_s: float) -> None:
-    """Every request that needs Redis says that it is away, each within this time."""
-    for ask in (partial(pool.load, TINY), partial(pool.unload, TINY), partial(pool.send, "GET", LIST)):
+def check_all_unavailable(pool: Pool, within_s: float) -> None:
+    """Check that each request that needs Redis is answered with queue_unavailable within this time."""
+    for send in (partial(pool.load, TINY), partial(pool.unload, TINY), partial(pool.send, "GET", LIST)):
         began = time.monotonic()
-        assert "Redis" in unavailable(ask(), "queue_unavailable")
+        assert "Redis" in unavailable(send(), "queue_unavailable")
         assert time.monotonic() - began < within_s
     ready = pool.send("GET", "/readyz")
     assert (ready.status, ready.text) == (503, "Redis does not answer\n")
     assert pool.send("GET", "/healthz").status == 200
 
 
-def test_a_redis_that_is_gone_is_queue_unavailable_and_the_pool_recovers(pool: Pool) -> None:
+def test_a_dead_redis_is_queue_unavailable_until_it_is_back(pool: Pool) -> None:
     pool.loaded(TINY)
     pool.redis.kill()
-    all_unavailable(pool, 4)
+    check_all_unavailable(pool, 4)
     pool.redis.start()
-    pool.wait_ready()  # perhaps by a lease from before, which runs out just then
-    until(lambda: set(pool.instances()) == {TINY}, "nothing that ran was given up")
+    pool.wait_ready()  # the API may still count an old lease that is about to expire
+    until(lambda: set(pool.instances()) == {TINY}, "the loaded instance is kept")
     assert pool.loaded(TINY)["instance_id"] == f"{TINY}:2"
 
 
-def test_a_redis_that_hangs_is_queue_unavailable_within_seconds(pool: Pool) -> None:
+def test_a_hanging_redis_is_queue_unavailable_within_seconds(pool: Pool) -> None:
     os.kill(pool.redis.popen.pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
@@ -682,27 +684,27 @@ def test_a_redis_that_hangs_is_queue_unavailable_within_seconds(pool: Pool) -> N
     assert pool.load(TINY).status == 200
 
 
-def test_a_waiter_whose_redis_goes_away_is_told_and_the_load_goes_on(pool: Pool) -> None:
+def test_a_waiter_gets_503_when_redis_dies_and_the_load_goes_on(pool: Pool) -> None:
     with pool.worker.frozen(), meanwhile(pool.load, TINY) as reply:
-        until(lambda: pool.state(TINY) == "loading", "it is loading")
+        until(lambda: pool.state(TINY) == "loading", "the model is loading")
         pool.redis.kill()
         unavailable(reply.result(10), "queue_unavailable")
     pool.redis.start()
     pool.wait_ready()
-    until(lambda: set(pool.instances()) == {TINY}, "the load went on without its waiter")
+    until(lambda: set(pool.instances()) == {TINY}, "the load completed without its waiter")
 
 
-def test_a_waiter_whose_redis_is_emptied_is_told(pool: Pool) -> None:
+def test_a_waiter_gets_503_when_redis_is_emptied(pool: Pool) -> None:
     with pool.worker.frozen(), meanwhile(pool.load, TINY) as reply:
-        until(lambda: pool.state(TINY) == "loading", "it is loading")
+        until(lambda: pool.state(TINY) == "loading", "the model is loading")
         with pool.redis.client() as redis:
             redis.flushall()
         unavailable(reply.result(10), "queue_unavailable")
 
 
-def test_a_pool_whose_redis_was_emptied_recovers_by_itself(pool: Pool) -> None:
+def test_a_pool_recovers_after_its_redis_was_emptied(pool: Pool) -> None:
     with pool.redis.client() as redis:
         redis.flushall()
-    until(lambda: pool.models() == {}, "the API sees that nothing is there", 3)
+    until(lambda: pool.models() == {}, "the API lists no models", 3)
     pool.wait_ready()
     assert pool.loaded(TINY)["instance_id"] == TINY

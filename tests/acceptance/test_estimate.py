@@ -1,4 +1,4 @@
-"""`POST /api/v1/models/estimate` and `loadstone load --estimate-only`: what a load would take; nothing is loaded."""
+"""`POST /api/v1/models/estimate` and `loadstone load --estimate-only`: the memory of a load, without loading."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support.service import Reply, Running, Service, error, until, up
 
 PATH = "/api/v1/models/estimate"
 TINY, LONG, BERT, BROKEN, OTHER = "acme/tiny", "acme/long", "acme/bert", "acme/broken", "acme/other"
-LONGEST = 2**31 - 1  # tokens: some 4 TiB
-TOKEN_BYTES = 4 * 2 * 2 * 32 * 2  # of the tiny model's cache: layers, K and V, heads, elements, bytes of each
+LONGEST = 2**31 - 1  # tokens: about 4 TiB
+TOKEN_BYTES = 4 * 2 * 2 * 32 * 2  # KV cache of the tiny model: layers, K and V, heads, elements, bytes of each
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     synthetic.tiny_llama(home / f"models/{LONG}/long-f16.gguf", metadata={"llama.context_length": LONGEST})
     synthetic.tiny_bert(home / f"models/{BERT}/bert-f32.gguf")
-    # An architecture of which the estimate is not sure; no engine ever sees the file.
+    # An architecture for which the estimate is a guess; the engine never reads the file.
     other: dict[str, Value] = {"general.architecture": "cohere2", "cohere2.context_length": 4096}
     synthetic.tiny_llama(home / f"models/{OTHER}/other-f16.gguf", metadata=other)
     (home / f"models/{BROKEN}").mkdir()
     (home / f"models/{BROKEN}/broken.gguf").write_bytes(b"")
     with up(home) as service:
-        until(lambda: all(m["params_string"] for m in service.models().values()), "every header read whole")
+        until(lambda: all(m["params_string"] for m in service.models().values()), "every header has been read")
         yield service
         assert service.instances() == {}
         assert service.send("GET", "/api/v1/models/load/status").json() == {"jobs": []}, "nothing was loaded"
@@ -46,12 +46,12 @@ def estimate(service: Service, model: str, **fields: object) -> Any:
     return reply.json()
 
 
-def test_it_says_what_a_load_would_take_and_that_it_fits(service: Service) -> None:
-    found = estimate(service, TINY)
+def test_an_estimate_reports_bytes_per_device_and_that_it_fits(service: Service) -> None:
+    estimated = estimate(service, TINY)
     (worker,) = service.send("GET", "/api/v1/workers").json()["workers"]
-    (device,) = found.pop("devices")
+    (device,) = estimated.pop("devices")
     total = device["weights_bytes"] + device["context_bytes"] + device["compute_bytes"]
-    assert found == {
+    assert estimated == {
         "model": TINY,
         "fits": True,
         "total_bytes": total,
@@ -65,7 +65,7 @@ def test_it_says_what_a_load_would_take_and_that_it_fits(service: Service) -> No
     assert 0 < device["free_bytes"] <= worker["devices"][0]["total_bytes"]
 
 
-def test_every_field_counts_as_in_a_load(service: Service) -> None:
+def test_every_field_has_the_same_effect_as_in_a_load(service: Service) -> None:
     def device(**fields: object) -> Any:
         return estimate(service, LONG, **fields)["devices"][0]
 
@@ -77,22 +77,23 @@ def test_every_field_counts_as_in_a_load(service: Service) -> None:
     assert estimate(service, BERT)["devices"][0]["context_bytes"] == 0
 
 
-def test_what_does_not_fit_is_said_with_the_largest_context_that_does(service: Service) -> None:
-    found = estimate(service, LONG, context_length=LONGEST)
-    largest = found["max_context_length_that_fits"]
-    assert not found["fits"]
-    assert found["exact"]
-    assert found["total_bytes"] > 4 << 40
+def test_an_estimate_that_does_not_fit_has_the_largest_context(service: Service) -> None:
+    estimated = estimate(service, LONG, context_length=LONGEST)
+    largest = estimated["max_context_length_that_fits"]
+    assert not estimated["fits"]
+    assert estimated["exact"]
+    assert estimated["total_bytes"] > 4 << 40
     assert largest % 256 == 0
-    free_bytes = found["devices"][0]["free_bytes"]
-    assert estimate(service, LONG, context_length=largest)["total_bytes"] <= free_bytes * 1.1  # it moves meanwhile
+    free_bytes = estimated["devices"][0]["free_bytes"]
+    # 10 % tolerance: the free memory changes meanwhile.
+    assert estimate(service, LONG, context_length=largest)["total_bytes"] <= free_bytes * 1.1
     assert estimate(service, LONG, context_length=largest * 5 // 4)["total_bytes"] > free_bytes * 0.9
 
 
-def test_a_model_that_the_formula_was_not_compared_for_is_a_guess(service: Service) -> None:
-    found = estimate(service, OTHER)
-    assert not found["exact"]
-    assert found["total_bytes"] > 0
+def test_an_unverified_architecture_makes_the_estimate_a_guess(service: Service) -> None:
+    estimated = estimate(service, OTHER)
+    assert not estimated["exact"]
+    assert estimated["total_bytes"] > 0
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_a_model_that_the_formula_was_not_compared_for_is_a_guess(service: Servi
         ({"model": TINY, "context_length": 4097}, 400, "invalid_request", "invalid_value", "context_length"),
     ],
 )
-def test_what_a_load_refuses_an_estimate_refuses_in_the_same_words(
+def test_an_estimate_and_a_load_refuse_in_the_same_words(
     service: Service, fields: dict[str, object], status: int, kind: str, code: str | None, param: str | None
 ) -> None:
     refused = service.post(PATH, fields)
@@ -127,7 +128,7 @@ def run(service: Service, *words: str) -> tuple[int, str, str]:
         command.kill()
 
 
-def test_the_command_shows_a_table_and_exits_with_whether_it_fits(service: Service) -> None:
+def test_the_commands_exit_status_says_whether_the_load_fits(service: Service) -> None:
     status, out, err = run(service, TINY, "--context-length", "2048")
     assert (status, err) == (0, "")
     headings, row = out.splitlines()
@@ -140,7 +141,7 @@ def test_the_command_shows_a_table_and_exits_with_whether_it_fits(service: Servi
     assert err == ""
 
 
-def test_the_command_writes_the_reply_as_json_and_tells_a_guess(service: Service) -> None:
+def test_the_command_prints_json_and_marks_a_guess(service: Service) -> None:
     status, out, _ = run(service, TINY, "--json")
     assert status == 0
     assert json.loads(out).keys() == estimate(service, TINY).keys()
@@ -152,7 +153,7 @@ def test_the_command_writes_the_reply_as_json_and_tells_a_guess(service: Service
 
 
 @pytest.mark.parametrize("option", [["--detach"], ["--idempotency-key", "k"]])
-def test_the_command_refuses_what_belongs_to_a_load(service: Service, option: list[str]) -> None:
+def test_the_command_refuses_options_of_a_real_load(service: Service, option: list[str]) -> None:
     status, out, err = run(service, TINY, *option)
     assert (status, out) == (2, "")
     assert "--estimate-only loads nothing" in err

@@ -1,4 +1,4 @@
-"""Workers that die or are paused under a load: it goes on elsewhere under the same ids, and never twice at once."""
+"""Workers that die or pause during a load: it moves to another worker under the same ids and never runs twice."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from tests.support.service import (
 )
 
 LEASE_S = 3
-GONE_S = 6.0  # for what is to be stopped, the whole ladder included
+GONE_S = 6.0  # for processes to stop, including every step of the stop ladder
 START_S = 20.0
 ALONE, OTHER = "acme/alone", "acme/other"  # only worker "a" has the first one, only "b" the second
 MODELS = {"a": (TINY, ALONE), "b": (TINY, OTHER)}
 
 
 class Pool(Client):
-    """A Redis, an API, and workers "a" and "b", each with a data directory of its own."""
+    """A Redis, an API, and the workers "a" and "b", each with its own data directory."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -57,7 +57,7 @@ class Pool(Client):
             for model in models:
                 synthetic.tiny_llama(self.file(name, model))
         for name in MODELS:
-            self.workers[name] = self.begun(name, name, name)
+            self.workers[name] = self.launch(name, name, name)
         self.start_api()
         for name in MODELS:
             self.wait_ready(name)
@@ -75,22 +75,24 @@ class Pool(Client):
         self.api.stop()
         self.start_api(**variables)
 
-    def begun(self, name: str, home: str, models: str, **variables: str) -> Running:
-        """A worker that was started, and no more: its directory, and whose models it has."""
+    def launch(self, name: str, home: str, models: str, **variables: str) -> Running:
+        """Start a worker without waiting; `home` names its directory, `models` the worker whose models it gets."""
         directories = ("--models-dir", str(self.home / f"models-{models}"), "--data-dir", str(self.data(home)))
         words = ("worker", "--worker-name", name, *directories)
         return Running(self.home / home, *words, environ={**self.environ, **variables})
 
     def start(self, name: str, **variables: str) -> None:
         """Start a worker, and wait until it is ready."""
-        self.workers[name] = self.begun(name, name, name, **variables)
+        self.workers[name] = self.launch(name, name, name, **variables)
         self.wait_ready(name)
 
     def wait_ready(self, name: str) -> None:
         worker = self.workers[name]
-        until(lambda: "action=ready" in worker.stderr or worker.popen.poll() is not None, "ready", START_S)
+        until(
+            lambda: "action=ready" in worker.stderr or worker.popen.poll() is not None, "the worker is ready", START_S
+        )
         assert worker.popen.poll() is None, worker.stderr
-        until(lambda: name in self.held(), "the API knows it")
+        until(lambda: name in self.held(), "the API lists the worker")
 
     def data(self, home: str) -> Path:
         return self.home / f"data-{home}"
@@ -100,42 +102,42 @@ class Pool(Client):
             return state(redis, instance_id)
 
     def held(self) -> dict[str, dict[str, Any]]:
-        """What each live worker holds or is to hold: its instances by their ids."""
+        """Return the instances of each live worker by id, including those still loading."""
         reply = self.send("GET", "/api/v1/workers")
         assert reply.status == 200, reply.text
         return {w["name"]: {i["id"]: i for i in w["instances"]} for w in reply.json()["workers"]}
 
-    def counted(self) -> bool:
-        """Whether what the workers last said of themselves is what they hold."""
+    def counts_match(self) -> bool:
+        """Return whether the published instance counts of the workers match the API's list."""
         with self.redis.client() as redis:
-            said: list[Any] = [redis.get(f"worker:{name}") for name in self.workers]
-        residents = [msgspec.msgpack.decode(one, type=WorkerSnapshot).residents for one in said if one]
-        return residents == [len(of_it) for _, of_it in sorted(self.held().items())]
+            snapshots: list[Any] = [redis.get(f"worker:{name}") for name in self.workers]
+        residents = [msgspec.msgpack.decode(one, type=WorkerSnapshot).residents for one in snapshots if one]
+        return residents == [len(instances) for _, instances in sorted(self.held().items())]
 
     def settle(self) -> None:
-        """The API knows what each worker holds: a load goes to the one that holds least, or else to "a"."""
-        until(self.counted, "every worker counts what it holds")
-        self.models()  # for that it reads what they say
+        """Wait until the API knows what each worker holds: a load goes to the least loaded worker, "a" on a tie."""
+        until(self.counts_match, "the published counts match the instances")
+        self.models()  # makes the API read the snapshots of the workers
 
     def loading(self, model: str, on: str = "a") -> Any:
-        """The job of a load that was begun by this worker, whose next runner is frozen."""
+        """Start a load on a worker whose next runner is frozen; return its job."""
         self.settle()
         job = self.accepted(model)
-        until(lambda: self.job(job["job_id"])["status"] == "loading", "it is loading")
+        until(lambda: self.job(job["job_id"])["status"] == "loading", "the job is loading")
         assert (job["worker"], job["attempt"]) == (on, 1)
         return job
 
     def ended(self, job_id: str, within_s: float) -> Any:
-        """A load once it is over, however long the server lets one wait."""
+        """Wait for the end of a load by polling; return its job."""
 
         def is_over() -> Any:
-            found = self.job(job_id)
-            return found if found["status"] not in ("queued", "loading") else None
+            job = self.job(job_id)
+            return job if job["status"] not in ("queued", "loading") else None
 
         return until(is_over, "the load is over", within_s)
 
     def clear(self) -> None:
-        """Whatever a test did to it: all of it up, and nothing held or under way."""
+        """Restart the processes that a test ended, and unload everything."""
         if self.api.popen.poll() is not None:
             self.close()
             self.start_api()
@@ -146,10 +148,10 @@ class Pool(Client):
                 (self.data(name) / f"wanted-{name}.json").unlink(missing_ok=True)
                 self.start(name)
             self.wait_ready(name)
-        for of_it in self.held().values():
-            for instance_id in of_it:
+        for instances in self.held().values():
+            for instance_id in instances:
                 self.unload(instance_id)
-        until(lambda: not any(self.held().values()), "nothing is held")
+        until(lambda: not any(self.held().values()), "no worker holds an instance")
 
     def end(self) -> None:
         for worker in self.workers.values():
@@ -165,14 +167,14 @@ class Pool(Client):
 
 
 def jobs(client: Client) -> dict[str, Any]:
-    """Every load by its id, oldest first."""
+    """Return all jobs by id, oldest first."""
     reply = client.send("GET", STATUS, params={"limit": 1000})
     assert reply.status == 200, reply.text
     return {job["job_id"]: job for job in reversed(reply.json()["jobs"])}
 
 
 def kill(running: Running) -> list[Process]:
-    """Kill a worker and the supervisor that would start it again, as the end of a host does.  Returns what is left."""
+    """Kill a worker and its supervisor, as a host failure does; return the processes that were below them."""
     left = running.tree()
     os.kill(running.worker().pid, signal.SIGKILL)
     running.popen.kill()
@@ -194,16 +196,16 @@ def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 @pytest.fixture
 def pool(the_pool: Pool) -> Iterator[Pool]:
-    """With all of it up and nothing loaded, before and after."""
+    """Return the pool with every process running; restart and unload everything after the test."""
     the_pool.settle()
     yield the_pool
     the_pool.clear()
 
 
-# ---- a worker that dies under a load
+# ---- a worker that dies during a load
 
 
-def test_a_load_whose_worker_is_killed_goes_on_at_another_as_the_same_job(pool: Pool) -> None:
+def test_a_load_of_a_killed_worker_moves_as_the_same_job(pool: Pool) -> None:
     a, b = pool.workers["a"], pool.workers["b"]
     before = set(jobs(pool))
     with a.frozen():
@@ -219,18 +221,18 @@ def test_a_load_whose_worker_is_killed_goes_on_at_another_as_the_same_job(pool: 
     done = pool.job(job_id)
     assert (done["status"], done["worker"], done["attempt"], done["instance_id"]) == ("loaded", "b", 2, TINY)
     assert pool.instances()[TINY]["worker"] == "b"
-    b.warm_runner(1)  # one that holds it, and the next one
+    b.warm_runner(1)  # one runner holds the model, and one waits
     wait_gone(left, 3)
     assert set(jobs(pool)) - before == {job_id}
 
 
-def test_a_load_is_begun_as_often_as_it_may_and_then_is_worker_lost(pool: Pool) -> None:
+def test_a_load_without_attempts_left_is_worker_lost(pool: Pool) -> None:
     pool.restart_api(LOADSTONE_LOAD_ATTEMPTS="1")
     a = pool.workers["a"]
     with a.frozen():
         job_id = pool.loading(TINY)["job_id"]
         left = kill(a)
-        done = pool.ended(job_id, 2 * LEASE_S + 6)  # an API that has just begun trusts each lease for a while
+        done = pool.ended(job_id, 2 * LEASE_S + 6)  # a new API trusts each lease for a while
     assert (done["status"], done["worker"], done["attempt"]) == ("failed", "a", 1)
     assert (done["error"]["type"], done["error"]["code"]) == ("model_load_failed", "worker_lost")
     assert done["error"]["message"].startswith(f"Failed to load LLM '{TINY}': Error: its worker ended under it")
@@ -239,8 +241,8 @@ def test_a_load_is_begun_as_often_as_it_may_and_then_is_worker_lost(pool: Pool) 
     pool.restart_api()
 
 
-def test_a_load_whose_engine_dies_is_not_begun_again(pool: Pool) -> None:
-    """It would most likely die again, and take its time."""
+def test_a_load_whose_engine_dies_is_not_requeued(pool: Pool) -> None:
+    """It would most likely die again."""
     before = set(jobs(pool))
     with pool.workers["a"].frozen() as runner:
         job_id = pool.loading(TINY)["job_id"]
@@ -256,7 +258,7 @@ def test_a_load_whose_engine_dies_is_not_begun_again(pool: Pool) -> None:
 # ---- a worker that is paused
 
 
-def test_a_worker_that_wakes_after_its_lease_leaves_to_others_what_they_have_and_restores_its_own(pool: Pool) -> None:
+def test_a_worker_paused_past_its_lease_restores_only_its_own(pool: Pool) -> None:
     a, b = pool.workers["a"], pool.workers["b"]
     pool.loaded(OTHER)
     pool.loaded(ALONE)
@@ -269,34 +271,38 @@ def test_a_worker_that_wakes_after_its_lease_leaves_to_others_what_they_have_and
             until(lambda: all_stopped(worker.pid), "every thread of the worker stopped")
             done = pool.ended(job_id, LEASE_S + 6)
             assert (done["status"], done["worker"], done["attempt"]) == ("loaded", "b", 2)
-            until(lambda: set(pool.instances()) == {OTHER, TINY}, "what it held counts as lost", LEASE_S + 4)
-            said = until(lambda: engine_log(pool, job_id), "the engine's log is there")
+            until(
+                lambda: set(pool.instances()) == {OTHER, TINY},
+                "the instance of the paused worker counts as lost",
+                LEASE_S + 4,
+            )
+            log = until(lambda: engine_log(pool, job_id), "the engine's log is there")
             old = set(jobs(pool))
         finally:
             os.kill(worker.pid, signal.SIGCONT)
         wait_gone([frozen, held], GONE_S)
-    until(lambda: set(pool.instances()) == {OTHER, ALONE, TINY}, "what it held is loaded again", GONE_S)
-    assert a.worker() == worker, "it is the same process"
-    (again,) = (job for id_, job in jobs(pool).items() if id_ not in old)
-    assert (again["instance_id"], again["worker"], again["status"]) == (ALONE, "a", "loaded")
+    until(lambda: set(pool.instances()) == {OTHER, ALONE, TINY}, "the worker has restored its instance", GONE_S)
+    assert a.worker() == worker, "the worker is the same process"
+    (restored,) = (job for id_, job in jobs(pool).items() if id_ not in old)
+    assert (restored["instance_id"], restored["worker"], restored["status"]) == (ALONE, "a", "loaded")
     assert {id_: one["worker"] for id_, one in pool.instances().items()} == {OTHER: "b", ALONE: "a", TINY: "b"}
     a.warm_runner(1)
     b.warm_runner(2)
     assert pool.job(job_id) == done
-    assert engine_log(pool, job_id) == said, "and not what the runner of the first attempt said"
+    assert engine_log(pool, job_id) == log, "the log is not that of the first attempt"
 
 
 def engine_log(pool: Pool, job_id: str) -> str:
-    """What the engine said in a load, once it is all there."""
+    """Return the engine log of a load if it is complete, else an empty string."""
     text = pool.send("GET", f"{STATUS}/{job_id}/logs").text
     return text if "n_ctx" in text else ""
 
 
-# ---- what lies in a queue
+# ---- entries of a queue
 
 
 def deliver(pool: Pool, worker: str, *ids: str) -> None:
-    """Put entries into a worker's queue, and return once it has taken them."""
+    """Put entries into a worker's queue; return once the worker has taken them."""
 
     async def put() -> None:
         async with connected(pool.redis.url) as redis:
@@ -308,34 +314,34 @@ def deliver(pool: Pool, worker: str, *ids: str) -> None:
 
     asyncio.run(put())
     with pool.redis.client() as redis:
-        until(lambda: redis.zcard(keys.queue(worker)) == 0, "they are taken", 5)
+        until(lambda: redis.zcard(keys.queue(worker)) == 0, "the entries are taken", 5)
 
 
-def begun(pool: Pool, job_id: str) -> int:
-    """How often a load was begun."""
+def n_starts(pool: Pool, job_id: str) -> int:
+    """Return how often a load was started."""
     with pool.redis.client() as redis:
         entries: Any = redis.xrange(f"inst:{job_id}:log")
     states = [msgspec.msgpack.decode(fields[b"doc"], type=Instance).state for _, fields in entries]
     return sum(now is State.LOADING and before is not now for before, now in pairwise(states))
 
 
-def test_a_load_that_is_delivered_twice_is_loaded_once(pool: Pool) -> None:
+def test_a_load_delivered_twice_is_loaded_once(pool: Pool) -> None:
     a = pool.workers["a"]
-    pool.loaded(ALONE)  # a runner that answers: without one a worker gives up its lease
+    pool.loaded(ALONE)  # a running runner: without one a worker gives up its lease
     with a.frozen(loaded=1):
         ids = [pool.loading(ALONE)["job_id"], pool.accepted(ALONE)["job_id"]]
         deliver(pool, "a", *ids)
     done = [pool.ended(id_, 10) for id_ in ids]
     assert [(job["status"], job["attempt"]) for job in done] == [("loaded", 1)] * 2
     deliver(pool, "a", *ids)
-    pool.loaded(ALONE)  # one after the other: by then the worker has dealt with those
+    pool.loaded(ALONE)  # loads run one after the other: the entries have been processed by now
     a.warm_runner(4)
     assert set(pool.instances()) == {ALONE, *(f"{ALONE}:{n}" for n in (2, 3, 4))}
     assert [pool.job(id_) for id_ in ids] == done
-    assert [begun(pool, id_) for id_ in ids] == [1, 1]
+    assert [n_starts(pool, id_) for id_ in ids] == [1, 1]
 
 
-def test_an_entry_of_a_load_that_is_over_or_anothers_is_ignored(pool: Pool) -> None:
+def test_entries_of_finished_or_foreign_loads_are_ignored(pool: Pool) -> None:
     a, b = pool.workers["a"], pool.workers["b"]
     over = pool.accepted(ALONE)["job_id"]
     ended = pool.ended(over, 10)
@@ -345,22 +351,22 @@ def test_an_entry_of_a_load_that_is_over_or_anothers_is_ignored(pool: Pool) -> N
         ids = [pool.loading(OTHER, on="b")["job_id"], pool.accepted(OTHER)["job_id"]]
         before = pool.job(ids[1])
         assert before["status"] == "queued"
-        deliver(pool, "a", "load_of_nobody", over, *ids)
-        pool.loaded(ALONE)  # one after the other: by then the worker has dealt with those
+        deliver(pool, "a", "load_unknown", over, *ids)
+        pool.loaded(ALONE)  # loads run one after the other: the entries have been processed by now
         assert pool.job(ids[1]) == before
         assert pool.job(over) == ended
     done = [pool.ended(id_, 10) for id_ in ids]
     assert [(job["status"], job["worker"], job["attempt"]) for job in done] == [("loaded", "b", 1)] * 2
-    assert [begun(pool, id_) for id_ in (over, *ids)] == [1, 1, 1]
+    assert [n_starts(pool, id_) for id_ in (over, *ids)] == [1, 1, 1]
     a.warm_runner(1)
     b.warm_runner(3)
 
 
-# ---- two workers of one name
+# ---- two workers with one name
 
 
 def refused(second: Running) -> str:
-    """What a worker says that does not start."""
+    """Return the stderr of a worker that must exit with status 2."""
     try:
         assert second.popen.wait(START_S) == 2
     finally:
@@ -370,26 +376,26 @@ def refused(second: Running) -> str:
     return second.stderr
 
 
-def test_a_second_worker_on_one_data_directory_is_refused_without_waiting(pool: Pool) -> None:
+def test_a_second_worker_on_a_data_directory_exits_at_once(pool: Pool) -> None:
     first = pool.workers["a"].worker()
     (pool.home / "beside").mkdir()
     pool.data("beside").symlink_to(pool.data("a"))
-    said = refused(pool.begun("a", "beside", models="b"))
+    said = refused(pool.launch("a", "beside", models="b"))
     assert "loadstone: a worker named 'a' already runs on the data directory" in said
     assert is_alive(first)
     assert pool.loaded(ALONE)["instance_id"] == ALONE
 
 
-def test_a_second_worker_of_a_name_leaves_after_a_lease_and_the_first_goes_on(pool: Pool) -> None:
+def test_a_second_worker_of_a_name_exits_after_one_lease(pool: Pool) -> None:
     first = pool.workers["a"].worker()
     pool.loaded(ALONE)
     began = time.monotonic()
-    said = refused(pool.begun("a", "second", models="b"))
-    assert time.monotonic() - began >= LEASE_S, "the first one might have been dead"
+    said = refused(pool.launch("a", "second", models="b"))
+    assert time.monotonic() - began >= LEASE_S, "the first worker might have been dead"
     assert "loadstone: another live worker is named 'a'; give this worker a different name.\n" in said
     assert is_alive(first)
     assert set(pool.instances()) == {ALONE}
     assert pool.loaded(ALONE)["instance_id"] == f"{ALONE}:2"
-    pool.restart_api()  # one that knows nothing of before
+    pool.restart_api()  # without the memory of the old one
     assert set(pool.models()) == {TINY, ALONE, OTHER}
     assert pool.loaded(ALONE)["instance_id"] == f"{ALONE}:3"

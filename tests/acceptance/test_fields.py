@@ -1,4 +1,4 @@
-"""Each field of a load request changes what llama.cpp does: what is compared was read back from the engine."""
+"""Each field of a load request reaches llama.cpp: the tests compare values read back from the engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.synthetic import models as synthetic
 from tests.support.service import Service, up
 from worker.catalog.catalog import Catalog
 
-LLM, MOE = "acme/llm", "acme/moe"  # the latter uses two of eight experts, unless it is told otherwise
+LLM, MOE = "acme/llm", "acme/moe"  # the latter uses two of eight experts by default
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def contrary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service whose defaults are not the usual ones, so that what is asked for is told from what is left out."""
+    """Run a service with unusual defaults, so that a requested value differs from an omitted one."""
     home = tmp_path_factory.mktemp("contrary")
     synthetic.tiny_llama(home / f"models/{LLM}/llm-f16.gguf")
     with up(home, LOADSTONE_FLASH_ATTENTION="off", LOADSTONE_OFFLOAD_KV_CACHE_TO_GPU="false") as running:
@@ -50,59 +50,57 @@ def config(service: Service, model: str, **fields: object) -> Any:
     return service.loaded(model, **fields, echo_load_config=True)["load_config"]
 
 
-@pytest.mark.parametrize("asked", [300, 1000, 10_000])
-def test_context_length(service: Service, asked: int) -> None:
-    assert config(service, LLM, context_length=asked)["context_length"] == asked
+@pytest.mark.parametrize("requested", [300, 1000, 10_000])
+def test_context_length_applies(service: Service, requested: int) -> None:
+    assert config(service, LLM, context_length=requested)["context_length"] == requested
 
 
-@pytest.mark.parametrize("asked", [64, 2000])
-def test_eval_batch_size(service: Service, asked: int) -> None:
-    assert config(service, LLM, eval_batch_size=asked)["eval_batch_size"] == asked
+@pytest.mark.parametrize("requested", [64, 2000])
+def test_eval_batch_size_applies(service: Service, requested: int) -> None:
+    assert config(service, LLM, eval_batch_size=requested)["eval_batch_size"] == requested
 
 
 def test_eval_batch_size_is_at_most_the_context_length(service: Service) -> None:
     assert config(service, LLM, context_length=700, eval_batch_size=2000)["eval_batch_size"] == 700
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_flash_attention(service: Service, asked: bool) -> None:
-    assert config(service, LLM, flash_attention=asked)["flash_attention"] is asked
+@pytest.mark.parametrize("requested", [True, False])
+def test_flash_attention_applies(service: Service, requested: bool) -> None:
+    assert config(service, LLM, flash_attention=requested)["flash_attention"] is requested
 
 
-def test_flash_attention_where_the_operator_turned_it_off(contrary: Service) -> None:
+def test_flash_attention_overrides_the_operators_default(contrary: Service) -> None:
     assert config(contrary, LLM, flash_attention=True)["flash_attention"] is True
     assert config(contrary, LLM)["flash_attention"] is False
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_offload_kv_cache_to_gpu_is_echoed_as_given_where_there_is_no_gpu(
-    service: Service, contrary: Service, asked: bool
-) -> None:
+@pytest.mark.parametrize("requested", [True, False])
+def test_offload_kv_cache_to_gpu_is_echoed_without_a_gpu(service: Service, contrary: Service, requested: bool) -> None:
     for one in (service, contrary):
-        assert config(one, LLM, offload_kv_cache_to_gpu=asked)["offload_kv_cache_to_gpu"] is asked
+        assert config(one, LLM, offload_kv_cache_to_gpu=requested)["offload_kv_cache_to_gpu"] is requested
 
 
-@pytest.mark.parametrize("asked", [1, 3, 8])
-def test_num_experts(service: Service, asked: int) -> None:
-    assert config(service, MOE, num_experts=asked)["num_experts"] == asked
+@pytest.mark.parametrize("requested", [1, 3, 8])
+def test_num_experts_applies(service: Service, requested: int) -> None:
+    assert config(service, MOE, num_experts=requested)["num_experts"] == requested
 
 
-def test_num_experts_of_the_file(service: Service) -> None:
+def test_num_experts_defaults_to_the_files_value(service: Service) -> None:
     assert config(service, MOE)["num_experts"] == 2
 
 
-@pytest.mark.parametrize("asked", [1, 4, 64])
-def test_parallel(service: Service, asked: int) -> None:
-    found = config(service, LLM, parallel=asked, context_length=512)
-    assert (found["parallel"], found["context_length"]) == (asked, 512)
+@pytest.mark.parametrize("requested", [1, 4, 64])
+def test_parallel_applies_without_changing_the_context(service: Service, requested: int) -> None:
+    applied = config(service, LLM, parallel=requested, context_length=512)
+    assert (applied["parallel"], applied["context_length"]) == (requested, 512)
 
 
-def test_parallel_is_echoed_only_when_it_was_asked_for(service: Service) -> None:
+def test_parallel_is_echoed_only_if_requested(service: Service) -> None:
     assert "parallel" not in config(service, LLM)
 
 
 @pytest.mark.parametrize("fields", [{}, {"echo_load_config": False}])
-def test_without_echo_load_config_no_config_comes_back(service: Service, fields: dict[str, object]) -> None:
+def test_without_echo_load_config_the_reply_has_no_config(service: Service, fields: dict[str, object]) -> None:
     assert set(service.loaded(LLM, **fields)) == {
         "type",
         "model_instance_id",
@@ -112,8 +110,8 @@ def test_without_echo_load_config_no_config_comes_back(service: Service, fields:
     }
 
 
-def test_all_fields_at_once(service: Service) -> None:
-    asked = {
+def test_all_fields_apply_at_once(service: Service) -> None:
+    fields = {
         "context_length": 777,
         "eval_batch_size": 99,
         "parallel": 3,
@@ -121,16 +119,16 @@ def test_all_fields_at_once(service: Service) -> None:
         "offload_kv_cache_to_gpu": False,
         "num_experts": 5,
     }
-    assert config(service, MOE, **asked) == asked
+    assert config(service, MOE, **fields) == fields
     (instance,) = service.instances().values()
-    assert instance["config"] == asked
+    assert instance["config"] == fields
 
 
-# ---- with a device: the test's own runner, since a service's has none here
+# ---- with a fake GPU, in a process of the test: the service has no GPU here
 
 
 def load_on_a_fake_gpu(home: str, fields: str) -> None:
-    """In a process of its own: load a model with these fields; says what came of it, on stdout, as JSON."""
+    """Load a model with these fields, in a separate process; print the result as JSON."""
     from tests.support import fakegpu
     from worker.engine import llama
     from worker.runner.parameters import plan
@@ -141,8 +139,8 @@ def load_on_a_fake_gpu(home: str, fields: str) -> None:
     model = by_name(catalog.models())[LLM]
     log = llama.initialise("GPU-0")
     gpu = fakegpu.add("CUDA0", 1 << 30)
-    asked, settings = LoadRequest(model=LLM, **json.loads(fields)), Settings(models_dir=models_dir)
-    load = plan(asked, model, settings, ["GPU-0"], [5])
+    request, settings = LoadRequest(model=LLM, **json.loads(fields)), Settings(models_dir=models_dir)
+    load = plan(request, model, settings, ["GPU-0"], [5])
     loaded = llama.Loaded(load, log, lambda phase, n_bytes: None)
     used_bytes = gpu.used_bytes
     config = loaded.ready(load).config
@@ -166,19 +164,19 @@ def on_a_fake_gpu(tmp_path: Path) -> Any:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
 
     return load
 
 
-def test_offload_kv_cache_to_gpu(on_a_fake_gpu: Any) -> None:
+def test_offload_kv_cache_to_gpu_moves_the_cache(on_a_fake_gpu: Any) -> None:
     kv_bytes = 4 * 2 * 2 * 32 * 2 * 4096  # layers, K and V, heads, elements, bytes of each, tokens
     on = on_a_fake_gpu(offload_kv_cache_to_gpu=True)
     off = on_a_fake_gpu(offload_kv_cache_to_gpu=False)
     default = on_a_fake_gpu()
     assert [one["echoed"] for one in (on, off, default)] == [True, False, True]
     assert on["used_bytes"] == default["used_bytes"]
-    assert on["used_bytes"] - off["used_bytes"] > kv_bytes / 2  # what computes moves the other way
-    assert off["used_bytes"] > 0  # the weights, all the same
+    assert on["used_bytes"] - off["used_bytes"] > kv_bytes / 2  # the compute buffers change the other way
+    assert off["used_bytes"] > 0  # the weights stay on the GPU
     assert [one["left_bytes"] for one in (on, off, default)] == [0, 0, 0]

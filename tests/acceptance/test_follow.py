@@ -1,4 +1,4 @@
-"""A load is followed by waiting, by polling, by streaming: the same load, the same outcome."""
+"""Following a load by waiting, polling and streaming: each way shows the same load and the same outcome."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ FIELDS = [
 ]
 
 
-def asked(service: Service, prefer: str = "", **fields: object) -> Reply:
+def post_load(service: Service, prefer: str = "", **fields: object) -> Reply:
     headers = {**JSON, **({"Prefer": prefer} if prefer else {})}
     return service.send("POST", LOAD, content=json.dumps({"model": TINY, **fields}).encode(), headers=headers)
 
 
-def streamed(service: Service, **fields: object) -> list[SentEvent]:
+def stream_load(service: Service, **fields: object) -> list[SentEvent]:
     headers = {**JSON, "Accept": "text/event-stream"}
     return list(service.stream("POST", LOAD, content=json.dumps({"model": TINY, **fields}).encode(), headers=headers))
 
 
-def everything(service: Service, job_id: str) -> list[SentEvent]:
+def all_events(service: Service, job_id: str) -> list[SentEvent]:
     return list(service.events(job_id))
 
 
@@ -46,9 +46,9 @@ def moment(text: str) -> float:
 # ---- jobs
 
 
-def test_a_load_that_nobody_waits_for_is_a_job_at_once(service: Service) -> None:
+def test_an_async_load_is_answered_with_its_job_at_once(service: Service) -> None:
     with service.frozen():
-        reply = asked(service, "respond-async")
+        reply = post_load(service, "respond-async")
         assert reply.status == 202
         job = reply.json()
         assert reply.headers["location"] == f"{STATUS}/{job['job_id']}"
@@ -56,7 +56,7 @@ def test_a_load_that_nobody_waits_for_is_a_job_at_once(service: Service) -> None
         assert list(job) == FIELDS
         assert (job["status"], job["model"], job["instance_id"], job["model_instance_id"]) == ("queued", *[TINY] * 3)
         assert (job["progress"], job["result"], job["error"], job["completed_at"]) == (0, None, None, None)
-        until(lambda: service.job(job["job_id"])["status"] == "loading", "loading")
+        until(lambda: service.job(job["job_id"])["status"] == "loading", "the job is loading")
     job = service.job(job["job_id"], wait_s=20)
     assert list(job) == FIELDS
     assert (job["status"], job["progress"], job["phase"], job["error"]) == ("loaded", 1, None, None)
@@ -80,7 +80,7 @@ def test_the_phases_add_up_to_the_total(service: Service) -> None:
     assert timing["total"] == pytest.approx(sum(timing[name] for name in ["queue", "spawn", *PHASES]), abs=1e-5)
 
 
-def test_a_poll_that_waits_ends_with_its_time_or_with_the_load(service: Service) -> None:
+def test_a_waiting_poll_ends_at_its_limit_or_with_the_load(service: Service) -> None:
     with ExitStack() as polling, service.frozen():
         job_id = service.accepted(TINY)["job_id"]
         began = time.monotonic()
@@ -92,43 +92,46 @@ def test_a_poll_that_waits_ends_with_its_time_or_with_the_load(service: Service)
     assert polled.result()["status"] == "loaded"
 
 
-def test_a_client_that_waits_longer_than_it_would_gets_the_job_instead(service: Service) -> None:
+def test_a_load_that_exceeds_the_preferred_wait_returns_the_job(service: Service) -> None:
     with service.frozen():
         for prefer, applied in (("wait=1", "wait=1"), ("respond-async, wait=1", "respond-async, wait=1")):
             began = time.monotonic()
-            reply = asked(service, prefer)
+            reply = post_load(service, prefer)
             assert 0.9 < time.monotonic() - began < 5
             assert (reply.status, reply.headers["preference-applied"]) == (202, applied)
             assert reply.headers["location"] == f"{STATUS}/{reply.json()['job_id']}"
     assert service.job(reply.json()["job_id"], wait_s=20)["status"] == "loaded"
 
 
-def test_a_load_that_is_over_in_time_is_answered_as_if_nothing_had_been_preferred(service: Service) -> None:
-    reply = asked(service, "wait=20", echo_load_config=True)
+def test_a_load_within_the_preferred_wait_gets_the_usual_reply(service: Service) -> None:
+    reply = post_load(service, "wait=20", echo_load_config=True)
     assert (reply.status, reply.headers["preference-applied"]) == (200, "wait=20")
     assert reply.json()["load_config"]["context_length"] == 4096
     assert "server-timing" in reply.headers
-    ignored = asked(service, "wait=soon, handling=lenient")
+    ignored = post_load(service, "wait=soon, handling=lenient")
     assert (ignored.status, ignored.headers.get("preference-applied")) == (200, None)
 
 
-def test_a_load_keeps_its_outcome_when_the_instance_is_unloaded_or_dies(service: Service) -> None:
+def test_a_jobs_outcome_survives_the_end_of_its_instance(service: Service) -> None:
     job = service.job(service.accepted(TINY, echo_load_config=True)["job_id"], wait_s=20)
     assert job["result"]["load_config"]["context_length"] == 4096
     assert service.unload(TINY).status == 200
     assert service.job(job["job_id"]) == job
     job = service.job(service.accepted(TINY)["job_id"], wait_s=20)
-    until(lambda: len(service.runners()) == 2, "one holds the model, one waits")
+    until(lambda: len(service.runners()) == 2, "one runner holds the model, and one waits")
     os.kill(service.runners()[0].pid, signal.SIGKILL)
     until(lambda: not service.instances(), "the instance is gone")
     assert service.job(job["job_id"]) == job
 
 
-def test_a_failed_load_is_told_alike_to_all_who_follow_it(service: Service) -> None:
-    with service.frozen() as runner, meanwhile(service.load, TINY) as waiting, meanwhile(streamed, service) as other:
-        until(lambda: len(service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"]) == 1, "one loads")
+def test_all_followers_of_a_failed_load_get_the_same_error(service: Service) -> None:
+    with service.frozen() as runner, meanwhile(service.load, TINY) as waiting, meanwhile(stream_load, service) as other:
+        until(
+            lambda: len(service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"]) == 1,
+            "one job is loading",
+        )
         (job,) = service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"]
-        with meanwhile(everything, service, job["job_id"]) as events:
+        with meanwhile(all_events, service, job["job_id"]) as events:
             os.kill(runner.pid, signal.SIGKILL)
             failed = service.job(job["job_id"], wait_s=20)
     assert (failed["status"], failed["result"], failed["error"]["code"]) == ("failed", None, "engine_crashed")
@@ -136,7 +139,7 @@ def test_a_failed_load_is_told_alike_to_all_who_follow_it(service: Service) -> N
     assert failed["progress"] < 1
     last = events.result()[-1]
     assert (last.name, last.data) == ("error", {"type": "error", "error": failed["error"]})
-    # Which of the two came first is the scheduler's choice; the other one was loaded after it.
+    # Either of the two may have come first; the other one was loaded after it.
     outcomes = [waiting.result().status == 200, other.result()[-1].name == "model_load.end"]
     assert sorted(outcomes) == [False, True]
     if not outcomes[0]:
@@ -144,15 +147,15 @@ def test_a_failed_load_is_told_alike_to_all_who_follow_it(service: Service) -> N
 
 
 def test_jobs_are_listed_newest_first(service: Service) -> None:
-    made = [service.job(service.accepted(TINY)["job_id"], wait_s=20)["job_id"] for _ in range(3)]
+    created = [service.job(service.accepted(TINY)["job_id"], wait_s=20)["job_id"] for _ in range(3)]
 
     def listed(**query: object) -> list[Any]:
         reply = service.send("GET", STATUS, params=query)
         assert reply.status == 200
         return list(reply.json()["jobs"])
 
-    assert [job["job_id"] for job in listed(limit=3)] == made[::-1]
-    assert listed(limit=1) == [service.job(made[2])]
+    assert [job["job_id"] for job in listed(limit=3)] == created[::-1]
+    assert listed(limit=1) == [service.job(created[2])]
     assert {job["status"] for job in listed(status="loaded")} == {"loaded"}
     assert listed(status="queued") == []
     jobs = listed()
@@ -163,11 +166,11 @@ def test_jobs_are_listed_newest_first(service: Service) -> None:
     ("query", "code"),
     [("limit=0", "invalid_value"), ("limit=x", "invalid_type"), ("status=lost", "invalid_value")],
 )
-def test_a_list_that_cannot_be_given_is_refused(service: Service, query: str, code: str) -> None:
+def test_an_invalid_list_query_is_refused(service: Service, query: str, code: str) -> None:
     error(service.send("GET", f"{STATUS}?{query}"), 400, "invalid_request", code, query.partition("=")[0])
 
 
-def test_an_unknown_job_is_not_found_by_any_means(service: Service) -> None:
+def test_an_unknown_job_is_not_found_on_any_path(service: Service) -> None:
     for job_id in ("load_0", f"load_{'0' * 32}", f"{service.accepted(TINY)['job_id']}:log"):
         for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/events"), ("GET", "/logs")):
             error(service.send(method, f"{STATUS}/{job_id}{path}"), 404, "job_not_found", param="job_id")
@@ -184,7 +187,7 @@ def test_the_engines_log_of_a_load_can_be_read(service: Service) -> None:
         assert (reply.status, reply.headers["content-type"]) == (200, "text/plain; charset=utf-8")
         return reply.text
 
-    until(lambda: "compute buffer size" in read(), "the engine's last words about the context")
+    until(lambda: "compute buffer size" in read(), "the engine has logged the context")
     assert "llama_model_loader" in read()
     assert str(service.models_dir) not in read()
     assert service.unload(TINY).status == 200
@@ -194,8 +197,8 @@ def test_the_engines_log_of_a_load_can_be_read(service: Service) -> None:
 # ---- events
 
 
-def test_the_stream_of_a_load_from_its_start_to_its_end(service: Service) -> None:
-    events = streamed(service, echo_load_config=True)
+def test_a_stream_shows_a_load_from_start_to_end(service: Service) -> None:
+    events = stream_load(service, echo_load_config=True)
     assert [event.name for event in events] == [
         "model_load.start",
         *["model_load.progress"] * (len(events) - 2),
@@ -205,29 +208,29 @@ def test_the_stream_of_a_load_from_its_start_to_its_end(service: Service) -> Non
     assert all(event.data["model_instance_id"] == TINY for event in events)
     ids = [tuple(map(int, event.id.split("-"))) for event in events]
     assert all(one < next_ for one, next_ in pairwise(ids))
-    told = [event.data for event in events[1:-1]]
-    assert [phase for phase in dict.fromkeys(data["phase"] for data in told) if phase] == PHASES
+    progress = [event.data for event in events[1:-1]]
+    assert [phase for phase in dict.fromkeys(data["phase"] for data in progress) if phase] == PHASES
     for name in ("progress", "loaded_bytes"):
-        assert all(one[name] <= next_[name] for one, next_ in pairwise(told))
-    assert told[-1]["progress"] < 1
-    assert told[-1]["loaded_bytes"] == told[-1]["total_size_bytes"]
+        assert all(one[name] <= next_[name] for one, next_ in pairwise(progress))
+    assert progress[-1]["progress"] < 1
+    assert progress[-1]["loaded_bytes"] == progress[-1]["total_size_bytes"]
     end = events[-1].data
     assert end["result"] == service.job(end["job_id"])["result"]
     assert end["load_time_seconds"] == end["result"]["load_time_seconds"] > 0
     assert end["result"]["load_config"] == service.instances()[TINY]["config"]
 
 
-def test_what_is_refused_before_there_is_a_load_is_a_plain_error(service: Service) -> None:
+def test_a_refused_stream_request_gets_a_plain_error(service: Service) -> None:
     headers = {**JSON, "Accept": "text/event-stream"}
     for body, status in ((b'{"model": "no/such"}', 404), (b"{", 400), (b'{"model": "x", "ttl": 1}', 400)):
         reply = service.send("POST", LOAD, content=body, headers=headers)
         assert (reply.status, reply.headers["content-type"]) == (status, "application/json")
 
 
-def test_a_late_follower_misses_nothing_and_one_that_comes_back_goes_on_where_it_was(service: Service) -> None:
-    events = streamed(service)
+def test_a_late_or_resumed_follower_misses_no_event(service: Service) -> None:
+    events = stream_load(service)
     job_id = events[0].data["job_id"]
-    assert everything(service, job_id) == events
+    assert all_events(service, job_id) == events
     for i, event in enumerate(events[:-1]):
         assert list(service.events(job_id, event.id)) == events[i + 1 :]
     reply = service.send("GET", f"{STATUS}/{job_id}/events", headers={"Last-Event-ID": events[-1].id})
@@ -235,23 +238,23 @@ def test_a_late_follower_misses_nothing_and_one_that_comes_back_goes_on_where_it
     for nonsense in ("x", "1-2-3", f"{1 << 64}-0", "99999999999999-0"):
         assert list(service.events(job_id, nonsense)) == events
     assert service.unload(TINY).status == 200
-    assert everything(service, job_id) == events
+    assert all_events(service, job_id) == events
     assert service.send("GET", f"{STATUS}/{job_id}/events", headers={"Last-Event-ID": events[-1].id}).status == 204
 
 
-def test_there_is_an_event_at_least_once_a_second_even_without_progress(service: Service) -> None:
+def test_a_stream_has_an_event_each_second_without_progress(service: Service) -> None:
     with service.frozen():
         events = service.events(service.accepted(TINY)["job_id"])
-        told = [time.monotonic()]
-        while told[-1] - told[0] < 2.5:
+        received_at = [time.monotonic()]
+        while received_at[-1] - received_at[0] < 2.5:
             next(events)
-            told.append(time.monotonic())
-        gaps = [after - before for before, after in pairwise(told[3:])]
+            received_at.append(time.monotonic())
+        gaps = [after - before for before, after in pairwise(received_at[3:])]
         assert max(gaps) < 1
     assert list(events)[-1].name == "model_load.end"
 
 
-def test_sixty_four_followers_see_the_same_events_in_the_same_order(service: Service) -> None:
+def test_64_followers_see_the_same_events_in_the_same_order(service: Service) -> None:
     with ThreadPoolExecutor(64) as pool:
         with service.frozen():
             job_id = service.accepted(TINY)["job_id"]
@@ -263,8 +266,8 @@ def test_sixty_four_followers_see_the_same_events_in_the_same_order(service: Ser
     assert all(events == followed[0] for events in followed)
 
 
-def test_an_api_that_is_killed_loses_no_event_for_whoever_comes_back(service: Service) -> None:
-    """Its supervisor starts it again; the load, in its worker, hears nothing of it."""
+def test_a_follower_misses_no_event_when_the_api_is_killed(service: Service) -> None:
+    """The supervisor restarts the API; the load in the worker is not affected."""
     with service.frozen():
         job_id = service.accepted(TINY)["job_id"]
         seen: list[SentEvent] = []
@@ -280,7 +283,7 @@ def test_an_api_that_is_killed_loses_no_event_for_whoever_comes_back(service: Se
         seen.append(next(events))
     seen += list(events)
     assert seen[-1].name == "model_load.end"
-    assert seen == everything(service, job_id)
+    assert seen == all_events(service, job_id)
 
 
 def answers(service: Service) -> bool:
@@ -289,7 +292,7 @@ def answers(service: Service) -> bool:
     return False
 
 
-def test_a_follower_that_goes_away_leaves_nothing_behind(service: Service) -> None:
+def test_a_disconnected_follower_leaves_nothing_behind(service: Service) -> None:
     with service.frozen():
         job_id = service.accepted(TINY)["job_id"]
         followers = [service.events(job_id) for _ in range(8)]

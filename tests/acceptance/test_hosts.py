@@ -1,4 +1,4 @@
-"""A pool over many hosts: workers and APIs anywhere, that need nothing but a way to Redis, with a password over TLS."""
+"""A pool over several hosts: workers and APIs need only a connection to Redis, with a password over TLS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.fakehosts import Device, FakeHost
 from tests.support.hosts import ClientOn, GuardedRedis, Host, Network, TlsProxy, certificate, network, open_ports
 from tests.support.service import Running, check_keys, error, until
 
-LEASE_S = 10.0  # as it is where nobody sets it
+LEASE_S = 10.0  # the default
 START_S = 20.0
 PASSWORD, TOKEN = "the-pools-password", "the-clients-token"
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # by the host of the worker that has it
@@ -22,7 +22,7 @@ MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # by the host of the 
     "beta": ("acme/moe", synthetic.tiny_moe),
     "gamma": ("acme/embedding", synthetic.tiny_embedding),
 }
-VARIABLES: dict[str, dict[str, str]] = {  # of each worker; the first one is given no name
+VARIABLES: dict[str, dict[str, str]] = {  # of each worker; the first one gets no name
     "alpha": {},
     "beta": {"LOADSTONE_WORKER_NAME": "second"},
     "gamma": {"LOADSTONE_WORKER_NAME": "third"},
@@ -31,7 +31,7 @@ GPUS = {"alpha": 2, "beta": 1, "gamma": 0}
 
 
 class Pool:
-    """A Redis, two APIs and three workers, each on a host of its own."""
+    """A Redis, two APIs and three workers, each on its own host."""
 
     def __init__(self, home: Path, hosts: Network, closing: ExitStack) -> None:
         self.home, self.hosts, self._closing = home, hosts, closing
@@ -74,7 +74,7 @@ class Pool:
         return started
 
     def worker(self, on: str, *, home: str = "", **variables: str) -> Running:
-        """A worker that was started, and no more; in another `home` than its host's it is one more beside that."""
+        """Start a worker without waiting; with `home` it runs beside the worker of that host."""
         directories = ("--models-dir", str(self.models_dir(on)), "--data-dir", str(self.home / (home or on) / "data"))
         its = {**VARIABLES[on], **self.gpus[on].environ(), **variables}
         return self.running(self.worker_hosts[on], home or on, "worker", *directories, **its)
@@ -90,12 +90,14 @@ class Pool:
 
     def wait_ready(self, on: str) -> None:
         worker = self.workers[on]
-        until(lambda: "action=ready" in worker.stderr or worker.popen.poll() is not None, "ready", START_S)
+        until(
+            lambda: "action=ready" in worker.stderr or worker.popen.poll() is not None, "the worker is ready", START_S
+        )
         assert worker.popen.poll() is None, worker.stderr
-        until(lambda: all(self.names[on] in listed(client) for client in self.clients), "both APIs know it")
+        until(lambda: all(self.names[on] in listed(client) for client in self.clients), "both APIs list the worker")
 
     def is_whole(self) -> bool:
-        """Whether each API has every worker, and the models of all."""
+        """Return whether each API lists every worker and every model."""
         keys = {key for key, _ in MODELS.values()}
         return all(listed(one) == {*self.names.values()} and set(one.models()) == keys for one in self.clients)
 
@@ -105,7 +107,7 @@ class Pool:
 
 
 def listed(client: ClientOn) -> set[str]:
-    """The names of the live workers."""
+    """Return the names of the live workers."""
     reply = client.send("GET", "/api/v1/workers")
     assert reply.status == 200, reply.text
     return {worker["name"] for worker in reply.json()["workers"]}
@@ -124,13 +126,13 @@ def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 @pytest.fixture
 def pool(the_pool: Pool) -> Iterator[Pool]:
-    """With all of it up and nothing loaded, before and after."""
-    until(the_pool.is_whole, "every API has every worker")
+    """Return the pool once each API lists every worker; unload everything after the test."""
+    until(the_pool.is_whole, "each API lists every worker")
     yield the_pool
     the_pool.clients[0].unload_all()
 
 
-def test_each_api_lists_the_models_of_all_workers_and_a_load_goes_to_the_worker_that_has_its_model(pool: Pool) -> None:
+def test_each_api_lists_all_models_and_loads_go_to_their_worker(pool: Pool) -> None:
     first, second = pool.clients
     for on, (key, _) in MODELS.items():
         job = first.accepted(key)
@@ -141,7 +143,7 @@ def test_each_api_lists_the_models_of_all_workers_and_a_load_goes_to_the_worker_
         assert {id_: one["worker"] for id_, one in client.instances().items()} == placed
 
 
-def test_each_worker_has_the_devices_of_its_host_and_loads_go_there(pool: Pool) -> None:
+def test_each_worker_owns_and_uses_the_devices_of_its_host(pool: Pool) -> None:
     one, other = pool.clients
     workers = {worker["name"]: worker for worker in one.send("GET", "/api/v1/workers").json()["workers"]}
     for on, name in pool.names.items():
@@ -158,21 +160,21 @@ def test_each_worker_has_the_devices_of_its_host_and_loads_go_there(pool: Pool) 
         assert not any(gpus.used_bytes(d.uuid) for gpus in pool.gpus.values() for d in gpus.devices())
 
 
-def test_a_worker_that_was_given_no_name_has_its_hosts(pool: Pool) -> None:
+def test_an_unnamed_worker_takes_the_name_of_its_host(pool: Pool) -> None:
     host = pool.worker_hosts["alpha"]
     assert pool.names["alpha"] == host.do(socket.gethostname)
     assert pool.names["alpha"] in listed(pool.clients[0])
     assert host.is_apart is (pool.names["alpha"] == "alpha")
 
 
-def test_a_worker_can_be_reached_at_no_port(pool: Pool) -> None:
+def test_a_worker_listens_on_no_port(pool: Pool) -> None:
     pool.clients[0].loaded(MODELS["alpha"][0])
-    assert open_ports(pool.apis[0].tree()), "an API can"
+    assert open_ports(pool.apis[0].tree()), "an API listens"
     for worker in pool.workers.values():
         assert open_ports(worker.tree()) == set()
 
 
-def test_a_worker_whose_address_changes_is_back_before_its_lease_runs_out_with_what_it_holds(pool: Pool) -> None:
+def test_a_worker_with_a_new_address_keeps_lease_and_instances(pool: Pool) -> None:
     key, _ = MODELS["beta"]
     host, worker, client = pool.worker_hosts["beta"], pool.workers["beta"], pool.clients[0]
     client.loaded(key)
@@ -180,7 +182,7 @@ def test_a_worker_whose_address_changes_is_back_before_its_lease_runs_out_with_w
     worker.warm_runner(1)
     if host.is_apart:
         assert host.address in pool.proxy.peers()
-        pool.hosts.move(host, 122)  # nobody is told: what it has open hangs
+        pool.hosts.move(host, 122)  # without a notice: its open connections hang
     else:
         pool.proxy.cut()
     job = client.accepted(key)
@@ -189,18 +191,18 @@ def test_a_worker_whose_address_changes_is_back_before_its_lease_runs_out_with_w
     assert not host.is_apart or host.address in pool.proxy.peers()
     assert client.unload(f"{key}:2").status == 200
     assert client.instances() == before
-    assert (worker.worker(), worker.runners()[0]) == (process, holder), "they were not started again"
+    assert (worker.worker(), worker.runners()[0]) == (process, holder), "the processes were not restarted"
 
 
-def test_a_worker_that_comes_back_under_another_name_has_its_models_and_the_old_name_is_gone(pool: Pool) -> None:
+def test_a_renamed_worker_replaces_the_old_one(pool: Pool) -> None:
     key, _ = MODELS["gamma"]
     first, second = pool.clients
     first.loaded(key)
     pool.workers["gamma"].stop()
     pool.workers["gamma"] = pool.worker("gamma", LOADSTONE_WORKER_NAME="renamed")
     pool.names["gamma"] = "renamed"
-    until(pool.is_whole, "each API has the new name, and not the old one", LEASE_S)
-    assert second.instances() == {}, "what one of another name held is not its own"
+    until(pool.is_whole, "each API lists the new name and not the old one", LEASE_S)
+    assert second.instances() == {}, "a renamed worker does not restore instances of the old name"
     assert second.loaded(key)["instance_id"] == key
     assert first.instances()[key]["worker"] == "renamed"
 
@@ -214,9 +216,7 @@ def test_a_worker_that_comes_back_under_another_name_has_its_models_and_the_old_
     ],
     ids=["password", "stranger", "name"],
 )
-def test_who_has_a_wrong_password_or_meets_a_stranger_says_so_and_takes_no_part(
-    pool: Pool, door: int, password: str, reason: str
-) -> None:
+def test_a_wrong_password_or_certificate_keeps_a_process_out(pool: Pool, door: int, password: str, reason: str) -> None:
     wrong, home = {"LOADSTONE_REDIS_URL": pool.url(door, password)}, f"wrong-{door}"
     worker = pool.worker("gamma", home=f"{home}/worker", LOADSTONE_WORKER_NAME="wrong", **wrong)
     api = pool.api(f"{home}/api", pool.api_hosts[0], **wrong)
@@ -227,4 +227,4 @@ def test_who_has_a_wrong_password_or_meets_a_stranger_says_so_and_takes_no_part(
         running.stop()
         assert password not in running.stderr
     assert "action=ready" not in worker.stderr
-    assert pool.is_whole(), "and has nobody else"
+    assert pool.is_whole(), "no other worker is listed"

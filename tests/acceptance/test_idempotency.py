@@ -1,4 +1,4 @@
-"""Idempotency-Key: a load that is asked for again, by whomever and wherever, is made once."""
+"""Idempotency-Key: a repeated request, from any client to any API, does not start a second load."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def connections(api: Running) -> int:
     return len(os.listdir(f"/proc/{process.pid}/fd"))
 
 
-def everybody(pair: Pair) -> list[tuple[str, str, str]]:
-    """Status line, Server-Timing and body of 512 answers; plain sockets, since a client's pool would take seconds."""
+def send_512(pair: Pair) -> list[tuple[str, str, str]]:
+    """Return status line, Server-Timing and body of 512 replies; plain sockets, since a client's pool takes seconds."""
     body = json.dumps({"model": TINY})
     head = ["Host: 127.0.0.1", f"Content-Length: {len(body)}", "Content-Type: application/json", "Connection: close"]
-    request = "\r\n".join([f"POST {LOAD} HTTP/1.1", *head, "Idempotency-Key: everybody", "", body]).encode()
+    request = "\r\n".join([f"POST {LOAD} HTTP/1.1", *head, "Idempotency-Key: all-at-once", "", body]).encode()
 
     async def one(i: int) -> tuple[str, str, str]:
         reader, writer = await asyncio.open_connection("127.0.0.1", pair.apis[i % 2].port)
@@ -107,13 +107,13 @@ def everybody(pair: Pair) -> list[tuple[str, str, str]]:
     return asyncio.run(ask())
 
 
-def test_five_hundred_and_twelve_at_once_over_two_apis_make_one_load_and_get_one_answer(pair: Pair) -> None:
+def test_512_requests_over_two_apis_make_one_load(pair: Pair) -> None:
     before = jobs(pair.apis[0])
     idle = [connections(api) for api in pair.running]
     with ExitStack() as asking, pair.worker.frozen():
-        answers = asking.enter_context(meanwhile(everybody, pair))
+        answers = asking.enter_context(meanwhile(send_512, pair))
         for api, few in zip(pair.running, idle, strict=True):
-            until(lambda api=api, few=few: connections(api) >= few + 256, "256 wait here", 30)  # type: ignore[misc]
+            until(lambda api=api, few=few: connections(api) >= few + 256, "256 requests are connected", 30)  # type: ignore[misc]
     assert len(answers.result()) == 512
     ((status, timing, body),) = set(answers.result())
     assert status == "HTTP/1.1 200 OK"
@@ -123,7 +123,7 @@ def test_five_hundred_and_twelve_at_once_over_two_apis_make_one_load_and_get_one
     assert jobs(pair.apis[1]) == before + 1
 
 
-def test_a_load_that_ended_is_answered_as_it_ended(pair: Pair) -> None:
+def test_a_finished_load_is_answered_with_its_outcome(pair: Pair) -> None:
     one, other = pair.apis
     first = load(one, "again", echo_load_config=True)
     assert first.status == 200
@@ -137,7 +137,7 @@ def test_a_load_that_ended_is_answered_as_it_ended(pair: Pair) -> None:
     assert one.instances() == {}
 
 
-def test_a_cancelled_load_stays_so_for_its_key_and_another_key_makes_another_load(pair: Pair) -> None:
+def test_a_key_stays_bound_to_its_cancelled_load(pair: Pair) -> None:
     one, other = pair.apis
     with pair.worker.frozen():
         held, job = load(one, "held", prefer="respond-async"), load(one, "c", prefer="respond-async").json()
@@ -153,7 +153,7 @@ def test_a_key_with_another_request_is_refused(pair: Pair, fields: dict[str, Any
     assert load(one, "mine", context_length=200).status == 200
     error(load(other, "mine", **fields), 422, "invalid_request", "idempotency_key_reused", "Idempotency-Key")
     assert load(other, "mine", context_length=200).status == 200
-    integral = {**JSON, "Idempotency-Key": "mine"}  # the same request, once it is decoded
+    integral = {**JSON, "Idempotency-Key": "mine"}  # decodes to the same request
     body = b'{"context_length": 200.0, "model": "acme/tiny"}'
     assert other.send("POST", LOAD, content=body, headers=integral).status == 200
 
@@ -166,7 +166,7 @@ def test_a_refusal_is_not_remembered(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "\xe4"])
-def test_a_key_that_is_none_is_refused(pair: Pair, key: str) -> None:
+def test_an_invalid_key_is_refused(pair: Pair, key: str) -> None:
     reply = pair.apis[0].send("POST", LOAD, json={"model": TINY}, headers=[(b"Idempotency-Key", key.encode("latin-1"))])
     error(reply, 400, "invalid_request", "invalid_value", "Idempotency-Key")
     assert load(pair.apis[0], "~" * 255).status == 200

@@ -1,4 +1,4 @@
-"""No is said in time: what is accepted is carried out, what cannot be is refused with a time to come back."""
+"""Limits: an accepted load is carried out; a request over a limit is refused with a Retry-After."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def refused(reply: Reply, code: str) -> str:
     return str(sentence)
 
 
-def test_a_full_queue_refuses_and_everything_accepted_is_loaded(service: Service) -> None:
+def test_a_full_queue_refuses_and_accepted_loads_complete(service: Service) -> None:
     with service.frozen():
         jobs = [service.accepted(TINY)["job_id"]]
-        until(lambda: in_state(service, "loading") == 1, "the first one loads")
+        until(lambda: in_state(service, "loading") == 1, "the first load is loading")
         jobs += [service.accepted(TINY)["job_id"] for _ in range(2)]
         for headers in ({"Prefer": "respond-async"}, {}, {"Accept": "text/event-stream"}):
             assert refused(asked(service, **headers), "queue_full") == "2 loads wait already, and no more may."
@@ -44,16 +44,16 @@ def test_a_full_queue_refuses_and_everything_accepted_is_loaded(service: Service
     assert in_state(service, "queued") == 0
 
 
-def test_one_reply_too_many_that_would_be_held_open_is_refused_and_nothing_is_accepted(service: Service) -> None:
+def test_a_waiting_reply_over_the_limit_is_refused(service: Service) -> None:
     with ThreadPoolExecutor(3) as pool, service.frozen():
         waiting = pool.submit(asked, service)
-        until(lambda: in_state(service, "loading") == 1, "one waits")
+        until(lambda: in_state(service, "loading") == 1, "one request waits")
         (job,) = service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"]
         events = service.events(job["job_id"])
         next(events)
         polling = pool.submit(service.job, job["job_id"], 20)
-        until(lambda: asked(service, Prefer="wait=0").status == 202, "no place is needed for that")
-        sentence = until(lambda: one_too_many(service), "all places are taken")
+        until(lambda: asked(service, Prefer="wait=0").status == 202, "a request that does not wait needs no slot")
+        sentence = until(lambda: refused_poll(service), "all slots are taken")
         assert sentence.startswith("3 requests wait here for loads, and no more may.")
         refused(asked(service, Accept="text/event-stream"), "too_many_waiting")
         refused(service.send("GET", f"{STATUS}/{job['job_id']}?wait=5"), "too_many_waiting")
@@ -63,26 +63,26 @@ def test_one_reply_too_many_that_would_be_held_open_is_refused_and_nothing_is_ac
     assert waiting.result().status == 200
     assert polling.result()["status"] == "loaded"
     assert [*events][-1].name == "model_load.end"
-    until(lambda: len(service.instances()) == 2, "what was accepted is loaded")
+    until(lambda: len(service.instances()) == 2, "the accepted loads are loaded")
     assert asked(service).status == 200
 
 
-def one_too_many(service: Service) -> str:
-    """What a poll is told that would wait, once there is no place for it."""
+def refused_poll(service: Service) -> str:
+    """Return the message that refuses a waiting poll, or an empty string if the poll was accepted."""
     (job,) = service.send("GET", STATUS, params={"status": "loading"}).json()["jobs"]
     reply = service.send("GET", f"{STATUS}/{job['job_id']}?wait=1")
     return refused(reply, "too_many_waiting") if reply.status == 429 else ""
 
 
-def test_the_command_line_follows_its_load_where_no_stream_may_be_opened(service: Service) -> None:
+def test_the_command_follows_its_load_when_streams_are_refused(service: Service) -> None:
     with service.frozen():
         held = service.accepted(TINY)["job_id"]
-        until(lambda: in_state(service, "loading") == 1, "it loads")
+        until(lambda: in_state(service, "loading") == 1, "the load is loading")
         streams = [service.events(held) for _ in range(3)]
         for events in streams:
             next(events)
         command = Running(service.directory / "command", "load", TINY, environ={"LOADSTONE_URL": service.url})
-        until(lambda: "3 requests wait here" in command.stderr, "it was refused a stream")
+        until(lambda: "3 requests wait here" in command.stderr, "the command was refused a stream")
     try:
         assert [[*events][-1].name for events in streams] == ["model_load.end"] * 3
         assert command.popen.wait(20) == 0

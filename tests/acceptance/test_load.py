@@ -1,4 +1,4 @@
-"""Load, unload and list as LM Studio's documentation shows them, to the letter and field by field."""
+"""Load, unload and list as LM Studio's documentation shows them, verbatim and field by field."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ curl http://localhost:1234/api/v1/models \\
   -H "Authorization: Bearer $LM_API_TOKEN"
 """
 DOCUMENTED, TINY, BERT, CAUSAL = "openai/gpt-oss-20b", "acme/tiny", "nomic/bert", "qwen/embedding"
-OF_THE_ENGINE = ["metadata", "weights", "context", "warmup"]
-PHASES = ["queue", "spawn", *OF_THE_ENGINE]
+ENGINE_PHASES = ["metadata", "weights", "context", "warmup"]
+PHASES = ["queue", "spawn", *ENGINE_PHASES]
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +59,28 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     (models / "acme/broken").mkdir()
     (models / "acme/broken/broken.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with up(home) as service:
-        until(lambda: all(m["params_string"] for m in service.models().values()), "every header read whole")
+        until(lambda: all(m["params_string"] for m in service.models().values()), "every header has been read")
         yield service
         assert str(home) not in service.stderr
 
 
 @pytest.fixture
 def service(running: Service) -> Iterator[Service]:
-    """The module's service, with nothing loaded before and after."""
+    """Return the module's service; unload everything after the test."""
     yield running
     running.unload_all()
 
 
 def timing(reply: Reply) -> dict[str, float]:
-    """Server-Timing: milliseconds by phase, in order."""
+    """Parse Server-Timing: milliseconds by phase, in order."""
     entries = [entry.split(";dur=") for entry in reply.headers["server-timing"].split(", ")]
     return {name: float(duration) for name, duration in entries}
 
 
-# ---- what the documentation shows
+# ---- the documented examples
 
 
-def test_the_documented_load_unload_and_list_to_the_letter(service: Service) -> None:
+def test_documented_load_unload_and_list_work_verbatim(service: Service) -> None:
     loaded = service.shell(LOAD)
     assert (loaded.status, loaded.headers["content-type"]) == (200, "application/json")
     reply = loaded.json()
@@ -118,7 +118,7 @@ def test_the_phases_of_a_load_are_disjoint_and_add_up(service: Service) -> None:
     assert all(duration >= 0 for duration in phases.values())
     assert phases["total"] == pytest.approx(sum(phases[name] for name in PHASES), abs=1.0)
     assert phases["total"] < wall_ms
-    engine_ms = sum(phases[name] for name in OF_THE_ENGINE)
+    engine_ms = sum(phases[name] for name in ENGINE_PHASES)
     assert reply.json()["load_time_seconds"] * 1000 == pytest.approx(engine_ms, abs=1.0)
 
 
@@ -134,19 +134,17 @@ def test_further_instances_take_the_lowest_free_number(service: Service) -> None
     assert set(service.instances()) == {TINY, f"{TINY}:2", f"{TINY}:3"}
 
 
-@pytest.mark.parametrize("asked", [TINY, f"{TINY}@f16", "acme/pair", "acme/pair@q4_0", "acme/pair@q8_0", "bare"])
-def test_a_model_is_loaded_by_its_key_and_by_its_variant_and_the_id_is_the_key_as_asked(
-    service: Service, asked: str
-) -> None:
-    maximum = {TINY: 4096, "bare": 8192, "acme/pair@q8_0": 1024}.get(asked.removesuffix("@f16"), 2048)
-    reply = service.loaded(asked, context_length=maximum, echo_load_config=True)
-    assert (reply["instance_id"], reply["load_config"]["context_length"]) == (asked, maximum)
-    assert list(service.instances()) == [asked]
-    assert service.unload(asked).status == 200
+@pytest.mark.parametrize("requested", [TINY, f"{TINY}@f16", "acme/pair", "acme/pair@q4_0", "acme/pair@q8_0", "bare"])
+def test_a_model_loads_by_key_or_variant_and_keeps_that_as_id(service: Service, requested: str) -> None:
+    maximum = {TINY: 4096, "bare": 8192, "acme/pair@q8_0": 1024}.get(requested.removesuffix("@f16"), 2048)
+    reply = service.loaded(requested, context_length=maximum, echo_load_config=True)
+    assert (reply["instance_id"], reply["load_config"]["context_length"]) == (requested, maximum)
+    assert list(service.instances()) == [requested]
+    assert service.unload(requested).status == 200
     assert service.instances() == {}
 
 
-def test_the_plain_key_of_several_quantizations_means_the_one_closest_to_four_and_a_half_bits(
+def test_the_plain_key_means_the_variant_closest_to_4_5_bits(
     service: Service,
 ) -> None:
     service.loaded("acme/pair")
@@ -161,7 +159,7 @@ def test_keys_are_matched_exactly(service: Service, other: str) -> None:
     error(service.load(other), 404, "model_not_found", param="model")
 
 
-# ---- what applied
+# ---- the applied config
 
 
 @pytest.mark.parametrize(
@@ -174,40 +172,38 @@ def test_keys_are_matched_exactly(service: Service, other: str) -> None:
         (DOCUMENTED, {"context_length": 4096, "eval_batch_size": 512, "num_experts": 4}),
     ],
 )
-def test_what_is_left_out_has_the_documented_default(service: Service, model: str, applied: dict[str, Any]) -> None:
+def test_omitted_fields_have_the_documented_defaults(service: Service, model: str, applied: dict[str, Any]) -> None:
     config = service.loaded(model, echo_load_config=True)["load_config"]
     assert isinstance(config.pop("flash_attention"), bool)  # as the engine decided
     assert config == {**applied, "offload_kv_cache_to_gpu": True}
 
 
-@pytest.mark.parametrize("asked", [1, 100, 257, 1000, 4095, 4096])
-def test_a_context_length_is_echoed_as_asked_and_not_as_llama_cpp_pads_it(service: Service, asked: int) -> None:
-    config = service.loaded(TINY, context_length=asked, echo_load_config=True)["load_config"]
-    assert config["context_length"] == asked
-    assert config["eval_batch_size"] == min(512, asked)
+@pytest.mark.parametrize("requested", [1, 100, 257, 1000, 4095, 4096])
+def test_the_echoed_context_length_is_the_requested_one(service: Service, requested: int) -> None:
+    config = service.loaded(TINY, context_length=requested, echo_load_config=True)["load_config"]
+    assert config["context_length"] == requested
+    assert config["eval_batch_size"] == min(512, requested)
 
 
 @pytest.mark.parametrize(("model", "default"), [(BERT, None), (CAUSAL, 4096)])
-def test_an_embedding_model_echoes_its_context_length_and_nothing_else(
-    service: Service, model: str, default: int | None
-) -> None:
+def test_an_embedding_model_echoes_only_its_context_length(service: Service, model: str, default: int | None) -> None:
     maximum = service.models()[model]["max_context_length"]
     reply = service.loaded(model, echo_load_config=True)
     assert reply["type"] == "embedding"
     assert reply["load_config"] == {"context_length": default or maximum}
-    of_a_language_model = {
+    llm_fields = {
         "eval_batch_size": 3,
         "flash_attention": True,
         "num_experts": 1000,
         "offload_kv_cache_to_gpu": False,
         "parallel": 4,
     }
-    reply = service.loaded(model, context_length=300, echo_load_config=True, **of_a_language_model)
+    reply = service.loaded(model, context_length=300, echo_load_config=True, **llm_fields)
     assert reply["load_config"] == {"context_length": 300}
     assert [i["config"]["context_length"] for i in service.instances().values()] == [default or maximum, 300]
 
 
-def test_the_number_of_experts_is_echoed_for_a_mixture_and_has_no_effect_on_a_dense_model(service: Service) -> None:
+def test_num_experts_is_echoed_for_mixture_models_only(service: Service) -> None:
     assert service.loaded(DOCUMENTED, num_experts=8, echo_load_config=True)["load_config"]["num_experts"] == 8
     assert "num_experts" not in service.loaded(TINY, num_experts=1000, echo_load_config=True)["load_config"]
 
@@ -215,7 +211,7 @@ def test_the_number_of_experts_is_echoed_for_a_mixture_and_has_no_effect_on_a_de
 # ---- the list
 
 
-def test_the_entry_of_a_language_model_field_by_field(service: Service) -> None:
+def test_the_listed_fields_of_a_language_model(service: Service) -> None:
     reply = service.loaded(TINY, parallel=2, context_length=300, echo_load_config=True)
     entry = service.models()[TINY]
     (instance,) = entry.pop("loaded_instances")
@@ -240,7 +236,7 @@ def test_the_entry_of_a_language_model_field_by_field(service: Service) -> None:
     }
 
 
-def test_the_entry_of_an_embedding_model_field_by_field(service: Service) -> None:
+def test_the_listed_fields_of_an_embedding_model(service: Service) -> None:
     entry = service.models()[BERT]
     assert entry["quantization"].pop("bits_per_weight") == 32
     assert entry.pop("params_string").endswith(("K", "M"))
@@ -257,7 +253,7 @@ def test_the_entry_of_an_embedding_model_field_by_field(service: Service) -> Non
     }
 
 
-def test_a_model_in_shards_is_one_of_their_size_together(service: Service) -> None:
+def test_a_sharded_model_is_one_entry_with_its_total_size(service: Service) -> None:
     listed = service.models()
     shards = list((service.models_dir / "acme/sharded").glob("*-of-00003.gguf"))
     assert len(shards) == 3
@@ -265,56 +261,56 @@ def test_a_model_in_shards_is_one_of_their_size_together(service: Service) -> No
     assert [key for key in listed if "sharded" in key] == ["acme/sharded"]
 
 
-def test_everything_that_can_be_loaded_is_listed_once_and_nothing_else(service: Service) -> None:
+def test_each_loadable_model_is_listed_once_and_nothing_else(service: Service) -> None:
     keys = [model["key"] for model in service.send("GET", "/api/v1/models").json()["models"]]
     assert sorted(keys) == sorted(
         [DOCUMENTED, TINY, "bare", "acme/sharded", "acme/pair@q4_0", "acme/pair@q8_0", BERT, CAUSAL]
     )
 
 
-# ---- files that come, change and go
+# ---- files that are added, changed or removed
 
 
-def listed(service: Service, key: str, maximum: int | None) -> None:
-    """Wait until the list shows this maximum for a key; None: until it does not show the key."""
-    wanted = None if maximum is None else {"max_context_length": maximum}
+def wait_listed(service: Service, key: str, maximum: int | None) -> None:
+    """Wait until the list shows this maximum for a key; None waits until the key is not listed."""
+    expected = None if maximum is None else {"max_context_length": maximum}
 
     def shown() -> bool:
         model = service.models().get(key)
-        return (None if model is None else {"max_context_length": model["max_context_length"]}) == wanted
+        return (None if model is None else {"max_context_length": model["max_context_length"]}) == expected
 
     until(shown, f"{key} is listed with {maximum}")
 
 
-def test_a_file_that_is_added_replaced_or_removed_is_seen_while_running(service: Service) -> None:
+def test_added_replaced_and_removed_files_are_noticed(service: Service) -> None:
     error(service.load("new/model"), 404, "model_not_found", param="model")
     path = service.models_dir / "new/model/model-f16.gguf"
     synthetic.tiny_llama(path, metadata={"llama.context_length": 1024})
-    listed(service, "new/model", 1024)
+    wait_listed(service, "new/model", 1024)
     assert service.loaded("new/model", echo_load_config=True)["load_config"]["context_length"] == 1024
     synthetic.tiny_llama(path, metadata={"llama.context_length": 2048})
-    listed(service, "new/model", 2048)
-    until(lambda: not service.instances(), "what the key does not name any more is gone")
+    wait_listed(service, "new/model", 2048)
+    until(lambda: not service.instances(), "the instance of the old file is gone")
     assert service.loaded("new/model", echo_load_config=True)["load_config"]["context_length"] == 2048
     assert set(service.instances()) == {"new/model"}
     service.unload_all()
     path.unlink()
-    listed(service, "new/model", None)
+    wait_listed(service, "new/model", None)
     error(service.load("new/model"), 404, "model_not_found", param="model")
 
 
-def test_a_broken_file_hides_no_other_and_says_what_is_wrong_when_it_is_loaded(service: Service) -> None:
-    found = error(service.load("acme/broken"), 500, "model_load_failed", "invalid_model_file")
-    assert found["message"].startswith("Failed to load LLM 'acme/broken': Error: broken.gguf ")
+def test_a_broken_file_is_unlisted_and_its_load_names_the_file(service: Service) -> None:
+    failure = error(service.load("acme/broken"), 500, "model_load_failed", "invalid_model_file")
+    assert failure["message"].startswith("Failed to load LLM 'acme/broken': Error: broken.gguf ")
     path = service.models_dir / "acme/broken2/broken2.gguf"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"GGUF\x03\0\0\0")
-    until(lambda: service.load("acme/broken2").status == 500, "the new broken file is known")
-    found = error(service.load("acme/broken2"), 500, "model_load_failed", "invalid_model_file")
-    assert found["message"].startswith("Failed to load LLM 'acme/broken2': Error: broken2.gguf ")
+    until(lambda: service.load("acme/broken2").status == 500, "the catalog has the new broken file")
+    failure = error(service.load("acme/broken2"), 500, "model_load_failed", "invalid_model_file")
+    assert failure["message"].startswith("Failed to load LLM 'acme/broken2': Error: broken2.gguf ")
     assert not {"acme/broken", "acme/broken2"} & service.models().keys()
     synthetic.tiny_llama(path)
-    listed(service, "acme/broken2", 4096)
+    wait_listed(service, "acme/broken2", 4096)
     assert service.loaded("acme/broken2")["status"] == "loaded"
     service.unload_all()
     remove(path)
@@ -325,18 +321,18 @@ def remove(path: Path) -> None:
     path.parent.rmdir()
 
 
-# ---- many at once
+# ---- concurrent loads
 
 
 def test_twenty_loads_at_once_are_twenty_instances(service: Service) -> None:
     with ThreadPoolExecutor(20) as pool:
         replies = list(pool.map(lambda _: service.load(TINY), range(20)))
     assert [reply.status for reply in replies] == [200] * 20
-    wanted = {TINY, *(f"{TINY}:{n}" for n in range(2, 21))}
-    assert {reply.json()["instance_id"] for reply in replies} == wanted
-    assert set(service.instances()) == wanted
+    ids = {TINY, *(f"{TINY}:{n}" for n in range(2, 21))}
+    assert {reply.json()["instance_id"] for reply in replies} == ids
+    assert set(service.instances()) == ids
     with ThreadPoolExecutor(20) as pool:
-        gone = list(pool.map(service.unload, sorted(wanted)))
+        gone = list(pool.map(service.unload, sorted(ids)))
     assert [reply.status for reply in gone] == [200] * 20
     assert service.instances() == {}
-    until(lambda: len(service.runners()) <= 1, "no runner but the one that waits")
+    until(lambda: len(service.runners()) <= 1, "only the warm runner is left")

@@ -1,4 +1,4 @@
-"""`GET /metrics` of a pool: Prometheus reads there what happened, whoever is asked and whatever was restarted."""
+"""`GET /metrics` of a pool: every API returns the same counts, and they survive restarts."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from tests.support.service import (
 )
 
 TOKEN = "a-token-of-the-tests"
-UNBOUNDED = re.compile(r"acme|tiny|[0-9a-f]{32}")  # of the model its key; ids of loads, processes, epochs
-AGES = (  # another at each look
+UNBOUNDED = re.compile(r"acme|tiny|[0-9a-f]{32}")  # the model's key, and ids of loads, processes and epochs
+VARYING = (  # these differ at each scrape
     "loadstone_worker_lease_age_seconds",
     "loadstone_device_free_bytes",
     "loadstone_device_available_bytes",
 )
-PAGE = "/openapi.json"  # which nothing asks for but these tests
+PAGE = "/openapi.json"  # requested only by these tests
 PHASES = ("queue", "spawn", "metadata", "weights", "context", "warmup")
 
 Labels = frozenset[tuple[str, str]]
 
 
 class Scrape:
-    """The samples of one reply, which must be one that Prometheus can use."""
+    """The samples of one reply; checks that Prometheus can use them."""
 
     def __init__(self, reply: Reply) -> None:
         assert reply.status == 200, reply.text
         assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-        assert not UNBOUNDED.search(reply.text), "a label that has no end"
+        assert not UNBOUNDED.search(reply.text), "a label with unbounded values"
         self.samples: dict[tuple[str, Labels], float] = {}
         self.kinds: dict[str, str] = {}
         for family in text_string_to_metric_families(reply.text):
@@ -58,7 +58,7 @@ class Scrape:
             self.kinds[family.name] = family.type
             for sample in family.samples:
                 key = (sample.name, frozenset(sample.labels.items()))
-                assert key not in self.samples, f"{key} comes twice"
+                assert key not in self.samples, f"{key} occurs twice"
                 self.samples[key] = sample.value
             if family.type == "histogram":
                 self._check_histogram(family.name)
@@ -81,13 +81,13 @@ class Scrape:
         return self.samples.get((f"loadstone_{name}", frozenset(labels.items())), 0.0)
 
     def counters(self) -> dict[tuple[str, Labels], float]:
-        """All that never goes down."""
+        """Return the samples that never decrease."""
         ends = ("_total", "_bucket", "_count", "_sum")
         return {key: value for key, value in self.samples.items() if key[0].endswith(ends)}
 
     def of_loads(self) -> dict[tuple[str, Labels], float]:
-        """All that two scrapes have alike while no load moves."""
-        return {key: n for key, n in self.samples.items() if not key[0].startswith(("loadstone_http", *AGES))}
+        """Return the samples that are equal in two scrapes while no load changes state."""
+        return {key: n for key, n in self.samples.items() if not key[0].startswith(("loadstone_http", *VARYING))}
 
     def since(self, before: Scrape, name: str, **labels: str) -> float:
         return self(name, **labels) - before.get(name, **labels)
@@ -100,7 +100,7 @@ class Api(Running, Client):
         Running.__init__(self, home, *words, environ=variables)
         try:
             Client.__init__(self, self.first_line().removeprefix("listening: "), token)
-            until(lambda: self.send("GET", "/readyz").status == 200 and TINY in self.models(), "ready")
+            until(lambda: self.send("GET", "/readyz").status == 200 and TINY in self.models(), "the API is ready")
         except BaseException:
             self.kill()
             raise
@@ -110,7 +110,7 @@ class Api(Running, Client):
 
 
 class Pool:
-    """A Redis, a worker, and two APIs, of which one wants a token."""
+    """A Redis, a worker, and two APIs, one of which requires a token."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -150,7 +150,7 @@ def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 @pytest.fixture
 def pool(the_pool: Pool) -> Iterator[Pool]:
-    """With nothing loaded before and after."""
+    """Return the pool; unload everything after the test."""
     yield the_pool
     the_pool.one.unload_all()
 
@@ -160,34 +160,34 @@ def newest(api: Client) -> Any:
 
 
 def ended(now: Scrape, before: Scrape) -> dict[tuple[str, str], float]:
-    """The loads that ended between two scrapes, by outcome and reason."""
-    found = {}
+    """Return the number of loads that ended between two scrapes, by outcome and reason."""
+    counts = {}
     for (name, labels), value in now.samples.items():
         more = value - before.samples.get((name, labels), 0.0)
         if name == "loadstone_loads_total" and more:
             its = dict(labels)
-            found[its["outcome"], its["reason"]] = more
-    return found
+            counts[its["outcome"], its["reason"]] = more
+    return counts
 
 
-def test_what_there_is_to_see_before_anything_happened(pool: Pool) -> None:
-    found = pool.one.scrape()
-    assert found("build_info", version=__version__) == 1
-    assert found("redis_up") == 1
-    assert found("worker_up", worker="w") == 1
-    assert 0 <= found("worker_lease_age_seconds", worker="w") < 3
-    assert [found("worker_state", worker="w", state=state) for state in ("ready", "draining")] == [1, 0]
+def test_all_series_exist_before_the_first_load(pool: Pool) -> None:
+    scrape = pool.one.scrape()
+    assert scrape("build_info", version=__version__) == 1
+    assert scrape("redis_up") == 1
+    assert scrape("worker_up", worker="w") == 1
+    assert 0 <= scrape("worker_lease_age_seconds", worker="w") < 3
+    assert [scrape("worker_state", worker="w", state=state) for state in ("ready", "draining")] == [1, 0]
     device = {"worker": "w", "device": "CPU", "kind": "cpu"}
-    assert 0 < found("device_free_bytes", **device) < found("device_total_bytes", **device)
-    assert found("device_reserved_bytes", **device) == 0
-    assert (found("queue_depth"), found("worker_queue_depth", worker="w")) == (0, 0)
-    assert [found("instances", worker="w", state=s) for s in ("queued", "loading", "loaded", "unloading")] == [0] * 4
-    assert found("loads_total", outcome="failed", reason="engine_crashed") == 0
-    assert [found("runner_deaths_total", state=s) for s in ("warm", "loading", "loaded")] == [0, 0, 0]
-    assert (found("requeues_total"), found("restorations_total")) == (0, 0)
+    assert 0 < scrape("device_free_bytes", **device) < scrape("device_total_bytes", **device)
+    assert scrape("device_reserved_bytes", **device) == 0
+    assert (scrape("queue_depth"), scrape("worker_queue_depth", worker="w")) == (0, 0)
+    assert [scrape("instances", worker="w", state=s) for s in ("queued", "loading", "loaded", "unloading")] == [0] * 4
+    assert scrape("loads_total", outcome="failed", reason="engine_crashed") == 0
+    assert [scrape("runner_deaths_total", state=s) for s in ("warm", "loading", "loaded")] == [0, 0, 0]
+    assert (scrape("requeues_total"), scrape("restorations_total")) == (0, 0)
 
 
-def test_a_load_is_counted_with_its_bytes_and_the_very_times_of_its_job(pool: Pool) -> None:
+def test_a_load_is_counted_with_the_bytes_and_times_of_its_job(pool: Pool) -> None:
     before = pool.one.scrape()
     pool.one.loaded(TINY)
     now, job = pool.one.scrape(), newest(pool.one)
@@ -198,19 +198,22 @@ def test_a_load_is_counted_with_its_bytes_and_the_very_times_of_its_job(pool: Po
     for phase in PHASES:
         labels = {"phase": phase, "size": "under_1GiB"}
         assert now.since(before, "load_phase_seconds_count", **labels) == 1
-        spent = now.since(before, "load_phase_seconds_sum", **labels)
-        assert spent == pytest.approx(job["timing"][phase], abs=2e-6)
+        seconds = now.since(before, "load_phase_seconds_sum", **labels)
+        assert seconds == pytest.approx(job["timing"][phase], abs=2e-6)
     assert now.since(before, "load_seconds_count", size="under_1GiB") == 1
-    spent = now.since(before, "load_seconds_sum", size="under_1GiB")
-    assert spent == pytest.approx(job["timing"]["total"], abs=2e-6 * len(PHASES))
+    seconds = now.since(before, "load_seconds_sum", size="under_1GiB")
+    assert seconds == pytest.approx(job["timing"]["total"], abs=2e-6 * len(PHASES))
     for reached in ("queued", "loading", "loaded"):
         assert now.since(before, "instance_transitions_total", state=reached) == 1
     assert now("instances", worker="w", state="loaded") == 1
     device = {"worker": "w", "device": "CPU", "kind": "cpu"}
-    until(lambda: pool.one.scrape()("device_reserved_bytes", **device) > size_bytes, "its memory is reserved")
+    until(
+        lambda: pool.one.scrape()("device_reserved_bytes", **device) > size_bytes,
+        "the memory of the instance is reserved",
+    )
 
 
-def test_an_unload_leaves_the_counts_of_loads_and_empties_the_gauges(pool: Pool) -> None:
+def test_an_unload_keeps_load_counts_and_clears_gauges(pool: Pool) -> None:
     pool.one.loaded(TINY)
     before = pool.one.scrape()
     assert pool.one.unload(TINY).status == 200
@@ -220,23 +223,26 @@ def test_an_unload_leaves_the_counts_of_loads_and_empties_the_gauges(pool: Pool)
     assert now.since(before, "instance_transitions_total", state="unloaded") == 1
     assert now.since(before, "instance_transitions_total", state="loaded") == 0
     device = {"worker": "w", "device": "CPU", "kind": "cpu"}
-    until(lambda: pool.one.scrape()("device_reserved_bytes", **device) == 0, "nothing is reserved")
+    until(lambda: pool.one.scrape()("device_reserved_bytes", **device) == 0, "no memory is reserved")
 
 
-def test_a_load_that_fails_is_counted_by_its_code_and_its_runner_among_the_dead(pool: Pool) -> None:
+def test_a_failed_load_is_counted_by_code_and_so_is_its_runner(pool: Pool) -> None:
     before = pool.one.scrape()
     with pool.worker.frozen() as runner, meanwhile(pool.one.load, TINY) as reply:
-        until(pool.is_loading, "it is loading")
+        until(pool.is_loading, "the model is loading")
         os.kill(runner.pid, signal.SIGKILL)
         error(reply.result(10), 500, "model_load_failed", "engine_crashed")
     now = pool.one.scrape()
     assert ended(now, before) == {("failed", "engine_crashed"): 1}
     assert now.since(before, "loaded_bytes_total") == 0
     assert now.get("load_seconds_count", size="under_1GiB") == before.get("load_seconds_count", size="under_1GiB")
-    until(lambda: pool.one.scrape().since(before, "runner_deaths_total", state="loading") == 1, "its death is counted")
+    until(
+        lambda: pool.one.scrape().since(before, "runner_deaths_total", state="loading") == 1,
+        "the dead runner is counted",
+    )
 
 
-def test_runners_that_die_warm_or_loaded_are_counted_and_no_load_with_them(pool: Pool) -> None:
+def test_dead_warm_or_loaded_runners_are_counted_but_no_load(pool: Pool) -> None:
     pool.one.loaded(TINY)
     before = pool.one.scrape()
     warm = pool.worker.warm_runner(loaded=1)
@@ -248,17 +254,17 @@ def test_runners_that_die_warm_or_loaded_are_counted_and_no_load_with_them(pool:
         now = pool.one.scrape()
         return [now.since(before, "runner_deaths_total", state=s) for s in ("warm", "loading", "loaded")]
 
-    until(lambda: deaths() == [1, 0, 1], "both deaths are counted")
+    until(lambda: deaths() == [1, 0, 1], "both dead runners are counted")
     now = pool.one.scrape()
     assert ended(now, before) == {}
     assert now.since(before, "instance_transitions_total", state="failed") == 1
 
 
-def test_what_waits_and_what_is_cancelled(pool: Pool) -> None:
+def test_queued_and_cancelled_loads_are_counted(pool: Pool) -> None:
     before = pool.one.scrape()
     with pool.worker.frozen():
         jobs = [pool.one.accepted(TINY)["job_id"]]
-        until(pool.is_loading, "it is loading")
+        until(pool.is_loading, "the model is loading")
         jobs += [pool.one.accepted(TINY)["job_id"] for _ in range(2)]
         now = pool.other.scrape()
         assert (now("queue_depth"), now("worker_queue_depth", worker="w")) == (2, 2)
@@ -269,16 +275,16 @@ def test_what_waits_and_what_is_cancelled(pool: Pool) -> None:
     now = pool.one.scrape()
     assert ended(now, before) == {("cancelled", ""): 3}
     assert now("queue_depth") == 0
-    assert now.since(before, "runner_deaths_total", state="loading") == 0, "it was told to end"
+    assert now.since(before, "runner_deaths_total", state="loading") == 0, "the worker ended the runner itself"
 
 
-def test_every_api_says_the_same_of_the_pool(pool: Pool) -> None:
+def test_every_api_reports_the_same_pool_metrics(pool: Pool) -> None:
     before = pool.one.scrape()
     pool.other.loaded(TINY)
     now = pool.other.scrape()
     assert ended(now, before) == {("loaded", ""): 1}
     device = {"worker": "w", "device": "CPU", "kind": "cpu"}
-    until(lambda: pool.one.scrape()("device_reserved_bytes", **device), "a beat")
+    until(lambda: pool.one.scrape()("device_reserved_bytes", **device), "the worker has published its memory")
     assert pool.one.scrape().of_loads() == pool.other.scrape().of_loads()
 
 
@@ -307,45 +313,45 @@ def test_requests_to_any_api_are_in_the_scrape_of_every_api(pool: Pool) -> None:
             for method, route, status in expected
         }
 
-    until(lambda: seen() == expected, "all are counted", 5)
+    until(lambda: seen() == expected, "all requests are counted", 5)
     for api in (pool.one, pool.other):
         now = api.scrape()
         assert now("http_request_seconds_count", method="GET", route="other") >= 2
 
 
-def test_a_client_that_goes_away_is_no_fault_of_the_service(pool: Pool) -> None:
+def test_a_disconnected_client_counts_as_499_and_not_503(pool: Pool) -> None:
     before = pool.one.scrape()
     its = {"method": "POST", "route": "/api/v1/models/load"}
     with pool.worker.frozen():
         with pytest.raises(httpx.ReadTimeout):
             pool.one.send("POST", its["route"], json={"model": TINY}, timeout=0.3)
-        until(lambda: pool.one.scrape().get("http_requests_total", **its, status="499"), "it is counted")
+        until(lambda: pool.one.scrape().get("http_requests_total", **its, status="499"), "the request is counted")
         now = pool.one.scrape()
-    until(lambda: TINY in pool.one.instances(), "its load went on")
+    until(lambda: TINY in pool.one.instances(), "the load completed")
     assert now.get("http_requests_total", **its, status="503") == before.get("http_requests_total", **its, status="503")
 
 
-def test_it_needs_a_token_where_there_are_any(pool: Pool) -> None:
+def test_metrics_require_a_token_if_tokens_are_configured(pool: Pool) -> None:
     with httpx.Client(base_url=pool.other.url, trust_env=False) as stranger:
         answer = stranger.get("/metrics")
     error(Reply(answer.status_code, answer.headers, answer.text), 401, "invalid_request", "invalid_api_key")
     assert pool.other.send("GET", "/metrics").status == 200
 
 
-def test_no_restart_makes_a_value_go_down_and_what_comes_back_is_counted(pool: Pool) -> None:
+def test_no_counter_goes_down_when_processes_restart(pool: Pool) -> None:
     pool.one.loaded(TINY)
     worker = pool.worker.worker()
     before = pool.one.scrape()
     with pool.worker.frozen(loaded=1):
         job_id = pool.one.accepted(TINY)["job_id"]
-        until(lambda: pool.is_loading(f"{TINY}:2"), "another is loading")
+        until(lambda: pool.is_loading(f"{TINY}:2"), "the second load is loading")
         os.kill(worker.pid, signal.SIGKILL)
         until(lambda: not is_alive(worker), "the worker is gone")
     pool.other.stop()
     pool.other.close()
     pool.other = Api(pool.home / "again", pool.redis, TOKEN)
     assert pool.one.job(job_id, wait_s=20)["status"] == "loaded"
-    until(lambda: {TINY, f"{TINY}:2"} == set(pool.one.instances()), "both are loaded again", 20)
+    until(lambda: {TINY, f"{TINY}:2"} == set(pool.one.instances()), "both instances are loaded again", 20)
     for api in (pool.one, pool.other):
         now = api.scrape()
         assert [key for key, value in before.counters().items() if now.samples.get(key, -1.0) < value] == []
@@ -356,17 +362,17 @@ def test_no_restart_makes_a_value_go_down_and_what_comes_back_is_counted(pool: P
         assert now("instances", worker="w", state="loaded") == 2
 
 
-def test_without_redis_it_says_that_and_with_it_again_nothing_is_lost(pool: Pool) -> None:
+def test_a_redis_outage_is_reported_and_loses_no_count(pool: Pool) -> None:
     before = pool.one.scrape()
     pool.redis.kill()
     try:
         for api in (pool.one, pool.other):
             began = time.monotonic()
             away = api.scrape()
-            assert time.monotonic() - began < 10, "Prometheus waits no longer"
+            assert time.monotonic() - began < 10, "within the scrape timeout of Prometheus"
             assert away("redis_up") == 0
             assert away("build_info", version=__version__) == 1
-            assert set(away.kinds) == {"loadstone_redis_up", "loadstone_build_info"}, "nothing else is known"
+            assert set(away.kinds) == {"loadstone_redis_up", "loadstone_build_info"}, "no other metric"
             for _ in range(2):
                 api.send("GET", PAGE)
     finally:
@@ -377,7 +383,7 @@ def test_without_redis_it_says_that_and_with_it_again_nothing_is_lost(pool: Pool
     def shown() -> float:
         return pool.one.scrape().since(before, "http_requests_total", **its)
 
-    until(lambda: shown() >= 4, "what was counted meanwhile is handed over")
+    until(lambda: shown() >= 4, "the counts kept during the outage are stored")
     assert shown() == 4
     now = pool.one.scrape()
     assert [key for key, value in before.counters().items() if now.samples.get(key, -1.0) < value] == []

@@ -1,4 +1,4 @@
-"""The service does what its OpenAPI document says, as schemathesis finds out, and shows it as a page."""
+"""The service conforms to its OpenAPI document, checked by schemathesis, and shows it as a page."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CONFIG: dict[str, Any] = {
     "generation": {"deterministic": True, "database": "none", "max-examples": 20},
     "headers": {"Authorization": f"Bearer {TOKEN}"},
     "checks": {
-        # 404: a model of this name does not exist.  409: the load is over and cannot be cancelled.  422: the generated
-        # Idempotency-Key went with another request before; nothing else is answered with it.
+        # 404: no model has the generated name.  409: the load has ended and cannot be cancelled.  422: the generated
+        # Idempotency-Key was used with another request; no other error has this status.
         "positive_data_acceptance": {"expected-statuses": ["2xx", "404", "409", "422"]},
         "negative_data_rejection": {"expected-statuses": ["400", "404", "405", "415"]},
     },
@@ -43,17 +43,17 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     metadata = {"llama.context_length": CONTEXT_LENGTH}
     synthetic.tiny_llama(home / "models" / MODEL / "tiny-f16.gguf", metadata=metadata)
     with up(home, token=TOKEN, LOADSTONE_API_TOKENS=TOKEN) as service:
-        until(lambda: MODEL in service.models(), "the model")
+        until(lambda: MODEL in service.models(), "the model is listed")
         yield service
 
 
 @contextmanager
 def hooks(service: Service) -> Iterator[Counter[str]]:
-    """Of the requests to load, or to estimate one, that are right, every third is for the model that exists, and every
-    fifth is to be followed as events.  What one loads is unloaded, so that a step after it finds the load over.
+    """Adapt the generated requests; yield a count of the replies to loads by status and content type.
 
-    A schema knows no model's limits: those of the model are kept here; nor does it know what there is in the pool, or
-    which parts of a split belong together.  The result counts the replies to loads.
+    Of the valid loads and estimates every third names the existing model, and of the valid loads every fifth requests
+    events.  A load's instance is unloaded at once, so that later requests find the load ended.  A schema does not
+    express the limits of a model, the workers and devices of a pool, or the length of a split: they are applied here.
     """
     replies: Counter[str] = Counter()
     sent = 0
@@ -76,7 +76,7 @@ def hooks(service: Service) -> Iterator[Counter[str]]:
             if isinstance(gpu.get("split"), list):
                 gpu["split"] = "even"
             case.body = {**case.body, "gpu": gpu}
-        if "ttl_seconds" in case.body:  # or it may be gone just before it is unloaded
+        if "ttl_seconds" in case.body:  # so that it does not expire before its unload
             case.body = {**case.body, "ttl_seconds": max(60, case.body["ttl_seconds"])}
         if case.body["model"] == MODEL:
             limits = {"context_length": CONTEXT_LENGTH, "parallel": case.body.get("eval_batch_size", 64)}
@@ -107,9 +107,13 @@ def hooks(service: Service) -> Iterator[Counter[str]]:
 
 
 def problem(event: events.ScenarioFinished, case_id: str, check: Any) -> str:
-    """A check that failed, with the request that shows it and the reply to it."""
-    found = event.recorder.interactions.get(case_id)
-    reply = f"{found.response.status_code} {found.response.text[:500]}" if found and found.response else "no reply"
+    """Describe a failed check with its request and the reply."""
+    interaction = event.recorder.interactions.get(case_id)
+    reply = (
+        f"{interaction.response.status_code} {interaction.response.text[:500]}"
+        if interaction and interaction.response
+        else "no reply"
+    )
     request = event.recorder.cases[case_id].value.as_curl_command()
     return f"{check.name}: {check.failure_info.failure}\n{request}\n{reply}"
 
@@ -147,7 +151,7 @@ def test_the_service_does_what_its_document_says(
 
 
 class Page(HTMLParser):
-    """What of a page a reader finds, and what a browser would fetch."""
+    """The text, tags, anchors and links of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -188,7 +192,7 @@ def test_the_document_and_the_page_need_a_token(service: Service, path: str) -> 
     error(service.send("GET", path, headers={"Authorization": ""}), 401, "invalid_request", "invalid_api_key")
 
 
-def test_a_refused_method_names_those_of_every_route(service: Service) -> None:
+def test_a_refused_method_names_the_methods_of_all_routes(service: Service) -> None:
     reply = service.send("PUT", f"{LOAD}/status/load_1")
     error(reply, 405, "method_not_allowed")
     assert reply.headers["allow"] == "DELETE, GET, HEAD"

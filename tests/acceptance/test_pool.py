@@ -1,4 +1,4 @@
-"""A pool of GPUs from outside: where loads go, what they take, who leaves for them, and what is refused."""
+"""A pool of GPUs, seen by a client: placement, memory, eviction and refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIB = 1 << 20
 SMALL, LONG = "p/small", "p/long"
 SIZES = (16 * MIB, 12 * MIB, 8 * MIB)
 BIG, MIDDLE, LITTLE = (f"GPU-fake-{i}" for i in range(3))
-TOKENS = {"context_length": 512}  # of a load that takes some 2.5 MiB
+TOKENS = {"context_length": 512}  # of a load of about 2.5 MiB
 
 
 class Pool(NamedTuple):
@@ -68,7 +68,7 @@ def pool(shared_pool: Pool) -> Iterator[Pool]:
     for device in shared_pool.host.devices():
         shared_pool.host.release(device.uuid)
     shared_pool.service.unload_all()
-    assert not any(shared_pool.used().values()), "every byte is back when an unload is answered"
+    assert not any(shared_pool.used().values()), "every byte is free when an unload is answered"
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def api(directory: Path, redis_url: str) -> Iterator[Client]:
     running = Running(directory, "api", "--port", "0", "--redis-url", redis_url, "--drain-s", "0")
     try:
         client = Client(running.first_line().removeprefix("listening: "))
-        until(lambda: client.send("GET", "/readyz").status == 200, "ready")
+        until(lambda: client.send("GET", "/readyz").status == 200, "the API is ready")
         yield client
         client.close()
         running.stop()
@@ -84,16 +84,16 @@ def api(directory: Path, redis_url: str) -> Iterator[Client]:
         running.kill()
 
 
-# ---- where a load goes
+# ---- placement
 
 
-def test_a_load_goes_to_the_gpu_that_it_fills_best_and_to_no_other(pool: Pool) -> None:
+def test_a_load_goes_to_the_best_fitting_gpu_only(pool: Pool) -> None:
     pool.load()
     used = pool.used()
     assert used[LITTLE] > 2 * MIB
     assert (used[BIG], used[MIDDLE]) == (0, 0)
     assert pool.where(SMALL) == [LITTLE] == pool.job(SMALL)["devices"]
-    until(lambda: pool.device(LITTLE)["reserved_bytes"] == used[LITTLE], "what is shown is what it takes, to the byte")
+    until(lambda: pool.device(LITTLE)["reserved_bytes"] == used[LITTLE], "the published usage is exact")
 
 
 def test_a_further_instance_goes_to_another_device(pool: Pool) -> None:
@@ -102,19 +102,19 @@ def test_a_further_instance_goes_to_another_device(pool: Pool) -> None:
     assert {*map(str, (pool.where(id_)[0] for id_ in (SMALL, f"{SMALL}:2", f"{SMALL}:3")))} == {BIG, MIDDLE, LITTLE}
 
 
-def test_what_no_gpu_has_room_for_is_split_over_the_fewest_that_have(pool: Pool) -> None:
-    asked = {"context_length": 18_000, "eval_batch_size": 32}
-    estimate = pool.service.post("/api/v1/models/estimate", {"model": LONG, **asked}).json()
-    assert (estimate["fits"], estimate["exact"]) == (True, True), "the engine was asked"
+def test_a_model_too_large_for_one_gpu_uses_as_few_as_possible(pool: Pool) -> None:
+    fields = {"context_length": 18_000, "eval_batch_size": 32}
+    estimate = pool.service.post("/api/v1/models/estimate", {"model": LONG, **fields}).json()
+    assert (estimate["fits"], estimate["exact"]) == (True, True), "the engine did a dry run"
     on_gpus = {device["id"]: device for device in estimate["devices"] if device["id"] != "CPU"}
-    pool.load(LONG, **asked)
+    pool.load(LONG, **fields)
     used = pool.used()
     assert sorted(pool.where(LONG)) == sorted(on_gpus) == [BIG, MIDDLE]
     for id_, device in on_gpus.items():
         assert used[id_] == pytest.approx(device["total_bytes"], abs=MIB // 8)
 
 
-def test_a_client_says_where_a_model_goes(pool: Pool) -> None:
+def test_a_client_can_choose_the_devices(pool: Pool) -> None:
     pool.load(gpu={"devices": [BIG]})
     assert pool.where(SMALL) == [BIG]
     pool.load(gpu={"devices": [MIDDLE, LITTLE], "split": "even"})
@@ -125,7 +125,7 @@ def test_a_client_says_where_a_model_goes(pool: Pool) -> None:
     assert not any(pool.used().values())
 
 
-def test_a_part_of_the_layers_goes_to_a_gpu(pool: Pool) -> None:
+def test_a_client_can_offload_a_part_of_the_layers(pool: Pool) -> None:
     pool.load(gpu={"devices": [BIG]})
     whole = pool.used()[BIG]
     pool.service.unload_all()
@@ -143,21 +143,21 @@ def test_a_part_of_the_layers_goes_to_a_gpu(pool: Pool) -> None:
         ({"offload": 1.5}, "gpu.offload"),
     ],
 )
-def test_a_place_that_there_is_not_is_told_at_once(pool: Pool, gpu: Any, param: str) -> None:
+def test_an_unknown_or_invalid_placement_is_refused(pool: Pool, gpu: Any, param: str) -> None:
     reply = pool.service.load(SMALL, gpu=gpu)
     error(reply, 400, "invalid_request", "invalid_value", param)
 
 
-# ---- what is refused
+# ---- refusals
 
 
-def test_what_has_no_room_is_refused_with_what_would_fit(pool: Pool) -> None:
+def test_a_load_without_room_is_refused_with_what_would_fit(pool: Pool) -> None:
     pool.load()
-    asked = {"context_length": 60000}
-    with pool.service.frozen(loaded=1):  # no runner takes part
-        reply = pool.service.load(LONG, **asked)
-    found = error(reply, 500, "model_load_failed", "insufficient_memory")
-    detail = found["detail"]
+    fields = {"context_length": 60000}
+    with pool.service.frozen(loaded=1):  # the runner is frozen: the worker refuses alone
+        reply = pool.service.load(LONG, **fields)
+    failure = error(reply, 500, "model_load_failed", "insufficient_memory")
+    detail = failure["detail"]
     assert {device["id"] for device in detail["devices"]} == {BIG, MIDDLE, LITTLE}
     assert [device["instances"] for device in detail["devices"] if device["id"] == LITTLE] == [[SMALL]]
     assert detail["needed_bytes"] > sum(SIZES)
@@ -165,7 +165,7 @@ def test_what_has_no_room_is_refused_with_what_would_fit(pool: Pool) -> None:
     assert pool.service.load(LONG, context_length=60000).status == 500
 
 
-def test_other_programs_are_believed(pool: Pool) -> None:
+def test_memory_of_other_programs_is_not_given_away(pool: Pool) -> None:
     for device in pool.host.devices():
         pool.host.take(device.uuid, device.total_bytes - 2 * MIB)
     reply = pool.service.load(SMALL, **TOKENS)
@@ -177,38 +177,38 @@ def test_other_programs_are_believed(pool: Pool) -> None:
     assert pool.where(SMALL) == [MIDDLE]
 
 
-def test_a_gpu_that_the_driver_lost_gets_nothing(pool: Pool) -> None:
+def test_a_gpu_lost_by_the_driver_gets_no_loads(pool: Pool) -> None:
     pool.host.fail(LITTLE, "GpuIsLost")
     try:
         pool.load()
         assert pool.where(SMALL) == [MIDDLE]
-        assert until(lambda: pool.device(LITTLE)["free_bytes"] == 0, "a beat")
+        assert until(lambda: pool.device(LITTLE)["free_bytes"] == 0, "the worker publishes the loss")
     finally:
         pool.host.fail(LITTLE, None)
     pool.load()
     assert pool.where(f"{SMALL}:2") == [LITTLE]
 
 
-def test_loads_at_once_through_two_apis_never_take_more_than_there_is(pool: Pool, tmp_path: Path) -> None:
-    """Whatever does not fit is refused before it is read: the engine itself never lacks memory."""
+def test_concurrent_loads_through_two_apis_never_overcommit(pool: Pool, tmp_path: Path) -> None:
+    """A load that does not fit is refused by the worker; the engine never runs out of memory."""
     redis_url = f"unix://{pool.service.data_dir}/redis/redis.sock"
     with api(tmp_path, redis_url) as other, ThreadPoolExecutor(24) as threads:
-        asked = [threads.submit(one.load, SMALL, **TOKENS) for one in (pool.service, other) * 12]
-        replies = [one.result() for one in asked]
+        futures = [threads.submit(one.load, SMALL, **TOKENS) for one in (pool.service, other) * 12]
+        replies = [one.result() for one in futures]
         loaded = [reply for reply in replies if reply.status == 200]
         for reply in replies:
             if reply.status != 200:
-                found = error(reply, 500, "model_load_failed", "insufficient_memory")
-                assert "there is not enough memory" in found["message"], "our word, not the engine's"
+                failure = error(reply, 500, "model_load_failed", "insufficient_memory")
+                assert "there is not enough memory" in failure["message"], "refused by the worker, not by the engine"
         used = pool.used()
-    assert len(loaded) >= 11, "5 have room in 15 MiB, 4 in 11, 2 in 7; and perhaps one over what several have left"
+    assert len(loaded) >= 11, "5 fit into 15 MiB, 4 into 11, 2 into 7, and perhaps one over the rest of several"
     assert all(used[device.uuid] <= device.total_bytes - MIB for device in pool.host.devices())
 
 
-# ---- who leaves
+# ---- eviction
 
 
-def test_the_longest_idle_instance_with_a_ttl_leaves_and_no_more_than_needed(pool: Pool) -> None:
+def test_only_the_longest_idle_instance_with_a_ttl_is_evicted(pool: Pool) -> None:
     pool.host.take(BIG, SIZES[0])
     pool.host.take(MIDDLE, SIZES[1])
     pool.load()  # without a TTL
@@ -218,18 +218,20 @@ def test_the_longest_idle_instance_with_a_ttl_leaves_and_no_more_than_needed(poo
     def estimated() -> Any:
         return pool.service.post("/api/v1/models/estimate", {"model": SMALL, **TOKENS}).json()
 
-    until(lambda: (estimated()["fits"], estimated()["evicts"]) == (True, [f"{SMALL}:2"]), "it would be evicted")
+    until(
+        lambda: (estimated()["fits"], estimated()["evicts"]) == (True, [f"{SMALL}:2"]), "the estimate names the victim"
+    )
     before = pool.service.metric("evictions_total")
     reply = pool.service.load(SMALL, ttl_seconds=1000, **TOKENS)
     assert reply.status == 200, reply.text
     assert reply.headers["loadstone-evicted"] == f"{SMALL}:2"
-    found = reply.json()["instance_id"]
-    assert pool.job(found)["evicted"] == [f"{SMALL}:2"]
-    assert set(pool.service.instances()) == {SMALL, found}
-    until(lambda: pool.service.metric("evictions_total") == before + 1, "the worker hands over its counts")
+    instance_id = reply.json()["instance_id"]
+    assert pool.job(instance_id)["evicted"] == [f"{SMALL}:2"]
+    assert set(pool.service.instances()) == {SMALL, instance_id}
+    until(lambda: pool.service.metric("evictions_total") == before + 1, "the worker publishes its counts")
 
 
-def test_what_was_loaded_to_stay_stays(pool: Pool) -> None:
+def test_instances_without_a_ttl_are_not_evicted(pool: Pool) -> None:
     pool.host.take(BIG, SIZES[0])
     pool.host.take(MIDDLE, SIZES[1])
     pool.load()
@@ -251,7 +253,7 @@ def loadstone(pool: Pool, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_copies_are_loaded_onto_different_devices_each_as_its_own_job(pool: Pool) -> None:
+def test_copies_go_to_different_devices_as_separate_jobs(pool: Pool) -> None:
     done = loadstone(pool, "load", SMALL, "--context-length", "512", "--copies", "3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [SMALL, f"{SMALL}:2", f"{SMALL}:3"]
@@ -261,17 +263,17 @@ def test_copies_are_loaded_onto_different_devices_each_as_its_own_job(pool: Pool
     assert [line.split()[2] for line in shown.stdout.splitlines()[1:]] == [BIG, MIDDLE, LITTLE, "CPU"]
 
 
-def test_copies_that_there_is_no_room_for_fail_and_the_others_stay(pool: Pool) -> None:
+def test_copies_without_room_fail_and_the_others_stay(pool: Pool) -> None:
     words = ("--context-length", "512", "--gpu-device", LITTLE, "--copies", "4", "--json")
     done = loadstone(pool, "load", SMALL, *words)
-    found = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     assert done.returncode == 1
-    assert [one["instance_id"] for one in found["loaded"]] == [SMALL, f"{SMALL}:2"]
-    assert [one["code"] for one in found["errors"]] == ["insufficient_memory"] * 2
+    assert [one["instance_id"] for one in result["loaded"]] == [SMALL, f"{SMALL}:2"]
+    assert [one["code"] for one in result["errors"]] == ["insufficient_memory"] * 2
     assert set(pool.service.instances()) == {SMALL, f"{SMALL}:2"}
 
 
-def test_the_command_says_where_a_model_goes(pool: Pool) -> None:
+def test_the_command_line_can_choose_the_devices(pool: Pool) -> None:
     name = pool.service.send("GET", "/api/v1/workers").json()["workers"][0]["name"]
     words = ("--gpu-worker", name, "--gpu-device", LITTLE, "--gpu-device", BIG, "--gpu-split", "1,2")
     done = loadstone(pool, "load", SMALL, "--context-length", "512", *words)

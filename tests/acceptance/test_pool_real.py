@@ -1,4 +1,4 @@
-"""A few of the sequences of tests/soak/test_pool_real.py."""
+"""The random sequences of tests/soak/test_pool_real.py, a few of them."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ SEED = int(os.environ.get("POOL_SEED", "0")) or random.randrange(1, 1_000_000)
 
 
 @pytest.mark.timeout(60 + 30 * SEQUENCES)
-def test_real_loads_go_where_the_host_has_room_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_random_sequences_of_real_loads_match_the_host(tmp_path: Path) -> None:
     realpool.run(tmp_path, SEQUENCES, SEED)

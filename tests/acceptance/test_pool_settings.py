@@ -1,4 +1,4 @@
-"""What an operator sets of a pool of GPUs, and what drivers do."""
+"""Operator settings of a pool of GPUs, and the behaviour of drivers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.service import RedisServer, Running, error, until, up
 
 MIB = 1 << 20
 MODEL = "p/m"
-ASKED = {"context_length": 512}  # takes some 2.5 MiB
+FIELDS = {"context_length": 512}  # a load of about 2.5 MiB
 FIRST, SECOND = "GPU-fake-0", "GPU-fake-1"
 
 
@@ -28,11 +28,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[FakeHost]:
-    made = FakeHost.made(tmp_path / "host", 8 * MIB, 4 * MIB)
-    yield made
-    made.release(FIRST)
-    made.release(SECOND)
-    assert (made.used_bytes(FIRST), made.used_bytes(SECOND)) == (0, 0), "nothing outlives its service"
+    fake_host = FakeHost.made(tmp_path / "host", 8 * MIB, 4 * MIB)
+    yield fake_host
+    fake_host.release(FIRST)
+    fake_host.release(SECOND)
+    assert (fake_host.used_bytes(FIRST), fake_host.used_bytes(SECOND)) == (0, 0), (
+        "all memory is free after the service has ended"
+    )
 
 
 def devices(service: Any) -> dict[str, Any]:
@@ -40,50 +42,42 @@ def devices(service: Any) -> dict[str, Any]:
     return {device["id"]: device for worker in workers for device in worker["devices"]}
 
 
-def test_where_anything_may_leave_what_was_not_used_for_the_longest_time_does(
-    tmp_path: Path, models: Path, host: FakeHost
-) -> None:
+def test_evict_any_evicts_the_least_recently_used_instance(tmp_path: Path, models: Path, host: FakeHost) -> None:
     variables = {"LOADSTONE_DEVICES": "1", "LOADSTONE_DEVICE_RESERVE": "0", "LOADSTONE_EVICT": "any"}
     with up(tmp_path / "s", models=models, **variables, **host.environ()) as service:
-        assert [*devices(service)] == [SECOND], "the device of that index, and no other"
-        service.loaded(MODEL, **ASKED)
-        reply = service.load(MODEL, **ASKED)
+        assert [*devices(service)] == [SECOND], "the worker owns only the device with that index"
+        service.loaded(MODEL, **FIELDS)
+        reply = service.load(MODEL, **FIELDS)
         assert reply.headers["loadstone-evicted"] == MODEL
         assert service.instances().keys() == {reply.json()["instance_id"]}
-        assert MODEL not in service.wanted(), "what was evicted does not come back by itself"
+        assert MODEL not in service.wanted(), "an evicted instance is not to be restored"
 
 
-def test_where_nothing_may_leave_nothing_does(tmp_path: Path, models: Path, host: FakeHost) -> None:
+def test_evict_off_evicts_nothing(tmp_path: Path, models: Path, host: FakeHost) -> None:
     variables = {"LOADSTONE_DEVICES": SECOND, "LOADSTONE_DEVICE_RESERVE": "0", "LOADSTONE_EVICT": "off"}
     with up(tmp_path / "s", models=models, **variables, **host.environ()) as service:
-        service.loaded(MODEL, ttl_seconds=1000, **ASKED)
-        error(service.load(MODEL, **ASKED), 500, "model_load_failed", "insufficient_memory")
+        service.loaded(MODEL, ttl_seconds=1000, **FIELDS)
+        error(service.load(MODEL, **FIELDS), 500, "model_load_failed", "insufficient_memory")
         assert service.instances().keys() == {MODEL}
 
 
-def test_an_operator_may_have_layers_on_the_cpu_where_gpus_are_too_small(
-    tmp_path: Path, models: Path, host: FakeHost
-) -> None:
+def test_gpu_offload_auto_puts_layers_on_the_cpu_if_needed(tmp_path: Path, models: Path, host: FakeHost) -> None:
     variables = {"LOADSTONE_DEVICES": "1,cpu", "LOADSTONE_DEVICE_RESERVE": "0", "LOADSTONE_GPU_OFFLOAD": "auto"}
     with up(tmp_path / "s", models=models, **variables, **host.environ()) as service:
-        host.take(SECOND, 7 * MIB // 4)  # less than the whole model is left
-        service.loaded(MODEL, **ASKED)
-        taken = host.used_bytes(SECOND) - 7 * MIB // 4
-        assert taken > 0
-        until(
-            lambda: devices(service)[SECOND]["reserved_bytes"] == taken, "what is shown is what it takes, to the byte"
-        )
-        asked = {**ASKED, "gpu": {"offload": "max"}}
-        error(service.load(MODEL, **asked), 500, "model_load_failed", "insufficient_memory")
+        host.take(SECOND, 7 * MIB // 4)  # the free memory is smaller than the model
+        service.loaded(MODEL, **FIELDS)
+        used = host.used_bytes(SECOND) - 7 * MIB // 4
+        assert used > 0
+        until(lambda: devices(service)[SECOND]["reserved_bytes"] == used, "the published usage is exact")
+        fields = {**FIELDS, "gpu": {"offload": "max"}}
+        error(service.load(MODEL, **fields), 500, "model_load_failed", "insufficient_memory")
 
 
-def test_an_unload_is_answered_when_the_driver_has_the_memory_back(
-    tmp_path: Path, models: Path, host: FakeHost
-) -> None:
+def test_an_unload_is_answered_once_the_driver_freed_the_memory(tmp_path: Path, models: Path, host: FakeHost) -> None:
     host.driver(lag_s=0.5)
     with up(tmp_path / "s", models=models, LOADSTONE_DEVICE_RESERVE="0", **host.environ()) as service:
         for _ in range(2):
-            service.loaded(MODEL, gpu={"devices": [SECOND]}, **ASKED)
+            service.loaded(MODEL, gpu={"devices": [SECOND]}, **FIELDS)
             began = time.monotonic()
             assert service.unload(MODEL).status == 200
             assert host.used_bytes(SECOND) == 0
@@ -91,39 +85,35 @@ def test_an_unload_is_answered_when_the_driver_has_the_memory_back(
         assert devices(service)[SECOND]["leaked_bytes"] == 0
 
 
-def test_memory_that_does_not_come_back_is_shown_as_leaked_and_not_given_away(
-    tmp_path: Path, models: Path, host: FakeHost
-) -> None:
+def test_memory_that_is_not_freed_is_leaked_and_not_given_away(tmp_path: Path, models: Path, host: FakeHost) -> None:
     host.driver(lag_s=30)
     with up(tmp_path / "s", models=models, LOADSTONE_DEVICE_RESERVE="0", **host.environ()) as service:
-        service.loaded(MODEL, gpu={"devices": [SECOND]}, **ASKED)
+        service.loaded(MODEL, gpu={"devices": [SECOND]}, **FIELDS)
         held = host.used_bytes(SECOND)
         assert service.unload(MODEL).status == 200
-        found = until(lambda: (d := devices(service)[SECOND])["leaked_bytes"] and d, "a beat")
-        assert found["leaked_bytes"] == held
-        assert found["available_bytes"] <= 4 * MIB - held
-        error(service.load(MODEL, gpu={"devices": [SECOND]}, **ASKED), 500, "model_load_failed", "insufficient_memory")
+        device = until(lambda: (d := devices(service)[SECOND])["leaked_bytes"] and d, "the worker publishes the leak")
+        assert device["leaked_bytes"] == held
+        assert device["available_bytes"] <= 4 * MIB - held
+        error(service.load(MODEL, gpu={"devices": [SECOND]}, **FIELDS), 500, "model_load_failed", "insufficient_memory")
         assert service.metric("device_leaked_bytes", device=SECOND, kind="gpu") == held
         host.driver(lag_s=0)
 
 
-def test_what_a_driver_takes_for_each_process_counts_as_its_models(
-    tmp_path: Path, models: Path, host: FakeHost
-) -> None:
+def test_driver_memory_per_process_counts_toward_its_model(tmp_path: Path, models: Path, host: FakeHost) -> None:
     host.driver(context_bytes=MIB)
     with up(tmp_path / "s", models=models, LOADSTONE_DEVICE_RESERVE="0", **host.environ()) as service:
-        service.loaded(MODEL, gpu={"devices": [FIRST]}, **ASKED)
+        service.loaded(MODEL, gpu={"devices": [FIRST]}, **FIELDS)
         used = host.used_bytes(FIRST)
-        found = until(lambda: (d := devices(service)[FIRST])["reserved_bytes"] == used and d, "a beat")
-        assert found["leaked_bytes"] == 0
-        assert found["available_bytes"] == 8 * MIB - used
+        device = until(
+            lambda: (d := devices(service)[FIRST])["reserved_bytes"] == used and d, "the worker publishes the usage"
+        )
+        assert device["leaked_bytes"] == 0
+        assert device["available_bytes"] == 8 * MIB - used
         assert service.unload(MODEL).status == 200
         assert host.used_bytes(FIRST) == 0
 
 
-def test_a_gpu_has_one_owner_and_a_worker_that_names_none_of_this_host_does_not_start(
-    tmp_path: Path, models: Path, host: FakeHost
-) -> None:
+def test_a_worker_needs_free_and_existing_gpus_to_start(tmp_path: Path, models: Path, host: FakeHost) -> None:
     redis = RedisServer(tmp_path / "redis")
     flags = ("worker", "--models-dir", str(models), "--redis-url", redis.url, "--data-dir", str(tmp_path / "data"))
 
@@ -133,21 +123,21 @@ def test_a_gpu_has_one_owner_and_a_worker_that_names_none_of_this_host_does_not_
 
     first = start("first", "0")
     try:
-        until(lambda: "action=ready" in first.stderr, "ready")
-        for name, wanted, words in (
+        until(lambda: "action=ready" in first.stderr, "the first worker is ready")
+        for name, indices, words in (
             ("second", "0,1", f"another worker uses the GPU {FIRST}"),
             ("third", "2", f"there is no device '2'; available: cpu, 0 ({FIRST}), 1 ({SECOND})."),
         ):
-            refused = start(name, wanted)
+            refused = start(name, indices)
             assert refused.popen.wait(20) == 2, refused.stderr
             assert words in refused.stderr
             assert "Traceback" not in refused.stderr
         other = start("fourth", "1")
-        until(lambda: "action=ready" in other.stderr, "ready")
+        until(lambda: "action=ready" in other.stderr, "the other worker is ready")
         other.stop()
         first.stop()
         again = start("fifth", "0,1")
-        until(lambda: "action=ready" in again.stderr, "ready")
+        until(lambda: "action=ready" in again.stderr, "the next worker is ready")
         again.stop()
     finally:
         first.kill()

@@ -1,6 +1,6 @@
-"""A pool whose Redis is away: started again, hanging, cut off, emptied, or on a full disk.
+"""A pool whose Redis fails: restarted, hanging, with cut connections, emptied, or on a full disk.
 
-What is loaded stays loaded, what was accepted comes to one end, and who asks meanwhile is told to come back.
+Loaded instances stay loaded, accepted loads have one outcome, and requests during the outage get 503 with Retry-After.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from tests.support.service import (
     wait_gone,
 )
 
-LEASE_S = 5.0  # a storm of cuts makes a busy machine miss three beats in turn
+LEASE_S = 5.0  # cut connections make a busy machine miss three beats in a row
 HANG_S = 6.0  # longer than the lease; the soak tests take 30
 GONE_S = LEASE_S + 0.5
-STORM_S = 4.0
+CUT_S = 4.0
 DROPPED_S = 2.0
 FULL_S = LEASE_S + 2.0
-ANSWER_S = 8.0  # of an API: Redis gets 2 s for a new connection and 5 s for a reply
-BACK_S = 20.0  # generous: after this long everything is as before
+ANSWER_S = 8.0  # of an API: it waits 2 s for a connection to Redis and 5 s for a reply
+BACK_S = 20.0  # generous limit for the recovery
 
 LIST = "/api/v1/models"
 SECOND, THIRD = f"{TINY}:2", f"{TINY}:3"
@@ -63,10 +63,10 @@ UNDER_WAY = ("queued", "loading")
 
 
 class FragileRedis(RedisServer):
-    """A Redis that can be away in every way in which one can be, each until the end of a block."""
+    """A Redis with a method for each kind of failure, which lasts until the end of a block."""
 
     def start(self) -> None:
-        """Blocked signals stay blocked in a child: so SIGXFSZ does not end it where its file may not grow."""
+        """Start with SIGXFSZ blocked, which children inherit: a file that may not grow does not end the process."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGXFSZ})
         try:
             super().start()
@@ -75,7 +75,7 @@ class FragileRedis(RedisServer):
 
     @contextmanager
     def gone(self) -> Iterator[None]:
-        """It dies without a word, and starts again on the same append-only file."""
+        """Kill Redis; restart it after the block on the same append-only file."""
         self.kill()
         try:
             yield
@@ -84,14 +84,14 @@ class FragileRedis(RedisServer):
 
     @contextmanager
     def dropping(self) -> Iterator[None]:
-        """It is gone, and what stands before it takes connections only to drop them, as a proxy does."""
+        """Replace Redis by a server that drops each connection, as a proxy without a backend does."""
         with self.gone(), socket.socket(socket.AF_UNIX) as front:
             self.socket.unlink()
             front.bind(str(self.socket))
             front.listen()
 
             def drop() -> None:
-                with suppress(OSError):  # the end
+                with suppress(OSError):  # the socket is shut down
                     while True:
                         front.accept()[0].close()
 
@@ -103,7 +103,7 @@ class FragileRedis(RedisServer):
 
     @contextmanager
     def hanging(self) -> Iterator[None]:
-        """Connections stand, and nothing answers."""
+        """Stop Redis: connections stay open, and no request is answered."""
         os.kill(self.popen.pid, signal.SIGSTOP)
         try:
             until(lambda: all_stopped(self.popen.pid), "every thread of Redis stopped")
@@ -113,7 +113,7 @@ class FragileRedis(RedisServer):
 
     @contextmanager
     def cut_off(self, every_s: float) -> Iterator[None]:
-        """Whoever connects is soon cut off."""
+        """Cut all connections every so many seconds."""
         over = threading.Event()
 
         def cut() -> None:
@@ -131,14 +131,14 @@ class FragileRedis(RedisServer):
 
     @contextmanager
     def full(self) -> Iterator[None]:
-        """Its append-only file cannot grow, so that it answers reads and refuses everything else (MISCONF).
+        """Keep the append-only file from growing: Redis answers reads and refuses all else with MISCONF.
 
-        That is what a full disk does to it; a limit of the process needs no file system of its own.
+        A full disk has the same effect; a resource limit needs no separate file system.
         """
         soft, hard = resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE, (1, hard))
         try:
-            until(self._refuses_writes, "it cannot write")
+            until(self._refuses_writes, "Redis refuses writes")
             yield
         finally:
             resource.prlimit(self.popen.pid, resource.RLIMIT_FSIZE, (soft, hard))
@@ -146,7 +146,7 @@ class FragileRedis(RedisServer):
     def _refuses_writes(self) -> bool:
         try:
             with self.client() as redis:
-                redis.set("filler", "", px=1)  # it notices when it writes
+                redis.set("filler", "", px=1)  # Redis notices the limit when it writes
                 redis.ping()
         except ResponseError as e:
             return "MISCONF" in str(e)
@@ -173,7 +173,7 @@ class Api(Running, Client):
 
 
 class Pool:
-    """Two APIs and a worker on a Redis of the operator's."""
+    """Two APIs and a worker on an external Redis."""
 
     def __init__(self, home: Path) -> None:
         self.redis = FragileRedis(home / "redis")
@@ -187,60 +187,60 @@ class Pool:
         flags = ("--models-dir", str(home / "models"), "--data-dir", str(home / "data"), *words)
         return Running(home / "worker", "worker", *flags, environ={**self.environ, **variables})
 
-    # ---- what a client sees, whichever API it asks
+    # ---- requests to either API
 
     def wait_ready(self) -> None:
         until(lambda: all(api.is_ready() for api in self.apis), "both APIs are ready", BACK_S)
 
     def wait_listed(self, *ids: str, within_s: float = BACK_S) -> None:
-        """Until both list these instances, and no other."""
+        """Wait until both APIs list exactly these instances."""
         until(lambda: all(set(api.instances()) == set(ids) for api in self.apis), f"{ids} are listed", within_s)
 
-    def insist(self, ask: Callable[[Client], Reply]) -> Reply:
-        """Ask the APIs in turn, until one says something else than to come back."""
+    def retry(self, send: Callable[[Client], Reply]) -> Reply:
+        """Send a request to the APIs in turn until the reply is not 503; return it."""
         turns = itertools.cycle(self.apis)
 
         def answer() -> Reply | None:
-            reply = ask(next(turns))
+            reply = send(next(turns))
             return reply if reply.status != 503 else None
 
-        return until(answer, "an answer", BACK_S)
+        return until(answer, "a reply other than 503", BACK_S)
 
     def ended(self, job_id: str) -> Any:
-        """A job once it is over."""
+        """Wait for the end of a job; return it."""
 
         def over() -> Any:
-            job = self.insist(lambda api: api.send("GET", f"{STATUS}/{job_id}")).json()
+            job = self.retry(lambda api: api.send("GET", f"{STATUS}/{job_id}")).json()
             return job if job["status"] not in UNDER_WAY else None
 
         return until(over, f"{job_id} is over", BACK_S)
 
     def all_jobs(self) -> list[Any]:
-        """Newest first."""
+        """Return all jobs, newest first."""
         jobs: list[Any] = self.apis[0].send("GET", STATUS, params={"limit": 1000}).json()["jobs"]
         return jobs
 
     def jobs(self) -> dict[str, Any]:
-        """By instance id: of those that had it, the newest."""
+        """Return the newest job of each instance id."""
         return {job["instance_id"]: job for job in reversed(self.all_jobs())}
 
-    # ---- what is so
+    # ---- records and processes
 
     def state(self, instance_id: str) -> str | None:
         with self.redis.client() as redis:
             return state(redis, instance_id)
 
-    def wait_state(self, instance_id: str, wanted: State) -> None:
-        until(lambda: self.state(instance_id) == wanted, f"{instance_id} is {wanted}")
+    def wait_state(self, instance_id: str, expected: State) -> None:
+        until(lambda: self.state(instance_id) == expected, f"{instance_id} is {expected}")
 
     def revisions(self, job_id: str) -> list[Instance]:
-        """All that was ever written to a load's record."""
+        """Return every revision of a load's record."""
         with self.redis.client() as redis:
             entries: Any = redis.xrange(f"inst:{job_id}:log")
         return [msgspec.msgpack.decode(fields[b"doc"], type=Instance) for _, fields in entries]
 
     def check_ran_once(self, job_id: str) -> None:
-        """It was claimed once, by one process, and never begun anew."""
+        """Check that a load was claimed once, by one process, and never requeued."""
         revisions = self.revisions(job_id)
         assert {revision.attempt for revision in revisions} == {1}
         steps = [after.state for before, after in pairwise(revisions) if before.state is not after.state]
@@ -249,12 +249,12 @@ class Pool:
         assert len({revision.epoch for revision in revisions[1:]}) == 1
 
     def holders(self, loaded: int) -> list[Process]:
-        """The runners of what is loaded: as many as that, and a warm one beside them."""
+        """Return the runners that hold `loaded` instances, without the warm one."""
         warm = self.worker.warm_runner(loaded)
         return [runner for runner in self.worker.runners() if runner != warm]
 
     def others(self) -> set[Process]:
-        """All processes but the runners."""
+        """Return all processes but the runners."""
         tree = [process for running in (self.worker, *self.apis) for process in running.tree()]
         runners = self.worker.runners()
         return {process for process in tree if process not in runners}
@@ -280,11 +280,11 @@ def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
 
 @pytest.fixture
 def pool(the_pool: Pool) -> Iterator[Pool]:
-    """With nothing loaded before and after, and by the same processes."""
+    """Return the pool; check after the test that it has recovered in the same processes, and unload everything."""
     before = the_pool.others()
     yield the_pool
     the_pool.wait_ready()
-    until(lambda: not any(job["status"] in UNDER_WAY for job in the_pool.all_jobs()), "nothing is under way")
+    until(lambda: not any(job["status"] in UNDER_WAY for job in the_pool.all_jobs()), "no load is queued or loading")
     the_pool.apis[0].unload_all()
     assert the_pool.holders(0) == []
     assert the_pool.others() == before
@@ -305,30 +305,34 @@ def load_with_key(model: str, key: str, api: Client) -> Reply:
 
 
 def instances(listed: Reply) -> list[str]:
-    """The ids in a model list."""
+    """Return the instance ids in a model list."""
     return [instance["id"] for model in listed.json()["models"] for instance in model["loaded_instances"]]
 
 
-def timed(ask: Callable[[], Reply]) -> tuple[Reply, float]:
-    """A reply, and how long it took in seconds."""
+def timed(send: Callable[[], Reply]) -> tuple[Reply, float]:
+    """Send a request; return the reply and its duration in seconds."""
     began = time.monotonic()
-    return ask(), time.monotonic() - began
+    return send(), time.monotonic() - began
 
 
-# ---- gone
+# ---- restarted
 
 
-def test_while_redis_is_gone_every_api_lives_and_says_that_it_is_not_ready(pool: Pool) -> None:
+def test_without_redis_each_api_is_alive_but_not_ready(pool: Pool) -> None:
     with pool.redis.gone():
         for api in pool.apis:
             assert api.send("GET", "/healthz").status == 200
             not_ready(api.send("GET", "/readyz"))
             assert api.send("GET", "/healthz").status == 200
-    until(lambda: all(api.send("GET", "/readyz").text == "ready\n" for api in pool.apis), "as before", BACK_S)
+    until(
+        lambda: all(api.send("GET", "/readyz").text == "ready\n" for api in pool.apis),
+        "both APIs are ready again",
+        BACK_S,
+    )
     assert all(api.send("GET", "/healthz").status == 200 for api in pool.apis)
 
 
-def test_a_redis_that_starts_again_costs_nothing_that_is_loaded_and_no_load_that_was_accepted(pool: Pool) -> None:
+def test_a_redis_restart_loses_no_instance_and_no_accepted_load(pool: Pool) -> None:
     first, second = pool.apis
     first.loaded(TINY)
     kept = pool.jobs()[TINY]["job_id"]
@@ -339,9 +343,12 @@ def test_a_redis_that_starts_again_costs_nothing_that_is_loaded_and_no_load_that
         queued = second.accepted(TINY)["job_id"]
         with pool.redis.gone():
             began = time.monotonic()
-            said = len(pool.worker.stderr)
+            n_logged = len(pool.worker.stderr)
             os.kill(runner.pid, signal.SIGCONT)
-            until(lambda: "commit deferred" in pool.worker.stderr[said:], "it is loaded, and nobody can be told")
+            until(
+                lambda: "commit deferred" in pool.worker.stderr[n_logged:],
+                "the worker has loaded the model and cannot commit it",
+            )
             until(lambda: time.monotonic() - began > GONE_S, "the lease has run out", GONE_S + 1)
     for job_id in (loading, queued):
         assert pool.ended(job_id)["status"] == "loaded"
@@ -351,15 +358,15 @@ def test_a_redis_that_starts_again_costs_nothing_that_is_loaded_and_no_load_that
     assert pool.revisions(kept) == before
 
 
-def test_connections_that_are_dropped_as_soon_as_they_are_made_end_no_process(pool: Pool) -> None:
+def test_connections_dropped_at_once_end_no_process(pool: Pool) -> None:
     first, second = pool.apis
     first.loaded(TINY)
     holders, processes = pool.holders(1), pool.others()
     with pool.redis.dropping():
         began = time.monotonic()
 
-        def said_all_the_time() -> bool:
-            with ThreadPoolExecutor(16) as threads:  # more at once than there are connections from better times
+        def outage_is_reported() -> bool:
+            with ThreadPoolExecutor(16) as threads:  # more requests than pooled connections
                 listed = [threads.submit(api.send, "GET", LIST) for api in pool.apis for _ in range(8)]
             for reply in listed:
                 unavailable(reply.result())
@@ -369,7 +376,7 @@ def test_connections_that_are_dropped_as_soon_as_they_are_made_end_no_process(po
                 assert api.send("GET", "/healthz").status == 200
             return time.monotonic() - began > DROPPED_S
 
-        until(said_all_the_time, "it is said for a while", DROPPED_S + ANSWER_S)
+        until(outage_is_reported, "the APIs report the outage for a while", DROPPED_S + ANSWER_S)
     pool.wait_ready()
     pool.wait_listed(TINY)
     assert second.loaded(TINY)["instance_id"] == SECOND
@@ -380,7 +387,7 @@ def test_connections_that_are_dropped_as_soon_as_they_are_made_end_no_process(po
 # ---- hanging
 
 
-def test_a_redis_that_hangs_for_longer_than_the_lease_is_said_and_costs_nothing(pool: Pool) -> None:
+def test_a_redis_hanging_past_the_lease_is_reported_and_harmless(pool: Pool) -> None:
     first, second = pool.apis
     first.loaded(TINY)
     kept = pool.jobs()[TINY]["job_id"]
@@ -391,8 +398,8 @@ def test_a_redis_that_hangs_for_longer_than_the_lease_is_said_and_costs_nothing(
         queued = first.accepted(TINY)["job_id"]
         with pool.redis.hanging():
             began = time.monotonic()
-            os.kill(runner.pid, signal.SIGCONT)  # it will be loaded while nobody can be told
-            replies = while_it_hangs(pool, kept)
+            os.kill(runner.pid, signal.SIGCONT)  # the load completes while Redis hangs
+            replies = replies_while_hanging(pool, kept)
             until(lambda: time.monotonic() - began > HANG_S, "the lease has run out", HANG_S + 1)
         for reply, took_s in replies:
             unavailable(reply)
@@ -406,17 +413,17 @@ def test_a_redis_that_hangs_for_longer_than_the_lease_is_said_and_costs_nothing(
         assert pool.ended(job_id)["status"] == "loaded"
         pool.check_ran_once(job_id)
     pool.wait_ready()
-    for key in ("hang-0", "hang-1"):  # what was told to come back was not accepted, or is joined
-        assert pool.insist(partial(load_with_key, TINY, key)).status == 200
+    for key in ("hang-0", "hang-1"):  # a retry starts a load or joins the first one
+        assert pool.retry(partial(load_with_key, TINY, key)).status == 200
     pool.wait_listed(TINY, SECOND, THIRD, f"{TINY}:4", f"{TINY}:5")
     assert pool.holders(5)[:2] == [*holders, runner]
     assert pool.revisions(kept) == before
     assert first.job(kept)["status"] == "loaded"
 
 
-def while_it_hangs(pool: Pool, job_id: str) -> list[tuple[Reply, float]]:
-    """What each API says at once to all that needs Redis, and after how long; what does not need it is answered."""
-    asked: list[Future[tuple[Reply, float]]] = []
+def replies_while_hanging(pool: Pool, job_id: str) -> list[tuple[Reply, float]]:
+    """Send requests that need Redis to each API at once; return replies and durations. /healthz must still answer."""
+    pending: list[Future[tuple[Reply, float]]] = []
     readiness: list[Future[Reply]] = []
     with ThreadPoolExecutor(8) as threads:
         for number, api in enumerate(pool.apis):
@@ -425,27 +432,27 @@ def while_it_hangs(pool: Pool, job_id: str) -> list[tuple[Reply, float]]:
                 partial(api.send, "GET", f"{STATUS}/{job_id}"),
                 partial(load_with_key, TINY, f"hang-{number}", api),
             ):
-                asked.append(threads.submit(timed, ask))
+                pending.append(threads.submit(timed, ask))
             readiness.append(threads.submit(api.send, "GET", "/readyz"))
             health, took_s = timed(partial(api.send, "GET", "/healthz"))
             assert (health.status, took_s < 1) == (200, True)
     for ready in readiness:
         not_ready(ready.result())
-    return [reply.result() for reply in asked]
+    return [reply.result() for reply in pending]
 
 
-# ---- cut off
+# ---- cut connections
 
 
 @pytest.mark.parametrize("every_s", [0.03, 0.001])
-def test_connections_that_are_cut_again_and_again_lose_no_load_and_double_none(pool: Pool, every_s: float) -> None:
+def test_connections_cut_repeatedly_lose_and_repeat_no_load(pool: Pool, every_s: float) -> None:
     before = {job["job_id"] for job in pool.all_jobs()}
     processes = pool.others()
     with ThreadPoolExecutor(2) as threads:
         with pool.redis.cut_off(every_s):
-            over = time.monotonic() + STORM_S
+            over = time.monotonic() + CUT_S
             clients = [threads.submit(load_and_unload, pool, model, f"{every_s}", over) for model in (TINY, OTHER)]
-            until(lambda: time.monotonic() > over, "the storm is over", STORM_S + 1)
+            until(lambda: time.monotonic() > over, "the connections were cut for long enough", CUT_S + 1)
         ids = [instance_id for client in clients for instance_id in client.result()]
     pool.wait_ready()
     pool.wait_listed(TINY, OTHER)
@@ -459,22 +466,23 @@ def test_connections_that_are_cut_again_and_again_lose_no_load_and_double_none(p
 
 
 def load_and_unload(pool: Pool, model: str, name: str, over: float) -> list[str]:
-    """Until that time, each with a key of its own, and the last one stays loaded: the ids that they had."""
+    """Load and unload until the time `over`, each load with its own key, and keep the last; return the instance ids."""
     ids: list[str] = []
     while True:
-        reply = pool.insist(partial(load_with_key, model, f"{model}-{name}-{len(ids)}"))
+        reply = pool.retry(partial(load_with_key, model, f"{model}-{name}-{len(ids)}"))
         assert reply.status == 200, reply.text
         ids.append(reply.json()["instance_id"])
         if time.monotonic() > over:
             return ids
-        reply = pool.insist(lambda api: api.unload(ids[-1]))
-        assert reply.status in (200, 404), reply.text  # 404: the answer to an unload was lost, and it was sent again
+        reply = pool.retry(lambda api: api.unload(ids[-1]))
+        # 404: the reply to an unload was lost, and the unload was repeated.
+        assert reply.status in (200, 404), reply.text
 
 
 # ---- emptied
 
 
-def test_an_emptied_redis_is_told_of_what_is_loaded_and_what_was_under_way_is_no_more(pool: Pool) -> None:
+def test_an_emptied_redis_regains_instances_but_no_pending_load(pool: Pool) -> None:
     first, second = pool.apis
     first.loaded(TINY)
     kept = pool.jobs()[TINY]["job_id"]
@@ -496,13 +504,13 @@ def test_an_emptied_redis_is_told_of_what_is_loaded_and_what_was_under_way_is_no
     pool.wait_listed(SECOND)
 
 
-def test_loads_in_the_moment_after_redis_was_emptied_take_no_name_of_what_is_loaded(pool: Pool) -> None:
+def test_loads_just_after_a_flush_take_no_id_in_use(pool: Pool) -> None:
     pool.apis[0].loaded(TINY)
     holders = pool.holders(1)
     names = [f"{TINY}:{number}" for number in range(2, 6)]
     with ThreadPoolExecutor(4) as threads:
         pool.redis.empty()
-        loads = [threads.submit(pool.insist, partial(load_with_key, TINY, f"early-{name}")) for name in names]
+        loads = [threads.submit(pool.retry, partial(load_with_key, TINY, f"early-{name}")) for name in names]
     replies = [load.result() for load in loads]
     assert [reply.status for reply in replies] == [200] * 4, [reply.text for reply in replies]
     assert sorted(reply.json()["instance_id"] for reply in replies) == names
@@ -510,22 +518,20 @@ def test_loads_in_the_moment_after_redis_was_emptied_take_no_name_of_what_is_loa
     assert pool.holders(5)[0] == holders[0]
 
 
-def test_a_worker_that_restores_nothing_lets_go_of_what_an_emptied_redis_does_not_know(
-    pool: Pool, tmp_path: Path
-) -> None:
+def test_without_restore_an_emptied_redis_ends_the_instances(pool: Pool, tmp_path: Path) -> None:
     first, second = pool.apis
     other = "acme/elsewhere"
     synthetic.tiny_llama(tmp_path / f"models/{other}/model-f16.gguf")
     worker = pool.start_worker(tmp_path, "--worker-name", "forgetful", LOADSTONE_RESTORE="off")
     try:
-        until(lambda: all(other in api.models() for api in pool.apis), "its model is listed", BACK_S)
+        until(lambda: all(other in api.models() for api in pool.apis), "the model of the worker is listed", BACK_S)
         first.loaded(other)
         warm = worker.warm_runner(1)
         (holder,) = [runner for runner in worker.runners() if runner != warm]
         pool.redis.empty()
         wait_gone([holder], 5)
         pool.wait_ready()
-        until(lambda: other in first.models(), "it can be loaded again", BACK_S)
+        until(lambda: other in first.models(), "the model is listed again", BACK_S)
         pool.wait_listed()
         assert second.loaded(other)["instance_id"] == other
         assert first.loaded(TINY)["instance_id"] == TINY
@@ -539,7 +545,7 @@ def test_a_worker_that_restores_nothing_lets_go_of_what_an_emptied_redis_does_no
 # ---- on a full disk
 
 
-def test_a_full_disk_under_redis_is_said_and_all_goes_on_when_there_is_room_again(pool: Pool) -> None:
+def test_a_full_redis_disk_is_reported_and_the_pool_recovers(pool: Pool) -> None:
     first, _ = pool.apis
     first.loaded(TINY)
     kept = pool.jobs()[TINY]["job_id"]
@@ -547,7 +553,7 @@ def test_a_full_disk_under_redis_is_said_and_all_goes_on_when_there_is_room_agai
     with pool.redis.full():
         began = time.monotonic()
 
-        def said_until_leases_ran_out() -> bool:
+        def outage_is_reported() -> bool:
             for api in pool.apis:
                 unavailable(api.load(TINY))
                 unavailable(api.unload(TINY))
@@ -556,11 +562,11 @@ def test_a_full_disk_under_redis_is_said_and_all_goes_on_when_there_is_room_agai
                     assert set(instances(listed)) == {TINY}
                 else:
                     unavailable(listed)
-                not_ready(api.send("GET", "/readyz"))  # no load can be accepted
+                not_ready(api.send("GET", "/readyz"))  # not ready: it cannot accept loads
                 assert api.send("GET", "/healthz").status == 200
             return time.monotonic() - began > FULL_S
 
-        until(said_until_leases_ran_out, "leases ran out, and none was renewed", FULL_S + ANSWER_S)
+        until(outage_is_reported, "the outage has lasted longer than the leases", FULL_S + ANSWER_S)
     pool.wait_ready()
     pool.wait_listed(TINY)
     assert pool.holders(1) == holders

@@ -1,4 +1,4 @@
-"""`loadstone up` as a whole: how it starts, how it ends, and what it leaves behind, however it ends."""
+"""`loadstone up` as a whole: its start, its end, and that it leaves no process behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Start = Callable[..., Service]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts `loadstone up` on the test's directory; what still runs at the end is stopped as it should be."""
+    """Return a function that starts `loadstone up` in the test's directory; stop it after the test if it still runs."""
     synthetic.tiny_llama(tmp_path / f"models/{TINY}/tiny-f16.gguf")
     synthetic.tiny_llama(tmp_path / f"models/{OTHER}/other-f16.gguf")
     with ExitStack() as undo:
@@ -34,17 +34,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
         yield begin
 
 
-def test_what_is_ready_is_listed_at_once(start: Start) -> None:
-    """Not a beat later: the first thing that a client does is to look what there is."""
+def test_models_are_listed_as_soon_as_the_service_is_ready(start: Start) -> None:
+    """A client may list the models right after the `ready` line; they must not appear a beat later."""
     assert set(start().models()) == {TINY, OTHER}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_everything_in_time_whatever_it_does(start: Start, signum: signal.Signals) -> None:
+def test_a_signal_stops_a_busy_service_in_time(start: Start, signum: signal.Signals) -> None:
     service = start()
     service.loaded(TINY)
     with service.frozen(1), meanwhile(service.load, OTHER) as reply:
-        until(lambda: service.state(OTHER) == "loading", "it is loading")
+        until(lambda: service.state(OTHER) == "loading", "the other model is loading")
         began = time.monotonic()
         service.stop(signum)
         assert time.monotonic() - began < 10
@@ -53,7 +53,7 @@ def test_a_signal_stops_everything_in_time_whatever_it_does(start: Start, signum
     assert "Traceback" not in service.stderr
 
 
-def test_a_stop_that_was_asked_for_is_not_reported_as_a_crash(start: Start) -> None:
+def test_a_requested_stop_is_not_reported_as_a_crash(start: Start) -> None:
     service = start()
     service.loaded(TINY)
     service.warm_runner(1)
@@ -62,12 +62,12 @@ def test_a_stop_that_was_asked_for_is_not_reported_as_a_crash(start: Start) -> N
     assert "[error" not in service.stderr
 
 
-def test_a_supervisor_that_is_killed_takes_everything_with_it(start: Start) -> None:
+def test_killing_the_supervisor_ends_all_of_its_processes(start: Start) -> None:
     service = start()
     service.loaded(TINY)
     service.warm_runner(1)
     tree = service.tree()
-    assert len(tree) >= 7  # Redis, API, worker, scanner, runners and what starts them
+    assert len(tree) >= 7  # Redis, API, worker, scanner, runners and their forkserver
     service.popen.kill()
     service.popen.wait()
     wait_gone(tree, 3)
@@ -75,12 +75,12 @@ def test_a_supervisor_that_is_killed_takes_everything_with_it(start: Start) -> N
         assert probe.connect_ex(("127.0.0.1", service.port)) != 0
 
 
-@pytest.mark.parametrize("how", ["asked to stop", "killed"])
-def test_a_restart_brings_back_what_was_loaded(start: Start, how: str) -> None:
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_restart_restores_loaded_instances(start: Start, how: str) -> None:
     before = start()
     before.loaded(TINY)
     before.loaded(TINY)
-    until(lambda: len(before.wanted()) == 2, "the worker's own file has both")
+    until(lambda: len(before.wanted()) == 2, "the worker's file has both instances")
     tree = before.tree()
     if how == "killed":
         before.popen.kill()
@@ -89,7 +89,7 @@ def test_a_restart_brings_back_what_was_loaded(start: Start, how: str) -> None:
     else:
         before.stop()
     service = start()
-    until(lambda: set(service.instances()) == {TINY, f"{TINY}:2"}, "both are loaded again")
+    until(lambda: set(service.instances()) == {TINY, f"{TINY}:2"}, "both instances are loaded again")
     assert service.loaded(TINY)["instance_id"] == f"{TINY}:3"
     with service.redis() as redis:
         counters = {name.decode(): int(n) for name, n in redis.hgetall("counters").items()}  # type: ignore[union-attr]
@@ -98,10 +98,10 @@ def test_a_restart_brings_back_what_was_loaded(start: Start, how: str) -> None:
     assert counters["lost"] == 2
 
 
-def test_what_is_loading_or_queued_when_it_stops_is_unavailable_to_its_client(start: Start) -> None:
+def test_loads_interrupted_by_a_stop_get_a_server_error(start: Start) -> None:
     service = start()
     with service.frozen(), meanwhile(service.load, TINY) as first:
-        until(lambda: service.state(TINY) == "loading", "the first load has begun")
+        until(lambda: service.state(TINY) == "loading", "the first load is loading")
         with meanwhile(service.load, OTHER) as second:
             until(lambda: service.state(OTHER) == "queued", "the second load is queued")
             service.stop()
@@ -109,7 +109,7 @@ def test_what_is_loading_or_queued_when_it_stops_is_unavailable_to_its_client(st
             assert second.result(1).status >= 500
 
 
-def test_a_second_up_on_one_data_directory_is_refused_with_a_sentence(start: Start, tmp_path: Path) -> None:
+def test_a_second_up_on_a_data_directory_is_refused(start: Start, tmp_path: Path) -> None:
     service = start()
     second = Running(tmp_path / "second", "up", "--port", "0", "--data-dir", str(service.data_dir))
     assert second.popen.wait(10) == 2
@@ -118,7 +118,7 @@ def test_a_second_up_on_one_data_directory_is_refused_with_a_sentence(start: Sta
     assert service.loaded(TINY)["status"] == "loaded"
 
 
-def test_to_listen_for_others_without_a_token_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_listening_for_others_without_a_token_is_refused(tmp_path: Path) -> None:
     refused = Running(tmp_path, "up", "--port", "0", "--host", "0.0.0.0", "--data-dir", str(tmp_path / "data"))
     assert refused.popen.wait(10) == 2
     assert refused.stdout == ""
@@ -126,16 +126,16 @@ def test_to_listen_for_others_without_a_token_is_refused_with_a_sentence(tmp_pat
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_a_worker_that_is_killed_comes_back_with_what_it_held_and_goes_on_with_what_it_loaded(start: Start) -> None:
+def test_a_killed_worker_restores_instances_and_resumes_its_load(start: Start) -> None:
     service = start()
     service.loaded(TINY)
     with service.frozen(1), meanwhile(service.load, OTHER) as reply:
-        until(lambda: service.state(OTHER) == "loading", "it is loading")
+        until(lambda: service.state(OTHER) == "loading", "the other model is loading")
         worker = service.worker()
         held = below(worker.pid)
         os.kill(worker.pid, signal.SIGKILL)
         assert reply.result(LEASE_S + 2).json()["instance_id"] == OTHER
-    until(lambda: set(service.instances()) == {TINY, OTHER}, "both are loaded again", LEASE_S + 2)
+    until(lambda: set(service.instances()) == {TINY, OTHER}, "both instances are loaded again", LEASE_S + 2)
     wait_gone(held, 3)
     assert not is_alive(worker)
     assert service.worker().pid != worker.pid
@@ -147,22 +147,22 @@ def test_a_worker_that_is_killed_comes_back_with_what_it_held_and_goes_on_with_w
     ]
 
 
-def test_an_api_that_is_killed_comes_back_and_what_is_loaded_stays(start: Start) -> None:
+def test_a_killed_api_restarts_and_loaded_instances_stay(start: Start) -> None:
     service = start()
     service.loaded(TINY)
     (api,) = (process for process in service.tree() if process.words[2:4] == ("-m", "api"))
     os.kill(api.pid, signal.SIGKILL)
     until(lambda: not is_alive(api), "the API is gone")
-    assert set(service.instances()) == {TINY}  # the connection waits for the next one
+    assert set(service.instances()) == {TINY}  # the connection waits for the next API process
     assert service.unload(TINY).status == 200
 
 
-def test_a_redis_that_is_killed_comes_back_with_what_it_knew(start: Start) -> None:
+def test_a_killed_redis_restarts_with_its_data(start: Start) -> None:
     service = start()
     service.loaded(TINY)
     (redis,) = (process for process in service.tree() if "valkey" in process.words[0] or "redis" in process.words[0])
-    time_of_the_next_write_to_disk = time.monotonic() + 1.5  # the embedded Redis writes through once a second
-    until(lambda: time.monotonic() > time_of_the_next_write_to_disk, "what happened is on disk")
+    time_of_the_next_write_to_disk = time.monotonic() + 1.5  # the embedded Redis syncs its file once a second
+    until(lambda: time.monotonic() > time_of_the_next_write_to_disk, "the changes are on disk")
     os.kill(redis.pid, signal.SIGKILL)
     until(lambda: not is_alive(redis), "Redis is gone")
     until(lambda: service.send("GET", "/readyz").status == 200, "Redis is back")
