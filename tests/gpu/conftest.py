@@ -1,7 +1,7 @@
-"""What needs a real NVIDIA GPU: `make test-gpu`, which has llama.cpp built with CUDA.
+"""Tests that need a real NVIDIA GPU: `make test-gpu`, with a llama.cpp built with CUDA.
 
-Nobody else may use the GPU meanwhile, and it must have NEEDED_BYTES free.  With `--fake-gpus` the tests run on a host
-of `tests.support.fakehosts`: that tries them, and says nothing of a GPU.
+No other program may use the GPU meanwhile, and NEEDED_BYTES of it must be free.  With `--fake-gpus` the tests run on a
+host of `tests.support.fakehosts`: that checks the tests themselves, not the behaviour of a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.support.service import until, up
 BIG, LONG, TINY = "gpu/big", "gpu/long", "gpu/tiny"
 LONG_TOKENS = 16_384
 NEEDED_BYTES = 6 << 30
-TIMEOUT_S = 600  # of a test, with the fixtures that are made for it
+TIMEOUT_S = 600  # of a test with its fixtures
 FAKE = "--fake-gpus"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(FAKE, action="store_true", help="try tests/gpu on a host whose GPUs are none")
+    parser.addoption(FAKE, action="store_true", help="run tests/gpu on a host with fake GPUs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,22 +42,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def gpus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GPUs:
     if request.config.getoption(FAKE, default=False):
         return FakeGPUs(tmp_path_factory.mktemp("fake") / "host")
-    found = NvidiaGPUs()
-    assert found.ids, "NVML knows no GPU here that CUDA can use as a whole"
-    return found
+    nvidia = NvidiaGPUs()
+    assert nvidia.ids, "NVML lists no GPU that CUDA can use as a whole"
+    return nvidia
 
 
 @pytest.fixture(scope="session")
 def gpu(gpus: GPUs) -> str:
-    """The one with the most free memory."""
+    """Return the GPU with the most free memory."""
     free = {id_: gpus.total_bytes(id_) - gpus.used_bytes(id_) for id_ in gpus.ids}
     best = max(free, key=lambda id_: free[id_])
-    assert free[best] >= NEEDED_BYTES, f"these tests need {NEEDED_BYTES:,} bytes of a GPU, and {free[best]:,} are free"
+    assert free[best] >= NEEDED_BYTES, f"these tests need {NEEDED_BYTES:,} free bytes of a GPU; {free[best]:,} are free"
     return best
 
 
 def context_of(gpus: GPUs, id_: str) -> int:
-    """The bytes that a process takes of a GPU that has done nothing there."""
+    """Measure the bytes of a GPU that an idle process with a CUDA context uses."""
     before = steady_bytes(gpus, id_)
     with gpus.occupied(id_, 0):
         return max(0, steady_bytes(gpus, id_) - before)
@@ -70,7 +70,7 @@ def context_bytes(gpus: GPUs, gpu: str) -> int:
 
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2 GB as they mostly are, and 1 GB with room for a KV cache as large."""
+    """Write a tiny model, a typical one of 2 GB, and one of 1 GB with a KV cache of the same size."""
     root = tmp_path_factory.mktemp("models")
     synthetic.tiny_llama(root / TINY / "tiny-f16.gguf")
     synthetic.big(root / BIG / "big-Q8_0.gguf", 2)
@@ -85,14 +85,14 @@ def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @contextmanager
 def watched_on(home: Path, models_dir: Path, gpus: GPUs, ids: list[str]) -> Iterator[Watched]:
-    """A service whose worker owns these GPUs and the CPU, with one load behind it: drivers keep something of the first
-    use."""
+    """Run a service whose worker owns these GPUs and the CPU.  One load is done first, since a driver keeps some memory
+    of the first use."""
     with up(home, models=models_dir, **gpus.environ(), LOADSTONE_DEVICES=",".join([*ids, "cpu"])) as service:
         watched = Watched(service, gpus, ids)
         until(lambda: {TINY, BIG, LONG} <= service.models().keys(), "the models are listed", 60)
         first = watched.load(TINY)
         assert first["status"] == "loaded", first["error"]
-        assert set(first["devices"]) <= {*ids}, f"it went to {first['devices']}: is llama.cpp built with CUDA?"
+        assert set(first["devices"]) <= {*ids}, f"the load used {first['devices']}: is llama.cpp built with CUDA?"
         assert service.unload(first["instance_id"]).status == 200
         yield watched
 
@@ -101,14 +101,14 @@ def watched_on(home: Path, models_dir: Path, gpus: GPUs, ids: list[str]) -> Iter
 def one_gpu(
     tmp_path_factory: pytest.TempPathFactory, models_dir: Path, gpus: GPUs, gpu: str, context_bytes: int
 ) -> Iterator[Watched]:
-    """Weighed first: the context of a process that is none of ours."""
+    """Run a service on one GPU.  The fixture context_bytes must be measured before it."""
     with watched_on(tmp_path_factory.mktemp("one"), models_dir, gpus, [gpu]) as watched:
         yield watched
 
 
 @pytest.fixture
 def watched(one_gpu: Watched) -> Iterator[Watched]:
-    """A service on one GPU, with nothing loaded before and after; its worker knows."""
+    """Return a service on one GPU once its worker has seen that nothing is loaded; unload everything after the test."""
     one_gpu.seen()
     yield one_gpu
     one_gpu.service.unload_all()

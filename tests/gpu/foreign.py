@@ -1,6 +1,6 @@
-"""`python -m tests.gpu.foreign GPU BYTES`: a program that is none of ours, with a CUDA context and so much memory.
+"""`python -m tests.gpu.foreign GPU BYTES`: a foreign program with a CUDA context and so many bytes of GPU memory.
 
-It says "held" once it has it, and ends with its stdin.
+It prints "held" once it has the memory, and exits when its stdin closes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The GPUs that these tests use, and the truth about their memory: NVML's word, not ours and not the engine's.
+"""The GPUs of these tests, with their memory as NVML reports it, not as the worker or the engine does.
 
-What a process has there is seen as a change of what is used in all: NVML names no processes to a container.  So nobody
-else may use the GPUs meanwhile.
+NVML does not name processes to a container, so the memory of a process is measured as a change of the total usage.
+Therefore no other program may use the GPUs meanwhile.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from worker.memory.nvml import Driver
 
 MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
-STEADY_N, STEADY_S, STEADY_BYTES = 10, 0.05, 2 * MIB  # readings, the time between them, how far they may differ
-START_S = 60.0  # of a program that uses CUDA: the first one reads its libraries from the disk
+STEADY_N, STEADY_S, STEADY_BYTES = 10, 0.05, 2 * MIB  # readings, the interval between them, their largest difference
+START_S = 60.0  # of a program that uses CUDA: the first start reads its libraries from the disk
 
 
 class GPUs(Protocol):
@@ -36,17 +36,17 @@ class GPUs(Protocol):
     def used_bytes(self, id_: str) -> int: ...
 
     def environ(self) -> Mapping[str, str]:
-        """What a process must have in its environment to find them."""
+        """Return the environment that makes a process find these GPUs."""
 
     def occupied(self, id_: str, n_bytes: int) -> Any:
-        """A block during which another program holds so much of a GPU, and a context where it needs one."""
+        """Have another program hold so much of a GPU during a block, and a CUDA context on a real one."""
 
 
 class NvidiaGPUs:
-    """Those of this machine."""
+    """The GPUs of this machine."""
 
     def __init__(self) -> None:
-        self.ids = [id_ for id_ in Driver().by_index if id_]  # it initialises NVML
+        self.ids = [id_ for id_ in Driver().by_index if id_]  # initialises NVML
         self._handles = {id_: pynvml.nvmlDeviceGetHandleByUUID(id_) for id_ in self.ids}
 
     def total_bytes(self, id_: str) -> int:
@@ -76,7 +76,7 @@ class NvidiaGPUs:
 
 
 class FakeGPUs:
-    """Two of `tests.support.fakehosts`, with which the tests themselves are tried where there is no GPU."""
+    """Two GPUs of `tests.support.fakehosts`, to check the tests themselves without a GPU."""
 
     TOTAL_BYTES = 8 << 30
 
@@ -103,7 +103,7 @@ class FakeGPUs:
 
 
 def steady_bytes(gpus: GPUs, id_: str) -> int:
-    """What is used of a GPU, once it has been the same for half a second."""
+    """Return the used bytes of a GPU once they have been constant for half a second."""
     readings: list[int] = []
 
     def steady() -> bool:
@@ -114,5 +114,5 @@ def steady_bytes(gpus: GPUs, id_: str) -> int:
         time.sleep(STEADY_S)
         return False
 
-    until(steady, f"what is used of {id_} does not change; is another program using it?", START_S)
+    until(steady, f"the used memory of {id_} is constant; is another program using the GPU?", START_S)
     return readings[-1]

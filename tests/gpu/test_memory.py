@@ -1,4 +1,4 @@
-"""What a load takes of a real GPU is what was said, is not given away twice, and comes back."""
+"""The memory of a load on a real GPU: it is as estimated, is not given away twice, and is freed."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from worker.runner.protocol import Load, Measure, Measured, Progress, Ready
 from worker.runner.warm import Runners
 
 BACK_S = 5.0
-SLACK_BYTES = 16 * MIB  # a driver's own, of which it keeps more or less
-LEFT_BYTES = 1 << 30  # less than the model takes
+SLACK_BYTES = 16 * MIB  # memory of the driver itself, which varies
+LEFT_BYTES = 1 << 30  # less than the model needs
 
 
 def wait_back(gpus: GPUs, id_: str, before: int, since: float) -> None:
-    """Until no more is used than `before`; fails BACK_S after `since`."""
+    """Wait until no more than `before` is used; fail BACK_S after `since`."""
     left_s = max(0.0, since + BACK_S - time.monotonic())
-    until(lambda: gpus.used_bytes(id_) <= before + SLACK_BYTES, f"the memory of {id_} is back", left_s)
+    until(lambda: gpus.used_bytes(id_) <= before + SLACK_BYTES, f"the memory of {id_} is free again", left_s)
 
 
-# ---- it comes back
+# ---- memory is freed
 
 
-def test_all_memory_is_back_within_five_seconds_of_an_unload_ten_times_in_a_row(watched: Watched, gpu: str) -> None:
+def test_ten_unloads_each_free_all_memory_within_5_s(watched: Watched, gpu: str) -> None:
     weights = watched.estimated(BIG)[gpu]["weights_bytes"]
     before = watched.at_rest(0)[gpu]
     for _ in range(10):
@@ -47,13 +47,13 @@ def test_all_memory_is_back_within_five_seconds_of_an_unload_ten_times_in_a_row(
         assert watched.gpus.used_bytes(gpu) > before + weights * 0.97
         asked = time.monotonic()
         assert watched.service.unload(job["instance_id"]).status == 200
-        assert watched.gpus.used_bytes(gpu) <= before + TOLERANCE_BYTES  # as its reply says
+        assert watched.gpus.used_bytes(gpu) <= before + TOLERANCE_BYTES  # as the reply to the unload promises
         wait_back(watched.gpus, gpu, before, asked)
     assert watched.at_rest(0)[gpu] <= before + SLACK_BYTES
     assert watched.seen()[gpu]["leaked_bytes"] <= SLACK_BYTES
 
 
-def test_all_memory_is_back_within_five_seconds_of_a_runner_that_was_killed(watched: Watched, gpu: str) -> None:
+def test_a_killed_runner_frees_all_memory_within_5_s(watched: Watched, gpu: str) -> None:
     before = watched.at_rest(0)[gpu]
     job = watched.load(BIG)
     assert job["status"] == "loaded", job["error"]
@@ -64,7 +64,7 @@ def test_all_memory_is_back_within_five_seconds_of_a_runner_that_was_killed(watc
     assert watched.seen()[gpu]["leaked_bytes"] <= SLACK_BYTES
 
 
-# ---- it is what was said
+# ---- usage matches the estimate
 
 
 @pytest.mark.parametrize(
@@ -77,13 +77,13 @@ def test_all_memory_is_back_within_five_seconds_of_a_runner_that_was_killed(watc
         (LONG, {"context_length": LONG_TOKENS, "flash_attention": False}),
     ],
 )
-def test_an_estimate_is_what_the_driver_says_of_the_load(
+def test_an_estimate_matches_the_usage_that_the_driver_reports(
     watched: Watched, gpu: str, context_bytes: int, model: str, fields: dict[str, Any]
 ) -> None:
-    told = watched.estimated(model, **fields)[gpu]
+    estimate = watched.estimated(model, **fields)[gpu]
     with watched.loaded(model, **fields) as loaded:
         assert loaded.job["devices"] == [gpu]
-        check_use(loaded.used_bytes[gpu], told["total_bytes"], context_bytes)
+        check_use(loaded.used_bytes[gpu], estimate["total_bytes"], context_bytes)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def load(models: dict[str, Model], models_dir: Path, gpu: str) -> Load:
 
 
 @pytest.mark.usefixtures("forkserver")
-async def test_what_a_runner_would_take_and_says_it_took_is_what_the_driver_says(
+async def test_a_runners_dry_run_and_report_match_the_driver(
     gpus: GPUs, gpu: str, context_bytes: int, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in gpus.environ().items():
@@ -123,25 +123,24 @@ async def test_what_a_runner_would_take_and_says_it_took_is_what_the_driver_says
         await runners.close()
     await asyncio.to_thread(wait_back, gpus, gpu, before, time.monotonic())
     assert message.taken == measured.taken
-    (taken, _) = message.taken
-    assert taken.id == gpu
-    check_use(used, taken.total_bytes, context_bytes)
-    assert dry - before <= 2 * context_bytes + SLACK_BYTES  # a dry run reads no weights to the GPU
+    (usage, _) = message.taken
+    assert usage.id == gpu
+    check_use(used, usage.total_bytes, context_bytes)
+    assert dry - before <= 2 * context_bytes + SLACK_BYTES  # a dry run copies no weights to the GPU
 
 
-# ---- it is not given away twice
+# ---- memory is not given away twice
 
 
-def test_what_another_program_holds_is_not_given_away_and_the_file_is_not_read_for_nothing(
-    watched: Watched, gpu: str
-) -> None:
+def test_memory_held_by_another_program_is_not_given_away(watched: Watched, gpu: str) -> None:
+    """The refusal comes without reading the file."""
     file = watched.service.models_dir / BIG / "big-Q8_0.gguf"
     available = watched.seen()[gpu]["available_bytes"]
     where = {"devices": [gpu], "offload": "max"}
     before = watched.at_rest(0)[gpu]
     pagecache.drop(file)
     with watched.gpus.occupied(gpu, available - LEFT_BYTES):
-        until(lambda: watched.devices()[gpu]["available_bytes"] <= LEFT_BYTES, "the worker sees it")
+        until(lambda: watched.devices()[gpu]["available_bytes"] <= LEFT_BYTES, "the worker has seen the other program")
         refused = error(watched.service.load(BIG, gpu=where), 500, "model_load_failed", "insufficient_memory")
         assert not watched.estimate(BIG, gpu=where)["fits"]
     assert pagecache.residency(file) < 0.1

@@ -17,7 +17,7 @@ SLACK_BYTES = 16 * MIB
 
 @pytest.fixture(scope="module")
 def contexts(gpus: GPUs) -> dict[str, int]:
-    """Of the first two, what a process takes that has done nothing."""
+    """Measure the usage of an idle process on each of the first two GPUs."""
     if len(gpus.ids) < 2:
         pytest.skip("this machine has one GPU")
     return {id_: context_of(gpus, id_) for id_ in gpus.ids[:2]}
@@ -40,24 +40,24 @@ def watched(two_gpus: Watched) -> Iterator[Watched]:
 
 @pytest.mark.parametrize("split", ["even", [3, 1]])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_model_that_is_split_takes_of_each_gpu_what_the_estimate_says(
+def test_a_split_model_uses_the_estimated_bytes_of_each_gpu(
     watched: Watched, contexts: dict[str, int], split: Any, reverse: bool
 ) -> None:
     ids = watched.ids[::-1] if reverse else watched.ids
     where = {"devices": ids, "split": split}
-    told = watched.estimated(BIG, gpu=where)
+    estimates = watched.estimated(BIG, gpu=where)
     with watched.loaded(BIG, gpu=where) as loaded:
         assert loaded.job["devices"] == ids
         for id_ in ids:
-            check_use(loaded.used_bytes[id_], told[id_]["total_bytes"], contexts[id_])
-    first, second = (told[id_]["weights_bytes"] for id_ in ids)
+            check_use(loaded.used_bytes[id_], estimates[id_]["total_bytes"], contexts[id_])
+    first, second = (estimates[id_]["weights_bytes"] for id_ in ids)
     assert (first > 2 * second) == (split != "even")
 
 
-def test_a_load_takes_nothing_of_a_gpu_that_it_was_not_given(watched: Watched, contexts: dict[str, int]) -> None:
+def test_a_load_uses_only_the_gpu_that_it_was_given(watched: Watched, contexts: dict[str, int]) -> None:
     for mine, other in (watched.ids, watched.ids[::-1]):
-        told = watched.estimated(BIG, gpu={"devices": [mine]})
+        estimates = watched.estimated(BIG, gpu={"devices": [mine]})
         with watched.loaded(BIG, gpu={"devices": [mine]}) as loaded:
             assert loaded.job["devices"] == [mine]
-            check_use(loaded.used_bytes[mine], told[mine]["total_bytes"], contexts[mine])
+            check_use(loaded.used_bytes[mine], estimates[mine]["total_bytes"], contexts[mine])
             assert loaded.used_bytes[other] <= SLACK_BYTES

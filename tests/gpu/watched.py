@@ -1,4 +1,4 @@
-"""A service whose loads are weighed: what it says of a load, and what NVML says meanwhile."""
+"""A service with measured loads: its own figures of a load, and those of NVML."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from tests.gpu.gpus import STEADY_BYTES, GPUs, steady_bytes
 from tests.support.service import STATUS, Service, until
 
-LOAD_S = 300.0  # of a load: the first one reads CUDA's libraries from the disk
-BOUND = 0.03  # of what a load takes, either way
+LOAD_S = 300.0  # of a load: the first load reads CUDA's libraries from the disk
+BOUND = 0.03  # relative error of an estimate, in either direction
 
 
 class Loaded(NamedTuple):
-    """A load that came to loaded, and what it took of each GPU, with all that its process has there."""
+    """A loaded instance and its usage of each GPU, with everything that its process has there."""
 
     job: Any
     used_bytes: dict[str, int]
@@ -25,14 +25,14 @@ class Loaded(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """A running service, whose worker owns the CPU and these GPUs."""
+    """A running service whose worker owns the CPU and these GPUs."""
 
     service: Service
     gpus: GPUs
     ids: list[str]
 
     def load(self, model: str, **fields: object) -> Any:
-        """The job of a load, once it has ended."""
+        """Load a model; return the job once it has ended."""
         job_id = self.service.accepted(model, echo_load_config=True, **fields)["job_id"]
 
         def ended() -> Any:
@@ -43,7 +43,7 @@ class Watched(NamedTuple):
 
     @contextmanager
     def loaded(self, model: str, **fields: object) -> Iterator[Loaded]:
-        """A load that must succeed, for the block; nothing else is loaded."""
+        """Load a model for the block; the load must succeed, and nothing else may be loaded."""
         before = self.at_rest(0)
         job = self.load(model, **fields)
         assert job["status"] == "loaded", job["error"]
@@ -52,8 +52,8 @@ class Watched(NamedTuple):
         assert self.service.unload(job["instance_id"]).status == 200
 
     def at_rest(self, loaded: int) -> dict[str, int]:
-        """What is used of each GPU once all is done.  It is with the context of the runner that waits warm, if that has
-        made one, before a load and after it."""
+        """Return the used bytes of each GPU once all processes are idle.  Before and after a load they include the CUDA
+        context of the warm runner, if it has created one."""
         self.service.warm_runner(loaded)
         return {id_: steady_bytes(self.gpus, id_) for id_ in self.ids}
 
@@ -63,28 +63,28 @@ class Watched(NamedTuple):
         return reply.json()
 
     def estimated(self, model: str, **fields: object) -> dict[str, Any]:
-        """What an estimate says of each device; it must be one that the load fits, and no guess."""
-        found = self.estimate(model, **fields)
-        assert (found["fits"], found["exact"]) == (True, True), found
-        return {device["id"]: device for device in found["devices"]}
+        """Return an estimate by device; the load must fit, and the estimate be exact."""
+        estimate = self.estimate(model, **fields)
+        assert (estimate["fits"], estimate["exact"]) == (True, True), estimate
+        return {device["id"]: device for device in estimate["devices"]}
 
     def devices(self) -> dict[str, Any]:
-        """What the worker says of its devices."""
+        """Return the devices that the worker publishes, by id."""
         (worker,) = self.service.send("GET", "/api/v1/workers").json()["workers"]
         return {device["id"]: device for device in worker["devices"]}
 
     def seen(self) -> dict[str, Any]:
-        """What the worker says of its devices with nothing of ours on them, once it has looked since that is so."""
+        """Return the published devices once the worker has seen them with nothing loaded."""
         used = self.at_rest(0)
 
-        def found() -> Any:
+        def current_devices() -> Any:
             devices = self.devices()
             gpus = [devices[id_] for id_ in self.ids]
-            told = {gpu["id"]: gpu["total_bytes"] - gpu["free_bytes"] for gpu in gpus}
-            is_so = all(abs(told[id_] - used[id_]) <= STEADY_BYTES for id_ in self.ids)
-            return devices if is_so and not any(gpu["reserved_bytes"] for gpu in gpus) else None
+            published_used = {gpu["id"]: gpu["total_bytes"] - gpu["free_bytes"] for gpu in gpus}
+            is_current = all(abs(published_used[id_] - used[id_]) <= STEADY_BYTES for id_ in self.ids)
+            return devices if is_current and not any(gpu["reserved_bytes"] for gpu in gpus) else None
 
-        return until(found, f"the worker has seen what is used: {used}")
+        return until(current_devices, f"the worker has seen the usage {used}")
 
     def engine_log(self, job: Any) -> str:
         reply = self.service.send("GET", f"{STATUS}/{job['job_id']}/logs")
@@ -92,12 +92,12 @@ class Watched(NamedTuple):
         return reply.text
 
 
-def check_use(used_bytes: int, told_bytes: int, context_bytes: int) -> None:
-    """What NVML says of a load is what we said, and the process's CUDA context.
+def check_use(used_bytes: int, estimated_bytes: int, context_bytes: int) -> None:
+    """Check that the usage of a load by NVML is the estimate plus the CUDA context of its process.
 
-    Beside the engine's buffers such a process has the kernels that it has used, cuBLAS's workspace and a pool of the
-    engine's for intermediate results, and all that may take no more than one context again.
+    Beside the engine's buffers the process has the kernels that it has used, cuBLAS's workspace and the engine's pool
+    for intermediate results.  Together they may use no more than the size of another context.
     """
-    beyond = used_bytes - context_bytes
-    words = f"{told_bytes:,} bytes told, {beyond:,} found beside a context of {context_bytes:,}"
-    assert told_bytes * (1 - BOUND) <= beyond <= told_bytes * (1 + BOUND) + context_bytes, words
+    net_bytes = used_bytes - context_bytes
+    words = f"{estimated_bytes:,} bytes estimated, {net_bytes:,} used beside a context of {context_bytes:,}"
+    assert estimated_bytes * (1 - BOUND) <= net_bytes <= estimated_bytes * (1 + BOUND) + context_bytes, words
