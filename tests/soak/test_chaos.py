@@ -1,4 +1,4 @@
-"""The chaos of the suite, for longer."""
+"""The chaos of tests/acceptance/test_chaos.py, for longer."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ SEED = int(os.environ.get("CHAOS_SEED", "0")) or random.randrange(1, 1_000_000)
 
 
 @pytest.mark.timeout(SECONDS + 240)
-def test_after_much_chaos_every_load_has_one_outcome_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_after_long_chaos_each_load_has_one_outcome(tmp_path: Path) -> None:
     chaos.run(tmp_path, SECONDS, SEED)

@@ -1,4 +1,4 @@
-"""A thousand loads and unloads, and a thousand loads that fail, leave everything as it was."""
+"""A thousand loads and unloads, and a thousand failing loads, leak nothing."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from shared.synthetic import models as synthetic
 from tests.support.service import TINY, Process, Service, error, until, up
 
 CYCLES = int(os.environ.get("CYCLES", "1000"))
-SETTLED = 300  # cycles after which pools and the list of logs are full, and allocators have what they keep
+SETTLED = 300  # cycles after which pools, allocators and the list of logs have reached their size
 DAMAGED = "acme/damaged"
-MORE_KIB = 6 * 1024  # of resident memory from then on, noise included
-RECORD_BYTES = 12 << 10  # that Redis keeps of each load for a day
+MORE_KIB = 6 * 1024  # limit of the growth of resident memory from then on, including noise
+RECORD_BYTES = 12 << 10  # kept by Redis for each load for a day
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
     synthetic.tiny_llama(tmp_path / f"models/{TINY}/tiny-f16.gguf")
-    # Its header can be read, so that a runner meets the damage.
+    # The header is valid, so that only a runner finds the damage.
     synthetic.tiny_llama(tmp_path / f"models/{DAMAGED}/damaged-f16.gguf", drop=["llama.attention.head_count"])
     with up(tmp_path) as running:
         yield running
@@ -36,20 +36,20 @@ def parts(service: Service) -> dict[str, Process]:
 
 
 def measured(service: Service) -> dict[str, int]:
-    """Of each process resident KiB, threads and descriptors; of Redis its keys without those of single loads."""
-    found = {}
+    """Return resident KiB, threads and descriptors of each process, and the size and the keys of Redis."""
+    figures = {}
     for name, process in parts(service).items():
         status = Path(f"/proc/{process.pid}/status").read_text()
         for what, field in (("KiB", "VmRSS"), ("threads", "Threads")):
             match = re.search(rf"^{field}:\s+(\d+)", status, re.M)
             assert match is not None
-            found[f"{name} {what}"] = int(match[1])
-        found[f"{name} descriptors"] = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+            figures[f"{name} {what}"] = int(match[1])
+        figures[f"{name} descriptors"] = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
     with service.redis() as redis:
-        found["keys"] = sum(not key.startswith((b"inst:", b"arq:job", b"arq:result")) for key in redis.scan_iter())
-        found["keys of loads"] = sum(key.startswith(b"inst:") for key in redis.scan_iter())
-        found["redis bytes"] = int(redis.info("memory")["used_memory"])  # type: ignore[index]
-    return found
+        figures["keys"] = sum(not key.startswith((b"inst:", b"arq:job", b"arq:result")) for key in redis.scan_iter())
+        figures["keys of loads"] = sum(key.startswith(b"inst:") for key in redis.scan_iter())
+        figures["redis bytes"] = int(redis.info("memory")["used_memory"])  # type: ignore[index]
+    return figures
 
 
 def load_and_unload(service: Service) -> None:
@@ -63,9 +63,7 @@ def fail(service: Service) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("cycle", [load_and_unload, fail])
-def test_memory_descriptors_threads_and_keys_stay_as_they_were(
-    service: Service, cycle: Callable[[Service], None]
-) -> None:
+def test_memory_descriptors_threads_and_keys_do_not_grow(service: Service, cycle: Callable[[Service], None]) -> None:
     for _ in range(SETTLED):
         cycle(service)
     service.warm_runner(0)
@@ -74,14 +72,14 @@ def test_memory_descriptors_threads_and_keys_stay_as_they_were(
         cycle(service)
     service.warm_runner(0)
     after = measured(service)
-    print(f"\n{cycle.__name__}, {CYCLES} times after {SETTLED}:")
+    print(f"\n{cycle.__name__}: {CYCLES} cycles after the first {SETTLED}, before and after:")
     for name in before:
         print(f"  {name:20} {before[name]:>12} {after[name]:>12}")
     for name in ("api", "worker"):
         assert after[f"{name} KiB"] - before[f"{name} KiB"] < MORE_KIB
     for name in ("api", "worker", "redis"):
         assert after[f"{name} threads"] <= before[f"{name} threads"] + 1
-        assert after[f"{name} descriptors"] <= before[f"{name} descriptors"] + 4  # a pool's connections come and go
+        assert after[f"{name} descriptors"] <= before[f"{name} descriptors"] + 4  # the connections of a pool vary
     assert after["keys"] <= before["keys"] + 1
     assert after["keys of loads"] - before["keys of loads"] == 2 * CYCLES, "a record and its log, for a day"
     assert after["redis bytes"] - before["redis bytes"] < CYCLES * RECORD_BYTES

@@ -1,4 +1,4 @@
-"""A cold load of 4 GB, as somebody at a terminal has it: a bar that moves evenly, and Ctrl-C at any time."""
+"""A cold load of 4 GB at a terminal: the progress bar moves evenly, and Ctrl-C works at any time."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def cold(service: Service) -> None:
 
 
 def pss_bytes(processes: list[Process]) -> int:
-    """What these processes hold, shared pages in parts (proc(5): smaps_rollup)."""
+    """Return the proportional set size of these processes (proc(5): smaps_rollup)."""
     total = 0
     for process in processes:
-        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process.pid}/smaps_rollup").read_text(), re.MULTILINE)
-        assert found
-        total += int(found[1]) * 1024
+        match = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process.pid}/smaps_rollup").read_text(), re.MULTILINE)
+        assert match
+        total += int(match[1]) * 1024
     return total
 
 
@@ -71,7 +71,7 @@ def test_the_bar_of_a_cold_load_moves_evenly(service: Service) -> None:
     assert command.returncode == 0, drawn
     shares = [share for _, share in shown]
     assert shares == sorted(shares)
-    assert len(set(shares)) > 15  # ten frames a second, over some two seconds
+    assert len(set(shares)) > 15  # ten frames a second for about two seconds
     assert max(after - before for before, after in pairwise(shares)) <= 15
     moving = [(at, share) for at, share in shown if 0 < share < 99]
     middle = next(at for at, share in moving if share >= 50)
@@ -82,15 +82,13 @@ def test_the_bar_of_a_cold_load_moves_evenly(service: Service) -> None:
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 @pytest.mark.parametrize("attempt", range(10))
-def test_ctrl_c_ends_a_load_within_two_seconds_with_its_memory_back(
-    service: Service, share: float, attempt: int
-) -> None:
+def test_ctrl_c_ends_a_load_and_frees_its_memory_within_2_s(service: Service, share: float, attempt: int) -> None:
     cold(service)
     service.warm_runner(0)
     before = pss_bytes(service.tree())
     command = Running(service.directory / "command", "load", BIG, environ={"LOADSTONE_URL": service.url})
     try:
-        job = until(lambda: under_way(service), "the load is under way")
+        job = until(lambda: job_under_way(service), "the load is under way")
         for event in service.events(job):
             if event.name == "model_load.progress" and event.data["progress"] >= share:
                 break
@@ -108,6 +106,6 @@ def test_ctrl_c_ends_a_load_within_two_seconds_with_its_memory_back(
     assert service.instances() == {}
 
 
-def under_way(service: Service) -> str:
+def job_under_way(service: Service) -> str:
     (newest,) = service.send("GET", STATUS, params={"limit": 1}).json()["jobs"]
     return str(newest["job_id"]) if newest["status"] in ("queued", "loading") else ""

@@ -1,4 +1,4 @@
-"""What tests/soak/test_pool_sequences.py does with simulated runners, with real ones: 200 sequences."""
+"""200 random sequences like those of tests/soak/test_pool_sequences.py, with real runners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEED = int(os.environ.get("POOL_SEED", "0")) or random.randrange(1, 1_000_000)
 
 
 @pytest.mark.timeout(60 + 30 * SEQUENCES)
-def test_200_sequences_of_real_loads_agree_with_what_the_host_says(tmp_path: Path) -> None:
+def test_200_sequences_of_real_loads_match_the_host(tmp_path: Path) -> None:
     seen = realpool.run(tmp_path, SEQUENCES, SEED)
     for what in ("loaded", "several GPUs", "evictions", "refused", "filled", "loaded at once", "refused at once"):
-        assert seen[what] > 0, f"never {what}: the sequences show nothing of it"
+        assert seen[what] > 0, f"no sequence had {what!r}"

@@ -1,4 +1,4 @@
-"""The sequences of tests/integration/test_pool_sequences.py, 5,000 of them."""
+"""5,000 of the random sequences of tests/integration/test_pool_sequences.py."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ seen: Counter[str] = Counter()
 
 @settings(max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plays)
-def every_one(found: Play) -> None:
-    seen.update(play(found))
+def play_each(sequence: Play) -> None:
+    seen.update(play(sequence))
 
 
 @pytest.mark.timeout(1800)
-def test_5000_sequences_never_overbook_never_evict_in_vain_and_never_refuse_what_fits() -> None:
+def test_5000_sequences_never_overcommit_or_evict_in_vain() -> None:
     seen.clear()
-    every_one()
+    play_each()
     for what in ("loaded", "several GPUs", "evictions", "refused", "leaks", "robbed", "filled"):
-        assert seen[what] > 0, f"it was never {what}: the sequences show nothing of it"
+        assert seen[what] > 0, f"no sequence had {what!r}"

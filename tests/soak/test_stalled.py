@@ -1,4 +1,4 @@
-"""Readers of event streams that take nothing: the kernel cuts them off, and nobody else notices."""
+"""Clients that stop reading an event stream: the kernel cuts them off, and other clients are not affected."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.support.service import STATUS, TINY, until, up
 READERS = 5
 
 
-def test_readers_that_take_nothing_are_cut_off_and_their_places_are_free(tmp_path: Path) -> None:
+def test_readers_that_stop_reading_are_cut_off(tmp_path: Path) -> None:
     synthetic.tiny_llama(tmp_path / f"models/{TINY}/tiny-f16.gguf")
     with up(tmp_path, LOADSTONE_WAITING_LIMIT=str(READERS)) as service, service.frozen():
         job = service.accepted(TINY)["job_id"]
-        until(lambda: service.job(job)["status"] == "loading", "it loads")
-        with service.redis() as redis:  # a log that is longer than what the sockets hold
+        until(lambda: service.job(job)["status"] == "loading", "the job is loading")
+        with service.redis() as redis:  # a log larger than the buffers of the sockets
             fields = {"rev": "1", "doc": redis.hget(f"inst:{job}", "doc")}
             pipe = redis.pipeline()
             for _ in range(30_000):
@@ -30,9 +30,9 @@ def test_readers_that_take_nothing_are_cut_off_and_their_places_are_free(tmp_pat
             readers[-1].connect(("127.0.0.1", service.port))
             readers[-1].sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
         poll = {"params": {"wait": 1}}
-        until(lambda: service.send("GET", f"{STATUS}/{job}", **poll).status == 429, "all places are taken")
+        until(lambda: service.send("GET", f"{STATUS}/{job}", **poll).status == 429, "all slots are taken")
         assert service.job(job)["status"] == "loading"
-        until(lambda: service.send("GET", f"{STATUS}/{job}", **poll).status == 200, "they are cut off", 60)
+        until(lambda: service.send("GET", f"{STATUS}/{job}", **poll).status == 200, "the readers are cut off", 60)
         for reader in readers:
             reader.close()
         assert "Traceback" not in service.stderr

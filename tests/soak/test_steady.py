@@ -1,4 +1,4 @@
-"""An hour of moderate load, all kinds of requests at once: no process grows."""
+"""An hour of moderate load with concurrent requests of all kinds: no process grows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from shared.synthetic import models as synthetic
 from tests.support.service import STATUS, TINY, Client, Process, Service, up
 
 SECONDS = float(os.environ.get("STEADY_SECONDS", "3600"))
-SETTLED = 1 / 6  # of that: pools, caches and allocators have what they keep
+SETTLED = 1 / 6  # of SECONDS: until then pools, caches and allocators reach their size
 N_MODELS = 200
-TICK_S = 0.2  # in which each client sends a request
+TICK_S = 0.2  # interval between the requests of a client
 LOAD_EVERY = 5  # ticks
 SAMPLES = 60  # of resident memory
-MORE_KIB = 4 * 1024  # noise: between the medians of a third of the samples at the beginning and at the end
+MORE_KIB = 4 * 1024  # noise: between the medians of the first and the last third of the samples
 
 
 def resident_kib(process: Process) -> int:
@@ -29,8 +29,8 @@ def resident_kib(process: Process) -> int:
     return int(found[1])
 
 
-def ask(service: Service, paths: list[str], until: float) -> int:
-    """Each of these in turn, one a tick; how many there were."""
+def send_requests(service: Service, paths: list[str], until: float) -> int:
+    """Request these paths in turn, one per tick; return the number of requests."""
     client, n = Client(service.url), 0
     while (now := time.monotonic()) < until:
         reply = client.send("GET", paths[n % len(paths)])
@@ -42,7 +42,7 @@ def ask(service: Service, paths: list[str], until: float) -> int:
 
 
 def load(service: Service, until: float) -> int:
-    """Load without waiting for the reply, follow by its events, unload; how often."""
+    """Load asynchronously, follow the events, unload, again and again; return the number of loads."""
     client, n = Client(service.url), 0
     while (now := time.monotonic()) < until:
         job = client.accepted(TINY)["job_id"]
@@ -69,20 +69,20 @@ def test_an_hour_of_moderate_load_leaves_resident_memory_flat(tmp_path: Path) ->
         service.unload(first["instance_id"])
         started = time.monotonic()
         until = started + SECONDS
-        found: dict[str, list[int]] = {name: [] for name in parts}
+        samples: dict[str, list[int]] = {name: [] for name in parts}
         with ThreadPoolExecutor(5) as pool:
             asked = [
-                pool.submit(ask, service, ["/api/v1/models"], until),
-                pool.submit(ask, service, [f"{STATUS}/{first['job_id']}", STATUS], until),
-                pool.submit(ask, service, ["/api/v1/workers", "/metrics", "/readyz"], until),
+                pool.submit(send_requests, service, ["/api/v1/models"], until),
+                pool.submit(send_requests, service, [f"{STATUS}/{first['job_id']}", STATUS], until),
+                pool.submit(send_requests, service, ["/api/v1/workers", "/metrics", "/readyz"], until),
                 pool.submit(load, service, until),
             ]
             for i in range(1, SAMPLES + 1):
                 time.sleep(max(0.0, started + SECONDS * i / SAMPLES - time.monotonic()))
                 for name, process in parts.items():
-                    found[name].append(resident_kib(process))
+                    samples[name].append(resident_kib(process))
         print(f"\n{SECONDS:.0f} s, {', '.join(str(one.result()) for one in asked)} requests and loads")
-    for name, kib in found.items():
+    for name, kib in samples.items():
         settled = kib[int(SAMPLES * SETTLED) :]
         third = len(settled) // 3
         before, after = statistics.median(settled[:third]), statistics.median(settled[-third:])
