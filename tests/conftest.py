@@ -1,4 +1,4 @@
-"""What every test must leave behind: nothing."""
+"""A check after every test that no process and no descriptor is left behind."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import pytest
 
 from tests.support.service import processes
 
-SETTLE_S = 2.0  # what a test ended may still be reaped, or closed by its event loop
-HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")  # one each, for as long as we live
+SETTLE_S = 2.0  # for processes to be reaped, and for descriptors to be closed by an event loop
+HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")  # one of each for the lifetime of pytest
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No child process and no open descriptor that was not there before the test.
+    """Fail if the test leaves a child process or a descriptor that did not exist before it.
 
-    What wider fixtures hold was there before: pytest sets them up first.  A module's own check is at its fixture's end.
+    Fixtures of a wider scope are set up before, so what they hold is not counted; they have their own checks.
     """
     children_before, descriptors_before = children(), descriptors()
     yield
@@ -42,8 +42,10 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def children() -> Counter[tuple[str, ...]]:
-    """Our child processes by their command lines, so that one which replaced another of a wider fixture's is none
-    too many; without the helpers of `multiprocessing`.  One that nobody reaped counts."""
+    """Count the child processes by command line, so that a restarted process of a wider fixture is not a new one.
+
+    Zombies count; the helpers of `multiprocessing` do not.
+    """
     return Counter(
         process.words
         for process in processes(zombies=True)
@@ -52,17 +54,17 @@ def children() -> Counter[tuple[str, ...]]:
 
 
 def descriptors() -> dict[int, str]:
-    """Our open descriptors and what they are, without those that the helpers of `multiprocessing` are held by."""
+    """Return the open descriptors with their targets, without those that hold the helpers of `multiprocessing`."""
     held = {
         getattr(multiprocessing.forkserver._forkserver, "_forkserver_alive_fd", None),
         getattr(multiprocessing.resource_tracker._resource_tracker, "_fd", None),
     }
-    found: dict[int, str] = {}
+    targets: dict[int, str] = {}
     for entry in Path("/proc/self/fd").iterdir():
         try:
             target = str(entry.readlink())
-        except FileNotFoundError:  # the one that lists them
+        except FileNotFoundError:  # the descriptor of this directory listing
             continue
         if int(entry.name) not in held:
-            found[int(entry.name)] = target
-    return found
+            targets[int(entry.name)] = target
+    return targets

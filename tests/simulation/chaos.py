@@ -1,6 +1,6 @@
-"""Chaos: a pool whose every part is killed, paused and restarted at random while clients use it, and then the truth.
+"""Chaos: all parts of a pool are killed, paused and restarted at random while clients use it; then it is checked.
 
-Everything random comes of one seed, although what it meets does not.
+One seed determines all random choices, but not the state of the processes that they meet.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from tests.support.service import (
 
 N_MODELS, N_CLIENTS = 30, 6
 LEASE_S = 3
-PATIENCE_S = 8  # that a client asks for
-DEADLINE_S = 40.0  # of any request: far over all that a request may have to wait for
+PATIENCE_S = 8  # longest wait that a client requests
+DEADLINE_S = 40.0  # of any request: far longer than any request may wait
 STABLE_S = 2.5
-QUIET_S = 60.0  # after the chaos, for all to come to its end
+QUIET_S = 60.0  # after the chaos, for every load to end
 MOST_LOADED = 12
 DOCUMENTED = (
     "inst:",
@@ -63,7 +63,7 @@ DOCUMENTED = (
     "arq:",
 )
 NAMES = {"insts", "names", "queued", "pace", "jobs", "workers", "counters", "tallies", "logs"}
-KEPT = ("catalog-", "worker-", "wanted-")  # what a worker's data directory may hold
+KEPT = ("catalog-", "worker-", "wanted-")  # what a worker's data directory may contain
 
 
 class Paused(NamedTuple):
@@ -76,7 +76,7 @@ class Pool:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.tmp = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: the paths of sockets end at 107 bytes
+        self.tmp = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: the path of a socket has at most 107 bytes
         for n in range(N_MODELS):
             synthetic.tiny_llama(home / f"models/acme/m{n}/m{n}-f16.gguf")
         self.redis = RedisServer(home / "redis")
@@ -100,8 +100,8 @@ class Pool:
         with httpx.Client(trust_env=False, timeout=DEADLINE_S) as http:
 
             def is_ready() -> bool:
-                found = [http.get(f"{url}/api/v1/workers") for url in self.urls]
-                return all(one.status_code == 200 and len(one.json()["workers"]) == 2 for one in found)
+                replies = [http.get(f"{url}/api/v1/workers") for url in self.urls]
+                return all(one.status_code == 200 and len(one.json()["workers"]) == 2 for one in replies)
 
             until(is_ready, "both workers are ready", QUIET_S)
 
@@ -121,12 +121,12 @@ class Pool:
 
 
 class Clients:
-    """Threads that load, unload, cancel, poll and list until told to stop."""
+    """Threads that load, unload, cancel, poll and list until they are stopped."""
 
     def __init__(self, pool: Pool, seed: int) -> None:
         self.pool = pool
         self.over = threading.Event()
-        self.jobs: dict[str, str] = {}  # accepted, by Idempotency-Key
+        self.jobs: dict[str, str] = {}  # ids of accepted jobs by Idempotency-Key
         self.faults: list[str] = []
         self.replies: Counter[str] = Counter()
         self._threads = [threading.Thread(target=self._run, args=(random.Random(seed + n),)) for n in range(N_CLIENTS)]
@@ -139,7 +139,7 @@ class Clients:
         self.over.set()
         for thread in self._threads:
             thread.join(DEADLINE_S + 10)
-            assert not thread.is_alive(), "a client waits on and on"
+            assert not thread.is_alive(), "a client has not ended"
 
     def _run(self, dice: random.Random) -> None:
         with httpx.Client(trust_env=False, timeout=DEADLINE_S) as http:
@@ -151,7 +151,7 @@ class Clients:
                     self.faults.append(str(e))
                 except httpx.TimeoutException as e:
                     self.faults.append(f"no answer within {DEADLINE_S:g} s: {e.request.method} {e.request.url}")
-                except httpx.TransportError:  # an API process was killed under it
+                except httpx.TransportError:  # the API process was killed
                     self.replies["broken"] += 1
                     self.over.wait(0.05)
 
@@ -165,7 +165,7 @@ class Clients:
         return reply
 
     def _load(self, dice: random.Random, http: httpx.Client) -> None:
-        """Send one load, again and again under its key until it is answered."""
+        """Send one load, repeated with its key until it is answered."""
         if len(self._instances(dice, http)) >= MOST_LOADED:
             self._unload(dice, http)
             return
@@ -191,9 +191,9 @@ class Clients:
         return [one["id"] for model in reply.json()["models"] for one in model["loaded_instances"]]
 
     def _unload(self, dice: random.Random, http: httpx.Client) -> None:
-        found = self._instances(dice, http)
-        if found:
-            body = json.dumps({"instance_id": dice.choice(found)})
+        instances = self._instances(dice, http)
+        if instances:
+            body = json.dumps({"instance_id": dice.choice(instances)})
             reply = self._ask(dice, http, "POST", "/api/v1/models/unload", content=body, headers=JSON)
             assert reply.status_code in (200, 404, 503), reply.text
 
@@ -210,10 +210,10 @@ class Clients:
         if job_id := self._job(dice):
             wait = dice.choice(["", f"?wait={PATIENCE_S}"])
             reply = self._ask(dice, http, "GET", f"{STATUS}/{job_id}{wait}")
-            assert reply.status_code in (200, 503), reply.text  # accepted, and so never forgotten
+            assert reply.status_code in (200, 503), reply.text  # an accepted job is never forgotten
 
     def _follow(self, dice: random.Random, http: httpx.Client) -> None:
-        """A stream, which ends by itself or is left."""
+        """Follow a stream to its end, or leave it after PATIENCE_S."""
         if not (job_id := self._job(dice)):
             return
         url = f"{dice.choice(self.pool.urls)}{STATUS}/{job_id}/events"
@@ -231,7 +231,7 @@ class Clients:
 
 
 class Chaos:
-    """What happens to the pool."""
+    """The failures that happen to the pool."""
 
     def __init__(self, pool: Pool, seed: int) -> None:
         self.pool = pool
@@ -300,7 +300,7 @@ class Chaos:
         self._pause(self.pool.worker_process(self._some_worker()), 2.0 * LEASE_S)
 
     def lose_host(self) -> None:
-        """A worker with all that belongs to it; another one comes under its name and with its disk."""
+        """Kill a worker with all of its processes; start another one with its name and its data directory."""
         name = self._some_worker()
         gone = self.pool.workers[name]
         tree = [*gone.tree()]
@@ -336,39 +336,39 @@ class Chaos:
 
 
 def records(pool: Pool) -> dict[str, Instance]:
-    """Every load that was ever accepted."""
+    """Return the record of every load that was accepted."""
     with pool.redis.client() as redis:
-        found = {}
+        by_id = {}
         for id_ in redis.zrange("jobs", 0, -1):  # type: ignore[union-attr]
             fields: Any = redis.hmget(b"inst:" + id_, FIELDS)
             record = unpack(id_.decode(), *fields)
             assert record is not None, f"{id_} was forgotten"
-            found[record.id] = record
-        return found
+            by_id[record.id] = record
+        return by_id
 
 
 def holders(pool: Pool) -> Counter[str]:
-    """How many runners hold each model, by its file, which they have mapped."""
-    found: Counter[str] = Counter()
+    """Count the runners that hold each model, by the files that they have mapped."""
+    counts: Counter[str] = Counter()
     for worker in pool.workers.values():
         for runner in worker.runners():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 maps = Path(f"/proc/{runner.pid}/maps").read_text()
-                found.update(
+                counts.update(
                     {f"acme/{Path(line.split()[-1]).parent.name}" for line in maps.splitlines() if ".gguf" in line}
                 )
-    return found
+    return counts
 
 
 def held(client: Client) -> tuple[int, int]:
-    """How many instances, and how many bytes, the workers say that they hold."""
+    """Return the number of instances and the bytes that the workers report."""
     workers = client.send("GET", "/api/v1/workers").json()["workers"]
     reserved = sum(device["reserved_bytes"] for worker in workers for device in worker["devices"])
     return sum(len(worker["instances"]) for worker in workers), reserved
 
 
 def settled(pool: Pool, client: Client) -> Callable[[], bool]:
-    """Whether it is, and has been for some beats: what is to be restored is begun at one of them."""
+    """Return a condition: the pool has been settled for some beats.  A worker starts restoring at a beat."""
     since = time.monotonic()
 
     def has_been() -> bool:
@@ -381,7 +381,7 @@ def settled(pool: Pool, client: Client) -> Callable[[], bool]:
 
 
 def is_settled(pool: Pool, client: Client) -> bool:
-    """Whether nothing is under way, and what is said to be loaded is what there is."""
+    """Return whether no load is in progress and the reported instances match the runners."""
     instances = {i["id"]: i for w in client.send("GET", "/api/v1/workers").json()["workers"] for i in w["instances"]}
     loaded = {id_: one for id_, one in instances.items() if one["state"] == "loaded"}
     usable = client.instances()
@@ -395,7 +395,7 @@ def is_settled(pool: Pool, client: Client) -> bool:
 
 
 def check_each_load(pool: Pool) -> None:
-    """Every accepted load has exactly one outcome, and went its way as the table has it."""
+    """Check that every accepted load has exactly one outcome and ran at most once per attempt."""
     with pool.redis.client() as redis:
         for id_, record in records(pool).items():
             entries: Any = redis.xrange(f"inst:{id_}:log")
@@ -410,19 +410,19 @@ def check_each_load(pool: Pool) -> None:
 
 
 def left_behind(pool: Pool) -> list[str]:
-    """Processes of the pool's, wherever they hang: their working directory tells."""
-    found = []
+    """Return the processes of the pool, found by their working directory, whatever their parent is."""
+    commands = []
     for process in processes():
         with contextlib.suppress(OSError):
             if Path(f"/proc/{process.pid}/cwd").readlink().is_relative_to(pool.home):
-                found.append(" ".join(process.words))
-    return found
+                commands.append(" ".join(process.words))
+    return commands
 
 
 def check_nothing_is_left(pool: Pool) -> None:
-    """In Redis and on disk, with everything unloaded."""
+    """Check Redis and the disk once everything is unloaded."""
     with pool.redis.client() as redis:
-        # An entry whose worker was killed in the middle of it is seen by the next one.
+        # The next worker takes an entry whose worker was killed while it handled it.
         until(lambda: not redis.exists("arq:queue:w1", "arq:queue:w2"), "arq's queues are empty", 5)
         check_keys(redis)
         for name in (
@@ -439,14 +439,14 @@ def check_nothing_is_left(pool: Pool) -> None:
             assert not redis.exists(name), f"{name} is left"
         for key in redis.scan_iter():
             word = key.decode()
-            assert word in NAMES or word.startswith(DOCUMENTED), f"{word} is documented nowhere"
+            assert word in NAMES or word.startswith(DOCUMENTED), f"{word} is not documented"
     for name in pool.workers:
         files = [path.name for path in (pool.home / name / "data").iterdir()]
         assert all(file.startswith(KEPT) for file in files), files
 
 
 def open_descriptors(process: Process | None) -> Counter[str]:
-    """What a process holds open, by kind."""
+    """Count the open descriptors of a process by kind."""
     assert process is not None
     kinds: Counter[str] = Counter()
     for entry in Path(f"/proc/{process.pid}/fd").iterdir():
@@ -456,7 +456,7 @@ def open_descriptors(process: Process | None) -> Counter[str]:
 
 
 def run(home: Path, seconds: float, seed: int) -> None:
-    """All of it.  Raises AssertionError with what was not as it should be."""
+    """Run chaos for so many seconds and check the pool; raise AssertionError on a violation."""
     print(f"chaos: CHAOS_SEED={seed} CHAOS_SECONDS={seconds:g}")
     pool = Pool(home)
     try:
@@ -473,7 +473,7 @@ def run(home: Path, seconds: float, seed: int) -> None:
         pool.wait_ready()
         client = Client(pool.urls[0])
         try:
-            until(settled(pool, client), "what is said to be loaded is what there is", QUIET_S)
+            until(settled(pool, client), "the reported instances match the runners", QUIET_S)
             check_each_load(pool)
             for job_id in clients.jobs.values():
                 assert client.job(job_id)["status"] in ("loaded", "failed", "cancelled")
@@ -491,7 +491,7 @@ def run(home: Path, seconds: float, seed: int) -> None:
             lambda: not [words for words in left_behind(pool) if "valkey" not in words and "redis" not in words],
             "no process is left",
         )
-        assert not [path.name for path in pool.tmp.iterdir()], "temporary files"
+        assert not [path.name for path in pool.tmp.iterdir()], "temporary files are left"
     finally:
         pool.kill()
         shutil.rmtree(pool.tmp)

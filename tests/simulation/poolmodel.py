@@ -1,17 +1,16 @@
-"""A pool of two workers and eight GPUs of different sizes, whose truth is known.
+"""A model of a pool of two workers and eight GPUs of different sizes, with their true state.
 
-Real are the ledgers, what decides where loads go, and what reserves, evicts and gives back (`worker.memory.placer`);
-and what an API knows and chooses (`api.pool.roster`).  Simulated are the cards, which hold the truth, the runners,
-which take their memory bit by bit, and Redis, which is what the workers published last.  Time is the event loop's and
-passes at once.
+The ledgers, the placer with its reservations and evictions (`worker.memory.placer`), and the roster of an API
+(`api.pool.roster`) are real.  The cards, which hold the true state, the runners, which allocate their memory step by
+step, and Redis, which holds the last snapshots of the workers, are simulated.  The event loop's time passes at once.
 
-`play` does what a list of steps says, and raises AssertionError where
+`play` carries out a list of steps, and raises AssertionError if
 
-- memory was given that is not there: a reservation that does not go together with what is used and reserved then, or a
-  runner that finds too little (but where a foreign program took it meanwhile);
-- somebody was unloaded who may not be, or need not have been;
-- a worker refused a load that had room there, or a load was given up which had room somewhere in the pool;
-- something waits for good, or a card that nobody uses is not free in the end.
+- more memory was given than there is: a reservation exceeds what is neither used nor reserved, or a runner finds too
+  little memory (unless a foreign program took it meanwhile);
+- an instance was unloaded that is not evictable, or whose eviction was not necessary;
+- a worker refused a load that it had room for, or a load was given up although a worker had room for it;
+- a step waits forever, or an unused card is not free at the end.
 """
 
 from __future__ import annotations
@@ -44,19 +43,19 @@ from worker.memory.placer import Placer
 from worker.timing import Timing
 
 MIB = 1 << 20
-KEPT_MIB = 256  # free of each card: for what a runner takes beside its model
-BESIDE_MIB = 16  # that much
+KEPT_MIB = 256  # kept free on each card, for the memory of a runner beside its model
+BESIDE_MIB = 16  # size of that memory
 CARDS_MIB = {"w0": (900, 1500, 2500, 5000), "w1": (700, 2000, 2000, 4000)}
 FOREIGN_PID = 7
-LOAD_S = 0.4  # of a runner, in four bits
+LOAD_S = 0.4  # duration of a load, in four steps
 SIZES_MIB = {"small": [60, 60, 60, 100], "middle": [300] * 5, "large": [1100, 500, 500, 900, 700], "huge": [1200] * 5}
 
-# ---- what may happen
+# ---- steps
 
 
 class Load(Struct, frozen=True):
-    """An API is asked for a model.  `error` is by how many percent the engine takes more than the estimate; where
-    that is not 0, it is not called exact."""
+    """Request a load from an API.  The engine uses `error` percent more than the estimate, which is exact only if
+    `error` is 0."""
 
     model: str
     api: int
@@ -66,8 +65,8 @@ class Load(Struct, frozen=True):
 
 
 class Fill(Struct, frozen=True):
-    """The same model again and again until there is no room for it; what has no TTL is not unloaded for it.
-    With a TTL, which may be unloaded for others, a few times."""
+    """Load the same model until there is no room for it: without a TTL no copy may be evicted.  With a TTL, where
+    copies may be evicted for later ones, load it a few times."""
 
     model: str
     ttl: bool
@@ -78,7 +77,7 @@ class Unload(Struct, frozen=True):
 
 
 class Crash(Struct, frozen=True):
-    """A runner dies, in its load or after it; its card keeps so many percent of what it had."""
+    """Let a runner die, during its load or after it; its cards keep `leaks` percent of its memory."""
 
     which: int
     leaks: int
@@ -93,26 +92,26 @@ class Wait(Struct, frozen=True):
 
 
 class Foreign(Struct, frozen=True):
-    """Another program has so much of a card from now on, if it gets it."""
+    """Let another program hold so much of a card, as far as it is free."""
 
     card: int
     mib: int
 
 
 class Unnamed(Struct, frozen=True):
-    """What nobody is named for on a card goes away, part of what was there at the start or what was leaked."""
+    """Free half of the memory of a card that belongs to no process: initial usage or leaks."""
 
     card: int
 
 
 class Publish(Struct, frozen=True):
-    """A beat of a worker."""
+    """Let a worker do a beat."""
 
     worker: int
 
 
 class Refresh(Struct, frozen=True):
-    """A beat of an API."""
+    """Let an API do a beat."""
 
     api: int
 
@@ -147,8 +146,8 @@ _steps = st.one_of(
 
 
 class Play(Struct, frozen=True):
-    """One run.  In a container (`named` is False) a driver names processes by numbers that nobody there knows; there no
-    runner leaks, and no foreign program changes beside a load, since that cannot be seen there."""
+    """One run.  In a container (`named` is False) a driver reports pids unknown there; such a run has no leaks,
+    and its foreign programs do not change during a load, since a worker can see neither."""
 
     steps: list[Step]
     at_start_mib: list[int]  # of each card
@@ -169,11 +168,11 @@ plays = st.builds(
 
 
 class Stuck(AssertionError):
-    """Everything waits for something that nobody will do."""
+    """Every task waits for an event that cannot happen."""
 
 
 class _Jump(selectors.SelectSelector):
-    """Nothing is ever ready but time."""
+    """A selector without files, which advances the time at once."""
 
     now = 0.0
 
@@ -193,32 +192,32 @@ class _Loop(asyncio.SelectorEventLoop):
         return self._jump.now
 
 
-def play(found: Play) -> Counter[str]:
-    """Do it all; returns how often what came of it."""
+def play(sequence: Play) -> Counter[str]:
+    """Carry out a run; return how often each outcome occurred."""
     loop = _Loop()
     try:
-        return loop.run_until_complete(_Sim(found).run())
+        return loop.run_until_complete(_Sim(sequence).run())
     finally:
-        for task in asyncio.all_tasks(loop):  # of one that failed
+        for task in asyncio.all_tasks(loop):  # of a run that failed
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
 
 
-# ---- the truth
+# ---- the true state
 
 
 class Card:
-    """A GPU, and who has what of it, in bytes."""
+    """A GPU and the bytes that each process uses of it."""
 
     def __init__(self, id_: str, mib: int, at_start_mib: int) -> None:
         self.id = id_
         self.total = mib * MIB
-        self.unnamed = at_start_mib * MIB  # the driver's, or leaked
-        self.ours: dict[int, int] = {}  # by the runner's process
-        self.dying: dict[int, int] = {}  # of processes that have ended
+        self.unnamed = at_start_mib * MIB  # used by the driver, or leaked
+        self.ours: dict[int, int] = {}  # of runners, by pid
+        self.dying: dict[int, int] = {}  # of runners that have ended, by pid
         self.foreign = 0
-        self.fell = False  # what is unnamed has become less, and nothing has been settled since
+        self.fell = False  # `unnamed` has decreased, and no load has settled since
 
     @property
     def free(self) -> int:
@@ -232,13 +231,13 @@ class Card:
 
 
 class _Ledger(Ledger):
-    """The ledger, whose every reservation is compared with the truth."""
+    """The ledger; every reservation is compared with the true state."""
 
     worker: _Worker
 
     def update(self, readings: Sequence[Reading]) -> None:
         super().update(readings)
-        self.worker.check_what_is_available()
+        self.worker.check_available()
 
     def reserve(self, instance: str, taken: Iterable[Usage]) -> None:
         taken = [*taken]
@@ -250,8 +249,8 @@ class _Ledger(Ledger):
 
 
 class _Placer(Placer):
-    """Real but for the thread in which a driver is asked.  What it decides is compared with the truth of that moment,
-    since it waits for nothing between its decision and its end."""
+    """The real placer, without the thread that queries a driver.  Each decision is compared with the true state of that
+    moment: the placer does not wait between its decision and its end."""
 
     def __init__(self, worker: _Worker) -> None:
         super().__init__(worker.settings, worker.devices, worker.held, worker.announce, Tally(), Timing())
@@ -282,7 +281,7 @@ class _Placer(Placer):
 
 
 class _Worker:
-    """What a Placer uses of an agent, and more."""
+    """The parts of an agent that a Placer uses, and checks against the true state."""
 
     def __init__(self, sim: _Sim, name: str, cards: list[Card]) -> None:
         self.sim = sim
@@ -312,11 +311,13 @@ class _Worker:
     async def announce(self) -> None:
         self.published = self.snapshot()
 
-    # ---- the truth
+    # ---- the true state
 
-    def _given(self, *, whole: bool, without: str = "") -> dict[str, int]:
-        """What is left of each card once every load has what is reserved for it, or more if it has more.  `whole`: also
-        those that are leaving; else what these still have."""
+    def _rest(self, *, whole: bool, without: str = "") -> dict[str, int]:
+        """Return the rest of each card once every load has its reservation, or its usage if that is larger.
+
+        With `whole` an instance that is leaving counts in the same way, else only with its current usage.
+        """
         left = {}
         for card in self.cards.values():
             ours = 0
@@ -334,47 +335,47 @@ class _Worker:
         return left
 
     def safe(self, without: str = "") -> dict[str, int]:
-        """What can be given of each card: more would be given twice."""
-        return {id_: n + self._unsure for id_, n in self._given(whole=False, without=without).items()}
+        """Return the most that may be given of each card: more would be given twice."""
+        return {id_: n + self._unsure for id_, n in self._rest(whole=False, without=without).items()}
 
     def certain(self) -> dict[str, int]:
-        """What has to be given of each card if somebody wants it."""
-        return {id_: n - self._unsure for id_, n in self._given(whole=True).items()}
+        """Return the least that must be available on each card."""
+        return {id_: n - self._unsure for id_, n in self._rest(whole=True).items()}
 
     @property
     def _unsure(self) -> int:
-        """In a container nobody can tell whose it is what runners take beside their models, while one moves; what is
-        kept free is there for that."""
-        return 0 if self.sim.is_told else KEPT_MIB * MIB
+        """In a container the memory of runners beside their models cannot be attributed while one of them changes; the
+        memory that is kept free covers it."""
+        return 0 if self.sim.is_known else KEPT_MIB * MIB
 
-    def check_what_is_available(self) -> None:
-        said = {device.id: device.available_bytes for device in self.placer.devices()}
+    def check_available(self) -> None:
+        published = {device.id: device.available_bytes for device in self.placer.devices()}
         for id_, card in self.cards.items():
             card.fell = card.fell and self.is_moving(id_)
         safe, certain = self.safe(), self.certain()
-        for id_, n_bytes in said.items():
-            assert n_bytes <= safe[id_], f"{id_}: {n_bytes - safe[id_]} too much"
-            if self.is_told(id_):
-                assert n_bytes >= certain[id_], f"{id_}: {certain[id_] - n_bytes} too little"
+        for id_, n_bytes in published.items():
+            assert n_bytes <= safe[id_], f"{id_}: {n_bytes - safe[id_]} bytes too many"
+            if self.is_known(id_):
+                assert n_bytes >= certain[id_], f"{id_}: {certain[id_] - n_bytes} bytes too few"
 
-    def is_told(self, card: str) -> bool:
-        """Whether the ledger can know all about it: while something loads or leaves, it believes that what is unnamed
-        is still there."""
-        if self.placer.ledger._knows_pids is None:  # it has seen no runner yet
+    def is_known(self, card: str) -> bool:
+        """Return whether the ledger can know the state of a card: while an instance loads or leaves, it assumes that
+        unnamed memory is still used."""
+        if self.placer.ledger._knows_pids is None:  # the ledger has seen no runner yet
             return not self.is_moving(card)
         return not self.is_moving(card) or not self.cards[card].fell
 
     def is_moving(self, card: str) -> bool:
         return any(card in held.bytes and not held.is_settled for held in self.placer.ledger.reservations.values())
 
-    def _as_it_is(self, held: Collection[Holding]) -> WorkerSnapshot:
+    def _true_snapshot(self, held: Collection[Holding]) -> WorkerSnapshot:
         certain = self.certain()
-        said = self.placer.devices()
+        published = self.placer.devices()
         devices = [
             structs.replace(
-                device, available_bytes=certain[device.id] if self.is_told(device.id) else device.available_bytes
+                device, available_bytes=certain[device.id] if self.is_known(device.id) else device.available_bytes
             )
-            for device in said
+            for device in published
         ]
         return structs.replace(self.snapshot(), devices=devices, held=[*held])
 
@@ -382,7 +383,7 @@ class _Worker:
         return requirements_of(MODELS[instance.key], plan(instance.request, MODELS[instance.key], self.settings))
 
     def has_room(self, instance: Instance, held: Collection[Holding] = ()) -> bool:
-        return place(self._demand(instance), self._as_it_is(held)) is not None
+        return place(self._demand(instance), self._true_snapshot(held)) is not None
 
     def _demand(self, instance: Instance) -> Demand:
         return Demand(self.requirements(instance), Constraints.of(instance.request.gpu), instance.key)
@@ -391,9 +392,9 @@ class _Worker:
         by_name = {one.id: one for one in self.held.values()}
         assert victims
         for victim in victims:
-            assert by_name[victim.instance_id].may_be_unloaded(), "it was not to be unloaded"
+            assert by_name[victim.instance_id].may_be_unloaded(), "the victim is not evictable"
             others = [one for one in victims if one is not victim]
-            room = self._as_it_is([])
+            room = self._true_snapshot([])
             devices = [
                 structs.replace(
                     device,
@@ -401,12 +402,12 @@ class _Worker:
                 )
                 for device in room.devices
             ]
-            found = place(self._demand(instance), structs.replace(room, devices=devices))
-            assert found is None, f"{victim.instance_id} is unloaded in vain"
+            placement = place(self._demand(instance), structs.replace(room, devices=devices))
+            assert placement is None, f"the eviction of {victim.instance_id} was not necessary"
 
 
 class _Resident:
-    """What `worker.instance` does, with a runner that is none."""
+    """The behaviour of `worker.instance`, with a simulated runner."""
 
     def __init__(self, worker: _Worker, instance: Instance, load: Load) -> None:
         self.worker = worker
@@ -418,7 +419,7 @@ class _Resident:
         self.stop, self.freed, self.crash = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.leaks = 0
         self.pid = 0
-        self.robbed: set[str] = set()  # the cards of which a foreign program took what was to be ours
+        self.robbed: set[str] = set()  # cards on which a foreign program took reserved memory
         self.outcome = ""
 
     def may_be_unloaded(self) -> bool:
@@ -455,28 +456,28 @@ class _Resident:
         placer, cards = self.worker.placer, self.worker.cards
         self.pid = self.sim.next_pid()
         placer.ledger.started(self.id, self.pid)
-        found: Placement | None = placed
-        taken = self._truth(placed)
+        placement: Placement | None = placed
+        usage = self._true_usage(placed)
         for _ in range(3):
-            assert found is not None
-            taken = self._truth(found)
-            if not self.load.error and not placer.is_unsure(found):
+            assert placement is not None
+            usage = self._true_usage(placement)
+            if not self.load.error and not placer.is_unsure(placement):
                 break
-            await asyncio.sleep(LOAD_S / 4)  # a dry run
+            await asyncio.sleep(LOAD_S / 4)  # duration of a dry run
             await placer.look()
-            before = found
-            found = placer.corrected(self.instance, MODELS[self.key], before, taken)
-            if found is None:
+            before = placement
+            placement = placer.corrected(self.instance, MODELS[self.key], before, usage)
+            if placement is None:
                 self.outcome = "refused"
                 return
-            if found.exact and (found.gpus, found.layers) == (before.gpus, before.layers):
+            if placement.exact and (placement.gpus, placement.layers) == (before.gpus, before.layers):
                 break
         else:
             self.outcome = "refused"
             await self._end()
             return
         for part in range(4):
-            for one in taken:
+            for one in usage:
                 n_bytes = one.total_bytes // 4 + (one.total_bytes % 4 + BESIDE_MIB * MIB if part == 3 else 0)
                 if cards[one.id].free < n_bytes:
                     assert one.id in self.robbed, f"{self.id} finds no room on {one.id}"
@@ -490,30 +491,30 @@ class _Resident:
                 self.outcome = "ended early"
                 await self._end()
                 return
-        placer.ledger.settle(self.id, taken)
+        placer.ledger.settle(self.id, usage)
         now = asyncio.get_running_loop().time()
         self.instance = structs.replace(self.instance, state=State.LOADED, loaded_at=now, used_at=now)
         self.outcome = "loaded"
         await self.worker.announce()
 
-    def _truth(self, placed: Placement) -> list[Usage]:
-        """What the engine takes in this place: more than the estimate, or less, by so many percent."""
-        requirements, start, found = self.worker.requirements(self.instance), needs_first(placed, self), []
+    def _true_usage(self, placed: Placement) -> list[Usage]:
+        """Return the engine's usage in a placement: the estimate, changed by the load's error."""
+        requirements, start, usages = self.worker.requirements(self.instance), first_gpu_layer(placed, self), []
         for id_, n in zip(placed.gpus, placed.layers, strict=True):
-            taken = requirements.on_gpu(id_, start, start + n)
-            more = taken.weights_bytes * self.load.error // 100
-            found.append(structs.replace(taken, weights_bytes=taken.weights_bytes + more))
+            usage = requirements.on_gpu(id_, start, start + n)
+            more = usage.weights_bytes * self.load.error // 100
+            usages.append(structs.replace(usage, weights_bytes=usage.weights_bytes + more))
             start += n
-        return found
+        return usages
 
     async def _end(self) -> None:
-        """The runner ends; a card has it back after a while, or not all of it."""
+        """End the runner; its cards get the memory back after the lag, except for leaks."""
         names_ours, lag_s = self.worker.placer.ledger._knows_pids, self.sim.sequence.lag_s
-        if names_ours is None:  # what stays of the very first load is not told from a second one that begins meanwhile
+        if names_ours is None:  # the rest of the very first load looks like a second one that starts meanwhile
             lag_s = 0.0
         for card in self.worker.cards.values():
             n_bytes = card.ours.pop(self.pid, 0)
-            card.fell = True  # what it had beside its model may be news
+            card.fell = True  # the ledger may not have known the memory beside the model
             leaked = n_bytes * self.leaks // 100 if names_ours else 0
             card.unnamed += leaked
             self.sim.seen["leaks"] += leaked > 0
@@ -524,7 +525,7 @@ class _Resident:
         await self.worker.placer.give_back(self)
 
 
-def needs_first(placed: Placement, resident: _Resident) -> int:
+def first_gpu_layer(placed: Placement, resident: _Resident) -> int:
     return resident.worker.requirements(resident.instance).n_layers - sum(placed.layers)
 
 
@@ -535,7 +536,7 @@ class _Sim:
     def __init__(self, sequence: Play) -> None:
         self.sequence = sequence
         self.seen: Counter[str] = Counter()
-        self.is_told = sequence.named  # whether the driver names our processes by the numbers that we know
+        self.is_known = sequence.named  # whether the driver reports the pids that the worker knows
         self.tasks: set[asyncio.Task[None]] = set()
         self.pids = 100
         self.number = 0
@@ -573,7 +574,7 @@ class _Sim:
         return [*MODELS.values()]
 
     async def _calm(self, seconds: float) -> None:
-        """Let time pass; what fails in a task fails here."""
+        """Let time pass; raise the exceptions of finished tasks."""
         await asyncio.sleep(seconds)
         for task in [task for task in self.tasks if task.done()]:
             self.tasks.discard(task)
@@ -586,16 +587,16 @@ class _Sim:
             case Fill():
                 await self._fill(step)
             case Unload():
-                if (found := self._live(step.which)) is not None:
-                    found.stop.set()
+                if (resident := self._live(step.which)) is not None:
+                    resident.stop.set()
             case Crash():
-                if (found := self._live(step.which)) is not None:
-                    found.leaks = step.leaks
-                    found.crash.set()
+                if (resident := self._live(step.which)) is not None:
+                    resident.leaks = step.leaks
+                    resident.crash.set()
             case Use():
-                found = self._live(step.which)
-                if found is not None and found.instance.state is State.LOADED:
-                    found.instance = structs.replace(found.instance, used_at=asyncio.get_running_loop().time())
+                resident = self._live(step.which)
+                if resident is not None and resident.instance.state is State.LOADED:
+                    resident.instance = structs.replace(resident.instance, used_at=asyncio.get_running_loop().time())
             case Wait():
                 await self._calm(step.seconds)
             case Foreign():
@@ -616,10 +617,10 @@ class _Sim:
 
     def _foreign(self, card: Card, n_bytes: int) -> None:
         worker = next(worker for worker in self.workers.values() if card.id in worker.cards)
-        if not self.is_told and worker.is_moving(card.id):
+        if not self.is_known and worker.is_moving(card.id):
             return
         card.foreign = min(n_bytes, card.foreign + card.free)
-        if worker.safe()[card.id] < 0:  # it has what was reserved, or was to be kept free
+        if worker.safe()[card.id] < 0:  # the foreign program holds memory that was reserved or kept free
             for one in worker.held.values():
                 one.robbed.add(card.id)
 
@@ -630,7 +631,7 @@ class _Sim:
         return task
 
     async def _request(self, step: Load, id_: str) -> None:
-        """A load from its request to its end, as an API and the sweep see it."""
+        """Carry out a load from its request to its end, with the placement of an API and the retries of the sweep."""
         gpu = UNSET if step.split is None else GPURequest(split=step.split)
         key = f"{step.model}-unsure" if step.error else step.model
         request = LoadRequest(model=key, context_length=256, gpu=gpu, ttl_seconds=1e6 if step.ttl else UNSET)
@@ -658,7 +659,7 @@ class _Sim:
         self.seen["given up"] += 1
 
     async def _fill(self, step: Fill) -> None:
-        """Where all is calm and known, a load that is given up has no room anywhere."""
+        """Fill the pool, then check that no worker has room for a load that was given up."""
         await self._quiet()
         model = step.model
         for _ in range(8 if step.ttl else 40):
@@ -666,16 +667,16 @@ class _Sim:
             task = self._begin(Load(model, 0, step.ttl, None, 0))
             until = asyncio.get_running_loop().time() + 120.0
             while not task.done() and not self._has_loaded(f"load_{self.number}"):
-                assert asyncio.get_running_loop().time() < until, "a load that does not end"
+                assert asyncio.get_running_loop().time() < until, "a load has not ended"
                 await self._calm(LOAD_S)
             await self._calm(0.0)
             if self.seen["given up"] > given_up and self.sequence.lag_s > Timing().agree_s:
-                return  # what was evicted came back too late
+                return  # the memory of evicted instances was freed too late
             if self.seen["given up"] > given_up:
                 request = LoadRequest(model=model, context_length=256)
-                wanted = Instance(id="", model=model, key=model, type="llm", worker="", request=request)
+                instance = Instance(id="", model=model, key=model, type="llm", worker="", request=request)
                 for worker in self.workers.values():
-                    assert not worker.has_room(wanted, worker.placer.held()), f"{worker.name} has room for {model}"
+                    assert not worker.has_room(instance, worker.placer.held()), f"{worker.name} has room for {model}"
                 self.seen["filled"] += 1
                 return
             await self._publish_all()
@@ -693,7 +694,7 @@ class _Sim:
             await api.refresh()
 
     async def _quiet(self) -> None:
-        """Until nothing loads and nothing leaves."""
+        """Wait until no instance is loading or leaving."""
         for _ in range(200):
             await self._calm(1.0)
             live = [one for worker in self.workers.values() for one in worker.held.values()]
@@ -704,7 +705,7 @@ class _Sim:
         raise Stuck
 
     async def _end(self) -> None:
-        """Everything is unloaded, and what nobody uses is free."""
+        """Unload everything, and check that all memory is free."""
         await self._quiet()
         while self.tasks:
             for worker in self.workers.values():

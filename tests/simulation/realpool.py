@@ -1,15 +1,15 @@
-"""Random loads, unloads and fills on a pool of real processes, compared after each step with what its host says.
+"""Random loads, unloads and fills on a pool of real processes, compared after each step with the state of its host.
 
-Real are two workers with four GPUs each, two APIs, Redis, and the engine; its GPUs are those of
-`tests.support.fakehosts`, where any process can see who holds what.  What should become of a load is told by the oracle
-of tests/unit/test_placement.py, which looks at every place there is, from that truth.
+Two workers with four GPUs each, two APIs, Redis and the engine are real.  The GPUs are those of
+`tests.support.fakehosts`, where every process can see which process holds how much.  The oracle of
+tests/unit/test_placement.py tries every placement in that state, and so predicts the outcome of a load.
 
-One after the other, each load goes where there is room, onto as few GPUs as have it, for as few and as long unused
-others as need be, and is refused only where nothing would help; what an estimate says before is what happens then.  Of
-loads at once it is asserted that nobody gets what is not there, loses what was to stay, or is refused for nothing.  In
-every case what the workers publish is what the host says, to the byte.
+A single load goes to a worker with room, onto the fewest GPUs that have it, evicts as few and as long unused instances
+as possible, and is refused only if no eviction would help; an estimate made before it agrees.  Of concurrent loads it
+is asserted that none gets memory that does not exist, evicts an instance without a TTL, or is refused although there is
+room.  In every case the workers publish exactly the state of the host.
 
-Everything random comes of one seed, although the time that things take does not.
+One seed determines all random choices, but not the duration of the steps.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ MODEL = "p/m"
 SIZES_MIB = {"w0": (5, 8, 12, 20), "w1": (6, 7, 10, 16)}
 RESERVE = MIB // 2
 CONTEXTS = (512, 1024, 2048, 3000, 4500, 6000, 9000, 13_000, 16_000, 19_000, 24_000, 60_000)  # 1 KiB a token
-TTL_S = 100_000.0  # that nobody waits for
-LAGS_S = (0.0, 0.0, 0.3)  # a driver's, after the end of a process
-OFF = 0.03  # by which an estimate may be off
-BESIDE = 2 * 32 * 64 * 4  # bytes by which a dry run may be off, on several GPUs: `worker.engine.llama.measure` says why
+TTL_S = 100_000.0  # never expires during a run
+LAGS_S = (0.0, 0.0, 0.3)  # of a driver, after the end of a process
+ESTIMATE_ERROR = 0.03  # relative error that an estimate may have
+DRY_RUN_ERROR_BYTES = 2 * 32 * 64 * 4  # error of a dry run on several GPUs: see `worker.engine.llama.measure`
 ANYWHERE = Constraints()
 
 
 class Asked(NamedTuple):
-    """A load that one of the APIs is asked for."""
+    """A load request to one of the APIs."""
 
     api: int
     context_length: int
@@ -66,7 +66,7 @@ class Asked(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """The pool when nothing moves: by the host, and what is loaded by its records."""
+    """The state of the pool at rest: memory as the host has it, and instances as their records have them."""
 
     workers: dict[str, WorkerSnapshot]
     loaded: dict[str, Instance]
@@ -119,7 +119,7 @@ class Pool:
         return workers
 
     def stop(self) -> None:
-        """The APIs, then the workers: each says that all went well."""
+        """Stop the APIs, then the workers; each must exit with status 0."""
         for one in self.running[::-1]:
             one.stop()
 
@@ -132,25 +132,25 @@ class Pool:
         self.redis_server.kill()
 
     def requirements_of(self, asked: Asked) -> Requirements:
-        """What a load takes, by the formula."""
+        """Return the memory of a load by the formula."""
         if asked.context_length not in self.requirements:
-            found: Any = self.redis.get(f"catalog:{next(iter(self.owned))}")
-            (model,) = msgpack.decode(found, type=list[Model])
+            catalog: Any = self.redis.get(f"catalog:{next(iter(self.owned))}")
+            (model,) = msgpack.decode(catalog, type=list[Model])
             request = convert({"model": MODEL, **asked.fields}, LoadRequest)
             self.requirements[asked.context_length] = requirements_of(model, plan(request, model, Settings()))
         return self.requirements[asked.context_length]
 
-    # ---- the truth
+    # ---- the true state
 
     def used(self) -> dict[str, int]:
         return {uuid: self.host.used_bytes(uuid) for uuid in self.gpus}
 
     def free(self, uuid: str) -> int:
-        """What of a GPU loads may be given now, or less than nothing."""
+        """Return the bytes of a GPU that loads may get; negative if the reserve is used."""
         return self.total[uuid] - RESERVE - self.host.used_bytes(uuid)
 
     def ours(self, gpus: Collection[str]) -> list[dict[str, int]]:
-        """What each runner holds of these GPUs."""
+        """Return the bytes that each runner holds of these GPUs."""
         by_process: dict[int, dict[str, int]] = {}
         for uuid in gpus:
             for holder in self.host.holders(uuid):
@@ -159,9 +159,9 @@ class Pool:
         return [*by_process.values()]
 
     def published(self, worker: str) -> WorkerSnapshot:
-        found: Any = self.redis.get(f"worker:{worker}")
-        assert found, f"{worker} is gone"
-        return msgpack.decode(found, type=WorkerSnapshot)
+        snapshot: Any = self.redis.get(f"worker:{worker}")
+        assert snapshot, f"{worker} has published nothing"
+        return msgpack.decode(snapshot, type=WorkerSnapshot)
 
     def records(self) -> dict[str, Instance]:
         names: Any = self.redis.hgetall("names")
@@ -169,21 +169,21 @@ class Pool:
         return {name: msgpack.decode(doc, type=Instance) for name, doc in docs.items()}
 
     def truth(self) -> Truth:
-        """Once all that the workers publish is what the host says, to the byte: their beats see what others did."""
+        """Wait until the workers publish exactly the state of the host, which they read at each beat; return it."""
         seen: dict[str, Any] = {}
 
         def agree() -> Truth | None:
             loaded, workers = self.records(), {}
             listed: set[str] = set()
             for name, gpus in self.owned.items():
-                said = self.published(name)
+                snapshot = self.published(name)
                 free, ours = {uuid: self.free(uuid) for uuid in gpus}, _sorted(self.ours(gpus))
-                told, held = available(said.devices), _sorted([one.devices for one in said.held])
-                seen[name] = {"truth": (free, ours), "published": (told, held), "records": sorted(loaded)}
-                if (told, held) != (free, ours):
+                published_free, held = available(snapshot.devices), _sorted([one.devices for one in snapshot.held])
+                seen[name] = {"truth": (free, ours), "published": (published_free, held), "records": sorted(loaded)}
+                if (published_free, held) != (free, ours):
                     return None
-                assert all(one.leaked_bytes == 0 for one in said.devices), said.devices
-                listed |= {one.instance_id for one in said.held}
+                assert all(one.leaked_bytes == 0 for one in snapshot.devices), snapshot.devices
+                listed |= {one.instance_id for one in snapshot.held}
                 devices = [
                     Device(
                         id=uuid, kind="gpu", name="", total_bytes=self.total[uuid], free_bytes=0, available_bytes=room
@@ -197,23 +197,23 @@ class Pool:
                     catalog="",
                     residents=0,
                     devices=devices,
-                    held=[self._holding(one, loaded) for one in said.held if one.instance_id in loaded],
+                    held=[self._holding(one, loaded) for one in snapshot.held if one.instance_id in loaded],
                 )
             return Truth(workers, loaded) if listed == {*loaded} else None
 
         try:
-            return until(agree, "the workers publish what the host says")
+            return until(agree, "the workers publish the state of the host")
         except AssertionError as e:
             raise AssertionError(f"{e}: {seen}") from e
 
     @staticmethod
-    def _holding(said: Holding, loaded: dict[str, Instance]) -> Holding:
-        """What the host has just confirmed, with what its record says."""
-        record = loaded[said.instance_id]
+    def _holding(holding: Holding, loaded: dict[str, Instance]) -> Holding:
+        """Return a published holding, completed from the record of its instance."""
+        record = loaded[holding.instance_id]
         return Holding(
-            instance_id=said.instance_id,
+            instance_id=holding.instance_id,
             key=MODEL,
-            devices=said.devices,
+            devices=holding.devices,
             used_at=record.used_at or 0.0,
             is_evictable=record.request.ttl_seconds is not UNSET,
         )
@@ -227,7 +227,7 @@ def _sorted(held: list[dict[str, int]]) -> list[list[tuple[str, int]]]:
 
 
 class Sequence:
-    """One of them: what it does, and what has to be true then."""
+    """One sequence: its steps, and the checks after each of them."""
 
     def __init__(self, pool: Pool, seed: int, seen: Counter[str]) -> None:
         self.pool = pool
@@ -257,14 +257,14 @@ class Sequence:
         self._one(self._ask())
 
     def _fill(self) -> None:
-        """The same load until there is no room for it as it is."""
+        """Repeat a load until it is refused or evicts an instance."""
         asked = self._ask(CONTEXTS[3:])
         while (record := self._one(asked)) is not None and not record.evicted:
             pass
         self.seen["filled"] += 1
 
     def _others(self) -> None:
-        """Other programs take a part of some GPUs, or leave them."""
+        """Let other programs take a part of some GPUs, or free it."""
         for uuid in self.random.sample(self.pool.gpus, self.random.randint(1, 4)):
             self.pool.host.release(uuid)
             n_bytes = int(self.pool.host.free_bytes(uuid) * self.random.choice((0, 0.3, 0.6, 0.95, 1)))
@@ -283,12 +283,14 @@ class Sequence:
         reply = self.random.choice(self.pool.apis).unload(name)
         assert reply.status == 200, reply.text
         back = {uuid: n - self.pool.host.used_bytes(uuid) for uuid, n in used.items()}
-        assert {uuid: n for uuid, n in back.items() if n} == held.devices, "every byte is back when it is answered"
+        assert {uuid: n for uuid, n in back.items() if n} == held.devices, (
+            "every byte is free when an unload is answered"
+        )
         assert self.pool.truth().held() == before.held() - {name}
         self.seen["unloaded"] += 1
 
     def _end(self) -> None:
-        """All is unloaded, and nobody holds anything."""
+        """Unload everything, and check that no memory is held."""
         self.steps.append("unload everything")
         for uuid in self.pool.gpus:
             self.pool.host.release(uuid)
@@ -299,42 +301,49 @@ class Sequence:
         assert not any(self.pool.used().values()), self.pool.used()
         assert self.pool.records() == {}
 
-    # ---- one load, and what has to become of it
+    # ---- one load and its expected outcome
 
     def _one(self, asked: Asked) -> Instance | None:
-        """Its record if it was loaded.  Half of the APIs know only what they read at their last beat: such a load may
-        go to a worker that is not the best one, and comes to another where that has no room."""
+        """Load a model and check the outcome; return the record if it was loaded.
+
+        Without an estimate first, the API knows the workers only as of its last beat: then the load may go to a worker
+        that is not the best one, and moves to another if that has no room.
+        """
         before = self.pool.truth()
         client, requirements = self.pool.apis[asked.api], self.pool.requirements_of(asked)
-        wanted = {name: victims_of(requirements, ANYWHERE, worker) for name, worker in before.workers.items()}
-        self.steps.append(f"{asked}, of which the oracle says {_names(wanted)}")
-        said = self._estimate(client, asked) if self.random.random() < 0.5 else None
+        victims_by_worker = {
+            name: victims_of(requirements, ANYWHERE, worker) for name, worker in before.workers.items()
+        }
+        self.steps.append(f"{asked}, victims by the oracle: {_names(victims_by_worker)}")
+        estimate = self._estimate(client, asked) if self.random.random() < 0.5 else None
         reply = client.load(MODEL, **asked.fields)
         after = self.pool.truth()
         if reply.status != 200:
             _check_refused(reply)
-            assert after.held() == before.held(), "nobody was unloaded for what is refused"
-            assert all(victims is None for victims in wanted.values()), "there was room"
-            assert said is None or not said["fits"], said
+            assert after.held() == before.held(), "a refused load evicts no instance"
+            assert all(victims is None for victims in victims_by_worker.values()), "there was room"
+            assert estimate is None or not estimate["fits"], estimate
             self.seen["refused"] += 1
             self.steps.append("  refused")
             return None
         name = reply.json()["instance_id"]
         record = after.loaded[name]
-        self.steps.append(f"  {name} on {record.devices} of {record.worker}, unloaded for it: {record.evicted}")
-        there, victims = before.workers[record.worker], wanted[record.worker]
+        self.steps.append(f"  {name} on {record.devices} of {record.worker}, evicted for it: {record.evicted}")
+        there, victims = before.workers[record.worker], victims_by_worker[record.worker]
         assert victims is not None, "there was no room"
-        assert sorted(record.evicted) == sorted(one.instance_id for one in victims), "no others, and no more"
+        assert sorted(record.evicted) == sorted(one.instance_id for one in victims), (
+            "the victims of the oracle, and no others"
+        )
         assert after.held() == (before.held() - {*record.evicted}) | {name}
         self._check_room(record.devices)
         least = fewest(requirements, ANYWHERE, 0, there, without(there, victims))
-        assert len(record.devices) == least, "as few GPUs as can be"
-        if said is not None:
-            assert len(victims) == min(len(one) for one in wanted.values() if one is not None)
+        assert len(record.devices) == least, "the fewest GPUs"
+        if estimate is not None:
+            assert len(victims) == min(len(one) for one in victims_by_worker.values() if one is not None)
             free = [fewest(requirements, ANYWHERE, 0, one, without(one, [])) for one in before.workers.values()]
-            assert victims or least == min(n for n in free if n is not None), "another worker had it on fewer GPUs"
+            assert victims or least == min(n for n in free if n is not None), "another worker had room on fewer GPUs"
             (held,) = (one for one in after.workers[record.worker].held if one.instance_id == name)
-            self._check_estimate(said, record, held)
+            self._check_estimate(estimate, record, held)
         self.seen["loaded"] += 1
         self.seen["evictions"] += len(victims)
         self.seen["several GPUs"] += len(record.devices) > 1
@@ -344,21 +353,23 @@ class Sequence:
 
     @staticmethod
     def _estimate(client: Client, asked: Asked) -> Any:
-        """What an API says of a load, which has it read what the workers publish."""
+        """Request an estimate, which makes the API read the published state of the workers."""
         reply = client.post("/api/v1/models/estimate", {"model": MODEL, **asked.fields})
         assert reply.status == 200, reply.text
-        assert reply.json()["exact"], "the formula is sure, or the engine was asked"
+        assert reply.json()["exact"], "the formula is exact, or the engine did a dry run"
         return reply.json()
 
     @staticmethod
-    def _check_estimate(said: Any, record: Instance, held: Holding) -> None:
-        assert (said["fits"], sorted(said["evicts"])) == (True, sorted(record.evicted)), said
-        assert [device["id"] for device in said["devices"]] == record.devices, said
-        for device in said["devices"]:
-            assert held.devices[device["id"]] == pytest.approx(device["total_bytes"], OFF, BESIDE), (said, held)
+    def _check_estimate(estimate: Any, record: Instance, held: Holding) -> None:
+        assert (estimate["fits"], sorted(estimate["evicts"])) == (True, sorted(record.evicted)), estimate
+        assert [device["id"] for device in estimate["devices"]] == record.devices, estimate
+        for device in estimate["devices"]:
+            assert held.devices[device["id"]] == pytest.approx(
+                device["total_bytes"], ESTIMATE_ERROR, DRY_RUN_ERROR_BYTES
+            ), (estimate, held)
 
     def _at_once(self) -> None:
-        """Some loads through both APIs, perhaps while something is unloaded."""
+        """Send some loads to both APIs at once, perhaps together with an unload."""
         before = self.pool.truth()
         asked = [self._ask(CONTEXTS[:8]) for _ in range(self.random.randint(2, 4))]
         going = [self.random.choice(sorted(before.loaded))] if before.loaded and self.random.random() < 0.3 else []
@@ -372,9 +383,9 @@ class Sequence:
         after = self.pool.truth()
         loaded = {reply.json()["instance_id"] for reply in replies if reply.status == 200}
         evicted = [name for reply in replies for name in reply.headers.get("loadstone-evicted", "").split(", ") if name]
-        self.steps.append(f"  loaded {loaded}, unloaded for them: {evicted}")
+        self.steps.append(f"  loaded {loaded}, evicted for them: {evicted}")
         may_leave = before.held() - before.to_stay() | {*going} | loaded
-        assert {*evicted} <= may_leave, "who was loaded to stay stays"
+        assert {*evicted} <= may_leave, "an instance without a TTL is not evicted"
         assert before.held() - {*evicted, *going} <= after.held() <= before.held() | loaded
         for name in loaded & after.held():
             self._check_room(after.loaded[name].devices, len(asked))
@@ -383,7 +394,7 @@ class Sequence:
                 continue
             _check_refused(reply)
             self.seen["refused at once"] += 1
-            if not evicted and not going:  # else there is room now that there was not
+            if not evicted and not going:  # otherwise there may be more room now than before
                 for worker in after.workers.values():
                     now = has_room(self.pool.requirements_of(one), ANYWHERE, worker, without(worker, []))
                     assert not now, f"{worker.name} has room for {one}"
@@ -391,20 +402,21 @@ class Sequence:
         self.seen["evictions at once"] += len(evicted)
 
     def _check_room(self, devices: Collection[str], n_loads: int = 1) -> None:
-        """Nothing of what is kept free was given; what a dry run did not tell comes out of it."""
+        """Check that the reserve was not given to loads, except for the error of their dry runs."""
         free = {uuid: self.pool.free(uuid) for uuid in devices}
-        assert min(free.values()) >= -BESIDE * n_loads, f"more was given than there is: {free}"
+        assert min(free.values()) >= -DRY_RUN_ERROR_BYTES * n_loads, f"more memory was given than there is: {free}"
 
 
 def _check_refused(reply: Reply) -> None:
-    """By our own words, before the engine could say that it has no memory."""
-    found = error(reply, 500, "model_load_failed", "insufficient_memory")
-    assert "there is not enough memory" in found["message"], found
+    """Check that the worker refused the load, before the engine could run out of memory."""
+    failure = error(reply, 500, "model_load_failed", "insufficient_memory")
+    assert "there is not enough memory" in failure["message"], failure
 
 
-def _names(wanted: dict[str, list[Holding] | None]) -> dict[str, list[str] | None]:
+def _names(victims_by_worker: dict[str, list[Holding] | None]) -> dict[str, list[str] | None]:
     return {
-        worker: None if victims is None else [one.instance_id for one in victims] for worker, victims in wanted.items()
+        worker: None if victims is None else [one.instance_id for one in victims]
+        for worker, victims in victims_by_worker.items()
     }
 
 
@@ -419,7 +431,7 @@ def started(home: Path) -> Iterator[Pool]:
 
 
 def run(home: Path, n: int, seed: int) -> Counter[str]:
-    """Play `n` sequences on one pool; returns how often what was seen.  Sequence i is that of seed + i."""
+    """Play `n` sequences on one pool; return how often each outcome occurred.  Sequence i has the seed `seed + i`."""
     seen: Counter[str] = Counter()
     with started(home) as pool:
         for i in range(n):
@@ -430,7 +442,7 @@ def run(home: Path, n: int, seed: int) -> Counter[str]:
                 print(f"POOL_SEED={seed + i} POOL_SEQUENCES=1", *sequence.steps, sep="\n")
                 raise
         pool.stop()
-    said = "".join(one.stderr for one in pool.running)
-    assert "Traceback" not in said
+    stderr = "".join(one.stderr for one in pool.running)
+    assert "Traceback" not in stderr
     print(f"{n} sequences from POOL_SEED={seed}: {dict(seen)}")
     return seen

@@ -1,6 +1,6 @@
-"""Files that are no models, though their names say so: what is wrong with each, and what a user must be told of it.
+"""Damaged model files: the defect of each, and the error that a user must get.
 
-Every one is made from a healthy tiny model, in which one thing is changed, so nothing else can be what is refused.
+Each file is a healthy tiny model with a single change, so the load can be refused only for that defect.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from shared.synthetic.architectures import Model, Tensor
 from shared.synthetic.tokenizers import Metadata
 
 INVALID, UNSUPPORTED = "invalid_model_file", "unsupported_model"
-NOT_FOUND = "model_not_found"  # of what is not there as a model at all
-VERSION, N_TENSORS, N_KEYS, FIRST_KEY = 4, 8, 16, 24  # where the head of a GGUF has them (ggml, docs/gguf.md)
-KIND, VALUE, LENGTH, ITEM_KIND, N_ITEMS = 0, 4, 4, 4, 8  # in a metadata value: of a number, a string, an array
-N_DIMS, DIM, TYPE, OFFSET, TENSOR_BYTES = 0, 4, 20, 24, 32  # in the entry of a tensor of two dimensions
+NOT_FOUND = "model_not_found"  # for files that are not in the catalog
+VERSION, N_TENSORS, N_KEYS, FIRST_KEY = 4, 8, 16, 24  # offsets in the header of a GGUF file (ggml, docs/gguf.md)
+KIND, VALUE, LENGTH, ITEM_KIND, N_ITEMS = 0, 4, 4, 4, 8  # offsets in a metadata value: a number, a string, an array
+N_DIMS, DIM, TYPE, OFFSET, TENSOR_BYTES = 0, 4, 20, 24, 32  # offsets in the entry of a tensor of two dimensions
 U16, U32, U64 = "<H", "<I", "<Q"
 QUERY, TOKENS, SCORES = "blk.0.attn_q.weight", "tokenizer.ggml.tokens", "tokenizer.ggml.scores"
 SHARDS = 3
@@ -34,24 +34,24 @@ Make = Callable[[Path], object]
 
 
 class Damage(NamedTuple):
-    """`make` writes what is to be loaded at a path in a folder of its own; the message holds what `says` matches."""
+    """`make` writes the file at a path in its own folder; `says` is a pattern for the error message."""
 
     make: Make
     code: str
     says: str
 
 
-# ---- the bytes of a healthy model, and changes to them
+# ---- changes to the bytes of a healthy model
 
 
 def after(data: bytes, name: str) -> int:
-    """Where it goes on behind the name of a key or of a tensor."""
+    """Return the offset behind the name of a key or a tensor."""
     entry = _named(name)
     return data.index(entry) + len(entry)
 
 
 def data_at(data: bytes) -> int:
-    """Where the tensors' data begins: behind the entry of the last one."""
+    """Return the offset of the tensor data: behind the entry of the last tensor."""
     end = after(data, "output.weight") + TENSOR_BYTES
     return end + -end % gguf.GGUF_DEFAULT_ALIGNMENT
 
@@ -65,12 +65,12 @@ def at(offset: int) -> Callable[[bytes], int]:
 
 
 def within(name: str, offset: int) -> Callable[[bytes], int]:
-    """A place in what follows the name of a key or of a tensor."""
+    """Return a function that finds the place `offset` bytes behind the name of a key or a tensor."""
     return lambda data: after(data, name) + offset
 
 
 def with_number(form: str, place: Callable[[bytes], int], value: int) -> Make:
-    """A model in which the number at a place is another."""
+    """Make a model with another number at a place."""
 
     def make(path: Path) -> None:
         synthetic.tiny_llama(path)
@@ -87,7 +87,7 @@ def write_number(path: Path, form: str, place: Callable[[bytes], int], value: fl
 
 
 def renamed(old: str, new: str) -> Make:
-    """A model in which a key or a tensor has another name of the same length."""
+    """Make a model in which a key or a tensor has another name of the same length."""
 
     def make(path: Path) -> None:
         data = synthetic.tiny_llama(path).read_bytes()
@@ -98,7 +98,7 @@ def renamed(old: str, new: str) -> Make:
 
 
 def cut(length: Callable[[bytes], int]) -> Make:
-    """A model of which only the first bytes are there."""
+    """Make a model that is cut off after its first bytes."""
 
     def make(path: Path) -> None:
         data = synthetic.tiny_llama(path).read_bytes()
@@ -111,7 +111,7 @@ def of(data: bytes) -> Make:
     return lambda path: path.write_bytes(data)
 
 
-# ---- models that say something wrong of themselves
+# ---- models with wrong metadata or tensors
 
 
 def llama(metadata: Metadata | None = None, drop: Collection[str] = ()) -> Make:
@@ -131,7 +131,7 @@ def with_tensors(change: Callable[[list[Tensor]], list[Tensor]]) -> Make:
 
 
 def big_endian(path: Path) -> None:
-    """As a converter on, or for, such a machine writes it."""
+    """Write a model as a converter for a big-endian machine does."""
     writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_context_length(4096)
     writer.add_tensor("token_embd.weight", np.ones((8, 32), np.float32))
@@ -142,7 +142,7 @@ def big_endian(path: Path) -> None:
 
 
 def not_finite(path: Path, value: float = float("nan")) -> Path:
-    """A model that is in order but for one weight, which is no number, or no finite one."""
+    """Write a valid model with one weight that is not finite."""
 
     def first_weight(data: bytes) -> int:
         (offset,) = struct.unpack_from(U64, data, after(data, QUERY) + OFFSET)
@@ -160,23 +160,23 @@ def sharded(change: Callable[[list[Path]], object]) -> Make:
 
 
 def one_too_few(shards: list[Path]) -> None:
-    """The first says that there are more files than their names do."""
+    """Let the first file declare more files than there are."""
     write_number(shards[0], U16, within("split.count", VALUE), SHARDS + 1)
 
 
 def same_number_twice(shards: list[Path]) -> None:
-    """The last file says that it is the second."""
+    """Let the last file declare that it is the second."""
     write_number(shards[2], U16, within("split.no", VALUE), 1)
 
 
 def same_tensors_twice(shards: list[Path]) -> None:
-    """The last file holds what the second holds, and its own number."""
+    """Give the last file the tensors of the second, with its own number."""
     shutil.copyfile(shards[1], shards[2])
     write_number(shards[2], U16, within("split.no", VALUE), 2)
 
 
 def swapped(shards: list[Path]) -> None:
-    """The first file's name is that of the second, and the other way round."""
+    """Swap the names of the first two files."""
     aside = shards[0].with_suffix(".aside")
     shards[0].replace(aside)
     shards[1].replace(shards[0])
@@ -184,13 +184,13 @@ def swapped(shards: list[Path]) -> None:
 
 
 def alone(shards: list[Path]) -> None:
-    """The first, under a name that is not one of several."""
+    """Keep only the first file, under a name without a number."""
     for shard in shards[1:]:
         shard.unlink()
     shards[0].replace(shards[0].with_name("alone.gguf"))
 
 
-# ---- what is no file
+# ---- paths that are not regular or not readable files
 
 
 def linked(target: str) -> Make:
@@ -217,9 +217,9 @@ NO_GGUF = r"does not start with 'GGUF': it is not a GGUF file, or it is damaged"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 4368439584\n"
 PAGE = b"<!DOCTYPE html><html><head><title>401 Unauthorized</title></head></html>"
 
-# What is seen without the engine: such a file keeps its key, and is not listed.
+# Defects found without the engine: such a file keeps its key, and is not listed.
 SEEN_AT_ONCE: dict[str, Damage] = {
-    # no GGUF at all
+    # not GGUF
     "empty": Damage(of(b""), INVALID, r"empty\.gguf is empty"),
     "one-byte": Damage(of(b"G"), INVALID, NO_GGUF),
     "garbage": Damage(of(bytes(range(256)) * 64), INVALID, NO_GGUF),
@@ -228,7 +228,7 @@ SEEN_AT_ONCE: dict[str, Damage] = {
     "web-page": Damage(of(PAGE), INVALID, r"is a web page, probably an error page saved as a download"),
     "lfs-pointer": Damage(of(LFS), INVALID, r"is a Git LFS pointer: the model itself was not downloaded"),
     "bad-magic": Damage(with_number(">I", at(0), int.from_bytes(b"GGUf")), INVALID, NO_GGUF),
-    # a header that cannot be, or is not whole
+    # an impossible or incomplete header
     **{
         f"version-{n}": Damage(
             with_number(U32, at(VERSION), n), INVALID, rf"is GGUF version {n}; only versions 2 and 3"
@@ -284,7 +284,7 @@ SEEN_AT_ONCE: dict[str, Damage] = {
     "alignment-2147483648": Damage(
         llama({"general.alignment": 1 << 31}), INVALID, rf"is shorter than the 2148\d{{6}} bytes .*{CUT}"
     ),
-    # tensors that cannot be, or are not there
+    # impossible or missing tensors
     "dims-overflow": Damage(
         with_number(U64, within(QUERY, DIM), 1 << 60), INVALID, r"the impossible shape \[1152921504606846976, 128\]"
     ),
@@ -305,7 +305,7 @@ SEEN_AT_ONCE: dict[str, Damage] = {
     "truncated-by-a-byte": Damage(
         cut(lambda data: len(data) - 1), INVALID, rf"is shorter than the \d+ bytes that its tensors need: .*{CUT}"
     ),
-    # GGUF, but no model, or one on which the engine would abort
+    # GGUF, but not a model, or a model on which the engine would abort
     "no-architecture": Damage(llama(drop=["general.architecture"]), INVALID, r"has no general\.architecture"),
     "no-context-length": Damage(llama(drop=["llama.context_length"]), INVALID, r"has no llama\.context_length"),
     "context-length-0": Damage(llama({"llama.context_length": 0}), INVALID, r"llama\.context_length = 0; it must be"),
@@ -354,7 +354,7 @@ SEEN_AT_ONCE: dict[str, Damage] = {
     "renamed-shard": Damage(
         sharded(alone), INVALID, r"is one of the 3 files of a split model, but lacks a suffix like"
     ),
-    # no file, or one that may not be read
+    # not a regular file, or not readable
     "fifo": Damage(lambda path: os.mkfifo(path), INVALID, r"fifo\.gguf is not a regular file"),
     "directory": Damage(lambda path: path.mkdir(), NOT_FOUND, r"not found"),
     "link-to-a-device": Damage(
@@ -369,7 +369,7 @@ SEEN_AT_ONCE: dict[str, Damage] = {
     "unreadable-folder": Damage(unreadable_folder, INVALID, r"unreadable-folder cannot be read: Permission denied"),
 }
 
-# What only the engine can tell: such a file is listed as a model.
+# Defects found only by the engine: such a file is listed as a model.
 SEEN_BY_THE_ENGINE: dict[str, Damage] = {
     "type-of-a-tensor": Damage(
         with_number(U32, within(QUERY, TYPE), 200), INVALID, rf"'{QUERY}' has invalid ggml type 200"
@@ -436,7 +436,7 @@ def key_of(name: str) -> str:
 
 
 def write_all(models_dir: Path) -> None:
-    """One folder for each damage, in which it is all there is."""
+    """Write each damaged file into its own folder."""
     for name, damage in DAMAGES.items():
         folder = models_dir / key_of(name)
         folder.mkdir(parents=True)

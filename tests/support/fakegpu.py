@@ -1,12 +1,12 @@
 """Fake GPUs on a machine without one: ggml devices of type GPU over the CPU backend, each with its own memory.
 
-A device computes on the CPU and its buffers are host memory, but it has a name and a capacity of its own,
-reports what is free, and refuses what exceeds it, so llama.cpp offloads to it, splits over several and runs out
-of memory as on a card.  Pure ctypes over the stock build: it lays out ggml's private structs
-(ggml/src/ggml-backend-impl.h) as llama-cpp-python 0.3.36 has them.  For tests only.
+A device computes on the CPU and its buffers are host memory, but it has its own name and capacity, reports its free
+memory and refuses larger allocations.  So llama.cpp offloads to it, splits over several devices and runs out of memory
+as on a real card.  It uses only ctypes and the stock build: it lays out ggml's private structs
+(ggml/src/ggml-backend-impl.h) as in llama-cpp-python 0.3.36.  For tests only.
 
-Every ggml function comes from the handle of libllama: a second handle on libggml would be a second copy of
-it, with a device registry of its own.
+Every ggml function comes from the handle of libllama: a second handle on libggml would be a second copy of it, with its
+own device registry.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Capabilities(ctypes.Structure):  # ggml_backend_dev_caps
     _fields_ = [(name, c_bool) for name in ("async_", "host_buffer", "buffer_from_host_ptr", "events", "mmap_support")]
 
 
-class _Properties(ctypes.Structure):  # ggml_backend_dev_props; strings as addresses of bytes kept elsewhere
+class _Properties(ctypes.Structure):  # ggml_backend_dev_props; strings are addresses of bytes kept elsewhere
     _fields_ = [
         *_pointers("name", "description"),
         ("memory_free", c_size_t),
@@ -61,7 +61,8 @@ class _Properties(ctypes.Structure):  # ggml_backend_dev_props; strings as addre
     ]
 
 
-_Pointer = ctypes.CFUNCTYPE(c_void_p, c_void_p)  # also for strings: ctypes keeps no string that a callback returns
+# A pointer also stands for a string: ctypes does not keep a string that a callback returns.
+_Pointer = ctypes.CFUNCTYPE(c_void_p, c_void_p)
 _PointerOfTwo = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_void_p)
 _Type = ctypes.CFUNCTYPE(c_int, c_void_p)
 _Bool = ctypes.CFUNCTYPE(c_bool, c_void_p)
@@ -84,17 +85,17 @@ _free_backend = _bind("ggml_backend_free", None, c_void_p)
 _device_by_type = _bind("ggml_backend_dev_by_type", c_void_p, c_int)
 _register = _bind("ggml_backend_device_register", None, c_void_p)
 
-_registered: list[FakeGPU] = []  # ggml keeps devices for good, so what they point to is kept too
+_registered: list[FakeGPU] = []  # ggml never frees devices, so their structs are kept too
 
 
 class Memory(Protocol):
-    """What several processes share of a device."""
+    """The memory of a device that several processes share."""
 
     def begin(self) -> bool:
-        """Take what the driver takes for a process, if it has not yet.  Whether there was room."""
+        """Take the driver's memory for this process, once; return whether there was room."""
 
     def take(self, n_bytes: int) -> bool:
-        """Whether there was room for so much more of ours."""
+        """Take so many bytes for this process; return whether there was room."""
 
     def give(self, n_bytes: int) -> None: ...
 
@@ -102,10 +103,10 @@ class Memory(Protocol):
 
 
 class FakeGPU:
-    """One fake device.  `used_bytes` and `peak_bytes` count what llama.cpp holds, and held at most, on it in this
-    process; where others use the device too, `shared` knows what is left.
+    """One fake device.  `used_bytes` and `peak_bytes` are the current and the largest usage of llama.cpp in this
+    process; if other processes use the device too, `shared` has its free memory.
 
-    Made and registered by `add`; never unregistered, as ggml has no way to.
+    Created and registered by `add`; never unregistered, since ggml has no function for that.
     """
 
     def __init__(self, name: str, total_bytes: int, shared: Memory | None = None) -> None:
@@ -114,7 +115,7 @@ class FakeGPU:
         self.used_bytes = 0
         self.peak_bytes = 0
         self._shared = shared
-        self._live: dict[int, tuple[int, int]] = {}  # buffer -> its bytes, the CPU backend's way to free it
+        self._live: dict[int, tuple[int, int]] = {}  # buffer -> its bytes, and the CPU backend's free function
         self._strings = [ctypes.create_string_buffer(text.encode()) for text in (name, "fake GPU", f"fake:{name}")]
         self._name, self._description, self._id = map(ctypes.addressof, self._strings)
 
@@ -157,7 +158,7 @@ class FakeGPU:
     def _alloc(self, buffer_type: int, n_bytes: int) -> int | None:
         shared = self._shared
         if not (shared.begin() and shared.take(n_bytes) if shared else n_bytes <= self.free_bytes):
-            return None  # out of memory, as a device says it
+            return None  # out of memory, as a device reports it
         buffer: int | None = self._cpu_alloc(buffer_type, n_bytes)
         if not buffer and self._shared:
             self._shared.give(n_bytes)
@@ -179,7 +180,7 @@ class FakeGPU:
 
     def _get_memory(self, _: int, free: Any, total: Any) -> None:
         if self._shared:
-            self._shared.begin()  # as cudaMemGetInfo does, which ggml-cuda.cu asks here and for the properties
+            self._shared.begin()  # like cudaMemGetInfo, which ggml-cuda.cu calls here and for the properties
         free[0], total[0] = self.free_bytes, self.total_bytes
 
     def _get_properties(self, _: int, properties: Any) -> None:
@@ -187,7 +188,7 @@ class FakeGPU:
             self._shared.begin()
         properties[0] = _Properties(
             *(self._name, self._description, self.free_bytes, self.total_bytes, TYPE_GPU, self._id),
-            _Capabilities(mmap_support=True),  # as a card of its own: weights are copied from a mapped file
+            _Capabilities(mmap_support=True),  # like a separate card: weights are copied from a mapped file
         )
 
     def _init_backend(self, *_: int) -> int:
@@ -197,9 +198,9 @@ class FakeGPU:
 
 
 def add(name: str, total_bytes: int, shared: Memory | None = None) -> FakeGPU:
-    """A new device `name`, with a name no other has, in this process.
+    """Add a device to this process; its name must be unique.
 
-    Before the first model load and after llama_backend_init; any number of times.
+    Call it after llama_backend_init and before the first model load, any number of times.
     """
     _check_layout()
     gpu = FakeGPU(name, total_bytes, shared)
@@ -209,12 +210,12 @@ def add(name: str, total_bytes: int, shared: Memory | None = None) -> FakeGPU:
 
 
 def _check_layout() -> None:
-    """Raise RuntimeError if ggml's structs are not laid out as above, rather than crash later."""
+    """Raise RuntimeError if ggml's structs have another layout than above, instead of crashing later."""
     cpu = _device_by_type(TYPE_CPU)
     backend = _cpu_backend()
-    found = _Backend.from_address(backend).device
+    device = _Backend.from_address(backend).device
     _free_backend(backend)
-    if found != cpu or _Type(_Device.from_address(cpu).get_type)(cpu) != TYPE_CPU:
+    if device != cpu or _Type(_Device.from_address(cpu).get_type)(cpu) != TYPE_CPU:
         raise RuntimeError("ggml's private structs have changed; see ggml-backend-impl.h of this llama.cpp")
 
 

@@ -1,11 +1,11 @@
-"""A host with GPUs that are none, for real processes: what NVML and the engine find there, and what is free.
+"""A host with fake GPUs for real processes: the devices that NVML and the engine find, and their free memory.
 
-A directory is the host's whole state, so that any number of processes share it: `devices.json`, and beside it for each
-device a directory with a file for each holder of memory.  A process is one by its number and start time; what it held
-is free once it is gone, or some time later, as drivers have it.  Whoever takes memory does it under a lock.
+A directory holds the whole state of the host, so that any number of processes share it: `devices.json`, and for each
+device a directory with a file for each process that holds memory.  A process is identified by its pid and start time;
+its memory is free once the process is gone, or some time later, as with real drivers.  Memory is taken under a lock.
 
-The processes of `FakeHost.environ` find it through CUDA_FAKE_HOST and tests/support/fakehost on their PYTHONPATH: a
-module `pynvml`, and a hook that gives the engine its devices.
+Processes started with `FakeHost.environ` find the host through CUDA_FAKE_HOST and tests/support/fakehost on their
+PYTHONPATH, which has a module `pynvml` and a hook that gives the engine its devices.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "CUDA_FAKE_HOST"
-FOREIGN_PID = 1  # of what a test holds in another's name
-FOREIGN, GONE = "foreign", ".gone"  # in names of files: held by no process of ours; when it was seen to be gone
+FOREIGN_PID = 1  # holder of the memory that a test takes for other programs
+FOREIGN, GONE = "foreign", ".gone"  # in names of files: another program's memory; when a process was seen to be gone
 
 
 class Device(NamedTuple):
@@ -37,14 +37,14 @@ class Holder(NamedTuple):
 
 
 class FakeHost:
-    """The host in a directory."""
+    """A host whose state is in a directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     @classmethod
     def made(cls, directory: Path, *total_bytes: int) -> FakeHost:
-        """A new host with a GPU of each size, `GPU-fake-0` and so on."""
+        """Create a host with a GPU of each size: `GPU-fake-0` and so on."""
         host = cls(directory)
         directory.mkdir(parents=True)
         (directory / "lock").touch()
@@ -54,17 +54,17 @@ class FakeHost:
 
     @classmethod
     def here(cls) -> FakeHost | None:
-        """The one that this process is on, by its environment."""
+        """Return the host of this process, from its environment, or None."""
         return cls(Path(os.environ[VARIABLE])) if VARIABLE in os.environ else None
 
     def environ(self) -> dict[str, str]:
-        """What a process must have in its environment to be on this host."""
+        """Return the environment that puts a process on this host."""
         return {VARIABLE: str(self.directory), "PYTHONPATH": f"{ROOT / 'tests/support/fakehost'}:{ROOT}"}
 
     # ---- its devices
 
     def has(self, *devices: Device) -> None:
-        """These are its GPUs from now on, for processes that look from now on."""
+        """Set the GPUs of the host; processes see them when they next look."""
         for device in devices:
             (self.directory / device.uuid).mkdir(exist_ok=True)
         partial = self.directory / "devices.partial"
@@ -78,22 +78,22 @@ class FakeHost:
         return next(device for device in self.devices() if device.uuid == uuid)
 
     def visible(self, names: str | None) -> list[Device]:
-        """What CUDA finds of them, by CUDA_VISIBLE_DEVICES: in that order, up to the first that there is none of."""
+        """Return the devices that CUDA finds with CUDA_VISIBLE_DEVICES: in that order, up to the first unknown name."""
         devices = {device.uuid: device for device in self.devices() if self.fault(device.uuid) is None}
         if names is None:
             return list(devices.values())
-        found = []
+        visible_devices = []
         for name in names.split(","):
             if name not in devices:
                 break
-            found.append(devices[name])
-        return found
+            visible_devices.append(devices[name])
+        return visible_devices
 
     # ---- its driver
 
     def driver(self, *, lag_s: float = 0.0, context_bytes: int = 0) -> None:
-        """How long it keeps the memory of a process that is gone (real ones up to 1.5 s), and how much it takes itself
-        of each GPU for a process that uses it (real ones some 0.5 GiB)."""
+        """Set how long the driver keeps the memory of a process that is gone (a real one up to 1.5 s), and how much it
+        uses of a GPU for each process on it (a real one about 0.5 GiB)."""
         partial = self.directory / "driver.partial"
         partial.write_text(json.dumps({"lag_s": lag_s, "context_bytes": context_bytes}))
         partial.replace(self.directory / "driver.json")
@@ -105,8 +105,10 @@ class FakeHost:
     # ---- faults
 
     def fail(self, uuid: str, fault: str | None) -> None:
-        """Have NVML answer every question about a device with this error ("GpuIsLost"), or no longer.  CUDA does not
-        find such a device.  With "host" for the device, NVML does not even start ("DriverNotLoaded")."""
+        """Let every NVML query for a device fail with this error, e.g. "GpuIsLost"; None ends the fault.
+
+        CUDA does not find such a device.  With the device "host", NVML does not initialise ("DriverNotLoaded").
+        """
         path = self.directory / f"fault-{uuid}"
         if fault is None:
             path.unlink(missing_ok=True)
@@ -128,28 +130,28 @@ class FakeHost:
         return max(0, self.device(uuid).total_bytes - self.used_bytes(uuid))
 
     def holders(self, uuid: str) -> list[Holder]:
-        """Who holds memory of a device; forgets who is gone.  Without the lock: one that is stopped may have it."""
-        found = []
+        """Return the holders of a device's memory.  Takes no lock, which a stopped process may hold."""
+        holders_of_device = []
         for path in sorted((self.directory / uuid).iterdir()):
             pid, started, *_ = path.name.split(".")
-            with suppress(FileNotFoundError):  # another was first to forget it
+            with suppress(FileNotFoundError):  # another process has removed it
                 if path.suffix != GONE and not self._is_free(path, int(pid), started) and (n := int(path.read_text())):
-                    found.append(Holder(int(pid), n))
-        return found
+                    holders_of_device.append(Holder(int(pid), n))
+        return holders_of_device
 
     def take(self, uuid: str, n_bytes: int, *, pid: int = FOREIGN_PID) -> None:
-        """Hold so much more of a device in the name of another program, whether there is room or not."""
+        """Hold so much more of a device for another program, even beyond its size."""
         with self._locked():
             self._add(uuid, f"{pid}.{FOREIGN}", n_bytes)
 
     def release(self, uuid: str) -> None:
-        """Hold nothing more of a device in the name of others."""
+        """Free the memory of a device that is held for other programs."""
         with self._locked():
             for path in (self.directory / uuid).glob(f"*.{FOREIGN}"):
                 path.unlink()
 
     def change(self, uuid: str, n_bytes: int) -> bool:
-        """Hold so much more, or less, as this process.  Whether there was room."""
+        """Change the memory that this process holds; return whether there was room."""
         with self._locked():
             if n_bytes > self.free_bytes(uuid):
                 return False
@@ -159,10 +161,10 @@ class FakeHost:
     def _add(self, uuid: str, name: str, n_bytes: int) -> None:
         path, partial = self.directory / uuid / name, self.directory / "partial"
         partial.write_text(str(n_bytes + (int(path.read_text()) if path.exists() else 0)))
-        partial.replace(path)  # whole, also where we are killed meanwhile
+        partial.replace(path)  # atomic, even if this process is killed meanwhile
 
     def _is_free(self, path: Path, pid: int, started: str) -> bool:
-        """Whether a holder is gone, and has been for `lag_s`: the driver's time begins when that is seen first."""
+        """Return whether a holder has been gone for `lag_s`, counted from when that was first seen."""
         if started in (FOREIGN, _started(pid)):
             return False
         seen = path.with_name(path.name + GONE)
@@ -182,7 +184,7 @@ class FakeHost:
 
 
 class Shared:
-    """A device's memory as one process of several has it; a `tests.support.fakegpu.Memory`."""
+    """A device's memory, shared with other processes; implements `tests.support.fakegpu.Memory`."""
 
     def __init__(self, host: FakeHost, uuid: str) -> None:
         self._host, self._uuid = host, uuid
@@ -204,7 +206,7 @@ class Shared:
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, in clock ticks since boot; None: it is gone, or only not reaped yet."""
+    """Return the start time of a process in clock ticks since boot, or None if it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

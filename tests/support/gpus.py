@@ -1,4 +1,4 @@
-"""A worker within a test, on a host with GPUs that are none (`tests.support.fakehosts`)."""
+"""A worker within a test, on a host with fake GPUs (`tests.support.fakehosts`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.support.fakehosts import ROOT, VARIABLE, FakeHost
 
 
 def main(directory: str, control: socket.socket, output: socket.socket, visible: str | None) -> None:
-    """What a runner does; the server that forks it may be older than the host."""
+    """Run a runner on the host; the forkserver may have started before the host existed."""
     os.environ[VARIABLE] = directory
-    # Only here: the engine may be in the runner's process only.
+    # Imported here: only the process of a runner may import the engine.
     from tests.support.fakehost.sitecustomize import give_gpus
     from worker.engine import child, llama
 
@@ -27,7 +27,7 @@ def main(directory: str, control: socket.socket, output: socket.socket, visible:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, directory: Path, *total_bytes: int) -> FakeHost:
-    """Have the workers that are made from now on find a GPU of each size, `GPU-fake-0` and so on."""
+    """Give workers that are created from now on a GPU of each size: `GPU-fake-0` and so on."""
     host = FakeHost.made(directory, *total_bytes)
     use_driver(monkeypatch, host)
     monkeypatch.setattr(worker.runner.warm, "run_child", partial(main, str(directory)))
@@ -35,7 +35,7 @@ def install(monkeypatch: pytest.MonkeyPatch, directory: Path, *total_bytes: int)
 
 
 def use_driver(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
-    """Have NVML in this process be that of the host."""
+    """Use the NVML of the fake host in this process."""
     monkeypatch.setenv(VARIABLE, str(host.directory))
     spec = importlib.util.spec_from_file_location("fake_pynvml", ROOT / "tests/support/fakehost/pynvml.py")
     assert spec is not None

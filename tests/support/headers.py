@@ -1,4 +1,4 @@
-"""GGUF files of nothing but a header, byte by byte, so that a test can also make a wrong one."""
+"""GGUF files that consist of a header only, written byte by byte, so that a test can also write a wrong one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def header(
     version: int = 3,
     offsets: Sequence[int] | None = None,
 ) -> bytes:
-    """The header with its padding; tensors lie at `offsets`, by default each in 2**16 bytes of its own."""
+    """Return a header with its padding; tensors are at `offsets`, by default 2**16 bytes apart."""
     head = struct.pack("<4sIQQ", b"GGUF", version, len(tensors), len(metadata))
     for key, value in metadata.items():
         kind, data = _value(value)
@@ -41,7 +41,7 @@ def write(
     metadata: Mapping[str, Value] | None = None,
     tensors: Sequence[tuple[str, Sequence[int], int]] = WEIGHTS,
 ) -> Path:
-    """A model with this metadata added to LLAMA's, and room for the tensors' data; complete as soon as it is there."""
+    """Write a model with this metadata added to LLAMA's and room for the tensor data, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = header({**LLAMA, **(metadata or {})}, tensors)
     beside = path.with_name(f".{path.name}")
@@ -52,7 +52,7 @@ def write(
 
 
 def vocabulary(n: int) -> dict[str, Value]:
-    """A tokenizer of n tokens, which a quick look need not read."""
+    """Return the metadata of a tokenizer with n tokens, which a scan may skip."""
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [f"token{i}" for i in range(n)]}
 
 

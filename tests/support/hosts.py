@@ -1,7 +1,7 @@
-"""Hosts of a pool on one machine, and TLS between them.
+"""Several hosts of a pool on one machine, with TLS between them.
 
-Where this machine allows it (root, and a kernel and an `ip` that make what it takes) each host has a network, a name
-and an /etc/hosts of its own; elsewhere hosts are addresses of the loopback.
+If this machine allows it (root, a kernel with namespaces, and `ip`), each host has its own network, name and
+/etc/hosts; otherwise hosts are loopback addresses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from redis import Redis
 from tests.support.service import Client, Process, RedisServer, Reply
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWNET = 0x00020000, 0x04000000, 0x40000000  # linux/sched.h
-ESTABLISHED, LISTENING = "01", "0A"  # net/tcp_states.h, as /proc/net/tcp has them
+ESTABLISHED, LISTENING = "01", "0A"  # net/tcp_states.h, as in /proc/net/tcp
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Host:
-    """This machine, under one of the addresses that it has anyway."""
+    """This machine, under one of its loopback addresses."""
 
     is_apart = False
 
@@ -46,15 +46,15 @@ class Host:
         self.name, self.address = name, address
 
     def do(self, function: Callable[P, T], *args: P.args, **fields: P.kwargs) -> T:
-        """Call it on this host: there is every process that it starts, and every socket that it opens."""
+        """Call a function on this host: its processes and sockets belong to the host."""
         return function(*args, **fields)
 
 
 class Apart(Host):
-    """A host with namespaces of its own.
+    """A host with its own namespaces.
 
-    A thread is on it and what that starts; when all of this has ended, in whatever way, the kernel takes the namespaces
-    back, with the links into them.  So there is nothing that a test could leave behind.
+    A thread and the processes that it starts are in them.  When these have ended, in whatever way, the kernel removes
+    the namespaces and the links into them, so a test cannot leave them behind.
     """
 
     is_apart = True
@@ -75,11 +75,11 @@ class Apart(Host):
         self.do(run, *words)
 
     def _leave(self) -> int:
-        """Raises OSError and CalledProcessError where this machine does not allow it."""
+        """Enter new namespaces; raise OSError or CalledProcessError if this machine does not allow it."""
         libc = ctypes.CDLL(None, use_errno=True)  # os.unshare came with Python 3.12
         if libc.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), "unshare")
-        run("mount", "--make-rprivate", "/")  # else what is mounted here could be seen outside
+        run("mount", "--make-rprivate", "/")  # otherwise mounts would be visible outside
         socket.sethostname(self.name)
         run("ip", "link", "set", "lo", "up")
         return threading.get_native_id()
@@ -93,7 +93,7 @@ def run(*words: str) -> None:
 
 
 class Network:
-    """A network of hosts.  `server` is how all of them call the one at `server_address`."""
+    """A network of hosts.  `server` is the name of the host at `server_address`."""
 
     server, server_address = "localhost", "127.0.0.1"
 
@@ -101,19 +101,19 @@ class Network:
         self._closing = ExitStack()
 
     def host(self, name: str, number: int) -> Host:
-        """A new one; of the numbers from 1 to 250 each may be used once, 1 is the server's."""
+        """Add a host.  Each number from 1 to 250 may be used once; 1 is the server's."""
         return Host(socket.gethostname(), f"127.0.0.{number}")
 
     def move(self, host: Host, number: int) -> None:
-        """Give it another address, and no notice to whoever it was talking to."""
-        raise AssertionError("a host that is not apart has no address of its own")
+        """Give a host another address, without a notice to its peers."""
+        raise AssertionError("only a host with its own network can change its address")
 
     def close(self) -> None:
         self._closing.close()
 
 
 class Switched(Network):
-    """Hosts that are apart, each plugged into one switch that nothing else is plugged into."""
+    """Hosts with their own namespaces, connected by a private switch."""
 
     server, server_address = "redis.test", "10.0.0.1"
 
@@ -126,7 +126,7 @@ class Switched(Network):
             self._switch.run("ip", "link", "set", "switch", "up")
             self._names = directory / "hosts"
             self._names.write_text(f"127.0.0.1 localhost\n{self.server_address} {self.server}\n")
-            self.host("probe", 250)  # all that can be refused is refused now
+            self.host("probe", 250)  # fails now if a host cannot be created
         except BaseException:
             self.close()
             raise
@@ -151,19 +151,19 @@ class Switched(Network):
 
 @contextmanager
 def network(directory: Path) -> Iterator[Network]:
-    """One of hosts that are apart, where that can be had."""
+    """Create a network, of hosts with their own namespaces if this machine allows it."""
     try:
-        made: Network = Switched(directory)
-    except (OSError, subprocess.CalledProcessError):  # no root, no `ip`, or a kernel that has not what it takes
-        made = Network()
+        chosen: Network = Switched(directory)
+    except (OSError, subprocess.CalledProcessError):  # no root, no `ip`, or no kernel support
+        chosen = Network()
     try:
-        yield made
+        yield chosen
     finally:
-        made.close()
+        chosen.close()
 
 
 class ClientOn(Client):
-    """A client that asks from a host."""
+    """A client that sends its requests from a host."""
 
     def __init__(self, host: Host, url: str, token: str) -> None:
         super().__init__(url, token)
@@ -174,29 +174,29 @@ class ClientOn(Client):
 
 
 def open_ports(tree: Iterable[Process]) -> set[str]:
-    """Where processes can be reached over a network: their TCP sockets that listen, and all of their UDP sockets."""
-    found = set()
+    """Return where processes can be reached over a network: listening TCP sockets, and all UDP sockets."""
+    ports = set()
     for process in tree:
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            of_it = _sockets(process.pid)
+        with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
+            inodes = _sockets(process.pid)
             for protocol in ("tcp", "tcp6", "udp", "udp6"):
                 for local, _, state, inode in _table(process.pid, protocol):
-                    if inode in of_it and (state == LISTENING or protocol.startswith("udp")):
-                        found.add(f"{protocol} {local} of {' '.join(process.words)}")
-    return found
+                    if inode in inodes and (state == LISTENING or protocol.startswith("udp")):
+                        ports.add(f"{protocol} {local} of {' '.join(process.words)}")
+    return ports
 
 
 def _sockets(pid: int) -> set[str]:
-    """The inodes of a process' sockets."""
-    found = set()
+    """Return the inodes of a process's sockets."""
+    inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
-            found |= {*re.findall(r"socket:\[(\d+)\]", os.readlink(entry))}
-    return found
+            inodes |= {*re.findall(r"socket:\[(\d+)\]", os.readlink(entry))}
+    return inodes
 
 
 def _table(pid: int, protocol: str) -> Iterator[tuple[str, str, str, str]]:
-    """The sockets of a process' network: local address, remote address, state, inode; none where there is no IPv6."""
+    """Yield local address, remote address, state and inode of the sockets in a process's network; none without IPv6."""
     table = Path(f"/proc/{pid}/net/{protocol}")
     for row in table.read_text().splitlines()[1:] if table.exists() else ():
         fields = row.split()
@@ -207,7 +207,7 @@ def _table(pid: int, protocol: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 class GuardedRedis(RedisServer):
-    """A server that asks for a password."""
+    """A Redis that requires a password."""
 
     password: str | None = None
 
@@ -223,18 +223,17 @@ class GuardedRedis(RedisServer):
 
 
 def certificate(directory: Path, name: str) -> Path:
-    """A certificate for a host's name that its own key signed; that key is in the file beside it."""
+    """Create a self-signed certificate for a host name; its key is in the file beside it."""
     file = directory / f"{len([*directory.glob('*.pem')])}.pem"
     kind = ("-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
     names = ("-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}")
-    uses = ("-addext", "keyUsage=critical,digitalSignature,keyCertSign")  # Python 3.13 asks for it: VERIFY_X509_STRICT
+    uses = ("-addext", "keyUsage=critical,digitalSignature,keyCertSign")  # required by Python 3.13: VERIFY_X509_STRICT
     run("openssl", "req", *kind, *names, *uses, "-keyout", str(file.with_suffix(".key")), "-out", str(file))
     return file
 
 
 class TlsProxy:
-    """A process that takes TLS off what comes in at its ports, one for each certificate, and hands it on to a server
-    that listens on a unix socket."""
+    """A process that terminates TLS on one port for each certificate, and forwards to a server on a unix socket."""
 
     def __init__(self, host: Host, address: str, behind: Path, *certificates: Path) -> None:
         doors = [host.do(socket.create_server, (address, 0)) for _ in certificates]
@@ -249,7 +248,7 @@ class TlsProxy:
             door.close()
 
     def peers(self) -> set[str]:
-        """The addresses of those that are connected, or were and have not said that they went."""
+        """Return the addresses of the peers with open connections, including peers that vanished without closing."""
         rows = _table(self.popen.pid, "tcp")
         ours = [remote for local, remote, state, _ in rows if state == ESTABLISHED and _port(local) in self.ports]
         return {socket.inet_ntoa(int(remote.partition(":")[0], 16).to_bytes(4, sys.byteorder)) for remote in ours}
@@ -264,12 +263,12 @@ class TlsProxy:
 
 
 def _port(shown: str) -> int:
-    """Of an address and a port as /proc/net/tcp has them."""
+    """Return the port of an address in the format of /proc/net/tcp."""
     return int(shown.partition(":")[2], 16)
 
 
 async def _take_off_tls(behind: str, *pairs: str) -> None:
-    """`pairs`: a listening socket's descriptor and its certificate's file, and so on."""
+    """Serve on `pairs` of a listening socket's descriptor and a certificate file."""
     writers: set[asyncio.StreamWriter] = set()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -295,7 +294,7 @@ async def _take_off_tls(behind: str, *pairs: str) -> None:
 
 
 async def _pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-    with suppress(OSError):  # either end may break off; then both do
+    with suppress(OSError):  # either end may break the connection; then both are closed
         while data := await source.read(1 << 16):
             sink.write(data)
             await sink.drain()

@@ -1,7 +1,7 @@
-"""What llama.cpp itself says a load would take: a dry run that allocates nothing, `worker.engine.llama.measure`.
+"""The memory of a load as llama.cpp computes it in a dry run without allocations: `worker.engine.llama.measure`.
 
-`python -m tests.support.noalloc GPUS` is a process of its own, since the engine may not be in that of the tests: it
-reads a JSON list of `Load` from stdin and writes, for each, a list of `Usage` to stdout.
+`python -m tests.support.noalloc` is a separate process, since the process of the tests must not import the engine.  It
+reads a JSON list of `Load` from stdin and writes a list of `Usage` for each of them to stdout.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from shared.memory.plan import Plan
 from shared.schema.memory import Usage
 from worker.runner.protocol import Load
 
-GPUS = ("GPU-0", "GPU-1", "GPU-2", "GPU-3")  # with room for everything, as they take nothing
+GPUS = ("GPU-0", "GPU-1", "GPU-2", "GPU-3")  # with room for every load: a dry run allocates nothing
 
 
 def load(path: Path, plan: Plan, layers: list[int]) -> Load:
-    """The load of a model onto as many of `GPUS` as `layers` has numbers; each takes so many of the last layers."""
+    """Return the load of a model onto the first of `GPUS`, one for each number of layers; the last layers go there."""
     return Load(
         **msgspec.structs.asdict(plan),
         shards=[str(path)],
@@ -32,7 +32,7 @@ def load(path: Path, plan: Plan, layers: list[int]) -> Load:
 
 
 def measured(loads: list[Load]) -> list[list[Usage]]:
-    """The engine's figures of each load."""
+    """Return the engine's figures of each load."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.noalloc"],
         input=msgspec.json.encode(loads),
@@ -46,7 +46,7 @@ def measured(loads: list[Load]) -> list[list[Usage]]:
 
 
 def main() -> None:
-    """In the process of its own."""
+    """Measure the loads, in the separate process."""
     from tests.support import fakegpu
     from worker.engine import llama
 

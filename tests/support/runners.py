@@ -1,4 +1,4 @@
-"""What tests do to a runner's process from outside."""
+"""Helpers for tests that act on the process of a runner from outside."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ DEADLINE_S = 10.0
 
 
 async def freeze(runner: Runner) -> None:
-    """Stop all of its threads.  One that the signal has not reached yet could still answer."""
+    """Stop all threads of a runner, and wait until each has stopped: a running thread could still answer."""
     os.kill(runner.pid, signal.SIGSTOP)
     async with asyncio.timeout(DEADLINE_S):
-        while not all_stopped(runner.pid):  # noqa: ASYNC110 - no event tells of it
+        while not all_stopped(runner.pid):  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.002)
 
 
 def is_gone(pid: int) -> bool:
-    """Whether it is reaped: a zombie still has its number."""
+    """Return whether a process is gone and reaped: a zombie still has its pid."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -30,8 +30,10 @@ def is_gone(pid: int) -> bool:
 
 
 def has_variable(pid: int, variable: str) -> bool:
-    """Whether a process has set this, NAME=VALUE, in its environment since its start: /proc/PID/environ shows only
-    what it started with, its own memory holds what putenv was given."""
+    """Return whether a process has NAME=VALUE in its environment, even if set after its start.
+
+    /proc/PID/environ shows only the initial environment; the argument of putenv is in the memory of the process.
+    """
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb") as memory:
         for line in maps:
             place, rights, _, _, inode, *_ = line.split()

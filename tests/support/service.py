@@ -1,4 +1,4 @@
-"""Loadstone as its users have it: real processes on a free port, asked over HTTP, stopped by a signal."""
+"""Loadstone as users run it: real processes on a free port, used over HTTP, stopped by a signal."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ POLL_S = 0.02
 WITHOUT_EXPIRY = {b"insts", b"names", b"workers", b"counters", b"tallies", b"queued"}
 JSON = {"Content-Type": "application/json"}
 LOAD, STATUS = "/api/v1/models/load", "/api/v1/models/load/status"
-TINY = "acme/tiny"  # the model of a service that needs no other
+TINY = "acme/tiny"  # the model of a service that needs only one
 DIRECTORY = re.compile(r"(?<![\w.:/])/[\w.+-]+/[\w.+-]+")  # the start of an absolute path of two parts or more
 
 T = TypeVar("T")
 
 
 def until(found: Callable[[], T | None], what: str, within_s: float = 10.0) -> T:
-    """The first true answer of `found`, asked again and again; fails where none comes in time."""
+    """Call `found` until it returns a true value, and return that; fail if there is none in time."""
     deadline = time.monotonic() + within_s
     while True:
         answer = found()
@@ -54,13 +54,13 @@ def until(found: Callable[[], T | None], what: str, within_s: float = 10.0) -> T
 
 class Process(NamedTuple):
     pid: int
-    started: int  # clock ticks since boot: together with the number it names one process for good
+    started: int  # clock ticks since boot: together with the pid it identifies a process
     parent: int
     words: tuple[str, ...]
 
 
 def _stat(pid: int | str) -> list[str] | None:
-    """The fields of /proc/PID/stat after the name: state, parent, ..."""
+    """Return the fields of /proc/PID/stat after the name: state, parent, ..."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -68,7 +68,7 @@ def _stat(pid: int | str) -> list[str] | None:
 
 
 def all_stopped(pid: int) -> bool:
-    """Whether SIGSTOP has reached every thread: one that it has not can still answer."""
+    """Return whether SIGSTOP has reached every thread: a running thread could still answer."""
     states = [_stat(f"{pid}/task/{thread.name}") for thread in Path(f"/proc/{pid}/task").iterdir()]
     return all(stat is not None and stat[0] == "T" for stat in states)
 
@@ -88,15 +88,15 @@ def processes(*, zombies: bool = False) -> list[Process]:
 
 
 def below(pid: int) -> list[Process]:
-    """All descendants of a process."""
+    """Return all descendants of a process."""
     everything = processes()
-    found: list[Process] = []
+    descendants: list[Process] = []
     parents = {pid}
     while parents:
         layer = [process for process in everything if process.parent in parents]
-        found += layer
+        descendants += layer
         parents = {process.pid for process in layer}
-    return found
+    return descendants
 
 
 def is_alive(process: Process) -> bool:
@@ -105,7 +105,7 @@ def is_alive(process: Process) -> bool:
 
 
 def go_on(process: Process) -> None:
-    """Let a stopped process go on, if there still is one."""
+    """Resume a stopped process if it still exists."""
     if is_alive(process):
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGCONT)
@@ -119,7 +119,7 @@ def wait_gone(group: list[Process], within_s: float) -> None:
 
 
 class Running:
-    """A `loadstone` command in the background; what it writes goes to files."""
+    """A `loadstone` command in the background, with its output in files."""
 
     def __init__(self, directory: Path, *words: str, environ: Mapping[str, str] = {}) -> None:
         self.directory = directory
@@ -156,13 +156,13 @@ class Running:
         return until(lambda: next((p for p in self.tree() if p.words[2:4] == ("-m", "worker")), None), "a worker")
 
     def runners(self) -> list[Process]:
-        """The processes that hold models, and the one that waits warm, oldest first."""
+        """Return the processes that hold models and the warm one, oldest first."""
         tree = [process for process in self.tree() if any("multiprocessing.forkserver" in w for w in process.words)]
         servers = {process.pid for process in tree}
         return sorted((process for process in tree if process.parent in servers), key=lambda p: (p.started, p.pid))
 
     def warm_runner(self, loaded: int) -> Process:
-        """The runner that takes the next load, where `loaded` others hold models: it has nothing to do any more."""
+        """Wait until the runner of the next load is idle, beside `loaded` that hold models; return it."""
         last: list[tuple[int, tuple[str, ...]]] = []
 
         def idle() -> Process | None:
@@ -178,28 +178,28 @@ class Running:
 
     @contextmanager
     def frozen(self, loaded: int = 0) -> Iterator[Process]:
-        """The runner of the next load, stopped: that load stays `loading` until the end of the block."""
+        """Stop the runner of the next load: that load stays `loading` until the end of the block."""
         runner = self.warm_runner(loaded)
         os.kill(runner.pid, signal.SIGSTOP)
         until(lambda: all_stopped(runner.pid), "every thread of the runner stopped")
         try:
             yield runner
         finally:
-            with suppress(ProcessLookupError):  # until its end is known its number is nobody else's
+            with suppress(ProcessLookupError):  # its pid is not reused until the worker has reaped it
                 os.kill(runner.pid, signal.SIGCONT)
 
     def stop(self, signum: signal.Signals = signal.SIGTERM) -> None:
-        """End it as an operator does; it says that all went well, and nothing that it started is left."""
+        """Stop the command as an operator does; check its exit status, and that no process is left."""
         tree = self.tree()
         self.popen.send_signal(signum)
         status = self.popen.wait(STOP_S)
         assert status == 0, self.stderr
         wait_gone(tree, 1.0)
-        said = self.stderr
-        assert "Traceback" not in said, said[said.index("Traceback") :][:4000]
+        stderr = self.stderr
+        assert "Traceback" not in stderr, stderr[stderr.index("Traceback") :][:4000]
 
     def kill(self) -> None:
-        """For the end of a test that failed."""
+        """Kill the command and its descendants, for the end of a failed test."""
         tree = self.tree()
         if self.popen.poll() is None:
             self.popen.kill()
@@ -229,7 +229,7 @@ class SentEvent(NamedTuple):
 
 
 class Client:
-    """Asks one service; keeps no connection between requests."""
+    """A client of one service; keeps no connection between requests."""
 
     def __init__(self, url: str, token: str = "") -> None:
         self.url = url
@@ -253,7 +253,7 @@ class Client:
         return Reply(answer.status_code, answer.headers, answer.text)
 
     def post(self, path: str, body: object) -> Reply:
-        """`body` as JSON, or as it is if it is bytes."""
+        """Send `body` as JSON, or unchanged if it is bytes."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.send("POST", path, content=content, headers=JSON)
 
@@ -261,13 +261,13 @@ class Client:
         return self.post(LOAD, {"model": model, **fields})
 
     def loaded(self, model: str, **fields: object) -> Any:
-        """The reply to a load that must succeed."""
+        """Return the reply to a load that must succeed."""
         reply = self.load(model, **fields)
         assert reply.status == 200, reply.text
         return reply.json()
 
     def accepted(self, model: str, **fields: object) -> Any:
-        """The job of a load that nobody waits for."""
+        """Send a load without waiting for it; return its job."""
         body = json.dumps({"model": model, **fields}).encode()
         reply = self.send("POST", LOAD, content=body, headers={**JSON, "Prefer": "respond-async"})
         assert reply.status == 202, reply.text
@@ -282,11 +282,11 @@ class Client:
         return self.send("DELETE", f"{STATUS}/{job_id}")
 
     def events(self, job_id: str, after: str = "") -> Iterator[SentEvent]:
-        """The events of a job, as they come."""
+        """Yield the events of a job as they arrive."""
         return self.stream("GET", f"{STATUS}/{job_id}/events", headers={"Last-Event-ID": after} if after else {})
 
     def stream(self, method: str, path: str, **options: Any) -> Iterator[SentEvent]:
-        """The events of a reply that must be a stream of them, up to its end; comments are left out."""
+        """Yield the events of a reply, which must be an event stream, up to its end, without comments."""
         with self._http.stream(method, path, **options) as answer:
             assert answer.status_code == 200, answer.read()
             assert answer.headers["content-type"].startswith("text/event-stream")
@@ -303,18 +303,18 @@ class Client:
         return self.post("/api/v1/models/unload", {"instance_id": instance_id})
 
     def models(self) -> dict[str, Any]:
-        """The listed models by key."""
+        """Return the listed models by key."""
         reply = self.send("GET", "/api/v1/models")
         assert reply.status == 200, reply.text
         assert set(reply.json()) == {"models"}
         return {model["key"]: model for model in reply.json()["models"]}
 
     def instances(self) -> dict[str, Any]:
-        """The instances that are loaded and usable now, by id."""
+        """Return the instances that are loaded and usable, by id."""
         return {instance["id"]: instance for model in self.models().values() for instance in model["loaded_instances"]}
 
     def metric(self, name: str, **labels: str) -> float:
-        """Read the sample of /metrics that has this name, and these labels among its own.  Fails if it is not one."""
+        """Read the sample of /metrics with this name and at least these labels; fail if there is not exactly one."""
         families = text_string_to_metric_families(self.send("GET", "/metrics").text)
         samples = [sample for family in families for sample in family.samples if sample.name == f"loadstone_{name}"]
         (value,) = (sample.value for sample in samples if labels.items() <= sample.labels.items())
@@ -326,7 +326,7 @@ class Client:
             assert reply.status == 200, reply.text
 
     def shell(self, command: str) -> Reply:
-        """A `curl` command of the documentation, to the letter; only where it connects to is ours."""
+        """Run a `curl` command of the documentation verbatim; only its connection goes to this service."""
         options = f"--silent --show-error --include --noproxy '*' --connect-to localhost:1234:127.0.0.1:{self.port}"
         done = subprocess.run(
             ["bash", "-c", f'curl() {{ command curl {options} "$@"; }}\n{command}'],
@@ -343,7 +343,7 @@ class Client:
         return Reply(int(status.split()[1]), httpx.Headers([(name, value) for name, _, value in fields]), body)
 
     def raw(self, request: bytes) -> bytes:
-        """Everything that comes back for these bytes, until the server closes the connection."""
+        """Send these bytes; return everything received until the server closes the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
             connection.sendall(request)
             chunks = []
@@ -356,22 +356,22 @@ class Client:
 
 
 def error(reply: Reply, status: int, kind: str, code: str | None = None, param: str | None = None) -> Any:
-    """The error of a reply, which must be this one, in the one shape that errors have; it tells no directory."""
+    """Check that a reply is this error, in the common format and without a path of a directory; return the error."""
     assert reply.status == status, reply.text
     assert reply.headers["content-type"] == "application/json"
     assert set(reply.json()) == {"error"}
-    found = reply.json()["error"]
-    assert set(found) <= {"type", "message", "code", "param", "detail"}
-    assert (found["type"], found.get("code"), found.get("param")) == (kind, code, param), reply.text
-    assert found["message"]
+    fields = reply.json()["error"]
+    assert set(fields) <= {"type", "message", "code", "param", "detail"}
+    assert (fields["type"], fields.get("code"), fields.get("param")) == (kind, code, param), reply.text
+    assert fields["message"]
     assert kind in ("not_found", "method_not_allowed") or not DIRECTORY.search(reply.text), reply.text
     assert "Traceback" not in reply.text
-    return found
+    return fields
 
 
 @contextmanager
 def meanwhile(function: Callable[..., T], *args: object, **fields: object) -> Iterator[Future[T]]:
-    """A request that is under way during the block."""
+    """Call a function in a thread during the block; yield its future."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(function, *args, **fields)
 
@@ -380,7 +380,7 @@ def meanwhile(function: Callable[..., T], *args: object, **fields: object) -> It
 
 
 class Service(Running, Client):
-    """`loadstone up` on directories of its own."""
+    """`loadstone up` with its own directories."""
 
     def __init__(
         self, directory: Path, *words: str, models: Path | None = None, token: str = "", **variables: str
@@ -398,12 +398,12 @@ class Service(Running, Client):
             raise
 
     def state(self, instance_id: str) -> str | None:
-        """What Redis says of a live instance."""
+        """Return the state of a live instance in Redis, or None."""
         with self.redis() as redis:
             return state(redis, instance_id)
 
     def wanted(self) -> list[str]:
-        """The ids of what the worker's own file has to be loaded again."""
+        """Return the ids of the instances that the worker's file lists to be restored."""
         files = self.data_dir.glob("wanted-*.json")
         return [
             one.instance_id for file in files for one in msgspec.json.decode(file.read_bytes(), type=list[Instance])
@@ -422,7 +422,7 @@ def state(redis: Redis, instance_id: str) -> str | None:
 
 
 def check_keys(redis: Redis) -> None:
-    """Nothing stays in Redis for ever but what `shared.store` says."""
+    """Check that every key of Redis expires, except those that `shared.store` keeps."""
     live = {b"inst:" + id_ for id_ in redis.sscan_iter("insts")}
     known = WITHOUT_EXPIRY | live | {key + b":log" for key in live}
     forever = [key for key in redis.scan_iter() if redis.ttl(key) == -1]
@@ -435,7 +435,7 @@ def check_keys(redis: Redis) -> None:
 def up(
     directory: Path, *words: str, models: Path | None = None, token: str = "", **variables: str
 ) -> Iterator[Service]:
-    """`loadstone up`, ready; at the end, unless it was stopped, it stops as it should and leaves nothing behind."""
+    """Run `loadstone up` for the block; then stop it, unless it was stopped, and check that nothing is left."""
     service = Service(directory, *words, models=models, token=token, **variables)
     try:
         yield service
@@ -449,7 +449,7 @@ def up(
         service.kill()
 
 
-# ---- a Redis of the operator's
+# ---- an external Redis
 
 
 class RedisServer:
@@ -490,11 +490,11 @@ class RedisServer:
         self.popen.wait()
 
 
-# ---- models that shared.synthetic.models has no name for
+# ---- models that shared.synthetic.models does not have
 
 
 def tiny_quantized(path: Path, quantization: str, context_length: int = 4096) -> Path:
-    """A tiny llama whose weights are of this type."""
-    made = architectures.decoder(architectures.TINY, tokenizers.spm(), quantization)
-    made.metadata["llama.context_length"] = context_length
-    return synthetic._write_one(path, synthetic._model(made, "Tiny Llama", quantization))
+    """Write a tiny llama with weights of this quantization."""
+    model = architectures.decoder(architectures.TINY, tokenizers.spm(), quantization)
+    model.metadata["llama.context_length"] = context_length
+    return synthetic._write_one(path, synthetic._model(model, "Tiny Llama", quantization))

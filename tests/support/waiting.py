@@ -1,4 +1,4 @@
-"""Waiting for what no event tells of, on an event loop; `tests.support.service.until` is the same without one."""
+"""Polling on an event loop, for conditions without an event; `tests.support.service.until` does it without a loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POLL_S = 0.005
 
 
 async def until(condition: Callable[[], Awaitable[bool] | bool], what: str, within_s: float = 10.0) -> None:
-    """Ask again and again until it is so; fails where that is not in time."""
+    """Poll a condition until it is true; fail if that does not happen in time."""
     try:
         async with asyncio.timeout(within_s):
             while True:
@@ -27,5 +27,5 @@ async def until(condition: Callable[[], Awaitable[bool] | bool], what: str, with
 
 
 def no_runners() -> bool:
-    """Their parent is the server that forked them, not we."""
+    """Return whether no runner exists: the parent of a runner is the forkserver, not this process."""
     return all(process.parent == os.getpid() for process in below(os.getpid()))

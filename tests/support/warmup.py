@@ -1,7 +1,7 @@
-"""What the warm-up of a load leaves in the engine's context.
+"""The state of the engine's context after the warm-up of a load.
 
-`python -m tests.support.warmup` is a process of its own, since the engine may not be in that of the tests: it reads a
-JSON list of `Load` from stdin, loads one after the other, and writes a list of `WarmedUp` to stdout.
+`python -m tests.support.warmup` is a separate process, since the process of the tests must not import the engine.  It
+reads a JSON list of `Load` from stdin, loads one after the other, and writes a list of `WarmedUp` to stdout.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from worker.runner.protocol import NO_GPU, Load
 class WarmedUp(Struct, frozen=True):
     """A context after its warm-up."""
 
-    has_output: bool  # logits of a token, or an embedding: there are none before one was evaluated
+    has_output: bool  # logits of a token, or an embedding: absent before the first evaluation
     n_cached: int  # tokens in the KV cache
 
 
 def warmed_up(loads: list[Load]) -> list[WarmedUp]:
-    """Load models in a process of its own, and report their contexts."""
+    """Load models in a separate process, and report their contexts."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.warmup"],
         input=msgspec.json.encode(loads),
@@ -38,7 +38,7 @@ def warmed_up(loads: list[Load]) -> list[WarmedUp]:
 
 
 def main() -> None:
-    """Load and report, in the process of its own."""
+    """Load models and report their contexts, in the separate process."""
     from worker.engine import llama
 
     log = llama.initialise(NO_GPU)

@@ -1,6 +1,6 @@
-"""What the worker uses of nvidia-ml-py, on a host of tests.support.fakehosts.
+"""The functions of nvidia-ml-py that the worker uses, for a host of tests.support.fakehosts.
 
-Names, results and errors are as nvidia-ml-py has them: strings for UUIDs and names, bytes for memory.
+Names, results and errors are those of nvidia-ml-py: strings for UUIDs and names, bytes for memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Python runs this at the start of every process on a fake host: the engine finds the host's GPUs there."""
+"""Python runs this at the start of every process on a fake host; it gives the engine the host's GPUs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Finder(MetaPathFinder):
 
 
 def give_gpus(llama: Any) -> None:
-    """Have `worker.engine.llama` find, once it starts the engine, what CUDA would find."""
+    """Let `worker.engine.llama` find the GPUs that CUDA would find, once it initialises the engine."""
     initialise = llama.initialise
 
     def with_gpus(visible: str) -> Any:
-        from tests.support import fakegpu  # only here: this is no import for every process
+        from tests.support import fakegpu  # imported here: not every process may import it
         from tests.support.fakehosts import FakeHost, Shared
 
         log = initialise(visible)
