@@ -1,1 +1,1 @@
-"""What Loadstone adds to a load: `python -m bench` measures it against llama-cpp-python alone and prints a report."""
+"""The overhead of Loadstone: `python -m bench` compares its loads with llama-cpp-python alone and prints a report."""

@@ -1,5 +1,8 @@
-"""`python -m bench [PART]...`: measure everything, or the parts that are named; print the report, and keep every single
-figure in bench/out, by part (of `load` in bench.json).  Growth is drawn in docs/growth.png and docs/scale.png."""
+"""`python -m bench [PART]...`: measure all parts, or the given ones, and print the report.
+
+Every single figure is kept in bench/out, one file for each part (bench.json for `load`).  The plots of growth are
+docs/growth.png and docs/scale.png.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,13 @@ PLOT, GROWTH_PLOT = DOCS / "scale.png", DOCS / "growth.png"
 TINY, BIG, Q4_0 = "loadstone/bench-tiny", "loadstone/bench-big", "loadstone/bench-q4-0"
 WIDE, WIDE_TOKENS, WIDE_GB = "loadstone/bench-bpe-150k", 151_936, 4
 BIG_GB = 2
-N_TINY, N_BIG = 50, 9  # the first token after a cold load takes 0.2 to 2 s on a virtual machine: 3 runs decide nothing
+N_TINY, N_BIG = 50, 9  # on a virtual machine the first token after a cold load takes 0.2 to 2 s: 3 runs are too few
 PAUSE_S = 0.15
 
 
 def main() -> int:
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: what runs is then stopped
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: running processes are stopped
     parts = sys.argv[1:] or list(PARTS)
     if not set(parts) <= PARTS.keys():
         print(f"usage: python -m bench {' '.join(f'[{part}]' for part in PARTS)}", file=sys.stderr)
@@ -93,32 +96,32 @@ def scaling(about: dict[str, str]) -> str:
 
 
 def reading(about: dict[str, str]) -> str:
-    big = written_big()
-    found = reads.measure(BIG, big, MODELS, OUT, say)
-    keep("reads", {"machine": about, "goals": msgspec.to_builtins(reads.goals(found))} | msgspec.to_builtins(found))
-    return reads.markdown(found)
+    big = write_big()
+    figures = reads.measure(BIG, big, MODELS, OUT, say)
+    keep("reads", {"machine": about, "goals": msgspec.to_builtins(reads.goals(figures))} | msgspec.to_builtins(figures))
+    return reads.markdown(figures)
 
 
 def loading_many(about: dict[str, str]) -> str:
-    models = {BIG: written_big(), Q4_0: written_q4_0()}
-    found = many.measure(models, TINY, MODELS, OUT, say)
-    keep("many", {"machine": about, "goals": msgspec.to_builtins(many.goals(found))} | msgspec.to_builtins(found))
-    return many.markdown(found)
+    models = {BIG: write_big(), Q4_0: write_q4_0()}
+    figures = many.measure(models, TINY, MODELS, OUT, say)
+    keep("many", {"machine": about, "goals": msgspec.to_builtins(many.goals(figures))} | msgspec.to_builtins(figures))
+    return many.markdown(figures)
 
 
 def growing(about: dict[str, str]) -> str:
-    found = growth.measure(OUT, say)
-    goals = msgspec.to_builtins(growth_report.goals(found))
-    keep("growth", {"machine": about, "goals": goals} | msgspec.to_builtins(found))
-    growth_report.plot(found, GROWTH_PLOT)
-    return growth_report.markdown(found)
+    figures = growth.measure(OUT, say)
+    goals = msgspec.to_builtins(growth_report.goals(figures))
+    keep("growth", {"machine": about, "goals": goals} | msgspec.to_builtins(figures))
+    growth_report.plot(figures, GROWTH_PLOT)
+    return growth_report.markdown(figures)
 
 
 def phasing(about: dict[str, str]) -> str:
-    models = {TINY: path_of(TINY), BIG: written_big(), Q4_0: written_q4_0(), WIDE: written_wide()}
-    found = phases.measure(models, MODELS, OUT, say)
-    keep("phases", {"machine": about, "warm": msgspec.to_builtins(found)})
-    return phases.markdown(found)
+    models = {TINY: path_of(TINY), BIG: write_big(), Q4_0: write_q4_0(), WIDE: write_wide()}
+    figures = phases.measure(models, MODELS, OUT, say)
+    keep("phases", {"machine": about, "warm": msgspec.to_builtins(figures)})
+    return phases.markdown(figures)
 
 
 PARTS = {
@@ -141,30 +144,30 @@ def path_of(key: str) -> Path:
 
 
 def measure(about: dict[str, str]) -> Measured:
-    tiny, big = path_of(TINY), written_big()
+    tiny, big = path_of(TINY), write_big()
     (OUT / "bare.log").unlink(missing_ok=True)
     with service(MODELS, OUT) as running:
-        found: dict[str, list[Load]] = {}
+        loads: dict[str, list[Load]] = {}
         say("tiny model, service")
-        found["service"] = series(lambda: running.load(TINY), PAUSE_S)
-        found["service, back to back"] = series(lambda: running.load(TINY), 0)
+        loads["service"] = series(lambda: running.load(TINY), PAUSE_S)
+        loads["service, back to back"] = series(lambda: running.load(TINY), 0)
         say("tiny model, bare")
-        with bare("warm", tiny, OUT) as alone:
-            use_extra_bufts = alone.use_extra_bufts
-            found["bare, warm process"] = series(alone.load, PAUSE_S)
-            found["bare, warm process, back to back"] = series(alone.load, 0)
-        with bare("fork", tiny, OUT) as alone:
-            found["bare, fresh fork"] = series(alone.load, PAUSE_S)
+        with bare("warm", tiny, OUT) as bare_process:
+            use_extra_bufts = bare_process.use_extra_bufts
+            loads["bare, warm process"] = series(bare_process.load, PAUSE_S)
+            loads["bare, warm process, back to back"] = series(bare_process.load, 0)
+        with bare("fork", tiny, OUT) as bare_process:
+            loads["bare, fresh fork"] = series(bare_process.load, PAUSE_S)
         runs = big_runs(running, big)
     about["both sides"] = (
         f"n_ctx {CONTEXT_LENGTH}, n_batch {EVAL_BATCH_SIZE}, one token decoded by as many threads, "
-        f"use_extra_bufts {use_extra_bufts} (as Loadstone sets it; llama.cpp's default is True)"
+        f"use_extra_bufts {use_extra_bufts} (Loadstone's setting; llama.cpp's default is True)"
     )
-    return Measured(machine=about, big_bytes=big.stat().st_size, tiny=found, big=runs)
+    return Measured(machine=about, big_bytes=big.stat().st_size, tiny=loads, big=runs)
 
 
 def series(load: Callable[[], Load], pause_s: float) -> list[Load]:
-    load()  # the first one finds cold what the others find warm
+    load()  # the first load has cold caches
     loads = []
     for _ in range(N_TINY):
         time.sleep(pause_s)
@@ -173,8 +176,8 @@ def series(load: Callable[[], Load], pause_s: float) -> list[Load]:
 
 
 def big_runs(running: Service, model: Path) -> list[Run]:
-    """Each subject in turn, the other one first in every other round, warm and cold."""
-    by_service(running, model, pagecache.residency)  # reads the file, and starts both sides with one load behind them
+    """Load by each subject in turn, warm and cold; the order alternates between the rounds."""
+    by_service(running, model, pagecache.residency)  # reads the file, and gives both subjects a first load
     runs = []
     caches: tuple[Cache, ...] = ("warm", "cold")
     for cache in caches:
@@ -182,7 +185,7 @@ def big_runs(running: Service, model: Path) -> list[Run]:
             order: tuple[Who, ...] = ("service", "bare") if n % 2 == 0 else ("bare", "service")
             for who in order:
                 say(f"big model, {cache}, {who}")
-                prepare = made_cold if cache == "cold" else pagecache.residency
+                prepare = drop_from_cache if cache == "cold" else pagecache.residency
                 load_by = by_service if who == "service" else by_bare
                 residency, load = load_by(running, model, prepare)
                 runs.append(Run(cache=cache, who=who, residency=residency, load=load))
@@ -196,31 +199,31 @@ def by_service(running: Service, model: Path, prepare: Callable[[Path], float]) 
 
 
 def by_bare(_: Service, model: Path, prepare: Callable[[Path], float]) -> tuple[float, Load]:
-    with bare("warm", model, OUT) as alone:
-        return prepare(model), alone.load()
+    with bare("warm", model, OUT) as bare_process:
+        return prepare(model), bare_process.load()
 
 
-def made_cold(model: Path) -> float:
+def drop_from_cache(model: Path) -> float:
     pagecache.drop(model)
     return pagecache.residency(model)
 
 
-def written_big() -> Path:
-    """Where an earlier run left it, it stays: a model is written beside its place and renamed, so the size tells."""
+def write_big() -> Path:
+    """Write the big model unless an earlier run has: a file of the right size is complete, since writing is atomic."""
     path = path_of(BIG)
     if not path.is_file() or abs(path.stat().st_size / (BIG_GB * 1e9) - 1) > 0.1:
         synthetic.big(path, BIG_GB)
     return path
 
 
-def written_q4_0() -> Path:
+def write_q4_0() -> Path:
     path = path_of(Q4_0)
     if not path.is_file():
         synthetic.big(path, BIG_GB, "Q4_0")
     return path
 
 
-def written_wide() -> Path:
+def write_wide() -> Path:
     path = path_of(WIDE)
     if not path.is_file():
         synthetic.big(path, WIDE_GB, vocabulary=WIDE_TOKENS, tokenizer="bpe")

@@ -1,9 +1,9 @@
-"""llama-cpp-python alone: a process that loads a model whenever it is told to, and says how long it took.
+"""llama-cpp-python alone: a process that loads a model on request and reports the time.
 
-`python -m bench.bare warm|fork MODEL N_CTX N_BATCH` answers each line on stdin with a line of JSON; the first answer
-comes unasked, once the process has imported the engine.  It uses the low-level API with llama.cpp's defaults, except
-for what is set below, and llama-cpp-python's own log callback.  A load is what a runner of Loadstone counts as one:
-the model by mmap, the context, and one token decoded, by as many threads.
+`python -m bench.bare warm|fork MODEL N_CTX N_BATCH` answers each line on stdin with a line of JSON; it writes a first
+line once it has imported the engine.  It uses the low-level API with llama.cpp's defaults, except for the settings
+below, and llama-cpp-python's own log callback.  A load has the same steps as in a runner of Loadstone: the model by
+mmap, the context, and one decoded token, with the same number of threads.
 
 - warm: each load in this process, whose backends are initialised.
 - fork: each load in a fork of this process, which has never initialised the backends.
@@ -22,9 +22,9 @@ import llama_cpp
 
 from worker.engine.llama import n_threads
 
-USE_EXTRA_BUFTS = False  # as worker/engine/llama.py has it: repacked weights would be other work
+USE_EXTRA_BUFTS = False  # as in worker/engine/llama.py: repacking weights would be additional work
 
-lib: Any = llama_cpp  # ctypes: nothing of it is typed
+lib: Any = llama_cpp  # ctypes functions have no types
 
 
 def main(how: str, path: str, n_ctx: int, n_batch: int) -> None:
@@ -37,7 +37,7 @@ def main(how: str, path: str, n_ctx: int, n_batch: int) -> None:
 
 
 class Moments(NamedTuple):
-    """When a load came to what, by the monotonic clock."""
+    """The moments of a load, by the monotonic clock."""
 
     started: float
     has_model: float
@@ -46,7 +46,7 @@ class Moments(NamedTuple):
 
     @property
     def phases(self) -> dict[str, float]:
-        """How long each took, in seconds."""
+        """Return the seconds of each phase."""
         return {
             "model": self.has_model - self.started,
             "context": self.has_context - self.has_model,
@@ -55,15 +55,15 @@ class Moments(NamedTuple):
 
 
 def load(path: str, n_ctx: int, n_batch: int, mode: str = "MMAP", *, repack: bool = USE_EXTRA_BUFTS) -> Moments:
-    """Load and free a model; the freeing comes after the last moment."""
+    """Load and free a model; the time to free it is not included."""
     started = time.monotonic()
     params = lib.llama_model_default_params()
     params.load_mode = getattr(lib, f"LLAMA_LOAD_MODE_{mode}")
     params.use_extra_bufts = repack
-    model = _found(lib.llama_model_load_from_file(path.encode(), params), "model")
+    model = _checked(lib.llama_model_load_from_file(path.encode(), params), "model")
     has_model = time.monotonic()
     context_params = _context_params(n_ctx, n_batch, lib.llama_model_size(model))
-    context = _found(lib.llama_init_from_model(model, context_params), "context")
+    context = _checked(lib.llama_init_from_model(model, context_params), "context")
     has_context = time.monotonic()
     tokens = (lib.llama_token * 1)(max(lib.llama_vocab_bos(lib.llama_model_get_vocab(model)), 0))
     if lib.llama_decode(context, lib.llama_batch_get_one(tokens, 1)) != 0:
@@ -76,12 +76,12 @@ def load(path: str, n_ctx: int, n_batch: int, mode: str = "MMAP", *, repack: boo
 
 
 def phases(path: str, n_ctx: int, n_batch: int) -> dict[str, float]:
-    """How long each phase of a load took."""
+    """Load a model; return the seconds of each phase."""
     return load(path, n_ctx, n_batch).phases
 
 
 def phases_in_fork(path: str, n_ctx: int, n_batch: int) -> dict[str, float]:
-    """As `load`; `total` is with the fork, the start of the backends, the freeing and the way back."""
+    """Load a model in a fork; `total` includes the fork, the start of the backends, the freeing and the pipe."""
 
     def work() -> dict[str, float]:
         lib.llama_backend_init()
@@ -95,7 +95,7 @@ def phases_in_fork(path: str, n_ctx: int, n_batch: int) -> dict[str, float]:
 
 
 def _in_child(work: Callable[[], dict[str, float]]) -> bytes:
-    """One line of what a fork found, or nothing.  The fork is reaped after the line, which a load does not wait for."""
+    """Run `work` in a fork; return its line of output, or nothing.  The fork is reaped after the line is read."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -117,9 +117,9 @@ def _context_params(n_ctx: int, n_batch: int, n_bytes: int) -> Any:
     return params
 
 
-def _found(handle: Any, what: str) -> Any:
+def _checked(handle: Any, what: str) -> Any:
     if not handle:
-        raise SystemExit(f"llama.cpp gave no {what}")
+        raise SystemExit(f"llama.cpp returned no {what}")
     return handle
 
 

@@ -1,7 +1,7 @@
-"""A lean HTTP/1.1 client in a process of its own: the same for whatever is measured.
+"""A lean HTTP/1.1 client in its own process, used for all measurements.
 
-`python -m bench.client` answers each `Task` on stdin with a `Sent`, both lines of JSON.  Requests are bytes that were
-made before; connections are opened before the first is sent, and kept.  A reply must have a Content-Length.
+`python -m bench.client` answers each `Task` on stdin with a `Sent`, both as lines of JSON.  Requests are encoded and
+connections opened before the first request is sent; connections are kept.  A reply must have a Content-Length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
 class Task(Struct, frozen=True, kw_only=True):
-    """Send these requests to a port of this machine, `at_once` of them at a time; keep the replies' bodies or not."""
+    """Send these requests to a local port, `at_once` at a time; with `bodies` return the bodies of the replies."""
 
     port: int
     requests: list[str]
@@ -31,7 +31,7 @@ class Task(Struct, frozen=True, kw_only=True):
 
 
 class Answer(Struct, frozen=True):
-    """`seconds` are from writing the request to the last byte of the reply."""
+    """A reply; `seconds` count from writing the request to the last byte of the reply."""
 
     status: int
     seconds: float
@@ -39,7 +39,7 @@ class Answer(Struct, frozen=True):
 
 
 class Sent(Struct, frozen=True, kw_only=True):
-    """`wall_s` is from the first request to the last reply, `cpu_s` what this client itself used meanwhile."""
+    """`wall_s` counts from the first request to the last reply; `cpu_s` is the CPU time of this client meanwhile."""
 
     wall_s: float
     cpu_s: float
@@ -54,26 +54,26 @@ def request(method: str, path: str, body: str = "", headers: str = "") -> str:
 
 
 class Connection(asyncio.Protocol):
-    """One request after the other."""
+    """A connection that sends one request after the other."""
 
     def __init__(self) -> None:
         self._buffer = b""
         self._reply: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         head, end, body = self._buffer.partition(b"\r\n\r\n")
-        if end and len(body) >= (int(found[1]) if (found := LENGTH.search(head)) else 0):
+        if end and len(body) >= (int(match[1]) if (match := LENGTH.search(head)) else 0):
             self._buffer = b""
             self._reply.set_result((int(head[9:12]), body))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._reply.done():
             self._reply.set_exception(ConnectionError("the server ended the connection"))
-            self._reply.exception()  # between two requests nobody waits for it
+            self._reply.exception()  # marks it as retrieved: between two requests no task awaits it
 
     async def exchange(self, content: bytes) -> tuple[int, float, bytes]:
         if self.transport.is_closing():
@@ -88,23 +88,23 @@ class Connection(asyncio.Protocol):
 async def send(task: Task) -> Sent:
     async with asyncio.timeout(task.within_s):
         loop = asyncio.get_running_loop()
-        made = [await loop.create_connection(Connection, "127.0.0.1", task.port) for _ in range(task.at_once)]
+        connections = [await loop.create_connection(Connection, "127.0.0.1", task.port) for _ in range(task.at_once)]
         todo = iter([text.encode() for text in task.requests])
-        found: list[tuple[int, float, bytes]] = []
+        replies: list[tuple[int, float, bytes]] = []
         cpu, started = time.process_time(), time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            for _, connection in made:
-                group.create_task(_send_on(connection, todo, found))
+            for _, connection in connections:
+                group.create_task(_send_on(connection, todo, replies))
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-        for transport, _ in made:
+        for transport, _ in connections:
             transport.close()
-    answers = [Answer(status, seconds, body.decode() if task.bodies else "") for status, seconds, body in found]
+    answers = [Answer(status, seconds, body.decode() if task.bodies else "") for status, seconds, body in replies]
     return Sent(wall_s=wall_s, cpu_s=cpu_s, answers=answers)
 
 
-async def _send_on(connection: Connection, todo: Iterator[bytes], found: list[tuple[int, float, bytes]]) -> None:
+async def _send_on(connection: Connection, todo: Iterator[bytes], replies: list[tuple[int, float, bytes]]) -> None:
     for content in todo:
-        found.append(await connection.exchange(content))
+        replies.append(await connection.exchange(content))
 
 
 def main() -> None:

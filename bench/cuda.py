@@ -1,8 +1,8 @@
-"""CUDA without an engine: a process's context on one GPU, memory there, and how fast bytes get to it.
+"""CUDA without an engine: a process's context on one GPU, memory on it, and the speed of copies to it.
 
-By the driver's interface, libcuda.so.1, and not by the runtime's: it is there wherever there is a driver, and has one
-name whatever toolkit is installed.  A context of it is the one that the runtime would make (cuDevicePrimaryCtxRetain).
-`cuMemAlloc` and others end in _v2, as cuda.h has them.
+It uses the driver API (libcuda.so.1), not the runtime: every driver provides it under this name, independent of an
+installed toolkit.  Its context is the one that the runtime would create (cuDevicePrimaryCtxRetain).  Some functions,
+such as `cuMemAlloc`, end in _v2, as in cuda.h.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 
 class CUDAError(Exception):
-    """The driver refused; the text says what, and its own name for why."""
+    """A call to the driver failed; the message has the function and the driver's name of the error."""
 
 
 class GPU:
-    """This process's context on a GPU; there until the process ends."""
+    """This process's context on a GPU; it exists until the process ends."""
 
     def __init__(self, id_: str) -> None:
-        """`id_` is its UUID, as NVML has it.  Raises CUDAError.  Once per process, before any other use of CUDA."""
+        """`id_` is NVML's UUID.  Create it once per process, before any other use of CUDA.  Raises CUDAError."""
         os.environ["CUDA_VISIBLE_DEVICES"] = id_
         try:
             self._lib: Any = ctypes.CDLL("libcuda.so.1")
@@ -38,7 +38,7 @@ class GPU:
 
     @contextmanager
     def allocated(self, n_bytes: int) -> Iterator[int]:
-        """The address of so much memory of the GPU."""
+        """Allocate memory of the GPU; yield its address."""
         address = ctypes.c_uint64()  # CUdeviceptr
         self._do("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(n_bytes))
         try:
@@ -47,12 +47,12 @@ class GPU:
             self._do("cuMemFree_v2", address)
 
     def hold(self, n_bytes: int) -> None:
-        """Take so much of the GPU until the process ends."""
+        """Allocate memory of the GPU until the process ends."""
         self._do("cuMemAlloc_v2", ctypes.byref(ctypes.c_uint64()), ctypes.c_size_t(n_bytes))
 
     @contextmanager
     def pinned(self, n_bytes: int) -> Iterator[int]:
-        """The address of so much memory of the host that is locked for the GPU, and written once."""
+        """Allocate pinned memory of the host and write it once; yield its address."""
         address = ctypes.c_void_p()
         self._do("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(n_bytes), ctypes.c_uint(0))
         try:
@@ -63,10 +63,10 @@ class GPU:
             self._do("cuMemFreeHost", address)
 
     def copy_s(self, device: int, host: int, n_bytes: int) -> float:
-        """The seconds that so many bytes take from the host to the GPU."""
+        """Copy bytes from the host to the GPU; return the seconds."""
         started = time.perf_counter()
         self._do("cuMemcpyHtoD_v2", ctypes.c_uint64(device), ctypes.c_void_p(host), ctypes.c_size_t(n_bytes))
-        self._do("cuCtxSynchronize")  # from memory that is not pinned it may return before the end
+        self._do("cuCtxSynchronize")  # a copy from unpinned memory may return before its end
         return time.perf_counter() - started
 
     def _do(self, name: str, *arguments: Any) -> None:
@@ -79,11 +79,11 @@ class GPU:
 
 @contextmanager
 def pageable(n_bytes: int) -> Iterator[int]:
-    """The address of so much ordinary memory, written once: before that, all pages are the same one of zeros."""
+    """Allocate ordinary memory and write it once; yield its address.  Unwritten pages would share one page of zeros."""
     with mmap.mmap(-1, n_bytes) as memory:
         first = ctypes.c_char.from_buffer(memory)
         ctypes.memset(ctypes.addressof(first), 1, n_bytes)
         try:
             yield ctypes.addressof(first)
         finally:
-            del first  # the mapping cannot be closed while something points into it
+            del first  # a mapping with an exported pointer cannot be closed

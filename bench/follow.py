@@ -1,10 +1,10 @@
-"""What it costs to accept a load, to poll one, to list the models, and to do nothing: measured with
-`python -m bench follow`, of two API processes.
+"""The cost of accepting a load, polling a job, listing the models, and being idle: measured with
+`python -m bench follow`, with two API processes.
 
 Accepting is measured while a first load is held, its runner stopped by SIGSTOP: otherwise the worker would load tiny
-models on the same cores.  It still takes each delivery, as it always does.  What was accepted in a round is cancelled
-after it.  The bare routes of `bench.handler` have as many processes, the same client, and rounds in between: constant
-replies of the same size as a job's and as the list, and one that sends a command to the same Redis.
+models on the same cores.  The worker still takes each delivery.  The loads accepted in a round are cancelled after it.
+The bare routes of `bench.handler` have as many processes and the same client, and their rounds alternate with these:
+constant replies of the size of a job and of the list, and a route that sends a command to the same Redis.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ N: dict[What, int] = {  # requests in a round
     "bare, poll": 1000,
     "bare, list": 600,
 }
-N_ROUNDS = 4  # of each, per level, after one that is not counted
+N_ROUNDS = 4  # of each, per level, after one uncounted round
 AT_ONCE = (1, 16, 256)
 API_PROCESSES = 2
 N_MODELS = 200
@@ -52,7 +52,7 @@ MODELS, LOAD, STATUS = "/api/v1/models", "/api/v1/models/load", "/api/v1/models/
 
 
 class Round(Struct, frozen=True, kw_only=True):
-    """`cpu_s` is by process, also of the work that a round leaves behind: a worker takes what was queued for it."""
+    """`cpu_s` is by process, and includes work after the replies: the worker takes its deliveries."""
 
     what: What
     at_once: int
@@ -62,7 +62,7 @@ class Round(Struct, frozen=True, kw_only=True):
 
 
 class Idle(Struct, frozen=True, kw_only=True):
-    """CPU time by process; how often Redis read something from a client, and what it did, within scripts too."""
+    """CPU time by process; the reads of Redis from its clients, and its commands, including those in scripts."""
 
     seconds: float
     cpu_s: dict[str, float]
@@ -76,7 +76,7 @@ class Followed(Struct, frozen=True, kw_only=True):
 
 
 class Jobs:
-    """The service's side: rounds of loads that are accepted and cancelled, and of polls of the load that is held."""
+    """The rounds of the service: accepted and cancelled loads, polls, and lists, while a first load is held."""
 
     def __init__(self, port: int, client: Sender, redis: Redis, model: str) -> None:
         self.port, self.client, self.redis = port, client, redis
@@ -87,8 +87,8 @@ class Jobs:
         self.ids: list[str] = []
 
     def until(self, status: str) -> None:
-        """Wait for the held load to get there."""
-        _until(lambda: self._one(self._of_held("GET"), 200)["status"] == status, f"a load that is {status}")
+        """Wait until the held load has this status."""
+        _until(lambda: self._one(self._of_held("GET"), 200)["status"] == status, f"the held load is {status}")
 
     def accept(self, at_once: int) -> Sent:
         sent = self._round([self.load] * N["accept"], at_once, 202, bodies=True)
@@ -96,7 +96,7 @@ class Jobs:
         return sent
 
     def poll(self, at_once: int) -> Sent:
-        """Different jobs: those that were accepted, and cancelled, last."""
+        """Poll the jobs that were accepted and cancelled last, in turn."""
         polls = [request("GET", f"{STATUS}/{id_}") for id_ in self.ids]
         return self._round([*islice(cycle(polls), N["poll"])], at_once, 200)
 
@@ -104,31 +104,31 @@ class Jobs:
         return self._round([request("GET", MODELS)] * N["list"], at_once, 200)
 
     def sizes(self) -> tuple[int, int]:
-        """Bytes of the replies to a poll and to a list, which has to have every model."""
+        """Return the bytes of the replies to a poll and to a list, which must have every model."""
         listed = self.client.send(self.port, [request("GET", MODELS)]).answers[0].body
         if (n := len(json.loads(listed)["models"])) != N_MODELS:
-            raise Failure(f"{n} models are listed, not {N_MODELS}")
+            raise Failure(f"{n} models are listed instead of {N_MODELS}")
         polled = self.client.send(self.port, [self._of_held("GET")]).answers[0].body
         return len(polled), len(listed)
 
     def settle(self) -> None:
         """Return once the worker has taken every delivery."""
-        _until(lambda: not self.redis.exists(keys.queue(self.worker)), "a worker that took its deliveries")
+        _until(lambda: not self.redis.exists(keys.queue(self.worker)), "the worker has taken its deliveries")
 
     def cancel(self) -> None:
-        """Cancel what was accepted last, and see in Redis that the held load alone is left."""
+        """Cancel the loads accepted last, and check in Redis that only the held load is left."""
         ids = self.ids
         if len(set(ids)) != len(ids):
-            raise Failure(f"{len(ids)} loads made {len(set(ids))} jobs")
+            raise Failure(f"{len(ids)} loads resulted in {len(set(ids))} jobs")
         if (queued := self.redis.scard("queued")) != len(ids):
-            raise Failure(f"of {len(ids)} accepted loads {queued} wait: the held one let some pass")
+            raise Failure(f"{queued} of {len(ids)} accepted loads are queued: the held load does not block the others")
         cancelled = self.client.send(self.port, [request("DELETE", f"{STATUS}/{id_}") for id_ in ids], 4)
         check(cancelled.answers, 200)
         if {json.loads(answer.body)["status"] for answer in cancelled.answers} != {"cancelled"}:
-            raise Failure("a load that was queued could not be cancelled")
+            raise Failure("a queued load could not be cancelled")
         left = self.redis.smembers("insts")
         if self.redis.scard("queued") or left != {self.held.encode()}:
-            raise Failure(f"after everything was cancelled this is left: {left!r}")
+            raise Failure(f"instances are left after all loads were cancelled: {left!r}")
 
     def _of_held(self, method: str) -> str:
         return request(method, f"{STATUS}/{self.held}")
@@ -141,8 +141,8 @@ class Jobs:
     def _one(self, content: str, status: int) -> dict[str, str]:
         answers = self.client.send(self.port, [content]).answers
         check(answers, status)
-        found: dict[str, str] = json.loads(answers[0].body)
-        return found
+        reply: dict[str, str] = json.loads(answers[0].body)
+        return reply
 
 
 def measure(out: Path, say: Callable[[str], None]) -> Followed:
@@ -150,7 +150,7 @@ def measure(out: Path, say: Callable[[str], None]) -> Followed:
         "LOADSTONE_WORKER_QUEUE_LIMIT": QUEUE_LIMIT,
         "LOADSTONE_QUEUE_LIMIT": QUEUE_LIMIT,
         "LOADSTONE_API_WORKERS": str(API_PROCESSES),
-        "LOADSTONE_LEASE_S": str(HELD_S),  # or the runner that is held would be taken for one that hangs
+        "LOADSTONE_LEASE_S": str(HELD_S),  # otherwise the held runner would count as hanging
     }
     with ExitStack() as undo:
         models_dir = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="models-", dir=out)))
@@ -167,8 +167,8 @@ def measure(out: Path, say: Callable[[str], None]) -> Followed:
                 jobs.until("loading")
                 rounds = list(_rounds(jobs, bare_port, pids | handlers, say))
             jobs.until("loaded")
-        say("doing nothing")
-        time.sleep(CALM_S)  # the next runner is warmed
+        say("idle")
+        time.sleep(CALM_S)  # the next runner warms up
         return Followed(rounds=rounds, idle=_idle(redis, roles(up.pid)))
 
 
@@ -218,39 +218,39 @@ def _idle(redis: Redis, pids: dict[str, int]) -> Idle:
     return Idle(
         seconds=seconds,
         cpu_s=used,
-        reads=after["total_reads_processed"] - info["total_reads_processed"] - 1,  # the one that asked
+        reads=after["total_reads_processed"] - info["total_reads_processed"] - 1,  # without the read of this INFO
         commands={name: n - calls.get(name, 0) for name, n in calls_after.items() if n != calls.get(name, 0)},
     )
 
 
 def _info(redis: Redis) -> dict[str, Any]:
-    found: Any = redis.info("everything")
-    return dict(found)
+    info: Any = redis.info("everything")
+    return dict(info)
 
 
 def _calls(info: dict[str, Any]) -> dict[str, int]:
-    """By command, without our own."""
+    """Return the number of calls by command, without those of INFO."""
     prefix = "cmdstat_"
-    found = {name.removeprefix(prefix): about["calls"] for name, about in info.items() if name.startswith(prefix)}
-    return {name: n for name, n in found.items() if name != "info"}
+    calls = {name.removeprefix(prefix): about["calls"] for name, about in info.items() if name.startswith(prefix)}
+    return {name: n for name, n in calls.items() if name != "info"}
 
 
 @contextmanager
 def _bare(url: str, out: Path) -> Iterator[tuple[int, dict[str, int]]]:
-    """The port of bare routes, and their processes, as many as the API has."""
+    """Run the bare routes in as many processes as the API has; yield their port and their pids."""
     with ExitStack() as undo:
         stderr = undo.enter_context((out / "handler.log").open("w"))
         listening = undo.enter_context(socket.create_server(("127.0.0.1", 0), backlog=2048))
         argv = [sys.executable, "-m", handler.__name__, str(listening.fileno()), url]
-        found = [
+        pids = [
             undo.enter_context(running(argv, stderr, pass_fds=[listening.fileno()])).pid for _ in range(API_PROCESSES)
         ]
-        yield listening.getsockname()[1], {f"handler {n}": pid for n, pid in enumerate(found, 1)}
+        yield listening.getsockname()[1], {f"handler {n}": pid for n, pid in enumerate(pids, 1)}
 
 
-def _until(found: Callable[[], bool], what: str) -> None:
+def _until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + WITHIN_S
-    while not found():
+    while not condition():
         if time.monotonic() > deadline:
             raise Failure(f"not within {WITHIN_S:g} s: {what}")
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""From what `bench.follow` measured to the Markdown that shows it."""
+"""Render the measurements of `bench.follow` as Markdown."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ NAMES: dict[What, str] = {
     "accept": "accepting a load",
     "bare, Redis": "bare route with a round trip to Redis",
     "poll": "polling a job",
-    "bare, poll": "bare route, as many bytes as the job",
+    "bare, poll": "bare route with the bytes of a job",
     "list": f"listing {N_MODELS} models",
-    "bare, list": "bare route, as many bytes as the list",
+    "bare, list": "bare route with the bytes of the list",
 }
 AGAINST: dict[What, What] = {"accept": "bare, Redis", "poll": "bare, poll", "list": "bare, list"}
-LEAST = 0.5  # of the bare route's rate, of a poll and a list
+LEAST = 0.5  # smallest share of the bare route's rate, for polls and lists
 PROCESSES = ("api", "handler", "redis", "worker", "client")
 
 
 class Level(Struct, frozen=True, kw_only=True):
-    """The rounds of one subject with so many requests at once, taken together."""
+    """All rounds of one subject with the same number of concurrent requests."""
 
     n: int
     per_s: float
@@ -54,22 +54,22 @@ def levels(followed: Followed) -> dict[tuple[What, int], Level]:
 
 
 def goals(followed: Followed) -> list[Goal]:
-    """A rate's share of the bare route's, the other way round: at most twice the time."""
-    found = levels(followed)
+    """Return the goals: the rate of the bare route is at most twice the service's, for polls and lists."""
+    by_level = levels(followed)
     return [
-        goal(f"{NAMES[what]}, {n} at once: bare / service, rates", bare.per_s / found[what, n].per_s, 1 / LEAST, "x")
+        goal(f"{NAMES[what]}, {n} at once: bare / service, rates", bare.per_s / by_level[what, n].per_s, 1 / LEAST, "x")
         for what, of in AGAINST.items()
         if what != "accept"
         for n in AT_ONCE
-        for bare in [found[of, n]]
+        for bare in [by_level[of, n]]
     ]
 
 
 def markdown(followed: Followed) -> str:
-    found = levels(followed)
+    by_level = levels(followed)
     lines = [f"## The API under load: {API_PROCESSES} API processes, {N_MODELS} models", ""]
     lines += [
-        _ratios(f"{NAMES[what]}, {n} at once", found[what, n], found[against, n])
+        _ratios(f"{NAMES[what]}, {n} at once", by_level[what, n], by_level[against, n])
         for what, against in AGAINST.items()
         for n in AT_ONCE
     ]
@@ -78,17 +78,16 @@ def markdown(followed: Followed) -> str:
         f"- at least {LEAST} of the bare route's rate, polling and listing: {sum(one.met for one in verdicts)} of "
         f"{len(verdicts)} met",
         "",
-        *_rows(found),
+        *_rows(by_level),
         "",
-        f"{N_ROUNDS} rounds of each in turn, after one that is not counted; connections are kept. A first tiny load "
-        "was held meanwhile, its runner stopped by SIGSTOP, so that no load ran: each accepted one (`Prefer: "
-        "respond-async`, 202) waited behind it under a name of its own (`key:2`, `key:3`, ...), its delivery was taken "
-        "by the worker, and after the round all were cancelled and Redis showed nothing left. Polled are "
-        "these, in turn. Bare routes are "
-        " of a Starlette application without middleware in as many processes under the same "
-        "uvicorn options: constant bytes, or a small JSON body decoded and one INCR sent to the same Redis. One client "
-        "process. CPU is per request, with the work that a round leaves behind; the worker's and the client's take "
-        "their share of the same cores.",
+        f"{N_ROUNDS} rounds of each in turn, after one uncounted round; connections are kept. A first tiny load was "
+        "held meanwhile, its runner stopped by SIGSTOP, so that no load ran: each accepted load (`Prefer: "
+        "respond-async`, 202) was queued behind it with its own name (`key:2`, `key:3`, ...). The worker took its "
+        "delivery. After the round all loads were cancelled, and Redis had no other instance left. The polls read "
+        "these jobs in turn. The bare routes belong to a Starlette application without middleware, in as many "
+        "processes and with the same uvicorn options: constant bytes, or a small JSON body decoded and one INCR sent "
+        "to the same Redis. There is one client process. CPU time is per request and includes work after the replies; "
+        "the worker and the client share the cores with the API.",
         "",
         *_idle(followed.idle),
     ]
@@ -117,14 +116,14 @@ def _rows(levels: dict[tuple[What, int], Level]) -> list[str]:
 
 
 def _idle(idle: Idle) -> list[str]:
-    """There is nothing to compare it to: each should be nothing."""
+    """Render the idle costs; there is no bare counterpart, and each should be close to zero."""
     calls = sorted(idle.commands.items(), key=lambda item: -item[1])
     return [
-        f"## Doing nothing for {idle.seconds:.0f} s, one tiny model loaded",
+        f"## Idle for {idle.seconds:.0f} s, with one tiny model loaded",
         "",
         f"- all processes: {sum(idle.cpu_s.values()) / idle.seconds:.2%} of a core",
-        f"- Redis: {idle.reads / idle.seconds:.1f} requests per second, in which "
-        f"{sum(idle.commands.values()) / idle.seconds:.1f} commands with those within scripts",
+        f"- Redis: {idle.reads / idle.seconds:.1f} requests per second with "
+        f"{sum(idle.commands.values()) / idle.seconds:.1f} commands, including those in scripts",
         "",
         *table(["process", "% of a core"], [[name, f"{s / idle.seconds:.2%}"] for name, s in idle.cpu_s.items()]),
         "",

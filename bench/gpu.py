@@ -1,29 +1,28 @@
-"""`python -m bench.gpu`: how fast a model gets onto a GPU, by the ways in which llama.cpp can read a file, against what
-the disk and the way to the GPU can do; written to docs/benchmarks/gpu.md, with every figure in bench/out/gpu.json.
+"""`python -m bench.gpu`: the speed of loading a model onto a GPU in each of llama.cpp's modes to read a file, compared
+with the speed of the disk and of copies to the GPU.  The report is docs/benchmarks/gpu.md; all figures are in
+bench/out/gpu.json.
 
-Measured in one run, on an idle machine, on the GPU with the most free memory:
+It measures in one run, on an idle machine, on the GPU with the most free memory:
 
-- disk: the file read from its start to its end, cold, through the page cache and past it (O_DIRECT);
+- disk: the file read from start to end, cold, through the page cache and past it (O_DIRECT);
 - memory: the same, warm;
 - host to device: copies from ordinary memory, and from memory that is locked for the GPU;
 - a 4 GB model loaded by `worker.engine.llama` in a fresh process, cold and warm, in each of MODES;
 - the same by the service, over HTTP.
 
-How to decide by its table which mode `worker.engine.llama` is to use for GPUs (`Loaded._load_model`):
+How to decide from its table which mode `worker.engine.llama` should use for GPUs (`Loaded._load_model`):
 
-A load is first of all a copy of the file.  The column "of what is possible" has how fast that was, over the slowest
-part of the bytes' way: 1 is as fast as can be.  The cold rows count for more: a model that is loaded for the first time
-is cold, and takes longest.  It uses `none` now, since with `mmap` nothing is reported until the whole file is read.
+A load is mainly a copy of the file.  The column "share of the possible" is the speed of the load divided by that of the
+slowest part of the bytes' path: 1 is the optimum.  The cold rows matter more: the first load of a model is cold, and
+takes longest.  The mode is `none` now, since `mmap` reports no progress until the whole file is read.
 
-- Another mode is worth a change where its total is less than that of `none` by more than a tenth, cold, and not more by
-  more than a tenth, warm.
-- `direct` does not find what is in the page cache, and leaves nothing there for the next load: it must be as fast as
-  `none` is warm.
-- For `mmap` it must be weighed what is lost.  Read ahead by `worker.engine.prefetch`, as on the CPU, its progress can
-  be told.
-- Where the service is slower than its mode, the fault is the service's and not the mode's.
+- Change to another mode if its cold total is more than a tenth less than that of `none`, and its warm total is not more
+  than a tenth larger.
+- `direct` does not use the page cache and leaves nothing in it for the next load: it must be as fast as a warm `none`.
+- For `mmap`, consider what is lost.  If `worker.engine.prefetch` reads ahead, as on the CPU, it can report progress.
+- If the service is slower than its mode, the cause is in the service, not in the mode.
 
-`python -m bench.gpu bandwidth GPU` and `python -m bench.gpu load MODE GPU KEY` are the processes that it starts.
+It starts the processes `python -m bench.gpu bandwidth GPU` and `python -m bench.gpu load MODE GPU KEY`.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ import pynvml
 from msgspec import Struct
 
 from bench import pagecache
-from bench.__main__ import keep, machine, made_cold, say
+from bench.__main__ import drop_from_cache, keep, machine, say
 from bench.report import PHASES, table
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, service
 from cli import devredis
@@ -79,41 +78,41 @@ ROUNDS = 3
 BLOCK_BYTES = 8 << 20  # of a read
 COPIED_BYTES, COPIES = 1 << 30, 5
 PROCESS_S = 600.0
-REST_S = 5.0  # between loads of the service: the next runner gets warm
+REST_S = 5.0  # between loads of the service, for the next runner to warm up
 
 
 class Bandwidth(Struct, frozen=True, kw_only=True):
     """Bytes per second, medians."""
 
     disk: float
-    disk_direct: float | None  # None: this file system has no O_DIRECT
+    disk_direct: float | None  # None: the file system does not support O_DIRECT
     memory: float
     pageable: float
     pinned: float
 
     def possible(self, mode: Mode | None, cache: Cache) -> float:
-        """What a file's bytes cannot pass faster: the slowest part of their way."""
+        """Return the highest possible rate of a load: that of the slowest part of the bytes' path."""
         disk = max(self.disk, self.disk_direct or 0)
         return min(self.pinned, disk if cache == "cold" or mode == "direct" else self.memory)
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """One load.  `mode` None: by the service, which has its own."""
+    """One load; `mode` is None for the service, which has its own mode."""
 
     mode: Mode | None
     cache: Cache
     residency: float  # the share of the file that was in the page cache just before
-    total_s: float  # of the load; of the service until the reply
+    total_s: float  # of the load; for the service from the request to the reply
     phases_s: dict[str, float]
 
     @property
     def model_s(self) -> float:
-        """Metadata and weights together, for with `mmap` the file is read before the first tensor is reported."""
+        """Return metadata and weights together, since `mmap` reads the file before the first tensor is reported."""
         return self.phases_s["metadata"] + self.phases_s["weights"]
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """`start_s` is what the phases of `Run.model_s` take of a tiny model: the CUDA context, mostly."""
+    """`start_s` is `Run.model_s` of a tiny model: mostly the time to create the CUDA context."""
 
     about: dict[str, str]
     model_bytes: int
@@ -122,32 +121,32 @@ class Measured(Struct, frozen=True, kw_only=True):
     runs: list[Run]
 
 
-# ---- what is measured
+# ---- the measurements
 
 
 def measure() -> Measured:
     driver = Driver()
     ids = [id_ for id_ in driver.by_index if id_]
     if not ids:
-        raise Failure("NVML knows no GPU here that CUDA can use as a whole")
+        raise Failure("NVML lists no GPU that CUDA can use as a whole")
     gpu = max(driver.read(ids), key=lambda one: one.free_bytes)
     if gpu.free_bytes < NEEDED_BYTES:
-        raise Failure(f"this needs {NEEDED_BYTES:,} bytes of a GPU, and {gpu.free_bytes:,} are free")
+        raise Failure(f"this needs {NEEDED_BYTES:,} free bytes of a GPU; {gpu.free_bytes:,} are free")
     if not is_complete():
         say(f"a model of {GB} GB")
         synthetic.big(MODEL, GB)
     synthetic.tiny_llama(TINY_MODEL)
     about = {**machine(), **about_gpu(gpu.id, gpu.name)}
-    say("the disk, and the way to the GPU")
-    found = bandwidth(gpu.id)
+    say("bandwidth of the disk and of copies to the GPU")
+    rates = bandwidth(gpu.id)
     say("a tiny model")
     start_s = tiny_s(gpu.id)
     runs = mode_runs(gpu.id) + service_runs(gpu.id)
-    return Measured(about=about, model_bytes=MODEL.stat().st_size, bandwidth=found, start_s=start_s, runs=runs)
+    return Measured(about=about, model_bytes=MODEL.stat().st_size, bandwidth=rates, start_s=start_s, runs=runs)
 
 
 def is_complete() -> bool:
-    """Whether an earlier run left it: a model is written beside its place and renamed, so the size tells."""
+    """Return whether an earlier run has written the model: writing is atomic, so its size shows that it is complete."""
     return MODEL.is_file() and abs(MODEL.stat().st_size / (GB * 1e9) - 1) < 0.1
 
 
@@ -162,10 +161,10 @@ def bandwidth(gpu: str) -> Bandwidth:
         return statistics.median(rates)
 
     try:
-        direct = rate(made_cold, os.O_DIRECT)
+        direct = rate(drop_from_cache, os.O_DIRECT)
     except OSError:
         direct = None
-    disk = rate(made_cold)
+    disk = rate(drop_from_cache)
     return Bandwidth(  # the file is in the page cache now
         disk=disk,
         disk_direct=direct,
@@ -176,10 +175,10 @@ def bandwidth(gpu: str) -> Bandwidth:
 
 
 def read_rate(flags: int = 0) -> float:
-    """Bytes per second of the file, from its start to its end."""
+    """Read the file from start to end; return the bytes per second."""
     fd = os.open(MODEL, os.O_RDONLY | flags)
     try:
-        with mmap.mmap(-1, BLOCK_BYTES) as block:  # O_DIRECT wants an address at a page's start: open(2)
+        with mmap.mmap(-1, BLOCK_BYTES) as block:  # O_DIRECT requires page-aligned memory: open(2)
             left = size = os.fstat(fd).st_size
             started = time.perf_counter()
             while left > 0:
@@ -190,19 +189,19 @@ def read_rate(flags: int = 0) -> float:
 
 
 def tiny_s(gpu: str) -> float:
-    """The first load, which reads the engine's libraries from the disk, is not counted."""
+    """Measure `Run.model_s` of a tiny model.  The first load reads libraries from the disk and is not counted."""
     loads: list[dict[str, float]] = [in_process("load", "none", gpu, TINY) for _ in range(1 + ROUNDS)]
     return statistics.median(load["metadata"] + load["weights"] for load in loads[1:])
 
 
 def mode_runs(gpu: str) -> list[Run]:
-    """Each mode in turn, in a fresh process each, so that what slows the machine for a while slows all of them."""
+    """Load by each mode in turn, each in a fresh process; a temporary slowdown of the machine affects all modes."""
     runs = []
     for cache in CACHES:
         for n in range(ROUNDS):
             for mode in [*MODES][n % len(MODES) :] + [*MODES][: n % len(MODES)]:
                 say(f"{cache}, {mode}")
-                residency = prepared(cache)
+                residency = prepare_cache(cache)
                 phases = in_process("load", mode, gpu, BIG)
                 total_s = sum(phases.values())
                 runs.append(Run(mode=mode, cache=cache, residency=residency, total_s=total_s, phases_s=phases))
@@ -218,7 +217,7 @@ def service_runs(gpu: str) -> list[Run]:
             for _ in range(ROUNDS):
                 say(f"{cache}, service")
                 time.sleep(REST_S)
-                residency = prepared(cache)
+                residency = prepare_cache(cache)
                 running.reconnect()
                 load = running.load(BIG)
                 runs.append(
@@ -227,16 +226,16 @@ def service_runs(gpu: str) -> list[Run]:
     return runs
 
 
-def prepared(cache: Cache) -> float:
-    """The share of the model's file that is in the page cache now."""
+def prepare_cache(cache: Cache) -> float:
+    """Drop or read the model's file; return the share of it in the page cache."""
     if cache == "cold":
-        return made_cold(MODEL)
+        return drop_from_cache(MODEL)
     read_rate()
     return pagecache.residency(MODEL)
 
 
 def in_process(*words: str) -> Any:
-    """What a process of this module's answers.  Raises Failure."""
+    """Run this module in a process with these arguments; return its reply.  Raises Failure."""
     log = OUT / "gpu.log"
     with log.open("ab") as stderr:
         done = subprocess.run(
@@ -253,12 +252,12 @@ def in_process(*words: str) -> Any:
 
 
 def about_gpu(id_: str, name: str) -> dict[str, str]:
-    handle = pynvml.nvmlDeviceGetHandleByUUID(id_)  # NVML is initialised: Driver does that
+    handle = pynvml.nvmlDeviceGetHandleByUUID(id_)  # Driver has initialised NVML
     cuda = pynvml.nvmlSystemGetCudaDriverVersion()
     try:
         generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
         link = f"PCIe {generation} x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)} at most"
-    except pynvml.NVMLError as e:  # one that is part of the processor has no link
+    except pynvml.NVMLError as e:  # a GPU that is part of the processor has no link
         link = f"PCIe: {e}"
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30
     df = subprocess.run(["df", "--output=fstype,source", MODELS], capture_output=True, text=True, check=True).stdout
@@ -272,53 +271,53 @@ def about_gpu(id_: str, name: str) -> dict[str, str]:
 
 
 def nvcc() -> str:
-    """The version of the toolkit on PATH, with which the engine is most likely built."""
+    """Return the version of the toolkit on PATH, most likely the one that the engine was built with."""
     if shutil.which("nvcc") is None:
         return "is not on PATH"
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release ([\d.]+)", said)
-    return found[1] if found else "of an unknown version"
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release ([\d.]+)", version)
+    return match[1] if match else "of an unknown version"
 
 
-# ---- in processes of their own
+# ---- in separate processes
 
 
 def copy(gpu: str) -> dict[str, list[float]]:
-    """Bytes per second of copies to the GPU, from memory of each kind."""
-    from bench.cuda import GPU, pageable  # only here: elsewhere the engine is the first to use CUDA
+    """Return the bytes per second of copies to the GPU, from each kind of memory."""
+    from bench.cuda import GPU, pageable  # imported here: in other processes the engine must use CUDA first
 
-    there = GPU(gpu)
-    found = {}
-    with there.allocated(COPIED_BYTES) as device:
-        for name, memory in (("pageable", pageable), ("pinned", there.pinned)):
+    cuda = GPU(gpu)
+    rates = {}
+    with cuda.allocated(COPIED_BYTES) as device:
+        for name, memory in (("pageable", pageable), ("pinned", cuda.pinned)):
             with memory(COPIED_BYTES) as host:
-                there.copy_s(device, host, COPIED_BYTES)  # the first one finds the GPU asleep
-                found[name] = [COPIED_BYTES / there.copy_s(device, host, COPIED_BYTES) for _ in range(COPIES)]
-    return found
+                cuda.copy_s(device, host, COPIED_BYTES)  # the first copy wakes the GPU
+                rates[name] = [COPIED_BYTES / cuda.copy_s(device, host, COPIED_BYTES) for _ in range(COPIES)]
+    return rates
 
 
 def load(mode: Mode, gpu: str, key: str) -> dict[str, float]:
-    """The seconds of each phase of a load whose layers all go to the GPU."""
-    from worker.engine import llama  # only here: the engine may be in this process only
+    """Load a model with all layers on the GPU; return the seconds of each phase."""
+    from worker.engine import llama  # imported here: only this process may import the engine
 
     load_mode = getattr(llama.lib, f"LLAMA_LOAD_MODE_{MODES[mode]}")
-    as_it_is = llama._load_model
+    load_model = llama._load_model
 
     def in_mode(load: Load, params: Any, log: llama.Log) -> Any:
         params.load_mode = load_mode
-        return as_it_is(load, params, log)
+        return load_model(load, params, log)
 
     llama._load_model = in_mode
-    wanted = load_of(key, gpu)
-    loaded = llama.Loaded(wanted, llama.initialise(gpu), lambda _phase, _bytes: None)
-    (on_gpu, *_) = loaded.ready(wanted).taken
-    if on_gpu.id != gpu or on_gpu.weights_bytes < wanted.total_bytes / 2:
-        raise Failure(f"the model did not go to the GPU: {on_gpu}")
+    to_load = load_of(key, gpu)
+    loaded = llama.Loaded(to_load, llama.initialise(gpu), lambda _phase, _bytes: None)
+    (on_gpu, *_) = loaded.ready(to_load).taken
+    if on_gpu.id != gpu or on_gpu.weights_bytes < to_load.total_bytes / 2:
+        raise Failure(f"the model was not loaded onto the GPU: {on_gpu}")
     return {str(phase): seconds for phase, seconds in loaded.timing.items()}
 
 
 def load_of(key: str, gpu: str) -> Load:
-    """What a worker would tell a runner, with the service's own request."""
+    """Return the load that a worker would send to a runner for the request that the service gets."""
     with tempfile.TemporaryDirectory() as directory:
         catalog = Catalog(MODELS, Path(directory, "cache"))
         catalog.look()
@@ -335,15 +334,15 @@ def load_of(key: str, gpu: str) -> Load:
 
 def markdown(measured: Measured) -> str:
     speeds = measured.bandwidth
-    direct = "none here" if speeds.disk_direct is None else f"{speeds.disk_direct / 1e9:.2f}"
+    direct = "not supported" if speeds.disk_direct is None else f"{speeds.disk_direct / 1e9:.2f}"
     lines = [
         "# Loading onto a GPU",
         "",
-        "Written by `make bench-gpu`; [bench/gpu.py](../../bench/gpu.py) says how to read it.",
+        "Written by `make bench-gpu`; [bench/gpu.py](../../bench/gpu.py) explains how to read it.",
         "",
         *(f"- {name}: {value}" for name, value in measured.about.items()),
         "",
-        "## What the machine can do",
+        "## Speed of the machine",
         "",
         *table(
             ["GB/s, medians", ""],
@@ -358,16 +357,17 @@ def markdown(measured: Measured) -> str:
         "",
         f"## A model of {measured.model_bytes / 1e9:.2f} GB, Q8_0, all layers on the GPU",
         "",
-        f"Medians of {ROUNDS}; a context of {CONTEXT_LENGTH:,} tokens. Model is metadata and weights, which of a tiny "
-        f"model take {measured.start_s:.2f} s (the CUDA context, mostly); the speed is the file's bytes over the rest. "
-        "The service's total is the HTTP request; the others are processes of their own, once the engine has started.",
+        f"Medians of {ROUNDS}; a context of {CONTEXT_LENGTH:,} tokens. Model is metadata and weights; for a tiny model "
+        f"they take {measured.start_s:.2f} s (mostly the CUDA context), and the speed is the file's bytes divided by "
+        "the rest. The service's total is the HTTP request; the others are separate processes, timed once the engine "
+        "has started.",
         "",
         *table(
-            ["cache", "by", "total, s", "model, s", "GB/s", "possible, GB/s", "of what is possible"],
+            ["cache", "by", "total, s", "model, s", "GB/s", "possible, GB/s", "share of the possible"],
             [_row(measured, cache, mode) for cache in CACHES for mode in (*MODES, None)],
         ),
         "",
-        "Every load, in the order in which they were run:",
+        "All loads, in the order of the runs:",
         "",
         *table(["s", "by", "in cache before", "total", *PHASES], [_each(run) for run in measured.runs]),
     ]
@@ -408,7 +408,7 @@ def main() -> int:
             print("usage: python -m bench.gpu", file=sys.stderr)
             return 2
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: what runs is then stopped
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: running processes are stopped
     try:
         measured = measure()
     except (Failure, devredis.RedisUnavailable) as e:

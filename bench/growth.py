@@ -1,8 +1,8 @@
-"""What grows with the number of models, of instances and of followers: measured with `python -m bench growth`.  (With
-the number of workers: `bench.scale`.)
+"""Costs by the number of models, instances and followers: measured with `python -m bench growth`.  (By the number of
+workers: `bench.scale`.)
 
-A real Redis and a real API process; the worker is what a worker writes, and its instances are records that the store
-makes as loads make them.
+Redis and the API process are real.  The worker is simulated by what it would write to Redis, and its instances are
+records that the store creates as for loads.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ STATUS = "/api/v1/models/load/status"
 
 LIST, POLL = "GET /api/v1/models", "GET a job"
 PLACE, REFRESH, BEAT = "placing a load", "an API's reading of all workers", "a worker's beat"
-TOLD = "from a change until the last follower has it"
+DELIVERY = "from a change until the last follower has it"
 
 
 class Point(Struct, frozen=True, kw_only=True):
-    """At one size, how long each of what is done took, every time."""
+    """Seconds of every run of each operation, at one size."""
 
     n: int
     seconds: dict[str, list[float]]
@@ -57,7 +57,7 @@ class Growth(Struct, frozen=True, kw_only=True):
 
 
 def measure(out: Path, say: Callable[[str], None]) -> Growth:
-    """Raises Failure, and RedisUnavailable."""
+    """Measure all sizes.  Raises Failure and RedisUnavailable."""
     with tempfile.TemporaryDirectory(prefix="data-", dir=out) as data_dir, redis(Path(data_dir)) as (url, _):
         return uvloop.run(_measure(url, out, say))
 
@@ -75,13 +75,13 @@ async def _measure(url: str, out: Path, say: Callable[[str], None]) -> Growth:
     for n in FOLLOWERS:
         say(f"{n} followers")
         async with _pool(url, 1, 0) as store:
-            followers.append(Point(n=n, seconds={TOLD: await _told(store, url, out, n)}))
+            followers.append(Point(n=n, seconds={DELIVERY: await _delivery_s(store, url, out, n)}))
     return Growth(models=models, instances=instances, followers=followers)
 
 
 @asynccontextmanager
 async def _pool(url: str, n_models: int, n_instances: int) -> AsyncIterator[Store]:
-    """A worker with models, of which so many instances are loaded: gone afterwards."""
+    """Publish a worker with so many models and instances; empty Redis afterwards."""
     async with connected(url) as client:
         store = Store(client, LEASE_S)
         models = [model(f"bench/{i:04}", GB) for i in range(n_models)]
@@ -172,7 +172,7 @@ async def _costs(store: Store, url: str, out: Path) -> dict[str, list[float]]:
     async def place() -> None:
         candidates, _ = roster.candidates(request)
         if roster.choose(candidates, request)[1] is None:
-            raise Failure("a load has no room where it should")
+            raise Failure("a load was refused although there is room")
 
     async def beat() -> None:
         await store.workers.renew(snapshot)
@@ -186,15 +186,15 @@ async def _costs(store: Store, url: str, out: Path) -> dict[str, list[float]]:
         REFRESH: (N_QUICK // 4, refresh),
         BEAT: (N_READ, beat),
     }
-    found: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {}
     for name, (n, do) in parts.items():
         await do()
-        found[name] = []
+        seconds[name] = []
         for _ in range(n):
             started = time.perf_counter()
             await do()
-            found[name].append(time.perf_counter() - started)
-    return found | await asyncio.to_thread(_replies, url, out, f"{STATUS}/{first.id}")
+            seconds[name].append(time.perf_counter() - started)
+    return seconds | await asyncio.to_thread(_replies, url, out, f"{STATUS}/{first.id}")
 
 
 def _replies(url: str, out: Path, job: str) -> dict[str, list[float]]:
@@ -204,16 +204,16 @@ def _replies(url: str, out: Path, job: str) -> dict[str, list[float]]:
 
 def _timed(connection: http.client.HTTPConnection, path: str, n: int) -> list[float]:
     _get(connection, path)
-    found = []
+    seconds = []
     for _ in range(n):
         started = time.perf_counter()
         _get(connection, path)
-        found.append(time.perf_counter() - started)
-    return found
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
-async def _told(store: Store, url: str, out: Path, n: int) -> list[float]:
-    """Event streams of one load, all of one API process; each of them reads every event."""
+async def _delivery_s(store: Store, url: str, out: Path, n: int) -> list[float]:
+    """Follow one load with `n` event streams of an API process; return the seconds until all have each event."""
     record = await _queued(store, f"load_{n:032x}", "bench/0000", "bench/0000")
     request = f"GET {STATUS}/{record.id}/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
     with api(url, out) as connection:
@@ -224,19 +224,19 @@ async def _told(store: Store, url: str, out: Path, n: int) -> list[float]:
                     writer.write(request)
                     await reader.readuntil(b"event: model_load.start")
                 record, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e" * 32))
-                await _heard(streams)
-                found = []
+                await _all_received(streams)
+                seconds = []
                 for i in range(N_EVENTS):
                     new = structs.replace(record, progress=(i + 1) / 100)
                     started = time.perf_counter()
                     record, _ = await store.instances.commit(record, new)
-                    await _heard(streams)
-                    found.append(time.perf_counter() - started)
+                    await _all_received(streams)
+                    seconds.append(time.perf_counter() - started)
         finally:
             for _, writer in streams:
                 writer.close()
-    return found
+    return seconds
 
 
-async def _heard(streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
+async def _all_received(streams: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
     await asyncio.gather(*(reader.readuntil(b"event: model_load.progress") for reader, _ in streams))

@@ -1,4 +1,4 @@
-"""From what `bench.growth` measured to the Markdown and the picture that show it."""
+"""Render the measurements of `bench.growth` as Markdown and as a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.growth import N_EVENTS, N_QUICK, PLACE, POLL, Growth, Point
 from bench.report import Goal, goal, percentile, table
 from bench.scale import N_READ
 
-CONSTANT = 2.0  # as many times, at most, for what is to stay as it is
+CONSTANT = 2.0  # largest factor for operations that must not grow
 HOT = (PLACE, POLL)
 
 
@@ -25,37 +25,37 @@ def p50_ms(points: list[Point], what: str) -> list[float]:
 
 
 def goals(growth: Growth) -> list[Goal]:
-    """None grows faster than what it is counted by; the hot paths do not grow."""
-    found = []
+    """Return the goals: no cost grows faster than its number, and the hot paths do not grow."""
+    verdicts = []
     for group, points in groups(growth).items():
         factor = points[-1].n / points[0].n
         for what in points[0].seconds:
             ms = p50_ms(points, what)
             limit = CONSTANT if what in HOT else factor
-            found.append(goal(f"{what}: {factor:g} times the {group}", ms[-1] / ms[0], limit, "x"))
-    return found
+            verdicts.append(goal(f"{what}: {factor:g} times the {group}", ms[-1] / ms[0], limit, "x"))
+    return verdicts
 
 
 def markdown(growth: Growth) -> str:
-    found = goals(growth)
-    lines = [f"## Growth: {sum(one.met for one in found)} of {len(found)} goals met", ""]
-    rows = [[g.what, f"{g.measured:.2f}", f"{g.limit:g}", "yes" if g.met else "**no**"] for g in found]
-    lines += table(["", "times the time", "limit", "met"], rows)
+    verdicts = goals(growth)
+    lines = [f"## Growth: {sum(one.met for one in verdicts)} of {len(verdicts)} goals met", ""]
+    rows = [[g.what, f"{g.measured:.2f}", f"{g.limit:g}", "yes" if g.met else "**no**"] for g in verdicts]
+    lines += table(["", "factor of the time", "limit", "met"], rows)
     for group, points in groups(growth).items():
         heads = [f"p50, ms, by {group}", *(f"{point.n:,}" for point in points)]
         rows = [[what, *(f"{ms:.2f}" for ms in p50_ms(points, what))] for what in points[0].seconds]
         lines += ["", *table(heads, rows)]
     lines += [
         "",
-        f"A real Redis and one API process; the worker and its instances are what a worker and the store write. By "
-        f"models: one is loaded; by instances: of 200 models. Placing and polls {N_QUICK} times each, lists "
-        f"{8 * N_READ}, beats {N_READ}, events {N_EVENTS}. Followers are event streams of one load.",
+        f"Redis and the API process are real; a worker and its instances are simulated by their records. By models: "
+        f"one model is loaded; by instances: there are 200 models. {N_QUICK} placements and polls each, {8 * N_READ} "
+        f"lists, {N_READ} beats, {N_EVENTS} events. Followers are event streams of one load.",
     ]
     return "\n".join(lines)
 
 
 def plot(growth: Growth, path: Path) -> None:
-    """Cost by number, both logarithmic: a straight line at 45 degrees is linear."""
+    """Plot cost by number, both logarithmic: a line at 45 degrees is linear growth."""
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 4.6), dpi=110, layout="constrained")
         for axes, (group, points) in zip(figure.subplots(1, 3, sharey=True), groups(growth).items(), strict=True):

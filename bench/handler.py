@@ -1,8 +1,7 @@
-"""Bare routes: what Starlette and uvicorn cost without Loadstone.
+"""Bare routes: the cost of Starlette and uvicorn without Loadstone.
 
-`python -m bench.handler FD REDIS_URL` serves on a listening socket that it inherits, with the API's uvicorn options and
-no middleware.  `GET /N` answers with N bytes that were made before; `POST /` decodes the request's small JSON body and
-sends one command to Redis.
+`python -m bench.handler FD REDIS_URL` serves on an inherited listening socket, with the API's uvicorn options and no
+middleware.  `GET /N` answers with N constant bytes; `POST /` decodes a small JSON body and sends one command to Redis.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from api.__main__ import server_config
 KEY = "bench"
 
 
-class Wanted(Struct, frozen=True):
+class Body(Struct, frozen=True):
     model: str
 
 
@@ -37,9 +36,9 @@ def create_app(redis_url: str) -> Starlette:
         return Response(content(int(request.path_params["n"])), media_type="application/json")
 
     async def count(request: Request) -> Response:
-        wanted = msgspec.json.decode(await request.body(), type=Wanted)
+        body = msgspec.json.decode(await request.body(), type=Body)
         n = await redis.incr(KEY)
-        return Response(msgspec.json.encode({"model": wanted.model, "n": n}), media_type="application/json")
+        return Response(msgspec.json.encode({"model": body.model, "n": n}), media_type="application/json")
 
     return Starlette(routes=[Route("/{n}", constant, methods=["GET"]), Route("/", count, methods=["POST"])])
 

@@ -1,7 +1,7 @@
-"""Many loads at once: measured with `python -m bench many`.
+"""Concurrent loads: measured with `python -m bench many`.
 
-Two cold models side by side, against what reading both takes; one cold file that two loads want, and what the disk is
-asked for; and a hundred tiny loads that are sent to one worker together, against one that is sent alone.
+Two cold models at once, compared with reading both files; two loads of one cold file, and the bytes read from the disk;
+and a hundred tiny loads sent to one worker at once, compared with single ones.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SECTOR = 512  # bytes, of /sys/dev/block/*/stat: Documentation/block/stat.rst
 
 
 class Side(Struct, frozen=True, kw_only=True):
-    """One round of two cold loads at once, of the bytes that both have together, each file counted once."""
+    """One round of two concurrent cold loads."""
 
-    read_s: float  # one file after the other, with nothing else going on
+    read_s: float  # one file after the other, on an otherwise idle machine
     loads_s: list[float]
     disk_bytes: int
 
@@ -43,26 +43,26 @@ class Side(Struct, frozen=True, kw_only=True):
 
 
 class Many(Struct, frozen=True, kw_only=True):
-    n_bytes: dict[str, int]  # by what was measured
+    n_bytes: dict[str, int]  # by name of the measurement; each file counts once
     sides: dict[str, list[Side]]
-    alone_s: list[float]  # tiny, one after the other with a pause
-    together_s: list[float]  # tiny, all sent at once: each until its reply
+    alone_s: list[float]  # tiny loads, one after the other with pauses
+    together_s: list[float]  # tiny loads, all sent at once: each until its reply
     all_s: float
-    serial_s: float  # the same number, each sent when the reply of the one before is there
+    serial_s: float  # the same number, each sent after the reply to the one before
 
 
 TWO, SAME = "two models at once", "one model twice at once"
 
 
 def measure(models: dict[str, Path], tiny: str, models_dir: Path, out: Path, say: Callable[[str], None]) -> Many:
-    """Two large models by key, and a tiny one."""
+    """Measure loads of two large models, given by key, and of a tiny one."""
     keys = [*models]
-    wanted = {TWO: keys, SAME: [keys[0], keys[0]]}
+    pairs = {TWO: keys, SAME: [keys[0], keys[0]]}
     with service(models_dir, out, LOADSTONE_LOADS_AT_ONCE="2") as up, sender(out) as client:
         service_ = Loads(up.port, client)
-        sides: dict[str, list[Side]] = {name: [] for name in wanted}
+        sides: dict[str, list[Side]] = {name: [] for name in pairs}
         for n in range(ROUNDS + 1):
-            for name, both in wanted.items():
+            for name, both in pairs.items():
                 say(f"{name}, round {n}")
                 side = service_.side(both, [models[key] for key in dict.fromkeys(both)])
                 if n > 0:
@@ -81,7 +81,7 @@ def measure(models: dict[str, Path], tiny: str, models_dir: Path, out: Path, say
         say(f"{N_TINY} tiny loads at once")
         together_s = service_.load([tiny] * N_TINY)
     return Many(
-        n_bytes={name: sum(models[key].stat().st_size for key in {*both}) for name, both in wanted.items()},
+        n_bytes={name: sum(models[key].stat().st_size for key in {*both}) for name, both in pairs.items()},
         sides=sides,
         alone_s=alone_s,
         together_s=together_s,
@@ -94,10 +94,10 @@ class Loads:
     def __init__(self, port: int, client: Sender) -> None:
         self.port, self.client = port, client
         self.unload_s = 0.0  # of the last loads
-        time.sleep(PAUSE_S)  # the first runner of a worker is not what is measured
+        time.sleep(PAUSE_S)  # wait for the first runner of the worker
 
     def load(self, keys: Sequence[str], at_once: int = 0) -> list[float]:
-        """Load all of them at once, or so many at a time; then unload them.  Seconds from request to reply of each."""
+        """Load these models, `at_once` at a time or all, and unload them; return the seconds of each load."""
         sent = self.client.send(self.port, [_load(key) for key in keys], at_once or len(keys))
         check(sent.answers, 200)
         started = time.perf_counter()
@@ -140,7 +140,7 @@ def _read(path: Path) -> None:
 
 
 def _disk_bytes(path: Path) -> int:
-    """What was read of the disk that has a file, by anybody."""
+    """Return the bytes that all processes have read from the disk of a file."""
     device = path.stat().st_dev
     stat = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
     return int(stat[2]) * SECTOR
@@ -159,7 +159,7 @@ def goals(many: Many) -> list[Goal]:
             "x",
         ),
         goal(
-            "read from the disk for one model twice / its size",
+            "bytes read from the disk for two loads of one model / its size",
             max(one.disk_bytes for one in same) / many.n_bytes[SAME],
             1.05,
             "x",
@@ -168,11 +168,11 @@ def goals(many: Many) -> list[Goal]:
 
 
 def markdown(many: Many) -> str:
-    found = goals(many)
-    lines = [f"## Many at once: {sum(one.met for one in found)} of {len(found)} goals met", ""]
+    verdicts = goals(many)
+    lines = [f"## Concurrent loads: {sum(one.met for one in verdicts)} of {len(verdicts)} goals met", ""]
     lines += [
         f"- {one.what}: {one.measured:.2f}, limit {one.limit:.2f}, {'met' if one.met else '**missed**'}"
-        for one in found
+        for one in verdicts
     ]
     rows = [
         [
@@ -185,12 +185,12 @@ def markdown(many: Many) -> str:
         ]
         for name, sides in many.sides.items()
     ]
-    heads = ["cold", "GB", "reading alone, s", "both loaded, s", "GB/s", "read from the disk, GB"]
+    heads = ["cold", "GB", "reading only, s", "both loaded, s", "GB/s", "read from the disk, GB"]
     lines += ["", *table(heads, rows), ""]
     each = many.all_s / N_TINY / statistics.median(many.alone_s)
-    lines += [f"- {N_TINY} tiny loads at once take {each:.2f} times as long each as one alone", ""]
+    lines += [f"- each of {N_TINY} tiny loads at once takes {each:.2f} times as long as a single one", ""]
     tiny = [
-        ("alone, with pauses", many.alone_s, sum(many.alone_s)),
+        ("single, with pauses", many.alone_s, sum(many.alone_s)),
         (f"{N_TINY} at once", many.together_s, many.all_s),
     ]
     rows = [
@@ -198,14 +198,14 @@ def markdown(many: Many) -> str:
         for name, seconds, total in tiny
     ]
     rows.append([f"{N_TINY} one after the other", str(N_TINY), "", "", f"{many.serial_s:.2f}"])
-    lines += table(["tiny", "loads", "p50, ms", "p99, ms", "in all, s"], rows)
+    lines += table(["tiny", "loads", "p50, ms", "p99, ms", "total, s"], rows)
     lines += [
         "",
-        f"Medians of {ROUNDS} rounds after one that is not counted; two loads at once on one CPU "
-        "(`LOADSTONE_LOADS_AT_ONCE=2`), each from its request to its reply, with context and a decoded token. Reading "
-        "alone: both files, one after the other, as Loadstone reads. The disk's figure counts everybody's reads. The "
-        "tiny loads are of one model, to one worker that loads one at a time, each in a process of its own; the last "
-        f"of them waits for the {N_TINY - 1} before it.",
+        f"Medians of {ROUNDS} rounds after one uncounted round; two loads at once on the CPU "
+        "(`LOADSTONE_LOADS_AT_ONCE=2`), each from its request to its reply, including the context and a decoded token. "
+        "Reading only: both files, one after the other, as Loadstone reads. The disk's figure counts the reads of all "
+        "processes. The tiny loads are of one model, on one worker that loads one at a time, each in its own process; "
+        f"the last of them waits for the {N_TINY - 1} before it.",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What is left of a load when its file is in the page cache, phase by phase, and what repacking costs: measured with
+"""The phases of a load whose file is in the page cache, and the cost of repacking: measured with
 `python -m bench phases`."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bench import pagecache
 from bench.report import PHASES, table
 from bench.subjects import Failure, Load, service
 
-N = 5  # loads of each, after one that is not counted
+N = 5  # loads of each model, after one uncounted load
 PAUSE_S = 0.5
 REPACK = ("off", "on")
 
@@ -31,8 +31,8 @@ class Warm(Struct, frozen=True, kw_only=True):
 
 
 def measure(models: Mapping[str, Path], models_dir: Path, out: Path, say: Callable[[str], None]) -> list[Warm]:
-    """Models by key."""
-    found = []
+    """Load each model N times, with and without repacking; `models` has the files by key."""
+    measured = []
     for repack in REPACK:
         with service(models_dir, out, LOADSTONE_REPACK=repack) as up:
             for key, path in models.items():
@@ -41,14 +41,14 @@ def measure(models: Mapping[str, Path], models_dir: Path, out: Path, say: Callab
                 for _ in range(N + 1):
                     time.sleep(PAUSE_S)
                     if loads and pagecache.residency(path) < 0.98:
-                        raise Failure(f"{path.name} is not in the page cache any more")
+                        raise Failure(f"{path.name} is no longer in the page cache")
                     up.reconnect()
                     loads.append(up.load(key))
-                found.append(Warm(model=key, repack=repack, loads=loads[1:]))
-    return found
+                measured.append(Warm(model=key, repack=repack, loads=loads[1:]))
+    return measured
 
 
-def markdown(found: list[Warm]) -> str:
+def markdown(measured: list[Warm]) -> str:
     shown = [phase for phase in PHASES if phase != "model"]
     rows = [
         [
@@ -57,16 +57,16 @@ def markdown(found: list[Warm]) -> str:
             *(f"{one.phase_s(phase) * 1000:.1f}" for phase in shown),
             f"{statistics.median(load.total_s for load in one.loads) * 1000:.1f}",
         ]
-        for one in found
+        for one in measured
     ]
     return "\n".join(
         [
             "## Warm loads, phase by phase",
             "",
-            *table(["p50, ms", "repacking", *shown, "in all"], rows),
+            *table(["p50, ms", "repacking", *shown, "total"], rows),
             "",
-            f"Medians of {N} loads after one that is not counted. Metadata is the vocabulary, in all but name; weights "
-            "are mapped, or copied where they are repacked; the context is the KV cache that is cleared; the warm-up "
-            "is a token decoded, by one thread in the tiny model and by all cores in the others.",
+            f"Medians of {N} loads after one uncounted load. Metadata consists mostly of the vocabulary. Weights are "
+            "mapped, or copied if they are repacked. The context is the time to clear the KV cache. The warm-up is "
+            "one decoded token, by one thread for the tiny model and by all cores for the others.",
         ]
     )

@@ -1,8 +1,8 @@
-"""How a cold file is best read, beside what `dd` reaches: measured with `python -m bench reads`.
+"""Ways to read a cold file, compared with `dd`: measured with `python -m bench reads`.
 
-Every way reads the same large model in a process of its own, after its pages were dropped, in rounds of another order
-each; so does every load, of llama.cpp alone in each of its modes and of Loadstone.  `python -m bench.reads WAY FILE`
-reads once, and prints the seconds that took.
+Every way reads the same large model in its own process after its pages were dropped, in rounds with a random order.  So
+does every load: by llama.cpp alone in each of its modes, and by Loadstone.  `python -m bench.reads WAY FILE` reads once
+and prints the seconds.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from bench.report import Goal, goal, table
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, Service, service
 from worker.engine.prefetch import STEP_BYTES, prefetch
 
-BLOCK = 4 << 20  # of a read into memory of one's own
+BLOCK = 4 << 20  # of a read into private memory
 ROUNDS = 3
 AHEAD = 4 * STEP_BYTES
 PAUSE_S = 0.5
-LEAST = 0.9  # of the best sequential rate
+LEAST = 0.9  # smallest share of the best sequential rate
 SERVICE, SERVICE_WEIGHTS = "Loadstone: request to reply", "Loadstone: its weights in memory"
 LLAMA = {f"llama.cpp, {mode}": mode for mode in ("MMAP", "NONE", "DIRECT_IO")}
 DD = {"dd bs=8M": ("bs=8M",), "dd bs=8M iflag=direct": ("bs=8M", "iflag=direct")}
@@ -40,23 +40,23 @@ DD = {"dd bs=8M": ("bs=8M",), "dd bs=8M iflag=direct": ("bs=8M", "iflag=direct")
 
 
 def faults(fd: int, size: int) -> None:
-    """A byte of each page, in order: what an engine does that maps a file and populates nothing."""
+    """Read a byte of each page in order, as an engine does that maps a file without populating it."""
     with mmap.mmap(fd, size, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as pages:
         sum(pages[:: mmap.PAGESIZE])
 
 
 def map_populate(fd: int, size: int) -> None:
-    """All in one system call, as llama.cpp maps a file."""
+    """Read everything in one system call, as llama.cpp maps a file."""
     mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ).close()
 
 
 def in_steps(fd: int, size: int) -> None:
-    """As Loadstone does."""
+    """Read as Loadstone does."""
     prefetch(fd, lambda n: None)
 
 
 def advised(fd: int, size: int) -> None:
-    """The same, with posix_fadvise asking for what comes next."""
+    """Read as Loadstone does, and request the next pages with posix_fadvise."""
     os.posix_fadvise(fd, 0, AHEAD, os.POSIX_FADV_WILLNEED)
     done = 0
 
@@ -69,10 +69,10 @@ def advised(fd: int, size: int) -> None:
 
 
 def preadv(threads: int, fd: int, size: int) -> None:
-    """Into memory of one's own: with O_DIRECT past the page cache, else through it."""
+    """Read into private memory: past the page cache with O_DIRECT, else through it."""
 
     def work(first: int) -> None:
-        with mmap.mmap(-1, BLOCK) as buffer:  # aligned, as O_DIRECT needs it
+        with mmap.mmap(-1, BLOCK) as buffer:  # aligned, as O_DIRECT requires
             for at in range(first * BLOCK, size, threads * BLOCK):
                 os.preadv(fd, [buffer], at)
 
@@ -107,7 +107,7 @@ def read(way: str, path: Path) -> float:
 
 class Read(Struct, frozen=True, kw_only=True):
     way: str
-    residency: float  # of the file, just before
+    residency: float  # of the file, just before the read
     seconds: float
 
 
@@ -141,15 +141,15 @@ def measure(key: str, path: Path, models_dir: Path, out: Path, say: Callable[[st
                 for name in names:
                     is_cold = into is cold
                     say(f"reading, {'cold' if is_cold else 'warm'}, round {i}, {name}")
-                    residency = _prepared(path, is_cold)
-                    found = ways[name]()
-                    if i > 0:  # the first one finds what nobody has touched
-                        into += [Read(way=way, residency=residency, seconds=s) for way, s in found.items()]
+                    residency = _prepare(path, is_cold)
+                    seconds = ways[name]()
+                    if i > 0:  # the first round has cold caches
+                        into += [Read(way=way, residency=residency, seconds=s) for way, s in seconds.items()]
     return Reads(n_bytes=path.stat().st_size, cold=cold, warm=warm)
 
 
-def _prepared(path: Path, is_cold: bool) -> float:
-    """All of it read, so that each finds the memory that the one before has left; and, for a cold one, dropped."""
+def _prepare(path: Path, is_cold: bool) -> float:
+    """Read the whole file, so that each way finds the same free memory; drop it if cold; return the residency."""
     read("MADV_POPULATE_READ in steps of 32 MiB", path)
     if is_cold:
         pagecache.drop(path)
@@ -169,8 +169,8 @@ def _dd(way: str, path: Path) -> dict[str, float]:
 def _child(way: str, path: Path) -> dict[str, float]:
     argv = [sys.executable, "-m", "bench.reads", way, str(path)]
     root = Path(__file__).parents[1]
-    said = subprocess.run(argv, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root)
-    return {way: float(said.stdout)}
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root)
+    return {way: float(done.stdout)}
 
 
 def _service(running: Service, key: str) -> dict[str, float]:
@@ -202,11 +202,14 @@ def goals(reads: Reads) -> list[Goal]:
 
 
 def markdown(reads: Reads) -> str:
-    found = goals(reads)
-    lines = [f"## Reading {reads.n_bytes / 1e9:.1f} GB: {sum(one.met for one in found)} of {len(found)} goals met", ""]
+    verdicts = goals(reads)
+    lines = [
+        f"## Reading {reads.n_bytes / 1e9:.1f} GB: {sum(one.met for one in verdicts)} of {len(verdicts)} goals met",
+        "",
+    ]
     lines += [
         f"- {one.what} = {one.measured:.2f}, limit {one.limit:.2f}, {'met' if one.met else '**missed**'}"
-        for one in found
+        for one in verdicts
     ]
     rows = []
     for way in [*DD, *WAYS, *LLAMA, SERVICE_WEIGHTS, SERVICE]:

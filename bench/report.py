@@ -1,4 +1,4 @@
-"""From measurements to figures, and to the Markdown that shows them."""
+"""Compute figures from the measurements, and render them as Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHASES = ("queue", "spawn", "metadata", "weights", "model", "context", "warmup")
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """One load of the big model; `residency` is the share of its file that was in the page cache just before."""
+    """One load of the big model; `residency` is the share of its file in the page cache just before."""
 
     cache: Cache
     who: Who
@@ -27,7 +27,7 @@ class Run(Struct, frozen=True, kw_only=True):
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """Everything that was measured, run by run: `tiny` by what is a row of the report."""
+    """All measurements, run by run; `tiny` by row of the report."""
 
     machine: dict[str, str]
     big_bytes: int
@@ -35,7 +35,7 @@ class Measured(Struct, frozen=True, kw_only=True):
     big: list[Run]
 
     def big_s(self, cache: Cache, who: Who, *, token: bool = True) -> float:
-        """The median of the runs' totals, with or without the time of the one decoded token."""
+        """Return the median of the totals, with or without the time of the decoded token."""
         runs = [run.load for run in self.big if (run.cache, run.who) == (cache, who)]
         return statistics.median(load.total_s - (0 if token else load.phases_s["warmup"]) for load in runs)
 
@@ -49,7 +49,7 @@ class Goal(Struct, frozen=True, kw_only=True):
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """By nearest rank: a value that was measured.  The 99th of 50 is the largest."""
+    """Return a percentile by nearest rank, so a measured value: the 99th of 50 values is the largest."""
     ordered = sorted(values)
     return ordered[math.ceil(share * len(ordered)) - 1]
 
@@ -80,11 +80,11 @@ def head(machine: dict[str, str]) -> str:
 
 
 def markdown(measured: Measured) -> str:
-    found = goals(measured)
-    lines = [f"## Goals: {sum(goal.met for goal in found)} of {len(found)} met", ""]
+    verdicts = goals(measured)
+    lines = [f"## Goals: {sum(goal.met for goal in verdicts)} of {len(verdicts)} met", ""]
     lines += table(
         ["goal", "measured", "limit", "met"],
-        [[g.what, _in_unit(g.measured, g), _in_unit(g.limit, g), "yes" if g.met else "**no**"] for g in found],
+        [[g.what, _in_unit(g.measured, g), _in_unit(g.limit, g), "yes" if g.met else "**no**"] for g in verdicts],
     )
     lines += ["", *_tiny(measured), "", *_big(measured)]
     return "\n".join(lines)
@@ -93,10 +93,10 @@ def markdown(measured: Measured) -> str:
 def _tiny(measured: Measured) -> list[str]:
     service = measured.tiny["service"]
     n, whole = len(service), _p50(load.total_s for load in service)
-    lines = [f"## Tiny model, {n} loads per row after one that is not counted", ""]
+    lines = [f"## Tiny model, {n} loads per row after one uncounted load", ""]
     for row in ("bare, warm process", "bare, fresh fork"):
-        alone = _p50(load.load_s for load in measured.tiny[row])
-        lines.append(f"- service / {row} = {whole / alone:.2f} ({whole * 1000:.2f} ms / {alone * 1000:.2f} ms)")
+        bare = _p50(load.load_s for load in measured.tiny[row])
+        lines.append(f"- service / {row} = {whole / bare:.2f} ({whole * 1000:.2f} ms / {bare * 1000:.2f} ms)")
     rows = []
     for row, loads in measured.tiny.items():
         columns = [
@@ -109,15 +109,15 @@ def _tiny(measured: Measured) -> list[str]:
     lines += ["", *table(["ms", *heads], rows)]
     lines += [
         "",
-        "Every load was unloaded, and followed by a pause of 150 ms except where a row says back to back. Total is the "
-        "HTTP request as the client sees it, load the reply's `load_time_seconds`, overhead their difference. A bare "
-        "load is timed inside its process: model, context, one token; the total of a fresh fork is with the fork, the "
-        f"start of the backends and the freeing. The p99 of {n} is the slowest.",
+        "Each load was followed by an unload and, except in the rows 'back to back', by a pause of 150 ms. Total is "
+        "the duration of the HTTP request for the client, load is the reply's `load_time_seconds`, overhead is their "
+        "difference. A bare load is timed inside its process: model, context, one token; the total of a fresh fork "
+        f"includes the fork, the start of the backends and the freeing. The p99 of {n} is the slowest load.",
         "",
     ]
     phases = [[row, *_phases(loads, 1000, "{:.2f}")] for row, loads in measured.tiny.items()]
     lines += table(["p50, ms", *PHASES], phases)
-    lines += ["", "Model is metadata and weights together; model, context and warmup add up to the load."]
+    lines += ["", "Model is the sum of metadata and weights; model, context and warmup add up to the load."]
     return lines
 
 
@@ -128,8 +128,8 @@ def _big(measured: Measured) -> list[str]:
     rows = []
     for cache in caches:
         for token, what in ((True, ""), (False, ", without the decoded token")):
-            service, alone = (measured.big_s(cache, who, token=token) for who in ("service", "bare"))
-            ratio = f"{service / alone:.2f} ({service:.2f} s / {alone:.2f} s)"
+            service, bare = (measured.big_s(cache, who, token=token) for who in ("service", "bare"))
+            ratio = f"{service / bare:.2f} ({service:.2f} s / {bare:.2f} s)"
             lines.append(f"- {cache} {name}{what}: service / bare mmap = {ratio}")
         for run in (run for run in measured.big if run.cache == cache):
             figures = _phases([run.load], 1, "{:.3f}")
@@ -137,15 +137,15 @@ def _big(measured: Measured) -> list[str]:
     lines += ["", *table(["s", "who", "in cache before", "total", *PHASES], rows)]
     lines += [
         "",
-        "In the order they were run, per cache. The service's total is the HTTP request; bare is a fresh process, "
-        "already imported and initialised, that maps the file. Cold is this machine's page cache only: a disk or a "
-        "hypervisor may have a cache below it.",
+        "In the order of the runs, by state of the cache. The service's total is the HTTP request; bare is a fresh "
+        "process with the library imported and initialised that maps the file. Cold refers to the page cache of this "
+        "machine only: a disk or a hypervisor may have a cache below it.",
     ]
     return lines
 
 
 def _phases(loads: list[Load], scale: float, form: str) -> list[str]:
-    """The median of each phase; nothing for those that are not known of such a load."""
+    """Return the median of each phase, or an empty string if such a load has no such phase."""
     known = loads[0].phases_s
     return [form.format(_p50(load.phases_s[p] for load in loads) * scale) if p in known else "" for p in PHASES]
 

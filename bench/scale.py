@@ -1,7 +1,7 @@
-"""What a large pool costs those that look at all of it: measured with `python -m bench scale`.
+"""The cost of operations on a whole large pool: measured with `python -m bench scale`.
 
-The workers are simulated: they are what workers write, in a real Redis, and no processes.  Each has 8 GPUs and 10
-loaded instances, made by the store as a load makes them.  The pool grows from one size to the next.
+Workers are simulated by what they would write, in a real Redis, without processes.  Each has 8 GPUs and 10 loaded
+instances, whose records the store creates as for loads.  The pool grows from one size to the next.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from shared.store.store import Store
 
 WORKERS = (10, 30, 100, 300, 1000)
 GPUS, INSTANCES = 8, 10  # of each worker
-LEASE_S = 3600.0  # nobody renews
+LEASE_S = 3600.0  # not renewed during a run
 GB = 10**9
 GPU_BYTES = 80 * GB
-FREE = (8 * GB, 30 * GB)  # of a GPU; one of all has HOLE
+FREE = (8 * GB, 30 * GB)  # free bytes of a GPU; a single GPU has HOLE
 HOLE = 78 * GB
 REPLY_S, READY_S, STOP_S = 60.0, 20.0, 10.0
 
-# What is asked for, by what it meets in this pool: the bytes of its model.
+# Loads by their situation in this pool: the bytes of the model.
 SITUATIONS = {
     "one GPU has room": 6 * GB,
     "only one GPU of all has room": 70 * GB,
@@ -61,8 +61,11 @@ N_PLACED, N_BEATS, N_READ = 100, 200, 7
 
 
 class Size(Struct, frozen=True, kw_only=True):
-    """A pool of so many workers: how long each of what is done took, every time; also by the clock of the process that
-    places, which does not run while others have its core; Redis' CPU time of a beat and so on, on average."""
+    """Seconds of every run of each operation on a pool of so many workers.
+
+    `placing_cpu_s` is the CPU time of placing, without the time of other processes on its core; `redis_s` is the
+    average CPU time of Redis for each operation.
+    """
 
     workers: int
     placing_s: dict[str, list[float]]
@@ -74,14 +77,14 @@ class Size(Struct, frozen=True, kw_only=True):
 
 
 def measure(out: Path, say: Callable[[str], None]) -> list[Size]:
-    """Raises Failure, and RedisUnavailable."""
+    """Measure all sizes.  Raises Failure and RedisUnavailable."""
     with tempfile.TemporaryDirectory(prefix="data-", dir=out) as data_dir, redis(Path(data_dir)) as (url, pid):
         return uvloop.run(_measure(url, pid, out, say))
 
 
 @contextmanager
 def redis(data_dir: Path) -> Iterator[tuple[str, int]]:
-    """The URL and the process of an embedded server."""
+    """Run an embedded Redis; yield its URL and its pid."""
     with (
         devredis.prepared(data_dir) as server,
         subprocess.Popen(server.argv, pass_fds=server.pass_fds, stderr=subprocess.DEVNULL) as process,
@@ -98,7 +101,7 @@ def redis(data_dir: Path) -> Iterator[tuple[str, int]]:
 
 
 async def _measure(url: str, redis_pid: int, out: Path, say: Callable[[str], None]) -> list[Size]:
-    found = []
+    sizes = []
     async with connected(url) as client:
         pool = Pool(Store(client, LEASE_S))
         for n in WORKERS:
@@ -107,7 +110,7 @@ async def _measure(url: str, redis_pid: int, out: Path, say: Callable[[str], Non
             placing_s, placing_cpu_s = await pool.placing()
             beating_s, redis_s = await pool.beating(lambda: cpu_s(redis_pid))
             reading_s, reply_bytes = await asyncio.to_thread(_reading, url, out)
-            found.append(
+            sizes.append(
                 Size(
                     workers=n,
                     placing_s=placing_s,
@@ -118,14 +121,14 @@ async def _measure(url: str, redis_pid: int, out: Path, say: Callable[[str], Non
                     reply_bytes=reply_bytes,
                 )
             )
-    return found
+    return sizes
 
 
 # ---- the pool
 
 
 def model(key: str, n_bytes: int) -> Model:
-    """One whose layers are all of a size."""
+    """Return a model whose layers have equal sizes."""
     block = n_bytes // (BLOCKS + 1)
     return Model(
         key=key,
@@ -162,12 +165,12 @@ KEYS = dict(zip(SITUATIONS, (one.key for one in MODELS), strict=True))
 
 
 class Pool:
-    """What workers would have written, and what an API process and a worker do with it."""
+    """The simulated workers in Redis, and the measured operations of an API process and a worker."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.roster = Roster(store.workers, Settings())
-        self.chance = random.Random(1)  # the same pool in every run
+        self.chance = random.Random(1)  # fixed seed: the same pool in every run
         self.snapshots: list[WorkerSnapshot] = []
 
     async def grow(self, n: int) -> None:
@@ -181,7 +184,7 @@ class Pool:
             self.snapshots.append(snapshot)
 
     def _snapshot(self, i: int) -> WorkerSnapshot:
-        """GPUs of which most is held; one GPU of the first worker is nearly free."""
+        """Return a snapshot with mostly used GPUs; the last GPU of the first worker is nearly free."""
         free = [self.chance.randrange(*FREE) for _ in range(GPUS)]
         if i == 0:
             free[-1] = HOLE
@@ -229,7 +232,7 @@ class Pool:
         )
 
     async def _load(self, worker: WorkerSnapshot, held: Holding) -> None:
-        """The record of an instance, through all that a load writes of its states."""
+        """Create the record of an instance, with the states that a load writes."""
         now = time.time()
         record = await self.store.instances.create(
             Instance(
@@ -268,19 +271,19 @@ class Pool:
             ),
         )
 
-    # ---- what is done with it
+    # ---- the measured operations
 
     async def placing(self) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-        """One load, as an API process places it.  Raises Failure where it is not placed as its name says."""
+        """Place loads as an API process does.  Raises Failure if a placement does not match its situation."""
         await self.roster.refresh()
-        found: dict[str, list[float]] = {name: [] for name in SITUATIONS}
+        seconds: dict[str, list[float]] = {name: [] for name in SITUATIONS}
         cpu: dict[str, list[float]] = {name: [] for name in SITUATIONS}
         for name in [*SITUATIONS] * N_PLACED:
             request = LoadRequest(model=KEYS[name])
             cpu_started, started = time.process_time(), time.perf_counter()
             candidates, _ = self.roster.candidates(request)
             _, placement = self.roster.choose(candidates, request)
-            found[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - started)
             cpu[name].append(time.process_time() - cpu_started)
             met = (
                 "no room"
@@ -292,17 +295,19 @@ class Pool:
                 else name
             )
             if met != name:
-                raise Failure(f"among {len(self.snapshots)} workers a load met '{met}', not '{name}'")
-        return found, cpu
+                raise Failure(
+                    f"with {len(self.snapshots)} workers the situation of a load was '{met}' instead of '{name}'"
+                )
+        return seconds, cpu
 
     async def beating(self, redis_cpu_s: Callable[[], float]) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """What is done once a second: by each worker, and by each API process."""
+        """Measure what each worker and each API process does once a second."""
         sweep = Sweep(
             self.roster,
             self.store.instances,
             self.store.queue,
             self.store.listen,
-            lease_s=0.0,  # it waits for no lease to expire
+            lease_s=0.0,  # do not wait for a lease to expire
             load_attempts=Settings().load_attempts,
         )
 
@@ -310,7 +315,7 @@ class Pool:
             worker = self.chance.choice(self.snapshots)
             await self.store.workers.renew(worker)
             if len(await self.store.instances.live_at(worker.name)) != INSTANCES:
-                raise Failure("a worker has not found its instances")
+                raise Failure("a worker has read the wrong number of instances")
 
         async def refresh() -> None:
             await self.roster.refresh()
@@ -320,33 +325,33 @@ class Pool:
             REFRESH: (N_READ, refresh),
             SWEEP: (N_READ, sweep.beat),
         }
-        taken: dict[str, list[float]] = {}
+        seconds: dict[str, list[float]] = {}
         redis_s: dict[str, float] = {}
         for name, (n, do) in parts.items():
             await do()
-            before, taken[name] = redis_cpu_s(), []
+            before, seconds[name] = redis_cpu_s(), []
             for _ in range(n):
                 started = time.perf_counter()
                 await do()
-                taken[name].append(time.perf_counter() - started)
+                seconds[name].append(time.perf_counter() - started)
             redis_s[name] = (redis_cpu_s() - before) / n
-        return taken, redis_s
+        return seconds, redis_s
 
 
 # ---- an API process
 
 
 def _reading(url: str, out: Path) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """What a client waits for replies about all of the pool, from an API process that refreshes and sweeps meanwhile;
-    and how large they are."""
+    """Return seconds and sizes of replies about the whole pool, from an API process that refreshes and sweeps
+    meanwhile."""
     with api(url, out) as connection:
-        taken: dict[str, list[float]] = {path: [] for path in PATHS}
+        seconds: dict[str, list[float]] = {path: [] for path in PATHS}
         sizes = {path: len(_get(connection, path)) for path in PATHS}
         for path in [*PATHS] * N_READ:
             started = time.perf_counter()
             _get(connection, path)
-            taken[path].append(time.perf_counter() - started)
-    return taken, sizes
+            seconds[path].append(time.perf_counter() - started)
+    return seconds, sizes
 
 
 @contextmanager
@@ -375,7 +380,7 @@ def _get(connection: http.client.HTTPConnection, path: str) -> bytes:
         response = connection.getresponse()
         body = response.read()
     except (OSError, http.client.HTTPException) as e:
-        raise Failure(f"{path} got no answer: {e!r}") from e
+        raise Failure(f"{path}: no reply: {e!r}") from e
     if response.status != 200:
-        raise Failure(f"{path} answered {response.status}: {body[:200].decode('utf-8', 'replace')}")
+        raise Failure(f"{path}: reply with status {response.status}: {body[:200].decode('utf-8', 'replace')}")
     return body

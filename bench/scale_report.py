@@ -1,4 +1,4 @@
-"""From what `bench.scale` measured to the Markdown and the picture that show it."""
+"""Render the measurements of `bench.scale` as Markdown and as a plot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIMIT_MS = 5.0
 
 
 class Line(Struct, frozen=True, kw_only=True):
-    """What one thing costs at each size, in ms: the median, and the 99th percentile."""
+    """The cost of one operation at each size in ms: the median and the 99th percentile."""
 
     what: str
     group: str
@@ -25,7 +25,7 @@ class Line(Struct, frozen=True, kw_only=True):
 
     @property
     def growth(self) -> float:
-        """From the smallest to the largest pool."""
+        """Return the factor from the smallest to the largest pool."""
         return self.p50_ms[-1] / self.p50_ms[0]
 
 
@@ -49,12 +49,12 @@ def lines(sizes: list[Size]) -> list[Line]:
 
 def goals(sizes: list[Size]) -> list[Goal]:
     largest = max((line for line in lines(sizes) if line.group == "placing"), key=lambda line: line.p50_ms[-1])
-    what = f"placing one load among {sizes[-1].workers:,} workers, p50, where it takes longest: {largest.what}"
+    what = f"placing one load among {sizes[-1].workers:,} workers, p50 of the slowest situation: {largest.what}"
     return [goal(what, largest.p50_ms[-1], LIMIT_MS, "ms")]
 
 
 def markdown(sizes: list[Size]) -> str:
-    found, last = lines(sizes), sizes[-1]
+    costs, last = lines(sizes), sizes[-1]
     n, factor = last.workers, last.workers / sizes[0].workers
     text = [
         f"## A pool of {n:,} workers, {n * GPUS:,} GPUs and {n * INSTANCES:,} instances, simulated",
@@ -64,11 +64,11 @@ def markdown(sizes: list[Size]) -> str:
         verdict = "met" if one.met else "**missed**"
         text.append(f"- {one.what}: {one.measured:.2f} ms, limit {one.limit:.0f} ms, {verdict}")
     cpu = {what: percentile(seconds, 0.5) * 1000 for what, seconds in last.placing_cpu_s.items()}
-    text.append(f"- CPU time of the same, p50: {', '.join(f'{what} {ms:.2f} ms' for what, ms in cpu.items())}")
-    worst = max(found, key=lambda line: line.growth)
-    text.append(f"- {factor:.0f} times the workers cost at most {worst.growth:.0f} times the time ({worst.what})")
-    beat = next(line for line in found if line.what == BEAT)
-    text.append(f"- {BEAT}: {beat.growth:.2f} times")
+    text.append(f"- CPU time of placing, p50: {', '.join(f'{what} {ms:.2f} ms' for what, ms in cpu.items())}")
+    worst = max(costs, key=lambda line: line.growth)
+    text.append(f"- with {factor:.0f} times the workers the time grows at most {worst.growth:.0f} times ({worst.what})")
+    beat = next(line for line in costs if line.what == BEAT)
+    text.append(f"- {BEAT}: it grows {beat.growth:.2f} times")
     heads = ["p50, ms, by workers", *(f"{size.workers:,}" for size in sizes), f"p99 at {n:,}", "growth"]
     rows = [
         [
@@ -77,7 +77,7 @@ def markdown(sizes: list[Size]) -> str:
             f"{line.p99_ms[-1]:.2f}",
             f"{line.growth:.1f} x",
         ]
-        for line in found
+        for line in costs
     ]
     text += ["", *table(heads, rows)]
     redis = ", ".join(f"{what} {last.redis_s[what] * 1000:.2f} ms" for what in (BEAT, REFRESH, SWEEP))
@@ -85,20 +85,20 @@ def markdown(sizes: list[Size]) -> str:
     replies = ", ".join(f"{path} {last.reply_bytes[path] / 1e6:.1f} MB" for path in PATHS)
     text += [
         "",
-        f"Redis' CPU at {n:,} workers: {redis}; a second of all beats and one API's sweep {every:.2f} s. "
+        f"Redis' CPU at {n:,} workers: {redis}; all beats and one API's sweep of a second {every:.2f} s. "
         f"Replies: {replies}.",
         "",
-        f"A real Redis with what {n:,} workers would have written, and no workers; records made by the store as loads "
-        f"make them. Placing: `Roster.candidates` and `Roster.choose` on a roster that was just read, {N_PLACED} times "
-        f"each in turn. A beat is the renewal with its snapshot, and what a worker reads of its records ({N_BEATS} "
-        f"times); the sweep includes the reading of all workers ({N_READ} times each). GETs are one client's, of an "
-        f"API process that reads and sweeps once a second beside ({N_READ} times each; their p99 is the slowest).",
+        f"A real Redis with what {n:,} workers would write, without workers; the store created the records as for "
+        f"loads. Placing: `Roster.candidates` and `Roster.choose` on a roster that was just read, {N_PLACED} times "
+        f"each in turn. A beat renews the lease with a snapshot and reads the records of a worker ({N_BEATS} times); "
+        f"the sweep includes reading all workers ({N_READ} times each). The GETs come from one client, to an API "
+        f"process that also refreshes and sweeps once a second ({N_READ} times each; their p99 is the slowest).",
     ]
     return "\n".join(text)
 
 
 def plot(sizes: list[Size], path: Path) -> None:
-    """Cost by number of workers, both logarithmic: a straight line at 45 degrees is linear."""
+    """Plot cost by number of workers, both logarithmic: a line at 45 degrees is linear growth."""
     groups = {"placing": "Placing one load", "each second": "Once a second", "GET": "Reading the whole pool over HTTP"}
     workers = [size.workers for size in sizes]
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):

@@ -1,4 +1,4 @@
-"""Sends requests by `bench.client`, which has a process of its own."""
+"""Sends requests through `bench.client`, which runs in its own process."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ class Sender:
         self._stdin, self._stdout, self._log = stdin, stdout, log
 
     def send(self, port: int, requests: list[str], at_once: int = 1, *, bodies: bool = True) -> Sent:
-        """Raises Failure where not every reply came.  Without `bodies`, those of the answers are empty."""
+        """Send requests; return the replies, with empty bodies unless `bodies`.  Raises Failure if one is missing."""
         task = Task(port=port, requests=requests, at_once=at_once, within_s=WITHIN_S, bodies=bodies)
         self._stdin.write(msgspec.json.encode(task).decode() + "\n")
         self._stdin.flush()
-        if not select.select([self._stdout], [], [], WITHIN_S + 5)[0]:  # nothing is buffered: it is one line each time
-            raise Failure(f"the benchmark's client said nothing for {WITHIN_S + 5:g} s; see {self._log}")
+        if not select.select([self._stdout], [], [], WITHIN_S + 5)[
+            0
+        ]:  # nothing is buffered: there is one line for each task
+            raise Failure(f"the benchmark's client wrote nothing for {WITHIN_S + 5:g} s; see {self._log}")
         line = self._stdout.readline()
         if not line:
-            raise Failure(f"the benchmark's client ended; see {self._log}")
+            raise Failure(f"the benchmark's client has exited; see {self._log}")
         return msgspec.json.decode(line, type=Sent)
 
 
@@ -44,7 +46,7 @@ def sender(out: Path) -> Iterator[Sender]:
 
 
 def check(answers: list[Answer], status: int) -> None:
-    """Raises Failure at an answer that is not this one."""
+    """Raise Failure if an answer has another status."""
     for answer in answers:
         if answer.status != status:
-            raise Failure(f"the answer was {answer.status}, not {status}: {answer.body}")
+            raise Failure(f"the reply has status {answer.status} instead of {status}: {answer.body}")

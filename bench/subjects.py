@@ -1,4 +1,4 @@
-"""The two things that are measured, each with a `load`: the service over HTTP, and llama-cpp-python alone."""
+"""The two subjects, each with a method `load`: the service over HTTP, and llama-cpp-python alone."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ STOP_S = 20.0  # `loadstone up` takes 10 at most
 
 
 class Failure(Exception):
-    """Something could not be measured; the sentence says why."""
+    """A measurement failed; the message says why."""
 
 
 class Load(Struct, frozen=True, kw_only=True):
-    """`total_s` is from the request to the whole reply, `load_s` the load as the service itself counts it."""
+    """`total_s` counts from the request to the end of the reply; `load_s` is the load time by the subject's clock."""
 
     total_s: float
     load_s: float
@@ -43,7 +43,7 @@ class Load(Struct, frozen=True, kw_only=True):
 
 
 class Service:
-    """A running Loadstone, reached over one connection that is kept open."""
+    """A running Loadstone, used over one kept connection."""
 
     def __init__(self, url: str, pid: int) -> None:
         host = urlsplit(url)
@@ -51,22 +51,22 @@ class Service:
         self._connection = http.client.HTTPConnection(host.hostname or "", host.port, timeout=REPLY_S)
 
     def reconnect(self) -> None:
-        """To be called after a while without requests, since the server ends a connection that idles for seconds."""
+        """Reconnect after a pause, since the server closes a connection that is idle for some seconds."""
         self._connection.close()
         self._connection.connect()
 
     def load(self, key: str) -> Load:
         """Load and unload a model; unloading is not measured."""
-        wanted = {
+        body = {
             "model": key,
             "context_length": CONTEXT_LENGTH,
             "eval_batch_size": EVAL_BATCH_SIZE,
             "echo_load_config": True,
         }
-        seconds, reply, timing = self._post("/api/v1/models/load", wanted)
+        seconds, reply, timing = self._post("/api/v1/models/load", body)
         applied = reply["load_config"]
         if (applied["context_length"], applied["eval_batch_size"]) != (CONTEXT_LENGTH, EVAL_BATCH_SIZE):
-            raise Failure(f"the service loaded something else than was asked for: {applied}")
+            raise Failure(f"the service applied another config than the requested one: {applied}")
         self._post("/api/v1/models/unload", {"instance_id": reply["instance_id"]})
         phases = {name: float(ms) / 1000 for name, ms in re.findall(r"(\w+);dur=([\d.]+)", timing)}
         phases["model"] = phases["metadata"] + phases["weights"]
@@ -76,7 +76,7 @@ class Service:
         self._connection.close()
 
     def _post(self, path: str, body: dict[str, object]) -> tuple[float, dict[str, Any], str]:
-        """How long it took, the reply, and its Server-Timing."""
+        """Return the duration in seconds, the reply, and its Server-Timing."""
         content = json.dumps(body).encode()
         started = time.monotonic()
         try:
@@ -84,22 +84,22 @@ class Service:
             response = self._connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as e:
-            raise Failure(f"{path} got no answer: {e!r}") from e
+            raise Failure(f"{path}: no reply: {e!r}") from e
         seconds = time.monotonic() - started
         if response.status != 200:
-            raise Failure(f"{path} answered {response.status}: {answer.decode('utf-8', 'replace')}")
+            raise Failure(f"{path}: reply with status {response.status}: {answer.decode('utf-8', 'replace')}")
         return seconds, json.loads(answer), response.headers.get("Server-Timing", "")
 
 
 class Bare:
-    """A process that has imported llama-cpp-python and waits to be told to load one model: see bench.bare."""
+    """A process with llama-cpp-python imported that loads one model on request: see bench.bare."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self._process, self._log = process, log
         self.use_extra_bufts: bool = self._answer()["use_extra_bufts"]
 
     def load(self) -> Load:
-        """Load and free the model.  The process takes the time itself, so the pipe to it costs nothing."""
+        """Load and free the model.  The process measures the time, so the pipe to it is not included."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -111,13 +111,13 @@ class Bare:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise Failure(f"the bare process ended; see {self._log}")
+            raise Failure(f"the bare process has exited; see {self._log}")
         return json.loads(line)
 
 
 @contextmanager
 def service(models_dir: Path, out: Path, **variables: str) -> Iterator[Service]:
-    """`loadstone up` with an embedded Redis, on a port and a data directory of its own, both gone afterwards."""
+    """Run `loadstone up` with an embedded Redis, a free port, and a data directory that is removed afterwards."""
     log = out / "service.log"
     with tempfile.TemporaryDirectory(prefix="data-", dir=out) as data_dir, log.open("w") as stderr:
         program = Path(sys.executable).with_name("loadstone")
@@ -127,11 +127,11 @@ def service(models_dir: Path, out: Path, **variables: str) -> Iterator[Service]:
             ready = re.fullmatch(r"ready: (\S+)\n", process.stdout.readline())
             if not ready:
                 raise Failure(f"`loadstone up` did not become ready; see {log}")
-            found = Service(ready[1], process.pid)
+            client = Service(ready[1], process.pid)
             try:
-                yield found
+                yield client
             finally:
-                found.close()
+                client.close()
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def bare(how: Literal["warm", "fork"], model: Path, out: Path) -> Iterator[Bare]
 def running(
     argv: list[str], stderr: IO[str], variables: Mapping[str, str] = {}, pass_fds: Collection[int] = ()
 ) -> Iterator[subprocess.Popen[str]]:
-    """A child process, stopped and reaped afterwards.  Ctrl-C in a terminal reaches it through us alone, once."""
+    """Run a child process; stop and reap it afterwards.  It has its own session: Ctrl-C does not reach it directly."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     with subprocess.Popen(
         argv,

@@ -1,7 +1,7 @@
-"""`python -m bench.peers [ROUNDS]`: Loadstone side by side with its peers, on this machine, in one run.
+"""`python -m bench.peers [ROUNDS]`: a comparison of Loadstone with its peers, on this machine, in one run.
 
-`make bench-peers` makes what it needs first: llama-server, and an environment with llama_cpp.server.  It writes a
-directory of docs/benchmarks, with a table and plots, and every single figure as JSON to bench/out.
+`make bench-peers` first builds llama-server and an environment with llama_cpp.server.  It writes a directory of
+docs/benchmarks, with a table and plots, and every single figure as JSON to bench/out.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PEERS = OUT / "peers"
 LLAMA_SERVER = PEERS / "build/bin/llama-server"
 PYTHON = PEERS / "venv/bin/python"
 ROUNDS = 5
-TINY_TIMES = 3  # as many loads of the tiny model, which take next to nothing
-PAUSE_S = 0.5  # between loads: whoever prepares for the next one has done so
+TINY_TIMES = 3  # times as many loads of the tiny model, which are short
+PAUSE_S = 0.5  # between loads, for subjects that prepare for the next load
 
 
 def main() -> int:
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: what runs is then stopped
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: running processes are stopped
     rounds = int(sys.argv[1]) if sys.argv[1:] else ROUNDS
     try:
         measured = measure(rounds)
@@ -57,24 +57,24 @@ def main() -> int:
 
 
 def measure(rounds: int) -> Measured:
-    about = machine() | {"versions": versions()}  # before anything is started: it has the load average
+    about = machine() | {"versions": versions()}  # first, since it records the load average
     say("models")
-    made = models()
+    to_load = models()
     about["measured"] = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {commit()}"
     about["all"] = (
         f"n_ctx {CONTEXT_LENGTH}, n_batch {EVAL_BATCH_SIZE}, medians of {rounds} loads ({rounds * TINY_TIMES} of the "
-        "tiny model), all subjects in each round, in another order; cold is this machine's page cache only, read and "
-        "dropped before each load: a disk or a hypervisor may have a cache below it"
+        "tiny model), all subjects in each round, in random order; cold refers to the page cache of this machine only, "
+        "read and dropped before each load: a disk or a hypervisor may have a cache below it"
     )
-    with subjects(made, MODELS, PEERS, LLAMA_SERVER, PYTHON) as compared:
+    with subjects(to_load, MODELS, PEERS, LLAMA_SERVER, PYTHON) as compared:
         runs, memory, failed = [], [], []
-        order = random.Random(1)  # so that what one subject leaves behind is not always found by the same other one
-        for model in made:
-            those = [subject for subject in compared if model.is_repackable or subject.name != REPACKED]
-            for subject in those:
-                say(f"{model.title}: memory of {subject.name}")  # and the one load that each has behind it
+        order = random.Random(1)  # random order, so that no subject always follows the same other one
+        for model in to_load:
+            compatible = [subject for subject in compared if model.is_repackable or subject.name != REPACKED]
+            for subject in compatible:
+                say(f"{model.title}: memory of {subject.name}")  # also the first load of each subject
                 time.sleep(PAUSE_S)
-                pagecache_warmed(model)
+                warm_cache(model)
                 try:
                     with watched(subject.roots, model.shards) as peak:
                         subject.load(model)
@@ -84,13 +84,15 @@ def measure(rounds: int) -> Measured:
                     failed.append(Failed(model=model.title, subject=subject.name, why=str(e)))
                 else:
                     memory.append(Memory(model=model.title, subject=subject.name, peak=peak))
-            those = [one for one in those if (model.title, one.name) not in {(f.model, f.subject) for f in failed}]
+            compatible = [
+                one for one in compatible if (model.title, one.name) not in {(f.model, f.subject) for f in failed}
+            ]
             for cache in CACHES:
                 for n in range(rounds * (TINY_TIMES if model.is_tiny else 1)):
                     say(f"{model.title}, {cache}, round {n + 1}")
-                    order.shuffle(those)
-                    runs += [run_of(subject, model, cache) for subject in those]
-        sizes = {model.title: model.n_bytes for model in made}
+                    order.shuffle(compatible)
+                    runs += [run_of(subject, model, cache) for subject in compatible]
+        sizes = {model.title: model.n_bytes for model in to_load}
         return Measured(
             about=about, models=sizes, subjects=[s.name for s in compared], runs=runs, memory=memory, failed=failed
         )
@@ -98,25 +100,27 @@ def measure(rounds: int) -> Measured:
 
 def run_of(subject: Subject, model: Model, cache: Cache) -> Run:
     time.sleep(PAUSE_S)
-    residency = made_cold(model) if cache == "cold" else pagecache_warmed(model)
+    residency = drop_from_cache(model) if cache == "cold" else warm_cache(model)
     if residency > 0.01 if cache == "cold" else residency < 0.98:
-        raise Failure(f"{residency:.1%} of {model.title} is in the page cache, which is not {cache}")
+        raise Failure(f"{residency:.1%} of {model.title} is in the page cache; it should be {cache}")
     times = subject.load(model)
     return Run(model=model.title, cache=cache, subject=subject.name, residency=residency, times=times)
 
 
-def made_cold(model: Model) -> float:
-    """Read and dropped: on a virtual machine the memory that the load is about to take may have been given back to the
-    host by the one that freed it, and costs several seconds then.  So each load finds what the reading has just left.
+def drop_from_cache(model: Model) -> float:
+    """Read and drop the files; return the share that is still cached.
+
+    On a virtual machine free memory may have been returned to the host, and getting it back can take seconds.  Reading
+    first gives each load the same state.
     """
-    pagecache_warmed(model)
+    warm_cache(model)
     for shard in model.shards:
         pagecache.drop(shard)
     return in_cache(model)
 
 
-def pagecache_warmed(model: Model) -> float:
-    """Read what is not there, which after direct I/O may be all."""
+def warm_cache(model: Model) -> float:
+    """Read the files unless they are cached, which they may not be after direct I/O; return the cached share."""
     if in_cache(model) < 1:
         for shard in model.shards:
             with shard.open("rb") as file:
@@ -130,10 +134,10 @@ def in_cache(model: Model) -> float:
 
 
 def versions() -> str:
-    said = subprocess.run([str(LLAMA_SERVER), "--version"], capture_output=True, text=True, check=True)
-    server = next(line for line in (said.stdout + said.stderr).splitlines() if line.startswith("version"))
-    asked = "import sys, fastapi, uvicorn; print(f'fastapi {fastapi.__version__}, uvicorn {uvicorn.__version__}')"
-    python = subprocess.run([str(PYTHON), "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run([str(LLAMA_SERVER), "--version"], capture_output=True, text=True, check=True)
+    server = next(line for line in (done.stdout + done.stderr).splitlines() if line.startswith("version"))
+    script = "import sys, fastapi, uvicorn; print(f'fastapi {fastapi.__version__}, uvicorn {uvicorn.__version__}')"
+    python = subprocess.run([str(PYTHON), "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     return f"Loadstone {__version__}; llama-server {server.removeprefix('version: ')}; llama_cpp.server with {python}"
 
 

@@ -1,9 +1,9 @@
-"""llama-cpp-python alone, in whichever way it is told: a process that answers each `Task` on stdin with a `Done`.
+"""llama-cpp-python alone, with a choice of modes: a process that answers each `Task` on stdin with a `Done`.
 
-`python -m bench.peers.bare TASK` does the one task that it is given on its command line, for which it begins with
-nothing; without one it imports the engine, starts the backends and answers an empty line first.  What it does is what
-`bench.bare` does, but with any of llama.cpp's ways of reading a file, and with or without repacking.  The moments are
-of CLOCK_MONOTONIC, which all processes share.
+`python -m bench.peers.bare TASK` carries out the task on its command line, in a fresh process.  Without a task it
+imports the engine, starts the backends and first writes an empty line.  Loads are those of `bench.bare`, but in any of
+llama.cpp's modes to read a file, with or without repacking.  The moments are of CLOCK_MONOTONIC, which is the same in
+all processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Task(Struct, frozen=True, kw_only=True):
 
 
 class Done(Struct, frozen=True, kw_only=True):
-    """When the context was there, and when a token had been decoded."""
+    """The moments when the context was ready and when a token had been decoded."""
 
     ready_at: float
     token_at: float

@@ -1,4 +1,4 @@
-"""What was measured, and what follows from it."""
+"""The measurements of the comparison, and the goals computed from them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bench.peers.subjects import DIRECT, FRESH, READ, ROUTER, ROUTER_DEFAULTS, W
 Cache = Literal["warm", "cold"]
 CACHES: tuple[Cache, ...] = ("warm", "cold")
 Figure = Callable[[Times], float]
-BARE = (FRESH, WARM, READ, DIRECT)  # all that do the same work
+BARE = (FRESH, WARM, READ, DIRECT)  # the bare subjects that do the same work
 
 
 class Run(Struct, frozen=True, kw_only=True):
-    """`residency` is the share of the model's files that was in the page cache just before."""
+    """One load; `residency` is the share of the model's files in the page cache just before."""
 
     model: str
     cache: Cache
@@ -34,7 +34,7 @@ class Memory(Struct, frozen=True, kw_only=True):
 
 
 class Failed(Struct, frozen=True, kw_only=True):
-    """A peer that could not load a model; it was not asked to again."""
+    """A peer that could not load a model; it was not tried again."""
 
     model: str
     subject: str
@@ -42,7 +42,7 @@ class Failed(Struct, frozen=True, kw_only=True):
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """Everything, load by load, in the order in which they were measured.  `models` are titles and bytes."""
+    """All measurements, load by load, in the order of the runs; `models` has the bytes by title."""
 
     about: dict[str, str]
     models: dict[str, int]
@@ -52,11 +52,11 @@ class Measured(Struct, frozen=True, kw_only=True):
     failed: list[Failed]
 
     def median(self, model: str, cache: Cache, subject: str, figure: Figure) -> float | None:
-        """Nothing where this was not measured."""
-        found = [
+        """Return the median of a figure, or None if it was not measured."""
+        values = [
             figure(run.times) for run in self.runs if (run.model, run.cache, run.subject) == (model, cache, subject)
         ]
-        return statistics.median(found) if found else None
+        return statistics.median(values) if values else None
 
     def peak(self, model: str, subject: str) -> Peak | None:
         return next((m.peak for m in self.memory if (m.model, m.subject) == (model, subject)), None)
@@ -94,19 +94,19 @@ def goals(measured: Measured) -> list[Goal]:
 
 
 def _against_router(measured: Measured, router: str) -> list[Goal]:
-    found = []
+    verdicts = []
     for cache in CACHES:
         for number, model in enumerate(measured.models):
-            share = 0.35 if number == 0 else 0.9  # the first one is the tiny one
+            share = 0.35 if number == 0 else 0.9  # the first model is the tiny one
             own = measured.median(model, cache, Loadstone.name, ready)
             peer = measured.median(model, cache, router, ready)
             if own is not None and peer is not None:
-                found.append(Goal(f"{model}, {cache}: {share} of {router}", own, share * peer))
-    return found
+                verdicts.append(Goal(f"{model}, {cache}: {share} of {router}", own, share * peer))
+    return verdicts
 
 
 def _against_bare(measured: Measured, what: str, own_of: Figure, bare_of: Figure) -> list[Goal]:
-    found = []
+    verdicts = []
     for cache in CACHES:
         for model in measured.models:
             own = measured.median(model, cache, Loadstone.name, own_of)
@@ -114,5 +114,5 @@ def _against_bare(measured: Measured, what: str, own_of: Figure, bare_of: Figure
             fastest = min((way for way in ways if way is not None), default=None)
             if own is not None and fastest is not None:
                 limit_s = 1.05 * fastest + 0.015
-                found.append(Goal(f"{model}, {cache}, {what}: the fastest bare way + 5 % + 15 ms", own, limit_s))
-    return found
+                verdicts.append(Goal(f"{model}, {cache}, {what}: the fastest bare mode + 5 % + 15 ms", own, limit_s))
+    return verdicts

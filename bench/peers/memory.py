@@ -1,10 +1,10 @@
-"""How much memory a subject's processes take, at its peak.
+"""The peak memory of a subject's processes.
 
-By the proportional set size of every mapping (`Pss` of /proc/PID/smaps): what processes share is counted once in all,
-however many forks share it, so that the sum over a subject's processes is what it takes of the machine.  The model's
-file, where it is mapped, is page cache, which the kernel takes back when it needs it: it is counted apart.
+It is the proportional set size of every mapping (`Pss` of /proc/PID/smaps): memory shared by several forks counts once,
+so the sum over a subject's processes is its usage of the machine.  The mapped file of a model is page cache, which the
+kernel can reclaim, and is counted separately.
 
-Reading smaps stops the process for milliseconds, so loads whose memory is watched are not those that are timed.
+Reading smaps stops a process for milliseconds, so the loads with measured memory are not the timed ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EVERY_S = 0.02
 
 
 class Peak(Struct):
-    """Bytes: of the processes' own, of the model's file mapped by them, and of their own before the load."""
+    """Bytes of the processes' own memory, of the model's mapped file, and of the own memory before the load."""
 
     own_bytes: int = 0
     mapped_bytes: int = 0
@@ -31,15 +31,15 @@ class Peak(Struct):
 
 @contextmanager
 def watched(roots: Callable[[], list[int]], files: list[Path]) -> Iterator[Peak]:
-    """The peaks, complete at the end of the block; `roots` are asked again before each look."""
+    """Sample the memory during the block; yield the peaks, complete at its end.  `roots` is called for each sample."""
     names = {str(file.resolve()) for file in files}
-    before, _ = taken(roots(), names)
+    before, _ = usage(roots(), names)
     peak = Peak(own_bytes=before, before_bytes=before)
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(EVERY_S):
-            own, mapped = taken(roots(), names)
+            own, mapped = usage(roots(), names)
             peak.own_bytes, peak.mapped_bytes = max(peak.own_bytes, own), max(peak.mapped_bytes, mapped)
 
     looking = threading.Thread(target=look)
@@ -51,8 +51,8 @@ def watched(roots: Callable[[], list[int]], files: list[Path]) -> Iterator[Peak]
         looking.join()
 
 
-def taken(roots: list[int], names: set[str]) -> tuple[int, int]:
-    """The bytes of these processes and all their descendants: their own, and of the files named."""
+def usage(roots: list[int], names: set[str]) -> tuple[int, int]:
+    """Return the bytes of these processes and their descendants: own memory, and mapped files with these names."""
     own = mapped = 0
     for pid in roots:
         try:
@@ -63,8 +63,8 @@ def taken(roots: list[int], names: set[str]) -> tuple[int, int]:
                     own += n_bytes
             below = children(pid)
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
-        more = taken(below, names)
+            continue  # the process has ended
+        more = usage(below, names)
         own, mapped = own + more[0], mapped + more[1]
     return own, mapped
 

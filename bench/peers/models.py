@@ -1,4 +1,4 @@
-"""The files that every subject loads: random weights, real sizes, written once and kept in bench/out/models."""
+"""The models that every subject loads: random weights and real sizes, kept in bench/out/models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from bench.__main__ import BIG, MODELS, Q4_0, TINY, WIDE, path_of, written_big, written_q4_0, written_wide
+from bench.__main__ import BIG, MODELS, Q4_0, TINY, WIDE, path_of, write_big, write_q4_0, write_wide
 from shared.synthetic import models as synthetic
 
 SHARDED = "loadstone/bench-sharded"
@@ -14,7 +14,7 @@ SHARDS = 3
 
 
 class Model(Struct, frozen=True, kw_only=True):
-    """`shards` are all files of it, the first one that which is opened."""
+    """A model; the first of its `shards` is the file to open."""
 
     key: str
     title: str
@@ -26,7 +26,7 @@ class Model(Struct, frozen=True, kw_only=True):
 
     @property
     def is_repackable(self) -> bool:
-        """Whether llama.cpp, left alone, would turn its weights into another form while it loads."""
+        """Return whether llama.cpp repacks its weights by default."""
         return self.key == Q4_0
 
     @property
@@ -35,11 +35,11 @@ class Model(Struct, frozen=True, kw_only=True):
 
 
 def models() -> list[Model]:
-    """All of them, and those that an earlier run did not leave are written now."""
+    """Return all models; write those that no earlier run has written."""
     synthetic.tiny_llama(path_of(TINY))
-    big = written_big()
-    q4_0 = written_q4_0()
-    wide = written_wide()
+    big = write_big()
+    q4_0 = write_q4_0()
+    wide = write_wide()
     if len(shards := _shards()) != SHARDS:
         shards = synthetic.big(path_of(SHARDED), 2, shards=SHARDS)
     return [

@@ -1,4 +1,4 @@
-"""The figures as pictures."""
+"""Plots of the comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-mpl.use("Agg")  # before pyplot: there may be no screen
+mpl.use("Agg")  # before the import of pyplot: there may be no display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -16,7 +16,7 @@ COLOURS = mpl.colormaps["tab10"]
 
 
 def times(measured: Measured, cache: Cache, path: Path) -> None:
-    """One panel per model, since a tiny one takes a hundredth of the others; a dot for each single load."""
+    """Plot the times: a panel for each model, since their times differ by a factor of 100, and a dot for each load."""
     figure, panels = plt.subplots(1, len(measured.models), figsize=(3.4 * len(measured.models), 4.2), sharey=True)
     places = range(len(measured.subjects))
     for panel, model in zip(panels, measured.models, strict=True):
@@ -41,12 +41,12 @@ def times(measured: Measured, cache: Cache, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(places, measured.subjects)
     panels[0].invert_yaxis()
-    figure.suptitle(f"Time to ready, {cache} page cache: medians, and every load as a dot")
+    figure.suptitle(f"Time to ready, {cache} page cache: medians, with a dot for each load")
     _save(figure, path)
 
 
 def memory(measured: Measured, path: Path) -> None:
-    """What is the processes' own, and the mapped file behind it."""
+    """Plot own memory, and the mapped file beside it."""
     figure, panels = plt.subplots(1, len(measured.models), figsize=(3.4 * len(measured.models), 4.2), sharey=True)
     places = range(len(measured.subjects))
     for panel, model in zip(panels, measured.models, strict=True):
@@ -64,7 +64,9 @@ def memory(measured: Measured, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(places, measured.subjects)
     panels[0].invert_yaxis()
-    figure.suptitle("Peak memory: the processes' own (with its figure); pale, the model's file in the page cache")
+    figure.suptitle(
+        "Peak memory: own memory of the processes (labelled), and in pale the model's file in the page cache"
+    )
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""The figures as Markdown."""
+"""Render the comparison as Markdown."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from bench.peers.figures import CACHES, Cache, Figure, Measured, goals, ready, t
 from bench.report import table
 
 NOTES = """\
-Ready is from the request (or the start of the process, where there has to be a fresh one) to the answer that the model
-is ready to run; first token, from there to the first token that the model generates. Loadstone and llama-server decode
-a token before they say that they are ready, the others do not; Loadstone generates no text, so that its first token is
+Ready is the time from the request (or from the start of the process, for subjects that need a fresh one) until the
+subject reports that the model is ready; first token is the time until the model's first generated token. Loadstone and
+llama-server decode a token before they report ready, the others do not. Loadstone generates no text: its first token is
 that of its warm-up.
 
 - **Loadstone**: `POST /api/v1/models/load` until its reply.
-- **llama-server router**: `POST /models/load` until `loaded` in `GET /models/sse`, then `POST /completion`. Set as
-  Loadstone sets llama.cpp: n_batch 512, as many threads as cores (8 at most; Loadstone takes one for the tiny model),
-  one sequence, no repacking, no fitting. **Its defaults**: nothing but the context's length is set, so it repacks, has
-  four sequences and n_batch 2048.
+- **llama-server router**: `POST /models/load` until `loaded` in `GET /models/sse`, then `POST /completion`. It has
+  the settings that Loadstone gives llama.cpp: n_batch 512, as many threads as cores (at most 8; Loadstone uses one for
+  the tiny model), one sequence, no repacking, no fitting. **Its defaults**: only the context length is set, so
+  it repacks, has four sequences and n_batch 2048.
 - **llama_cpp.server**: the start of a process until `GET /v1/models` answers, then `POST /v1/completions`. It repacks,
-  which no setting of it changes.
-- **bare**: llama-cpp-python's low-level API, model and context made, then a token decoded; no HTTP. The fresh process
-  begins with its start, the warm one has imported everything; by mmap unless the row says that the file is read
-  (`LLAMA_LOAD_MODE_NONE`) or read past the page cache (`LLAMA_LOAD_MODE_DIRECT_IO`)."""
+  and has no setting against that.
+- **bare**: llama-cpp-python's low-level API creates the model and the context and decodes a token, without HTTP. The
+  time of the fresh process includes its start; the warm process has imported everything. The file is mapped unless the
+  row says that it is read (`LLAMA_LOAD_MODE_NONE`) or read past the page cache (`LLAMA_LOAD_MODE_DIRECT_IO`)."""
 MEMORY_NOTES = """\
-MB, in loads of their own, since looking costs time. Own: the proportional set sizes of everything in the subject's
-processes except the model's file, summed over them, at the peak. Mapped: the peak of the model's file in their
-mappings, which is page cache. Before: own, before the load."""
+MB, in separate loads, since sampling slows them down. Own: the proportional set sizes of all mappings in the subject's
+processes except the model's file, summed, at the peak. Mapped: the peak of the model's file in their mappings, which is
+page cache. Before: own memory before the load."""
 
 
 def markdown(measured: Measured, plots: dict[Cache, str], memory_plot: str) -> str:
-    lines = ["# Side by side", "", "Written by `make bench-peers`.", ""]
+    lines = ["# Comparison with other servers", "", "Written by `make bench-peers`.", ""]
     lines += [f"- {name}: {value}" for name, value in measured.about.items()]
     for cache in CACHES:
         lines += ["", f"## {cache.capitalize()} page cache", "", f"![{cache}]({plots[cache]})", ""]
@@ -49,9 +49,9 @@ def markdown(measured: Measured, plots: dict[Cache, str], memory_plot: str) -> s
     ]
     if measured.failed:
         lines += ["", "## Not loaded", "", *(f"- {one.subject}, {one.model}: {one.why}" for one in measured.failed)]
-    found = goals(measured)
-    lines += ["", f"## Goals: {sum(goal.is_met for goal in found)} of {len(found)} met", ""]
-    rows = [[g.what, _ms(g.measured_s), _ms(g.limit_s), "yes" if g.is_met else "**no**"] for g in found]
+    verdicts = goals(measured)
+    lines += ["", f"## Goals: {sum(goal.is_met for goal in verdicts)} of {len(verdicts)} met", ""]
+    rows = [[g.what, _ms(g.measured_s), _ms(g.limit_s), "yes" if g.is_met else "**no**"] for g in verdicts]
     lines += table(["Loadstone's time to ready, at most", "ms", "limit, ms", "met"], rows)
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""What is compared: each subject loads a model when it is told to, generates one token, and unloads it."""
+"""The compared subjects: each loads a model on request, generates one token, and unloads the model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from bench.peers.models import Model
 from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, REPLY_S, Failure, Service, running, service
 from worker.engine.llama import MANY_BYTES, n_threads
 
-POLL_S = 0.002  # of what has nothing better to tell that it is ready
+POLL_S = 0.002  # for subjects that report ready only to a poll
 START_S = 60.0
 THREADS = str(n_threads(MANY_BYTES))
-PROMPT = "the"  # a token of every vocabulary here
+PROMPT = "the"  # one token in every vocabulary used here
 
 
 class Times(Struct, frozen=True, kw_only=True):
     """Seconds from the request, or from the start of the process, to "ready to run" and to the first generated token.
 
-    `warmup_s` is the part of `ready_s` that the decoding of a token took, where the subject tells."""
+    `warmup_s` is the part of `ready_s` for decoding a token, if the subject reports it."""
 
     ready_s: float
     token_s: float
@@ -44,12 +44,12 @@ class Subject(Protocol):
     def load(self, model: Model) -> Times: ...
 
     def roots(self) -> list[int]:
-        """The processes that are its own; their descendants are too."""
+        """Return the subject's processes, without their descendants."""
         ...
 
 
 class Loadstone:
-    """Over HTTP.  It decodes a token before it says that a model is loaded, so both moments are one."""
+    """Loadstone over HTTP.  It decodes a token before it reports a model as loaded, so both moments are the same."""
 
     name = "Loadstone"
 
@@ -67,9 +67,9 @@ class Loadstone:
 
 
 class Router:
-    """llama.cpp's server without a model of its own, which starts a server per model.
+    """llama.cpp's server without a model, which starts a server for each model.
 
-    That a model is loaded is learnt from its event stream, which says so at once: polling `/models` is never earlier.
+    Its event stream reports at once that a model is loaded; polling `/models` is never faster.
     """
 
     def __init__(self, name: str, port: int, pid: int) -> None:
@@ -80,18 +80,18 @@ class Router:
         self._stream = self._events.getresponse()
 
     def load(self, model: Model) -> Times:
-        wanted = model.key.rpartition("/")[2]
+        name = model.key.rpartition("/")[2]
         started = time.monotonic()
-        self._post("/models/load", {"model": wanted})
-        self._wait(wanted, "loaded")
+        self._post("/models/load", {"model": name})
+        self._wait(name, "loaded")
         ready_s = time.monotonic() - started
-        asked = {"model": wanted, "prompt": PROMPT, "n_predict": 1, "temperature": 0}
-        answer = self._post("/completion", asked)
+        prompt = {"model": name, "prompt": PROMPT, "n_predict": 1, "temperature": 0}
+        answer = self._post("/completion", prompt)
         token_s = time.monotonic() - started
         if answer["tokens_predicted"] != 1:
             raise Failure(f"{self.name} generated {answer['tokens_predicted']} tokens")
-        self._post("/models/unload", {"model": wanted})
-        self._wait(wanted, "unloaded")
+        self._post("/models/unload", {"model": name})
+        self._wait(name, "unloaded")
         return Times(ready_s=ready_s, token_s=token_s)
 
     def roots(self) -> list[int]:
@@ -101,7 +101,7 @@ class Router:
         self._events.close()
 
     def _post(self, path: str, body: dict[str, object]) -> Any:
-        """Over a connection of its own: the router closes one that idles for 5 s, which a load may take."""
+        """Send a request over a new connection: the router closes one that is idle for 5 s, as during a load."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=REPLY_S)
         try:
             return _post(connection, path, body)
@@ -109,23 +109,26 @@ class Router:
             connection.close()
 
     def _wait(self, model: str, status: str) -> None:
-        """For an event `{"model": ..., "event": ..., "data": {"status": ...}}`.  Its name is `status_change` in the
-        source (update_status of server-models.cpp) and `model_status` in the README: the status alone decides."""
+        """Wait for an event `{"model": ..., "event": ..., "data": {"status": ...}}` with this status.
+
+        The event's name is `status_change` in the source (update_status of server-models.cpp) and `model_status` in the
+        README, so it is not checked.
+        """
         while line := self._stream.readline():
             if not line.startswith(b"data:"):
                 continue
             event = json.loads(line[5:])
-            found = (event["data"] or {}).get("status") if event["model"] == model else None
-            if found == status:
+            seen = (event["data"] or {}).get("status") if event["model"] == model else None
+            if seen == status:
                 return
-            if found == "unloaded":
+            if seen == "unloaded":
                 raise Failure(f"{self.name} could not load {model}: {event}")
         raise Failure(f"{self.name} ended its event stream")
 
 
 class PythonServer:
-    """`python -m llama_cpp.server`: it has one model for life, so a load is a process.  It does not warm up, repacks
-    what llama.cpp repacks, and answers once it has loaded."""
+    """`python -m llama_cpp.server`: it serves a single model, so each load starts a process.  It does not warm up,
+    repacks by default, and answers once it has loaded."""
 
     name = "llama_cpp.server"
 
@@ -158,7 +161,7 @@ class PythonServer:
 
 
 class FreshProcess:
-    """llama-cpp-python in a process that begins with the load."""
+    """llama-cpp-python in a process that is started for the load."""
 
     def __init__(self, name: str, log: IO[str]) -> None:
         self.name = name
@@ -180,7 +183,7 @@ class FreshProcess:
 
 
 class WarmProcess:
-    """llama-cpp-python in a process that has imported it, started the backends, and has loaded before."""
+    """llama-cpp-python in a process that has imported it, started the backends, and loaded before."""
 
     def __init__(self, name: str, process: subprocess.Popen[str], mode: Mode, *, repack: bool = False) -> None:
         self.name = name
@@ -211,7 +214,7 @@ def _line(process: subprocess.Popen[str]) -> str:
     assert process.stdout
     line = process.stdout.readline()
     if not line:
-        raise Failure("a bare process ended; see bench/out/peers/bare.log")
+        raise Failure("a bare process has exited; see bench/out/peers/bare.log")
     return line
 
 
@@ -225,7 +228,7 @@ def free_port() -> int:
 def _answering(
     port: int, path: str, process: subprocess.Popen[str], every_s: float, within_s: float
 ) -> http.client.HTTPConnection:
-    """A connection on which this path has been answered with 200.  Raises Failure."""
+    """Poll a path until the reply has status 200; return that connection.  Raises Failure."""
     deadline = time.monotonic() + within_s
     while process.poll() is None and time.monotonic() < deadline:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REPLY_S)
@@ -236,10 +239,10 @@ def _answering(
             if response.status == 200:
                 return connection
         except (OSError, http.client.HTTPException):
-            pass  # it does not listen yet
+            pass  # the server does not listen yet
         connection.close()
         time.sleep(every_s)
-    raise Failure(f"{path} of {process.args!r} is not there")
+    raise Failure(f"{path} of {process.args!r} was not answered with 200")
 
 
 def _post(connection: http.client.HTTPConnection, path: str, body: dict[str, object]) -> Any:
@@ -248,17 +251,26 @@ def _post(connection: http.client.HTTPConnection, path: str, body: dict[str, obj
         response = connection.getresponse()
         answer = response.read()
     except (OSError, http.client.HTTPException) as e:
-        raise Failure(f"{path} got no answer: {e!r}") from e
+        raise Failure(f"{path}: no reply: {e!r}") from e
     if response.status != 200:
-        raise Failure(f"{path} answered {response.status}: {answer.decode('utf-8', 'replace')}")
+        raise Failure(f"{path}: reply with status {response.status}: {answer.decode('utf-8', 'replace')}")
     return json.loads(answer)
 
 
-# What is set in the router, for like to be compared with like: Loadstone has one sequence, decodes its warm-up token
-# with so many threads (a tiny model's with one), does not repack, and never changes what it was asked for.  Warm-up,
-# mmap and flash attention (auto) are defaults of both.
-LIKE = ["--batch-size", str(EVAL_BATCH_SIZE), "--threads", THREADS, "--threads-batch", THREADS, "--parallel", "1"]
-LIKE += ["--no-repack", "--fit", "off"]
+# The settings of the router that make the comparison fair: Loadstone has one sequence, decodes its warm-up token with
+# so many threads (one for a tiny model), does not repack, and does not change requested values.  Warm-up, mmap and
+# flash attention (auto) are defaults of both.
+SAME_SETTINGS = [
+    "--batch-size",
+    str(EVAL_BATCH_SIZE),
+    "--threads",
+    THREADS,
+    "--threads-batch",
+    THREADS,
+    "--parallel",
+    "1",
+]
+SAME_SETTINGS += ["--no-repack", "--fit", "off"]
 ROUTER, ROUTER_DEFAULTS = "llama-server router", "llama-server router, its defaults"
 FRESH, WARM = "bare, fresh process", "bare, warm process"
 READ, DIRECT, REPACKED = f"{WARM}, read", f"{WARM}, direct I/O", f"{WARM}, repacked"
@@ -270,7 +282,7 @@ def router(name: str, binary: Path, models: list[Model], out: Path, flags: list[
     sections = [f"[{model.key.rpartition('/')[2]}]\nmodel = {model.shards[0]}\n" for model in models]
     presets.write_text("version = 1\n\n" + "\n".join(sections))
     port = free_port()
-    argv = ["sh", "-c", 'exec "$@" >&2', "sh"]  # what its servers say comes out of its stdout, and would fill a pipe
+    argv = ["sh", "-c", 'exec "$@" >&2', "sh"]  # its servers write their logs to its stdout, which would fill a pipe
     argv += [str(binary), "--host", "127.0.0.1", "--port", str(port), "--models-preset", str(presets)]
     argv += ["--no-models-autoload", "--ctx-size", str(CONTEXT_LENGTH), *flags]
     cache = out / "cache"
@@ -278,16 +290,16 @@ def router(name: str, binary: Path, models: list[Model], out: Path, flags: list[
     with (out / f"{name.replace(' ', '-').replace(',', '')}.log").open("w") as log:  # noqa: SIM117
         with running(argv, log, {"LLAMA_CACHE": str(cache)}) as process:
             _answering(port, "/health", process, 0.05, START_S).close()
-            found = Router(name, port, process.pid)
+            client = Router(name, port, process.pid)
             try:
-                yield found
+                yield client
             finally:
-                found.close()
+                client.close()
 
 
 @contextmanager
 def subjects(models: list[Model], models_dir: Path, out: Path, binary: Path, python: Path) -> Iterator[list[Subject]]:
-    """All of them, started and idle."""
+    """Start all subjects; yield them idle."""
     with ExitStack() as started:
         log = started.enter_context((out / "bare.log").open("w"))
         server_log = started.enter_context((out / "llama_cpp.server.log").open("w"))
@@ -299,7 +311,7 @@ def subjects(models: list[Model], models_dir: Path, out: Path, binary: Path, pyt
 
         yield [
             Loadstone(started.enter_context(service(models_dir, out))),
-            started.enter_context(router(ROUTER, binary, models, out, LIKE)),
+            started.enter_context(router(ROUTER, binary, models, out, SAME_SETTINGS)),
             started.enter_context(router(ROUTER_DEFAULTS, binary, models, out, [])),
             PythonServer(python, server_log),
             FreshProcess(FRESH, log),
