@@ -1,6 +1,6 @@
 """All settings: one frozen struct, read once from `LOADSTONE_*` variables and passed down.
 
-Nobody below a `__main__` or the command line reads the environment.
+Only the `__main__` modules and the command line read the environment.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ import msgspec
 from msgspec import Meta, Struct
 
 PREFIX = "LOADSTONE_"
-OF_CLIENTS = frozenset({"LOADSTONE_URL", "LOADSTONE_TOKEN"})  # read by the client commands; no settings
+OF_CLIENTS = frozenset({"LOADSTONE_URL", "LOADSTONE_TOKEN"})  # variables of the client commands, not settings
 PATHS = ("models_dir", "data_dir", "api_tokens_file", "lock_dir")
 
 
 class SettingsError(Exception):
-    """A setting has a value that cannot be used; the sentence names the variable, the value and what is allowed.
+    """A setting has an invalid value.  The message names the variable, the value and the allowed values.
 
-    Of a value that may hold a password or a token it shows at most the scheme of a URL.
+    It never contains a secret: of a value that may contain a password or a token, it shows at most the URL scheme.
     """
 
 
 def setting(
     help_text: str, allowed: str, *, flags: tuple[str, ...] = (), flag: str = "", secret: bool = False, **limits: Any
 ) -> Meta:
-    """What there is to know about a setting.
+    """Describe a setting.
 
-    `allowed` ends the sentence "it must be ...".  `flags` names the commands that take the setting as a flag, and
-    `flag` is its spelling where that is not the field's name.  The value of a `secret` is never shown.
+    `allowed` completes the sentence "it must be ...".  `flags` names the commands that accept the setting as a flag;
+    `flag` is the flag's spelling if it differs from the field's name.  The value of a `secret` is never shown.
     """
     extra = {"allowed": allowed, "flags": flags, "flag": flag, "secret": secret}
     return Meta(description=help_text, extra=extra, **limits)
 
 
 class Entry(Struct, frozen=True, kw_only=True):
-    """A setting as the command line and the README show it."""
+    """A setting as the command line and the documentation show it."""
 
     kind: Any
     meaning: str
@@ -52,12 +52,13 @@ class Entry(Struct, frozen=True, kw_only=True):
 
 class Settings(Struct, frozen=True, kw_only=True):
     host: Annotated[
-        str, setting("address the API listens on", "a host name or an address", flags=("up", "api"), min_length=1)
+        str,
+        setting("address that the API listens on", "a host name or an IP address", flags=("up", "api"), min_length=1),
     ] = "127.0.0.1"
     port: Annotated[
         int,
         setting(
-            "port the API listens on; 0 picks a free one",
+            "TCP port that the API listens on; 0 selects a free port",
             "an integer from 0 to 65535",
             flags=("up", "api"),
             ge=0,
@@ -65,18 +66,20 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = 1234
     models_dir: Annotated[
-        Path, setting("directory with the GGUF files of a worker", "a directory", flags=("up", "worker"))
+        Path, setting("directory with the GGUF files of the worker", "a directory", flags=("up", "worker"))
     ] = Path("~/.loadstone/models")
     data_dir: Annotated[
         Path,
         setting(
-            "directory for the embedded Redis, the catalog's cache and locks", "a directory", flags=("up", "worker")
+            "directory for the embedded Redis, the worker's state, the catalog cache and lock files",
+            "a directory",
+            flags=("up", "worker"),
         ),
     ] = Path("~/.loadstone/data")
     redis_url: Annotated[
         str,
         setting(
-            "Redis to use instead of the embedded one; may hold a password",
+            "URL of the Redis server, which may contain a password; if it is not set, `up` starts an embedded server",
             "a redis://, rediss:// or unix:// URL",
             flags=("up", "api", "worker"),
             secret=True,
@@ -84,26 +87,37 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     api_tokens: Annotated[
-        str, setting("bearer tokens that clients may use", "a comma-separated list of tokens", secret=True)
+        str, setting("bearer tokens that the API accepts", "a comma-separated list of tokens", secret=True)
     ] = ""
     api_tokens_file: Annotated[
-        Path | None, setting("file with bearer tokens, one per line", "a readable file", flags=("up", "api"))
+        Path | None,
+        setting(
+            "file with the bearer tokens that the API accepts, one per line", "a readable file", flags=("up", "api")
+        ),
     ] = None
     insecure: Annotated[
         bool,
-        setting("listen beyond loopback although no token is set", "true or false (or 1 or 0)", flags=("up", "api")),
+        setting(
+            "allow the API to listen on a non-loopback address without tokens",
+            "true or false (or 1 or 0)",
+            flags=("up", "api"),
+        ),
     ] = False
     cors_origins: Annotated[
-        str, setting("origins whose browser pages may call the API; * is any", "a comma-separated list of origins")
+        str,
+        setting(
+            "origins whose web pages may call the API from a browser (CORS); * allows any origin",
+            "a comma-separated list of origins",
+        ),
     ] = ""
     api_workers: Annotated[
         int,
-        setting("API processes", "an integer from 1 to 64", flags=("api",), flag="--workers", ge=1, le=64),
+        setting("number of API processes", "an integer from 1 to 64", flags=("api",), flag="--workers", ge=1, le=64),
     ] = 1
     worker_name: Annotated[
         str,
         setting(
-            "name of a worker, unique in its pool; default: the host's name",
+            "name of the worker, unique in the pool; default: the host name",
             "1 to 64 letters, digits, dots, dashes or underscores",
             flags=("worker",),
             pattern=r"^[A-Za-z0-9._-]{0,64}\Z",
@@ -112,7 +126,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     devices: Annotated[
         str,
         setting(
-            "devices that a worker loads into: NVIDIA GPUs by index or UUID, and cpu; default: all",
+            "devices that the worker uses: NVIDIA GPUs by index or UUID, and cpu; default: all devices",
             "a comma-separated list of indexes, UUIDs and cpu",
             flags=("up", "worker"),
             pattern=r"^( *[A-Za-z0-9-]+ *(, *[A-Za-z0-9-]+ *)*)?\Z",
@@ -121,8 +135,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     device_reserve: Annotated[
         str,
         setting(
-            "memory of each device that is kept free; default: the larger of 5% and 512MiB",
-            "bytes, with MiB or GiB after the number, or a percentage, as 10%",
+            "memory to keep free on each device; default: 5%, and at least 512MiB",
+            "a number of bytes, a number followed by MiB or GiB, or a percentage such as 10%",
             flags=("up", "worker"),
             pattern=r"^((\d{1,18}|\d{1,9}MiB|\d{1,6}GiB|\d{1,2}(\.\d{1,3})?%))?\Z",
         ),
@@ -130,7 +144,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     lock_dir: Annotated[
         Path | None,
         setting(
-            "directory of locks, one for each GPU, that the workers of a host share; default: in the data directory",
+            "directory for the GPU lock files, shared by all workers of a host; default: in the data directory",
             "a directory",
             flags=("worker",),
         ),
@@ -138,7 +152,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     evict: Annotated[
         Literal["idle", "any", "off"],
         setting(
-            "instances that may be unloaded to make room for a load: those with a TTL (idle), any, or none (off)",
+            "instances that may be unloaded to make room for a load: only those with a TTL (idle), any, or none (off)",
             "idle, any or off",
             flags=("up", "worker"),
         ),
@@ -146,7 +160,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     gpu_offload: Annotated[
         Literal["max", "auto"],
         setting(
-            "layers that go to GPUs, of a load that does not say: all, or as many as there is room for",
+            "layers to place on GPUs if the request does not specify it: all (max), or as many as fit (auto)",
             "max or auto",
             flags=("up", "worker"),
         ),
@@ -154,21 +168,27 @@ class Settings(Struct, frozen=True, kw_only=True):
     loads_at_once: Annotated[
         int,
         setting(
-            "loads that a worker runs at once; 0: one for each of its devices", "an integer from 0 to 64", ge=0, le=64
+            "maximum number of loads that a worker runs concurrently; 0: one per device",
+            "an integer from 0 to 64",
+            ge=0,
+            le=64,
         ),
     ] = 0
     worker_queue_limit: Annotated[
         int,
-        setting("loads that may wait for one worker", "an integer from 1 to 1000000", ge=1, le=1_000_000),
+        setting("maximum number of loads that wait for one worker", "an integer from 1 to 1000000", ge=1, le=1_000_000),
     ] = 128
     queue_limit: Annotated[
         int,
-        setting("loads that may wait in all", "an integer from 1 to 1000000", ge=1, le=1_000_000),
+        setting(
+            "maximum number of loads that wait in the whole pool", "an integer from 1 to 1000000", ge=1, le=1_000_000
+        ),
     ] = 1024
     waiting_limit: Annotated[
         int,
         setting(
-            "replies that an API process holds open for loads: waiting ones, long polls, streams",
+            "maximum number of replies that an API process holds open for loads: waiting requests, long polls and "
+            "event streams",
             "an integer from 1 to 1000000",
             ge=1,
             le=1_000_000,
@@ -177,7 +197,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     load_attempts: Annotated[
         int,
         setting(
-            "times that a load is begun before it fails, where workers end under it",
+            "maximum number of attempts at a load, if the worker stops or crashes during each of them",
             "an integer from 1 to 100",
             ge=1,
             le=100,
@@ -185,31 +205,33 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 3
     restore: Annotated[
         Literal["on", "off"],
-        setting("load again, when a worker comes back, what it held", "on or off", flags=("up", "worker")),
+        setting("reload the instances of a worker when it restarts", "on or off", flags=("up", "worker")),
     ] = "on"
     check_tensors: Annotated[
         Literal["on", "off"],
-        setting("look at every weight of a load, and refuse NaN and infinity; takes about as long again", "on or off"),
+        setting("check all weights of a model for NaN and infinity; loads take about twice as long", "on or off"),
     ] = "off"
     context_length: Annotated[
         int,
-        setting("context length of a load that asks for none (LLMs), in tokens", "an integer of at least 1", ge=1),
+        setting(
+            "default context length of LLMs and causal embedding models, in tokens", "an integer of at least 1", ge=1
+        ),
     ] = 4096
     eval_batch_size: Annotated[
-        int, setting("evaluation batch size of a load that asks for none, in tokens", "an integer of at least 1", ge=1)
+        int, setting("default evaluation batch size of LLMs, in tokens", "an integer of at least 1", ge=1)
     ] = 512
     flash_attention: Annotated[
         Literal["auto", "on", "off"],
-        setting("flash attention of a load that does not say; auto: the engine decides", "auto, on or off"),
+        setting("default for flash attention; auto: the engine decides", "auto, on or off"),
     ] = "auto"
     offload_kv_cache_to_gpu: Annotated[
-        bool, setting("keep the KV cache of a load that does not say on the GPU", "true or false (or 1 or 0)")
+        bool, setting("default for keeping the KV cache on the GPU", "true or false (or 1 or 0)")
     ] = True
     repack: Annotated[
         Literal["on", "off"],
         setting(
-            "rearrange quantized weights for the CPU while loading: decoding is faster, a load takes longer and up to "
-            "twice the memory",
+            "rearrange quantized weights for the CPU while loading; decoding is faster, but loads take longer and up "
+            "to twice the memory",
             "on or off",
             flags=("up", "worker"),
         ),
@@ -217,8 +239,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     stall_limit_s: Annotated[
         float,
         setting(
-            "a load without any progress for this long is failed, in seconds",
-            "a number over 0, at most 86400",
+            "time without progress after which a load fails, in seconds",
+            "a number greater than 0 and at most 86400",
             gt=0,
             le=86400,
         ),
@@ -226,7 +248,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     drain_s: Annotated[
         float,
         setting(
-            "an API process that is told to stop answers for this long, in seconds, while /readyz says 503",
+            "time for which an API process serves requests after a stop signal, in seconds; /readyz returns 503",
             "a number from 0 to 3600",
             flags=("api",),
             ge=0,
@@ -236,7 +258,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     lease_s: Annotated[
         float,
         setting(
-            "a worker without a sign of life for this long is taken for dead, in seconds",
+            "time without a heartbeat after which a worker is considered dead, in seconds",
             "a number from 3 to 3600",
             ge=3,
             le=3600,
@@ -244,20 +266,20 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = 10.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        setting("least severe log lines to write", "debug, info, warning or error", flags=("up", "api", "worker")),
+        setting("minimum severity of the log lines", "debug, info, warning or error", flags=("up", "api", "worker")),
     ] = "info"
     log_format: Annotated[
         Literal["console", "json"],
-        setting("form of the log lines on stderr", "console or json", flags=("up", "api", "worker")),
+        setting("format of the log lines on stderr", "console or json", flags=("up", "api", "worker")),
     ] = "console"
 
     @property
     def name(self) -> str:
-        """The worker's name: the one that was set, or the host's."""
+        """The name of the worker; by default the host name."""
         return self.worker_name or socket.gethostname()
 
     def kept_free(self, total_bytes: int) -> int:
-        """How much of a device's memory is never given to loads."""
+        """Return how many bytes of a device with `total_bytes` are kept free of loads."""
         number = re.match(r"[\d.]*", self.device_reserve)
         if number is None or not number[0]:
             return max(total_bytes // 20, 512 << 20)
@@ -267,22 +289,22 @@ class Settings(Struct, frozen=True, kw_only=True):
         return int(number[0]) * unit
 
     def __repr__(self) -> str:
-        """Without the values that may hold a secret: settings end up in tracebacks."""
+        """Mask secret values, since settings appear in tracebacks."""
         values = {field: getattr(self, field) for field in self.__struct_fields__}
         shown = (f"{f}={'***' if value and entry(f).secret else repr(value)}" for f, value in values.items())
         return f"Settings({', '.join(shown)})"
 
 
 def variable(field: str) -> str:
-    """The environment variable of a field."""
+    """Return the environment variable of a field."""
     return PREFIX + field.upper()
 
 
 def from_environ(environ: Mapping[str, str], flags: Mapping[str, object] = {}) -> Settings:
-    """Settings from `LOADSTONE_*` variables, overridden by `flags` (field to value; None is not given).
+    """Read the settings from `LOADSTONE_*` variables; `flags` (field to value, None if not given) override them.
 
-    An empty variable is not set.  Raises SettingsError for a value that is not allowed, and for a `LOADSTONE_*`
-    variable that names no setting, since a misspelt one would be ignored in silence.
+    An empty variable counts as unset.  Raises SettingsError for an invalid value, and for a `LOADSTONE_*` variable that
+    is not a setting: a misspelt name would otherwise be ignored silently.
     """
     known = {variable(field): field for field in Settings.__struct_fields__}
     values: dict[str, Any] = {}
@@ -290,7 +312,7 @@ def from_environ(environ: Mapping[str, str], flags: Mapping[str, object] = {}) -
         if not name.startswith(PREFIX) or not text or name in OF_CLIENTS:
             continue
         if name not in known:
-            raise SettingsError(f"{name} is not a setting of Loadstone; the README lists those that are.")
+            raise SettingsError(f"{name} is not a setting of Loadstone. The documentation lists all settings.")
         values[known[name]] = _convert(name, text, known[name])
     for field, value in flags.items():
         if value is not None:
@@ -301,7 +323,7 @@ def from_environ(environ: Mapping[str, str], flags: Mapping[str, object] = {}) -
 
 
 def to_environ(settings: Settings) -> dict[str, str]:
-    """The variables that give these settings: what a child process is started with."""
+    """Return the environment variables that give a child process these settings."""
     values = msgspec.to_builtins(settings, enc_hook=str)
     return {
         variable(field): str(value).lower() if isinstance(value, bool) else str(value)
@@ -311,25 +333,25 @@ def to_environ(settings: Settings) -> dict[str, str]:
 
 
 def entry(field: str) -> Entry:
-    """The entry of a field."""
+    """Return the entry of a field."""
     return _ENTRIES[field]
 
 
 def _entries() -> dict[str, Entry]:
-    found = {}
+    entries = {}
     for field, kind in get_type_hints(Settings, include_extras=True).items():
         meta = next(m for m in kind.__metadata__ if isinstance(m, Meta))
         facts = dict(meta.extra or {})
         facts["flag"] = facts["flag"] or "--" + field.replace("_", "-")
-        found[field] = Entry(kind=kind, meaning=meta.description or "", **facts)
-    return found
+        entries[field] = Entry(kind=kind, meaning=meta.description or "", **facts)
+    return entries
 
 
 _ENTRIES = _entries()
 
 
 def _convert(name: str, value: object, field: str) -> Any:
-    """`value` as the field's type, or the sentence that says what is wrong with it; `name` is where it was given."""
+    """Convert `value` to the field's type.  Raises SettingsError, naming `name`, the variable or flag of the value."""
     about = entry(field)
     try:
         return msgspec.convert(value, about.kind, strict=False, dec_hook=_path)
@@ -350,18 +372,18 @@ def _path(kind: type, value: object) -> object:
 def _expand(field: str, path: Path) -> Path:
     try:
         return path.expanduser()
-    except RuntimeError:  # there is no such user, or this one has no home
+    except RuntimeError:  # the user does not exist or has no home directory
         raise SettingsError(
-            f"{variable(field)} is '{path}': it must be {entry(field).allowed}, and that home directory is not known."
+            f"{variable(field)} is '{path}': it must be {entry(field).allowed} (the home directory is unknown)."
         ) from None
 
 
 def read_tokens(settings: Settings) -> frozenset[bytes]:
-    """The configured bearer tokens; empty where none are configured.
+    """Return the configured bearer tokens, or an empty set if none are configured.
 
-    The file holds one per line, the variable a comma-separated list; blank lines and surrounding white space do
-    not count.  Raises SettingsError for a file that cannot be read, for a file or list that is set but holds no
-    token, and for a token that is not visible ASCII (RFC 6750 allows less, but proxies pass this).
+    The file has one token per line, the variable is a comma-separated list.  Blank entries and surrounding white space
+    are ignored.  Raises SettingsError for a file that cannot be read, for a file or list without a token, and for a
+    token with characters other than visible ASCII (RFC 6750 allows fewer characters, but proxies pass these).
     """
     sources = []
     if settings.api_tokens:
@@ -370,14 +392,14 @@ def read_tokens(settings: Settings) -> frozenset[bytes]:
         sources.append((variable("api_tokens_file"), _lines(settings.api_tokens_file)))
     tokens = set()
     for name, texts in sources:
-        found = {text.strip() for text in texts} - {""}
-        if not found:
-            raise SettingsError(f"{name} holds no token: it must hold at least one, or not be set.")
-        if not all("!" <= c <= "~" for token in found for c in token):
+        listed = {text.strip() for text in texts} - {""}
+        if not listed:
+            raise SettingsError(f"{name} contains no token: add at least one, or unset it.")
+        if not all("!" <= c <= "~" for token in listed for c in token):
             raise SettingsError(
-                f"{name} holds a token that is not visible ASCII: it must be letters, digits and signs."
+                f"{name} contains an invalid token: tokens must be visible ASCII (letters, digits, punctuation)."
             )
-        tokens |= {token.encode() for token in found}
+        tokens |= {token.encode() for token in listed}
     return frozenset(tokens)
 
 
@@ -385,23 +407,23 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not text"
+        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
         raise SettingsError(
             f"{variable('api_tokens_file')} is '{file}': it must be a readable file ({reason})."
         ) from None
 
 
 def check_exposure(settings: Settings) -> None:
-    """Refuse to serve strangers by accident.  Raises SettingsError when listening beyond loopback without tokens."""
+    """Raise SettingsError if the API would listen on a non-loopback address without tokens and without --insecure."""
     if not is_loopback(settings.host) and not settings.insecure and not read_tokens(settings):
         raise SettingsError(
-            f"{variable('host')} is '{settings.host}', which others can reach, and no token is set: set "
-            f"{variable('api_tokens_file')} or {variable('api_tokens')}, listen on 127.0.0.1, or give --insecure."
+            f"{variable('host')} is '{settings.host}', which other machines can reach, but no token is set: set "
+            f"{variable('api_tokens_file')} or {variable('api_tokens')}, listen on 127.0.0.1, or use --insecure."
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address (an IPv6 one with or without brackets) can only mean this machine."""
+    """Return whether a host name or IP address (IPv6 with or without brackets) always means this machine."""
     host = host.strip("[]").rstrip(".").lower()
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -410,7 +432,7 @@ def is_loopback(host: str) -> bool:
 
 
 def redis_url(settings: Settings) -> str:
-    """The Redis to use.  Raises SettingsError where there is none: only `loadstone up` brings its own."""
+    """Return the URL of the Redis server.  Raises SettingsError if unset: only `loadstone up` embeds a server."""
     if not settings.redis_url:
         raise SettingsError(f"{variable('redis_url')} is not set: it must be a redis://, rediss:// or unix:// URL.")
     return settings.redis_url

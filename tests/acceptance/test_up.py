@@ -122,7 +122,9 @@ def test_listening_for_others_without_a_token_is_refused(tmp_path: Path) -> None
     refused = Running(tmp_path, "up", "--port", "0", "--host", "0.0.0.0", "--data-dir", str(tmp_path / "data"))
     assert refused.popen.wait(10) == 2
     assert refused.stdout == ""
-    assert refused.stderr.startswith("loadstone: LOADSTONE_HOST is '0.0.0.0', which others can reach, and no token")
+    assert refused.stderr.startswith(
+        "loadstone: LOADSTONE_HOST is '0.0.0.0', which other machines can reach, but no token"
+    )
     assert len(refused.stderr.splitlines()) == 1
 
 

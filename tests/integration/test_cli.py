@@ -240,7 +240,10 @@ def test_worker_restarts_what_crashes_and_ends_with_a_configuration_error(tmp_pa
     ("words", "sentence"),
     [
         (["up", "--port", "x"], "--port is 'x': it must be an integer from 0 to 65535."),
-        (["up", "--host", "0.0.0.0"], "LOADSTONE_HOST is '0.0.0.0', which others can reach, and no token is set"),
+        (
+            ["up", "--host", "0.0.0.0"],
+            "LOADSTONE_HOST is '0.0.0.0', which other machines can reach, but no token is set",
+        ),
         (["up", "--host", "nosuch.invalid", "--insecure"], "LOADSTONE_HOST is 'nosuch.invalid': it must be an address"),
         (["up", "--data-dir", "/dev/null"], "LOADSTONE_DATA_DIR is '/dev/null': it must be a directory"),
         (["api"], "LOADSTONE_REDIS_URL is not set"),
