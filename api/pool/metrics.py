@@ -124,8 +124,12 @@ class Pool(Collector):
         self.readings = readings
 
     def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("loadstone_build", "The version that answers.", {"version": __version__})
-        yield GaugeMetricFamily("loadstone_redis_up", "Whether Redis answers.", self.readings is not None)
+        yield InfoMetricFamily(
+            "loadstone_build", "Version of the API process that serves the scrape.", {"version": __version__}
+        )
+        yield GaugeMetricFamily(
+            "loadstone_redis_up", "Whether Redis responds (1) or not (0).", self.readings is not None
+        )
         if self.readings is not None:
             yield from _workers(self.readings)
             yield from _devices(self.readings)
@@ -142,7 +146,7 @@ def _gauge(name: str, documentation: str, labels: tuple[str, ...], rows: Mapping
 
 
 def _workers(readings: Readings) -> Iterator[Metric]:
-    """Those that are dead for less than a day are down; of their state nothing is known."""
+    """Yield the metrics of the workers.  A worker that died within the last day is down and has no state."""
     alive = [(worker, worker.snapshot) for worker in readings.workers if worker.snapshot is not None]
     up = {(worker.name,): float(worker.epoch is not None) for worker in readings.workers}
     ages = {(worker.name,): max(0.0, round(snapshot.lease_s - worker.lease_left_s, 3)) for worker, snapshot in alive}
@@ -151,9 +155,13 @@ def _workers(readings: Readings) -> Iterator[Metric]:
         for worker, snapshot in alive
         for state in get_args(WorkerState)
     }
-    yield _gauge("worker_up", "Whether a worker of the last day holds its lease.", ("worker",), up)
-    yield _gauge("worker_lease_age_seconds", "Since a worker's last sign of life.", ("worker",), ages)
-    yield _gauge("worker_state", "1 for the state that a live worker is in.", ("worker", "state"), states)
+    yield _gauge(
+        "worker_up", "Whether a worker that was seen in the last day holds its lease (1) or not (0).", ("worker",), up
+    )
+    yield _gauge("worker_lease_age_seconds", "Time since the last heartbeat of a live worker.", ("worker",), ages)
+    yield _gauge(
+        "worker_state", "1 for the current state of a live worker, 0 for the others.", ("worker", "state"), states
+    )
 
 
 def _devices(readings: Readings) -> Iterator[Metric]:
@@ -169,11 +177,11 @@ def _devices(readings: Readings) -> Iterator[Metric]:
     reserved = {row: float(device.reserved_bytes) for row, device in devices.items()}
     leaked = {row: float(device.leaked_bytes) for row, device in devices.items()}
     available = {row: float(max(0, device.available_bytes)) for row, device in devices.items()}
-    yield _gauge("device_total_bytes", "Memory of a device.", labels, total)
-    yield _gauge("device_free_bytes", "Free memory of a device, as its worker knew it last.", labels, free)
-    yield _gauge("device_reserved_bytes", "What instances take of a device, or are to take.", labels, reserved)
-    yield _gauge("device_leaked_bytes", "Used memory of a GPU that nobody is known to have.", labels, leaked)
-    yield _gauge("device_available_bytes", "Memory of a device that loads may be given.", labels, available)
+    yield _gauge("device_total_bytes", "Total memory of a device.", labels, total)
+    yield _gauge("device_free_bytes", "Free memory of a device, as its worker last reported it.", labels, free)
+    yield _gauge("device_reserved_bytes", "Memory of a device that is reserved for instances.", labels, reserved)
+    yield _gauge("device_leaked_bytes", "Used memory of a GPU that belongs to no known process.", labels, leaked)
+    yield _gauge("device_available_bytes", "Memory of a device that is available for loads.", labels, available)
 
 
 def _instances(readings: Readings) -> Iterator[Metric]:
@@ -183,18 +191,18 @@ def _instances(readings: Readings) -> Iterator[Metric]:
     rows |= {row: float(n) for row, n in readings.live.items() if row[1] in states}
     yield _gauge("instances", "Instances by worker and state.", ("worker", "state"), rows)
     queued = {(name,): float(n) for name, n in readings.queued_at.items() if n or name in names}
-    yield _gauge("worker_queue_depth", "Loads that wait for a worker.", ("worker",), queued)
-    yield _gauge("queue_depth", "Loads that wait, in all.", (), {(): float(readings.queued)})
+    yield _gauge("worker_queue_depth", "Loads that wait for a worker to start them.", ("worker",), queued)
+    yield _gauge("queue_depth", "Loads that wait in the whole pool.", (), {(): float(readings.queued)})
 
 
 def _transitions(counters: Mapping[str, int]) -> Iterator[Metric]:
     family = CounterMetricFamily(
-        "loadstone_instance_transitions", "Instances that came to each state.", labels=["state"]
+        "loadstone_instance_transitions", "Instances that entered each state.", labels=["state"]
     )
     for state in State:
         family.add_metric([state.value], counters.get(state.value, 0))
     yield family
-    requeued = "Loads given back to the queue because their worker ended, or had no room."
+    requeued = "Loads that were requeued because their worker stopped, crashed or had no room."
     yield CounterMetricFamily("loadstone_requeues", requeued, counters.get("requeued", 0))
 
 
