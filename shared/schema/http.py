@@ -1,7 +1,8 @@
-"""What clients send and read over HTTP, as closed named types.
+"""The types of requests and replies over HTTP.
 
-Strict towards clients (`forbid_unknown_fields` is enforced by `api.decode`, which must list all unknown keys).  The
-description of a request's field stands in its type: /openapi.json, /docs and `loadstone load --help` show that text."""
+Requests are decoded strictly: `api.decode` refuses unknown fields itself, because it must list all of them.  A request
+field carries its description in its type: /openapi.json, /docs and `loadstone load --help` show that text.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from shared.schema.model import ModelType
 Phase = Literal["metadata", "weights", "context", "warmup"]
 JobStatus = Literal["queued", "loading", "loaded", "failed", "cancelled"]
 WorkerState = Literal["ready", "draining"]
-Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what any field of llama.cpp's can hold
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what an int field of llama.cpp can hold
 Parallel = Annotated[int, Meta(ge=1, le=64)]
 Seconds = Annotated[float, Meta(gt=0, le=10 * 366 * 24 * 3600)]
 Moment = Annotated[datetime, Meta(tz=True)]
@@ -29,85 +30,86 @@ Ratios = Annotated[list[Annotated[float, Meta(ge=0, le=1_000_000)]], Meta(min_le
 
 
 class GPURequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """Where a model may go."""
+    """Constraints on the placement of a model."""
 
     offload: Annotated[
         Ratio | Literal["max", "off"] | UnsetType,
         Meta(
-            description="Share of the layers, the output layer included, that goes to GPUs: 0 to 1, `max` (all) or "
-            "`off` (none). Default: the operator's setting, which is all or as many as fit."
+            description="Share of the layers, including the output layer, to place on GPUs: 0 to 1, `max` (all) or "
+            "`off` (none). Default: set by the operator, either all layers or as many as fit."
         ),
     ] = UNSET
-    worker: Annotated[Name | UnsetType, Meta(description="Load only on the worker with this name.")] = UNSET
+    worker: Annotated[Name | UnsetType, Meta(description="Load the model only on the worker with this name.")] = UNSET
     devices: Annotated[
         Devices | UnsetType,
         Meta(
-            description="Load only on the devices with these ids, as `GET /api/v1/workers` lists them; with `CPU` "
-            "alone, on no GPU."
+            description="Use only the devices with these ids, as listed by `GET /api/v1/workers`. `CPU` alone means "
+            "no GPU."
         ),
     ] = UNSET
     split: Annotated[
         Literal["even", "priority"] | Ratios | UnsetType,
         Meta(
-            description="Use all of the GPUs that may be used: in equal parts (`even`), each one filled before the "
-            "next (`priority`), or in these ratios. Default: as few GPUs as have room."
+            description="Split the model over all permitted GPUs: evenly (`even`), filling one GPU before the next "
+            "(`priority`), or in the given ratios. Default: use as few GPUs as possible."
         ),
     ] = UNSET
 
 
 class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """A request to load a model.  The server decides what is left out; null is refused."""
+    """A request to load a model.  The server chooses values for absent fields; null is not allowed."""
 
-    model: Annotated[str, Meta(description="Key of the model, as `GET /api/v1/models` lists it, or `key@variant`.")]
+    model: Annotated[str, Meta(description="Key of the model, as listed by `GET /api/v1/models`, or `key@variant`.")]
     context_length: Annotated[
         Positive | UnsetType,
-        Meta(description="Tokens that the context can hold, at most the model's `max_context_length`."),
+        Meta(description="Size of the context in tokens, at most the `max_context_length` of the model."),
     ] = UNSET
     eval_batch_size: Annotated[
-        Positive | UnsetType, Meta(description="Tokens evaluated at once. LLMs only; no effect on other models.")
+        Positive | UnsetType,
+        Meta(description="Number of tokens evaluated in one batch. LLMs only; ignored for other models."),
     ] = UNSET
     flash_attention: Annotated[
         bool | UnsetType,
-        Meta(description="Use flash attention. LLMs only. Default: the engine decides, unless the operator set it."),
+        Meta(description="Use flash attention. LLMs only. Default: set by the operator, or else chosen by the engine."),
     ] = UNSET
     num_experts: Annotated[
         Positive | UnsetType,
         Meta(
-            description="Experts used per token, at most as many as the model has. Mixtures of experts only; no "
-            "effect on other models."
+            description="Number of experts used per token, at most the number that the model has. Mixture-of-experts "
+            "models only; ignored for other models."
         ),
     ] = UNSET
     offload_kv_cache_to_gpu: Annotated[
-        bool | UnsetType, Meta(description="Keep the KV cache on the GPU. LLMs only.")
+        bool | UnsetType, Meta(description="Keep the KV cache in GPU memory. LLMs only.")
     ] = UNSET
-    parallel: Annotated[Parallel | UnsetType, Meta(description="Sequences that the context can hold. LLMs only.")] = (
-        UNSET
-    )
+    parallel: Annotated[
+        Parallel | UnsetType, Meta(description="Maximum number of sequences that share the context. LLMs only.")
+    ] = UNSET
     echo_load_config: Annotated[
         bool,
-        Meta(description="Add `load_config` to the reply: the parameters that applied, read back from the engine."),
+        Meta(description="Add `load_config` to the reply: the parameters in effect, read back from the engine."),
     ] = False
     force: Annotated[
         bool,
-        Meta(description="Try a model that crashed the engine in the last ten minutes, which is refused otherwise."),
+        Meta(description="Load the model even if it crashed the engine in the last ten minutes."),
     ] = False
     ttl_seconds: Annotated[
         Seconds | UnsetType,
-        Meta(description="Unload the instance after this many seconds without use. Default: keep it loaded."),
+        Meta(description="Unload the instance after it was idle for this many seconds. Default: keep it loaded."),
     ] = UNSET
     gpu: Annotated[
-        GPURequest | UnsetType, Meta(description="Where the model may go. The pool decides what is left out.")
+        GPURequest | UnsetType, Meta(description="Constraints on the placement of the model. Default: none.")
     ] = UNSET
 
 
 class UnloadRequest(Struct, frozen=True, kw_only=True):
     """A request to unload an instance."""
 
-    instance_id: Annotated[str, Meta(description="Id of the instance, as the reply to its load has it.")]
+    instance_id: Annotated[str, Meta(description="Id of the instance, from the reply to its load.")]
 
 
 class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """The parameters that applied, as read back from the loaded model and context (tokens, sequences, experts)."""
+    """The parameters in effect, read back from the loaded model and context (in tokens, sequences and experts)."""
 
     context_length: int
     eval_batch_size: int | UnsetType = UNSET
@@ -118,7 +120,7 @@ class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False
 
 
 class LoadResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The reply to a load.  `model_instance_id` is the documented name, `instance_id` the one newer clients read."""
+    """The reply to a load.  `instance_id` equals `model_instance_id`: clients read one name or the other."""
 
     type: ModelType
     model_instance_id: str
@@ -129,10 +131,10 @@ class LoadResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """A load as its followers see it.  Its status is the load's outcome, and stays when the instance is unloaded.
+    """The state and the outcome of a load.  The status does not change when the instance is unloaded later.
 
-    Sizes are in bytes; `timing` is in seconds by phase, with their sum as `total` once the load has ended.  `evicted`
-    are the instances that were unloaded to make room for it.
+    Sizes are in bytes.  `timing` holds the duration of each phase in seconds, and their sum as `total` once the load
+    has ended.  `evicted` lists the instances that were unloaded to make room.
     """
 
     job_id: str
@@ -158,7 +160,7 @@ class Job(Struct, frozen=True, kw_only=True):
     error: ErrorBody | None
 
     def event(self) -> LoadEvent:
-        """What the stream of this load says of it as it is now."""
+        """Return the event that describes the current state of this job."""
         if self.result is not None:
             return LoadEnd(
                 model_instance_id=self.instance_id,
@@ -186,14 +188,14 @@ class JobList(Struct, frozen=True, kw_only=True):
 
 
 class LoadStart(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.start"):
-    """The first event of a load: it was accepted."""
+    """The first event of a load: the load was accepted."""
 
     model_instance_id: str
     job_id: str
 
 
 class LoadProgress(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.progress"):
-    """How far a load has come; the fields are the job's."""
+    """The progress of a load.  The fields are those of the job."""
 
     model_instance_id: str
     job_id: str
@@ -207,7 +209,7 @@ class LoadProgress(Struct, frozen=True, kw_only=True, tag_field="type", tag="mod
 
 
 class LoadEnd(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.end"):
-    """The last event of a load that came to `loaded`."""
+    """The last event of a successful load."""
 
     model_instance_id: str
     job_id: str
@@ -216,7 +218,7 @@ class LoadEnd(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_lo
 
 
 class LoadError(Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
-    """The last event of any other load."""
+    """The last event of a load that failed or was cancelled."""
 
     error: ErrorBody
 
@@ -229,7 +231,7 @@ class UnloadResult(Struct, frozen=True, kw_only=True):
 
 
 class EstimatedDevice(Struct, frozen=True, kw_only=True):
-    """What a load would take of a device, and what is free there for loads."""
+    """The memory that a load would use on a device, and the memory that is available for loads there."""
 
     id: str
     worker: str
@@ -241,10 +243,11 @@ class EstimatedDevice(Struct, frozen=True, kw_only=True):
 
 
 class EstimateResult(Struct, frozen=True, kw_only=True):
-    """What a load would take.
+    """The memory that a load would use.
 
-    `evicts` are the instances that would be unloaded for it.  `max_context_length_that_fits` is with everything else
-    as asked, and null where none does.  `exact` is false where it was not compared with the engine's own figures.
+    `evicts` lists the instances that would be unloaded to make room.  `max_context_length_that_fits` assumes that all
+    other fields stay as requested; it is null if no context length fits.  `exact` is false if the estimate has not been
+    verified against the engine.
     """
 
     model: str
@@ -257,7 +260,7 @@ class EstimateResult(Struct, frozen=True, kw_only=True):
 
 
 class Quantization(Struct, frozen=True, kw_only=True):
-    """`bits_per_weight` is whole and rounded down, as LM Studio lists it: typed clients refuse a fraction."""
+    """The quantization of a model.  `bits_per_weight` is rounded down, since typed clients need an integer."""
 
     name: str | None
     bits_per_weight: int | None
@@ -273,11 +276,11 @@ class LoadedInstance(Struct, frozen=True, kw_only=True, gc=False):
     config: LoadConfig
     worker: str
     devices: list[str]
-    remaining_ttl_seconds: float | None  # until it is unloaded if nothing uses it; None: it is not by itself
+    remaining_ttl_seconds: float | None  # until an idle instance is unloaded; None: it has no TTL
 
 
 class ListedModel(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """One row of the model list.  Embedding models have no architecture, capabilities and description."""
+    """An entry of the model list.  Embedding models have no architecture, capabilities or description."""
 
     type: ModelType
     publisher: str
@@ -299,7 +302,7 @@ class ModelList(Struct, frozen=True, kw_only=True):
 
 
 class HeldInstance(Struct, frozen=True, kw_only=True, gc=False):
-    """An instance in whatever state, and where it is or is to be."""
+    """An instance in any state that is not terminal, with the devices that it uses or will use."""
 
     id: str
     state: State
@@ -308,7 +311,7 @@ class HeldInstance(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class ListedWorker(Struct, frozen=True, kw_only=True, gc=False):
-    """A worker that is alive; `lease_age_seconds` have passed since its last sign of life."""
+    """A live worker.  `lease_age_seconds` is the time since its last heartbeat."""
 
     name: str
     state: WorkerState
