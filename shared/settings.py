@@ -197,7 +197,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     load_attempts: Annotated[
         int,
         setting(
-            "maximum number of attempts at a load, if the worker stops or crashes during each of them",
+            "maximum number of attempts at a load whose worker becomes unavailable",
             "an integer from 1 to 100",
             ge=1,
             le=100,

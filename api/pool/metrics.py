@@ -202,7 +202,7 @@ def _transitions(counters: Mapping[str, int]) -> Iterator[Metric]:
     for state in State:
         family.add_metric([state.value], counters.get(state.value, 0))
     yield family
-    requeued = "Loads that were requeued because their worker stopped, crashed or had no room."
+    requeued = "Loads that were requeued because their worker became unavailable or had no room."
     yield CounterMetricFamily("loadstone_requeues", requeued, counters.get("requeued", 0))
 
 
