@@ -1,3 +1,3 @@
-"""What the API and the workers have in common."""
+"""Code that the API, the workers and the command line share."""
 
 __version__ = "0.1.0"

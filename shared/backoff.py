@@ -1,12 +1,12 @@
-"""Pauses before something that keeps failing is tried again."""
+"""Exponential backoff between restarts."""
 
 from __future__ import annotations
 
 
 class Backoff:
-    """Tells how long to wait before a process that ended is started again.
+    """Computes the pause before an exited process is restarted.
 
-    The pause doubles from `first_s` up to `last_s` seconds.  After a run of more than `stable_s` seconds it begins at
+    The pause doubles from `first_s` up to `last_s` seconds.  After a run of more than `stable_s` seconds it starts at
     `first_s` again.
     """
 

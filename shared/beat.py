@@ -1,5 +1,5 @@
-"""The beat of the pool: how often each process does what it does periodically."""
+"""The beat: the period of the recurring work of each process."""
 
 from __future__ import annotations
 
-BEAT_S = 1.0  # a worker renews its lease; an API process refreshes its roster, sweeps, and hands over its counts
+BEAT_S = 1.0  # workers renew their lease; API processes refresh the roster, sweep, and flush their counts

@@ -1,6 +1,6 @@
-"""What a client can be told about: a code for machines, a sentence for people.
+"""The errors that clients receive: a stable code for programs and a message for people.
 
-Nothing here knows an HTTP status; `api.errors` holds the one table that does.
+HTTP status codes are defined in `api.errors` only.  The docstrings of the error classes are shown in /docs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LoadFailure = Literal[
 
 
 class ErrorBody(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The one shape of an error on the wire and in an instance's record."""
+    """An error, as it is sent to clients and stored in the record of an instance."""
 
     type: str
     message: str
@@ -31,11 +31,11 @@ class ErrorBody(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ServiceError(Exception):
-    """Something a client can be told about."""
+    """An error that is reported to the client."""
 
     type: ClassVar[str] = "internal_error"
     code: str | UnsetType = UNSET
-    retry_after_s: int | None = None  # when the same request may succeed, where that is known
+    retry_after_s: int | None = None  # when to repeat the request, if it may succeed later
 
     def __init__(self, message: str, *, param: str | UnsetType = UNSET, **detail: object) -> None:
         super().__init__(message)
@@ -49,103 +49,103 @@ class ServiceError(Exception):
 
 
 class InvalidRequest(ServiceError):
-    """The request itself is wrong; sending it again changes nothing."""
+    """The request is invalid.  Repeating it does not help."""
 
     type = "invalid_request"
 
 
 class InvalidJSON(InvalidRequest):
-    """The body is not a JSON document."""
+    """The request body is not valid JSON."""
 
     code = "invalid_json"
 
 
 class UnrecognizedKeys(InvalidRequest):
-    """The body has keys that nobody reads."""
+    """The request body contains unknown keys."""
 
     code = "unrecognized_keys"
 
 
 class MissingParameter(InvalidRequest):
-    """A field without which nothing can be done is not there."""
+    """A required field is missing."""
 
     code = "missing_required_parameter"
 
 
 class InvalidType(InvalidRequest):
-    """A field holds a value of another type."""
+    """A field or parameter has a value of the wrong type."""
 
     code = "invalid_type"
 
 
 class InvalidValue(InvalidRequest):
-    """A field holds a value of the right type that cannot be used."""
+    """A field, parameter or header has an invalid value."""
 
     code = "invalid_value"
 
 
 class InvalidAPIKey(InvalidRequest):
-    """No token, or one that is not configured."""
+    """The bearer token is missing or invalid."""
 
     code = "invalid_api_key"
 
 
 class ForbiddenHost(InvalidRequest):
-    """Without tokens, a Host header that is no loopback name: DNS rebinding looks like this."""
+    """No tokens are configured, and the `Host` header is not a loopback name (protection against DNS rebinding)."""
 
     code = "forbidden_host"
 
 
 class JobAlreadyFinished(InvalidRequest):
-    """A load that has ended cannot be cancelled."""
+    """The load has already ended and cannot be cancelled."""
 
     code = "job_already_finished"
 
 
 class IdempotencyKeyReused(InvalidRequest):
-    """The key was sent before, with another request."""
+    """The idempotency key was already used for a different request."""
 
     code = "idempotency_key_reused"
 
 
 class UnsupportedMediaType(InvalidRequest):
-    """The body is not declared as JSON."""
+    """The `Content-Type` is not `application/json`."""
 
     code = "unsupported_media_type"
 
 
 class BodyTooLarge(InvalidRequest):
-    """The body is longer than any request can be."""
+    """The request body exceeds the size limit."""
 
     code = "body_too_large"
 
 
 class NotFound(ServiceError):
-    """No such path."""
+    """The path does not exist."""
 
     type = "not_found"
 
 
 class MethodNotAllowed(ServiceError):
-    """The path exists, the method does not."""
+    """The path does not support this method."""
 
     type = "method_not_allowed"
 
 
 class ModelNotFound(ServiceError):
-    """No model with this key, or no instance with this id."""
+    """There is no model with this key, or no instance with this id."""
 
     type = "model_not_found"
 
 
 class JobNotFound(ServiceError):
-    """No load with this id in the last day."""
+    """There is no load with this id.  Jobs are kept for a day after the instance has ended."""
 
     type = "job_not_found"
 
 
 class TooManyRequests(ServiceError):
-    """A limit of the service's is reached; the same request may succeed later."""
+    """A limit has been reached.  The same request may succeed later."""
 
     type = "too_many_requests"
 
@@ -155,49 +155,52 @@ class TooManyRequests(ServiceError):
 
 
 class QueueFull(TooManyRequests):
-    """As many loads wait as may."""
+    """The load queue is full."""
 
     code = "queue_full"
 
 
 class TooManyWaiting(TooManyRequests):
-    """As many replies of this process are held open as may."""
+    """The API process holds the maximum number of replies open."""
 
     code = "too_many_waiting"
 
 
 class LoadFailed(ServiceError):
-    """A load ended without a model in memory."""
+    """The load failed or was cancelled."""
 
     type = "model_load_failed"
 
     def __init__(self, code: LoadFailure, model_type: str, model: str, reason: str, **detail: object) -> None:
-        what = "LLM" if model_type == "llm" else "embedding model"
-        super().__init__(f"Failed to load {what} '{model}': Error: {reason}")
+        noun = "LLM" if model_type == "llm" else "embedding model"
+        super().__init__(f"Failed to load {noun} '{model}': Error: {reason}")
         self.detail = detail
         self.code: LoadFailure = code
 
 
 def crashed_lately(model_type: str, model: str, reason: str, left_s: int) -> LoadFailed:
-    """A model that crashed the engine, for `reason`, is not tried again for `left_s` seconds more."""
-    words = f'it crashed the engine lately: {reason}. It is not tried again for {left_s} s; "force": true tries it now'
-    return LoadFailed("engine_crashed", model_type, model, words, retry_after_s=left_s)
+    """Return the error for a model that crashed the engine and is blocked for another `left_s` seconds."""
+    sentence = (
+        f"the model crashed the engine recently: {reason}. It is blocked for another {left_s} s; "
+        'set "force": true to load it anyway'
+    )
+    return LoadFailed("engine_crashed", model_type, model, sentence, retry_after_s=left_s)
 
 
 class ServiceUnavailable(ServiceError):
-    """Something the service needs is away for now; the same request may succeed later."""
+    """A required component is unavailable.  The same request may succeed later."""
 
     type = "service_unavailable"
     retry_after_s = 2
 
 
 class NoWorker(ServiceUnavailable):
-    """No live worker has the model."""
+    """No available worker has the model."""
 
     code = "no_worker"
 
 
 class QueueUnavailable(ServiceUnavailable):
-    """Redis is away, or was emptied under a waiter."""
+    """Redis is unavailable or lost the record, the server is shutting down, or a stop has not completed in time."""
 
     code = "queue_unavailable"

@@ -1,4 +1,4 @@
-"""Exclusive locks between processes, each on a file: flock(2)."""
+"""Exclusive locks between processes, based on flock(2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-POLL_S = 0.02  # between two tries of a lock that is waited for
+POLL_S = 0.02  # between two attempts to take a lock
 
 
 class Held(Exception):
@@ -18,14 +18,13 @@ class Held(Exception):
 
 @contextmanager
 def lock(path: Path, wait_s: float = 0.0) -> Iterator[TextIO]:
-    """Hold the exclusive lock on a file, which is created if it is missing; yields the file, open for reading and
-    appending.
+    """Hold an exclusive lock on a file, and create the file if necessary.  Yields the file, open to read and append.
 
-    Tries for `wait_s` seconds, and at least once.  Raises Held, and OSError when the file cannot be opened.
+    Tries for `wait_s` seconds, and at least once.  Raises Held, or OSError if the file cannot be opened.
 
-    The lock belongs to the open file.  The kernel releases it once every process that has the file open has closed it
-    or has died.  A child process has it open only if it was given the descriptor; such a child keeps the lock after
-    the `with` has ended, which is why there is no LOCK_UN here.
+    The lock belongs to the open file description: the kernel releases it once every process that has the file open has
+    closed it or exited.  A child process that inherits the descriptor therefore keeps the lock after the `with` block,
+    which is why the lock is not released with LOCK_UN.
     """
     deadline = time.monotonic() + wait_s
     with path.open("a+") as file:

@@ -1,4 +1,4 @@
-"""Replacing a file so that a reader, and a crash, finds either the old content or the new one."""
+"""Atomic replacement of files: readers see either the old or the new content, also after a crash."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 
 def replace_atomically(path: Path, data: bytes, *, is_durable: bool = True) -> None:
-    """Replace a file's content with `data`, or leave it as it was and raise OSError.  See `replacing`."""
+    """Replace the content of a file with `data`.  Raises OSError and leaves the file unchanged.  See `replacing`."""
     with replacing(path, path.with_name(f"{path.name}.new"), is_durable=is_durable) as beside:
         beside.write_bytes(data)
 
 
 @contextmanager
 def replacing(path: Path, beside: Path, *, is_durable: bool) -> Iterator[Path]:
-    """Move `beside`, which the body of the `with` writes, over `path` when the body ends without an exception.
+    """Rename `beside`, which the `with` block writes, to `path` if the block succeeds; remove it otherwise.
 
-    Otherwise removes `beside`.  Both are in the same directory: rename(2) is atomic within a file system only.  Two
-    writers at the same time need different names.
+    Both must be in the same directory, since rename(2) is atomic only within a file system.  Concurrent writers need
+    different names for `beside`.
 
-    `is_durable`: flush the data to the disk first (fsync(2)), so that also a power cut leaves the old or the new
-    content.  Without it an empty file may be left; that is for files whose loss costs no more than the time to write
-    them again, because a flush waits for the disk.
+    `is_durable`: flush the data to disk first (fsync(2)), so that the old or the new content survives a power failure.
+    Without it a power failure may leave an empty file.  A flush waits for the disk, so files that can be written again
+    do without it.
     """
     try:
         yield beside
@@ -32,6 +32,6 @@ def replacing(path: Path, beside: Path, *, is_durable: bool) -> Iterator[Path]:
                 os.fsync(file.fileno())
         beside.replace(path)
     except BaseException:
-        with suppress(OSError):  # the first error counts
+        with suppress(OSError):  # report the first error
             beside.unlink()
         raise

@@ -1,4 +1,4 @@
-"""The sign of life that a child process gives its supervisor."""
+"""The heartbeat that a child process sends to its supervisor."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import suppress
 
 
 def heartbeat(fd: int | None) -> Callable[[], None]:
-    """In a child: what to call at each beat.  `fd` is the number of `--beat-fd`, None for one that nobody watches.
+    """Return the function that a child process calls at each beat.
 
-    The descriptor goes no further: who holds it could beat in the child's place.
+    `fd` is the value of `--beat-fd`; if it is None, the function does nothing.  The descriptor is made non-inheritable,
+    since a process that has it could beat in place of the child.
     """
     if fd is None:
         return lambda: None
@@ -18,7 +19,7 @@ def heartbeat(fd: int | None) -> Callable[[], None]:
     os.set_blocking(fd, False)
 
     def beat() -> None:
-        with suppress(OSError):  # the pipe is full, or nobody reads it
+        with suppress(OSError):  # the pipe is full or its reading end is closed
             os.write(fd, b".")
 
     return beat

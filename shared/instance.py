@@ -1,6 +1,7 @@
 """The record of an instance: one load of one model with one configuration.
 
-Tolerant between our own processes: a new field has a default, so that two versions can share one Redis."""
+New fields have defaults, so that processes of two versions can share one Redis.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from shared.lifecycle import TERMINAL, Event, State, step
 from shared.schema.http import LoadConfig, LoadRequest, LoadResult, Phase
 from shared.schema.model import ModelType
 
-UNBEGUN: dict[str, Any] = {  # what of a record goes back when it is requeued; its progress does not
+UNBEGUN: dict[str, Any] = {  # fields that are reset when a load is requeued; the progress is kept
     "epoch": None,
     "phase": None,
     "loaded_bytes": 0,
@@ -29,37 +30,39 @@ UNBEGUN: dict[str, Any] = {  # what of a record goes back when it is requeued; i
 
 
 class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """One load of one model with one configuration: the only thing that has a life.
+    """One load of one model with one configuration.
 
-    `id` names the load (the job), `instance_id` the thing in memory that clients use.  Times are seconds since the
-    epoch, `timing` is seconds by phase.  The last four fields are the store's own; they are not in `doc`.
+    `id` identifies the load (the job); clients use the loaded model by its `instance_id`.  Times are in seconds since
+    the epoch; `timing` is in seconds by phase.  The store keeps the last four fields beside the document (`doc`).
     """
 
     id: str
-    model: str  # the key as asked
-    key: str  # the key in the worker's catalog that it means
+    model: str  # the key in the request
+    key: str  # the key of that model in the worker's catalog
     type: ModelType
     worker: str
     request: LoadRequest
-    traceparent: str = ""  # the span that asked for it: those that work on it are its children
+    traceparent: str = ""  # the span of the request: the parent of all spans that work on the load
     state: State = State.QUEUED
-    epoch: str | None = None  # of the worker process that claimed it
-    attempt: int = 1  # how often it was begun, counting this time
-    restoring: int = 0  # how often what a worker's end took was tried to be loaded again; 0: a client asked for it
-    not_before: float = 0.0  # its worker begins it at this time, not earlier
+    epoch: str | None = None  # of the worker process that claimed the load
+    attempt: int = 1  # number of this attempt, from 1
+    restoring: int = 0  # number of this attempt to restore the instance; 0: a client requested the load
+    not_before: float = 0.0  # the worker does not start the load before this time
     phase: Phase | None = None
     progress: float = 0.0  # 0..1, never decreases, 1 only when loaded
     total_size_bytes: int = 0
     loaded_bytes: int = 0
-    bytes_per_second: float | None = None  # of the last seconds; once loaded, of all the weights
+    bytes_per_second: float | None = None  # over the last seconds; once loaded, over all weights
     estimated_completion: float | None = None
     devices: list[str] = []
-    evicted: list[str] = []  # instance ids of what was unloaded to make room for it
-    refused: list[str] = []  # workers that had no room for it
-    refusal: ErrorBody | None = None  # what the last of these said
+    evicted: list[str] = []  # ids of the instances that were unloaded to make room
+    refused: list[str] = []  # workers that had no room for the load
+    refusal: ErrorBody | None = None  # the error of the last of these workers
     started_at: float | None = None
     loaded_at: float | None = None
-    used_at: float | None = None  # until there is something to use it for: when it was loaded, if not restored
+    used_at: float | None = (
+        None  # last use; until models can be used: when the instance was loaded, unless it was restored
+    )
     completed_at: float | None = None
     timing: dict[str, float] = {}
     load_time_seconds: float | None = None
@@ -67,15 +70,15 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     error: ErrorBody | None = None
 
     instance_id: str = ""
-    created_at: float = 0.0  # by Redis' clock, like the queue time that is measured from it
-    rev: int = 0  # the fence: whoever holds an older one has lost the right to write
+    created_at: float = 0.0  # by the clock of Redis, as is the queue time, which starts here
+    rev: int = 0  # the fence: a writer with an older revision is refused
     stop_requested: bool = False
 
     def after(self, event: Event, **changes: Any) -> Instance:
-        """This record once `event` has happened.
+        """Return this record after `event`.
 
-        Raises IllegalTransition where the table has no such move, and ValueError where `failed` would come without
-        an error or another state with one.
+        Raises IllegalTransition if the lifecycle has no such transition, and ValueError if the new state is `failed`
+        without an error, or another state with an error.
         """
         state = step(self.state, event, was_loaded=self.loaded_at is not None)
         if (state is State.FAILED) != (changes.get("error") is not None):
@@ -87,10 +90,10 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
         return msgspec.structs.replace(self, state=state, **changes)
 
     def abandoned(self, attempts: int, **changes: Any) -> Instance:
-        """Return this record after the end of its worker.
+        """Return this record after its worker became unavailable.
 
-        A load is requeued, with `changes`, unless it was begun `attempts` times: then it has failed.  A loaded
-        instance, and one that was being unloaded, is lost.  Raises IllegalTransition for a terminal record.
+        A load is requeued, with `changes`; it fails after `attempts` attempts.  An instance that was loaded or being
+        unloaded is lost.  Raises IllegalTransition for a terminal record.
         """
         match self.state:
             case State.QUEUED:
@@ -98,8 +101,9 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
             case State.LOADING if self.attempt < attempts:
                 return self.after(Event.REQUEUE, **changes)
             case State.LOADING:
-                ended = f"its worker ended under it, the last time '{self.worker}'"
-                reason = f"{ended}, and it was begun {self.attempt} times"
+                reason = (
+                    f"worker '{self.worker}' became unavailable during the load (attempt {self.attempt} of {attempts})"
+                )
                 return self.after(Event.FAIL, error=LoadFailed("worker_lost", self.type, self.model, reason).body())
             case State.LOADED | State.UNLOADING | State.UNLOADED | State.CANCELLED | State.FAILED | State.LOST:
                 return self.after(Event.EXPIRE)
@@ -108,17 +112,17 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
 
     @property
     def ids(self) -> dict[str, str]:
-        """What log lines about it carry."""
+        """The ids that log lines about this instance carry."""
         return {"job": self.id, "instance": self.instance_id, "worker": self.worker}
 
     @property
     def idle_at(self) -> float | None:
-        """When it is unloaded if nothing uses it until then; None: never by itself, or not loaded yet."""
+        """When the instance is unloaded if it stays idle; None: it has no TTL, or is not loaded yet."""
         ttl_s = self.request.ttl_seconds
         return None if ttl_s is UNSET or self.used_at is None else self.used_at + ttl_s
 
     def result(self) -> LoadResult:
-        """The reply of a load that came to `loaded`."""
+        """Return the reply to a successful load."""
         assert self.load_time_seconds is not None
         assert self.load_config is not None
         return LoadResult(

@@ -1,6 +1,6 @@
-"""The functions of the C library that Python does not offer, or not as they are needed here.
+"""Functions of the C library that Python does not offer in the required form.
 
-Each function names its man page, which gives the types.  glibc has all of them; musl lacks mallopt and malloc_trim.
+Each docstring names the man page, which gives the types.  glibc has all of them; musl lacks mallopt and malloc_trim.
 ctypes releases the interpreter's lock during a call.
 """
 
@@ -22,7 +22,7 @@ _library = ctypes.CDLL(None, use_errno=True)
 
 
 def _declared(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of the library with its types; one that fails with ENOSYS when the library lacks it."""
+    """Return a typed function of the library, or a function that fails with ENOSYS if the library lacks it."""
     function = getattr(_library, name, None)
     if function is None:
         return _missing
@@ -46,12 +46,12 @@ _malloc_trim = _declared("malloc_trim", c_int, c_size_t)
 
 
 def prctl(option: int, value: int) -> None:
-    """Set an attribute of this process or thread: prctl(2).  Raises OSError."""
+    """Set an attribute of this process or thread, see prctl(2).  Raises OSError."""
     _check(_prctl(option, value, 0, 0, 0))
 
 
 def map_file(fd: int, size: int) -> int:
-    """Map the first `size` bytes of a file, to be read and shared; returns the address.  mmap(2).  Raises OSError."""
+    """Map the first `size` bytes of a file, read-only and shared; return the address, see mmap(2).  Raises OSError."""
     address = _mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
     if address == MAP_FAILED:
         raise _error()
@@ -59,35 +59,37 @@ def map_file(fd: int, size: int) -> int:
 
 
 def unmap(address: int, size: int) -> None:
-    """Remove a mapping: munmap(2).  Raises OSError."""
+    """Remove a mapping, see munmap(2).  Raises OSError."""
     _check(_munmap(address, size))
 
 
 def populate(address: int, size: int) -> None:
-    """Read a part of a mapping into memory and return when it is there: madvise(2), MADV_POPULATE_READ.
+    """Read a part of a mapping into memory; return once it is there.  See madvise(2), MADV_POPULATE_READ.
 
-    `address` is that of a page.  Raises OSError: EINVAL on a kernel before 5.14, EFAULT where a read would be a SIGBUS.
+    `address` is the start of a page.  Raises OSError: EINVAL on kernels before 5.14, EFAULT if a read would cause
+    SIGBUS.
     """
     _check(_madvise(address, size, MADV_POPULATE_READ))
 
 
 def keep_heap(most_bytes: int) -> bool:
-    """Serve blocks of less than `most_bytes` from the heap, and keep as much of it when it is freed: mallopt(3).
+    """Allocate blocks below `most_bytes` from the heap, and keep up to `most_bytes` of it when freed; see mallopt(3).
 
-    By default a block of 128 KiB and more is a mapping of its own, with new pages each time.  False without glibc.
+    By default, malloc maps each block of 128 KiB or more separately, with new pages each time.  Returns False if the C
+    library is not glibc.
     """
     return all(_mallopt(option, most_bytes) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
 
 
 def touch_heap(n_bytes: int) -> None:
-    """Have the kernel give the heap `n_bytes` of pages now: malloc(3), written to and freed."""
+    """Make the kernel provide `n_bytes` of heap pages now: allocate a block, write to it, and free it."""
     if block := _malloc(n_bytes):
         ctypes.memset(block, 0, n_bytes)
         _free(block)
 
 
 def trim_heap() -> None:
-    """Return what malloc holds free to the kernel: malloc_trim(3).  Nothing happens without glibc."""
+    """Return free heap memory to the kernel, see malloc_trim(3).  Does nothing if the C library is not glibc."""
     _malloc_trim(0)
 
 

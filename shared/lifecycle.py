@@ -1,4 +1,4 @@
-"""The life of an instance as a table: everything that may happen to one, and nothing else."""
+"""The lifecycle of an instance, as a table of all permitted transitions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class State(StrEnum):
 
 
 class Event(StrEnum):
-    CLAIM = "claim"  # its worker took it from the queue
-    LOAD = "load"  # its weights are in memory and one token was decoded
-    STOP = "stop"  # an unload or a cancel was asked for
-    EXIT = "exit"  # its runner was reaped after a stop
-    FAIL = "fail"  # its load failed, or its runner died
-    REQUEUE = "requeue"  # never loaded, and its worker died or hands it back: it is begun anew, there or elsewhere
-    EXPIRE = "expire"  # its worker's lease is gone
+    CLAIM = "claim"  # the worker took the load from the queue
+    LOAD = "load"  # the weights are in memory and a first token was decoded
+    STOP = "stop"  # an unload or a cancel was requested
+    EXIT = "exit"  # the runner was reaped after a stop
+    FAIL = "fail"  # the load failed, or the runner died
+    REQUEUE = "requeue"  # before it was loaded, the worker died or refused the load
+    EXPIRE = "expire"  # the worker's lease expired
 
 
 S, E = State, Event
@@ -32,7 +32,7 @@ NEXT: dict[State, dict[Event, State]] = {  # a state without a row is terminal
     S.QUEUED: {E.CLAIM: S.LOADING, E.STOP: S.CANCELLED, E.FAIL: S.FAILED, E.REQUEUE: S.QUEUED, E.EXPIRE: S.LOST},
     S.LOADING: {E.LOAD: S.LOADED, E.STOP: S.UNLOADING, E.FAIL: S.FAILED, E.REQUEUE: S.QUEUED, E.EXPIRE: S.LOST},
     S.LOADED: {E.STOP: S.UNLOADING, E.FAIL: S.FAILED, E.EXPIRE: S.LOST},
-    S.UNLOADING: {E.EXIT: S.UNLOADED, E.EXPIRE: S.LOST},  # CANCELLED instead, if it was never loaded
+    S.UNLOADING: {E.EXIT: S.UNLOADED, E.EXPIRE: S.LOST},  # EXIT leads to CANCELLED if never loaded
 }
 
 TERMINAL = frozenset(State) - frozenset(NEXT)
@@ -40,11 +40,11 @@ HOLDS_MEMORY = frozenset({S.LOADING, S.LOADED, S.UNLOADING})
 
 
 class IllegalTransition(Exception):
-    """An event that cannot happen in this state; nothing was changed."""
+    """The event is not permitted in this state.  Nothing was changed."""
 
 
 def step(state: State, event: Event, *, was_loaded: bool) -> State:
-    """The state after `event`.  Raises IllegalTransition for what is not in the table."""
+    """Return the state after `event`.  Raises IllegalTransition if the table has no such transition."""
     following = NEXT.get(state, {}).get(event)
     if following is None:
         raise IllegalTransition(f"{event} while {state}")

@@ -1,4 +1,4 @@
-"""The model that a client means by a name."""
+"""Lookup of models by the names that clients use."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from shared import quantization
 from shared.schema.model import Model
 
-PREFERRED_BITS = 4.5  # per weight: what a folder's plain key means, where there is a choice
+PREFERRED_BITS = 4.5  # per weight; selects among the quantizations of a folder
 
 
 def by_name(models: Sequence[Model]) -> dict[str, Model]:
-    """The model that a client means by each name there is.
+    """Map each name that a client may use to its model.
 
-    That is the model with this key; a folder's only model by `key@variant`; or, by the plain key of a folder of
-    several quantizations, the usable one whose bits per weight are closest to 4.5 (estimated from the name of the
-    quantization until they are known; the smaller one of two that are equally close).
+    A name is the key of a model; `key@variant`, also if the folder has only one model; or the plain key of a folder
+    with several quantizations.  The plain key selects a usable model with close to PREFERRED_BITS bits per weight, the
+    smaller one of two that are equally close.  Until the header is read, bits are estimated from the quantization name.
     """
-    found: dict[str, Model] = {}
+    names: dict[str, Model] = {}
     for model in sorted(models, key=_preference, reverse=True):
-        found[model.base] = model
-    found |= {f"{model.base}@{model.variant}": model for model in reversed(models) if model.variant}
-    return found | {model.key: model for model in reversed(models)}
+        names[model.base] = model
+    names |= {f"{model.base}@{model.variant}": model for model in reversed(models) if model.variant}
+    return names | {model.key: model for model in reversed(models)}
 
 
 def _preference(model: Model) -> tuple[bool, float, int, str]:

@@ -1,6 +1,6 @@
-"""The paths of the API: what the server routes and describes, and what its clients ask for.
+"""The paths of the API, for the server's routes, its OpenAPI document and its clients.
 
-`{job_id}` stands for the id of a job, as Starlette's routes and OpenAPI have it; `str.format` puts one in its place.
+`{job_id}` is a placeholder in the syntax of Starlette, OpenAPI and `str.format`.
 """
 
 MODELS = "/api/v1/models"

@@ -1,10 +1,10 @@
-"""How the weights of a GGUF file were packed, by the names that people use for it: `Q4_K_M`, `IQ2_XXS`, `MXFP4`."""
+"""Names of quantizations, such as `Q4_K_M`, `IQ2_XXS` and `MXFP4`, and their sizes."""
 
 from __future__ import annotations
 
 import re
 
-GUESSED = 1024  # flag in general.file_type: the converter was not sure (llama.h, enum llama_ftype)
+GUESSED = 1024  # flag in general.file_type: the type was guessed (llama.h, enum llama_ftype)
 
 # general.file_type -> name (llama.h, enum llama_ftype).
 FILE_TYPES = {
@@ -83,7 +83,7 @@ BLOCKS = {
     41: (128, 18),  # Q1_0
 }
 
-# Bits per weight of an 8B model as llama.cpp measured them (tools/quantize/README.md); the digit in a name says less.
+# Bits per weight of an 8B model, from llama.cpp (tools/quantize/README.md).  The digit in a name is less exact.
 NOMINAL_BITS = {
     "IQ1_S": 2.00,
     "IQ1_M": 2.15,
@@ -122,9 +122,9 @@ TAG = re.compile(
 
 
 def tag(stem: str) -> str:
-    """The quantization that a file's name tells, in lower case, the last one where it tells several; "" for none."""
-    found = TAG.findall(stem)
-    return found[-1].lower() if found else ""
+    """Return the last quantization in a file name, in lower case; "" if there is none."""
+    tags = TAG.findall(stem)
+    return tags[-1].lower() if tags else ""
 
 
 def by_file_type(file_type: int) -> str | None:
@@ -132,7 +132,7 @@ def by_file_type(file_type: int) -> str | None:
 
 
 def nominal_bits(name: str) -> float | None:
-    """About how many bits a weight takes under a quantization, by its name or tag; None where that tells nothing."""
+    """Estimate the bits per weight of a quantization from its name or tag; None if the name has no number."""
     name = name.upper().removeprefix("UD-")
     if name in NOMINAL_BITS:
         return NOMINAL_BITS[name]

@@ -1,4 +1,4 @@
-"""Waiting for the first of several things, and ending the others."""
+"""Waiting for the first of several awaitables, and cancelling the others."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def racing(
 
 @asynccontextmanager
 async def racing(*work: Awaitable[Any]) -> AsyncIterator[Any]:
-    """Run these side by side, as tasks.  On leaving, those that are not done are cancelled, and all have ended.
+    """Run awaitables concurrently, as tasks.  On exit, cancels the unfinished tasks and waits until all have ended.
 
-    What a task raises is seen by reading its result inside the `async with`; otherwise it is dropped.
+    To see the exception of a task, read its result inside the `async with` block; otherwise it is discarded.
     """
     tasks = tuple(asyncio.ensure_future(one) for one in work)
     try:
@@ -51,6 +51,6 @@ async def racing(*work: Awaitable[Any]) -> AsyncIterator[Any]:
 
 
 async def first(tasks: Iterable[asyncio.Future[Any]], within_s: float | None = None) -> bool:
-    """Wait until one of these is done; return whether one was `within_s` seconds, None for as long as it takes."""
+    """Wait up to `within_s` seconds (None: no limit) until one of the tasks is done; return whether one is done."""
     done, _ = await asyncio.wait(tasks, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
     return bool(done)

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people read them."""
+"""Human-readable sizes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ UNITS = ("KiB", "MiB", "GiB", "TiB")
 def size(n_bytes: float) -> str:
     """Format a number of bytes in the largest binary unit that it reaches, with one decimal place.
 
-    Errors, tables and settings use the same units, so that an operator can compare them: drivers, cgroups and
-    `LOADSTONE_DEVICE_RESERVE` count in powers of two.
+    Errors, tables and settings all use binary units, like drivers and cgroups, so that their values can be compared.
     """
     if n_bytes < 1024:
         return f"{int(n_bytes)} byte{'' if int(n_bytes) == 1 else 's'}"

@@ -1,1 +1,1 @@
-"""What a load takes, and where it goes: pure functions for both sides."""
+"""Memory requirements and placement of loads: pure functions, used by the API and by the workers."""

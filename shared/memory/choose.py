@@ -1,4 +1,4 @@
-"""Chooses the worker that a load goes to: pure functions over what workers publish of their devices."""
+"""Chooses the worker for a load: pure functions of the snapshots that workers publish."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from shared.memory.placement import Demand, Search, available, once_gone, place_
 from shared.schema.memory import CPU, Holding
 from shared.schema.snapshot import WorkerSnapshot
 
-LOOKED_AT = 8  # workers of a large pool whose devices are searched one by one
+LOOKED_AT = 8  # the number of workers whose devices are searched in a large pool
 SEARCHES = (Search(evenly=False, any_order=False), Search(evenly=False))  # the quick one first
 
 
 class Host:
-    """A worker's snapshot, with the sums that every choice asks for: computed once, for all loads until the next."""
+    """A worker's snapshot and sums over its devices, which are computed once for all choices with this snapshot."""
 
     def __init__(self, worker: WorkerSnapshot) -> None:
         self.worker = worker
         gpus = [(device.available_bytes, device.id) for device in worker.devices if device.kind == "gpu"]
         self.by_room = sorted(gpus)
         self.rooms = [room for room, _ in self.by_room]
-        self.sums = [*accumulate(max(0, room) for room in reversed(self.rooms))]  # of the largest one, two, ...
+        self.sums = [
+            *accumulate(max(0, room) for room in reversed(self.rooms))
+        ]  # of the largest GPU, of the two largest, ...
         self.cpu_room = next((device.available_bytes for device in worker.devices if device.id == CPU), None)
         idle = [held for held in worker.held if held.is_evictable]
         self.unused_since = min((held.used_at for held in idle), default=None)
@@ -39,7 +41,7 @@ class Host:
         self.reach = sum(max(0, room) for room in self.rooms_then) if self.rooms else self.cpu_reach
 
     def holding(self, more: Sequence[Holding]) -> Host:
-        """Return this host with the memory of loads that were just placed here taken from it."""
+        """Return this host with less available memory, after loads were just placed here."""
         worker = self.worker
         then = available(worker.devices)
         for held in more:
@@ -51,16 +53,16 @@ class Host:
         return Host(structs.replace(worker, devices=devices, held=[*worker.held, *more], residents=residents))
 
 
-# The position in the caller's list, the worker, the load, and the worker's devices that hold the model already.  A
-# plain tuple, since each choice makes one for every worker.
+# The position in the caller's list, the worker, the load, and the devices of the worker that already hold the model.  A
+# plain tuple, because each choice creates one for every worker.
 _Candidate = tuple[int, Host, Demand, Collection[str]]
 
 
 def choose(hosts: Sequence[tuple[Host, Demand]]) -> int | None:
-    """Choose the worker that a load goes to.  Returns its position in the list, or None if the load fits on none.
+    """Choose the worker for a load.  Returns its position in the list, or None if the load fits on no worker.
 
-    Each worker comes with the demand of the load there, which depends on the worker's model.  Workers with the same
-    model are to share one Demand.
+    Each worker comes with the demand of the load there, which depends on the model of the worker.  Workers with the
+    same model should share one Demand.
     """
     on_gpus: list[_Candidate] = []
     on_cpus: list[_Candidate] = []
@@ -75,18 +77,18 @@ def choose(hosts: Sequence[tuple[Host, Demand]]) -> int | None:
         (_cpu, on_cpus),
         (_evicting, on_cpus),
     ):
-        if (found := find(candidates)) is not None:
-            return found
+        if (position := find(candidates)) is not None:
+            return position
     return None
 
 
 def _has_host_room(host: Host, demand: Demand) -> bool:
-    """Return whether the host has room for what GPUs do not take, by the same rule as a placement."""
+    """Return whether the host has room for the parts that stay off GPUs, by the same rule as a placement."""
     return demand.first == 0 if host.cpu_room is None else host.cpu_room >= demand.beside_bytes
 
 
 def _single(candidates: Sequence[_Candidate]) -> int | None:
-    """Choose the worker with the GPU that has the least room of those that have enough."""
+    """Choose the worker with the tightest fit: the GPU with the least room that is enough."""
     ranks = []
     is_held = any(copies and _has_host_room(host, demand) for _, host, demand, copies in candidates)
     for i, host, demand, copies in candidates:
@@ -94,7 +96,7 @@ def _single(candidates: Sequence[_Candidate]) -> int | None:
         if host.rooms[-1] < need or demand.constraints.split is not None or not _has_host_room(host, demand):
             continue
         allowed = demand.constraints.devices
-        second: int | None = None  # the room of a GPU that holds the model already
+        second: int | None = None  # the room of a GPU that already holds the model
         for room, id_ in host.by_room[bisect_left(host.rooms, need) :]:
             if allowed and id_ not in allowed:
                 continue
@@ -127,7 +129,7 @@ def _several(candidates: Sequence[_Candidate]) -> int | None:
 
 
 def _evicting(candidates: Sequence[_Candidate]) -> int | None:
-    """Choose the worker with the fewest evictions; of several, the one whose victims were not used for longer."""
+    """Choose the worker with the fewest evictions; of several, the worker whose victims have been idle longest."""
     ranks = []
     for at, (i, host, demand, _) in enumerate(candidates):
         is_gpus = demand.n_on_gpus and host.rooms
@@ -169,25 +171,26 @@ def _best(
 ) -> int | None:
     """Search the devices of the most promising workers, and return the position of the best one in the caller's list.
 
-    A rank ends with a candidate's position, and so does what `look` returns.  To search a worker's devices takes most
-    of the time in a large pool.  So only the LOOKED_AT first are searched, and if the load fits on none of them, the
-    LOOKED_AT others with the most room; a second round tries every order of GPUs.  In a pool of more than twice as many
-    workers, a load may be refused though it fits on one more, where large layers happen to suit the GPUs.
+    The last element of a rank, and of a result of `look`, is a candidate's position.  In a large pool, searching the
+    devices of workers takes most of the time.  Therefore only the first LOOKED_AT workers are searched and, if the load
+    fits on none of them, the LOOKED_AT others with the most room; a second round tries every order of GPUs.  In a pool
+    of more than twice LOOKED_AT workers, a load may be refused although it fits on a worker that was not searched,
+    if its large layers happen to suit the GPUs there.
     """
     first, others = ranks[:LOOKED_AT], ranks[LOOKED_AT:]
     for search in SEARCHES:
-        found = [rank for *_, at in first if (rank := look(at, search)) is not None]
-        if not found:
+        results = [rank for *_, at in first if (rank := look(at, search)) is not None]
+        if not results:
             most = nlargest(LOOKED_AT, (at for *_, at in others), key=room)
-            found = [rank for at in most if (rank := look(at, search)) is not None]
-        if found:
-            best: int = min(found)[-1]
+            results = [rank for at in most if (rank := look(at, search)) is not None]
+        if results:
+            best: int = min(results)[-1]
             return best
     return None
 
 
 def _cpu(candidates: Sequence[_Candidate]) -> int | None:
-    """Choose the worker that holds the fewest instances, since they share their host's processors."""
+    """Choose the worker with the fewest instances, because instances share the processors of their host."""
     ranks = [
         (CPU in copies, host.worker.residents, host.worker.name, i)
         for i, host, demand, copies in candidates

@@ -1,18 +1,18 @@
-"""How much memory a load takes, by device, from what the file's header says: pure functions.
+"""Estimates the memory of a load on each device from the header of its file: pure functions.
 
-The numbers are those of llama.cpp 0c1e57098.  Its weights and its KV cache are sums that can be done exactly.  Its
-compute buffer is planned by an allocator that reuses memory from one step of the graph to the next, so its size is
-that of the widest step and of what lies beside it: which tensors these are was concluded from dry runs of the engine
-(`no_alloc`), with which tests compare.  In total it is within 3 % of them.  Not in it are the vocabulary, a process's
-own needs (some 50 MB on a host) and what a driver takes for itself.
+The formulas are those of llama.cpp 0c1e57098.  The sizes of the weights and of the KV cache are exact sums.  The
+compute buffer is planned by an allocator that reuses memory between the steps of the graph, so its size is that of the
+widest step and of the tensors that live at the same time.  Which tensors these are was inferred from dry runs of the
+engine (`no_alloc`); tests compare the estimate with dry runs.  The total is within 3 % of a dry run.  It does not
+include the vocabulary, the memory of the process itself (some 50 MB on the host) and the memory of the driver.
 
-Layers are the blocks, and after the last of them the output.  GPUs take the last ones; those before, and what is before
-the first block, stay with the CPU.
+Layers are the blocks, followed by the output.  GPUs take the last layers; the first layers, and the tensors before the
+first block, stay on the CPU.
 
-`exact` is False where this was not compared with the engine: for architectures that are not in CHECKED, for a header
-that was not read to the end yet, where the KV cache is kept beside a GPU, and where several GPUs take all layers, for
-it may have them work at the same time then, which takes more (pipeline parallelism, src/llama-context.cpp).  There the
-engine itself says what it takes, in a dry run.
+`exact` is False for configurations that were not compared with the engine: architectures that are not in CHECKED_*,
+headers that were not read to the end yet, a KV cache in host memory beside a GPU, and several GPUs that take all
+layers, since the engine may then use pipeline parallelism, which takes more (src/llama-context.cpp).  For these, the
+engine reports the sizes in a dry run.
 """
 
 from __future__ import annotations
@@ -24,48 +24,49 @@ from shared.schema.memory import CPU, Usage
 from shared.schema.model import ENCODERS, Dimensions, Model, each
 
 CELLS = 256  # a context is padded to a multiple of this many tokens
-F16, F32 = 2, 4  # bytes: of what the KV cache holds, and of what is computed
+F16, F32 = 2, 4  # bytes of an element of the KV cache, and of a computed element
 CHECKED_DECODERS = frozenset({"llama", "qwen2", "qwen3", "qwen3moe", "gemma3"})
 CHECKED_ENCODERS = frozenset({"bert"})
-CHECKED_POOLINGS = range(-1, 4)  # not ranking, which has an output of its own
-UNKNOWN_VOCABULARY = 262_144  # tokens: there are none much larger
-MOST_BYTES = 2**53  # more than there is anywhere, and the last number that every JSON reader can hold
+CHECKED_POOLINGS = range(-1, 4)  # without ranking, which has an output of its own
+UNKNOWN_VOCABULARY = 262_144  # tokens; few vocabularies are larger
+MOST_BYTES = 2**53  # a limit above any real size: the largest number that every JSON reader represents exactly
 
 
 class Requirements(Struct, frozen=True, kw_only=True):
-    """What a load takes.  `weights` and `context` have the bytes of each layer."""
+    """The memory requirements of a load, in bytes.  `weights` and `context` have one value per layer."""
 
     weights: list[int]
     context: list[int]
-    tied_bytes: int  # a GPU that has the output has a copy of the embeddings
+    tied_bytes: int  # copy of the embeddings on the GPU that has the output
     input_bytes: int  # the embeddings
-    compute_bytes: int  # of a GPU that has the output
-    inner_compute_bytes: int  # of one that has not
-    cpu_compute_bytes: int  # where the CPU has the output
-    cpu_inner_compute_bytes: int  # where the CPU has layers, and not the output
-    host_compute_bytes: int  # where it has no layer
+    compute_bytes: int  # of the GPU that has the output
+    inner_compute_bytes: int  # of any other GPU
+    cpu_compute_bytes: int  # of the CPU if it has the output
+    cpu_inner_compute_bytes: int  # of the CPU if it has layers, but not the output
+    host_compute_bytes: int  # of the CPU if it has no layers
     offload_kqv: bool
-    exact: bool  # of one device; a KV cache beside a GPU is another one
-    is_repacked: bool = False  # the CPU has its layers' weights twice: rearranged, and in the file's mapping
+    exact: bool  # for one device and a KV cache on that device; see is_exact
+    is_repacked: bool = False  # the CPU has its weights twice: rearranged, and in the mapping of the file
 
     @property
     def n_layers(self) -> int:
         return len(self.weights)
 
     def of_layer(self, i: int) -> int:
-        """Bytes of a layer on a GPU."""
+        """Return the bytes of a layer on a GPU."""
         tied = self.tied_bytes if i == self.n_layers - 1 else 0
         return self.weights[i] + tied + (self.context[i] if self.offload_kqv else 0)
 
     def single(self, first: int) -> int:
-        """Bytes of one GPU that takes all layers from `first` on."""
+        """Return the bytes on one GPU that takes all layers from `first` on."""
         return self.on_gpu("", first, self.n_layers).total_bytes
 
     def is_exact(self, n_gpus: int, on_cpu: int) -> bool:
-        """Whether this was compared with the engine, where so many GPUs take all layers but the first `on_cpu`."""
+        """Return whether the estimate is verified if `n_gpus` GPUs take all layers but the first `on_cpu`."""
         return self.exact and (n_gpus == 0 or (self.offload_kqv and (n_gpus == 1 or on_cpu > 0)))
 
     def on_cpu(self) -> Usage:
+        """Return the usage of the host if the CPU takes all layers."""
         return Usage(
             id=CPU,
             weights_bytes=min(self.input_bytes + sum(self.weights) * (2 if self.is_repacked else 1), MOST_BYTES),
@@ -74,7 +75,7 @@ class Requirements(Struct, frozen=True, kw_only=True):
         )
 
     def on_gpu(self, device: str, first: int, last: int) -> Usage:
-        """What the layers from `first` up to, without it, `last` take of a GPU."""
+        """Return the usage of a GPU that takes the layers from `first` up to, but not including, `last`."""
         has_output = last == self.n_layers
         return Usage(
             id=device,
@@ -84,7 +85,7 @@ class Requirements(Struct, frozen=True, kw_only=True):
         )
 
     def beside_gpus(self, first: int) -> Usage:
-        """What is left with the CPU where GPUs take the layers from `first` on."""
+        """Return the usage of the host if GPUs take the layers from `first` on."""
         return Usage(
             id=CPU,
             weights_bytes=min(self.input_bytes + sum(self.weights[:first]), MOST_BYTES),
@@ -94,7 +95,7 @@ class Requirements(Struct, frozen=True, kw_only=True):
 
 
 def requirements_of(model: Model, load: Plan) -> Requirements:
-    """What a load takes of any devices.  Without dimensions, nothing is known of layers: all of it is one."""
+    """Compute the requirements of a load.  A model without known dimensions counts as a single layer."""
     dimensions = model.dimensions
     if dimensions is None:
         return Requirements(
@@ -139,7 +140,7 @@ def requirements_of(model: Model, load: Plan) -> Requirements:
 
 
 def _parts(n_bytes: int, n: int) -> list[int]:
-    """`n` equal parts, to a byte."""
+    """Split `n_bytes` into `n` parts that differ by at most one byte."""
     return [n_bytes * (i + 1) // n - n_bytes * i // n for i in range(n)]
 
 
@@ -158,7 +159,7 @@ def _cells(load: Plan) -> int:
 
 
 def _cache_of_a_token(model: Model, dimensions: Dimensions) -> list[int]:
-    """Bytes by block.  A sliding window does not shorten the cache: llama.cpp's `swa_full` is on by default."""
+    """Return the KV cache bytes per token, by block.  A sliding window saves nothing: `swa_full` is on."""
     if not _has_cache(model):
         return []
     heads = each(dimensions.head_count_kv, dimensions.block_count)
@@ -166,13 +167,15 @@ def _cache_of_a_token(model: Model, dimensions: Dimensions) -> list[int]:
 
 
 def _masks(dimensions: Dimensions, load: Plan) -> int:
-    """Bytes by token of a batch: of every cell, whether the token sees it; once more where there is a window."""
+    """Return the bytes per token of the attention masks over all cells: one mask, or two with a sliding window."""
     return (2 if dimensions.sliding_window else 1) * _cells(load) * (F16 if load.flash_attn is not False else F32)
 
 
 def _host_compute(model: Model, dimensions: Dimensions, load: Plan) -> int:
-    """What is computed beside GPUs that have all layers: the batch's embeddings, and the masks that go to them; of an
-    encoder also those of the positions, and without flash attention the masks once more as F16."""
+    """Return the compute bytes of the host if GPUs have all layers: the embeddings of the batch and the masks.
+
+    An encoder also needs position embeddings; without flash attention, the masks are also kept as F16.
+    """
     batch, embeddings = min(load.n_ubatch, load.n_batch), F32 * dimensions.embedding_length
     if not _has_cache(model):
         return batch * (3 * embeddings + F16 * batch)
@@ -181,9 +184,9 @@ def _host_compute(model: Model, dimensions: Dimensions, load: Plan) -> int:
 
 
 def _compute(model: Model, dimensions: Dimensions, load: Plan, *, on_gpu: bool, has_output: bool = True) -> int:
-    """A physical batch's widest step, by token: attention, feed-forward, or output.
+    """Return the bytes of the widest step of a physical batch: attention, feed-forward or output.
 
-    On a GPU the embeddings of the batch are not beside them.
+    On the CPU, the embeddings of the batch are in memory at the same time.
     """
     batch = min(load.n_ubatch, load.n_batch)
     n_embd = dimensions.embedding_length
@@ -193,7 +196,7 @@ def _compute(model: Model, dimensions: Dimensions, load: Plan, *, on_gpu: bool, 
     n_ff = max(each(dimensions.feed_forward_length, dimensions.block_count))
     inputs = 0 if on_gpu else F32 * n_embd
 
-    if not _has_cache(model):  # attention is among the tokens of the batch, with keys and values as F16
+    if not _has_cache(model):  # attention is within the batch, with keys and values as F16
         mask = F16 * batch
         attention = F32 * (queries + keys + values) + F16 * (keys + values) + F16 * n_embd
         feed_forward = F32 * (n_ff + 2 * n_embd)
@@ -201,14 +204,14 @@ def _compute(model: Model, dimensions: Dimensions, load: Plan, *, on_gpu: bool, 
 
     cells, masks = _cells(load), _masks(dimensions, load)
     attention = F32 * (2 * n_embd + 2 * queries + keys + values) + masks + inputs
-    if load.flash_attn is False:  # every token's weight of every cell, by head
+    if load.flash_attn is False:  # the attention weights: per token, cell and head
         attention += F32 * max(each(dimensions.head_count, dimensions.block_count)) * cells
     used = load.expert_override[1] if load.expert_override else dimensions.expert_used_count
     if not model.expert_count:
         feed_forward = F32 * (3 * n_ff + 3 * n_embd)
     else:
         n_ff = dimensions.expert_feed_forward_length or n_ff
-        # The experts' results take the place of two of the three that are inside, unless they are larger.
+        # The experts' results reuse two of the three inner buffers, unless they are larger.
         feed_forward = F32 * (3 * used * n_ff + (3 if n_embd <= 2 * n_ff else used + 4) * n_embd)
     vocabulary = UNKNOWN_VOCABULARY if dimensions.vocabulary is None else dimensions.vocabulary
     output = F32 * (vocabulary + n_embd) + (masks if load.embedding else inputs) if has_output else 0

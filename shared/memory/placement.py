@@ -1,18 +1,19 @@
-"""Decides which devices of a worker a load gets: pure functions over what workers publish of their devices.
+"""Chooses the devices of a worker for a load: pure functions of the snapshots that workers publish.
 
-An API uses them to choose the worker, from snapshots that may be a second old.  That worker uses them to choose among
-its devices, from what it knows then.  Both prefer, in this order:
+API processes use them to choose the worker, from snapshots that may be a second old.  The worker uses them to choose
+among its devices, from its current state.  Both prefer, in this order:
 
-1. One GPU that has room: of several the one that keeps the least free, so that large gaps stay whole.
-2. The fewest GPUs of one worker that have room together, each with layers in proportion to its free memory.
-3. The same after evictions: of the evictable instances those that were not used for the longest time, and only those
-   that have to leave.
-4. If the request and the worker allow it, as many layers as fit on GPUs, and the rest on the CPU.
+1. One GPU with enough room; of several, the GPU with the least room, which keeps large gaps whole.
+2. The smallest number of GPUs of one worker that have enough room together; each takes layers in proportion to its free
+   memory.
+3. The same after evictions.  The instances that have been idle longest are evicted first, and only as many as
+   necessary.
+4. As many layers as fit on GPUs, and the rest on the CPU, if the request and the worker allow it.
 5. The CPU, on a worker without GPUs, or on any worker if the request says so.  Here too, instances are evicted only if
    the load does not fit otherwise.
 
-A further instance of a model prefers a device that does not hold the model yet, and first of all such a device of a
-worker that holds it: the file is in that host's page cache.
+Another instance of a model is preferably placed on a device that does not hold the model yet, first of all on a worker
+that already holds it: its file is in the page cache of that host.
 """
 
 from __future__ import annotations
@@ -34,21 +35,21 @@ from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
 
-ORDERED = 8  # the most GPUs of which every order is tried
-HALVINGS = 10  # steps of the bisection that spreads layers evenly: to a thousandth of the free bytes
+ORDERED = 8  # the largest number of GPUs for which every order is tried
+HALVINGS = 10  # steps of the bisection that spreads layers evenly; precise to a thousandth of the free bytes
 
-Free = Mapping[str, int]  # bytes that may be given to loads, by device
+Free = Mapping[str, int]  # bytes available for loads, by device
 
 
-# ---- what is asked
+# ---- the request
 
 
 class Constraints(Struct, frozen=True, kw_only=True):
-    """Where a client allows a load to go."""
+    """Constraints of a client on the placement of a load."""
 
-    offload: float = 1.0  # the part of the layers that GPUs take
+    offload: float = 1.0  # the share of the layers that GPUs take
     is_partly: bool = True  # GPUs may take fewer layers, if the worker allows it
-    devices: list[str] = []  # the only devices that the load may use; []: any
+    devices: list[str] = []  # the permitted devices; []: all
     split: Literal["even", "priority"] | list[float] | None = None
 
     @classmethod
@@ -74,40 +75,40 @@ class Constraints(Struct, frozen=True, kw_only=True):
         return not self.devices or device in self.devices
 
     def gpus(self, devices: Sequence[Device]) -> list[str]:
-        """Return the ids of the GPUs that the load may use, in the client's order, or else in the worker's."""
-        found = [device.id for device in devices if device.kind == "gpu"]
-        return [id_ for id_ in self.devices if id_ in found] if self.devices else found
+        """Return the ids of the permitted GPUs, in the order of the request if it lists devices."""
+        gpus = [device.id for device in devices if device.kind == "gpu"]
+        return [id_ for id_ in self.devices if id_ in gpus] if self.devices else gpus
 
 
 class Demand:
-    """A load to place: what it takes, where it may go, and the key of its model.
+    """A load to place: its requirements, its constraints and the key of its model.
 
-    It has the sums that do not depend on the worker: make one for each model, and share it between all workers.
+    It caches sums that do not depend on the worker: create one per model, and share it between all workers.
     """
 
     def __init__(self, requirements: Requirements, constraints: Constraints, key: str = "") -> None:
         self.requirements = requirements
         self.constraints = constraints
         self.key = key
-        self.n_on_gpus = constraints.n_layers(requirements)  # layers that GPUs are to take
-        self.first = requirements.n_layers - self.n_on_gpus  # of them; those before it go to the CPU
-        self.single_bytes = requirements.single(self.first)  # of one GPU that takes all of them
-        self.beside_bytes = requirements.beside_gpus(self.first).total_bytes  # of the host then
-        self.cpu_bytes = requirements.on_cpu().total_bytes  # of the host if it takes all layers
+        self.n_on_gpus = constraints.n_layers(requirements)  # number of layers for GPUs
+        self.first = requirements.n_layers - self.n_on_gpus  # the first layer for GPUs; those before it go to the CPU
+        self.single_bytes = requirements.single(self.first)  # on one GPU that takes all layers for GPUs
+        self.beside_bytes = requirements.beside_gpus(self.first).total_bytes  # on the host in that case
+        self.cpu_bytes = requirements.on_cpu().total_bytes  # on the host if the CPU takes all layers
         self.allows_cpu = constraints.allows(CPU)
         self.limit = LayerLimit.of(requirements, self.first)
 
     @cached_property
     def sums(self) -> list[int]:
-        """The bytes that the first 0, 1, 2, ... layers take on GPUs, without those that come with the output."""
+        """The bytes of the first 0, 1, 2, ... layers on GPUs, without the tied embeddings of the output."""
         of = self.requirements
         return [*accumulate(map(add, of.weights, of.context) if of.offload_kqv else of.weights, initial=0)]
 
 
 class LayerLimit(NamedTuple):
-    """An upper limit of the layers that fit on GPUs, for a quick no: it looks at no single layer.
+    """An upper bound on the number of layers that fit on GPUs, for a quick rejection.
 
-    It takes each layer before the output for as small as the smallest, and each GPU's compute buffer too.
+    It assumes that every layer before the output is as small as the smallest one, and so for the compute buffers.
     """
 
     layer_bytes: int
@@ -128,35 +129,35 @@ class LayerLimit(NamedTuple):
         return self.n_layers(rooms) >= self.n
 
     def n_layers(self, rooms: Iterable[int]) -> int:
-        """Return how many layers before the output fit at most on GPUs with these free bytes."""
+        """Return the maximum number of layers before the output that fit on GPUs with these free bytes."""
         return sum((room - self.compute_bytes) // self.layer_bytes for room in rooms if room > self.compute_bytes)
 
 
 class Search(Struct, frozen=True):
     """How thoroughly to search for room on several GPUs."""
 
-    evenly: bool = True  # fill all GPUs to the same part; False: fill each before the next, so the last may get little
+    evenly: bool = True  # fill all GPUs to the same share; False: fill each before the next
     any_order: bool = True  # try every order of up to ORDERED GPUs; False: only two orders
 
 
 THOROUGH = Search()
 
 
-# ---- the answer
+# ---- the result
 
 
 class Placement(Struct, frozen=True, kw_only=True):
-    """The devices that a load goes to.
+    """The devices of a load.
 
-    `gpus` are in the order in which they take layers; `layers` says how many each takes.  The first layers, which no
-    GPU takes, stay on the CPU.
+    `gpus` are in the order in which they take layers, and `layers` is the number of layers of each.  The remaining
+    first layers stay on the CPU.
     """
 
     gpus: list[str] = []
     layers: list[int] = []
-    usage: list[Usage]  # of the GPUs, then of the CPU
+    usage: list[Usage]  # of the GPUs, followed by the CPU
     evicts: list[Holding] = []
-    exact: bool  # whether `usage` is from a formula that was compared with the engine
+    exact: bool  # whether `usage` is verified against the engine
 
     @property
     def devices(self) -> list[str]:
@@ -170,12 +171,12 @@ class Placement(Struct, frozen=True, kw_only=True):
 
 
 def place(demand: Demand, worker: WorkerSnapshot) -> Placement | None:
-    """Place a load on this worker.  Returns None if it does not fit, whatever is evicted."""
+    """Place a load on this worker.  Returns None if it does not fit even after evictions."""
     return place_now(demand, worker) or place_evicting(demand, worker) or place_partly(demand, worker)
 
 
 def place_now(demand: Demand, worker: WorkerSnapshot, search: Search = THOROUGH) -> Placement | None:
-    """Place a load in memory that is free now, with as many layers on GPUs as its constraints say.
+    """Place a load in memory that is free now, with as many layers on GPUs as its constraints require.
 
     Returns None if it does not fit.
     """
@@ -184,9 +185,9 @@ def place_now(demand: Demand, worker: WorkerSnapshot, search: Search = THOROUGH)
 
 
 def place_evicting(demand: Demand, worker: WorkerSnapshot, search: Search = THOROUGH) -> Placement | None:
-    """Place a load as `place_now` does, in memory that is free after evictions.
+    """Place a load as `place_now` does, but in memory that is free after evictions.
 
-    Returns None if it does not fit, whatever is evicted, or if there is nothing to evict.
+    Returns None if it does not fit even after evictions, or if there is nothing to evict.
     """
     free = available(worker.devices)
     idle = sorted(
@@ -201,7 +202,7 @@ def place_evicting(demand: Demand, worker: WorkerSnapshot, search: Search = THOR
     if enough is None:
         return None
     victims = idle[:enough]
-    for held in idle[:enough][::-1]:  # the last used is spared first
+    for held in idle[:enough][::-1]:  # spare the most recently used first
         if without(spared := [one for one in victims if one is not held], rough) is not None:
             victims = spared
     placed = without(victims, search)
@@ -224,10 +225,10 @@ def place_partly(demand: Demand, worker: WorkerSnapshot, search: Search = THOROU
     def on_gpus(n: int) -> Placement | None:
         return attempt.on_gpus(requirements.n_layers - n)
 
-    n = 0  # the most layers that fit on GPUs: the fewer they take, the more is left to the CPU
+    n = 0  # the maximum number of layers on GPUs, which leaves the least to the CPU
     if attempt.gpus and constraints.split in (None, "priority"):
         n = bisect_left(range(1, requirements.n_layers), True, key=lambda n: on_gpus(n) is None)
-    elif attempt.gpus:  # with fixed parts a GPU takes other layers as they get fewer, and these may be larger
+    elif attempt.gpus:  # with fixed ratios, fewer layers may put larger ones on a GPU: no bisection
         n = next((n for n in range(requirements.n_layers - 1, 0, -1) if on_gpus(n) is not None), 0)
     if n == 0:
         return attempt.on_cpu()
@@ -235,12 +236,12 @@ def place_partly(demand: Demand, worker: WorkerSnapshot, search: Search = THOROU
 
 
 def available(devices: Sequence[Device]) -> dict[str, int]:
-    """Return the bytes that loads may be given now, by device."""
+    """Return the bytes that are available for loads now, by device."""
     return {device.id: device.available_bytes for device in devices}
 
 
 def once_gone(free: Free, victims: Iterable[Holding]) -> dict[str, int]:
-    """Return the bytes that loads may be given after these instances are unloaded, by device."""
+    """Return the bytes that are available for loads once these instances are unloaded, by device."""
     then = dict(free)
     for held in victims:
         for id_, n_bytes in held.devices.items():
@@ -258,7 +259,7 @@ def largest_context_length(
 ) -> int | None:
     """Return the largest context length with which a request fits: a multiple of 256, or the model's maximum.
 
-    Returns None if no context is small enough.  More context never takes less memory.
+    Returns None if no context length fits.  Relies on more context never taking less memory.
     """
 
     def fits(context_length: int) -> bool:
@@ -279,9 +280,9 @@ def largest_context_length(
 
 
 class _Attempt(Struct, frozen=True, dict=True):
-    """One search for room for a load on a worker's devices, where `free` may be given to loads.
+    """One search for room for a load on the devices of a worker; `free` bytes are available.
 
-    `copies` are the devices that hold the model already.
+    `copies` are the devices that already hold the model.
     """
 
     demand: Demand
@@ -296,7 +297,7 @@ class _Attempt(Struct, frozen=True, dict=True):
         return self.demand.constraints.gpus(self.devices)
 
     def place(self) -> Placement | None:
-        """Place as many layers on GPUs as the constraints say, and the others on the CPU."""
+        """Place as many layers on GPUs as the constraints require, and the others on the CPU."""
         demand = self.demand
         if demand.n_on_gpus == 0 or not has_gpu(self.devices):
             return self.on_cpu()
@@ -313,16 +314,16 @@ class _Attempt(Struct, frozen=True, dict=True):
         return Placement(usage=[usage], exact=requirements.is_exact(0, requirements.n_layers))
 
     def has_room_beside(self, first: int) -> bool:
-        """Return whether the layers before `first` fit into the host's memory, with all else that does not go to GPUs.
+        """Return whether the layers before `first`, and all other parts that stay off GPUs, fit into host memory.
 
-        A worker that does not own that memory must not put layers there; what else a load takes of it is not counted.
+        A worker that does not own the CPU must not place layers there; other host memory of the load is not counted.
         """
         if CPU not in self.free:
             return first == 0
         return self.demand.requirements.beside_gpus(first).total_bytes <= self.free[CPU]
 
     def on_gpus(self, first: int) -> Placement | None:
-        """Place the layers from `first` on GPUs, of which there is at least one.  Ignores the host's memory."""
+        """Place all layers but those before `first` on GPUs, at least one.  Ignores the host memory."""
         requirements, split, gpus, free = self.demand.requirements, self.demand.constraints.split, self.gpus, self.free
         if isinstance(split, list) and len(split) > len(gpus):
             return None
@@ -349,7 +350,7 @@ class _Attempt(Struct, frozen=True, dict=True):
         return None
 
     def _placed(self, first: int, gpus: Sequence[str], layers: Sequence[int]) -> Placement | None:
-        """Return the placement with so many layers on each of these GPUs, or None if a GPU has no room for its part."""
+        """Return the placement with these layer counts on these GPUs, or None if a GPU has no room for its part."""
         requirements, free = self.demand.requirements, self.free
         ends = [*accumulate(layers, initial=first)]
         used = [(id_, n, start) for id_, n, start in zip(gpus, layers, ends, strict=False) if n]
@@ -365,7 +366,7 @@ class _Attempt(Struct, frozen=True, dict=True):
         )
 
     def _orders(self, first: int, gpus: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Yield orders in which these GPUs may have room: two that nearly always do, then one that does if any does."""
+        """Yield orders of GPUs to try: two simple ones that nearly always fit, then an order that fits if any does."""
         yield gpus
         yield gpus[::-1]
         if self.search.any_order and (order := self._order(first, gpus)):
@@ -374,8 +375,8 @@ class _Attempt(Struct, frozen=True, dict=True):
     def _order(self, first: int, gpus: Sequence[str]) -> list[str]:
         """Find an order in which these GPUs have room, each filled before the next.  Returns [] if there is none.
 
-        A layer cannot be cut, so what stays free on a GPU depends on the layers that it takes.  The search goes over
-        sets of GPUs, by the layers that they take together: of a set's orders only the one that takes the most counts.
+        A layer cannot be divided, so the rest that stays free on a GPU depends on which layers it takes.  The search is
+        over sets of GPUs: for each set, it keeps only the order that takes the most layers.
         """
         if len(gpus) > ORDERED:
             return []
@@ -386,7 +387,7 @@ class _Attempt(Struct, frozen=True, dict=True):
         for _ in gpus[1:]:
             further: dict[tuple[str, ...], tuple[int, list[str]]] = {}
             for start, order in reached.values():
-                rooms = {free[id_]: id_ for id_ in gpus if id_ not in order}  # of GPUs with the same room, one
+                rooms = {free[id_]: id_ for id_ in gpus if id_ not in order}  # one of several GPUs with the same room
                 for room, id_ in rooms.items():
                     end = min(last, bisect_right(sums, sums[start] + room - inner, start) - 1)
                     chosen = tuple(sorted([*order, id_]))
@@ -400,16 +401,16 @@ class _Attempt(Struct, frozen=True, dict=True):
         return []
 
     def _by_room(self, first: int, gpus: Sequence[str]) -> list[int] | None:
-        """Return the layers for each of these GPUs in this order, at least one for each, or None if they do not fit.
+        """Return the number of layers for each of these GPUs, at least one for each, or None if they do not fit.
 
-        With an even search all GPUs are about equally full.
+        An even search fills all GPUs to about the same share.
         """
 
         def filled(part: float) -> list[int] | None:
             return self._filled(first, [int(self.free[id_] * part) for id_ in gpus])
 
         best = filled(1.0)
-        low, high = 0.0, 1.0  # of the free bytes: the layers fit into `high`, and not into `low`
+        low, high = 0.0, 1.0  # shares of the free bytes: the layers fit into `high`, but not into `low`
         for _ in range(HALVINGS if self.search.evenly and best is not None else 0):
             middle = (low + high) / 2
             if (layers := filled(middle)) is None:
@@ -419,13 +420,16 @@ class _Attempt(Struct, frozen=True, dict=True):
         return best
 
     def _filled(self, first: int, rooms: Sequence[int]) -> list[int] | None:
-        """Return the layers for each of some GPUs with these bytes, where each is filled before the next."""
+        """Return the number of layers for each GPU, filling each before the next; None if they do not fit.
+
+        `rooms` are the free bytes of the GPUs, in order.
+        """
         requirements, sums = self.demand.requirements, self.demand.sums
         layers, start, n = [], first, requirements.n_layers
         for left, room in zip(range(len(rooms) - 1, -1, -1), rooms, strict=True):
             if left == 0:
                 end, besides = n, requirements.tied_bytes + requirements.compute_bytes
-            else:  # each of the GPUs that are left is to get a layer
+            else:  # leave at least one layer for each of the other GPUs
                 besides = requirements.inner_compute_bytes
                 end = min(n - left, bisect_right(sums, sums[start] + room - besides, start) - 1)
             if end <= start or sums[end] - sums[start] + besides > room:
@@ -435,7 +439,7 @@ class _Attempt(Struct, frozen=True, dict=True):
         return layers
 
     def _by_priority(self, first: int) -> list[int]:
-        """Return the layers for each GPU, where each is filled before the next, whether or not they fit."""
+        """Return the number of layers for each GPU, filling each before the next, whether or not they fit."""
         requirements, free = self.demand.requirements, self.free
         layers: list[int] = []
         start = first
@@ -453,8 +457,7 @@ class _Attempt(Struct, frozen=True, dict=True):
 def _by_ratio(ratios: Sequence[float], n: int, n_gpus: int) -> list[int]:
     """Return how many of `n` layers each GPU takes, as llama.cpp splits them, whether or not they fit.
 
-    Layer i of n goes to the first device whose part, and those before it, are more than i / n (load_tensors of
-    src/llama-model.cpp).
+    Layer i of n goes to the first device whose cumulative share exceeds i / n (load_tensors in src/llama-model.cpp).
     """
     ends = [*accumulate(ratios)]
     layers = [0] * n_gpus

@@ -1,5 +1,4 @@
-"""From what a client asked for to the parameters that llama.cpp is given: a pure function, for the worker that loads
-and for the API that says what it would take."""
+"""Translates a load request into parameters of llama.cpp: a pure function, for loads and for estimates."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ MEAN = 1  # llama.cpp's LLAMA_POOLING_TYPE_MEAN
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """Names are llama.cpp's from here on; everything that would make it abort was refused before."""
+    """The parameters of a load under their llama.cpp names.  Values that make llama.cpp abort were refused before."""
 
     embedding: bool
     n_ctx: int
@@ -23,18 +22,18 @@ class Plan(Struct, frozen=True, kw_only=True):
     n_seq_max: int
     flash_attn: bool | None  # None: the engine decides
     offload_kqv: bool
-    repack: bool = False  # the CPU has its weights in an order that it decodes faster with (use_extra_bufts)
-    expert_override: tuple[str, int] | None  # metadata key and value: how many experts a token uses
+    repack: bool = False  # rearrange the weights on the CPU for faster decoding (use_extra_bufts)
+    expert_override: tuple[str, int] | None  # metadata key and value: the number of experts per token
     moe: bool
     parallel_asked: bool
 
 
 def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
-    """The engine's parameters for a request that `model` allows.
+    """Return the engine's parameters for a request that respects the limits of `model`.
 
-    Encoders, and models that pool a mean, see their whole input in one physical batch, or llama.cpp aborts; a causal
-    embedding model that pools the last token does not need that, and at 32k tokens it would cost 21 GiB of compute
-    buffer (measured with llama.cpp 0c1e57098 on the shape of Qwen3-Embedding-0.6B).
+    Encoders and models with mean pooling must process their whole input in one physical batch; otherwise llama.cpp
+    aborts.  Causal embedding models with last-token pooling do not need that, and at 32k tokens it would take a compute
+    buffer of 21 GiB (measured with llama.cpp 0c1e57098 on the shape of Qwen3-Embedding-0.6B).
     """
     asked = request.context_length
     if model.type == "embedding":

@@ -1,1 +1,1 @@
-"""What crosses HTTP, Redis and process borders, as closed named types."""
+"""The types that are exchanged over HTTP, through Redis and between processes."""

@@ -1,4 +1,4 @@
-"""Devices, and what loads take of them, in bytes."""
+"""Devices and memory usage, in bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CPU = "CPU"  # the id of the host's memory as a device
 
 
 class Usage(Struct, frozen=True, kw_only=True):
-    """Bytes that a load takes of a device."""
+    """The memory that a load uses on one device."""
 
     id: str
     weights_bytes: int = 0
@@ -23,24 +23,24 @@ class Usage(Struct, frozen=True, kw_only=True):
 
 
 class Device(Struct, frozen=True, kw_only=True, gc=False):
-    """What models are loaded onto, as its worker knew it at its last beat."""
+    """A device that models are loaded onto, as its worker reported it at its last beat."""
 
-    id: str  # of a GPU its UUID, as NVML names it
+    id: str  # of a GPU: its UUID, as reported by NVML
     kind: Literal["gpu", "cpu"]
     name: str
     total_bytes: int
-    free_bytes: int  # nobody uses them
-    reserved_bytes: int = 0  # what the instances take that are there, or on their way
-    leaked_bytes: int = 0  # used, but neither by these instances nor by anybody whom the driver names
-    available_bytes: int = 0  # what loads may be given now
+    free_bytes: int  # not used by any process
+    reserved_bytes: int = 0  # by instances that are loaded or loading
+    leaked_bytes: int = 0  # used, but not by these instances or by any process that the driver lists
+    available_bytes: int = 0  # for loads now; may be negative
 
 
 class Holding(Struct, frozen=True, kw_only=True, gc=False):
-    """What an instance takes of its worker's devices."""
+    """The memory that an instance uses on the devices of its worker."""
 
-    id: str = ""  # of its load, where an API keeps in mind what it has just placed
+    id: str = ""  # of the load; set only for loads that an API process has just placed
     instance_id: str
     key: str
     devices: dict[str, int]  # bytes by device
-    used_at: float  # the last use, in seconds since the epoch; 0.0: it is not loaded yet
-    is_evictable: bool  # it may be unloaded to make room
+    used_at: float  # last use, in seconds since the epoch; 0.0: not loaded yet
+    is_evictable: bool  # may be unloaded to make room

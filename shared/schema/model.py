@@ -1,4 +1,4 @@
-"""A GGUF model on a disk, as its file header describes it."""
+"""The GGUF models on the disk of a worker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msgspec import Struct
 ModelType = Literal["llm", "embedding"]
 
 
-# llama.cpp's architectures whose attention looks at the whole input, which is what an embedder does.
+# The architectures of llama.cpp with bidirectional attention, as embedding models use it.
 ENCODERS = frozenset(
     {
         "bert",
@@ -31,36 +31,36 @@ ENCODERS = frozenset(
 
 
 class Problem(Struct, frozen=True, kw_only=True):
-    """Why a file that has a key cannot be loaded."""
+    """The reason why a file that has a key cannot be loaded."""
 
     code: Literal["invalid_model_file", "unsupported_model"]
     message: str
 
 
 class FileStat(NamedTuple):
-    """While all of this stays the same, a file is taken to be unchanged."""
+    """Identifies a version of a file: the file is considered unchanged while all of these are equal."""
 
     size: int  # bytes
     mtime_ns: int
     inode: int
 
     @classmethod
-    def of(cls, found: os.stat_result) -> FileStat:
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+    def of(cls, stat: os.stat_result) -> FileStat:
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-PerBlock = int | list[int]  # the same in every block, or one for each
+PerBlock = int | list[int]  # one value for all blocks, or one for each block
 
 
 def each(value: PerBlock, block_count: int) -> list[int]:
-    """A value for each block."""
+    """Return one value for each block."""
     return value if isinstance(value, list) else [value] * block_count
 
 
 class Dimensions(Struct, frozen=True, kw_only=True):
-    """What of a header tells how much memory a load takes, by its names there; counts of elements.  0: it names none.
+    """The header fields that determine the memory of a load, under their GGUF names; 0 if the header lacks a field.
 
-    There is at least one block, and a list has a value for each.
+    Lengths are numbers of elements.  There is at least one block, and a list has one value per block.
     """
 
     block_count: int
@@ -73,30 +73,30 @@ class Dimensions(Struct, frozen=True, kw_only=True):
     expert_used_count: int = 0
     expert_feed_forward_length: int = 0
     sliding_window: int = 0
-    vocabulary: int | None = None  # tokens; None: it is not known yet
+    vocabulary: int | None = None  # tokens; None: not known yet
 
 
 class Weights(Struct, frozen=True, kw_only=True):
-    """Bytes of the tensors, by the place that llama.cpp has for them."""
+    """Sizes of the tensors, grouped as llama.cpp places them."""
 
-    input_bytes: int  # embeddings: of tokens, their positions and their types
+    input_bytes: int  # embeddings of tokens, positions and token types
     repeating_bytes: int  # the blocks
-    output_bytes: int  # the output matrix, and what belongs to no block
-    has_output: bool  # False: the tokens' embeddings are the output matrix too
-    block_bytes: list[int] = []  # of each block; of a whole model [] where they are equal
+    output_bytes: int  # the output matrix and other tensors outside blocks
+    has_output: bool  # False: the token embeddings are also the output matrix
+    block_bytes: list[int] = []  # of each block; for a whole model, [] if all blocks have the same size
 
 
 class Model(Struct, frozen=True, kw_only=True, gc=False):
     """A GGUF model on a worker's disk, as its file header describes it.
 
-    `problem` is set where the header cannot be read or names something that is no model: such an entry keeps its
-    key, so that loading it can say why, and is not listed.  Fields that lie behind a large vocabulary in the file
-    are None until the whole header was read: `bits_per_weight`, `params_string`, `weights`.
+    `problem` is set if the header cannot be read or does not describe a model.  Such an entry keeps its key, so that a
+    load can report the reason, and is not listed.  `bits_per_weight`, `params_string` and `weights` are None until the
+    whole header was read, because they follow the vocabulary, which may be large.
     """
 
-    key: str  # what clients load by: "publisher/name", "publisher/name@q4_k_m" or a bare file's stem
+    key: str  # the name that clients use: "publisher/name", "publisher/name@q4_k_m" or the stem of a bare file
     base: str  # the key without its variant
-    variant: str  # "q4_k_m": from the file's name; "" where the name tells none
+    variant: str  # such as "q4_k_m", from the file name; "" if the name has none
     shards: list[str]  # paths under the models directory, first shard first
     size_bytes: int = 0  # of all shards
     problem: Problem | None = None
@@ -110,18 +110,20 @@ class Model(Struct, frozen=True, kw_only=True, gc=False):
     params_string: str | None = None  # "7B", "8x7B"
     max_context_length: int = 0  # tokens
     expert_count: int = 0
-    causal: bool = True  # False: an encoder, whose whole input is one batch
-    pooling: int = -1  # llama.cpp's pooling type, -1: the file names none (0 none, 1 mean, 2 cls, 3 last, 4 rank)
+    causal: bool = True  # False: an encoder, which processes its whole input in one batch
+    pooling: int = -1  # pooling type of llama.cpp: -1 unspecified, 0 none, 1 mean, 2 cls, 3 last, 4 rank
     vision: bool = False
     trained_for_tool_use: bool = False
     files: list[FileStat] = []  # of each shard
-    dimensions: Dimensions | None = None  # None: the header lacks some
+    dimensions: Dimensions | None = None  # None: the header lacks a required one
     weights: Weights | None = None  # of all shards
 
     @property
     def fingerprint(self) -> str:
-        """A digest of its files' paths, sizes and times: the same wherever the same files were copied to.  "" where
-        they are not known, as in what an older version published."""
+        """A digest of the paths, sizes and modification times of the files, equal for copies that keep these.
+
+        "" if they are unknown, as in a catalog that an older version published.
+        """
         if not self.files:
             return ""
         facts = [(path, stat.size, stat.mtime_ns) for path, stat in zip(self.shards, self.files, strict=True)]

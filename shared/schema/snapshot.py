@@ -1,6 +1,7 @@
-"""What workers publish of themselves, and what an API asks them.
+"""What workers publish about themselves, and the requests that API processes send to them.
 
-Tolerant between our own processes: a new field has a default, so that two versions can share one Redis."""
+New fields have defaults, so that processes of two versions can share one Redis.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +12,28 @@ from shared.schema.memory import Device, Holding
 
 
 class WorkerSnapshot(Struct, frozen=True, kw_only=True, gc=False):
-    """A worker as it was at its last beat."""
+    """The state of a worker at its last beat."""
 
     name: str
     epoch: str
     version: str
-    catalog: str  # digest of the catalog it last published
-    residents: int  # instances that it holds or has queued
-    state: WorkerState = "ready"  # a draining one takes nothing more
+    catalog: str  # digest of the catalog that the worker published last
+    residents: int  # number of instances that are loaded, loading or queued
+    state: WorkerState = "ready"  # a draining worker accepts no more loads
     devices: list[Device] = []
     held: list[Holding] = []
-    taken: list[str] = []  # the ends (`short`) of the ids of the loads that it has placed or refused last
-    partly_on_cpu: bool = False  # where GPUs have no room for all layers, the CPU may take some
+    taken: list[str] = []  # ids (`short`) of the loads that the worker placed or refused last
+    partly_on_cpu: bool = False  # whether layers that do not fit on GPUs may go to the CPU
     lease_s: float = 0.0
 
 
 def short(id_: str) -> str:
-    """The end of a load's id, which tells it from others of the last seconds."""
+    """Return the end of a load id, which is unique among the loads of a few seconds."""
     return id_[-8:]
 
 
 class Sizing(Struct, frozen=True, kw_only=True):
-    """What an API asks a worker's engine: what a load would take, on these GPUs."""
+    """A request for a dry run: the worker's engine reports the memory that a load would use on these GPUs."""
 
     request: LoadRequest
     key: str

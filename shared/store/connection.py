@@ -15,14 +15,14 @@ from redis.exceptions import RedisError
 
 from shared.store.steady import STEADY
 
-UNAVAILABLE = (RedisError, OSError)  # redis-py lets a refused socket through as an OSError
-Listen = Callable[[str, Callable[[bytes], None]], Awaitable[None]]  # `listen`, on a client of its own
+UNAVAILABLE = (RedisError, OSError)  # redis-py does not wrap the OSError of a refused connection
+Listen = Callable[[str, Callable[[bytes], None]], Awaitable[None]]  # `listen`, bound to a client
 
 
 def check_cancelled() -> None:
-    """Raise CancelledError in a task that was cancelled without learning of it; for loops without end.
+    """Raise CancelledError if the current task has missed a cancellation.  Endless loops must call this.
 
-    `asyncio.wait_for`, through which redis-py writes, can lose a cancellation before Python 3.12 (cpython #86296).
+    Before Python 3.12, `asyncio.wait_for`, which redis-py uses to write, can lose a cancellation (cpython #86296).
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
@@ -30,10 +30,10 @@ def check_cancelled() -> None:
 
 
 def connect(url: str) -> Redis:
-    """Return a client for a redis://, rediss:// or unix:// URL.  Nothing is sent yet.
+    """Return a client for a redis://, rediss:// or unix:// URL.  Does not connect yet.
 
-    At most 16 connections; a caller waits up to 5 s for one, a command up to 5 s for its reply.  A command whose
-    connection broke is repeated on a new one a few times within about half a second.
+    The client uses up to 16 connections.  A caller waits up to 5 s for a free one, and a command up to 5 s for its
+    reply.  A command whose connection breaks is retried on a new one up to four times, within about half a second.
     """
     options: dict[str, Any] = {}
     if not url.startswith("unix:"):
@@ -63,15 +63,15 @@ async def connected(url: str) -> AsyncIterator[Redis]:
     try:
         yield redis
     finally:
-        with suppress(*UNAVAILABLE):  # what hangs never answers the end of TLS
+        with suppress(*UNAVAILABLE):  # a hanging server does not answer the TLS shutdown
             await redis.aclose(close_connection_pool=True)
 
 
 async def listen(redis: Redis, channel: str, on_message: Callable[[bytes], None]) -> None:
-    """Call `on_message` with each message on a channel, and with b"" once the subscription stands.
+    """Call `on_message` with each message on a channel, and with b"" once the subscription is established.
 
-    Runs until Redis drops the connection (raises one of UNAVAILABLE) or the task is cancelled.  Messages sent while
-    nobody listens are lost, so a listener must also look for itself from time to time.
+    Runs until the connection to Redis breaks (raises one of UNAVAILABLE) or the task is cancelled.  Messages that are
+    sent without a subscription are lost, so a listener must also poll from time to time.
     """
     async with redis.pubsub() as pubsub:
         await pubsub.subscribe(channel)

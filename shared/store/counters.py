@@ -1,4 +1,4 @@
-"""What `GET /metrics` reads of the pool."""
+"""The counters of the pool, for `GET /metrics`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.store.workers import Worker, Workers
 
 
 class Readings(Struct, frozen=True, kw_only=True):
-    """What the pool is and has done, as Redis has it: `counters` and `tallies` as `store.keys` says."""
+    """The state and the counters of the pool.  `shared.store.keys` describes `counters` and `tallies`."""
 
     workers: list[Worker]
     counters: dict[str, int]
@@ -27,7 +27,7 @@ class Readings(Struct, frozen=True, kw_only=True):
 
 
 class Counters:
-    """Adds to what is counted, and reads it.  Every method raises what UNAVAILABLE lists if Redis does not answer."""
+    """Updates and reads the counters.  Every method raises what UNAVAILABLE lists if Redis does not answer."""
 
     def __init__(self, redis: Redis, instances: Instances, workers: Workers) -> None:
         self._redis = redis
@@ -36,11 +36,11 @@ class Counters:
         self._count = Script(redis, "count")
 
     async def add(self, process: str, number: int, counts: Mapping[str, int]) -> None:
-        """Add the batch of a process with this number, unless it was added before."""
+        """Add a numbered batch of counts of a process, unless it was added before."""
         await self._count(keys.tallied(process), number=number, retain_s=RETAIN_S, counts=counts)
 
     async def read(self) -> Readings:
-        """Return what the pool is and has done."""
+        """Return the state and the counters of the pool."""
         workers = await self._workers.all()
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(keys.COUNTERS)

@@ -1,4 +1,4 @@
-"""The records of instances, and the one way to change them."""
+"""The records of instances.  All changes to records go through this module."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from shared.store.queue import DELIVERY_S, delivery
 from shared.store.script import Script
 from shared.telemetry import log, tally
 
-HISTORY_N = 256  # revisions that are read at once
+HISTORY_N = 256  # revisions per read
 PAGE_N = 200
-FIELDS = ["rev", "instance_id", "at", "doc", "stop"]  # what of the hash makes an Instance
-ENGINE_LOGS_N = 256  # some 35 KiB each
+FIELDS = ["rev", "instance_id", "at", "doc", "stop"]  # fields of the hash that form an Instance
+ENGINE_LOGS_N = 256  # about 35 KiB each
 NO_LIMITS = (2**53, 2**53)
 UNKNOWN_RATE_S, LONGEST_RETRY_S = 30, 300
 STATES: dict[bytes | None, State] = {state.value.encode(): state for state in State if state not in TERMINAL}
@@ -32,11 +32,11 @@ Rewritten = Literal["written", "there", "newer", "name taken"]
 
 
 class Fenced(Exception):
-    """Another writer moved this record on; what was to be written is void."""
+    """Another writer has changed the record.  Nothing was written."""
 
 
 class NoLease(Exception):
-    """The worker that was to take an instance is gone."""
+    """The worker of the instance holds no lease."""
 
 
 class Full(Exception):
@@ -48,15 +48,15 @@ class Full(Exception):
 
 
 class NameTaken(Exception):
-    """Another instance lives under the id that this one was to have."""
+    """The requested instance id belongs to another live instance."""
 
 
 class NotDesired(Exception):
-    """What was to be restored was unloaded meanwhile."""
+    """The instance to restore was unloaded meanwhile."""
 
 
 class Crashed(Exception):
-    """The model's files crashed the engine recently, for `reason`.  They are not tried for `left_s` seconds more."""
+    """The files of the model crashed the engine recently, for `reason`.  They are blocked for `left_s` more seconds."""
 
     def __init__(self, reason: str, left_s: int) -> None:
         super().__init__(reason)
@@ -64,18 +64,18 @@ class Crashed(Exception):
 
 
 class StopRequested(Exception):
-    """What was to become loaded is to be stopped: that request came first."""
+    """The instance cannot become loaded, because a stop was requested before."""
 
 
 class Remembered(Struct, frozen=True):
-    """What an Idempotency-Key stands for: a load, and the digest of the request that made it."""
+    """The load of an Idempotency-Key, and the digest of the request that created it."""
 
     id: str
     digest: str
 
 
 class KeyTaken(Exception):
-    """The Idempotency-Key has made a load already."""
+    """A load with this Idempotency-Key already exists."""
 
     def __init__(self, remembered: Remembered) -> None:
         super().__init__(remembered)
@@ -83,7 +83,7 @@ class KeyTaken(Exception):
 
 
 class Head(NamedTuple):
-    """What a live instance's record says without its document; `epoch` is "" before it is claimed."""
+    """The fields of a live instance that are stored outside its document; `epoch` is "" until it is claimed."""
 
     id: str
     worker: str
@@ -94,7 +94,7 @@ class Head(NamedTuple):
 class Instances:
     """Reads and writes records.  Every method raises what UNAVAILABLE lists if Redis does not answer.
 
-    `restores`: whether what this process has loaded is desired until it is unloaded.
+    `restores`: whether instances that this process loads stay desired until they are unloaded.
     """
 
     def __init__(self, redis: Redis, *, restores: bool = True) -> None:
@@ -121,18 +121,18 @@ class Instances:
         restores: str = "",
         deliver: bool = False,
     ) -> Instance:
-        """Write a queued record under its instance_id, or else the lowest free name of its key: `key`, `key:2`, ...
+        """Write a queued record under its instance_id, or if that is "", the first free of `key`, `key:2`, `key:3`, ...
 
-        `at_most` may be queued at its worker, and in all.  With the digests of an Idempotency-Key and of the request
-        that came with it, only the first call writes; the others raise KeyTaken.  `fingerprint` is the model's, and
-        `restores` the id of the load that it is to bring back.  With `deliver` its delivery is written too.
+        `at_most` limits the queue of its worker, and the whole queue.  `key` and `digest` are the digests of an
+        Idempotency-Key and of its request: only the first call with a key writes, the others raise KeyTaken.
+        `fingerprint` is the model's, `restores` the id of the load to restore.  `deliver`: write a delivery too.
 
-        Raises NoLease if its worker is gone or Redis was emptied of what it publishes, Full, NameTaken, NotDesired,
-        and Crashed unless the request has `force`.
+        Raises NoLease if the worker holds no lease or Redis lost its catalog, Full, NameTaken, NotDesired, and, unless
+        the request has `force`, Crashed.
         """
         worker_limit, limit = at_most
-        found: list[Any]
-        first, *found = await self._create(
+        rest: list[Any]
+        first, *rest = await self._create(
             *_keys(instance.id),
             keys.lease(instance.worker),
             keys.idempotency(key),
@@ -157,16 +157,16 @@ class Instances:
         match outcome:
             case "created":
                 return msgspec.structs.replace(
-                    instance, instance_id=found[0].decode(), created_at=int(found[1]) / 1e6, rev=1
+                    instance, instance_id=rest[0].decode(), created_at=int(rest[1]) / 1e6, rev=1
                 )
             case "remembered":
-                raise KeyTaken(Remembered(found[1].decode(), found[0].decode()))
+                raise KeyTaken(Remembered(rest[1].decode(), rest[0].decode()))
             case "full":
-                most, departures, within_us = map(int, found)
+                most, departures, within_us = map(int, rest)
                 rate_s = within_us / 1e6 / departures if departures else UNKNOWN_RATE_S
                 raise Full(most, min(LONGEST_RETRY_S, max(1, math.ceil(rate_s))))
             case "crashed":
-                raise Crashed(found[0].decode(), int(found[1]))
+                raise Crashed(rest[0].decode(), int(rest[1]))
             case "not desired":
                 raise NotDesired(instance.instance_id)
             case "name taken":
@@ -177,15 +177,15 @@ class Instances:
                 assert_never(outcome)
 
     async def remembered(self, key: str) -> Remembered | None:
-        """Return what the Idempotency-Key with this digest stands for."""
+        """Return the load of the Idempotency-Key with this digest; None if there is none."""
         id_, digest = await self._redis.hmget(keys.idempotency(key), ["id", "digest"])  # type: ignore[misc]
         return None if id_ is None or digest is None else Remembered(id_.decode(), digest.decode())
 
     async def commit(self, old: Instance, new: Instance) -> tuple[Instance, float]:
-        """Replace `old` by `new`; return it with its revision, and Redis' time in seconds.
+        """Replace `old` by `new`; return `new` with its revision, and the time of Redis in seconds.
 
-        A queued one that replaces another was requeued.  Raises Fenced, and StopRequested if `new` is loaded and a
-        stop was requested before.
+        If `new` is queued, the load is requeued.  Raises Fenced, and StopRequested if `new` is loaded and a stop was
+        requested before.
         """
         assert old.id == new.id
         has_moved = new.state is not old.state
@@ -205,12 +205,12 @@ class Instances:
         if now is None:
             raise Fenced(f"{new.id} is no longer at revision {old.rev}")
         if now == b"stop":
-            raise StopRequested(f"{new.id} is to be stopped")
+            raise StopRequested(f"a stop of {new.id} was requested")
         return msgspec.structs.replace(new, rev=old.rev + 1), int(now) / 1e6
 
     async def rewrite(self, instance: Instance) -> Rewritten:
-        """Write the record of a loaded instance again if Redis lost it, or lost its last revisions."""
-        found = await self._rewrite(
+        """Write the record of a loaded instance again if Redis lost the record or its last revisions."""
+        reply = await self._rewrite(
             *_keys(instance.id)[:4],
             id=instance.id,
             instance_id=instance.instance_id,
@@ -221,31 +221,31 @@ class Instances:
             epoch=instance.epoch or "",
             retain_s=RETAIN_S,
         )
-        outcome: Rewritten = found.decode()
+        outcome: Rewritten = reply.decode()
         return outcome
 
     async def request_stop(self, id_: str, *, unless_loaded: bool = False) -> State | None:
-        """Request that an instance be stopped; its worker acts on it.
+        """Request that the worker stop an instance.
 
-        Returns the state in which the request found it, None if there is no such record.  `unless_loaded`: a load
-        that is over stays as it is.
+        Returns the state at the time of the request, None if there is no such record.  `unless_loaded`: do nothing if
+        the load has ended.
         """
         state = await self._stop(keys.instance(id_), id=id_, unless_loaded=unless_loaded)
         return None if state is None else State(state.decode())
 
-    # ---- what workers are to hold
+    # ---- desired instances
 
     async def desired(self, worker: str) -> dict[str, str]:
-        """Return what a worker is to hold: instance_id -> id of the load that made it."""
-        found: dict[bytes, bytes] = await self._redis.hgetall(keys.desired(worker))  # type: ignore[misc]
-        return {name.decode(): id_.decode() for name, id_ in found.items()}
+        """Return the desired instances of a worker: instance_id -> id of the load that created it."""
+        ids: dict[bytes, bytes] = await self._redis.hgetall(keys.desired(worker))  # type: ignore[misc]
+        return {name.decode(): id_.decode() for name, id_ in ids.items()}
 
     async def forget_desired(self, instance: Instance) -> None:
-        """Have its worker hold an instance no more, unless another load has its name by now."""
+        """Remove an instance from the desired ones of its worker, unless another load has its name meanwhile."""
         await self._forget_desired(keys.desired(instance.worker), instance_id=instance.instance_id, id=instance.id)
 
     async def forget_desired_everywhere(self, instance_id: str) -> bool:
-        """Have no worker bring an instance back; return whether one would have."""
+        """Remove an instance from the desired ones of all workers; return whether any worker had it."""
         names = [name.decode() for name in await self._redis.zrange(keys.WORKERS, 0, -1)]
         async with self._redis.pipeline(transaction=False) as pipe:
             for name in names:
@@ -253,25 +253,25 @@ class Instances:
             return any(await pipe.execute())
 
     async def clear_desired(self, worker: str) -> None:
-        """Have a worker hold nothing after a restart."""
+        """Remove all desired instances of a worker."""
         await self._redis.delete(keys.desired(worker))
 
     # ---- models that crashed the engine
 
     async def remember_crash(self, fingerprint: str, reason: str) -> None:
-        """Have what crashed the engine refused for CRASH_MEMORY_S."""
+        """Block a model that crashed the engine for CRASH_MEMORY_S seconds."""
         await self._redis.set(keys.crash(fingerprint), reason, ex=CRASH_MEMORY_S)
 
     async def forget_crash(self, fingerprint: str) -> None:
-        """Have it tried again."""
+        """Unblock a model."""
         await self._redis.delete(keys.crash(fingerprint))
 
     # ---- the engine's log
 
     async def write_engine_log(self, id_: str, text: str, worker: str) -> None:
-        """Keep what the engine logged in a load with its record, until ENGINE_LOGS_N later ones have ended.
+        """Store the engine's log of a load with its record, until ENGINE_LOGS_N later logs have been stored.
 
-        Does nothing if the load is another worker's by now.
+        Does nothing if the load belongs to another worker meanwhile.
         """
         await self._engine_log(
             keys.instance(id_),
@@ -285,31 +285,31 @@ class Instances:
         )
 
     async def engine_log(self, id_: str) -> bytes | None:
-        """Return what the engine logged in a load; None if there is nothing."""
-        found: bytes | None = await self._redis.hget(keys.instance(id_), "engine")  # type: ignore[misc]
-        return found
+        """Return the engine's log of a load; None if there is none."""
+        text: bytes | None = await self._redis.hget(keys.instance(id_), "engine")  # type: ignore[misc]
+        return text
 
     # ---- reading
 
     async def get(self, id_: str) -> Instance | None:
-        """Return a record, None if it does not exist."""
+        """Return a record; None if it does not exist."""
         fields: list[Any] = await self._redis.hmget(keys.instance(id_), FIELDS)  # type: ignore[misc]
         return unpack(id_, *fields)
 
     async def many(self, ids: Sequence[str]) -> list[Instance]:
-        """Return the records of those of `ids` that exist."""
-        found = (unpack(id_, *fields) for id_, fields in await self._fields(ids, FIELDS))
-        return [instance for instance in found if instance is not None]
+        """Return the records with these ids, without those that do not exist."""
+        records = (unpack(id_, *fields) for id_, fields in await self._fields(ids, FIELDS))
+        return [instance for instance in records if instance is not None]
 
     async def _fields(self, ids: Sequence[str], fields: Sequence[str]) -> list[tuple[str, list[Any]]]:
-        """Return some fields of many records, by id; of one that does not exist each is None."""
-        found: list[tuple[str, list[Any]]] = []
+        """Return the requested fields of records, by id; None for each field of a record that does not exist."""
+        rows: list[tuple[str, list[Any]]] = []
         for page in pages(ids):
-            found += zip(page, await self._read(fields=fields, ids=page), strict=True)
-        return found
+            rows += zip(page, await self._read(fields=fields, ids=page), strict=True)
+        return rows
 
     async def newest(self) -> AsyncGenerator[Instance, None]:
-        """Yield the records of the last RETAIN_S, newest first, then the older ones that live."""
+        """Yield the records of the last RETAIN_S seconds, newest first, then the older live records."""
         seen: set[str] = set()
         before: Any = "+inf"
         while page := await self._redis.zrevrangebyscore(keys.JOBS, before, "-inf", 0, PAGE_N, withscores=True):
@@ -323,17 +323,17 @@ class Instances:
             yield instance
 
     async def live(self, ids: Sequence[str] | None = None) -> list[Instance]:
-        """Return every instance that is not in a terminal state, or those of `ids`, in no order."""
-        found = await self.many(await self._members(keys.INSTANCES) if ids is None else ids)
-        return [instance for instance in found if instance.state not in TERMINAL]  # some ended while we read
+        """Return all instances that are not in a terminal state, or those among `ids`, in no particular order."""
+        records = await self.many(await self._members(keys.INSTANCES) if ids is None else ids)
+        return [instance for instance in records if instance.state not in TERMINAL]  # some ended during the read
 
     async def live_at(self, worker: str, ids: Iterable[str] = ()) -> list[Instance]:
-        """Return the live instances of a worker, also of `ids`, which it holds."""
-        found = await self.live([*{*await self._members(keys.instances_at(worker)), *ids}])
-        return [instance for instance in found if instance.worker == worker]
+        """Return the live instances of a worker.  `ids` are further instances to consider."""
+        records = await self.live([*{*await self._members(keys.instances_at(worker)), *ids}])
+        return [instance for instance in records if instance.worker == worker]
 
     async def heads(self) -> list[Head]:
-        """Return of every live instance what its record says without the document."""
+        """Return the Head of every live instance."""
         rows = await self._fields(await self._members(keys.INSTANCES), ("worker", "state", "epoch"))
         return [
             Head(id_, worker.decode(), STATES[state], (epoch or b"").decode())
@@ -346,12 +346,12 @@ class Instances:
         return [id_.decode() for id_ in ids]
 
     async def named(self, instance_id: str) -> str | None:
-        """Return the id of the live instance with this name."""
+        """Return the id of the load of the live instance with this instance_id; None if there is none."""
         id_: bytes | None = await self._redis.hget(keys.NAMES, instance_id)  # type: ignore[misc]
         return None if id_ is None else id_.decode()
 
     async def history(self, instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
-        """Return up to HISTORY_N revisions since entry `after` of a record's log, oldest first, with entry ids."""
+        """Return up to HISTORY_N revisions after entry `after` of the log of a record, oldest first, with entry ids."""
         entries = await self._redis.xrange(keys.log_of(instance.id), min=f"({after}", count=HISTORY_N)
         return [
             (
@@ -367,12 +367,12 @@ class Instances:
         ]
 
     async def last_entry(self, id_: str) -> str:
-        """Return the entry that a record's log ends with; "0", before the first, if there is none."""
-        found = await self._redis.xrevrange(keys.log_of(id_), count=1)
-        return found[0][0].decode() if found else "0"
+        """Return the id of the last entry of the log of a record; "0" if the log is empty."""
+        entries = await self._redis.xrevrange(keys.log_of(id_), count=1)
+        return entries[0][0].decode() if entries else "0"
 
     async def revisions(self, ids: list[str]) -> list[int | None]:
-        """Return the revision of each record, None if it does not exist."""
+        """Return the revision of each record; None if it does not exist."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for id_ in ids:
                 pipe.hget(keys.instance(id_), "rev")
@@ -384,7 +384,7 @@ def _keys(id_: str) -> list[str]:
 
 
 def _is_desired(new: Instance) -> bool | None:
-    """Return whether a worker is to hold an instance after a change of state; None: as before, as for a lost one."""
+    """Return whether an instance in a new state is desired; None if the state does not change that, such as `lost`."""
     match new.state:
         case State.LOADED:
             return True
@@ -399,7 +399,7 @@ def _is_desired(new: Instance) -> bool | None:
 
 
 def pack(instance: Instance) -> bytes:
-    """Return the document of a record: what of it is not in fields of its own."""
+    """Return the document of a record, without the values that are stored in separate fields."""
     return msgpack.encode(
         msgspec.structs.replace(instance, instance_id="", created_at=0.0, rev=0, stop_requested=False)
     )
@@ -408,7 +408,7 @@ def pack(instance: Instance) -> bytes:
 def unpack(
     id_: str, rev: bytes | None, instance_id: bytes, at: bytes, doc: bytes, stop: bytes | None
 ) -> Instance | None:
-    """Return the record of these FIELDS; None if there is none, or a newer version's that cannot be read."""
+    """Return the record with these FIELDS; None if there is none, or if it cannot be decoded (newer version)."""
     if rev is None:
         return None
     try:

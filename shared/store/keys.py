@@ -1,34 +1,34 @@
-"""Every key in Redis, what it holds, and how long it lives.
+"""Every key in Redis: its type, its content and its expiry.
 
   inst:{id}         hash    rev, instance_id, worker, at (creation, Redis' clock, microseconds), doc (msgpack), state,
                             epoch, stop (a stop was requested), engine (log lines)
                                                               expires RETAIN_S after a terminal state
   inst:{id}:log     stream  rev, doc: one entry a revision     expires with inst:{id}
   insts             set     ids of instances that are not terminal; insts:{worker} those of one worker
-  logs              list    ids of those that have `engine`: of those that ended the last ENGINE_LOGS_N keep it
-                                                              expires RETAIN_S after the last
-  names             hash    instance_id -> id, while not terminal
+  logs              list    ids of instances with an engine log; of ended loads, the last ENGINE_LOGS_N keep theirs
+                                                              expires RETAIN_S after the last write
+  names             hash    instance_id -> id, of instances that are not terminal
   queued            set     ids in state queued; queued:{worker} those of one worker
-  pace              list    when the last 16 left the queue (microseconds); pace:{worker} those of one worker
-                                                              expires an hour after the last
-  jobs              zset    id -> creation (microseconds), of the last RETAIN_S; expires RETAIN_S after the last
-  idem:{digest}     hash    id, and digest of the request, that came with an Idempotency-Key; expires after RETAIN_S
+  pace              list    times (microseconds) at which the last 16 loads left the queue; pace:{worker} of one worker
+                                                              expires an hour after the last write
+  jobs              zset    id -> creation (microseconds), of the last RETAIN_S; expires RETAIN_S after the last write
+  idem:{digest}     hash    id of the load and digest of the request of an Idempotency-Key; expires after RETAIN_S
   crashed:{digest}  string  why a model (Model.fingerprint) crashed the engine; expires after CRASH_MEMORY_S
-  wanted:{worker}   hash    instance_id -> id: the instances that a worker is to hold (desired)
+  wanted:{worker}   hash    instance_id -> id: the desired instances of a worker
                                                               expires RETAIN_S after its last beat
-  workers           zset    name -> time of its last beat (seconds); forgotten after RETAIN_S
+  workers           zset    name -> time of the last beat (seconds); removed after RETAIN_S
   lease:{worker}    string  epoch of its process               expires a lease after its last beat
   worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
   catalog:{worker}  string  list[Model] (msgpack)              expires RETAIN_S after the last beat
-  counters          hash    instances that came to each state, and how often one was requeued
-  tallies           hash    what /metrics adds up besides: "family|label|..." (`telemetry.tally`) -> a whole number
+  counters          hash    number of instances that entered each state, and number of requeues
+  tallies           hash    other counters of /metrics: "family|label|..." (`telemetry.tally`) -> an integer
   tallied:{id}      string  number of the last batch that a process added to `tallies`; expires RETAIN_S after it
   arq:*             arq's own  queue, jobs and health check of each worker; queues expire RETAIN_S after the last entry
-  wake:{worker}     channel "" for a delivery in its queue, an id for a stop request
-  news              channel ids whose record changed
-  requeued          channel ids of loads that were given back to the queue
+  wake:{worker}     channel "" for a delivery in the worker's queue, the id of a load for a stop request
+  news              channel ids of changed records
+  requeued          channel ids of requeued loads
 
-Scripts touch several keys at once and build some names themselves, so Redis Cluster is not supported.
+Scripts access several keys and build some of the names themselves, so Redis Cluster is not supported.
 """
 
 from __future__ import annotations

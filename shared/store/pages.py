@@ -1,10 +1,10 @@
-"""Long lists of keys, in parts that one script may read."""
+"""Splits long lists of keys into pages that one script may read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-READ_N = 500  # records, or workers, that one script reads: 2 ms, in which Redis does nothing else
+READ_N = 500  # records or workers per script call: 2 ms, during which Redis serves nothing else
 
 
 def pages(words: Sequence[str]) -> Iterator[Sequence[str]]:

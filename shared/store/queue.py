@@ -1,8 +1,7 @@
-"""The queues of the workers, in arq's format, and the jobs in them.
+"""The queues of the workers and their jobs, in the format of arq.
 
-arq is imported here, for the format of an entry and of a result, and in `worker.deliveries`, for the worker that takes
-them; nowhere else.  What is checked against arq 0.28: tests/integration/test_queue.py compares an entry with what
-`ArqRedis.enqueue_job` writes.
+Only this module (format of entries and results) and `worker.deliveries` (arq's worker) import arq.  The format was
+checked with arq 0.28: tests/integration/test_queue.py compares an entry with the output of `ArqRedis.enqueue_job`.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ from shared.store.script import Script
 from shared.telemetry import log
 
 LOAD, SIZE = "load", "size"  # the functions of a worker, as arq names them
-DELIVERY_S = 3600  # arq's entry; a record that is queued for longer is found by its worker's beat
-SIZED_S = 30  # a large vocabulary takes the engine a second, and others may be before us
+DELIVERY_S = 3600  # expiry of an entry; later, the worker finds the queued record at one of its beats
+SIZED_S = 30  # a large vocabulary takes the engine a second, and other requests may come first
 
 
 def pack_job(value: dict[str, Any]) -> bytes:
-    """Serialize a job for arq as msgpack: unpickling would run whatever is written into Redis.
+    """Serialize a job for arq as msgpack, because unpickling could run code that someone wrote to Redis.
 
-    An exception (a job that failed) becomes its text.
+    An exception (of a failed job) becomes its text.
     """
     return msgpack.encode(value, enc_hook=str)
 
 
 def unpack_job(data: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = msgpack.decode(data, type=dict[str, Any])
-    return found
+    job: dict[str, Any] = msgpack.decode(data, type=dict[str, Any])
+    return job
 
 
 def entry(function: str, argument: str | bytes) -> bytes:
-    """Return a call as arq has it in its queue."""
+    """Return the entry of a function call in the format of arq."""
     return serialize_job(function, (argument,), {}, None, round(time.time() * 1000), serializer=pack_job)
 
 
@@ -54,7 +53,7 @@ def delivery(id_: str) -> bytes:
 
 
 def as_arq(redis: Redis) -> ArqRedis:
-    """Return arq's client on the same connections."""
+    """Return an arq client that uses the same connections."""
     return ArqRedis(redis.connection_pool, job_serializer=pack_job, job_deserializer=unpack_job)
 
 
@@ -68,7 +67,7 @@ class Queue:
     async def deliver(self, instance: Instance) -> None:
         """Put a queued instance into its worker's queue, and wake the worker.
 
-        Where Redis does not answer the record stands: its worker finds it at one of its next beats.
+        If Redis does not answer, the worker finds the record at one of its next beats.
         """
         try:
             id_ = f"{instance.id}:{instance.rev}"
@@ -77,7 +76,7 @@ class Queue:
             log.get("store").warning("delivery lost", action="delivery_lost", **instance.ids, error=str(e))
 
     async def sized(self, worker: str, sizing: Sizing) -> list[Usage] | None:
-        """Return what a worker's engine says that a load would take; None if it does not say within SIZED_S.
+        """Return the usage that the worker's engine reports from a dry run; None if there is no reply within SIZED_S.
 
         Raises what UNAVAILABLE lists.
         """
@@ -85,10 +84,10 @@ class Queue:
         await self._enqueue(worker, id_, entry(SIZE, msgpack.encode(sizing)), SIZED_S)
         job = Job(id_, as_arq(self._redis), keys.queue(worker), unpack_job)
         try:
-            found: bytes = await job.result(timeout=SIZED_S, poll_delay=0.02)
+            data: bytes = await job.result(timeout=SIZED_S, poll_delay=0.02)
         except TimeoutError:
             return None
-        return msgpack.decode(found, type=list[Usage] | None)
+        return msgpack.decode(data, type=list[Usage] | None)
 
     async def _enqueue(self, worker: str, id_: str, data: bytes, within_s: int) -> None:
         await self._deliver(worker=worker, id=id_, entry=data, expires_ms=within_s * 1000, retain_s=RETAIN_S)

@@ -1,6 +1,6 @@
-"""Lua scripts: each reads or changes several keys at once.
+"""Lua scripts, each of which reads or changes several keys atomically.
 
-A script may be repeated after a lost reply: it recognizes that its work is done and returns what it returned before.
+Scripts are idempotent: if a script is repeated after a lost reply, it detects this and returns the same reply.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ DIRECTORY = Path(__file__).with_name("scripts")
 
 
 class Script:
-    """Runs a script of scripts/, by name; `parts` are files that are prepended to it.
+    """Runs a script of the directory scripts/ by name; `parts` are the names of files to prepend.
 
-    Named arguments arrive in Lua as one msgpack map, `cmsgpack.unpack(ARGV[1])`, in which None is absent (Redis'
+    Lua receives the named arguments as one msgpack map, `cmsgpack.unpack(ARGV[1])`, in which None is absent (Redis
     documentation, "Lua API reference").
     """
 
@@ -26,7 +26,7 @@ class Script:
         self._script = redis.register_script(text)
 
     async def __call__(self, *keys: str, **arguments: object) -> Any:
-        """Run it on `keys`.  Raises what UNAVAILABLE lists."""
+        """Run the script on `keys`.  Raises what UNAVAILABLE lists."""
         packed = {name: _raw(value) if isinstance(value, bytes) else value for name, value in arguments.items()}
         return await self._script(keys=keys, args=[msgpack.encode(packed)])
 

@@ -1,11 +1,11 @@
-"""Connections of redis-py that report a broken connection as the rest of redis-py expects it.
+"""Connections for redis-py that raise its own ConnectionError if a connection is broken.
 
-Checked with redis-py 5.3.1 and uvloop 0.23.0.  Two faults are worked around:
+They work around two faults, checked with redis-py 5.3.1 and uvloop 0.23.0:
 
 - Writing to a closed connection raises an OSError on asyncio's loop, but a RuntimeError on uvloop ("the handler is
-  closed", uvloop/handles/handle.pyx), which would be taken for a fault of ours.
-- A connection that is dropped while it is being made would be made again from within, with all the retries at each
-  level: 16 commands to a server that accepts connections and drops them had no answer after 12 s.
+  closed", uvloop/handles/handle.pyx), which would look like a fault in Loadstone.
+- If a connection is dropped while it is being established, redis-py reconnects recursively, with all retries at each
+  level: 16 commands to a server that accepts connections and drops them had not returned after 12 s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHECKED_VERSION = "5.3.1"  # of redis-py
 
 
 class Steady(AbstractConnection):
-    """Raises redis' ConnectionError where a connection is broken, or breaks while it is being made."""
+    """Raises redis-py's ConnectionError if a connection is broken, or breaks while it is being established."""
 
     is_being_made = False
 
@@ -28,7 +28,7 @@ class Steady(AbstractConnection):
         if self.is_connected:
             return
         if self.is_being_made:
-            raise RedisConnectionError("Connection dropped while it was being made.")
+            raise RedisConnectionError("Connection dropped while it was being established.")
         self.is_being_made = True
         try:
             await super().connect()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The store: everything that is in Redis, by noun, on one client."""
+"""The store: access to all data in Redis, over one client."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shared.store.workers import Workers
 
 
 class Store:
-    """Holds the parts of the store.  Give an object the parts that it uses, not the store.
+    """The parts of the store.  Pass an object only the parts that it uses.
 
-    `lease_s`: how long a worker's lease lasts.  `restores`: whether what this process has loaded is desired until it
-    is unloaded.
+    `lease_s`: the duration of a worker's lease.  `restores`: whether instances that this process loads stay desired
+    until they are unloaded.
     """
 
     def __init__(self, redis: Redis, lease_s: float, *, restores: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What workers publish: their leases, snapshots and catalogs."""
+"""The leases, snapshots and catalogs that workers publish."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Renewal = Literal["held", "no catalog", "refused"]
 
 
 class Worker(Struct, frozen=True, kw_only=True):
-    """A worker as Redis knows it: `snapshot` is None while it holds no lease."""
+    """A worker in Redis.  `snapshot` is None if the worker holds no lease."""
 
     name: str
     epoch: str | None
@@ -41,12 +41,13 @@ class Workers:
         self._workers = Script(redis, "workers")
 
     async def renew(self, snapshot: WorkerSnapshot, dead_epoch: str = "") -> Renewal:
-        """Hold the lease of a name for this epoch; refused if another epoch holds it (`dead_epoch` may be replaced).
+        """Take or renew the lease of a worker, and publish its snapshot.
 
-        "no catalog": held, but Redis was emptied of what was published.
+        Returns "refused" if another epoch than `dead_epoch` holds the lease, and "no catalog" if the lease is held but
+        Redis has lost the catalog.
         """
         name = snapshot.name
-        found = await self._renew(
+        outcome = await self._renew(
             keys.lease(name),
             keys.snapshot(name),
             keys.catalog(name),
@@ -59,31 +60,31 @@ class Workers:
             now_s=round(time.time()),
             retain_s=RETAIN_S,
         )
-        return ("refused", "no catalog", "held")[found]
+        return ("refused", "no catalog", "held")[outcome]
 
     async def announce(self, snapshot: WorkerSnapshot) -> None:
-        """Publish what is new of a worker between two beats; its lease stays as it is."""
+        """Publish a new snapshot of a worker between two beats, without renewing its lease."""
         name = snapshot.name
         await self._announce(
             keys.lease(name), keys.snapshot(name), epoch=snapshot.epoch, snapshot=msgpack.encode(snapshot)
         )
 
     async def release(self, worker: str, epoch: str) -> None:
-        """Give up the lease of a worker, if `epoch` holds it."""
+        """Release the lease of a worker if `epoch` holds it."""
         await self._release(keys.lease(worker), keys.snapshot(worker), epoch=epoch)
 
     async def all(self) -> list[Worker]:
-        """Return every worker of the last RETAIN_S, alive or not.
+        """Return all workers of the last RETAIN_S seconds, alive or not.
 
-        Raises what UNAVAILABLE lists also if Redis can be read but not written to, as with a full disk: workers
-        cannot renew their leases then, and would be taken for dead.  It refuses a PING there as it does a write
-        (src/server.c of Redis and Valkey: MISCONF, "write commands or PING").
+        Also raises what UNAVAILABLE lists if Redis can be read but not written to, for example because its disk is
+        full: workers cannot renew their leases then, and would be considered dead.  In this state, Redis refuses PING
+        like a write command (src/server.c of Redis and Valkey: MISCONF, "write commands or PING").
         """
         async with self._redis.pipeline(transaction=False) as pipeline:
             pipeline.ping()
             pipeline.zrange(keys.WORKERS, 0, -1)
-            _, found = await pipeline.execute()
-        names = [name.decode() for name in found]
+            _, members = await pipeline.execute()
+        names = [name.decode() for name in members]
         rows = [row for page in pages(names) for row in await self._workers(names=page)]
         return [
             Worker(
@@ -96,10 +97,10 @@ class Workers:
         ]
 
     async def publish_catalog(self, worker: str, models: list[Model], epoch: str, dead_epoch: str = "") -> str | None:
-        """Publish what a worker has on its disk.
+        """Publish the catalog of a worker.
 
-        Returns the digest that its snapshot is to carry; None if another process holds its lease (`dead_epoch` does
-        not count).
+        Returns its digest, for the worker's snapshot; None if another process than `epoch` or `dead_epoch` holds the
+        lease.
         """
         data = msgpack.encode(models)
         is_published = await self._catalog(
@@ -113,6 +114,6 @@ class Workers:
         return hashlib.sha256(data).hexdigest()[:16] if is_published else None
 
     async def catalog(self, worker: str) -> list[Model] | None:
-        """Return what a worker published last; None if Redis has nothing of it."""
+        """Return the catalog that a worker published last; None if Redis has none."""
         data = await self._redis.get(keys.catalog(worker))
         return None if data is None else msgpack.decode(data, type=list[Model])

@@ -1,4 +1,4 @@
-"""What llama.cpp expects in a model of each architecture: its metadata and its tensors, without their bytes.
+"""The metadata and tensors that llama.cpp expects in a model of each architecture, without the tensor data.
 
 Names of keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names and shapes of tensors:
 llama.cpp's src/llama-arch.cpp and the files in src/models.
@@ -22,7 +22,7 @@ class Tensor(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A file before it is written."""
+    """The content of a model file, without the tensor data."""
 
     metadata: dict[str, Value]
     tensors: list[Tensor]
@@ -30,7 +30,7 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What fixes the tensors of a decoder, in the words of its metadata.  The defaults are tiny."""
+    """The parameters that determine the tensors of a decoder, under their metadata names.  The defaults are tiny."""
 
     architecture: str = "llama"
     block_count: int = 4
@@ -38,17 +38,17 @@ class Shape:
     feed_forward_length: int = 128
     head_count: int = 4
     head_count_kv: int = 2
-    key_length: int = 32  # of one head, as long as its value; a multiple of 32 may have a quantized KV cache
+    key_length: int = 32  # per head, equal to the value length; multiples of 32 permit a quantized KV cache
     context_length: int = 4096
     expert_count: int = 0  # 0: dense
     expert_used_count: int = 0
     expert_feed_forward_length: int = 0  # 0: feed_forward_length
     sliding_window: int = 0  # tokens; 0: full attention in every layer
-    pooling_type: int = 0  # 0: none, it writes text
+    pooling_type: int = 0  # 0: none, a generative model
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
     has_post_norm: bool = False
-    has_output: bool = True  # False: the embedding matrix is the output matrix too
+    has_output: bool = True  # False: the embedding matrix is also the output matrix
 
 
 QWEN2 = Shape(architecture="qwen2", has_qkv_bias=True)
@@ -100,7 +100,7 @@ SHAPES: dict[str, tuple[Shape, int]] = {  # well-known models: shape, tokens in 
 
 
 def decoder(shape: Shape, tokenizer: Metadata, matrix_type: str = "F16") -> Model:
-    """A causal language model; its norms and its experts' router are F32."""
+    """Describe a causal language model.  Its norms and the router of its experts are F32."""
     arch, n_embd, n_tokens = shape.architecture, shape.embedding_length, tokenizers.n_tokens(tokenizer)
     n_q, n_kv = shape.head_count * shape.key_length, shape.head_count_kv * shape.key_length
     metadata: dict[str, Value] = {
@@ -163,7 +163,7 @@ def decoder(shape: Shape, tokenizer: Metadata, matrix_type: str = "F16") -> Mode
 
 
 def encoder(tokenizer: Metadata, shape: Shape = BERT, matrix_type: str = "F32") -> Model:
-    """A BERT, pooled by mean."""
+    """Describe a BERT model with mean pooling."""
     n_embd, n_ff, n_context, n_tokens = (
         shape.embedding_length,
         shape.feed_forward_length,
@@ -202,7 +202,7 @@ def encoder(tokenizer: Metadata, shape: Shape = BERT, matrix_type: str = "F32") 
 
 
 def vision_projector() -> Model:
-    """What lies beside a model that can see, as little of it as tells it from one."""
+    """Describe the vision projector of a multimodal model: the minimum that identifies it as one."""
     metadata: dict[str, Value] = {
         "general.architecture": "clip",
         "clip.has_vision_encoder": True,
@@ -222,7 +222,7 @@ def vision_projector() -> Model:
 
 
 def lora_adapter(shape: Shape, rank: int = 4) -> Model:
-    """A change to the queries of a decoder of that shape."""
+    """Describe a LoRA adapter for the query matrices of a decoder."""
     metadata: dict[str, Value] = {
         "general.architecture": shape.architecture,
         "adapter.type": "lora",

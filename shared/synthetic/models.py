@@ -1,10 +1,10 @@
-"""GGUF files with random weights: for --demo, the tests and the benchmarks.
+"""Writes GGUF files with random weights for --demo, tests and benchmarks.
 
-The same arguments give the same bytes.  A file is complete or absent: it is written beside its place and
-renamed, so one that is mapped into memory is never changed under its reader.
+The same arguments produce the same bytes.  Files are replaced atomically, so that a file that is mapped into memory
+never changes.
 
-`metadata` adds to or replaces what a function would write, key by key; `drop` leaves out metadata and
-tensors, by their full names.  Neither changes anything else, so a file with a defect is one call.
+`metadata` adds or replaces metadata by key; `drop` leaves out metadata and tensors by their full names.  Nothing else
+changes, so that one call can write a file with a specific defect.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from shared.synthetic import architectures, tokenizers
 from shared.synthetic.architectures import LLAMA2_7B, SHAPES, TINY, Model, Shape, Tensor, decoder
 from shared.synthetic.tokenizers import Metadata, Value
 
-TILE_ELEMENTS = 1 << 22  # random numbers drawn per file and tensor type at most; larger tensors repeat them
-WEIGHT_DEVIATION = 0.05  # of the normal distribution that the weights are drawn from
+TILE_ELEMENTS = 1 << 22  # maximum number of random values per file and tensor type; larger tensors repeat them
+WEIGHT_DEVIATION = 0.05  # standard deviation of the normally distributed weights
 SPLIT_KINDS = {"split.no": Kind.UINT16, "split.count": Kind.UINT16, "split.tensors.count": Kind.INT32}
 
 Bytes = NDArray[np.uint8]
@@ -45,7 +45,7 @@ def tiny_llama(
     metadata: Metadata | None = None,
     drop: Collection[str] = (),
 ) -> Path:
-    """A language model in half a megabyte.  The chat template of the BPE one knows tools, the other's does not."""
+    """Write a language model of half a megabyte.  Only the chat template of the BPE variant supports tools."""
     made = decoder(shape, tokenizers.spm() if tokenizer == "spm" else tokenizers.bpe())
     return _write_one(path, _model(made, name, "F16"), metadata, drop)
 
@@ -53,7 +53,7 @@ def tiny_llama(
 def tiny_moe(
     path: Path, *, name: str = "Tiny MoE", metadata: Metadata | None = None, drop: Collection[str] = ()
 ) -> Path:
-    """A mixture of eight experts, two used per token."""
+    """Write a mixture of eight experts, two of which are used per token."""
     made = decoder(architectures.TINY_MOE, tokenizers.bpe())
     return _write_one(path, _model(made, name, "F16"), metadata, drop)
 
@@ -61,7 +61,7 @@ def tiny_moe(
 def tiny_embedding(
     path: Path, *, name: str = "Tiny Embedding", metadata: Metadata | None = None, drop: Collection[str] = ()
 ) -> Path:
-    """An embedding model with a decoder's architecture, as Qwen3-Embedding: the pooling type alone tells it apart."""
+    """Write an embedding model that only its pooling type distinguishes from a decoder, like Qwen3-Embedding."""
     made = decoder(architectures.TINY_EMBEDDING, tokenizers.bpe())
     made.metadata["tokenizer.ggml.add_eos_token"] = True
     return _write_one(path, _model(made, name, "F16"), metadata, {"tokenizer.chat_template", *drop})
@@ -70,7 +70,7 @@ def tiny_embedding(
 def tiny_bert(
     path: Path, *, name: str = "Tiny BERT", metadata: Metadata | None = None, drop: Collection[str] = ()
 ) -> Path:
-    """An encoder: no KV cache, no text out of it."""
+    """Write an encoder, which has no KV cache and generates no text."""
     made = architectures.encoder(tokenizers.wordpiece())
     return _write_one(path, _model(made, name, "F32"), metadata, drop)
 
@@ -78,36 +78,36 @@ def tiny_bert(
 def tiny_gemma3(
     path: Path, *, name: str = "Tiny Gemma 3", metadata: Metadata | None = None, drop: Collection[str] = ()
 ) -> Path:
-    """Sliding-window attention, 512 tokens wide, in ten of twelve layers."""
+    """Write a model with sliding-window attention, 512 tokens wide, in ten of twelve layers."""
     made = decoder(architectures.TINY_GEMMA3, tokenizers.spm())
     return _write_one(path, _model(made, name, "F16"), metadata, drop)
 
 
 def sharded(path: Path, shards: int = 4, *, name: str = "Tiny Sharded Llama") -> list[Path]:
-    """`tiny_llama` in files `<stem>-0000N-of-0000M.gguf` beside `path`, which itself is not written."""
+    """Write `tiny_llama` as files `<stem>-0000N-of-0000M.gguf` beside `path`; `path` itself is not written."""
     return _write(path, _model(decoder(TINY, tokenizers.spm()), name, "F16"), shards=shards)
 
 
 def mmproj(path: Path) -> Path:
-    """A vision projector: no model itself."""
+    """Write a vision projector, which is not a model by itself."""
     return _write_one(path, _model(architectures.vision_projector(), "Tiny Projector", "F32", "mmproj"))
 
 
 def lora(path: Path) -> Path:
-    """An adapter for `tiny_llama`: no model itself."""
+    """Write an adapter for `tiny_llama`, which is not a model by itself."""
     return _write_one(path, _model(architectures.lora_adapter(TINY), "Tiny LoRA", "F32", "adapter"))
 
 
 def vocab_only(path: Path) -> Path:
-    """A tokenizer and hyperparameters without a single tensor."""
+    """Write a tokenizer and hyperparameters without any tensor."""
     metadata, _ = decoder(TINY, tokenizers.spm())
     return _write_one(path, _model(Model(metadata, []), "Tiny Vocabulary", "F32"))
 
 
 def large_vocabulary(path: Path, *copies: Path, tokens: int = 151_936) -> list[Path]:
-    """A header as large as a real model's, `tokens` BPE tokens and nearly as many merges, before tiny tensors.
+    """Write tiny tensors with a header as large as that of a real model: `tokens` BPE tokens and nearly as many merges.
 
-    Making that header is the dear part, so whoever needs many such files names the others as `copies`.
+    Generating the header is expensive; `copies` are further paths to copy the file to.
     """
     shape = replace(TINY, block_count=1, embedding_length=16, head_count=1, head_count_kv=1, has_output=False)
     _write_one(path, _model(decoder(shape, tokenizers.bpe(tokens)), "Tiny Llama with a large vocabulary", "F16"))
@@ -128,7 +128,7 @@ def big(
     tokenizer: Literal["spm", "bpe"] = "spm",
     shards: int = 0,
 ) -> list[Path]:
-    """A llama with the layers of the 7B one, and as many of them as make `gb` times 10^9 bytes.
+    """Write a llama with the layers of the 7B model, in the number that makes up `gb` times 10^9 bytes.
 
     With 8 KV heads each layer takes 16 MiB of F16 KV cache at 4096 tokens; with 32, as Llama 2 7B has, 64 MiB.
     """
@@ -161,10 +161,10 @@ def prewarm(path: Path) -> Path:
 def sparse_shape(
     path: Path, preset: str, quantization: str = "Q4_0", *, shards: int = 0, vocabulary: int = 0
 ) -> list[Path]:
-    """A model of SHAPES whose tensors are a hole in the file: real sizes, zeros for weights, no disk used.
+    """Write a model of SHAPES with real sizes, whose weights are zeros in a sparse file that uses no disk space.
 
-    `quantization` is any that llama.cpp names, but every matrix gets its main type: Q4_K for `Q4_K_M`.  Another
-    `vocabulary` than the model's, in tokens, makes the file quicker to write and to read.
+    `quantization` is a name of llama.cpp, but every matrix gets its main type, such as Q4_K for `Q4_K_M`.  A smaller
+    `vocabulary` (in tokens) than that of the model makes the file faster to write and to read.
     """
     shape, n_tokens = SHAPES[preset]
     main_type = quantization.removesuffix("_S").removesuffix("_M").removesuffix("_L")
@@ -176,7 +176,7 @@ def sparse_shape(
 
 
 def write_demo(directory: Path) -> list[str]:
-    """Write the models of --demo below `directory`; their model keys: a language model, a MoE, an embedding model."""
+    """Write the models of --demo below `directory`: an LLM, a MoE and an embedding model.  Returns their model keys."""
 
     def place(key: str) -> Path:
         return directory / key / f"{key.rpartition('/')[2]}-f16.gguf"
@@ -196,7 +196,7 @@ def write_demo(directory: Path) -> list[str]:
 
 
 def _model(made: Model, name: str, quantization: str, kind: str = "model") -> Model:
-    """With the keys that tell people, and the catalog, what the file is."""
+    """Add the general metadata that describes the file to users and to the catalog."""
     file_type = gguf.LlamaFileType[f"{'ALL' if quantization == 'F32' else 'MOSTLY'}_{quantization}"]
     general: dict[str, Value] = {
         "general.type": kind,
@@ -210,14 +210,14 @@ def _model(made: Model, name: str, quantization: str, kind: str = "model") -> Mo
 
 
 def _write_one(path: Path, model: Model, metadata: Metadata | None = None, drop: Collection[str] = ()) -> Path:
-    wanted = model.metadata | dict(metadata or {})
-    kept = {key: value for key, value in wanted.items() if key not in drop}
+    merged = model.metadata | dict(metadata or {})
+    kept = {key: value for key, value in merged.items() if key not in drop}
     _write(path, Model(kept, [tensor for tensor in model.tensors if tensor.name not in drop]))
     return path
 
 
 def _write(path: Path, model: Model, *, shards: int = 0, is_sparse: bool = False) -> list[Path]:
-    """One file, or `shards` of them: the first with all metadata, each with about as many tensors as the others."""
+    """Write one file, or `shards` files: the first has all metadata, and the tensors are divided evenly."""
     if not shards:
         _write_file(path, model, is_sparse)
         return [path]
@@ -233,7 +233,7 @@ def _write(path: Path, model: Model, *, shards: int = 0, is_sparse: bool = False
 def _write_file(path: Path, model: Model, is_sparse: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write the same model
-    with replacing(path, partial, is_durable=False):  # a model of gigabytes would wait for the disk
+    with replacing(path, partial, is_durable=False):  # flushing a model of gigabytes would take long
         _write_header(partial, model)
         with partial.open("ab") as file:
             file.write(bytes(_padding(file.tell())))
@@ -246,9 +246,9 @@ def _write_file(path: Path, model: Model, is_sparse: bool) -> None:
 
 
 def _write_header(path: Path, model: Model) -> None:
-    """Everything before the tensors' bytes, by the reference implementation."""
+    """Write the header with the reference implementation."""
     writer = gguf.GGUFWriter(None, "")
-    writer.kv_data[0].clear()  # it begins with an architecture, which a shard or a file with a defect may lack
+    writer.kv_data[0].clear()  # remove the initial architecture, which shards and defective files may lack
     for key, value in model.metadata.items():
         writer.add_key_value(key, value, *_kind(key, value))
     for tensor in model.tensors:
@@ -263,7 +263,7 @@ def _write_header(path: Path, model: Model) -> None:
 
 
 def _kind(key: str, value: Value) -> tuple[Kind, Kind | None]:
-    """How a value, and each item of an array, is stored: counts are unsigned, as llama.cpp's converter writes them."""
+    """Return the GGUF types of a value and of its items.  Counts are unsigned, as llama.cpp's converter writes them."""
     if key in SPLIT_KINDS:
         return SPLIT_KINDS[key], None
     match value:
@@ -278,10 +278,10 @@ def _kind(key: str, value: Value) -> tuple[Kind, Kind | None]:
 
 
 def _weights(tensors: list[Tensor]) -> Iterator[Bytes]:
-    """The bytes of all tensors in order, each padded to the alignment, in chunks of some megabytes.
+    """Yield the data of all tensors in order, each padded to the alignment, in chunks of some megabytes.
 
-    Norms are ones.  Everything else is random: one tile of numbers per tensor type, which each tensor
-    enters at a place of its own.
+    Norms are ones.  All other tensors repeat a tile of random values, one per tensor type, each from a different
+    position.
     """
     tiles: dict[str, Bytes] = {}
     n_elements = min(TILE_ELEMENTS, max((math.prod(tensor.shape) for tensor in tensors), default=0))

@@ -1,6 +1,6 @@
-"""Small but real tokenizers, one of each kind that llama.cpp reads, as the `tokenizer.*` metadata of a GGUF file.
+"""Small but real tokenizers, as the `tokenizer.*` metadata of a GGUF file.
 
-The keys and the numbers of the token types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
+Keys and numbers of token types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WORDS = tuple(
         "other new some time Hello World user assistant system model load token",
     )
 )
-SPACE = "\u2581"  # how SentencePiece and llama.cpp's WordPiece write the start of a word
+SPACE = "\u2581"  # marks the start of a word in SentencePiece and in the WordPiece of llama.cpp
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 CHAT_WITH_TOOLS = (
@@ -36,7 +36,7 @@ CHAT_WITH_TOOLS = (
 
 
 def spm(n_tokens: int = 0) -> dict[str, Value]:
-    """SentencePiece: all bytes, ASCII and the prefixes of WORDS.  At least `n_tokens`; those added mean nothing."""
+    """Return a SentencePiece tokenizer: all bytes, ASCII and the prefixes of WORDS, padded to `n_tokens` tokens."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256
     prefixes = [prefix for word in WORDS for prefix in _prefixes(SPACE + word)]
@@ -58,10 +58,10 @@ def spm(n_tokens: int = 0) -> dict[str, Value]:
 
 
 def bpe(n_tokens: int = 0) -> dict[str, Value]:
-    """Byte-level BPE after Qwen's: all bytes, the merges that make WORDS, three control tokens.
+    """Return a byte-level BPE tokenizer like that of Qwen: all bytes, the merges of WORDS, and three control tokens.
 
-    A larger `n_tokens` adds the merges of letters into pairs and of pairs into fours (up to 457,000), so
-    that the header holds about as many merges as tokens, as those of real models do.
+    A larger `n_tokens` adds merges of letters into pairs and of pairs into fours (up to 457,000), so that the header
+    has about as many merges as tokens, like the headers of real models.
     """
     tokens = dict.fromkeys(_byte_letters())
     merges: list[str] = []
@@ -72,7 +72,7 @@ def bpe(n_tokens: int = 0) -> dict[str, Value]:
             merges.append(f"{left} {right}")
 
     for word in WORDS:
-        for prefix in _prefixes("\u0120" + word):  # a space, in GPT-2's letters for bytes
+        for prefix in _prefixes("\u0120" + word):  # a space, in the byte encoding of GPT-2
             merge(prefix[:-1], prefix[-1])
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     pairs = [a + b for a, b in product(ascii_lowercase, repeat=2)]
@@ -98,8 +98,10 @@ def bpe(n_tokens: int = 0) -> dict[str, Value]:
 
 
 def wordpiece(n_tokens: int = 0) -> dict[str, Value]:
-    """WordPiece after BERT's: five control tokens, lower-case letters at the start of and inside a word, WORDS.  At
-    least `n_tokens`; those added mean nothing."""
+    """Return a WordPiece tokenizer like that of BERT, padded to `n_tokens` tokens.
+
+    It has five control tokens, lower-case letters at the start of and inside a word, and WORDS.
+    """
     control = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()]
     whole_words = [SPACE + word.lower() for word in WORDS]
@@ -120,7 +122,7 @@ def wordpiece(n_tokens: int = 0) -> dict[str, Value]:
         "tokenizer.ggml.bos_token_id": 2,
         "tokenizer.ggml.cls_token_id": 2,
         "tokenizer.ggml.eos_token_id": 3,
-        "tokenizer.ggml.seperator_token_id": 3,  # the format's own spelling
+        "tokenizer.ggml.seperator_token_id": 3,  # spelled like this in the format
         "tokenizer.ggml.mask_token_id": 4,
     }
 
@@ -132,18 +134,18 @@ def n_tokens(tokenizer: Metadata) -> int:
 
 
 def _prefixes(word: str) -> list[str]:
-    """From the first two letters to the whole word: each is one merge away from the one before it."""
+    """Return the prefixes of a word from two letters up; each is one merge longer than the previous one."""
     return [word[:end] for end in range(2, len(word) + 1)]
 
 
-def _filler(stem: str, wanted: int, have: int) -> list[str]:
-    """Tokens that make `have` into `wanted`, or, if no number is wanted, into the next multiple of 32."""
+def _filler(stem: str, n_tokens: int, have: int) -> list[str]:
+    """Return the tokens that pad `have` tokens to `n_tokens`, or if that is 0, to the next multiple of 32."""
     end = "]" if stem.startswith("[") else ""
-    return [f"{stem}{number}{end}" for number in range(wanted - have if wanted else -have % 32)]
+    return [f"{stem}{number}{end}" for number in range(n_tokens - have if n_tokens else -have % 32)]
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that stands for each byte, as in GPT-2's `bytes_to_unicode`."""
+    """Return the printable letter for each byte, as in GPT-2's `bytes_to_unicode`."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

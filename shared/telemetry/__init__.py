@@ -1,1 +1,1 @@
-"""Logs, traces and counts of every process."""
+"""Logging, tracing and counters of all processes."""

@@ -1,4 +1,4 @@
-"""Logging: one line per event on stderr, with a stable `action` to grep for and the ids it is about."""
+"""Logging: one line per event on stderr, with a stable `action` and the ids of the objects involved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.telemetry import trace
 
 
 def configure(level: str, form: Literal["console", "json"], **context: str) -> None:
-    """Set up structlog and the standard library's loggers for this process; `context` is on every line."""
+    """Set up structlog and the standard library's loggers for this process; every line carries `context`."""
 
     def add_context(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         return {**event, **{name: value for name, value in context.items() if name not in event}}
@@ -60,16 +60,16 @@ def _renderer(form: Literal["console", "json"]) -> structlog.typing.Processor:
 
 
 def bind(**ids: str) -> None:
-    """Have every further line of this task, and of those that it starts from now on, carry these."""
+    """Add ids to all further lines of the current task, and of the tasks that it starts from now on."""
     structlog.contextvars.bind_contextvars(**ids)
 
 
 def about(instance: Instance) -> AbstractContextManager[None]:
-    """Within this, lines carry the ids of a load and of its trace: for who works on many loads."""
-    found = trace.parse(instance.traceparent)
-    return structlog.contextvars.bound_contextvars(**instance.ids, **({"trace_id": found.trace_id} if found else {}))
+    """Add the ids of a load and of its trace to the lines of a `with` block, for tasks that work on many loads."""
+    span = trace.parse(instance.traceparent)
+    return structlog.contextvars.bound_contextvars(**instance.ids, **({"trace_id": span.trace_id} if span else {}))
 
 
 def get(name: str) -> Any:
-    """A structlog logger: `log.info("loaded", action="transition", old=...)`."""
+    """Return a structlog logger: `log.info("loaded", action="transition", old=...)`."""
     return structlog.get_logger(name)

@@ -1,8 +1,8 @@
-"""What `GET /metrics` adds up: whole numbers in one hash of Redis, by family and labels.
+"""The counters of `GET /metrics`: integers in one Redis hash, by family and labels.
 
-A field is "family|label|...".  A histogram has one for each bucket that holds something, which counts what is in it and
-in no smaller one, and one named "sum", in microseconds: sums of whole numbers are exact, in whatever order they come.
-No label names a worker: the hash is kept for ever, and in some pools each worker that starts has a new name.
+A field is named "family|label|...".  A histogram has one field for each bucket that is not empty, which does not
+include the smaller buckets, and a field "sum" in microseconds: sums of integers are exact in any order.  No label names
+a worker, because the hash never expires, and in some pools each new worker has a new name.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ SIZES = {
     "1_8GiB": 8 * GIB,
     "8_32GiB": 32 * GIB,
     "over_32GiB": math.inf,
-}  # by what they end before
+}  # exclusive upper bounds
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 PHASES = ("queue", "spawn", *get_args(Phase))
-FAILURES = ({*get_args(LoadFailure)} - {"load_cancelled"}) | {str(NoWorker.code)}  # what a load can fail with
+FAILURES = ({*get_args(LoadFailure)} - {"load_cancelled"}) | {str(NoWorker.code)}  # error codes of failed loads
 OUTCOMES = [("loaded", ""), ("cancelled", ""), ("lost", ""), *(("failed", code) for code in sorted(FAILURES))]
 Add = Callable[[str, int, Mapping[str, int]], Awaitable[None]]  # `store.counters.Counters.add`
-RunnerState = Literal["warm", "loading", "loaded"]  # warm: it has no load yet
+RunnerState = Literal["warm", "loading", "loaded"]  # warm: no load yet
 
-GONE = "499"  # the status of a request whose client went away before the reply, as nginx logs it
+GONE = "499"  # the status that nginx logs if the client disconnects before the reply
 
 
 class Family(Struct, frozen=True, kw_only=True):
-    """A family of metrics that processes count and Redis adds up.
+    """A family of metrics that processes count and Redis accumulates.
 
-    `known` are the values of `labels` that a counter shows from 0 on: a series that begins with 1 hides its first
-    increase from Prometheus.
+    `known` are the values of `labels` for which a counter is exported from 0 on: Prometheus cannot see the first
+    increase of a series that starts at 1.
     """
 
     name: str
@@ -118,7 +118,7 @@ def size_class(size_bytes: int) -> str:
 
 
 def bucket(seconds: float) -> str:
-    """The bound of the smallest bucket that holds this, as Prometheus writes it."""
+    """Return the upper bound of the smallest bucket that contains a value, in the notation of Prometheus."""
     at = bisect.bisect_left(BOUNDS_S, seconds)
     return repr(BOUNDS_S[at]) if at < len(BOUNDS_S) else "+Inf"
 
@@ -128,19 +128,19 @@ def field(family: str, *labels: str) -> str:
 
 
 def observed(family: str, seconds: float, *labels: str) -> dict[str, int]:
-    """What one observation adds to a histogram."""
+    """Return the counts that one observation adds to a histogram."""
     return {field(family, *labels, bucket(seconds)): 1, field(family, *labels, "sum"): round(seconds * 1e6)}
 
 
 def accepted(instance: Instance) -> dict[str, int]:
-    """What a new record adds."""
+    """Return the counts that a new record adds."""
     return {field("restorations"): 1} if instance.restoring else {}
 
 
 def moved(old: Instance, new: Instance) -> dict[str, int]:
-    """What it adds that a record is changed: something where its load ends, which happens once.
+    """Return the counts that a change of a record adds.  Only the end of the load, which happens once, is counted.
 
-    Only loads that came to `loaded` have all of their phases, so only these are in the histograms.
+    The histograms include successful loads only, since only these have all phases.
     """
     if old.loaded_at is not None or old.state in TERMINAL:
         return {}
@@ -160,16 +160,16 @@ def moved(old: Instance, new: Instance) -> dict[str, int]:
 
 
 def died(state: RunnerState) -> dict[str, int]:
-    """What the death of a runner adds that nobody had told to end."""
+    """Return the counts that an unexpected exit of a runner adds."""
     return {field("runner_deaths", state): 1}
 
 
 class Tally:
-    """What one process has counted and Redis does not have yet.
+    """The counts of one process that are not in Redis yet.
 
-    It is handed over in numbered batches.  One that was not answered may have been added or not, so it is sent again
-    as it was before any other, and Redis adds each number of a process once.  What was not handed over when the process
-    is killed is lost: what happened within a beat.
+    They are sent in numbered batches.  A batch without a reply may or may not have been added, so it is sent again
+    unchanged before the next one, and Redis adds each batch number of a process only once.  If the process is killed,
+    the counts since its last beat are lost.
     """
 
     def __init__(self) -> None:
@@ -180,11 +180,11 @@ class Tally:
         self._handing_over = asyncio.Lock()
 
     def add(self, counts: Mapping[str, int]) -> None:
-        for name, n in counts.items():  # Counter.update takes twice as long, and every request comes here
+        for name, n in counts.items():  # twice as fast as Counter.update, and called for every request
             self._counts[name] += n
 
     async def hand_over(self, add: Add) -> None:
-        """Send what was counted.  Raises what `add` raises; then nothing is lost, and the next call goes on."""
+        """Send the counts to Redis.  Raises what `add` raises; nothing is lost then, and the next call continues."""
         async with self._handing_over:
             await self._send(add)
             self._batch, self._counts, self._number = self._counts, Counter(), self._number + 1

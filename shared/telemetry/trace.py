@@ -1,5 +1,7 @@
-"""W3C Trace Context, level 1 (https://www.w3.org/TR/trace-context-1/): which trace a request, and what comes of it,
-belongs to.  Of its two headers only `traceparent`: `tracestate` is for vendors of tracing, who may leave it out."""
+"""W3C Trace Context, level 1 (https://www.w3.org/TR/trace-context-1/): propagation of traces.
+
+Only the header `traceparent` is supported; `tracestate` is for tracing vendors and may be dropped.
+"""
 
 from __future__ import annotations
 
@@ -10,49 +12,50 @@ import msgspec
 from msgspec import Struct
 
 FORM = re.compile(r"(?P<version>[0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?P<more>-.*)?")
-SAMPLED = 0x01  # the only flag of version 00; the others are to be sent on as zero (3.2.2.5)
+SAMPLED = 0x01  # the only flag of version 00; other flags must be set to zero (3.2.2.5)
 
 
 class Trace(Struct, frozen=True):
-    """A trace, and the span in it that is at work now: to the next one, its parent."""
+    """A trace and its current span, which is the parent of the next span."""
 
     trace_id: str
     span_id: str
-    is_sampled: bool = False  # our own are not: nothing here records spans
+    is_sampled: bool = False  # traces that start here are not sampled: no spans are recorded
 
     def child(self) -> Trace:
-        """The same trace in a span of its own."""
+        """Return the same trace with a new span."""
         return msgspec.structs.replace(self, span_id=secrets.token_hex(8))
 
     @property
     def ids(self) -> dict[str, str]:
-        """What log lines carry, by OpenTelemetry's names for it ("Trace Context in non-OTLP Log Formats")."""
+        """The ids for log lines, under their OpenTelemetry names ("Trace Context in non-OTLP Log Formats")."""
         return {"trace_id": self.trace_id, "span_id": self.span_id}
 
     def __str__(self) -> str:
-        """As a `traceparent`."""
+        """Return the value of a `traceparent` header."""
         return f"00-{self.trace_id}-{self.span_id}-{SAMPLED if self.is_sampled else 0:02x}"
 
 
 def parse(traceparent: str) -> Trace | None:
-    """What a `traceparent` says; None where it is invalid.
+    """Parse a `traceparent`; return None if it is invalid.
 
-    A later version than 00 may say more at its end; what it begins with has to read the same (3.2.4).
+    Versions after 00 may append fields; the first four fields must have the same form (3.2.4).
     """
-    found = FORM.fullmatch(traceparent)
-    if found is None or found["version"] == "ff" or (found["version"] == "00" and found["more"]):
+    match = FORM.fullmatch(traceparent)
+    if match is None or match["version"] == "ff" or (match["version"] == "00" and match["more"]):
         return None
-    _, trace_id, span_id, flags, _ = found.groups()
+    _, trace_id, span_id, flags, _ = match.groups()
     if not trace_id.strip("0") or not span_id.strip("0"):  # all zeros are invalid
         return None
     return Trace(trace_id, span_id, bool(int(flags, 16) & SAMPLED))
 
 
 def begun() -> Trace:
+    """Start a new trace."""
     return Trace(secrets.token_hex(16), secrets.token_hex(8))
 
 
 def continued(traceparents: list[str]) -> Trace:
-    """A span of our own in the trace of the one who asks; in a new trace unless exactly one valid header names it."""
+    """Start a span in the trace of the request; in a new trace unless there is exactly one header, which is valid."""
     parent = parse(traceparents[0]) if len(traceparents) == 1 else None
     return parent.child() if parent else begun()

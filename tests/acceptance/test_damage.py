@@ -318,7 +318,7 @@ def crash(service: Service, model: str, signum: signal.Signals) -> None:
 def check_crash_error(found: Any) -> None:
     """Check that the error says why the load is refused, for how long, and how to force it."""
     assert found["code"] == "engine_crashed"
-    assert "crashed the engine lately" in found["message"]
+    assert "crashed the engine recently" in found["message"]
     assert '"force": true' in found["message"]
     assert found["detail"].keys() == {"retry_after_s"}
     assert 0 < found["detail"]["retry_after_s"] <= CRASH_MEMORY_S

@@ -727,7 +727,7 @@ async def test_what_was_begun_too_often_has_failed(begin: Begin) -> None:
     found = await given_up(agent, await left_loading(agent))
     assert found.state is State.FAILED
     assert found.error is not None
-    assert (found.error.code, "begun 1 times" in found.error.message) == ("worker_lost", True)
+    assert (found.error.code, "attempt 1 of 1" in found.error.message) == ("worker_lost", True)
 
 
 async def test_what_somebody_else_moved_on_meanwhile_is_his(agent: Agent) -> None:

@@ -1,13 +1,13 @@
--- Compares the revision, writes the next document, and notifies everybody.
---   id, rev, doc, epoch of the process that claimed it ('' before that)
+-- Compares the revision, writes the next document, and publishes the change.
+--   id, rev, doc, epoch of the process that claimed it ('' before)
 --   state          if it changed, else absent
 --   ended          whether that state is terminal
---   requeued_at    the worker that it is queued at from now on, if it was requeued
---   desired        true: its worker is to hold it from now on; false: not any more; absent: as before
+--   requeued_at    if it was requeued, the worker in whose queue it is now
+--   desired        true: add to the desired instances of its worker; false: remove; absent: no change
 --   retain_s       seconds
 --   counts         what to add to `tallies`
--- Returns Redis' time in microseconds, false if another writer was faster, 'stop' if a stop was requested before the
--- instance could become loaded.
+-- Returns the time of Redis in microseconds, false if another writer was faster, or 'stop' if the instance would become
+-- loaded but a stop was requested before.
 local a = cmsgpack.unpack(ARGV[1])
 local inst, log, names, insts, counters = unpack(KEYS)
 local next_rev = string.format('%d', a.rev + 1)
@@ -37,10 +37,10 @@ elseif a.state then
   redis.call('HINCRBY', counters, a.state, 1)
   if redis.call('SREM', 'queued', a.id) == 1 then
     redis.call('SREM', 'queued:' .. worker, a.id)
-    for _, pace in ipairs({'pace', 'pace:' .. worker}) do
-      redis.call('LPUSH', pace, now)
-      redis.call('LTRIM', pace, 0, 15)
-      redis.call('EXPIRE', pace, 3600)
+    for _, rate in ipairs({'pace', 'pace:' .. worker}) do
+      redis.call('LPUSH', rate, now)
+      redis.call('LTRIM', rate, 0, 15)
+      redis.call('EXPIRE', rate, 3600)
     end
   end
 end

@@ -1,4 +1,4 @@
--- Adds a batch of a process's counts to `tallies`, once.
+-- Adds a batch of counts of a process to `tallies`, unless it was added before.
 --   number (of the batch), retain_s, counts
 local a = cmsgpack.unpack(ARGV[1])
 if tonumber(redis.call('GET', KEYS[1]) or 0) >= a.number then return end

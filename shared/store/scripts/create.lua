@@ -1,12 +1,12 @@
--- Writes a queued record under a free instance id, and its delivery.
+-- Writes a queued record under a free instance id, and optionally its delivery.
 --   id, doc, worker
---   model          the key as asked: the name of the instance, or with :2, :3, ... the lowest free one
---   instance_id    the name that it must get instead, or absent
+--   model          the key in the request: the name of the instance, followed by :2, :3, ... if it is taken
+--   instance_id    the required name of the instance, or absent
 --   digest         of the request that came with an Idempotency-Key, or absent
---   worker_limit, limit   how many may be queued at the worker, and in all
---   ignore_crash   whether a model that crashed the engine recently is tried
---   restores       the id of the load under which the instance must be desired, or absent
---   entry, expires_ms     its delivery (enqueue.lua); without `entry` there is none
+--   worker_limit, limit   maximum queue length of the worker, and of the whole pool
+--   ignore_crash   whether to accept a model that crashed the engine recently
+--   restores       the id of the load for which the instance must still be desired, or absent
+--   entry, expires_ms     the delivery (enqueue.lua); absent: none
 --   retain_s       seconds
 --   counts         what to add to `tallies`
 local a = cmsgpack.unpack(ARGV[1])

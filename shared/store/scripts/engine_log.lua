@@ -1,5 +1,5 @@
--- Keeps what the engine logged in a load with its record, unless that is another worker's by now.  Of the loads that
--- have ended, the last `kept` ones keep it.
+-- Stores the engine's log of a load with its record, unless the load belongs to another worker meanwhile.  Deletes the
+-- oldest log of an ended load if there are more than `kept`.
 --   id, text, worker, kept, retain_s
 local a = cmsgpack.unpack(ARGV[1])
 local inst, logs, insts = unpack(KEYS)

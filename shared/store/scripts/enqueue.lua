@@ -1,6 +1,6 @@
 -- Prepended to create.lua and deliver.lua: writes an entry in arq's format into a worker's queue and wakes the worker.
--- ArqRedis.enqueue_job (arq 0.28, arq/connections.py) does the same in three round trips, because it first checks
--- whether the id is taken.  An id here is taken only by an entry that says the same.
+-- ArqRedis.enqueue_job (arq 0.28, arq/connections.py) needs three round trips for this, because it first checks whether
+-- the id exists.  Here, an existing entry with the same id has the same content.
 --   worker, id of the entry, entry, ms after which the entry expires, seconds after which an idle queue expires
 local function enqueue(worker, id, entry, expires_ms, retain_s)
   local queue, now = 'arq:queue:' .. worker, redis.call('TIME')

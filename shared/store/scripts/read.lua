@@ -1,6 +1,6 @@
--- Reads the same fields of many records.
+-- Reads the requested fields of each record.
 --   fields, ids
 local a = cmsgpack.unpack(ARGV[1])
-local found = {}
-for i, id in ipairs(a.ids) do found[i] = redis.call('HMGET', 'inst:' .. id, unpack(a.fields)) end
-return found
+local rows = {}
+for i, id in ipairs(a.ids) do rows[i] = redis.call('HMGET', 'inst:' .. id, unpack(a.fields)) end
+return rows

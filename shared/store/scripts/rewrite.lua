@@ -1,5 +1,5 @@
--- Writes the record of a loaded instance again if Redis lost it or its last revisions.  What it lost may be that this
--- worker took it from the queue, perhaps another worker's.
+-- Writes the record of a loaded instance again if Redis lost the record or its last revisions.  The lost revisions may
+-- include the claim by this worker, even a move from the queue of another worker.
 --   id, instance_id, rev, worker, at (creation, microseconds, as text), doc, epoch, retain_s
 local a = cmsgpack.unpack(ARGV[1])
 local inst, log, names, insts = unpack(KEYS)

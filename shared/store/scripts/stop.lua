@@ -1,7 +1,7 @@
 -- Requests that an instance be stopped.
 --   id
---   unless_loaded   whether a load that is over stays as it is
--- Returns the state in which the request found it, false if there is no such record.
+--   unless_loaded   do nothing if the load has ended
+-- Returns the current state, false if there is no such record.
 local a = cmsgpack.unpack(ARGV[1])
 local held = redis.call('HMGET', KEYS[1], 'worker', 'state')
 if not held[1] then return false end

@@ -1,9 +1,9 @@
--- Reads of each worker its lease, its snapshot, and how many ms are left of the lease.
+-- Reads the lease, the snapshot and the remaining time of the lease (ms) of each worker.
 --   names
 local a = cmsgpack.unpack(ARGV[1])
-local found = {}
+local rows = {}
 for i, name in ipairs(a.names) do
   local lease = 'lease:' .. name
-  found[i] = {redis.call('GET', lease), redis.call('GET', 'worker:' .. name), redis.call('PTTL', lease)}
+  rows[i] = {redis.call('GET', lease), redis.call('GET', 'worker:' .. name), redis.call('PTTL', lease)}
 end
-return found
+return rows
