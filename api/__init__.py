@@ -1,1 +1,1 @@
-"""The HTTP edge: decodes requests, hands loads to workers, follows them."""
+"""The HTTP API: decodes requests, assigns loads to workers, and follows the loads."""

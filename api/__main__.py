@@ -1,7 +1,7 @@
-"""`python -m api --fd N`: one API process on a listening socket that it inherits.
+"""`python -m api --fd N`: runs one API process on an inherited listening socket.
 
-Told to stop, it drains (`Server`): a balancer sees `/readyz` fail before anything else does, and whoever waits gets a
-last while.
+After a stop signal, the process drains (`Server`): `/readyz` fails first, so that load balancers stop sending requests,
+while waiting clients get more time.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from shared.heartbeat import heartbeat
 from shared.settings import SettingsError, check_exposure, from_environ, redis_url
 from shared.telemetry import log
 
-GRACE_S = 2  # for replies that are being written when the drain ends
-TICKS = 10  # of uvicorn, in a second
+GRACE_S = 2  # for replies that are still being sent when the drain ends
+TICKS = 10  # per second, of uvicorn
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which drains before it stops, and calls `beat` each second.
+    """A uvicorn server that drains before it stops, and calls `beat` every second.
 
-    The first signal sets `draining`.  It answers on for `drain_s[0]` seconds, and while requests are under way for up
-    to `drain_s[1]`; then it sets `closing` and stops.  A second signal does that at once.
+    The first signal sets `draining`.  The server then continues for `drain_s[0]` seconds or, as long as requests are in
+    progress, for up to `drain_s[1]` seconds; then it sets `closing` and stops.  A second signal ends the drain at once.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.draining, self.closing = draining, closing
         self.drain_s, self.beat = drain_s, beat
-        self.told_at = 0.0
+        self.stop_signal_at = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not uvicorn's, which stops at once, and dies of the signal in the end."""
+        """Start the drain.  uvicorn's own handler stops at once, and raises the signal again in the end."""
         if self.draining.is_set():
             self.force_exit = True
         else:
-            self.told_at = time.monotonic()
+            self.stop_signal_at = time.monotonic()
             self.draining.set()
 
     async def on_tick(self, counter: int) -> bool:
@@ -61,29 +61,29 @@ class Server(uvicorn.Server):
         if self.draining.is_set() and self._is_drained():
             self.closing.set()
             self.should_exit = True
-        if self.lifespan.error_occurred:  # what follows, refreshes and sweeps is dead: another process will do it
+        if self.lifespan.error_occurred:  # the background tasks have failed: exit, to be restarted
             self.closing.set()
             return True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """In a hurry uvicorn would leave the lifespan to be cancelled, which it then logs as a fault."""
+        """Also end the lifespan after a forced exit: uvicorn would cancel it and log an error."""
         await super().shutdown(sockets)
         if self.force_exit:
             await self.lifespan.shutdown()
 
     def _is_drained(self) -> bool:
         least_s, most_s = self.drain_s
-        so_far_s = time.monotonic() - self.told_at
-        under_way = bool(self.server_state.tasks)
-        return self.force_exit or so_far_s >= (most_s if under_way else least_s)
+        elapsed_s = time.monotonic() - self.stop_signal_at
+        is_busy = bool(self.server_state.tasks)
+        return self.force_exit or elapsed_s >= (most_s if is_busy else least_s)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m api")
-    parser.add_argument("--fd", type=int, required=True, help="the listening socket")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the listening socket")
     parser.add_argument("--drain", type=float, nargs=2, default=(0.0, 0.0), metavar=("LEAST", "MOST"), help="seconds")
-    parser.add_argument("--beat-fd", type=int, help="where the supervisor hears that we live")
+    parser.add_argument("--beat-fd", type=int, help="file descriptor for heartbeats to the supervisor")
     arguments = parser.parse_args()
     listening = socket.socket(fileno=arguments.fd)
     beat = heartbeat(arguments.beat_fd)
@@ -109,10 +109,10 @@ def server_config(app: Starlette) -> uvicorn.Config:
         ws="none",
         lifespan="on",
         access_log=False,
-        reset_contextvars=True,  # what a request's lines carry is not on those of the next on its connection
+        reset_contextvars=True,  # do not carry log context over to the next request of a connection
         log_config=None,
         server_header=False,
-        timeout_keep_alive=75,  # clients keep connections; 5 s, uvicorn's default, would cut them between two calls
+        timeout_keep_alive=75,  # uvicorn's default of 5 s would close connections that clients keep
         timeout_graceful_shutdown=GRACE_S,
     )
 

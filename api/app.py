@@ -1,4 +1,4 @@
-"""The application as a value: routes, error handlers, middleware and one lifespan."""
+"""The Starlette application: routes, error handlers, middleware and lifespan."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ from shared.telemetry.tally import Tally
 
 
 class Traced:
-    """Middleware: every request is a span of its client's trace, or else of a new one; each line about it says which,
-    also uvicorn's of a fault, for which it stays bound."""
+    """Middleware: starts a span for every request, in the trace of the client or in a new one.
+
+    All log lines of the request carry the ids.  They stay bound, because uvicorn logs an exception afterwards.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -48,7 +50,7 @@ class Traced:
 
 
 class LastReplies:
-    """Middleware: once `draining` is set, every reply ends its connection, so that the next request goes elsewhere."""
+    """Middleware: once `draining` is set, closes connections after the reply, so that clients reconnect elsewhere."""
 
     def __init__(self, app: ASGIApp, draining: asyncio.Event) -> None:
         self.app = app
@@ -64,8 +66,11 @@ class LastReplies:
 
 
 def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Event | None = None) -> Starlette:
-    """`draining` is set when the process is told to stop: it takes no more loads from then on, and answers the rest.
-    `closing` is set when that comes to its end: waiting replies then end at once."""
+    """Create the application.
+
+    `draining` is set after a stop signal: new loads are refused from then on, other requests are served.  `closing` is
+    set at the end of the drain: replies that wait for something end at once.
+    """
     draining = draining or asyncio.Event()
     tally = Tally()
 
@@ -108,11 +113,11 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
 
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     middleware = [Middleware(Auth, read_tokens(settings), is_loopback(settings.host))]
-    if origins:  # outermost: a browser's preflight carries no token
+    if origins:  # outside of Auth: preflight requests of browsers carry no token
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
     middleware[:0] = [Middleware(Traced), Middleware(Requests, tally), Middleware(LastReplies, draining)]
     app = Starlette(routes=ROUTES, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
-    app.router.redirect_slashes = False  # an unknown path is an error, in our shape
+    app.router.redirect_slashes = False  # an unknown path is an error, not a redirect
     return app

@@ -1,4 +1,4 @@
-"""Who may call: bearer tokens where they are configured, else only this machine."""
+"""Authentication: bearer tokens if any are configured, otherwise a check of the Host header."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ OPEN_PATHS = frozenset({paths.HEALTHZ, paths.READYZ})
 
 
 class Auth:
-    """Middleware.  With tokens: everything but health needs one.  Without, and listening on loopback only: the Host
-    header must name loopback, since a web page can make a browser send requests here under its own name (DNS
-    rebinding).  Tokens are compared as digests in constant time and never logged.
+    """Middleware that refuses requests without authorization.
+
+    If tokens are configured, all paths except the health checks require one.  Tokens are compared as digests in
+    constant time and never logged.  Without tokens, and if the API listens on loopback only, the Host header must name
+    loopback: otherwise a web page could make a browser send requests under the name of its own site (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, tokens: frozenset[bytes], loopback: bool) -> None:
@@ -40,7 +42,8 @@ class Auth:
             headers = Headers(scope=scope)
             if self.check_host and not _names_loopback(headers.get("host", "")):
                 error = ForbiddenHost(
-                    "The Host header must name this machine (127.0.0.1 or localhost), or set a token."
+                    "The Host header must be a loopback name, such as localhost or 127.0.0.1. "
+                    "To allow other names, configure API tokens."
                 )
                 await reply(error)(scope, receive, send)
                 return
@@ -54,13 +57,13 @@ class Auth:
     def _refusal(self, authorization: str | None) -> str | None:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            return "A token is required: send it as 'Authorization: Bearer TOKEN'."
+            return "A bearer token is required: send the header 'Authorization: Bearer TOKEN'."
         digest = hashlib.sha256(token.strip().encode("latin-1")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self.digests]
-        return None if any(matches) else "The token is not one that this server knows."
+        return None if any(matches) else "The bearer token is invalid."
 
 
-@lru_cache(maxsize=256)  # clients send the same few
+@lru_cache(maxsize=256)  # clients send few different ones
 def _names_loopback(host: str) -> bool:
     try:
         return is_loopback(urlsplit(f"//{host}").hostname or "")

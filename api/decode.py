@@ -1,4 +1,4 @@
-"""A request's body becomes a typed value once, here, or one of the declared errors."""
+"""Decodes request bodies into typed values, or raises the declared errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T", bound=Struct)
 
 
 async def read_body(request: Request[Any]) -> bytes:
-    """The body of a JSON request.  Raises UnsupportedMediaType and BodyTooLarge, the latter without reading on."""
+    """Return the body of a JSON request.  Raises UnsupportedMediaType, and BodyTooLarge without reading the rest."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise UnsupportedMediaType(f"Content-Type must be application/json, not '{media_type}'.")
@@ -35,41 +35,41 @@ async def read_body(request: Request[Any]) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"The body is longer than {MAX_BODY_BYTES:,} bytes.")
+            raise BodyTooLarge(f"The body exceeds the limit of {MAX_BODY_BYTES:,} bytes.")
     return bytes(body)
 
 
 def decode(body: bytes, kind: type[T], missing: str) -> T:
-    """Turn JSON into `kind`, refusing in the contract's order: not JSON, not an object, a missing field, unknown keys
-    (all of them), wrong types, wrong values.
+    """Decode JSON into a struct.
 
-    `missing` is the sentence for a missing field, with `{}` for its name.  A float that is a whole number is taken
-    for an integer where one is expected, as JavaScript writes them.
+    Problems are reported in this order: not JSON, not an object, missing field, unknown keys (all of them), wrong type,
+    invalid value.  `missing` is the message for a missing field, with `{}` for its name.  A float without a fraction is
+    accepted as an integer, because JavaScript clients send these.
     """
     try:
-        found = msgspec.json.decode(body)
+        value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise InvalidJSON(f"The body is not valid JSON: {str(e).removeprefix('JSON is malformed: ')}.") from None
     except RecursionError:
         raise InvalidJSON("The body is not valid JSON: it is nested too deeply.") from None
-    if not isinstance(found, dict):
-        raise InvalidType(f"The body must be a JSON object, not {_name(found)}.")
+    if not isinstance(value, dict):
+        raise InvalidType(f"The body must be a JSON object, not {_name(value)}.")
     for name, field in _fields(kind).items():
-        if field.required and name not in found:
+        if field.required and name not in value:
             raise MissingParameter(missing.format(name), param=name)
-    if unknown := _unknown(found, kind, ""):
+    if unknown := _unknown(value, kind, ""):
         raise UnrecognizedKeys("Unrecognized key(s) in object: " + ", ".join(f"'{key}'" for key in unknown))
     out_of_range: list[InvalidValue] = []
-    made = _made(found, kind, "", out_of_range)
+    made = _made(value, kind, "", out_of_range)
     if out_of_range:
         raise out_of_range[0]
     return made
 
 
-def _unknown(found: dict[str, Any], kind: type[Struct], prefix: str) -> list[str]:
-    """The keys that nobody reads, those of objects inside with the path to them."""
+def _unknown(values: dict[str, Any], kind: type[Struct], prefix: str) -> list[str]:
+    """Return the unknown keys; those of nested objects are prefixed with their path."""
     fields, keys = _fields(kind), []
-    for key, value in found.items():
+    for key, value in values.items():
         if key not in fields:
             keys.append(prefix + key)
         elif (inner := _inner(fields[key].type)) is not None and isinstance(value, dict):
@@ -77,10 +77,10 @@ def _unknown(found: dict[str, Any], kind: type[Struct], prefix: str) -> list[str
     return keys
 
 
-def _made(found: dict[str, Any], kind: type[T], prefix: str, out_of_range: list[InvalidValue]) -> T:
-    """Raises InvalidType; what is out of range is only noted, since a wrong type comes first."""
+def _made(raw: dict[str, Any], kind: type[T], prefix: str, out_of_range: list[InvalidValue]) -> T:
+    """Convert to a struct.  Raises InvalidType; collects invalid values, since wrong types are reported first."""
     fields, values = _fields(kind), {}
-    for key, value in found.items():
+    for key, value in raw.items():
         name = prefix + key
         if (inner := _inner(fields[key].type)) is not None and isinstance(value, dict):
             values[key] = _made(value, inner, f"{name}.", out_of_range)
@@ -90,16 +90,16 @@ def _made(found: dict[str, Any], kind: type[T], prefix: str, out_of_range: list[
         except msgspec.ValidationError as e:
             if ", got " in str(e):
                 raise InvalidType(f"'{name}': {_plain(e)}.", param=name) from None
-            said = _plain(e)
-            if said.startswith("Invalid enum value"):
-                said = f"expected one of {', '.join(map(repr, _choices(fields[key].type)))}"
-            out_of_range.append(InvalidValue(f"'{name}': {said}, got {value!r}.", param=name))
+            problem = _plain(e)
+            if problem.startswith("Invalid enum value"):
+                problem = f"expected one of {', '.join(map(repr, _choices(fields[key].type)))}"
+            out_of_range.append(InvalidValue(f"'{name}': {problem}, got {value!r}.", param=name))
     return kind(**values)
 
 
 @cache
 def _fields(kind: type[Struct]) -> dict[str, msgspec.structs.FieldInfo]:
-    """Kept, since msgspec evaluates the type hints anew each time: 80 us for a load."""
+    """Return the fields by name.  Cached: msgspec evaluates the type hints each time, which takes 80 us for a load."""
     return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
@@ -110,12 +110,12 @@ def _inner(kind: Any) -> type[Struct] | None:
 
 
 def _choices(kind: Any) -> list[str]:
-    """Return the words that a field may hold."""
+    """Return the string literals that a field may hold."""
     return [word for one in _members(kind) if get_origin(one) is Literal for word in get_args(one)]
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """Return the members of a field's union, or the type itself if it is none; without the field's description."""
+    """Return the members of a field's union, or the type itself, without the description of the field."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
@@ -131,13 +131,13 @@ def _convert(value: Any, kind: Any) -> Any:
 
 
 def _plain(error: msgspec.ValidationError) -> str:
-    """msgspec's "Expected `int`, got `str`" in JSON's words."""
+    """Translate a msgspec message, such as "Expected `int`, got `str`", into JSON terms."""
     text = str(error).partition(" - at ")[0]
     return re.sub(r"`([^`]*)`", lambda types: _in_json(types[1]), text).replace("Expected", "expected")
 
 
 def _in_json(types: str) -> str:
-    """msgspec's "float | str"."""
+    """Translate a msgspec type expression, such as "float | str", into JSON terms."""
     names = {"int": "integer", "str": "string", "bool": "boolean", "float": "number"}
     return " or ".join(names.get(name, name) for name in types.split(" | "))
 

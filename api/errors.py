@@ -1,4 +1,4 @@
-"""Errors become HTTP here and nowhere else."""
+"""Translates errors into HTTP replies.  No other module does this."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailabl
 from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
 
-# One row for each `type`, and one for each `type/code` that differs from it.
+# One entry per `type`, and one for each `type/code` with a different status.
 STATUS: dict[str, int] = {
     "invalid_request": 400,
     "invalid_request/invalid_api_key": 401,
@@ -58,7 +58,7 @@ def reply(error: ServiceError, headers: dict[str, str] | None = None) -> Respons
 
 
 async def on_service_error(request: Request, exc: Exception) -> Response:
-    """One line of it where a load was asked for: what a client could not have."""
+    """Reply with the error.  The refusal of a load is also logged, in one line."""
     assert isinstance(exc, ServiceError)
     if request.method == "POST" and request.url.path == paths.LOAD:
         body = exc.body()
@@ -68,26 +68,28 @@ async def on_service_error(request: Request, exc: Exception) -> Response:
 
 
 async def on_http_exception(request: Request, exc: Exception) -> Response:
-    """Starlette's own 404 and 405, in our shape; a 405 names the methods of every route of the path."""
+    """Reply to Starlette's 404 and 405 in the common form.  A 405 names the methods of all routes with this path."""
     assert isinstance(exc, HTTPException)
-    sentence = f"Unexpected endpoint or method. ({request.method} {request.url.path})"
+    message = f"Unexpected endpoint or method. ({request.method} {request.url.path})"
     if exc.status_code != 405:
-        return reply(NotFound(sentence))
+        return reply(NotFound(message))
     routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
     allowed = sorted({method for route in routes for method in route.methods})
-    return reply(MethodNotAllowed(sentence), {"Allow": ", ".join(allowed)})
+    return reply(MethodNotAllowed(message), {"Allow": ", ".join(allowed)})
 
 
 async def on_unavailable(request: Request, exc: Exception) -> Response:
-    """Redis did not answer.  What was asked for may have been done all the same: for a load that is to be sent again
-    there are idempotency keys."""
+    """Reply that Redis did not answer.
+
+    The request may have taken effect nevertheless; idempotency keys make it safe to send a load again.
+    """
     log.get("api").warning("redis unavailable", action="redis_unavailable", error=str(exc), path=request.url.path)
-    return reply(QueueUnavailable("The queue (Redis) does not answer. Try again shortly."))
+    return reply(QueueUnavailable("The queue (Redis) is unavailable. Try again shortly."))
 
 
 async def on_unexpected(request: Request, exc: Exception) -> Response:
-    """A fault of ours: the client learns that much, the log the rest (Starlette raises it again)."""
-    return reply(ServiceError("Internal error. The server's log says more."))
+    """Reply to an unexpected exception without its details; Starlette raises it again, so that it is logged."""
+    return reply(ServiceError("Internal error. See the server log for details."))
 
 
 HANDLERS: dict[Any, Any] = {

@@ -1,4 +1,4 @@
-"""The replies that this process holds open while their loads are under way."""
+"""A limit on the replies that this process holds open during loads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from shared.errors import TooManyWaiting
 
 
 class OpenReplies:
-    """Limits how many replies are open at once: each costs a connection.
+    """Limits the number of replies that are open at the same time, since each occupies a connection.
 
-    A request over the limit is refused before anything is accepted.
+    A request beyond the limit is refused before its load is accepted.
     """
 
     def __init__(self, limit: int) -> None:
@@ -20,11 +20,11 @@ class OpenReplies:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """Hold one place.  Raises TooManyWaiting."""
+        """Occupy one place.  Raises TooManyWaiting."""
         if self.count >= self.limit:
             raise TooManyWaiting(
-                f"{self.limit} requests wait here for loads, and no more may. Send 'Prefer: respond-async' and poll, "
-                "or try again shortly."
+                f"Too many open replies (limit: {self.limit}). Send 'Prefer: respond-async' and poll the job, or try "
+                "again shortly."
             )
         self.count += 1
         try:

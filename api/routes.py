@@ -1,4 +1,4 @@
-"""The routes: each decodes, calls one use case, and encodes."""
+"""The routes.  Each one decodes the request, calls one use case, and encodes the reply."""
 
 from __future__ import annotations
 
@@ -46,13 +46,16 @@ T = TypeVar("T")
 
 
 async def load(request: Request[State]) -> Response:
-    """Three ways to follow it: an event stream, a job to poll, or a reply when it is over; the last may become a job
-    when the client's patience ends."""
-    wanted = decode(await read_body(request), LoadRequest, '"{}" is required')
+    """Load a model.
+
+    Replies with an event stream, with a job to poll, or with the result once the load has ended.  If the client limits
+    the wait for the result, it gets the job at that time.
+    """
+    body = decode(await read_body(request), LoadRequest, '"{}" is required')
     key = idempotency_key(request.headers.getlist("idempotency-key"))
     if request.state["draining"].is_set():
-        raise QueueUnavailable("This server is shutting down and takes no more loads. Try again shortly.")
-    submit = partial(request.state["intake"].submit, wanted, key, request.state["traceparent"])
+        raise QueueUnavailable("The server is shutting down and accepts no new loads. Try again shortly.")
+    submit = partial(request.state["intake"].submit, body, key, request.state["traceparent"])
     if accepts_events(request.headers.getlist("accept")):
         return await _stream(request, submit, FIRST)
     prefer = preference(request.headers.getlist("prefer"))
@@ -73,19 +76,19 @@ async def load(request: Request[State]) -> Response:
 
 
 async def estimate(request: Request[State]) -> Response:
-    wanted = decode(await read_body(request), LoadRequest, '"{}" is required')
-    return _json(await estimated(wanted, request.state["roster"], request.state["queue"]))
+    body = decode(await read_body(request), LoadRequest, '"{}" is required')
+    return _json(await estimated(body, request.state["roster"], request.state["queue"]))
 
 
 async def jobs(request: Request[State]) -> Response:
     status = one_of(request.query_params, "status", get_args(JobStatus))
     limit = whole_number(request.query_params, "limit", default=USUAL_JOBS, lowest=1, highest=MOST_JOBS)
-    found = await request.state["records"].newest(status, limit)
-    return _json(JobList(jobs=[job(instance) for instance in found]))
+    records = await request.state["records"].newest(status, limit)
+    return _json(JobList(jobs=[job(instance) for instance in records]))
 
 
 async def one_job(request: Request[State]) -> Response:
-    """The job as it is, or once it is over and at the latest after `wait` seconds."""
+    """Return the job; with `wait`, once the load has ended or after that many seconds."""
     wait_s = whole_number(request.query_params, "wait", default=0, lowest=0, highest=LONGEST_WAIT_S)
     records = request.state["records"]
     instance = await records.get(_job_id(request))
@@ -112,9 +115,9 @@ async def job_logs(request: Request[State]) -> Response:
 
 
 async def unload(request: Request[State]) -> Response:
-    wanted = decode(await read_body(request), UnloadRequest, "Missing required field '{}'")
-    await waited_for(request, request.state["stopper"].unload(wanted.instance_id))
-    return _json(UnloadResult(instance_id=wanted.instance_id))
+    body = decode(await read_body(request), UnloadRequest, "Missing required field '{}'")
+    await waited_for(request, request.state["stopper"].unload(body.instance_id))
+    return _json(UnloadResult(instance_id=body.instance_id))
 
 
 async def models(request: Request[State]) -> Response:
@@ -130,8 +133,10 @@ async def healthz(request: Request[State]) -> Response:
 
 
 async def readyz(request: Request[State]) -> Response:
-    """200 if Redis answers and a worker holds a lease: then a load can be accepted and carried out; 503 as soon as
-    this process is told to stop."""
+    """Reply with 200 if Redis answers and a worker holds a lease, so that loads can be accepted and carried out.
+
+    Replies with 503 otherwise, and from the stop signal on.
+    """
     try:
         missing = "" if any(w.epoch for w in await request.state["workers"].all()) else "no worker holds a lease\n"
     except UNAVAILABLE:
@@ -144,11 +149,11 @@ async def readyz(request: Request[State]) -> Response:
 
 
 async def metrics(request: Request[State]) -> Response:
-    """200 also without Redis."""
+    """Reply with the metrics, with status 200 also without Redis."""
     return Response(await scraped(request.state["counters"], request.state["tally"]), media_type=CONTENT_TYPE)
 
 
-ROUTES = [  # they are tried in order: what is asked most comes first
+ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.JOB, one_job, methods=["GET"]),
     Route(paths.MODELS, models, methods=["GET"]),
     Route(paths.LOAD, load, methods=["POST"]),
@@ -168,7 +173,7 @@ ROUTES = [  # they are tried in order: what is asked most comes first
 
 
 def _job_id(request: Request[State]) -> str:
-    """The id in the path.  Raises JobNotFound for what can be none: it would name another key in Redis."""
+    """Return the id in the path.  Raises JobNotFound if it is malformed: it could name another key in Redis."""
     job_id: str = request.path_params["job_id"]
     if not re.fullmatch(r"load_[0-9a-f]{32}", job_id):
         raise JobNotFound(f"Job '{job_id}' not found.", param="job_id")
@@ -180,8 +185,11 @@ def _place(request: Request[State]) -> AbstractContextManager[None]:
 
 
 async def _stream(request: Request[State], find: Callable[[], Awaitable[Instance]], after: str) -> Response:
-    """The events of a load since entry `after`; 204, which tells a browser to stop coming back, if there are none
-    any more.  What `find` refuses is a plain error."""
+    """Reply with the events of a load after entry `after`.
+
+    If there are no more events, replies with 204, after which browsers do not reconnect.  An error of `find` becomes an
+    ordinary error reply.
+    """
     follower, closing = request.state["follower"], request.state["closing"]
     with ExitStack() as undo:
         undo.enter_context(_place(request))
@@ -199,13 +207,15 @@ def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
 
 
 async def waited_for(request: Request[State], work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, unless the client goes away or this process ends: then only the waiting ends, since
-    a load belongs to its worker.  Raises what `work` raises, and QueueUnavailable."""
+    """Return the result of `work`; stop waiting if the client disconnects or this process closes.
+
+    The load itself goes on, since its worker runs it.  Raises what `work` raises, and QueueUnavailable.
+    """
     async with racing(work, request.state["closing"].wait(), _gone(request)) as (working, closing, gone):
         await first((working, closing, gone))
         if working.done():
             return working.result()
-        raise QueueUnavailable("This server is shutting down; what was accepted goes on without it.")
+        raise QueueUnavailable("The server is shutting down. Work that it has accepted continues.")
 
 
 async def _gone(request: Request[State]) -> None:
@@ -214,7 +224,7 @@ async def _gone(request: Request[State]) -> None:
 
 
 def server_timing(instance: Instance) -> str:
-    """W3C Server-Timing: the job's phases in milliseconds, and their sum."""
+    """Return the value of a Server-Timing header (W3C): the phases of the job in milliseconds, and their sum."""
     return ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in job(instance).timing.items())
 
 

@@ -1,4 +1,4 @@
-"""One read for many callers."""
+"""Sharing of reads between concurrent callers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ V = TypeVar("V")
 class SingleFlight(Generic[K, V]):
     """Coalesces concurrent reads.
 
-    A caller gets a read that started after its call; callers that arrive during a read share the next one.  One
-    command to Redis costs this process as much as half a request.
+    A caller gets a read that started after its call; callers that arrive during a read share the next one.  A command
+    to Redis costs this process half as much as serving a request.
     """
 
     def __init__(self, read: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]]) -> None:
@@ -31,7 +31,7 @@ class SingleFlight(Generic[K, V]):
             self._next = asyncio.create_task(self._read_after(self._current))
             # Retrieves the exception of a read whose callers have all gone: asyncio would report it otherwise.
             self._next.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return (await asyncio.shield(self._next))[key]  # a cancelled caller must not cancel the read of the others
+        return (await asyncio.shield(self._next))[key]  # a cancelled caller must not cancel the shared read
 
     async def _read_after(self, previous: asyncio.Task[Mapping[K, V]] | None) -> Mapping[K, V]:
         if previous is not None and not previous.done():

@@ -1,4 +1,4 @@
-"""What the routes work with."""
+"""The state that routes use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.telemetry.tally import Tally
 
 
 class State(TypedDict):
-    """The state of a `Request[State]`: what the lifespan of the process yields, and what middleware adds."""
+    """The state of a `Request[State]`: the objects that the lifespan yields, and the additions of middleware."""
 
     intake: Intake
     records: Records

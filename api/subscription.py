@@ -1,4 +1,4 @@
-"""Subscriptions to the channels of Redis."""
+"""Durable subscriptions to Redis channels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from shared.store.connection import UNAVAILABLE, Listen
 from shared.telemetry import log
 
-PAUSE_S = 0.2  # before a broken subscription is made again
+PAUSE_S = 0.2  # before a broken subscription is renewed
 
 
 async def subscribed(listen: Listen, channel: str, on_message: Callable[[bytes], None]) -> None:
-    """Call `on_message` with each message of a channel, and with b"" whenever the subscription stands (again).
+    """Call `on_message` with each message of a channel, and with b"" whenever the subscription is (re-)established.
 
-    Messages sent while it is broken are lost.  Ends only by cancellation.
+    Messages that are sent while it is broken are lost.  Runs until cancelled.
     """
     while True:
         try:

@@ -1,1 +1,1 @@
-"""Loads as clients see them: accepted, followed, streamed, stopped."""
+"""The loads of clients: accepting, following, streaming and stopping them."""

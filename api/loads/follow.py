@@ -1,4 +1,4 @@
-"""Following the log of an instance, and waiting for the outcome of a load."""
+"""Follows the log of an instance, and waits for the outcome of a load."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from shared.store.instances import HISTORY_N, Instances
 from shared.store.keys import NEWS
 
 RECHECK_S = 1.0
-RECORD_LOST = "Redis lost the record of this load. Ask for the model list, then try again."
-NO_OUTCOME = "The log of this load ended without an outcome."
-AWAY = -1  # no record has this revision
+RECORD_LOST = "Redis lost the record of this load. Check the list of models before you try again."
+NO_OUTCOME = "The log of this load ended without a result."
+AWAY = -1  # not a revision of any record
 
 
 class ReportedFailure(ServiceError):
-    """A failure that a worker has described: its body is that of the record."""
+    """A failure that a worker reported.  Its body is that of the record."""
 
     def __init__(self, body: ErrorBody) -> None:
         super().__init__(body.message)
@@ -38,8 +38,9 @@ class ReportedFailure(ServiceError):
 
 
 class Follower:
-    """Follows records for one API process: one subscription wakes all who wait, one recheck a second finds what it
-    missed.
+    """Follows records for one API process.
+
+    One subscription wakes all waiting callers; a recheck every second finds changes that the subscription missed.
 
     Every method but `run` raises what UNAVAILABLE lists if Redis does not answer.
     """
@@ -56,15 +57,15 @@ class Follower:
         return self._bells.keys()
 
     async def run(self) -> None:
-        """Keep the subscription and the recheck going; ends only by cancellation."""
+        """Run the subscription and the recheck until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(subscribed(self._listen, NEWS, lambda data: self._ring(data.decode())))
             group.create_task(self._recheck())
 
     async def follow(self, instance: Instance, after: str = "0") -> AsyncGenerator[tuple[str, Instance], None]:
-        """Yield every revision of a record since entry `after` of its log, with its entry, up to the terminal one.
+        """Yield each revision of a record after entry `after` of its log, with its entry id, up to the terminal one.
 
-        To be used within `aclosing`.  Raises QueueUnavailable if the record is gone from Redis.
+        Use within `aclosing`.  Raises QueueUnavailable if Redis has lost the record.
         """
         last = after
         with self._bell(instance.id) as bell:
@@ -85,27 +86,29 @@ class Follower:
                 if len(history) < HISTORY_N:
                     await bell.wait()
 
-    async def until(self, id_: str, is_wanted: Callable[[Instance], bool]) -> Instance:
-        """Return the first revision of a record, from its present one on, that is as wanted.
+    async def until(self, id_: str, predicate: Callable[[Instance], bool]) -> Instance:
+        """Return the first revision that satisfies `predicate`, from the current revision on.
 
-        Raises QueueUnavailable if the record is gone from Redis, or ended otherwise.
+        Raises QueueUnavailable if Redis has lost the record, or if the log ends before.
         """
-        last = await self._instances.last_entry(id_)  # before the record: what the log holds up to it is in that
+        last = await self._instances.last_entry(
+            id_
+        )  # read before the record, which includes all entries up to this one
         record = await self._instances.get(id_)
         if record is None:
             raise QueueUnavailable(RECORD_LOST)
-        if is_wanted(record):
+        if predicate(record):
             return record
         async with aclosing(self.follow(record, last)) as revisions:
             async for _, revision in revisions:
-                if is_wanted(revision):
+                if predicate(revision):
                     return revision
         raise QueueUnavailable(NO_OUTCOME)
 
     async def loaded(self, instance: Instance) -> Instance:
-        """Follow a load to its end; return its record at `loaded`.
+        """Follow a load until it is loaded; return that revision.
 
-        Raises ReportedFailure for any other end, and QueueUnavailable if the record is gone from Redis.
+        Raises ReportedFailure if the load fails or is cancelled, and QueueUnavailable if Redis has lost the record.
         """
         async with aclosing(self.follow(instance)) as revisions:
             async for _, revision in revisions:
@@ -116,12 +119,12 @@ class Follower:
         raise QueueUnavailable(NO_OUTCOME)
 
     async def resumed(self, instance: Instance, after: str) -> str | None:
-        """Return the entry of a load's log after which its events go on for a client that saw `after` last.
+        """Return the log entry after which to resume the events for a client that received `after` last.
 
-        None if the client has seen them all.
+        None if the client has received all events.
         """
         if after == FIRST or is_after(after, await self._instances.last_entry(instance.id)):
-            return FIRST  # what the client saw was of another load, or of none
+            return FIRST  # `after` is not an entry of this log
         if is_over(instance):
             left = await self._instances.history(instance, after)
             if all(event(revision) is None for _, revision in left):
@@ -129,15 +132,15 @@ class Follower:
         return after
 
     async def _read(self, instance: Instance, after: str) -> list[tuple[str, Instance]]:
-        """Return the revisions since `after`, read once for all callers that want the same before the read begins.
+        """Return the revisions after `after`.  Callers that arrive before the read starts share it.
 
-        Hundreds of followers are woken together, and each would decode the same reply of Redis.
+        A change may wake hundreds of followers, each of which would otherwise decode the same reply of Redis.
         """
         key = (instance.id, after)
         if (reading := self._readings.get(key)) is None:
 
             async def read() -> list[tuple[str, Instance]]:
-                del self._readings[key]  # a caller from now on may have been woken by something newer
+                del self._readings[key]  # later callers may have been woken by a newer change
                 return await self._instances.history(instance, after)
 
             reading = self._readings[key] = asyncio.ensure_future(read())
@@ -161,9 +164,9 @@ class Follower:
             bell.set()
 
     async def _recheck(self) -> None:
-        """Ring for the records that changed without a notification.
+        """Wake the followers of records that changed without a notification.
 
-        While Redis does not answer, ring for all: their next read fails, and their clients learn of it.
+        While Redis does not answer, wake all followers: their next read raises the error, which their clients get.
         """
         seen: dict[str, int | None] = {}
         while True:
@@ -175,15 +178,15 @@ class Follower:
             except UNAVAILABLE:
                 now = dict.fromkeys(ids, AWAY)
             for id_, rev in now.items():
-                if rev in (None, AWAY) or seen.get(id_) != rev:  # the first look: it may have changed before
+                if rev in (None, AWAY) or seen.get(id_) != rev:  # also at the first check: it may have changed before
                     self._ring(id_)
             seen = now
 
 
 async def settled(follower: Follower, records: Records, instance: Instance, within_s: float) -> Instance:
-    """Return the record of a load once it is over, or as it is after `within_s` seconds.
+    """Return the record of a load once the load has ended, or after `within_s` seconds.
 
-    Raises JobNotFound and QueueUnavailable if the record is gone from Redis, and what UNAVAILABLE lists.
+    Raises JobNotFound or QueueUnavailable if Redis has lost the record, and what UNAVAILABLE lists.
     """
     with suppress(TimeoutError):
         async with asyncio.timeout(within_s):

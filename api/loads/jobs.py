@@ -1,4 +1,4 @@
-"""A load as a client sees it: its job, its outcome, its events.  All of it follows from the record alone."""
+"""Derives the job, the outcome and the events of a load from its record: pure functions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shared.schema.http import Job, JobStatus, LoadEvent, LoadStart
 
 
 def is_over(instance: Instance) -> bool:
-    """Return whether the load has its outcome; the instance may live on."""
+    """Return whether the load has ended.  Its instance may still be loaded."""
     return instance.loaded_at is not None or instance.state in TERMINAL
 
 
 def status(instance: Instance) -> JobStatus:
-    """Return the outcome of the load, or how far it is; what becomes of the instance afterwards does not change it."""
+    """Return the status of the load, which does not change after the load has ended."""
     if instance.loaded_at is not None:
         return "loaded"
     match instance.state:
@@ -27,14 +27,14 @@ def status(instance: Instance) -> JobStatus:
             return "cancelled"
         case State.FAILED | State.LOST:
             return "failed"
-        case State.LOADING | State.LOADED | State.UNLOADING | State.UNLOADED:  # UNLOADING: it is being cancelled
+        case State.LOADING | State.LOADED | State.UNLOADING | State.UNLOADED:  # UNLOADING: being cancelled
             return "loading"
         case _:
             assert_never(instance.state)
 
 
 def outcome(instance: Instance) -> ErrorBody | None:
-    """Return why a load ended without a model in memory; None if it did not end so."""
+    """Return the error of a load that failed or was cancelled, else None."""
     if instance.loaded_at is not None:
         return None
     if instance.error is not None:
@@ -43,7 +43,7 @@ def outcome(instance: Instance) -> ErrorBody | None:
         case State.CANCELLED:
             return LoadFailed("load_cancelled", instance.type, instance.model, "the load was cancelled").body()
         case State.LOST:
-            reason = f"the worker '{instance.worker}' is gone"
+            reason = f"worker '{instance.worker}' is no longer available"
             return LoadFailed("worker_lost", instance.type, instance.model, reason).body()
         case State.QUEUED | State.LOADING | State.LOADED | State.UNLOADING | State.UNLOADED | State.FAILED:
             return None  # `failed` has an error: see Instance.after
@@ -83,7 +83,7 @@ def job(instance: Instance) -> Job:
 
 
 def event(instance: Instance) -> LoadEvent | None:
-    """Return the event of a revision of the record; None for a revision after the outcome of the load."""
+    """Return the event for a revision of the record; None for a revision after the end of the load."""
     if instance.loaded_at is not None and instance.state is not State.LOADED:
         return None
     if instance.rev == 1:

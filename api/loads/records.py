@@ -1,4 +1,4 @@
-"""The records of loads, as their jobs are read."""
+"""Reads the records of loads."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Records:
             raise JobNotFound(f"Job '{job_id}' not found.", param="job_id")
         return instance
 
-    async def newest(self, wanted: JobStatus | None, limit: int) -> list[Instance]:
-        """Return up to `limit` loads of the last day, newest first, those with one status or all."""
-        found: list[Instance] = []
+    async def newest(self, only: JobStatus | None, limit: int) -> list[Instance]:
+        """Return up to `limit` records, newest first, only those with the status `only` unless it is None."""
+        records: list[Instance] = []
         async with aclosing(self._instances.newest()) as newest:
             async for instance in newest:
-                if wanted is None or status(instance) == wanted:
-                    found.append(instance)
-                if len(found) == limit:
+                if only is None or status(instance) == only:
+                    records.append(instance)
+                if len(records) == limit:
                     break
-        return found
+        return records
 
     async def engine_log(self, job_id: str) -> bytes:
-        """Return what the engine logged in a load, empty before it logged anything.  Raises JobNotFound."""
-        found = await self._instances.engine_log(job_id)
-        if found is None:
+        """Return the engine's log of a load, which may be empty.  Raises JobNotFound."""
+        text = await self._instances.engine_log(job_id)
+        if text is None:
             await self.get(job_id)
-        return found or b""
+        return text or b""
 
     async def _read(self, ids: Sequence[str]) -> dict[str, Instance | None]:
         return {**dict.fromkeys(ids), **{instance.id: instance for instance in await self._instances.many(ids)}}

@@ -1,4 +1,4 @@
-"""Stopping: cancelling a load, and unloading an instance."""
+"""Cancels loads and unloads instances."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class Stopper:
         self._follower = follower
 
     async def cancel(self, job_id: str) -> Instance:
-        """Stop a load; return its record once its runner is gone.
+        """Cancel a load; return its record once its runner has exited.
 
-        Raises JobNotFound, and JobAlreadyFinished, also if the load comes to another end first.
+        Raises JobNotFound, and JobAlreadyFinished if the load has ended or ends in another way first.
         """
         instance = await self._records.get(job_id)
         if is_over(instance):
             raise _finished(job_id)
         ended = await self._stop(instance, unless_loaded=True)
-        if ended.state is not State.CANCELLED:  # another end came first; whether a lost one holds memory is not known
+        if ended.state is not State.CANCELLED:  # ended in another way; a lost instance may still hold memory
             raise _finished(job_id)
         return ended
 
     async def unload(self, instance_id: str) -> None:
-        """Stop an instance; return once its runner is gone.
+        """Unload an instance; return once its runner has exited.
 
-        One that is not loaded yet is cancelled.  One whose worker is away, or dies meanwhile, is not restored when the
-        worker comes back.  Raises ModelNotFound.
+        If the instance is not loaded yet, its load is cancelled.  If its worker is unavailable or dies meanwhile, the
+        instance is not restored when the worker returns.  Raises ModelNotFound.
         """
-        # First, so that nothing restores the instance from now on.
+        # This comes first, so that no worker restores the instance from now on.
         was_desired = await self._instances.forget_desired_everywhere(instance_id)
         id_ = await self._instances.named(instance_id)
         instance = await self._instances.get(id_) if id_ else None
@@ -55,10 +55,10 @@ class Stopper:
             raise ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
 
     async def _stop(self, instance: Instance, *, unless_loaded: bool = False) -> Instance:
-        """Request a stop; return the terminal revision, or the one at `loaded` if that is to stay."""
+        """Request a stop; return the terminal revision, or with `unless_loaded` the loaded one, if it comes first."""
         await self._instances.request_stop(instance.id, unless_loaded=unless_loaded)
         if instance.state is State.QUEUED:
-            with suppress(Fenced):  # its worker was quicker
+            with suppress(Fenced):  # its worker was faster
                 return (await self._instances.commit(instance, instance.after(Event.STOP)))[0]
 
         def is_stopped(revision: Instance) -> bool:
@@ -67,7 +67,7 @@ class Stopper:
         with suppress(TimeoutError):
             async with asyncio.timeout(STOP_DEADLINE_S):
                 return await self._follower.until(instance.id, is_stopped)
-        raise QueueUnavailable(f"'{instance.instance_id}' was asked to stop and has not yet. Try again shortly.")
+        raise QueueUnavailable(f"'{instance.instance_id}' is still stopping. Try again shortly.")
 
 
 def _finished(job_id: str) -> JobAlreadyFinished:

@@ -1,4 +1,4 @@
-"""Server-sent events: the log of a load, one event for each revision, in the order in which they were written."""
+"""Server-sent events of a load: one event per revision of its record, in order."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from shared.race import first, racing
 from shared.schema.http import LoadError, LoadEvent
 from shared.store.connection import UNAVAILABLE
 
-HEARTBEAT_S = 10.0  # a comment this often while nothing happens, for proxies that cut what is silent
-LAST_WORDS_S = 0.5  # for what is still to be sent when the process comes to its end
+HEARTBEAT_S = 10.0  # interval of comments, because proxies close silent connections
+LAST_WORDS_S = 0.5  # to send the last data when the process closes
 
 
 class EventStream(StreamingResponse):
-    """Sends the events of a load to one client, and holds `place` meanwhile; ends soon after `closing` is set.
+    """Sends the events of a load to one client and occupies `place` meanwhile.  Ends soon after `closing` is set.
 
-    The kernel cuts off a client that takes nothing (`cli.listener`).
+    The kernel disconnects a client that does not read (`cli.listener`).
     """
 
     media_type = "text/event-stream"
@@ -37,7 +37,7 @@ class EventStream(StreamingResponse):
         self.place, self.closing = place, closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Not Starlette's: its task group cancels again and again, and would interrupt the cleaning up of `events`."""
+        """Send the stream.  Starlette's method cancels repeatedly, which would interrupt the cleanup of `events`."""
         with self.place:
             async with racing(self.stream_response(send), self.closing.wait(), self.listen_for_disconnect(receive)) as (
                 streaming,
@@ -54,10 +54,11 @@ class EventStream(StreamingResponse):
 async def events(
     follower: Follower, instance: Instance, after: str, closing: asyncio.Event
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the events since entry `after` of a load's log, with comments in between, up to the terminal one.
+    """Yield the events after entry `after` of the log of a load, and comments, up to the terminal event.
 
-    Without a terminal one it ends when this process ends or Redis does not answer: the client reconnects with the id
-    that it saw last, to this or another process.  If Redis lost the record, the last event is an error.
+    The stream ends without a terminal event if this process closes or Redis does not answer: the client reconnects,
+    with the id of the last event, to this or another process.  If Redis has lost the record, an error is the last
+    event.
     """
     async with aclosing(follower.follow(instance, after)) as revisions, racing(closing.wait()) as (ending,):
         try:
@@ -69,10 +70,10 @@ async def events(
                         yield b": shutting down\n\n"
                         return
                     step = coming.result()
-                found = step and event(step[1])
-                if step is None or found is None:
+                next_event = step and event(step[1])
+                if step is None or next_event is None:
                     return
-                yield encode(found, step[0])
+                yield encode(next_event, step[0])
                 if is_over(step[1]):
                     return
         except UNAVAILABLE:
@@ -81,8 +82,8 @@ async def events(
             yield encode(LoadError(error=e.body()))
 
 
-def encode(found: LoadEvent, entry: str = "") -> bytes:
-    """Return an event as it goes over the wire; its name is the `type` of its data."""
-    data = msgspec.json.encode(found)
-    name = type(found).__struct_config__.tag
+def encode(load_event: LoadEvent, entry: str = "") -> bytes:
+    """Encode an event in the format of server-sent events.  Its name is the `type` of its data."""
+    data = msgspec.json.encode(load_event)
+    name = type(load_event).__struct_config__.tag
     return (f"id: {entry}\n" if entry else "").encode() + b"event: %b\ndata: %b\n\n" % (str(name).encode(), data)

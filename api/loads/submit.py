@@ -1,4 +1,4 @@
-"""Accepting a load: choosing a worker for it, and writing its record."""
+"""Accepts loads: chooses a worker and writes the record."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _log = log.get("api")
 
 
 class Submission(Struct, frozen=True, kw_only=True):
-    """A load that a client asks for.
+    """A load request.
 
-    `key` and `digest` are the digests of its Idempotency-Key and of the request that came with that; "" without one.
+    `key` and `digest` are the digests of its Idempotency-Key and of the request; "" if it has no key.
     """
 
     request: LoadRequest
@@ -35,7 +35,7 @@ class Submission(Struct, frozen=True, kw_only=True):
 
 
 class Intake:
-    """Accepts loads.  `at_most`: how many may be queued at one worker, and in all."""
+    """Accepts loads.  `at_most`: the maximum queue length of one worker, and of the whole pool."""
 
     def __init__(self, roster: Roster, instances: Instances, records: Records, at_most: tuple[int, int]) -> None:
         self._roster = roster
@@ -44,14 +44,13 @@ class Intake:
         self._at_most = at_most
 
     async def submit(self, request: LoadRequest, idempotency_key: str = "", traceparent: str = "") -> Instance:
-        """Accept a load: choose a worker, write the record, put the delivery into the worker's queue.
+        """Accept a load: choose a worker, write the record, and put the delivery into the queue of the worker.
 
-        If the key came before with the same request, return the load that it made then, which keeps the trace of the
-        first.
+        If the key was used before with the same request, returns the existing load, which keeps its first trace.
 
-        Raises ModelNotFound, NoWorker, QueueFull, InvalidValue (for what exceeds the model's limits), LoadFailed for a
-        file that its worker could not read or that crashed the engine lately, IdempotencyKeyReused, and what
-        UNAVAILABLE lists if Redis does not answer.  Then nothing was accepted.
+        Raises ModelNotFound, NoWorker, QueueFull, InvalidValue (the request exceeds the limits of the model),
+        LoadFailed (the file cannot be read or crashed the engine recently), IdempotencyKeyReused, and what UNAVAILABLE
+        lists if Redis does not answer.
         """
         key = digest = ""
         if idempotency_key:
@@ -65,9 +64,9 @@ class Intake:
             return await self._joined(e.remembered, digest)
 
     async def _accepted_now_or_refreshed(self, submission: Submission) -> Instance:
-        """Offer a load to the workers as they were a beat ago; if none is left to take it, as they are now.
+        """Offer a load to the workers in the roster; if none takes it, refresh the roster and try again.
 
-        A worker, a model or a device may have come since.  Raises as `submit` does, and KeyTaken.
+        The roster may be a beat old and lack a new worker, model or device.  Raises what `submit` raises, and KeyTaken.
         """
         with suppress(InvalidValue):
             if (accepted := await self._offered(submission)) is not None:
@@ -78,35 +77,35 @@ class Intake:
         raise nowhere(submission.request, self._roster.candidates(submission.request)[1])
 
     async def _offered(self, submission: Submission) -> Instance | None:
-        """Offer a load to one worker of the roster after the other, the best first; return it once one takes it.
+        """Offer a load to the workers of the roster, the best first; return it once a worker takes it.
 
-        None if no worker has the model, or those that have it are gone by now.  Raises QueueFull if any of them is
-        full, InvalidValue, KeyTaken, and LoadFailed.
+        None if no live worker has the model.  Raises QueueFull if no worker takes it and at least one queue is full,
+        InvalidValue, KeyTaken and LoadFailed.
         """
         full: Full | None = None
-        gone: set[str] = set()  # workers that could not take it
-        while (chosen := self._choose(submission.request, gone)) is not None:
+        excluded: set[str] = set()  # workers that could not take it
+        while (chosen := self._choose(submission.request, excluded)) is not None:
             try:
                 return await self._create(submission, *chosen)
             except NoLease:
                 pass
             except Full as e:
                 full = e if full is None else min(full, e, key=lambda f: f.retry_after_s)
-            gone.add(chosen[0].worker)
+            excluded.add(chosen[0].worker)
         if full is not None:
-            raise QueueFull(f"{full.limit} loads wait already, and no more may.", full.retry_after_s)
+            raise QueueFull(f"The queue is full (limit: {full.limit} waiting loads).", full.retry_after_s)
         return None
 
     def _choose(self, request: LoadRequest, without: Collection[str]) -> tuple[Candidate, Placement | None] | None:
-        """Return the worker that is to take a load, none of `without`; None if none is left.  Raises InvalidValue."""
+        """Choose a worker for a load, except those in `without`; None if none is left.  Raises InvalidValue."""
         candidates, _ = self._roster.candidates(request, without)
         return self._roster.choose(candidates, request) if candidates else None
 
     async def _create(self, submission: Submission, candidate: Candidate, placement: Placement | None) -> Instance:
-        """Write the record and its delivery, at once.
+        """Write the record and its delivery atomically.
 
-        Raises NoLease if the worker has just gone, KeyTaken, Full, and LoadFailed for a file that its worker could not
-        read or that crashed the engine lately.
+        Raises NoLease if the worker has lost its lease, KeyTaken, Full, and LoadFailed if the file cannot be read or
+        crashed the engine recently.
         """
         model, request = candidate.model, submission.request
         if model.problem is not None:
@@ -137,10 +136,10 @@ class Intake:
         return made
 
     async def _joined(self, remembered: Remembered, digest: str) -> Instance:
-        """Return the load that an Idempotency-Key stands for.  Raises IdempotencyKeyReused, JobNotFound."""
+        """Return the existing load of an Idempotency-Key.  Raises IdempotencyKeyReused, JobNotFound."""
         if remembered.digest != digest:
             raise IdempotencyKeyReused(
-                "This Idempotency-Key was sent before with another request. Send a new key with a new request.",
+                "This Idempotency-Key was already used for a different request. Use a new key.",
                 param="Idempotency-Key",
             )
         instance = await self._records.get(remembered.id)

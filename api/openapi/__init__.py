@@ -1,1 +1,1 @@
-"""The API as an OpenAPI document, and as a page."""
+"""The OpenAPI document and the documentation page of the API."""

@@ -1,4 +1,4 @@
-"""The API as an OpenAPI 3.1 document, from the types that validate and encode and from the table of errors."""
+"""Generates the OpenAPI 3.1 document from the types of requests and replies, and from the table of errors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from shared.errors import ErrorBody, LoadFailure, ServiceError
 from shared.schema.http import LoadEvent
 
 INTRO = """\
-Loads GGUF models into memory on request. Errors have one shape, on every path: an object `error` with `type` and
-`message`, and where they apply `code`, `param` and `detail`; `type` and `code` are for programs and never change."""
+Loads GGUF models into memory on request. All errors have the same form: an object `error` with `type`, `message` and,
+if applicable, `code`, `param` and `detail`. Programs should use `type` and `code`, which never change."""
 
 WITH_RETRY_AFTER = {
     status_of(ErrorBody(type=kind.type, message="")) for kind in (errors.TooManyRequests, errors.ServiceUnavailable)
@@ -40,7 +40,7 @@ EVERYWHERE = (errors.InvalidAPIKey, errors.ForbiddenHost, ServiceError)
 
 
 def document() -> dict[str, Any]:
-    """The OpenAPI document."""
+    """Return the OpenAPI document."""
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
@@ -63,7 +63,7 @@ def document() -> dict[str, Any]:
                 "bearer": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "One of the operator's tokens; needed where any are configured.",
+                    "description": "An API token. Required if the operator has configured tokens.",
                 }
             },
         },
@@ -71,15 +71,15 @@ def document() -> dict[str, Any]:
 
 
 def _operation(path: str, operation: Operation) -> dict[str, Any]:
-    found: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
+    described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
     if operation.description:
-        found["description"] = operation.description
+        described["description"] = operation.description
     if path in OPEN_PATHS:
-        found["security"] = []
+        described["security"] = []
     if operation.parameters:
-        found["parameters"] = [{"name": name, **PARAMETERS[name]} for name in operation.parameters]
+        described["parameters"] = [{"name": name, **PARAMETERS[name]} for name in operation.parameters]
     if operation.body is not None:
-        found["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_of(operation.body)}}}
+        described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_of(operation.body)}}}
     replies = {status: _reply(reply) for status, reply in operation.replies.items()}
     by_status: dict[int, list[type[ServiceError]]] = {}
     kinds = [kind for kind in EVERYWHERE if kind is not errors.InvalidAPIKey or path not in OPEN_PATHS]
@@ -89,35 +89,35 @@ def _operation(path: str, operation: Operation) -> dict[str, Any]:
             if kind not in listed:
                 listed.append(kind)
     replies |= {status: _errors(kinds, status) for status, kinds in by_status.items()}
-    found["responses"] = {str(status): reply for status, reply in sorted(replies.items())}
-    return found
+    described["responses"] = {str(status): reply for status, reply in sorted(replies.items())}
+    return described
 
 
 def _reply(reply: Reply) -> dict[str, Any]:
-    found: dict[str, Any] = {"description": reply.description}
+    described: dict[str, Any] = {"description": reply.description}
     if reply.headers or reply.more_headers:
-        found["headers"] = {name: {**HEADERS[name], "required": True} for name in reply.headers}
-        found["headers"] |= {name: HEADERS[name] for name in reply.more_headers}
+        described["headers"] = {name: {**HEADERS[name], "required": True} for name in reply.headers}
+        described["headers"] |= {name: HEADERS[name] for name in reply.more_headers}
     if reply.content:
-        found["content"] = {media: {"schema": schema_of(kind)} for media, kind in reply.content.items()}
+        described["content"] = {media: {"schema": schema_of(kind)} for media, kind in reply.content.items()}
     if reply.links:
-        found["links"] = reply.links
-    return found
+        described["links"] = reply.links
+    return described
 
 
 def bodies(kind: type[ServiceError]) -> list[ErrorBody]:
-    """Every error that a class stands for, without its sentence."""
+    """Return the error bodies of a class, one per code, without messages."""
     codes = get_args(LoadFailure) if kind is errors.LoadFailed else [kind.code]
     return [ErrorBody(type=kind.type, message="", code=code) for code in codes]
 
 
 def _errors(kinds: Iterable[type[ServiceError]], status: int) -> dict[str, Any]:
-    """The reply with this status that is one of these errors."""
+    """Describe the reply with a status, which has one of these errors."""
     lines, shapes, headers = [], [], ["WWW-Authenticate"] if status == 401 else []
     for kind in kinds:
         here = [body for body in bodies(kind) if status_of(body) == status]
         codes = ", ".join(f"`{body.code}`" for body in here if body.code)
-        meaning = "A fault of the service's; its log says more." if kind is ServiceError else kind.__doc__
+        meaning = "An internal error. See the server log for details." if kind is ServiceError else kind.__doc__
         lines.append(f"`{kind.type}`" + (f" / {codes}" if codes else "") + f": {meaning}")
         for body in here:
             named = {"type": {"const": body.type}} | ({"code": {"const": body.code}} if body.code else {})

@@ -1,4 +1,4 @@
-"""Every operation of the API, in words and types: what `api.openapi.document` makes its document from."""
+"""The operations of the API: the source of the OpenAPI document (`api.openapi.document`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REF = "#/components/schemas/{name}"
 
 
 def schema_of(kind: Any) -> dict[str, Any]:
-    """The schema of a type, by reference; what is a schema already stays as it is."""
+    """Return the schema of a type, by reference.  A schema is returned unchanged."""
     if isinstance(kind, dict):
         return kind
     return msgspec.json.schema_components([kind], schema_hook=anything, ref_template=REF)[0][0]
@@ -41,7 +41,7 @@ def anything(kind: type) -> dict[str, Any]:
 
 
 class Reply(Struct, frozen=True, kw_only=True):
-    """A reply that is no error: a type or a schema by media type, the headers that it has, and those it may have."""
+    """A successful reply.  `content` maps media types to types or schemas; `more_headers` are optional."""
 
     description: str
     content: dict[str, Any] = {}
@@ -64,47 +64,47 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "job_id": {
         "in": "path",
         "required": True,
-        "description": "The id of a load, from the reply to it.",
+        "description": "The id of a load, from the reply to its request.",
         "schema": {"type": "string"},
     },
     "wait": {
         "in": "query",
-        "description": f"Reply when the load is over, after this many seconds at the latest; over {LONGEST_WAIT_S} "
-        f"counts as {LONGEST_WAIT_S}.",
+        "description": f"Wait up to this many seconds for the load to end. The maximum is {LONGEST_WAIT_S}; larger "
+        "values are reduced to it.",
         "schema": {"type": "integer", "minimum": 0, "default": 0},
     },
     "status": {
         "in": "query",
-        "description": "Only loads with this status.",
+        "description": "Return only loads with this status.",
         "schema": {"type": "string", "enum": list(get_args(JobStatus))},
     },
     "limit": {
         "in": "query",
-        "description": f"At most this many loads; over {MOST_JOBS} counts as {MOST_JOBS}.",
+        "description": f"Return at most this many loads. The maximum is {MOST_JOBS}; larger values are reduced to it.",
         "schema": {"type": "integer", "minimum": 1, "default": USUAL_JOBS},
     },
     "Prefer": {
         "in": "header",
-        "description": "`respond-async`: reply with 202 and the job at once. `wait=N`: reply with 202 and the job if "
-        f"the load takes longer than N seconds; over {LONGEST_WAIT_S} counts as {LONGEST_WAIT_S}. A preference that "
-        "cannot be read is ignored (RFC 7240).",
+        "description": "`respond-async`: reply with 202 and the job immediately. `wait=N`: reply with 202 and the job "
+        f"if the load takes longer than N seconds (at most {LONGEST_WAIT_S}). Invalid preferences are ignored (RFC "
+        "7240).",
         "schema": {"type": "string"},
         "examples": {"async": {"value": "respond-async"}, "wait": {"value": "wait=30"}},
     },
     "Idempotency-Key": {
         "in": "header",
-        "description": "Makes retries safe: the same key with the same request, within 24 hours, gets the outcome of "
-        "the same load.",
+        "description": "Makes retries safe: repeating a request with the same key within 24 hours returns the outcome "
+        "of the first load instead of starting another one.",
         "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
     },
     "Last-Event-ID": {
         "in": "header",
-        "description": "Start after the event with this `id`; one that cannot be read is ignored.",
+        "description": "Resume after the event with this `id`. Invalid values are ignored.",
         "schema": {"type": "string"},
     },
 }
 
-EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one of each type that clients send
+EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
     GPURequest: {"offload": "max", "worker": "gpu-host-1", "split": "even"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
@@ -112,22 +112,22 @@ EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one of each type that cli
 
 HEADERS: dict[str, dict[str, Any]] = {
     "Location": {"description": "The path of the job.", "schema": {"type": "string"}},
-    "Preference-Applied": {"description": "What was heard of `Prefer`.", "schema": {"type": "string"}},
+    "Preference-Applied": {"description": "The preferences that were applied.", "schema": {"type": "string"}},
     "Retry-After": {
-        "description": "Seconds after which to ask again.",
+        "description": "The number of seconds to wait before the next request.",
         "schema": {"type": "integer", "minimum": 1},
     },
     "Server-Timing": {
-        "description": "Milliseconds by phase: `queue`, `spawn`, `metadata`, `weights`, `context`, `warmup`, and "
-        "their sum, `total`.",
+        "description": "Duration of each phase in milliseconds: `queue`, `spawn`, `metadata`, `weights`, `context`, "
+        "`warmup`, and their sum, `total`.",
         "schema": {"type": "string"},
     },
     "Loadstone-Evicted": {
-        "description": "The instances that were unloaded to make room, by their ids, percent-encoded.",
+        "description": "The ids of the instances that were unloaded to make room, percent-encoded.",
         "schema": {"type": "string"},
     },
-    "WWW-Authenticate": {"description": "The scheme to use.", "schema": {"type": "string", "const": "Bearer"}},
-    "Content-Security-Policy": {"description": "The page fetches nothing.", "schema": {"type": "string"}},
+    "WWW-Authenticate": {"description": "The authentication scheme.", "schema": {"type": "string", "const": "Bearer"}},
+    "Content-Security-Policy": {"description": "Forbids the page to load any resources.", "schema": {"type": "string"}},
 }
 
 IN_A_BODY = (
@@ -139,12 +139,12 @@ IN_A_BODY = (
     errors.BodyTooLarge,
     errors.UnsupportedMediaType,
 )
-IN_A_PATH = (errors.JobNotFound, errors.NotFound)  # an id with a slash names another path
-EVENTS = {  # before OpenAPI 3.2, the schema of an event stream is by custom that of one event
+IN_A_PATH = (errors.JobNotFound, errors.NotFound)  # an id with a slash matches another path
+EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by the schema of one event
     SSE: {
         "type": "object",
-        "description": "One event: its name is the `type` of its data. Exactly one `model_load.end` or `error` comes "
-        "last; comment lines come in between.",
+        "description": "One event, whose name is the `type` of its data. The last event is either `model_load.end` or "
+        "`error`. The stream also contains comment lines.",
         "properties": {
             "id": {"type": "string"},
             "event": {"enum": [kind.__struct_config__.tag for kind in get_args(LoadEvent)]},
@@ -162,14 +162,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", paths.LOAD): Operation(
         name="load_model",
         summary="Load a model into memory",
-        description="Replies when the model can be used. With `Prefer` the reply may come earlier and be a job to "
-        "poll; with `Accept: text/event-stream` it is the events of the load. A client that goes away does not cancel "
-        "its load. A load of a loaded model makes a further instance: `key:2`, `key:3`, the lowest free number.",
+        description="By default, replies once the model is ready. With `Prefer`, the reply may instead be a job to "
+        "poll; with `Accept: text/event-stream`, it is a stream of events. Disconnecting does not cancel the load. "
+        "Loading a model again creates another instance with the next free id: `key:2`, `key:3`, and so on.",
         parameters=("Prefer", "Idempotency-Key"),
         body=LoadRequest,
         replies={
             200: Reply(
-                description="The model is in memory and has run a first token; or, where events were asked for, these.",
+                description="The model is in memory and has decoded a first token; or the event stream, if requested.",
                 content={JSON: LoadResult, **EVENTS},
                 more_headers=("Server-Timing", "Loadstone-Evicted", "Preference-Applied"),
                 links={
@@ -180,7 +180,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 },
             ),
             202: Reply(
-                description="The load was accepted and goes on.",
+                description="The load was accepted and is in progress.",
                 content={JSON: Job},
                 headers=("Location", "Retry-After"),
                 more_headers=("Preference-Applied",),
@@ -201,12 +201,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", paths.ESTIMATE): Operation(
         name="estimate_load",
-        summary="Say how much memory a load would take, and whether it would fit",
-        description="Takes the body of a load, and loads nothing. The estimate is for the devices that the load would "
-        "use now, by what the workers published last. If the load fits nowhere, `fits` is false, and the devices are "
-        "those with the most room. If `exact` is true, the estimate is within 3 % of what the engine would allocate.",
+        summary="Estimate the memory of a load, and whether it fits",
+        description="Accepts the same body as a load, but loads nothing. The estimate is for the devices that the "
+        "load would use now. If the load fits nowhere, `fits` is false, and the devices are those with the most free "
+        "memory. If `exact` is true, the estimate is within 3 % of what the engine would allocate.",
         body=LoadRequest,
-        replies={200: Reply(description="The estimate, whether or not it fits.", content={JSON: EstimateResult})},
+        replies={200: Reply(description="The estimate, whether or not the load fits.", content={JSON: EstimateResult})},
         errors=(
             *IN_A_BODY,
             errors.ModelNotFound,
@@ -217,85 +217,89 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", paths.JOBS): Operation(
         name="list_jobs",
-        summary="List the loads of the last day, newest first",
+        summary="List recent loads, newest first",
         parameters=("status", "limit"),
         replies={200: Reply(description="The loads.", content={JSON: JobList})},
         errors=(errors.InvalidType, errors.InvalidValue, errors.QueueUnavailable),
     ),
     ("GET", paths.JOB): Operation(
         name="get_job",
-        summary="Say how far a load is",
+        summary="Get the status of a load",
         parameters=("job_id", "wait"),
-        replies={200: Reply(description="The load as it is.", content={JSON: Job})},
+        replies={200: Reply(description="The job.", content={JSON: Job})},
         errors=(errors.InvalidType, errors.InvalidValue, *IN_A_PATH, errors.TooManyWaiting, errors.QueueUnavailable),
     ),
     ("DELETE", paths.JOB): Operation(
         name="cancel_load",
         summary="Cancel a load",
-        description="The job stays, with the status `cancelled`.",
+        description="Replies once the memory is free. The job is kept, with the status `cancelled`.",
         parameters=("job_id",),
-        replies={200: Reply(description="The load is over and its memory is back.", content={JSON: Job})},
+        replies={200: Reply(description="The load was cancelled and its memory is free.", content={JSON: Job})},
         errors=(*IN_A_PATH, errors.JobAlreadyFinished, errors.QueueUnavailable),
     ),
     ("GET", paths.JOB_EVENTS): Operation(
         name="follow_load",
-        summary="Follow a load, from its first event on",
+        summary="Stream the events of a load, from the first one",
         parameters=("job_id", "Last-Event-ID"),
         replies={
-            200: Reply(description="The events; the stream ends with the load.", content=EVENTS),
-            204: Reply(description="The load is over, and there is no event after that one."),
+            200: Reply(description="The events. The stream ends with the load.", content=EVENTS),
+            204: Reply(description="The load has ended, and there are no events after `Last-Event-ID`."),
         },
         errors=(*IN_A_PATH, errors.TooManyWaiting, errors.QueueUnavailable),
     ),
     ("GET", paths.JOB_LOGS): Operation(
         name="read_log",
-        summary="Read what the engine logged during a load",
+        summary="Get the engine log of a load",
         parameters=("job_id",),
-        replies={200: Reply(description="The last 256 KiB at most.", content={TEXT: str})},
+        replies={200: Reply(description="The log, at most its last 256 KiB.", content={TEXT: str})},
         errors=(*IN_A_PATH, errors.QueueUnavailable),
     ),
     ("POST", paths.UNLOAD): Operation(
         name="unload_model",
         summary="Unload an instance",
-        description="One that is not loaded yet is cancelled.",
+        description="Replies once the memory is free. If the instance is still loading, its load is cancelled.",
         body=UnloadRequest,
-        replies={200: Reply(description="The instance is gone and its memory is back.", content={JSON: UnloadResult})},
+        replies={
+            200: Reply(description="The instance was unloaded and its memory is free.", content={JSON: UnloadResult})
+        },
         errors=(*IN_A_BODY, errors.ModelNotFound, errors.QueueUnavailable),
     ),
     ("GET", paths.MODELS): Operation(
         name="list_models",
-        summary="List the models that can be loaded, with their loaded instances",
+        summary="List the available models and their loaded instances",
         replies={200: Reply(description="The models of all live workers.", content={JSON: ModelList})},
         errors=(errors.QueueUnavailable,),
     ),
     ("GET", paths.WORKERS): Operation(
         name="list_workers",
-        summary="List the workers that are alive, with their devices and their instances in every state",
+        summary="List the live workers, with their devices and all of their instances",
         replies={200: Reply(description="The workers.", content={JSON: WorkerList})},
         errors=(errors.QueueUnavailable,),
     ),
     ("GET", paths.HEALTHZ): Operation(
         name="healthz",
-        summary="Say whether the process lives",
-        replies={200: Reply(description="It does.", content={TEXT: str})},
+        summary="Check whether the process is alive",
+        replies={200: Reply(description="The process is alive.", content={TEXT: str})},
     ),
     ("GET", paths.READYZ): Operation(
         name="readyz",
-        summary="Say whether loads can be accepted and carried out",
+        summary="Check whether the service can accept loads",
         replies={
-            200: Reply(description="They can.", content={TEXT: str}),
+            200: Reply(description="The service can accept loads.", content={TEXT: str}),
             503: Reply(
-                description="What is missing: Redis, or a worker.", content={TEXT: str}, headers=("Retry-After",)
+                description="The reason: Redis or a worker is missing, or the process is shutting down.",
+                content={TEXT: str},
+                headers=("Retry-After",),
             ),
         },
     ),
     ("GET", paths.METRICS): Operation(
         name="metrics",
-        summary="Say what the pool is and has done, for Prometheus",
-        description="Any API process answers for the whole pool; its README lists the families.",
+        summary="Get metrics for Prometheus",
+        description="Any API process serves the metrics of the whole pool. The documentation lists the metrics.",
         replies={
             200: Reply(
-                description="Prometheus' text format, version 0.0.4; where Redis does not answer, little more than "
+                description="The text format of Prometheus, version 0.0.4. If Redis is unavailable, little more than "
                 "`loadstone_redis_up 0`.",
                 content={TEXT: str},
             )
@@ -303,12 +307,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", paths.OPENAPI): Operation(
         name="openapi",
-        summary="This API as an OpenAPI document",
-        replies={200: Reply(description="OpenAPI 3.1.", content={JSON: dict[str, Any]})},
+        summary="Get this API as an OpenAPI document",
+        replies={200: Reply(description="An OpenAPI 3.1 document.", content={JSON: dict[str, Any]})},
     ),
     ("GET", paths.DOCS): Operation(
         name="docs",
-        summary="This API as a page to read",
+        summary="Get this API as an HTML page",
         replies={200: Reply(description="The page.", content={HTML: str}, headers=("Content-Security-Policy",))},
     ),
 }

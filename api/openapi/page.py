@@ -1,4 +1,4 @@
-"""The API's document as a page to read."""
+"""Renders the OpenAPI document as an HTML page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BASE_URL = "http://localhost:1234"
 
 
 def page(document: dict[str, Any]) -> str:
-    """HTML that needs nothing else: no script, no font, no picture."""
+    """Return a self-contained HTML page, without scripts, fonts or images."""
     environment = Environment(
         loader=PackageLoader("api.openapi"),
         autoescape=True,
@@ -30,7 +30,7 @@ def page(document: dict[str, Any]) -> str:
 
 
 def curl(document: dict[str, Any], path: str, method: str, operation: dict[str, Any]) -> str:
-    """A command that calls this operation."""
+    """Return a curl command that calls an operation."""
     words = [f"curl {BASE_URL}{path.replace('{job_id}', 'load_0d4f')}"]
     if method not in ("get", "post"):
         words.append(f"-X {method.upper()}")

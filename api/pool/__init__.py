@@ -1,1 +1,1 @@
-"""The cluster as an API process sees it: its workers, its models, its metrics."""
+"""The pool as seen by an API process: workers, models and metrics."""

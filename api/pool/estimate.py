@@ -1,4 +1,4 @@
-"""What a load would take, and whether it would fit."""
+"""Estimates the memory of a load, and whether it fits."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from shared.store.queue import Queue
 
 
 async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> EstimateResult:
-    """Return where a load of this request would go, by what the workers published last.  Loads nothing.
+    """Estimate where a load would go, from the latest snapshots of the workers.  Loads nothing.
 
-    Where the formula was not compared with the engine (`shared.memory.estimate`), it asks the engine of the worker;
-    `exact` is False if the worker does not answer.  If the load fits nowhere, the devices are those with the most room.
+    If the formula is not verified for the configuration (`shared.memory.estimate`), the engine of the worker does a dry
+    run; `exact` is False if the worker does not reply.  If the load fits nowhere, the devices are those with the most
+    room.
 
-    Raises what a load of this request raises before it is accepted: ModelNotFound, NoWorker, InvalidValue, LoadFailed;
-    and what UNAVAILABLE lists if Redis does not answer.
+    Raises what the load would raise before it is accepted: ModelNotFound, NoWorker, InvalidValue, LoadFailed; and what
+    UNAVAILABLE lists if Redis does not answer.
     """
-    await roster.refresh()  # an estimate is of what is free now, not a beat ago
+    await roster.refresh()  # estimate with the memory that is free now, not a beat ago
     candidates, known = roster.candidates(request)
     if not candidates:
         raise nowhere(request, known)
@@ -65,7 +66,7 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
 
 
 def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Placement:
-    """Return where a load would go if there were room: onto one GPU, if the worker has any."""
+    """Return the placement as if there were enough room: on one GPU, if the worker has any."""
     requirements, constraints = roster.requirements(candidate.model, request), Constraints.of(request.gpu)
     devices = roster.alive[candidate.worker].devices
     gpus = [device for device in devices if device.id in constraints.gpus(devices)]
@@ -84,6 +85,6 @@ def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Pla
 
 
 def _has_room(candidate: Candidate, placed: Placement, roster: Roster) -> bool:
-    """Return whether there is room for what the engine reports, once the instances that it evicts are unloaded."""
+    """Return whether the usage that the engine reported fits, once the evicted instances are unloaded."""
     room = once_gone(available(roster.alive[candidate.worker].devices), placed.evicts)
     return all(one.total_bytes <= room[one.id] for one in placed.usage if one.id in room)

@@ -1,4 +1,4 @@
-"""The limits that a model sets to a load."""
+"""Checks the limits of a model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from shared.schema.model import Model
 
 
 def check(request: LoadRequest, model: Model) -> None:
-    """Refuse what exceeds the model's limits, and what llama.cpp would abort on.  Raises InvalidValue."""
+    """Raise InvalidValue if a request exceeds the limits of the model, or would make llama.cpp abort."""
     if request.gpu is not UNSET:
         _check_split(request.gpu)
     if request.context_length is not UNSET and request.context_length > model.max_context_length:
         raise InvalidValue(
-            f"'context_length': {request.context_length} is more than the maximum of {model.max_context_length} "
-            f"tokens that '{request.model}' supports.",
+            f"'context_length': {request.context_length} exceeds the maximum of {model.max_context_length} tokens of "
+            f"'{request.model}'.",
             param="context_length",
             maximum=model.max_context_length,
         )
@@ -36,7 +36,7 @@ def check(request: LoadRequest, model: Model) -> None:
         for name, limit in limits.items():
             if limit is not UNSET and limit < request.parallel:
                 raise InvalidValue(
-                    f"'parallel': {request.parallel} sequences do not fit into {limit} tokens of '{name}'.",
+                    f"'parallel': expected integer <= {limit} (limited by '{name}'), got {request.parallel}.",
                     param="parallel",
                     maximum=limit,
                 )
@@ -45,9 +45,9 @@ def check(request: LoadRequest, model: Model) -> None:
 def _check_split(gpu: GPURequest) -> None:
     ratios = gpu.split if isinstance(gpu.split, list) else None
     if ratios is not None and not sum(ratios):
-        raise InvalidValue("'gpu.split': at least one part must be more than 0.", param="gpu.split")
+        raise InvalidValue("'gpu.split': at least one ratio must be greater than 0.", param="gpu.split")
     if ratios is not None and gpu.devices is not UNSET and len(ratios) != len(gpu.devices):
         raise InvalidValue(
-            f"'gpu.split': expected as many parts as 'gpu.devices' has devices, {len(gpu.devices)}, got {len(ratios)}.",
+            f"'gpu.split': expected {len(gpu.devices)} ratios, one for each of 'gpu.devices', got {len(ratios)}.",
             param="gpu.split",
         )

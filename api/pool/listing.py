@@ -1,4 +1,4 @@
-"""The lists of a pool: its models and its workers."""
+"""Lists the models and the workers of a pool."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shared.store.instances import Instances
 
 
 class Listing:
-    """Lists what the workers of a roster have.
+    """Lists the models and the workers of a roster.
 
     Every method raises what UNAVAILABLE lists if Redis does not answer.
     """
@@ -41,12 +41,12 @@ class Listing:
         self._unloaded: list[ListedModel] = []  # of `_models`
 
     async def models(self) -> bytes:
-        """Return every model that can be loaded, with its instances that are loaded now: a ModelList as JSON."""
+        """Return all models that can be loaded, with their loaded instances: a ModelList as JSON."""
         return await self._flight(None)
 
     async def workers(self) -> list[ListedWorker]:
-        """Return every live worker, with the instances that it holds or is to hold."""
-        await self._roster.refresh()  # a client that sees a worker here can load onto it
+        """Return all live workers, with their instances in all states that are not terminal."""
+        await self._roster.refresh()  # so that a listed worker accepts loads
         held: dict[str, list[HeldInstance]] = {}
         for instance in _oldest_first(await self._instances.live()):
             held.setdefault(instance.worker, []).append(
@@ -68,7 +68,7 @@ class Listing:
         ]
 
     async def _read(self, _keys: Sequence[None]) -> dict[None, bytes]:
-        # Refreshed, not a beat old: a client that is told that a worker is ready must see its models.
+        # Refresh first: a client that sees a ready worker must also see its models.
         _, live = await asyncio.gather(self._roster.refresh(), self._instances.live())
         loaded: dict[str, list[LoadedInstance]] = {}
         for instance in _oldest_first(live):
@@ -93,7 +93,7 @@ class Listing:
         return {None: msgspec.json.encode(ModelList(models=models))}
 
     def _listed(self) -> list[ListedModel]:
-        """Return the models of the roster as if nothing were loaded.  They are made once for each change of it."""
+        """Return the models of the roster without instances, cached until the roster changes."""
         models = self._roster.models()
         if models is not self._models:
             self._models, self._unloaded = models, [listed(model) for model in models]
@@ -101,7 +101,7 @@ class Listing:
 
 
 def listed(model: Model) -> ListedModel:
-    """Return a model as it is listed while nothing of it is loaded."""
+    """Return the list entry of a model without instances."""
     is_llm = model.type == "llm"
     return ListedModel(
         type=model.type,

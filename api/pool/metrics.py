@@ -1,8 +1,8 @@
-"""`GET /metrics`: what the pool is and has done, in Prometheus' text format.
+"""`GET /metrics`: the state and the counters of the pool, in the text format of Prometheus.
 
-It is read from Redis at each scrape, so any API process answers for the whole pool, and no restart changes anything.
-Requests are what API processes count themselves; but several may share one port, and chance decides which of them a
-scrape reaches, so each of them adds its counts to those in Redis, once a beat.
+Each scrape reads from Redis, so any API process can serve the metrics of the whole pool, and counters survive restarts.
+API processes count their own requests.  Several of them may share one port, so that a scrape reaches any of them;
+therefore each adds its counts to those in Redis once per beat.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from shared.telemetry.tally import BOUNDS_S, FAMILIES, GONE, Family, Tally, fiel
 Row = TypeVar("Row", bound=tuple[str, ...])  # the labels of a sample
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-DEADLINE_S = 4.0  # of a scrape's readings; Prometheus waits for 10 s
+DEADLINE_S = 4.0  # for the reads of a scrape; Prometheus waits for 10 s
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Requests:
-    """Middleware: counts every request, whatever refuses it."""
+    """Middleware: counts all requests, including refused ones."""
 
     def __init__(self, app: ASGIApp, tally: Tally) -> None:
         self.app = app
@@ -56,13 +56,13 @@ class Requests:
         began = time.monotonic()
         is_gone = is_counted = False
 
-        async def heard() -> Message:
+        async def watched_receive() -> Message:
             nonlocal is_gone
             message = await receive()
             is_gone = is_gone or message["type"] == "http.disconnect"
             return message
 
-        async def sent(message: Message) -> None:
+        async def counted_send(message: Message) -> None:
             nonlocal is_counted
             if message["type"] == "http.response.start":
                 is_counted = True
@@ -70,22 +70,22 @@ class Requests:
             await send(message)
 
         try:
-            await self.app(scope, heard, sent)
+            await self.app(scope, watched_receive, counted_send)
         finally:
-            if not is_counted:  # a fault of ours, which becomes a 500 further out, or a request that was cut off
+            if not is_counted:  # an exception, which becomes a 500 further out, or a disconnected client
                 self._count(scope, GONE if is_gone else "500", time.monotonic() - began)
 
     def _count(self, scope: Scope, status: str, seconds: float) -> None:
-        """Labels are of bounded sets: clients choose paths and methods freely."""
+        """Count a request.  Clients choose paths and methods freely, so labels are restricted to known ones."""
         method = scope["method"] if scope["method"] in METHODS else "other"
-        route = scope.get("route")  # none before the router was reached, as without a token
+        route = scope.get("route")  # absent if the request did not reach the router, for example without a token
         path = "other" if route is None else route.path
         counted = {field("http_requests", method, path, status): 1}
         self.tally.add(counted | observed("http_request_seconds", seconds, method, path))
 
 
 async def hand_over(tally: Tally, counters: Counters) -> None:
-    """Once a beat, and at the end; ends only by cancellation."""
+    """Send the counts to Redis once per beat, and on exit.  Runs until cancelled."""
     try:
         while True:
             check_cancelled()
@@ -99,12 +99,14 @@ async def hand_over(tally: Tally, counters: Counters) -> None:
 
 
 async def scraped(counters: Counters, tally: Tally) -> bytes:
-    """Return the reply to one scrape; if Redis does not answer, it says just that."""
+    """Return the reply to a scrape.  If Redis does not answer, it contains little more than `loadstone_redis_up 0`."""
     readings: Readings | None = None
     try:
         async with asyncio.timeout(DEADLINE_S):
-            with suppress(*UNAVAILABLE):  # a Redis whose disk is full can still be read
-                await tally.hand_over(counters.add)  # other processes' counts may be a beat old, not ours
+            with suppress(*UNAVAILABLE):  # a Redis with a full disk can still be read
+                await tally.hand_over(
+                    counters.add
+                )  # include the latest counts of this process; those of others may be a beat old
             readings = await counters.read()
     except (*UNAVAILABLE, TimeoutError) as e:
         log.get("api").warning("metrics without Redis", action="redis_unavailable", error=str(e))
@@ -112,6 +114,7 @@ async def scraped(counters: Counters, tally: Tally) -> bytes:
 
 
 def rendered(readings: Readings | None) -> bytes:
+    """Render the metrics; None: Redis does not answer."""
     registry = CollectorRegistry()
     registry.register(Pool(readings))
     return generate_latest(registry)
@@ -207,7 +210,7 @@ def _transitions(counters: Mapping[str, int]) -> Iterator[Metric]:
 
 
 def _tallies(tallies: Mapping[str, int]) -> Iterator[Metric]:
-    """Render the FAMILIES.  What another version counts under other names or labels is left out."""
+    """Render FAMILIES.  Ignores fields of other versions, with other names or labels."""
     rows: dict[tuple[str, int], dict[tuple[str, ...], int]] = {}  # by family and number of labels
     for key, value in sorted(tallies.items()):
         name, *labels = key.split("|")
@@ -243,8 +246,10 @@ def _histogram(family: Family, rows: Mapping[tuple[str, ...], int]) -> Metric:
 
 
 def cumulated(counts: Mapping[str, int]) -> list[tuple[str, float]]:
-    """Prometheus' buckets, each with all that is in smaller ones, from counts of each alone; with bounds that another
-    version may have had."""
+    """Return cumulative buckets, as Prometheus requires, from the counts of separate buckets.
+
+    Includes the bounds that other versions used.
+    """
     bounds = sorted({*BOUNDS_S, math.inf, *map(float, counts)})
     names = ["+Inf" if bound == math.inf else repr(bound) for bound in bounds]
     return [*zip(names, map(float, accumulate(counts.get(name, 0) for name in names)), strict=True)]

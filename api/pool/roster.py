@@ -1,4 +1,4 @@
-"""What the workers publish, as this API process last read it, and which of them is to take a load."""
+"""The workers of the pool, as this API process last read them, and the choice of a worker for a load."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from shared.settings import Settings
 from shared.store.keys import RETAIN_S
 from shared.store.workers import Worker, Workers
 
-PENDING_S = 3.0  # after this time, a placed load that its worker has not published counts no more
+PENDING_S = 3.0  # then a placed load that its worker has not published is no longer counted
 
 
 class Candidate(Struct, frozen=True, kw_only=True, gc=False):
-    """A worker that takes loads, and a model that it has."""
+    """A worker that accepts loads, and its model that was requested."""
 
     worker: str
     model: Model
-    catalog: int  # the number of the worker's catalog: candidates with the same one share the model
+    catalog: int  # number of the worker's catalog; candidates with the same number share the model
 
 
 class Names(Struct, frozen=True):
-    """The models of a catalog by each name that a client may use, and a number that no other catalog gets."""
+    """The models of a catalog by all names that clients may use, and the unique number of the catalog."""
 
     number: int
     models: Mapping[str, Model]
 
 
 class Roster:
-    """Holds workers and catalogs, at most a beat old.  `refresh` reads them now.
+    """The workers and their catalogs, at most a beat old after `refresh`.
 
-    The settings are the defaults of what a request leaves out.
+    The settings are the defaults for absent request fields.
     """
 
     def __init__(self, workers: Workers, settings: Settings) -> None:
@@ -53,19 +53,21 @@ class Roster:
         self._settings = settings
         self.workers: list[Worker] = []
         self.alive: dict[str, WorkerSnapshot] = {}
-        self.catalogs: dict[str, list[Model]] = {}  # of every worker of the last day, alive or not
-        self._absent_since: dict[str, float] = {}  # worker -> when its lease was first seen gone
-        self._hosts: dict[str, Host] = {}  # of those that take loads
-        self._published: dict[str, Host] = {}  # the same without what was placed since
-        self._pending: dict[str, list[tuple[float, Holding]]] = {}  # by worker: until when, and what is on its way
+        self.catalogs: dict[str, list[Model]] = {}  # of all workers of the last day, alive or not
+        self._absent_since: dict[str, float] = {}  # worker -> time at which its lease was first missing
+        self._hosts: dict[str, Host] = {}  # of workers that accept loads
+        self._published: dict[str, Host] = {}  # the same without the loads that were placed since
+        self._pending: dict[
+            str, list[tuple[float, Holding]]
+        ] = {}  # by worker: expiry, and loads that it has not published yet
         self._digests: dict[str, str] = {}
-        self._names: dict[str, Names] = {}  # by worker; workers with the same catalog share one
+        self._names: dict[str, Names] = {}  # by worker; workers with the same catalog share them
         self._numbers = count()
         self._models: list[Model] = []
-        self._models_of: list[tuple[str, str | None]] = []  # which workers, with which catalogs
+        self._models_of: list[tuple[str, str | None]] = []  # the workers and catalog digests of `_models`
 
     async def refresh(self) -> dict[str, str | None]:
-        """Read what the workers publish; return the epoch that holds the lease of each, None if none does.
+        """Read what the workers publish; return the epoch that holds each lease, None if there is no lease.
 
         Raises what UNAVAILABLE lists if Redis does not answer.
         """
@@ -75,7 +77,7 @@ class Roster:
             digest = worker.snapshot.catalog if worker.snapshot else self._digests.get(worker.name, "")
             if worker.name not in self.catalogs or digest != self._digests.get(worker.name):
                 catalog = await self._store.catalog(worker.name)
-                if catalog is not None:  # else its worker is about to publish it, or Redis was emptied
+                if catalog is not None:  # else the worker is about to publish it, or Redis was emptied
                     self._learn(worker.name, digest, catalog)
             if worker.epoch is None:
                 self._absent_since.setdefault(worker.name, now)
@@ -86,17 +88,17 @@ class Roster:
         self._published = dict(self._hosts)
         self._hold_pending()
         known = {worker.name for worker in workers}
-        # Not seen for a day, or Redis was emptied: then the worker is back within a beat.
+        # These were not seen for a day, or Redis was emptied, in which case the worker is back within a beat.
         for name in self.catalogs.keys() - known:
             if now - self._absent_since.setdefault(name, now) > self._store.lease_s:
                 del self.catalogs[name], self._digests[name], self._names[name], self._absent_since[name]
-        for name in self._absent_since.keys() - known - self.catalogs.keys():  # the sweep may still count from it
+        for name in self._absent_since.keys() - known - self.catalogs.keys():  # the sweep may still use it
             if now - self._absent_since[name] > RETAIN_S:
                 del self._absent_since[name]
         return {worker.name: worker.epoch for worker in workers}
 
     def _learn(self, worker: str, digest: str, catalog: list[Model]) -> None:
-        """Keep a catalog, once for all workers that have the same: many hosts of a large pool have the same files."""
+        """Store a catalog.  Workers with equal catalogs share one: in large pools, many hosts have the same files."""
         shared = next((name for name, known in self._digests.items() if known == digest and digest), None)
         if shared is not None and self.catalogs[shared] == catalog:
             self.catalogs[worker], self._names[worker] = self.catalogs[shared], self._names[shared]
@@ -106,14 +108,14 @@ class Roster:
         self._digests[worker] = digest
 
     def absent_s(self, worker: str) -> float:
-        """Return for how many seconds a worker has held no lease, as far as this process has seen."""
+        """Return the seconds for which this process has seen no lease of a worker."""
         now = time.monotonic()
         return now - self._absent_since.setdefault(worker, now)
 
     def models(self) -> list[Model]:
-        """Return every model of the live workers that can be loaded, once, by key.
+        """Return all models of the live workers that can be loaded, once each, sorted by key.
 
-        It is the same list as before while the catalogs are the same.
+        Returns the same list object until the catalogs change.
         """
         catalogs = [(name, self._digests.get(name)) for name in sorted(self.alive)]
         if catalogs != self._models_of:
@@ -129,38 +131,40 @@ class Roster:
     # ---- placing
 
     def candidates(self, request: LoadRequest, without: Collection[str] = ()) -> tuple[list[Candidate], Model | None]:
-        """Return the workers that take loads and have the requested model and one of the requested devices, except for
-        those in `without`; and the model as the first worker knows it, even one that is away, or None.
+        """Return the workers that can take a load, and the requested model.
 
-        Raises InvalidValue for an unknown worker, or for devices that none of these workers has.
+        These workers accept loads, have the model and at least one of the requested devices, and are not in `without`.
+        The model is None if no worker of the last day has it.  Raises InvalidValue for an unknown worker, and for
+        devices that none of the workers with the model has.
         """
-        found = [
+        holders = [
             Candidate(worker=name, model=model, catalog=names.number)
             for name, names in self._names.items()
             if (model := names.models.get(request.model))
         ]
         gpu = GPURequest() if request.gpu is UNSET else request.gpu
         if gpu.worker is not UNSET and gpu.worker not in self.catalogs:
-            raise InvalidValue(f"'gpu.worker': there is no worker '{gpu.worker}'.", param="gpu.worker")
-        live = [one for one in found if one.worker in self._hosts and gpu.worker in (UNSET, one.worker)]
+            raise InvalidValue(f"'gpu.worker': unknown worker '{gpu.worker}'.", param="gpu.worker")
+        live = [one for one in holders if one.worker in self._hosts and gpu.worker in (UNSET, one.worker)]
         if gpu.devices is not UNSET and live:
             asked = {*gpu.devices}
             theirs = {one.worker: {device.id for device in self.alive[one.worker].devices} for one in live}
             if unknown := asked.difference(*theirs.values()):
                 raise InvalidValue(
-                    f"'gpu.devices': no worker that has '{request.model}' has "
+                    f"'gpu.devices': no available worker with '{request.model}' has the device "
                     f"{', '.join(repr(id_) for id_ in gpu.devices if id_ in unknown)}.",
                     param="gpu.devices",
                 )
             live = [one for one in live if asked & theirs[one.worker]]
         live = [one for one in live if one.worker not in without]
-        return live, found[0].model if found else None
+        return live, holders[0].model if holders else None
 
     def choose(self, candidates: Sequence[Candidate], request: LoadRequest) -> tuple[Candidate, Placement | None]:
-        """Choose the best candidate.  Returns it with the placement that its last snapshot allows; if the load fits on
-        none, the candidate with the most memory and None: that worker may know better.
+        """Choose the best candidate.  Returns it with the placement that its last snapshot allows.
 
-        A worker that can read the file is preferred.  Raises InvalidValue if the request exceeds the model's limits.
+        If the load fits on no candidate, returns the candidate with the most memory and None: its current state may
+        allow the load.  Workers that can read the file are preferred.  Raises InvalidValue if the request exceeds the
+        limits of the model.
         """
         readable = [one for one in candidates if one.model.problem is None]
         if not readable:
@@ -172,7 +176,7 @@ class Roster:
             for catalog, model in models.items()
         }
         best: tuple[Candidate, Placement] | None = None
-        # A load that was placed a moment ago may have been refused, or be gone: second, do not count those.
+        # Recently placed loads may have been refused or have ended: in the second round, ignore them.
         for hosts in (self._hosts, self._published) if self._pending else (self._hosts,):
             asked = [(hosts[one.worker], demands[one.catalog]) for one in readable]
             if (i := choose(asked)) is not None:
@@ -189,12 +193,12 @@ class Roster:
         return readable[min(ranks)[-1]], None
 
     def requirements(self, model: Model, request: LoadRequest) -> Requirements:
-        """Compute what a request takes.  Raises InvalidValue if it exceeds the model's limits."""
+        """Compute the requirements of a request.  Raises InvalidValue if it exceeds the limits of the model."""
         check(request, model)
         return requirements_of(model, plan(request, model, self._settings))
 
     def largest_context_length(self, candidates: Sequence[Candidate], model: Model, request: LoadRequest) -> int | None:
-        """Return the largest context length (tokens) with which a request fits on any candidate, None if none does."""
+        """Return the largest context length (in tokens) that fits on any candidate; None if none fits."""
         constraints = Constraints.of(request.gpu)
 
         def has_room(requirements: Requirements) -> bool:
@@ -204,7 +208,7 @@ class Roster:
         return largest_context_length(request, model, self._settings, has_room)
 
     def placed(self, instance: Instance, placement: Placement | None) -> None:
-        """Count an instance that was just given to a worker, until the worker publishes it, or for PENDING_S."""
+        """Count an instance that was just placed, until its worker publishes it or for PENDING_S seconds."""
         held = Holding(
             id=instance.id,
             instance_id=instance.instance_id,
@@ -221,7 +225,7 @@ class Roster:
             self._hosts[worker] = host.holding(more)
 
     def _hold_pending(self) -> None:
-        """Add to what was published what was placed too late to be in it."""
+        """Add loads that were placed too late to be in the published snapshots."""
         now = time.monotonic()
         for worker, pending in [*self._pending.items()]:
             published = self.alive.get(worker)
@@ -235,9 +239,9 @@ class Roster:
 
 
 def nowhere(request: LoadRequest, known: Model | None) -> ServiceError:
-    """Return why no worker can take a load; `known` is the model as any worker of the last day has it."""
+    """Return the error for a load without candidates.  `known` is the model, if any worker of the last day has it."""
     if known is None:
         return ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
     if request.gpu is not UNSET and request.gpu.worker is not UNSET:
-        return NoWorker(f"The worker '{request.gpu.worker}' is not alive, or has no {request.model}.")
-    return NoWorker(f"No worker that has {request.model} is alive. Try again shortly.")
+        return NoWorker(f"Worker '{request.gpu.worker}' is not available or does not have {request.model}.")
+    return NoWorker(f"No available worker has {request.model}. Try again shortly.")

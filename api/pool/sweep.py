@@ -1,4 +1,4 @@
-"""The sweep: moves on the instances that no live worker holds, and the loads that their workers have no room for."""
+"""The sweep: handles instances without a live worker, and loads that their workers refused."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from shared.telemetry import log
 
 
 class Sweep:
-    """Sweeps the instances, in every API process; if two do the same, Redis lets one.
+    """Sweeps the instances.  Every API process does this; of conflicting changes, Redis accepts only one.
 
-    `lease_s` is how long the lease of a worker lasts; `load_attempts` is how often a load is begun at most.
+    `lease_s` is the duration of a lease, `load_attempts` the maximum number of attempts at a load.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Sweep:
         self._listen = listen
         self._lease_s = lease_s
         self._load_attempts = load_attempts
-        self._from: float | None = None  # a lease after Redis' first answer: until then leases may have run out
+        self._from: float | None = None  # when to start: a lease after Redis first answered, so that workers can renew
         self._rung = asyncio.Event()
 
     async def run(self) -> None:
-        """Refresh the roster and sweep at every beat, and when a load was refused; ends only by cancellation."""
+        """Refresh the roster and sweep at every beat, and when a load is requeued.  Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(subscribed(self._listen, REQUEUED, lambda _: self._rung.set()))
             while True:
@@ -53,24 +53,26 @@ class Sweep:
                         await self._rung.wait()
 
     async def beat(self) -> None:
-        """Refresh the roster and sweep once; if Redis does not answer, log it."""
+        """Refresh the roster and sweep once.  Logs a warning if Redis does not answer."""
         started = time.monotonic()
         try:
             epochs = await self._roster.refresh()
-            if self._from is None or time.monotonic() - started > 1.0:  # a paused Redis breaks no connection
+            if self._from is None or time.monotonic() - started > 1.0:  # a pause of Redis does not break connections
                 self._from = time.monotonic() + self._lease_s
             is_time = time.monotonic() >= self._from
             for instance in await self._instances.live(doubtful(await self._instances.heads(), epochs)):
                 if is_time or _is_refused(instance):
-                    with suppress(Fenced), log.about(instance):  # its worker, or another API process, moved it on
+                    with suppress(Fenced), log.about(instance):  # its worker or another API process was faster
                         await self._look(instance, epochs)
         except UNAVAILABLE as e:
             self._from = None
             log.get("api").warning("roster not refreshed", action="redis_unavailable", error=str(e))
 
     async def _look(self, instance: Instance, epochs: Mapping[str, str | None]) -> None:
-        """Move an instance on unless it is held: a claimed one by a worker with a lease of its epoch, a queued one by a
-        worker that takes loads.  Raises Fenced.
+        """Handle an instance that was refused or is not held.  Raises Fenced.
+
+        A claimed instance is held by a worker whose lease has the same epoch; a queued one by a worker that accepts
+        loads.
         """
         match instance.state:
             case State.QUEUED if _is_refused(instance):
@@ -82,64 +84,64 @@ class Sweep:
             case State.LOADING | State.LOADED | State.UNLOADING:
                 is_held = epochs.get(instance.worker) == instance.epoch
             case State.UNLOADED | State.CANCELLED | State.FAILED | State.LOST:
-                return  # it has ended: no worker has to hold it
+                return  # ended: no worker holds it
             case _:
                 assert_never(instance.state)
         if not is_held:
             await self._move(instance)
 
     async def _move_refused(self, instance: Instance) -> None:
-        """Give a refused load to another worker that has room by what it published last, or fail it.
+        """Requeue a refused load at another worker whose last snapshot has room, or fail it.
 
-        No worker is asked twice, so this ends.  Raises Fenced.
+        No worker gets the load twice, so this terminates.  Raises Fenced.
         """
         if instance.stop_requested:
             await self._commit(instance, instance.after(Event.STOP))
             return
-        found = self._place(instance)
-        if found is not None and found[1] is not None:
-            await self._give(instance, *found)
+        choice = self._place(instance)
+        if choice is not None and choice[1] is not None:
+            await self._give(instance, *choice)
             return
         await self._commit(instance, instance.after(Event.FAIL, error=instance.refusal))
 
     async def _move(self, instance: Instance) -> None:
-        """Move on an instance that is not held: a load, if it can be; what was loaded is lost.  Raises Fenced."""
+        """Requeue or stop a load that is not held; an instance that was loaded is lost.  Raises Fenced."""
         match instance.state:
             case State.QUEUED | State.LOADING if instance.stop_requested:
                 await self._stop(instance)
             case State.QUEUED | State.LOADING:
                 await self._move_load(instance)
             case State.LOADED | State.UNLOADING | State.UNLOADED | State.CANCELLED | State.FAILED | State.LOST:
-                await self._commit(instance, instance.after(Event.EXPIRE))  # raises for a terminal one
+                await self._commit(instance, instance.after(Event.EXPIRE))  # raises for a terminal state
             case _:
                 assert_never(instance.state)
 
     async def _stop(self, instance: Instance) -> None:
-        """Cancel a load whose worker is gone.  Raises Fenced."""
+        """Cancel a load whose worker is unavailable.  Raises Fenced."""
         if instance.state is State.LOADING:
             instance, _ = await self._instances.commit(instance, instance.after(Event.REQUEUE))
         await self._commit(instance, instance.after(Event.STOP))
 
     async def _move_load(self, instance: Instance) -> None:
-        """Give a load to another worker, or let it wait for its own to come back, for a whole lease.
+        """Requeue a load at another worker, or wait up to a lease for its own worker to return.
 
         A restoration stays with its worker.  Raises Fenced.
         """
-        found = None if instance.restoring else self._place(instance)
-        if found is not None:
-            await self._give(instance, *found)
+        choice = None if instance.restoring else self._place(instance)
+        if choice is not None:
+            await self._give(instance, *choice)
         elif instance.state is State.LOADING:
             await self._commit(instance, instance.abandoned(self._load_attempts))
         elif self._roster.absent_s(instance.worker) <= self._lease_s or instance.worker in self._roster.alive:
-            pass  # it may come back
+            pass  # the worker may return
         elif instance.restoring:
             await self._commit(instance, instance.after(Event.EXPIRE))
         else:
-            reason = f"Its worker '{instance.worker}' is gone, and no other that has {instance.model} is alive."
+            reason = f"Worker '{instance.worker}' is unavailable, and no other available worker has {instance.model}."
             await self._commit(instance, instance.after(Event.FAIL, error=NoWorker(reason).body()))
 
     def _place(self, instance: Instance) -> tuple[Candidate, Placement | None] | None:
-        """Return the best worker for a load, of those that did not refuse it; None if there is none."""
+        """Choose a worker for a load, except those that refused it; None if there is none."""
         with suppress(InvalidValue):
             candidates, _ = self._roster.candidates(instance.request, without=instance.refused)
             same = [one for one in candidates if one.model.problem is None and one.model.type == instance.type]
@@ -159,7 +161,7 @@ class Sweep:
 
     async def _commit(self, old: Instance, new: Instance) -> None:
         committed, _ = await self._instances.commit(old, new)
-        why = "its worker had no room" if _is_refused(old) else "its worker is gone"
+        why = "its worker had no room" if _is_refused(old) else "its worker is unavailable"
         log.get("api").warning(
             f"{old.state} -> {new.state}: {why}",
             action="transition",
@@ -172,14 +174,14 @@ class Sweep:
 
 
 def doubtful(heads: Iterable[Head], epochs: Mapping[str, str | None]) -> list[str]:
-    """Return the ids of the instances whose documents have to be read.
+    """Return the ids of the instances whose documents must be read.
 
-    For most of a large pool, the fields beside the document say that their worker has them.  A queued one has no epoch,
-    so its document is read.
+    For most instances of a large pool, the fields outside the document show that their worker holds them.  A queued
+    instance has no epoch, so its document is read.
     """
     return [head.id for head in heads if epochs.get(head.worker) != head.epoch]
 
 
 def _is_refused(instance: Instance) -> bool:
-    """Return whether its worker has refused it."""
+    """Return whether a queued load was refused by its current worker."""
     return instance.state is State.QUEUED and instance.worker in instance.refused

@@ -144,7 +144,7 @@ def test_it_is_not_ready_from_the_signal_on_and_answers_all_but_loads(start: Sta
     assert TINY in service.models()
     refused = service.load(TINY)
     found = error(refused, 503, "service_unavailable", "queue_unavailable")
-    assert found["message"].startswith("This server is shutting down")
+    assert found["message"].startswith("The server is shutting down")
     assert int(refused.headers["retry-after"]) > 0
     error(
         service.send("POST", LOAD, content=b"{}", headers=JSON),
@@ -188,7 +188,7 @@ def test_one_that_does_not_is_unavailable_at_the_end_and_goes_on_without_it(star
         told = service.told_to_stop()
         found = error(reply.result(DRAIN_S + AT_ONCE_S), 503, "service_unavailable", "queue_unavailable")
         assert time.monotonic() - told >= DRAIN_S
-        assert found["message"] == "This server is shutting down; what was accepted goes on without it."
+        assert found["message"] == "The server is shutting down. Work that it has accepted continues."
         service.check_ended(told, DRAIN_S)
     until(lambda: TINY in pool.other.instances(), "it is loaded all the same")
 

@@ -396,7 +396,7 @@ def test_a_missing_token_is_refused(guarded: Service, value: bytes | None) -> No
     reply = authorized(guarded, value)
     assert (
         refusal(reply, "invalid_api_key", status=401)
-        == "A token is required: send it as 'Authorization: Bearer TOKEN'."
+        == "A bearer token is required: send the header 'Authorization: Bearer TOKEN'."
     )
     assert reply.headers["www-authenticate"] == "Bearer"
 
@@ -406,7 +406,7 @@ def test_a_missing_token_is_refused(guarded: Service, value: bytes | None) -> No
 )
 def test_a_wrong_token_is_refused_and_not_repeated(guarded: Service, token: bytes) -> None:
     reply = authorized(guarded, b"Bearer " + token)
-    assert refusal(reply, "invalid_api_key", status=401) == "The token is not one that this server knows."
+    assert refusal(reply, "invalid_api_key", status=401) == "The bearer token is invalid."
     assert reply.headers["www-authenticate"] == "Bearer"
 
 

@@ -31,7 +31,7 @@ def test_a_full_queue_refuses_and_accepted_loads_complete(service: Service) -> N
         until(lambda: in_state(service, "loading") == 1, "the first load is loading")
         jobs += [service.accepted(TINY)["job_id"] for _ in range(2)]
         for headers in ({"Prefer": "respond-async"}, {}, {"Accept": "text/event-stream"}):
-            assert refused(asked(service, **headers), "queue_full") == "2 loads wait already, and no more may."
+            assert refused(asked(service, **headers), "queue_full") == "The queue is full (limit: 2 waiting loads)."
         known = asked(service, **{"Prefer": "respond-async", "Idempotency-Key": "later"})
         refused(known, "queue_full")
         assert service.cancel(jobs.pop()).status == 200
@@ -54,7 +54,7 @@ def test_a_waiting_reply_over_the_limit_is_refused(service: Service) -> None:
         polling = pool.submit(service.job, job["job_id"], 20)
         until(lambda: asked(service, Prefer="wait=0").status == 202, "a request that does not wait needs no slot")
         sentence = until(lambda: refused_poll(service), "all slots are taken")
-        assert sentence.startswith("3 requests wait here for loads, and no more may.")
+        assert sentence.startswith("Too many open replies (limit: 3).")
         refused(asked(service, Accept="text/event-stream"), "too_many_waiting")
         refused(service.send("GET", f"{STATUS}/{job['job_id']}?wait=5"), "too_many_waiting")
         refused(service.send("GET", f"{STATUS}/{job['job_id']}/events"), "too_many_waiting")

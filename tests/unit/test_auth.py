@@ -82,7 +82,7 @@ async def test_without_a_token_one_is_asked_for(value: bytes | None) -> None:
     headers = [] if value is None else [bearer(value)]
     status, error, answer = await call(*headers, tokens=frozenset({b"secret"}))
     assert (status, error["type"], error["code"]) == (401, "invalid_request", "invalid_api_key")
-    assert error["message"] == "A token is required: send it as 'Authorization: Bearer TOKEN'."
+    assert error["message"] == "A bearer token is required: send the header 'Authorization: Bearer TOKEN'."
     assert answer[b"www-authenticate"] == b"Bearer"
 
 
@@ -93,7 +93,7 @@ async def test_without_a_token_one_is_asked_for(value: bytes | None) -> None:
 async def test_a_wrong_token_is_told_so_and_not_repeated(value: bytes) -> None:
     status, error, answer = await call(bearer(value), tokens=frozenset({b"secret"}))
     assert (status, error["code"]) == (401, "invalid_api_key")
-    assert error["message"] == "The token is not one that this server knows."
+    assert error["message"] == "The bearer token is invalid."
     assert answer[b"www-authenticate"] == b"Bearer"
 
 

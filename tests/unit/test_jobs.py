@@ -182,7 +182,7 @@ def test_the_result_is_the_reply_of_the_load_with_its_config_if_it_was_asked_for
     [
         ([E.CLAIM, E.FAIL], "engine_crashed", "why"),
         ([E.STOP], "load_cancelled", "Failed to load LLM 'p/m@q8_0': Error: the load was cancelled"),
-        ([E.CLAIM, E.EXPIRE], "worker_lost", "Failed to load LLM 'p/m@q8_0': Error: the worker 'w' is gone"),
+        ([E.CLAIM, E.EXPIRE], "worker_lost", "Failed to load LLM 'p/m@q8_0': Error: worker 'w' is no longer available"),
     ],
 )
 def test_a_load_that_came_to_nothing_says_why_in_its_job_and_in_its_last_event(
