@@ -1,4 +1,4 @@
-"""Who may call: tokens where there are any, else only this machine; and what a browser's page may do."""
+"""Access to the API: tokens where any are configured, else loopback host names only; and the CORS rules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def call(
     path: str = PATH,
     kind: str = "http",
 ) -> tuple[int, dict[str, Any], dict[bytes, bytes]]:
-    """Status, error and headers of the answer; status 204 where the application itself was reached."""
+    """Return the status, error and headers of the answer; status 204 means that the request reached the application."""
     sent: list[MutableMapping[str, Any]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -56,7 +56,7 @@ def bearer(value: bytes) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("token", [b"secret", b"id:secret", b"sk-lm-abc:def", b"a=b,c;d", b"!~", b"x" * 4000])
 @pytest.mark.parametrize("scheme", [b"Bearer", b"bearer", b"BEARER", b"bEaReR"])
-async def test_a_configured_token_is_let_in(token: bytes, scheme: bytes) -> None:
+async def test_a_configured_token_is_accepted(token: bytes, scheme: bytes) -> None:
     known = frozenset({b"another", token})
     assert (await call(bearer(scheme + b" " + token), tokens=known))[0] == 204
     assert (await call(bearer(scheme + b"   " + token + b" "), tokens=known))[0] == 204
@@ -78,7 +78,7 @@ async def test_a_configured_token_is_let_in(token: bytes, scheme: bytes) -> None
         b"\xff\xfe secret",
     ],
 )
-async def test_without_a_token_one_is_asked_for(value: bytes | None) -> None:
+async def test_a_request_without_a_token_is_refused(value: bytes | None) -> None:
     headers = [] if value is None else [bearer(value)]
     status, error, answer = await call(*headers, tokens=frozenset({b"secret"}))
     assert (status, error["type"], error["code"]) == (401, "invalid_request", "invalid_api_key")
@@ -90,7 +90,7 @@ async def test_without_a_token_one_is_asked_for(value: bytes | None) -> None:
     "value",
     [b"Bearer wrong", b"Bearer secre", b"Bearer secret2", b"Bearer SECRET", b"Bearer \xff\x00\xe9", b"bearer a b"],
 )
-async def test_a_wrong_token_is_told_so_and_not_repeated(value: bytes) -> None:
+async def test_a_wrong_token_is_refused_and_not_repeated(value: bytes) -> None:
     status, error, answer = await call(bearer(value), tokens=frozenset({b"secret"}))
     assert (status, error["code"]) == (401, "invalid_api_key")
     assert error["message"] == "The bearer token is invalid."
@@ -98,7 +98,7 @@ async def test_a_wrong_token_is_told_so_and_not_repeated(value: bytes) -> None:
 
 
 @given(st.binary(max_size=40))
-def test_no_other_header_opens_the_door(value: bytes) -> None:
+def test_only_a_bearer_token_gives_access(value: bytes) -> None:
     token = b"K7-2f61c0"
     status = asyncio.run(call(bearer(value), tokens=frozenset({token})))[0]
     scheme, _, rest = value.partition(b" ")
@@ -110,12 +110,12 @@ async def test_health_needs_no_token(path: str, status: int) -> None:
     assert (await call(tokens=frozenset({b"secret"}), path=path))[0] == status
 
 
-async def test_with_tokens_any_host_name_will_do() -> None:
+async def test_a_token_is_accepted_with_any_host_name() -> None:
     answer = await call((b"host", b"evil.com"), bearer(b"Bearer s"), tokens=frozenset({b"s"}))
     assert answer[0] == 204
 
 
-async def test_the_lifespan_is_not_looked_at() -> None:
+async def test_lifespan_events_need_no_token() -> None:
     assert (await call(tokens=frozenset({b"secret"}), kind="lifespan"))[0] == 204
 
 
@@ -144,7 +144,7 @@ def test_tokens_come_from_the_file_and_the_variable(tmp_path: Path) -> None:
         "foo.localhost:1234",
     ],
 )
-async def test_a_loopback_name_is_let_in(host: str) -> None:
+async def test_a_loopback_host_name_is_accepted(host: str) -> None:
     assert (await call((b"host", host.encode())))[0] == 204
 
 
@@ -170,12 +170,12 @@ async def test_a_loopback_name_is_let_in(host: str) -> None:
         "2130706433.evil.com",
     ],
 )
-async def test_another_name_is_refused(host: str) -> None:
+async def test_another_host_name_is_refused(host: str) -> None:
     status, error, _ = await call((b"host", host.encode("latin-1")))
     assert (status, error["type"], error["code"]) == (403, "invalid_request", "forbidden_host")
 
 
-async def test_no_host_header_at_all_is_refused() -> None:
+async def test_a_missing_host_header_is_refused() -> None:
     assert (await call())[0] == 403
 
 
@@ -184,7 +184,7 @@ def test_any_host_header_is_answered(host: bytes) -> None:
     assert asyncio.run(call((b"host", host)))[0] in {204, 403}
 
 
-async def test_whoever_listens_beyond_loopback_has_other_names() -> None:
+async def test_an_exposed_server_accepts_other_host_names() -> None:
     assert (await call((b"host", b"gpu-host-1:1234"), loopback=EXPOSED))[0] == 204
 
 
@@ -192,7 +192,7 @@ async def test_whoever_listens_beyond_loopback_has_other_names() -> None:
 
 
 def client(settings: Settings) -> httpx.AsyncClient:
-    """The whole application, without its lifespan: nothing here reaches Redis."""
+    """Return a client of the whole application without its lifespan: no request here reaches Redis."""
     app = create_app(settings, asyncio.Event())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost:1234")
 
@@ -204,7 +204,7 @@ PREFLIGHT = {
 }
 
 
-async def test_no_page_may_read_answers_unless_its_origin_is_set() -> None:
+async def test_a_page_of_an_unlisted_origin_cannot_read_answers() -> None:
     async with client(Settings()) as http:
         for answer in (
             await http.options("/api/v1/models/load", headers=PREFLIGHT),
@@ -213,7 +213,7 @@ async def test_no_page_may_read_answers_unless_its_origin_is_set() -> None:
             assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
-async def test_a_preflight_carries_no_token_and_needs_none() -> None:
+async def test_a_preflight_needs_no_token() -> None:
     settings = Settings(cors_origins="https://chat.example, http://other.example", api_tokens="secret")
     async with client(settings) as http:
         answer = await http.options("/api/v1/models/load", headers=PREFLIGHT)
@@ -224,9 +224,9 @@ async def test_a_preflight_carries_no_token_and_needs_none() -> None:
         assert "access-control-allow-origin" not in refused.headers
 
 
-async def test_a_page_can_read_why_it_was_refused() -> None:
+async def test_a_page_can_read_the_reason_of_a_refusal() -> None:
     async with client(Settings(cors_origins="*", api_tokens="secret")) as http:
         answer = await http.get(PATH, headers={"Origin": "https://chat.example"})
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "*")
         options = await http.options(PATH)
-        assert options.status_code == 401, "without the headers of a preflight it is a request like others"
+        assert options.status_code == 401, "without the headers of a preflight, OPTIONS needs a token"

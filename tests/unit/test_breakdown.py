@@ -1,4 +1,4 @@
-"""The engine is asked for its account only where the layout of the answer was checked."""
+"""The memory breakdown is read from the engine only in the version whose struct layout was checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOTHING = Usage(id=HOST, weights_bytes=0, context_bytes=0, compute_bytes=0)
 
 
 class Engine:
-    """A libllama whose answer, a std::map, is empty."""
+    """A libllama that returns an empty std::map."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -33,27 +33,27 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return Engine()
 
 
-def test_the_checked_version_is_asked(engine: Engine) -> None:
+def test_the_checked_version_is_queried(engine: Engine) -> None:
     assert breakdown(engine, CHECKED_VERSION, None, {}) == [NOTHING]
     assert engine.calls == 1
 
 
 @pytest.mark.parametrize("version", ["0.3.35", "0.3.37", "0.3.360", "0.3.3", ""])
-def test_another_version_is_not_asked(engine: Engine, version: str) -> None:
+def test_another_version_is_not_queried(engine: Engine, version: str) -> None:
     assert breakdown(engine, version, None, {}) is None
     assert engine.calls == 0
 
 
-def test_another_processor_is_not_asked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_processor_is_not_queried(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert breakdown(engine, CHECKED_VERSION, None, {}) is None
     assert engine.calls == 0
 
 
-def test_an_engine_without_the_symbol_is_not_asked(engine: Engine) -> None:
+def test_an_engine_without_the_symbol_is_not_queried(engine: Engine) -> None:
     assert breakdown(SimpleNamespace(), CHECKED_VERSION, None, {}) is None
 
 
-def test_the_installed_version_is_the_checked_one() -> None:
-    """After an upgrade, check the layout as the module says, and then name the new version."""
+def test_the_installed_version_is_the_checked_version() -> None:
+    """After an upgrade, check the layout as the module's docstring describes, then update the version."""
     assert metadata.version("llama-cpp-python") == CHECKED_VERSION

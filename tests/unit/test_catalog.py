@@ -1,4 +1,4 @@
-"""The catalog: which models a directory holds, by which keys, and what is said of those that are none."""
+"""The catalog: the models of a directory, their keys, and the problems of files that are not models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def everything(root: Path) -> Catalog:
 
 @pytest.fixture
 def look(root: Path) -> Look:
-    """The models by key, all headers read to the end."""
+    """Return the models by key, with all headers read to the end."""
     return lambda: {model.key: model for model in everything(root).models()}
 
 
@@ -71,25 +71,25 @@ def test_the_key_comes_from_the_last_two_folders(root: Path, look: Look, path: s
     assert list(look()) == [key]
 
 
-def test_several_quantizations_in_a_folder_are_told_apart_by_their_tags(root: Path, look: Look) -> None:
+def test_quantizations_in_a_folder_differ_by_their_tags(root: Path, look: Look) -> None:
     for name in ("m-Q4_K_M.gguf", "m-UD-Q4_K_XL.gguf", "m-IQ2_XXS.gguf", "m-bf16.gguf", "notes.gguf"):
         write(root / "pub/M-GGUF" / name)
     assert sorted(look()) == ["pub/m@bf16", "pub/m@iq2_xxs", "pub/m@notes", "pub/m@q4_k_m", "pub/m@ud-q4_k_xl"]
 
 
-def test_files_of_the_same_quantization_are_told_apart_by_their_stems(root: Path, look: Look) -> None:
+def test_files_of_one_quantization_differ_by_their_stems(root: Path, look: Look) -> None:
     for name in ("M-Q8_0.gguf", "M.i1-Q8_0.gguf", "M-Q4_0.gguf"):
         write(root / "pub/m" / name)
     assert sorted(look()) == ["pub/m@m-q8_0", "pub/m@m.i1-q8_0", "pub/m@q4_0"]
 
 
-def test_folders_that_differ_only_in_what_a_key_drops_still_have_a_key_for_each_file(root: Path, look: Look) -> None:
+def test_similar_folders_give_a_key_to_each_file(root: Path, look: Look) -> None:
     write(root / "Pub/M-GGUF/f.gguf")
     write(root / "pub/m/f.gguf")
     write(root / "x/pub/m/g-f16.gguf")
-    found = look()
-    assert sorted(found) == ["pub/m@f", "pub/m@f-2", "pub/m@f16"]
-    assert found["pub/m@f"].shards == ["Pub/M-GGUF/f.gguf"]
+    models = look()
+    assert sorted(models) == ["pub/m@f", "pub/m@f-2", "pub/m@f16"]
+    assert models["pub/m@f"].shards == ["Pub/M-GGUF/f.gguf"]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_folders_that_differ_only_in_what_a_key_drops_still_have_a_key_for_each_
         ("llama-7b", ""),
     ],
 )
-def test_the_tag_is_found_in_the_files_name(stem: str, expected: str) -> None:
+def test_the_tag_comes_from_the_file_name(stem: str, expected: str) -> None:
     assert tag(stem) == expected
 
 
@@ -122,14 +122,14 @@ places = st.builds(
 
 
 @given(places=st.lists(places, unique=True, max_size=8), seed=st.randoms(use_true_random=False))
-def test_keys_are_unique_and_do_not_depend_on_the_order_of_a_walk(places: list[Place], seed: random.Random) -> None:
+def test_keys_are_unique_and_independent_of_the_walk_order(places: list[Place], seed: random.Random) -> None:
     named = keys.name_all(places)
     assert len({name.key for name in named}) == len(places)
     shuffled = seed.sample(places, len(places))
     assert dict(zip(places, named, strict=True)) == dict(zip(shuffled, keys.name_all(shuffled), strict=True))
 
 
-# ---- what a key means
+# ---- the model of a key
 
 
 def model(base: str, variant: str, bits: float | None = None, *, alone: bool = False, **more: object) -> Model:
@@ -138,32 +138,32 @@ def model(base: str, variant: str, bits: float | None = None, *, alone: bool = F
     return msgspec.convert(fields, Model)
 
 
-def test_a_plain_key_means_the_quantization_closest_to_four_and_a_half_bits() -> None:
+def test_a_plain_key_means_the_variant_closest_to_4_5_bits() -> None:
     models = [model("p/m", "q8_0", 8.5), model("p/m", "q4_k_m", 4.9), model("p/m", "q4_0", 4.6), model("p/x", "f", 4.5)]
     assert by_name(models)["p/m"] is models[2]
     assert by_name(models)["p/m@q8_0"] is models[0]
 
 
-def test_until_the_bits_are_known_the_name_tells_them() -> None:
+def test_the_name_gives_the_bits_until_they_are_known() -> None:
     models = [model("p/m", "f16"), model("p/m", "iq4_xs"), model("p/m", "unknown"), model("p/m", "q2_k")]
     assert by_name(models)["p/m"] is models[1]
 
 
-def test_a_plain_key_prefers_a_file_that_can_be_loaded() -> None:
+def test_a_plain_key_prefers_a_loadable_file() -> None:
     broken = Problem(code="invalid_model_file", message="m is empty")
     models = [model("p/m", "q4_0", 4.5, problem=broken), model("p/m", "q8_0", 8.5)]
     assert by_name(models)["p/m"] is models[1]
-    assert by_name(models[:1])["p/m"] is models[0], "which then says what is wrong"
+    assert by_name(models[:1])["p/m"] is models[0], "its problem is then reported"
 
 
-def test_the_only_model_of_a_folder_may_be_asked_for_by_its_variant() -> None:
+def test_the_only_model_of_a_folder_also_has_a_variant_key() -> None:
     models = [model("p/m", "q4_0", alone=True), model("p/n", "", alone=True)]
     assert by_name(models)["p/m@q4_0"] is models[0]
     for unknown in ("p/m@q8_0", "P/M", "p/m@Q4_0", "p/n@", "m", ""):
         assert unknown not in by_name(models)
 
 
-def test_a_nominal_size_is_known_for_every_common_name() -> None:
+def test_a_nominal_size_is_known_for_common_names() -> None:
     assert nominal_bits("ud-q4_k_m") == nominal_bits("Q4_K_M")
     assert nominal_bits("f16") == 16
     assert nominal_bits("q8_0") == 8.5
@@ -173,16 +173,16 @@ def test_a_nominal_size_is_known_for_every_common_name() -> None:
 # ---- shards, companions, adapters
 
 
-def test_shards_are_one_model_of_their_common_size(root: Path, look: Look) -> None:
+def test_shards_make_one_model_of_their_total_size(root: Path, look: Look) -> None:
     sizes = [
         write(root / f"p/m/M-Q8_0-0000{i}-of-00003.gguf", {"split.count": 3}, [(f"t{i}", (32, i), 8)]).stat().st_size
         for i in (1, 2, 3)
     ]
-    found = look()["p/m"]
-    assert found.problem is None
-    assert found.size_bytes == sum(sizes)
-    assert found.shards == [f"p/m/M-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
-    assert (found.variant, found.bits_per_weight, found.params_string) == ("q8_0", 8.5, "192")
+    model = look()["p/m"]
+    assert model.problem is None
+    assert model.size_bytes == sum(sizes)
+    assert model.shards == [f"p/m/M-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    assert (model.variant, model.bits_per_weight, model.params_string) == ("q8_0", 8.5, "192")
 
 
 def test_missing_shards_are_named(root: Path, look: Look) -> None:
@@ -198,7 +198,7 @@ def test_a_broken_shard_is_named(root: Path, look: Look) -> None:
     assert problem(look()["p/m"]) == "M-00002-of-00002.gguf is empty"
 
 
-def test_a_shard_under_another_name_is_no_model(root: Path, look: Look) -> None:
+def test_a_shard_under_another_name_is_not_a_model(root: Path, look: Look) -> None:
     write(root / "p/m/part.gguf", {"split.count": 2})
     assert "one of the 2 files of a split model" in problem(look()["p/m"])
 
@@ -211,7 +211,7 @@ def test_a_shard_under_another_name_is_no_model(root: Path, look: Look) -> None:
         ("vision.gguf", {"general.architecture": "clip"}),
     ],
 )
-def test_a_companion_is_no_model_but_gives_sight_to_those_beside_it(
+def test_a_companion_gives_vision_to_the_models_beside_it(
     root: Path, look: Look, name: str, metadata: dict[str, Value]
 ) -> None:
     write(root / "p/m/m-Q4_0.gguf")
@@ -220,14 +220,14 @@ def test_a_companion_is_no_model_but_gives_sight_to_those_beside_it(
     assert {key: model.vision for key, model in look().items()} == {"p/m": True, "p/blind": False}
 
 
-def test_a_companion_that_only_hears_gives_no_sight(root: Path, look: Look) -> None:
+def test_an_audio_companion_gives_no_vision(root: Path, look: Look) -> None:
     write(root / "p/m/m.gguf")
     write(root / "p/m/mmproj.gguf", {"general.type": "mmproj", "clip.has_vision_encoder": False})
     assert not look()["p/m"].vision
 
 
 @pytest.mark.parametrize(("kind", "word"), [("adapter", "LoRA adapter"), ("imatrix", "importance matrix")])
-def test_what_is_not_a_model_keeps_its_key_and_says_what_it_is(root: Path, look: Look, kind: str, word: str) -> None:
+def test_a_file_of_another_kind_has_a_key_and_a_problem(root: Path, look: Look, kind: str, word: str) -> None:
     write(root / "p/m/x.gguf", {"general.type": kind})
     assert look()["p/m"].problem == Problem(code="unsupported_model", message=f"x.gguf is {_a(word)}, not a model")
 
@@ -236,7 +236,7 @@ def _a(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-# ---- what a model is
+# ---- the fields of a model
 
 
 @pytest.mark.parametrize(
@@ -256,16 +256,16 @@ def _a(word: str) -> str:
         ),
     ],
 )
-def test_embedding_models_are_known_by_their_metadata(
+def test_embedding_models_are_recognized_by_metadata(
     root: Path, look: Look, metadata: dict[str, Value], expected: tuple[str, bool, int]
 ) -> None:
     write(root / "m.gguf", metadata)
-    found = look()["m"]
-    assert found.problem is None
-    assert (found.type, found.causal, found.pooling) == expected
+    model = look()["m"]
+    assert model.problem is None
+    assert (model.type, model.causal, model.pooling) == expected
 
 
-def test_what_stands_before_the_vocabulary_is_known_at_once_and_the_rest_afterwards(root: Path) -> None:
+def test_fields_after_the_vocabulary_follow_later(root: Path) -> None:
     metadata: dict[str, Value] = {
         "general.name": "My Model",
         "general.description": "It talks.",
@@ -297,7 +297,7 @@ def test_what_stands_before_the_vocabulary_is_known_at_once_and_the_rest_afterwa
     )
 
 
-# ---- what a memory estimate needs
+# ---- the input of a memory estimate
 
 SIZES: dict[str, Value] = {
     "llama.embedding_length": 64,
@@ -306,7 +306,7 @@ SIZES: dict[str, Value] = {
 }
 
 
-def test_the_dimensions_are_known_at_once_and_the_vocabulary_once_it_was_read(root: Path) -> None:
+def test_dimensions_come_first_and_the_vocabulary_size_later(root: Path) -> None:
     more: dict[str, Value] = {
         "llama.attention.head_count_kv": [2, 1],
         "llama.attention.value_length": 32,
@@ -336,13 +336,13 @@ def test_the_dimensions_are_known_at_once_and_the_vocabulary_once_it_was_read(ro
     assert catalog.models()[0].dimensions == msgspec.structs.replace(quick, vocabulary=2000)
 
 
-def test_a_vocabularys_size_that_is_named_before_it_is_known_at_once(root: Path) -> None:
+def test_a_declared_vocabulary_size_is_known_at_once(root: Path) -> None:
     write(root / "m.gguf", SIZES | {"llama.vocab_size": 3000} | vocabulary(3000))
     catalog = Catalog(root, root.parent / "cache")
     catalog.look()
-    found = catalog.models()[0].dimensions
-    assert found is not None
-    assert (found.vocabulary, found.head_count_kv) == (3000, 4)
+    dimensions = catalog.models()[0].dimensions
+    assert dimensions is not None
+    assert (dimensions.vocabulary, dimensions.head_count_kv) == (3000, 4)
 
 
 @pytest.mark.parametrize(
@@ -357,12 +357,12 @@ def test_a_vocabularys_size_that_is_named_before_it_is_known_at_once(root: Path)
         {"llama.block_count": 2**31},
     ],
 )
-def test_without_dimensions_that_make_sense_there_are_none(root: Path, look: Look, metadata: dict[str, Value]) -> None:
+def test_invalid_dimensions_are_left_out(root: Path, look: Look, metadata: dict[str, Value]) -> None:
     write(root / "m.gguf", SIZES | metadata)
     assert look()["m"].dimensions is None
 
 
-def test_weights_are_summed_by_their_place_over_all_shards(root: Path, look: Look) -> None:
+def test_weights_are_summed_by_place_over_all_shards(root: Path, look: Look) -> None:
     embedding, block, last = ("token_embd.weight", (64, 32), 0), ("blk.0.x", (64, 2), 0), ("output.weight", (64, 8), 0)
     write(root / "m-00001-of-00002.gguf", {"split.count": 2}, [embedding, block])
     write(
@@ -372,15 +372,15 @@ def test_weights_are_summed_by_their_place_over_all_shards(root: Path, look: Loo
     assert look()["m"].weights == weights
 
 
-def test_weights_of_a_type_that_is_not_known_are_not_known(root: Path, look: Look) -> None:
+def test_weights_of_an_unknown_type_are_unknown(root: Path, look: Look) -> None:
     write(root / "m.gguf", tensors=[("token_embd.weight", (64, 32), 0), ("blk.0.x", (64, 2), 200)])
     assert look()["m"].weights is None
 
 
-def test_without_names_in_the_header_the_files_name_has_to_do(root: Path, look: Look) -> None:
+def test_a_header_without_names_leaves_the_file_name(root: Path, look: Look) -> None:
     write(root / "Some-Q5_K_M.gguf", {"general.organization": "Org"})
-    found = look()["some-q5_k_m"]
-    assert (found.display_name, found.quantization, found.publisher) == ("Some-Q5_K_M", "Q5_K_M", "Org")
+    model = look()["some-q5_k_m"]
+    assert (model.display_name, model.quantization, model.publisher) == ("Some-Q5_K_M", "Q5_K_M", "Org")
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_without_names_in_the_header_the_files_name_has_to_do(root: Path, look: 
     [(7_000_000_000, "7B"), (1_540_000_000, "1.5B"), (32_800_000_000, "33B"), (596_000_000, "596M"),
      (999_900_000, "1B"), (22_700, "23K"), (2_000_000_000_000, "2T"), (12, "12")],
 )  # fmt: skip
-def test_numbers_of_weights_are_written_as_people_do(parameters: int, text: str) -> None:
+def test_numbers_of_weights_are_abbreviated(parameters: int, text: str) -> None:
     assert abbreviated(parameters) == text
 
 
@@ -413,7 +413,7 @@ def test_numbers_of_weights_are_written_as_people_do(parameters: int, text: str)
         {"general.architecture": "other"},
     ],
 )
-def test_values_that_would_abort_the_engine_are_found_first(root: Path, look: Look, metadata: dict[str, Value]) -> None:
+def test_values_that_would_abort_the_engine_are_problems(root: Path, look: Look, metadata: dict[str, Value]) -> None:
     write(root / "m.gguf", metadata)
     assert problem(look()["m"]).startswith("m.gguf ")
 
@@ -423,12 +423,12 @@ def test_experts_may_be_given_per_layer(root: Path, look: Look) -> None:
     assert look()["m"].problem is None
 
 
-def test_a_vocabulary_alone_is_no_model(root: Path, look: Look) -> None:
+def test_a_vocabulary_alone_is_not_a_model(root: Path, look: Look) -> None:
     write(root / "m.gguf", vocabulary(4), [])
     assert "it is a vocabulary" in problem(look()["m"])
 
 
-def test_no_bad_file_hides_the_others_and_each_keeps_its_key(root: Path, look: Look) -> None:
+def test_a_bad_file_has_a_key_and_does_not_hide_the_others(root: Path, look: Look) -> None:
     write(root / "p/good/m.gguf")
     for name, content in (("empty", b""), ("text", b"hello"), ("cut", header()[:-80]), ("short", header())):
         (root / "p" / name).mkdir()
@@ -440,26 +440,26 @@ def test_no_bad_file_hides_the_others_and_each_keeps_its_key(root: Path, look: L
     (root / "p/dangling/m.gguf").symlink_to("nowhere")
     (root / "p/loop").mkdir()
     (root / "p/loop/m.gguf").symlink_to("m.gguf")
-    found = look()
-    assert [key for key, model in found.items() if model.problem is None] == ["p/good"]
-    assert sorted(found) == [f"p/{n}" for n in ("cut", "dangling", "empty", "fifo", "good", "loop", "short", "text")]
-    assert not any(str(root) in problem(model) for model in found.values() if model.problem)
+    models = look()
+    assert [key for key, model in models.items() if model.problem is None] == ["p/good"]
+    assert sorted(models) == [f"p/{n}" for n in ("cut", "dangling", "empty", "fifo", "good", "loop", "short", "text")]
+    assert not any(str(root) in problem(model) for model in models.values() if model.problem)
 
 
 def test_links_out_of_the_directory_are_refused_unopened(root: Path, look: Look) -> None:
-    """llama.cpp would follow them, and put the first bytes of the target into its log."""
+    """llama.cpp would follow such a link and write the first bytes of the target to its log."""
     outside = write(root.parent / "outside/p/m.gguf").parent
     (root / "p/file").mkdir(parents=True)
     (root / "p/file/m.gguf").symlink_to(outside / "m.gguf")
     (root / "p/folder").symlink_to(outside)
-    found = look()
-    assert sorted(found) == ["p/file", "p/folder"]
-    for refused in found.values():
+    models = look()
+    assert sorted(models) == ["p/file", "p/folder"]
+    for refused in models.values():
         assert problem(refused).endswith("is a symbolic link to a path outside the models directory")
         assert refused.architecture == ""
 
 
-def test_links_within_the_directory_are_as_good_as_files(root: Path, look: Look) -> None:
+def test_links_within_the_directory_count_as_files(root: Path, look: Look) -> None:
     """The layout of the Hugging Face cache: snapshots link to blobs, which have no ending."""
     blob = write(root / "models--p--m/blobs/0a1b")
     snapshot = root / "models--p--m/snapshots/abc"
@@ -467,9 +467,9 @@ def test_links_within_the_directory_are_as_good_as_files(root: Path, look: Look)
     (snapshot / "m-Q4_0.gguf").symlink_to("../../blobs/0a1b")
     (root / "p").mkdir()
     (root / "p/nice-name").symlink_to(snapshot)
-    found = look()
-    assert sorted(found) == ["p/nice-name", "snapshots/abc"]
-    assert all(model.problem is None and model.size_bytes == blob.stat().st_size for model in found.values())
+    models = look()
+    assert sorted(models) == ["p/nice-name", "snapshots/abc"]
+    assert all(model.problem is None and model.size_bytes == blob.stat().st_size for model in models.values())
 
 
 def test_folders_that_link_to_each_other_are_walked_once(root: Path, look: Look) -> None:
@@ -482,21 +482,21 @@ def test_folders_that_link_to_each_other_are_walked_once(root: Path, look: Look)
     assert sorted(look()) == ["p/m", "to-p/m"]
 
 
-def test_hidden_files_are_passed_over(root: Path, look: Look) -> None:
+def test_hidden_files_are_ignored(root: Path, look: Look) -> None:
     write(root / ".cache/m.gguf")
     write(root / "p/m/._m.gguf")
     assert look() == {}
 
 
-def test_a_name_that_is_not_utf_8_is_a_problem_and_can_still_be_sent(root: Path, look: Look) -> None:
+def test_a_name_that_is_not_utf_8_is_a_problem_of_its_model(root: Path, look: Look) -> None:
     (root / os.fsdecode(b"m\xff.gguf")).write_bytes(header())
-    (found,) = look().values()
-    assert "not UTF-8" in problem(found)
-    msgspec.msgpack.encode(found)
+    (model,) = look().values()
+    assert "not UTF-8" in problem(model)
+    msgspec.msgpack.encode(model)
 
 
-def test_a_file_that_nobody_may_read_is_tried_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change of permissions changes neither time nor size."""
+def test_an_unreadable_file_is_retried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of permissions changes neither the modification time nor the size."""
     write(root / "m.gguf")
     catalog = Catalog(root, root.parent / "cache")
     with monkeypatch.context() as patch:
@@ -516,7 +516,7 @@ def _forbidden(*_: object) -> int:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files opened through os.open, which is how headers are read."""
+    """Names of the files that were opened with os.open; the header reader uses it."""
     names: list[str] = []
     really_open = os.open
 
@@ -528,12 +528,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_an_unchanged_file_is_read_once_even_by_the_next_process(root: Path, opened: list[str]) -> None:
+def test_an_unchanged_file_is_not_read_again_after_a_restart(root: Path, opened: list[str]) -> None:
     write(root / "a.gguf", vocabulary(10))
     (root / "bad.gguf").write_bytes(b"bad")
     first = everything(root)
     first.save()
-    assert opened == ["a.gguf", "bad.gguf", "a.gguf"], "a quick look at both, and then the rest of the good one"
+    assert opened == ["a.gguf", "bad.gguf", "a.gguf"], "a quick look at both, then the rest of the valid file"
     opened.clear()
     assert not first.look()
     second = everything(root)
@@ -541,7 +541,7 @@ def test_an_unchanged_file_is_read_once_even_by_the_next_process(root: Path, ope
     assert opened == []
 
 
-def test_a_file_that_changed_is_read_again(root: Path) -> None:
+def test_a_changed_file_is_read_again(root: Path) -> None:
     path = write(root / "a.gguf")
     catalog = everything(root)
     write(path, {"llama.context_length": 99})
@@ -554,7 +554,7 @@ def test_a_file_that_changed_is_read_again(root: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x82\xa7version\xa1x\xa5files\x80", b"\xc1" * 100])
-def test_a_damaged_cache_is_ignored_and_written_anew(root: Path, content: bytes, opened: list[str]) -> None:
+def test_a_damaged_cache_is_ignored_and_rewritten(root: Path, content: bytes, opened: list[str]) -> None:
     write(root / "a.gguf")
     cache = root.parent / "cache"
     cache.write_bytes(content)
@@ -565,7 +565,7 @@ def test_a_damaged_cache_is_ignored_and_written_anew(root: Path, content: bytes,
     assert sorted(path.name for path in root.parent.iterdir()) == ["cache", "models"]
 
 
-def test_a_models_directory_that_goes_away_holds_no_models(root: Path) -> None:
+def test_a_missing_models_directory_has_no_models(root: Path) -> None:
     write(root / "a.gguf")
     catalog = everything(root)
     root.rename(root.parent / "elsewhere")

@@ -1,4 +1,4 @@
-"""What the client commands decide: when to ask again, what to show, and what they take from a stream."""
+"""The client commands: retries, display of progress, and parsing of event streams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ERROR = ErrorBody(type="service_unavailable", message="Redis does not answer.")
 
 
 class Clock:
-    """Time that passes by being slept."""
+    """A clock that only `sleep` moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -51,20 +51,20 @@ def progress(**fields: object) -> LoadProgress:
     return msgspec.convert(base | fields, LoadProgress)
 
 
-# ---- asking again
+# ---- retries
 
 
-def test_patience_ends_when_nothing_was_heard_for_long_enough() -> None:
+def test_patience_ends_without_an_answer() -> None:
     clock = Clock()
     patience = Patience(lambda sentence: None, clock, clock.sleep)
     with pytest.raises(Failure, match="Redis does not answer"):
-        ask_for_ever(patience)
+        retry_for_ever(patience)
     assert PATIENCE_S - LONGEST_PAUSE_S <= clock.now - 100 <= PATIENCE_S
     assert clock.pauses == sorted(clock.pauses)
     assert clock.pauses[-1] == LONGEST_PAUSE_S
 
 
-def ask_for_ever(patience: Patience) -> None:
+def retry_for_ever(patience: Patience) -> None:
     while True:
         patience.wait(Failure(ERROR, 0.0))
 
@@ -78,16 +78,16 @@ def test_an_answer_renews_patience() -> None:
     assert clock.now == 300
 
 
-def test_the_server_says_how_long_to_wait_and_why_is_told() -> None:
-    clock, told = Clock(), list[str]()
-    patience = Patience(told.append, clock, clock.sleep)
+def test_a_retry_waits_as_long_as_the_server_says() -> None:
+    clock, messages = Clock(), list[str]()
+    patience = Patience(messages.append, clock, clock.sleep)
     patience.wait(Failure(ERROR, 7.0))
     assert clock.pauses == [7.0]
-    assert told == ["Redis does not answer. Trying again."]
+    assert messages == ["Redis does not answer. Trying again."]
 
 
 @pytest.mark.parametrize("retry_after_s", [None, PATIENCE_S + 1])
-def test_what_is_final_or_takes_too_long_is_not_waited_for(retry_after_s: float | None) -> None:
+def test_a_final_or_too_long_failure_is_not_retried(retry_after_s: float | None) -> None:
     clock = Clock()
     with pytest.raises(Failure):
         Patience(lambda sentence: None, clock, clock.sleep).wait(Failure(ERROR, retry_after_s))
@@ -97,23 +97,23 @@ def test_what_is_final_or_takes_too_long_is_not_waited_for(retry_after_s: float 
 # ---- the stream
 
 
-def test_events_are_taken_from_a_stream_with_comments_and_unknown_fields() -> None:
+def test_comments_and_unknown_fields_of_a_stream_are_ignored() -> None:
     stream = b": hello\n\nid: 1-0\nevent: e\ndata: {}\nretry: 5\n\n: still here\n\nid:2-0\ndata:a\ndata: b\n\ndata: cut"
     assert list(events(stream.split(b"\n"))) == [("1-0", b"{}"), ("2-0", b"a\nb")]
 
 
-def test_an_event_without_an_id_keeps_the_last() -> None:
+def test_an_event_without_an_id_keeps_the_last_id() -> None:
     assert list(events([b"id: 1", b"data: a", b"", b"data: b", b""])) == [("1", b"a"), ("1", b"b")]
 
 
-# ---- what is shown
+# ---- the display
 
 
-def test_the_share_moves_evenly_and_never_back_or_ahead() -> None:
+def test_the_displayed_share_moves_evenly_and_never_back() -> None:
     clock = Clock()
     meter = Meter(clock)
     shown = []
-    for share in (0.0, 0.2, 0.4, 0.3, 0.6):  # one each second, and one that goes back
+    for share in (0.0, 0.2, 0.4, 0.3, 0.6):  # one per second; one of them decreases
         meter.saw(share)
         for _ in range(10):
             clock.now += 0.1
@@ -124,33 +124,33 @@ def test_the_share_moves_evenly_and_never_back_or_ahead() -> None:
     assert shown[-1] == pytest.approx(0.6)
 
 
-def test_lines_are_written_for_each_phase_and_each_tenth() -> None:
-    said = list[str]()
-    lines = Lines("m", said.append)
+def test_a_line_is_written_for_each_phase_and_each_tenth() -> None:
+    lines_written = list[str]()
+    lines = Lines("m", lines_written.append)
     lines.show(progress(status="queued", phase=None, progress=0.0))
     lines.show(progress(status="loading", phase=None, progress=0.0))
     for hundredth in range(100):
         lines.show(progress(progress=hundredth / 100, loaded_bytes=hundredth * (8 << 30) // 100))
     lines.show(progress(phase="context", progress=0.995, loaded_bytes=8 << 30))
-    assert said[:2] == ["m: 0% queued", "m: 0% starting"]
-    assert said[3] == "m: 10% weights, 819.2 MiB of 8.0 GiB, 100.0 MiB/s, 0:01:14 left"
-    assert said[-1] == "m: 99% context, 8.0 GiB of 8.0 GiB"
-    assert len(said) == 13
+    assert lines_written[:2] == ["m: 0% queued", "m: 0% starting"]
+    assert lines_written[3] == "m: 10% weights, 819.2 MiB of 8.0 GiB, 100.0 MiB/s, 0:01:14 left"
+    assert lines_written[-1] == "m: 99% context, 8.0 GiB of 8.0 GiB"
+    assert len(lines_written) == 13
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_an_unknown_rate_is_left_out() -> None:
     assert facts(progress(bytes_per_second=None)) == "weights, 2.0 GiB of 8.0 GiB"
     assert facts(progress(bytes_per_second=0)) == "weights, 2.0 GiB of 8.0 GiB"
 
 
-def test_a_terminal_is_not_told_what_to_do_by_a_models_name() -> None:
+def test_control_characters_of_a_name_are_replaced() -> None:
     assert clean("a\x1b[2Jb\x07\tc\n") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}\tc\n"
 
 
 # ---- the commands
 
 
-def test_the_program_knows_every_client_command() -> None:
+def test_the_program_lists_every_client_command() -> None:
     assert set(cli.CLIENT_COMMANDS) == set(commands.client.commands)
 
 
@@ -158,19 +158,19 @@ def test_the_program_knows_every_client_command() -> None:
 def test_each_option_of_load_has_the_text_of_its_field(kind: type[msgspec.Struct]) -> None:
     helps = {option.name: option.help for option in commands.load.params if isinstance(option, click.Option)}
     schema = document()["components"]["schemas"][kind.__name__]["properties"]
-    without = {"model", "gpu", "echo_load_config"}  # an argument, a group of options, and what is always asked for
+    without = {"model", "gpu", "echo_load_config"}  # an argument, a group of options, and a field that is always set
     fields = {name: field["description"] for name, field in schema.items() if name not in without}
     assert fields
     assert [name for name, text in fields.items() if not str(helps.get(name)).startswith(text)] == []
 
 
 @pytest.mark.parametrize("url", ["http://h", "https://h:1/prefix/", "http://[::1]:1234"])
-def test_a_server_is_named_by_a_url(url: str) -> None:
+def test_the_url_of_a_server_is_accepted(url: str) -> None:
     assert checked_url(url) == url.rstrip("/")
 
 
 @pytest.mark.parametrize("url", ["", "h:1", "ftp://h", "http://", "http://u:p@h", "http://h?x", "http://h:x", "/x"])
-def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
+def test_another_text_is_refused_as_a_url(url: str) -> None:
     assert checked_url(url) is None
 
 
@@ -187,13 +187,13 @@ def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
         ["cancel"],
     ],
 )
-def test_wrong_usage_is_status_2(words: list[str]) -> None:
-    done = CliRunner().invoke(cli.main, words)
-    assert (done.exit_code, done.stdout) == (2, "")
+def test_wrong_usage_exits_with_status_2(words: list[str]) -> None:
+    result = CliRunner().invoke(cli.main, words)
+    assert (result.exit_code, result.stdout) == (2, "")
 
 
-def test_a_token_that_no_header_can_hold_is_not_shown() -> None:
-    done = CliRunner().invoke(cli.main, ["ls"], env={"LOADSTONE_TOKEN": "s3cret\n"})
-    assert done.exit_code == 2
-    assert "visible ASCII" in done.stderr
-    assert "s3cret" not in done.output
+def test_a_token_that_fits_no_header_is_not_shown() -> None:
+    result = CliRunner().invoke(cli.main, ["ls"], env={"LOADSTONE_TOKEN": "s3cret\n"})
+    assert result.exit_code == 2
+    assert "visible ASCII" in result.stderr
+    assert "s3cret" not in result.output

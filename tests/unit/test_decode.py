@@ -1,4 +1,4 @@
-"""From a body to a request: whatever is sent, it is a request or one of the declared refusals."""
+"""Decoding a body: any bytes give a request or one of the declared errors."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def refused(body: Any) -> InvalidRequest:
 
 
 def is_decided(body: bytes) -> None:
-    """A request, which the wire between our own processes can carry, or a refusal that can be sent."""
+    """Check that a body gives a request that msgpack can encode, or an error that can be sent."""
     for kind, missing in ((LoadRequest, LOAD), (UnloadRequest, UNLOAD)):
         try:
-            found = decode(body, kind, missing)
+            decoded = decode(body, kind, missing)
         except InvalidRequest as e:
             assert e.code in {  # noqa: PT017
                 "invalid_json",
@@ -73,8 +73,8 @@ def is_decided(body: bytes) -> None:
             }
             assert msgspec.json.decode(reply(e).body)["error"]["message"] == str(e)  # noqa: PT017
         else:
-            assert isinstance(found, kind)
-            assert msgspec.msgpack.decode(msgspec.msgpack.encode(found), type=kind) == found
+            assert isinstance(decoded, kind)
+            assert msgspec.msgpack.decode(msgspec.msgpack.encode(decoded), type=kind) == decoded
 
 
 # ---- any body
@@ -107,7 +107,7 @@ def test_a_damaged_request_is_a_request_or_a_refusal(damage: bytes, at: int) -> 
     is_decided(body[:at] + damage + body[at + len(damage) :])
 
 
-# ---- what is not JSON, and what is no object
+# ---- bodies that are not JSON, or not an object
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_damaged_request_is_a_request_or_a_refusal(damage: bytes, at: int) -> 
         b'{"model": "\xff"}',
     ],
 )
-def test_what_is_not_json_is_told_where(body: bytes) -> None:
+def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     error = refused(body)
     assert isinstance(error, InvalidJSON)
     assert str(error).startswith("The body is not valid JSON: ")
@@ -139,7 +139,7 @@ def test_deep_nesting_is_refused() -> None:
     ("body", "what"),
     [(b"[]", "an array"), (b'"x"', "a string"), (b"1", "a number"), (b"1.5", "a number"), (b"true", "a boolean")],
 )
-def test_what_is_no_object_is_named(body: bytes, what: str) -> None:
+def test_a_body_that_is_not_an_object_is_refused(body: bytes, what: str) -> None:
     error = refused(body)
     assert isinstance(error, InvalidType)
     assert str(error) == f"The body must be a JSON object, not {what}."
@@ -149,7 +149,7 @@ def test_what_is_no_object_is_named(body: bytes, what: str) -> None:
 # ---- the contract's sentences
 
 
-def test_a_missing_field_is_named_as_lm_studio_does() -> None:
+def test_a_missing_field_gives_the_message_of_lm_studio() -> None:
     error = refused({})
     assert isinstance(error, MissingParameter)
     assert (str(error), error.param) == ('"model" is required', "model")
@@ -183,15 +183,15 @@ def test_all_unknown_keys_are_named(keys: list[str]) -> None:
         ("num_experts", 0, "invalid_value", "'num_experts': expected integer >= 1, got 0."),
     ],
 )
-def test_a_wrong_value_is_told_what_was_expected(field: str, value: Any, code: str, message: str) -> None:
+def test_an_error_names_the_expected_value(field: str, value: Any, code: str, message: str) -> None:
     error = refused({"model": "m", field: value})
     assert (error.code, str(error), error.param) == (code, message, field)
 
 
-# ---- the order of refusals
+# ---- the order of errors
 
 
-def test_the_order_of_refusals() -> None:
+def test_errors_have_a_fixed_order() -> None:
     """Not an object, then a missing field, then all unknown keys, then types, then values."""
     wrong = {"ttl": 1, "parallel": 65, "context_length": "x"}
     assert isinstance(refused([wrong]), InvalidType)
@@ -205,7 +205,7 @@ def test_the_order_of_refusals() -> None:
     order=st.permutations(["model", "ttl", "parallel", "context_length"]),
     present=st.sets(st.sampled_from(["model", "ttl", "parallel", "context_length"])),
 )
-def test_the_order_of_keys_does_not_decide_the_refusal(order: list[str], present: set[str]) -> None:
+def test_the_order_of_keys_does_not_change_the_error(order: list[str], present: set[str]) -> None:
     values = {"model": "m", "ttl": 60, "parallel": 0, "context_length": "x"}
     body = {key: values[key] for key in order if key in present}
     expected = (
@@ -236,7 +236,7 @@ def test_a_whole_float_is_an_integer(field: str, text: str) -> None:
 
 
 @given(st.integers(1, 2**31 - 1))
-def test_every_whole_float_is_taken_as_it_is(n: int) -> None:
+def test_every_whole_float_keeps_its_value(n: int) -> None:
     assert load({"model": "m", "context_length": float(n)}).context_length == n
 
 
@@ -248,23 +248,23 @@ def test_a_boolean_is_true_or_false(field: str, text: str) -> None:
 
 @pytest.mark.parametrize("digits", [19, 20, 100, 308, 309, 4299, 4300, 4301, 5000])
 @pytest.mark.parametrize("sign", ["", "-"])
-def test_an_integer_of_any_length_is_decided(digits: int, sign: str) -> None:
+def test_an_integer_of_any_length_is_accepted_or_refused(digits: int, sign: str) -> None:
     is_decided(f'{{"model": "m", "eval_batch_size": {sign}{"9" * digits}}}'.encode())
 
 
 @pytest.mark.parametrize("field", ["eval_batch_size", "num_experts", "context_length"])
 @pytest.mark.parametrize("text", ["1e300", "18446744073709551616", "1e20"])
-def test_an_integer_that_no_record_can_hold_is_refused_here(field: str, text: str) -> None:
-    """msgpack ends at 64 bits: what is let through here fails where the record is written, as a fault of ours."""
+def test_an_integer_too_large_for_a_record_is_refused(field: str, text: str) -> None:
+    """msgpack integers have 64 bits: a larger value would fail as an internal error when the record is written."""
     assert isinstance(refused(f'{{"model": "m", "{field}": {text}}}'.encode()), InvalidValue)
 
 
 @pytest.mark.parametrize("text", ["0.0", "-1.0", "-0.0"])
-def test_a_whole_float_out_of_range_is_out_of_range(text: str) -> None:
+def test_a_whole_float_out_of_range_is_refused(text: str) -> None:
     assert isinstance(refused(f'{{"model": "m", "context_length": {text}}}'.encode()), InvalidValue)
 
 
-def test_the_bounds_of_parallel() -> None:
+def test_parallel_accepts_its_bounds() -> None:
     assert [load({"model": "m", "parallel": n}).parallel for n in (1, 64)] == [1, 64]
 
 
@@ -277,11 +277,11 @@ def test_the_last_of_two_equal_keys_counts() -> None:
 
 
 @pytest.mark.parametrize("model", ["", "p/m@q4_k_m", "P/M", "mod\u00e8le", "\U0001f9f2", "a\x00b", "x" * 10_000])
-def test_any_string_is_a_model_key_here(model: str) -> None:
+def test_any_string_is_decoded_as_a_model_key(model: str) -> None:
     assert load({"model": model}).model == model
 
 
-def test_what_is_left_out_is_not_what_is_null() -> None:
+def test_a_field_may_be_left_out_but_not_null() -> None:
     assert load({"model": "m"}) == LoadRequest(model="m")
     for field in FIELDS:
         assert isinstance(refused({"model": "m", field: None}), InvalidType), field
@@ -291,7 +291,7 @@ def test_what_is_left_out_is_not_what_is_null() -> None:
 
 
 def request(body: list[bytes], content_type: str | None) -> tuple[Request, list[bytes]]:
-    """A request whose body comes in chunks, and the chunks that nobody asked for."""
+    """Return a request whose body comes in chunks, and the list of chunks that were not received yet."""
     rest = list(body)
 
     async def receive() -> dict[str, Any]:
@@ -304,23 +304,23 @@ def request(body: list[bytes], content_type: str | None) -> tuple[Request, list[
 @pytest.mark.parametrize(
     "content_type", ["application/json", "Application/JSON", "application/json; charset=utf-8", " application/json ;"]
 )
-async def test_json_is_read(content_type: str) -> None:
+async def test_a_json_body_is_read(content_type: str) -> None:
     assert await read_body(request([b"{", b"}"], content_type)[0]) == b"{}"
 
 
 @pytest.mark.parametrize(
     "content_type", [None, "", "text/plain", "application/jsonl", "text/json", "application/x\xff"]
 )
-async def test_what_is_not_declared_as_json_is_not_read(content_type: str | None) -> None:
-    wanted, rest = request([b"{}"], content_type)
+async def test_a_body_of_another_content_type_is_not_read(content_type: str | None) -> None:
+    http_request, rest = request([b"{}"], content_type)
     with pytest.raises(UnsupportedMediaType, match="must be application/json"):
-        await read_body(wanted)
+        await read_body(http_request)
     assert rest == [b"{}"]
 
 
-async def test_a_body_is_read_up_to_its_limit_and_no_further() -> None:
+async def test_a_body_is_read_up_to_its_limit() -> None:
     assert len(await read_body(request([b" " * MAX_BODY_BYTES], "application/json")[0])) == MAX_BODY_BYTES
-    wanted, rest = request([b" " * MAX_BODY_BYTES, b" ", b"never read"], "application/json")
+    http_request, rest = request([b" " * MAX_BODY_BYTES, b" ", b"never read"], "application/json")
     with pytest.raises(BodyTooLarge):
-        await read_body(wanted)
+        await read_body(http_request)
     assert rest == [b"never read"]

@@ -1,4 +1,4 @@
-"""Which devices a worker owns, that nobody else does, and what NVML says of them."""
+"""The devices of a worker: its setting, the locks against other workers, and the readings from NVML."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ FIRST, SECOND, THIRD = (f"GPU-fake-{i}" for i in range(3))
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
-    """A host with three GPUs, which is this process's."""
-    made = FakeHost.made(tmp_path / "host", GIB, 2 * GIB, 3 * GIB)
-    use_driver(monkeypatch, made)
-    return made
+    """Make this process see a host with three GPUs."""
+    fake = FakeHost.made(tmp_path / "host", GIB, 2 * GIB, 3 * GIB)
+    use_driver(monkeypatch, fake)
+    return fake
 
 
-def devices(wanted: str = "") -> Devices:
-    return Devices(Settings(devices=wanted), Driver())
+def devices(setting: str = "") -> Devices:
+    return Devices(Settings(devices=setting), Driver())
 
 
 # ---- LOADSTONE_DEVICES
 
 
 @pytest.mark.parametrize(
-    ("wanted", "gpus", "has_cpu"),
+    ("setting", "gpus", "has_cpu"),
     [
         ("", [FIRST, SECOND, THIRD], True),
         ("1", [SECOND], False),
@@ -49,16 +49,16 @@ def devices(wanted: str = "") -> Devices:
         (f"0,{FIRST},0", [FIRST], False),
     ],
 )
-def test_a_worker_owns_what_its_setting_names_in_that_order(
-    host: FakeHost, wanted: str, gpus: list[str], has_cpu: bool
+def test_a_worker_owns_the_devices_of_its_setting_in_order(
+    host: FakeHost, setting: str, gpus: list[str], has_cpu: bool
 ) -> None:
-    found = devices(wanted)
-    assert (found.gpus, found.has_cpu) == (gpus, has_cpu)
-    assert [reading.id for reading in found.read()] == [*gpus, *([CPU] if has_cpu else [])]
+    owned = devices(setting)
+    assert (owned.gpus, owned.has_cpu) == (gpus, has_cpu)
+    assert [reading.id for reading in owned.read()] == [*gpus, *([CPU] if has_cpu else [])]
 
 
 @pytest.mark.parametrize("unknown", ["3", "GPU-other", "gpu-fake-0", "-1"])
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(host: FakeHost, unknown: str) -> None:
+def test_an_unknown_device_is_refused_with_a_list(host: FakeHost, unknown: str) -> None:
     with pytest.raises(SettingsError) as raised:
         devices(f"cpu,{unknown}")
     assert str(raised.value) == (
@@ -67,21 +67,19 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(host: FakeHos
     )
 
 
-def test_without_a_driver_there_is_the_cpu_alone(host: FakeHost) -> None:
+def test_without_a_driver_a_worker_owns_the_cpu_only(host: FakeHost) -> None:
     host.fail("host", "DriverNotLoaded")
     assert (devices().gpus, devices().has_cpu) == ([], True)
     with pytest.raises(SettingsError, match=r"there is no device '0'; available: cpu\."):
         devices("0")
 
 
-@pytest.mark.parametrize(("wanted", "visible"), [("cpu", NO_GPU), ("1", SECOND), ("1,cpu", SECOND), ("0,1", None)])
-def test_what_cuda_may_see_is_settled_ahead_of_a_load_where_there_is_no_choice(
-    host: FakeHost, wanted: str, visible: str | None
-) -> None:
-    assert devices(wanted).visible() == visible
+@pytest.mark.parametrize(("setting", "visible"), [("cpu", NO_GPU), ("1", SECOND), ("1,cpu", SECOND), ("0,1", None)])
+def test_an_only_gpu_is_visible_before_a_load(host: FakeHost, setting: str, visible: str | None) -> None:
+    assert devices(setting).visible() == visible
 
 
-def test_an_engine_without_cuda_leaves_the_cpu_or_is_told_of(host: FakeHost) -> None:
+def test_an_engine_without_cuda_leaves_the_cpu_or_fails(host: FakeHost) -> None:
     both = devices("0,cpu")
     both.without_gpus()
     assert [reading.id for reading in both.read()] == [CPU]
@@ -89,32 +87,32 @@ def test_an_engine_without_cuda_leaves_the_cpu_or_is_told_of(host: FakeHost) -> 
         devices("0").without_gpus()
 
 
-# ---- what NVML says
+# ---- readings
 
 
-def test_a_reading_has_what_is_free_and_who_uses_it(host: FakeHost) -> None:
-    found = devices("1")
+def test_a_reading_has_free_bytes_and_users(host: FakeHost) -> None:
+    owned = devices("1")
     host.take(SECOND, 300, pid=4)
     host.take(SECOND, 500, pid=5)
-    (reading,) = found.read()
+    (reading,) = owned.read()
     assert (reading.total_bytes, reading.free_bytes, reading.users) == (2 * GIB, 2 * GIB - 800, {4: 300, 5: 500})
     assert reading.is_gpu
     host.release(SECOND)
-    assert found.read()[0].users == {}
+    assert owned.read()[0].users == {}
 
 
-def test_of_a_gpu_that_is_lost_nothing_is_free_until_it_answers_again(host: FakeHost) -> None:
-    found = devices("0,1")
-    assert [reading.free_bytes for reading in found.read()] == [GIB, 2 * GIB]
+def test_a_lost_gpu_has_no_free_memory_until_it_is_back(host: FakeHost) -> None:
+    owned = devices("0,1")
+    assert [reading.free_bytes for reading in owned.read()] == [GIB, 2 * GIB]
     host.fail(FIRST, "GpuIsLost")
-    lost, other = found.read()
+    lost, other = owned.read()
     assert (lost.total_bytes, lost.free_bytes, lost.users) == (GIB, 0, {})
-    assert other.free_bytes == 2 * GIB, "the others are as they were"
+    assert other.free_bytes == 2 * GIB, "the other GPU does not change"
     host.fail(FIRST, None)
-    assert found.read()[0].free_bytes == GIB
+    assert owned.read()[0].free_bytes == GIB
 
 
-def test_a_gpu_that_is_lost_at_the_start_is_left_out_and_the_others_keep_their_indexes(host: FakeHost) -> None:
+def test_a_gpu_lost_at_the_start_leaves_the_other_indexes(host: FakeHost) -> None:
     host.fail(FIRST, "GpuIsLost")
     assert devices().gpus == [SECOND, THIRD]
     assert devices("2").gpus == [THIRD]
@@ -125,7 +123,7 @@ def test_a_gpu_that_is_lost_at_the_start_is_left_out_and_the_others_keep_their_i
 # ---- locks
 
 
-def test_a_gpu_that_another_worker_has_is_refused_and_the_others_are_not(tmp_path: Path) -> None:
+def test_only_the_gpus_of_another_worker_are_refused(tmp_path: Path) -> None:
     with locked(tmp_path, [FIRST, SECOND]):
         with pytest.raises(SettingsError, match=f"another worker uses the GPU {SECOND}; .* LOADSTONE_DEVICES"):
             in_another(tmp_path, [THIRD, SECOND])
@@ -133,7 +131,7 @@ def test_a_gpu_that_another_worker_has_is_refused_and_the_others_are_not(tmp_pat
     in_another(tmp_path, [FIRST, SECOND])
 
 
-def test_a_worker_that_is_killed_leaves_its_gpus_and_its_children_do_not_hold_them(tmp_path: Path) -> None:
+def test_a_killed_worker_releases_its_gpus_despite_a_child(tmp_path: Path) -> None:
     ours, theirs = multiprocessing.Pipe()
     worker = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, theirs))
     worker.start()
@@ -145,7 +143,7 @@ def test_a_worker_that_is_killed_leaves_its_gpus_and_its_children_do_not_hold_th
             worker.kill()
             worker.join()
             with locked(tmp_path, [FIRST]):
-                os.kill(child, 0)  # it lives on
+                os.kill(child, 0)  # the child is still alive
         finally:
             os.kill(child, 9)
     finally:
@@ -156,16 +154,16 @@ def test_a_worker_that_is_killed_leaves_its_gpus_and_its_children_do_not_hold_th
         theirs.close()
 
 
-def hold(lock_dir: Path, told: Connection) -> None:
-    """A worker that has a child, until it is killed."""
+def hold(lock_dir: Path, channel: Connection) -> None:
+    """Run a worker with a child until the worker is killed."""
     with locked(lock_dir, [FIRST]):
         child = subprocess.Popen(["sleep", "60"])
-        told.send(child.pid)
+        channel.send(child.pid)
         child.wait()
 
 
 def in_another(lock_dir: Path, gpus: list[str]) -> None:
-    """Take and leave these as another process would; raises what it did."""
+    """Lock and release these GPUs in another process; raise the error of that process."""
     context: Any = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=take, args=(lock_dir, gpus, theirs))
@@ -180,9 +178,9 @@ def in_another(lock_dir: Path, gpus: list[str]) -> None:
         theirs.close()
 
 
-def take(lock_dir: Path, gpus: list[str], told: Connection) -> None:
+def take(lock_dir: Path, gpus: list[str], channel: Connection) -> None:
     try:
         with locked(lock_dir, gpus):
-            told.send("")
+            channel.send("")
     except SettingsError as e:
-        told.send(str(e))
+        channel.send(str(e))

@@ -1,4 +1,4 @@
-"""Errors and their statuses: one table, without a gap and without a row that nobody uses."""
+"""Errors and their statuses: one table with a row for each error and no unused row."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CONTRACT = {
 
 
 def kinds(of: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
-    """Every class of `shared.errors`; `api.loads.follow.ReportedFailure` only carries the body of another."""
+    """Yield every class of `shared.errors`; `api.loads.follow.ReportedFailure` only carries the body of another."""
     yield of
     for kind in of.__subclasses__():
         if kind.__module__ == errors.__name__:
@@ -56,22 +56,22 @@ def kinds(of: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]
 
 
 def instances() -> list[ServiceError]:
-    """Every error that there can be."""
-    made: list[ServiceError] = [kind("a sentence") for kind in kinds() if kind is not LoadFailed]
-    return made + [LoadFailed(code, "llm", "p/m", "why") for code in get_args(LoadFailure)]
+    """Return one error of each class and code."""
+    errors_without_code: list[ServiceError] = [kind("a sentence") for kind in kinds() if kind is not LoadFailed]
+    return errors_without_code + [LoadFailed(code, "llm", "p/m", "why") for code in get_args(LoadFailure)]
 
 
 def bodies() -> dict[tuple[str, str | None], ErrorBody]:
-    """They by type and code."""
-    found = [error.body() for error in instances()]
-    return {(body.type, None if body.code is UNSET else body.code): body for body in found}
+    """Return the bodies of all errors by type and code."""
+    every = [error.body() for error in instances()]
+    return {(body.type, None if body.code is UNSET else body.code): body for body in every}
 
 
-def test_every_error_has_the_contracts_status() -> None:
+def test_every_error_has_the_status_of_the_contract() -> None:
     assert {key: status_of(body) for key, body in bodies().items()} == CONTRACT
 
 
-def test_every_row_of_the_table_is_reached() -> None:
+def test_every_row_of_the_table_is_used() -> None:
     reached = set()
     for body in bodies().values():
         specific = f"{body.type}/{body.code}"
@@ -79,20 +79,20 @@ def test_every_row_of_the_table_is_reached() -> None:
     assert set(STATUS) - reached == set()
 
 
-def test_a_row_for_a_code_differs_from_the_row_of_its_type() -> None:
+def test_a_row_of_a_code_differs_from_the_row_of_its_type() -> None:
     for key, status in STATUS.items():
         kind, _, code = key.partition("/")
         assert not code or STATUS[kind] != status, key
 
 
-def test_codes_are_unique_names() -> None:
+def test_codes_are_unique_lower_case_names() -> None:
     codes = [kind.code for kind in kinds() if kind.code is not UNSET and "code" in vars(kind)]
     codes += get_args(LoadFailure)
     assert len(codes) == len(set(codes))
     assert all(isinstance(code, str) and code.replace("_", "").isalpha() and code.islower() for code in codes)
 
 
-def test_every_class_says_what_it_means() -> None:
+def test_every_class_has_a_docstring() -> None:
     assert [kind for kind in kinds() if not kind.__doc__] == []
 
 
@@ -104,7 +104,7 @@ def test_a_failed_load_names_its_model_and_the_reason(type_: str, noun: str) -> 
 
 
 @pytest.mark.parametrize("error", instances(), ids=lambda error: type(error).__name__)
-def test_one_shape_on_the_wire(error: ServiceError) -> None:
+def test_every_error_has_the_same_shape_on_the_wire(error: ServiceError) -> None:
     response = reply(error)
     document = msgspec.json.decode(response.body)
     assert set(document) == {"error"}

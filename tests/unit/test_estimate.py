@@ -1,4 +1,4 @@
-"""What an estimate promises whatever the header says; tests/integration compares it with the engine."""
+"""Properties of a memory estimate for any header; tests/integration compares estimates with the engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LLAMA = Dimensions(
 
 
 def model(**fields: Any) -> Model:
-    """Llama 3 8B, but for these fields."""
+    """Return Llama 3 8B with these fields changed."""
     made: dict[str, Any] = {
         "key": "p/m",
         "base": "p/m",
@@ -50,20 +50,20 @@ def model(**fields: Any) -> Model:
     return Model(**{**made, **fields})
 
 
-def requirements(found: Model, **fields: Any) -> Requirements:
-    return requirements_of(found, plan(LoadRequest(model="p/m", **fields), found, SETTINGS))
+def requirements(of_model: Model, **fields: Any) -> Requirements:
+    return requirements_of(of_model, plan(LoadRequest(model="p/m", **fields), of_model, SETTINGS))
 
 
-def on_one(needed: Requirements, kind: Kind) -> Usage:
-    """What one device takes that has all of it."""
-    return needed.on_cpu() if kind == "cpu" else needed.on_gpu("D", 0, needed.n_layers)
+def on_one(required: Requirements, kind: Kind) -> Usage:
+    """Return the memory that one device needs to hold the whole model."""
+    return required.on_cpu() if kind == "cpu" else required.on_gpu("D", 0, required.n_layers)
 
 
-def of(found: Model, kind: Kind = "gpu", **fields: Any) -> Usage:
-    return on_one(requirements(found, **fields), kind)
+def of(of_model: Model, kind: Kind = "gpu", **fields: Any) -> Usage:
+    return on_one(requirements(of_model, **fields), kind)
 
 
-# ---- whatever the header says
+# ---- any header
 
 lengths = st.integers(0, 2**20)
 per_block = lengths | st.lists(lengths, min_size=3, max_size=3)
@@ -108,72 +108,72 @@ options = st.fixed_dictionaries(
 
 
 @given(models, kinds, options, st.data())
-def test_more_context_never_takes_less(found: Model, kind: Kind, asked: dict[str, Any], data: st.DataObject) -> None:
-    lengths = st.integers(1, found.max_context_length)
+def test_a_longer_context_never_needs_less(
+    any_model: Model, kind: Kind, fields: dict[str, Any], data: st.DataObject
+) -> None:
+    lengths = st.integers(1, any_model.max_context_length)
     less, more = sorted([data.draw(lengths), data.draw(lengths)])
-    before, after = (of(found, kind, context_length=length, **asked) for length in (less, more))
+    before, after = (of(any_model, kind, context_length=length, **fields) for length in (less, more))
     assert before.weights_bytes == after.weights_bytes
     assert before.context_bytes <= after.context_bytes
     assert before.compute_bytes <= after.compute_bytes
-    assert 0 <= after.total_bytes < 2**63, "what JSON can hold here"
+    assert 0 <= after.total_bytes < 2**63, "JSON carries it as an integer of 64 bits"
 
 
 @given(models, kinds, st.integers(64, 4096), st.integers(64, 4096))
-def test_a_larger_batch_more_experts_and_no_flash_attention_never_take_less(
-    found: Model, kind: Kind, one: int, other: int
-) -> None:
+def test_dearer_options_never_need_less(any_model: Model, kind: Kind, one: int, other: int) -> None:
     less, more = sorted([one, other])
     usual: dict[str, Any] = {"eval_batch_size": less, "flash_attention": True, "num_experts": 1}
-    small = of(found, kind, **usual)
+    small = of(any_model, kind, **usual)
     dearer: list[dict[str, Any]] = [{"eval_batch_size": more}, {"flash_attention": False}, {"num_experts": 8}]
-    for asked in dearer:
-        assert of(found, kind, **usual | asked).total_bytes >= small.total_bytes, asked
+    for fields in dearer:
+        assert of(any_model, kind, **usual | fields).total_bytes >= small.total_bytes, fields
 
 
 @given(models, options)
-def test_a_gpu_never_takes_more_than_the_host_would(found: Model, asked: dict[str, Any]) -> None:
-    asked = asked | {"offload_kv_cache_to_gpu": True}
-    assert of(found, "gpu", **asked).total_bytes <= of(found, "cpu", **asked).total_bytes
+def test_a_gpu_never_needs_more_than_the_host(any_model: Model, fields: dict[str, Any]) -> None:
+    fields = fields | {"offload_kv_cache_to_gpu": True}
+    assert of(any_model, "gpu", **fields).total_bytes <= of(any_model, "cpu", **fields).total_bytes
 
 
 @given(models, options, st.data())
-def test_the_parts_of_several_devices_are_the_whole_with_a_compute_buffer_for_each(
-    found: Model, asked: dict[str, Any], data: st.DataObject
+def test_the_parts_of_several_devices_make_up_the_whole(
+    any_model: Model, fields: dict[str, Any], data: st.DataObject
 ) -> None:
-    needed = requirements(found, **asked)
-    cut = data.draw(st.integers(0, needed.n_layers - 1))
-    first, last = needed.on_gpu("D", 0, cut), needed.on_gpu("E", cut, needed.n_layers)
-    whole = on_one(needed, "gpu")
-    assert first.weights_bytes + last.weights_bytes >= whole.weights_bytes, "but for what is over the largest number"
+    required = requirements(any_model, **fields)
+    cut = data.draw(st.integers(0, required.n_layers - 1))
+    first, last = required.on_gpu("D", 0, cut), required.on_gpu("E", cut, required.n_layers)
+    whole = on_one(required, "gpu")
+    assert first.weights_bytes + last.weights_bytes >= whole.weights_bytes, "each sum is capped at the largest number"
     assert first.context_bytes + last.context_bytes >= whole.context_bytes
     assert first.compute_bytes <= last.compute_bytes == whole.compute_bytes
-    with_cpu = needed.beside_gpus(cut)
-    assert with_cpu.weights_bytes <= on_one(needed, "cpu").weights_bytes
+    with_cpu = required.beside_gpus(cut)
+    assert with_cpu.weights_bytes <= on_one(required, "cpu").weights_bytes
     if cut == 0:
-        assert with_cpu.compute_bytes == min(needed.host_compute_bytes, MOST_BYTES)
+        assert with_cpu.compute_bytes == min(required.host_compute_bytes, MOST_BYTES)
 
 
 @given(models, kinds, options, st.integers(0, 2**40))
 def test_the_largest_context_is_the_largest_that_fits(
-    found: Model, kind: Kind, asked: dict[str, Any], free_bytes: int
+    any_model: Model, kind: Kind, fields: dict[str, Any], free_bytes: int
 ) -> None:
-    def fits(needed: Requirements) -> bool:
-        return on_one(needed, kind).total_bytes <= free_bytes
+    def fits(required: Requirements) -> bool:
+        return on_one(required, kind).total_bytes <= free_bytes
 
-    largest = largest_context_length(LoadRequest(model="p/m", **asked), found, SETTINGS, fits)
+    largest = largest_context_length(LoadRequest(model="p/m", **fields), any_model, SETTINGS, fits)
     if largest is not None:
-        assert largest == found.max_context_length or largest % CELLS == 0
-        assert fits(requirements(found, context_length=largest, **asked))
-    if largest != found.max_context_length:
-        more = min((largest or 0) + CELLS, found.max_context_length)
-        assert not fits(requirements(found, context_length=more, **asked))
+        assert largest == any_model.max_context_length or largest % CELLS == 0
+        assert fits(requirements(any_model, context_length=largest, **fields))
+    if largest != any_model.max_context_length:
+        more = min((largest or 0) + CELLS, any_model.max_context_length)
+        assert not fits(requirements(any_model, context_length=more, **fields))
 
 
-# ---- what counts
+# ---- the parts of an estimate
 
 
-def test_what_is_asked_for_counts() -> None:
-    """Against sums that anybody can do: 32 blocks, 8 heads, keys and values of 128 elements, as F16."""
+def test_each_field_of_a_request_counts() -> None:
+    """Compares with sums done by hand: 32 blocks, 8 heads, keys and values of 128 elements, as F16."""
     default = of(model())
     assert default.context_bytes == 32 * 8 * 2 * 128 * 2 * 4096
     assert default.weights_bytes == 4_330_000_000, "the embeddings stay in the host's memory"
@@ -182,11 +182,13 @@ def test_what_is_asked_for_counts() -> None:
     assert of(model(), parallel=8).context_bytes == default.context_bytes
     beside = of(model(), offload_kv_cache_to_gpu=False)
     assert beside.context_bytes == 0
-    assert beside.compute_bytes == default.compute_bytes + default.context_bytes // 32, "a block's cache comes over"
+    assert beside.compute_bytes == default.compute_bytes + default.context_bytes // 32, (
+        "the GPU needs a buffer for one block's cache"
+    )
     assert of(model(), "cpu", offload_kv_cache_to_gpu=False) == of(model(), "cpu")
 
 
-def test_a_matrix_that_is_both_embedding_and_output_is_on_the_gpu_too() -> None:
+def test_tied_embeddings_are_on_the_gpu_too() -> None:
     tied = Weights(input_bytes=300, repeating_bytes=4000, output_bytes=1, has_output=False)
     assert of(model(weights=tied)).weights_bytes == 4301
     assert of(model(weights=tied), "cpu").weights_bytes == 4301
@@ -198,16 +200,16 @@ def test_an_encoder_has_no_cache() -> None:
     assert requirements(encoder).exact
 
 
-def test_blocks_that_differ_each_count_as_they_are() -> None:
+def test_different_blocks_count_by_their_own_sizes() -> None:
     uneven = structs.replace(LLAMA, block_count=3, head_count_kv=[8, 0, 4])
     assert of(model(dimensions=uneven)).context_bytes == 12 * 2 * 128 * 2 * 4096
 
 
 UNSURE: dict[str, tuple[Model, dict[str, Any]]] = {
     "an architecture that was not compared": (model(architecture="deepseek2"), {}),
-    "one that has no KV cache of this kind": (model(architecture="mamba"), {}),
+    "an architecture without a KV cache of this kind": (model(architecture="mamba"), {}),
     "an encoder that was not compared": (model(architecture="nomic-bert", causal=False, type="embedding"), {}),
-    "a decoder that looks at its whole input": (model(causal=False, type="embedding"), {}),
+    "a decoder that attends to its whole input": (model(causal=False, type="embedding"), {}),
     "a reranker": (model(type="embedding", pooling=4), {}),
     "a header that was not read to the end": (model(weights=None), {}),
     "a header without dimensions": (model(dimensions=None), {}),
@@ -216,46 +218,46 @@ UNSURE: dict[str, tuple[Model, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", UNSURE)
-def test_what_was_not_compared_with_the_engine_is_not_called_exact(case: str) -> None:
-    found, asked = UNSURE[case]
-    guess = requirements(found, **asked)
+def test_an_estimate_not_compared_with_the_engine_is_not_exact(case: str) -> None:
+    uncompared, fields = UNSURE[case]
+    guess = requirements(uncompared, **fields)
     assert not guess.is_exact(n_gpus=1, on_cpu=0)
-    assert on_one(guess, "gpu").weights_bytes > 4_000_000_000, "it is a guess all the same"
+    assert on_one(guess, "gpu").weights_bytes > 4_000_000_000, "the estimate is still close"
     assert requirements(model()).is_exact(n_gpus=1, on_cpu=0)
 
 
-def test_only_one_device_that_has_all_of_it_was_compared_with_the_engine() -> None:
-    needed = requirements(model())
-    assert needed.is_exact(n_gpus=0, on_cpu=33)
-    assert not needed.is_exact(n_gpus=2, on_cpu=0)
-    assert needed.is_exact(n_gpus=1, on_cpu=1)
+def test_an_estimate_is_exact_on_one_device_only() -> None:
+    required = requirements(model())
+    assert required.is_exact(n_gpus=0, on_cpu=33)
+    assert not required.is_exact(n_gpus=2, on_cpu=0)
+    assert required.is_exact(n_gpus=1, on_cpu=1)
 
 
-def test_an_unknown_vocabulary_is_taken_for_a_large_one() -> None:
+def test_an_unknown_vocabulary_counts_as_a_large_vocabulary() -> None:
     guess = requirements(model(dimensions=structs.replace(LLAMA, vocabulary=None)))
     assert not guess.exact
     assert guess.compute_bytes > requirements(model()).compute_bytes
 
 
-def test_gpus_take_the_last_layers_and_the_cpu_the_first_and_the_embeddings() -> None:
+def test_gpus_hold_the_last_layers_and_the_cpu_the_first() -> None:
     """32 blocks and the output are 33 layers; each block has 3.9 GB / 32."""
-    needed = requirements(model())
-    assert needed.n_layers == 33
-    assert needed.on_gpu("D", 17, 33).weights_bytes == 15 * 3_900_000_000 // 32 + 430_000_000
-    assert needed.on_gpu("D", 1, 17).weights_bytes == 16 * 3_900_000_000 // 32, "the output is on the last one only"
-    assert needed.on_gpu("D", 1, 17).context_bytes == 16 * 8 * 2 * 128 * 2 * 4096
-    beside = needed.beside_gpus(17)
+    required = requirements(model())
+    assert required.n_layers == 33
+    assert required.on_gpu("D", 17, 33).weights_bytes == 15 * 3_900_000_000 // 32 + 430_000_000
+    assert required.on_gpu("D", 1, 17).weights_bytes == 16 * 3_900_000_000 // 32, "only the last GPU has the output"
+    assert required.on_gpu("D", 1, 17).context_bytes == 16 * 8 * 2 * 128 * 2 * 4096
+    beside = required.beside_gpus(17)
     assert beside.weights_bytes == 300_000_000 + 17 * 3_900_000_000 // 32
     assert beside.context_bytes == 17 * 8 * 2 * 128 * 2 * 4096
 
 
-def test_the_largest_context_is_that_of_the_request_with_all_else_that_it_asks_for() -> None:
+def test_the_largest_context_respects_the_other_fields() -> None:
     with_flash, without = (
         largest_context_length(
             LoadRequest(model="p/m", flash_attention=flash, context_length=512),
             model(),
             SETTINGS,
-            lambda needed: needed.single(0) <= 8 << 30,
+            lambda required: required.single(0) <= 8 << 30,
         )
         for flash in (True, False)
     )

@@ -1,4 +1,4 @@
-"""Why a load failed, in the engine's words without its paths: each line that llama.cpp is known to say."""
+"""Failures of a load: codes and sentences for the known messages of llama.cpp, without paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.runner.failure import from_exit, from_reason, needed_bytes, scrub, s
 ABSOLUTE = re.compile(r"(?:^|[\s'\"(=:,\[<])/[^\s/]+/")
 FILE = "/srv/models/p/m/m-q8_0.gguf"
 
-# What the engine's first level-4 line says for each kind of defect (llama.cpp 0c1e57098).
+# The engine's first level-4 line for each kind of defect (llama.cpp 0c1e57098).
 INVALID = [
     f"gguf_init_from_file: failed to open GGUF file '{FILE}' (No such file or directory)",
     f"gguf_init_from_file: failed to open GGUF file '{FILE}' (Permission denied)",
@@ -79,9 +79,9 @@ MEMORY = [
         *((reason, "insufficient_memory") for reason in MEMORY),
     ],
 )
-def test_each_refusal_has_its_code_and_keeps_the_engines_words(reason: str, code: str) -> None:
-    found, sentence = from_reason(reason)
-    assert found == code
+def test_each_reason_has_a_code_and_keeps_the_engines_words(reason: str, code: str) -> None:
+    classified, sentence = from_reason(reason)
+    assert classified == code
     assert sentence
     assert not ABSOLUTE.search(sentence)
     assert sentence in scrub(reason)
@@ -90,12 +90,12 @@ def test_each_refusal_has_its_code_and_keeps_the_engines_words(reason: str, code
     assert not sentence.startswith(("llama_model_load", "gguf_init_from_file"))
 
 
-def test_the_name_of_the_file_is_told_and_where_it_is_is_not() -> None:
+def test_a_sentence_names_the_file_without_its_directory() -> None:
     assert from_reason(INVALID[0])[1] == "failed to open GGUF file 'm-q8_0.gguf' (No such file or directory)"
 
 
 @pytest.mark.parametrize("reason", ["", " ", "x", "a: ", "llama_model_load: ", "/"])
-def test_there_is_no_refusal_without_an_answer(reason: str) -> None:
+def test_every_reason_has_a_code(reason: str) -> None:
     assert from_reason(reason)[0] == "invalid_model_file"
 
 
@@ -104,7 +104,7 @@ def test_there_is_no_refusal_without_an_answer(reason: str) -> None:
 ASSERT = "/tmp/build/vendor/llama.cpp/src/llama-model.cpp:1362: GGML_ASSERT(hparams.n_expert_used <= hparams.n_expert) failed"  # noqa: E501
 
 
-def test_an_assert_is_told_without_the_path_of_the_build() -> None:
+def test_a_failed_assert_is_reported_without_the_build_path() -> None:
     code, sentence = from_exit(-signal.SIGABRT, ["load: printing all EOG tokens:", ASSERT, ""])
     assert code == "engine_crashed"
     assert sentence == (
@@ -124,24 +124,26 @@ def test_an_assert_is_told_without_the_path_of_the_build() -> None:
         (-signal.SIGKILL, "killed by SIGKILL"),
     ],
 )
-def test_how_it_died_is_told(status: int, words: str) -> None:
-    for tail in ([], ["", "  "], ["the last line"]):
-        code, sentence = from_exit(status, tail)
+def test_the_sentence_names_the_exit_status_or_signal(status: int, words: str) -> None:
+    for output in ([], ["", "  "], ["the last line"]):
+        code, sentence = from_exit(status, output)
         assert code == "engine_crashed"
         assert words in sentence
 
 
-def test_a_file_that_ends_under_its_mapping_is_at_fault_and_not_the_engine() -> None:
+def test_a_bus_error_is_a_fault_of_the_file() -> None:
     assert from_exit(-signal.SIGBUS, ["a line"])[0] == "invalid_model_file"
 
 
-def test_a_kill_for_want_of_memory_is_told_as_that() -> None:
+def test_a_kill_by_the_kernel_for_memory_is_reported_as_such() -> None:
     assert from_exit(-signal.SIGKILL, ["a line"], oom_killed=True)[0] == "insufficient_memory"
-    assert from_exit(-signal.SIGSEGV, ["a line"], oom_killed=True)[0] == "engine_crashed", "the kill was another's"
+    assert from_exit(-signal.SIGSEGV, ["a line"], oom_killed=True)[0] == "engine_crashed", (
+        "the kernel killed another process"
+    )
 
 
 @pytest.mark.parametrize(
-    ("lines", "asked"),
+    ("lines", "n_bytes"),
     [
         (["ggml_aligned_malloc: insufficient memory (attempted to allocate 512.00 MB)"], 512 << 20),
         (["ggml_aligned_malloc: insufficient memory (attempted to allocate   1.50 MB)"], 3 << 19),
@@ -156,11 +158,11 @@ def test_a_kill_for_want_of_memory_is_told_as_that() -> None:
         ([], None),
     ],
 )
-def test_what_the_engine_asked_for_in_vain(lines: list[str], asked: int | None) -> None:
-    assert needed_bytes(lines) == asked
+def test_the_refused_allocation_is_read_from_the_output(lines: list[str], n_bytes: int | None) -> None:
+    assert needed_bytes(lines) == n_bytes
 
 
-def test_a_shortage_has_numbers_for_people_and_for_machines() -> None:
+def test_a_shortage_has_numbers_in_its_sentence_and_detail() -> None:
     devices = [
         Device(id="CUDA0", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=3 << 29, available_bytes=1 << 30),
         Device(id="CUDA1", kind="gpu", name="a GPU", total_bytes=8 << 30, free_bytes=700, available_bytes=-9),
@@ -193,12 +195,12 @@ def test_a_shortage_has_numbers_for_people_and_for_machines() -> None:
 
 
 @pytest.mark.parametrize("status", [-34, -40, -64])
-def test_a_realtime_signal_is_a_signal_too(status: int) -> None:
+def test_a_realtime_signal_is_a_crash(status: int) -> None:
     assert from_exit(status, ["x"])[0] == "engine_crashed"
 
 
 @pytest.mark.parametrize("line", MEMORY)
-def test_an_exit_after_memory_ran_out_is_told_as_that(line: str) -> None:
+def test_an_exit_after_an_out_of_memory_line_is_reported_so(line: str) -> None:
     code, sentence = from_exit(-signal.SIGABRT, ["before", line, "after", ASSERT])
     assert (code, sentence) == ("insufficient_memory", scrub(line))
 
@@ -213,23 +215,23 @@ def test_an_exit_after_memory_ran_out_is_told_as_that(line: str) -> None:
         "",
     ],
 )
-def test_ordinary_lines_are_no_reason(line: str) -> None:
+def test_ordinary_lines_do_not_change_the_code(line: str) -> None:
     assert from_exit(-signal.SIGSEGV, [line])[0] == "engine_crashed"
 
 
 @given(st.integers(-64, 255), st.lists(st.text(max_size=60), max_size=5))
-def test_every_end_has_a_sentence(status: int, tail: list[str]) -> None:
-    code, sentence = from_exit(status, tail)
+def test_every_exit_has_a_sentence(status: int, output: list[str]) -> None:
+    code, sentence = from_exit(status, output)
     assert code in {"engine_crashed", "insufficient_memory", "invalid_model_file"}
     assert sentence.strip()
 
 
-# ---- no path ever
+# ---- no paths
 
 parts = st.text(st.characters(categories=["L", "N"], include_characters="_-.+@~#%"), min_size=1, max_size=8).filter(
     lambda part: part.strip(".")
 )
-paths = st.lists(parts, min_size=2, max_size=5).map(lambda found: "/" + "/".join(found))
+paths = st.lists(parts, min_size=2, max_size=5).map(lambda names: "/" + "/".join(names))
 around = st.sampled_from(["", " ", "'", '"', "(", ": ", "=", ", ", "[", "<", "`", "file:", "in "])
 
 
@@ -237,26 +239,26 @@ around = st.sampled_from(["", " ", "'", '"', "(", ": ", "=", ", ", "[", "<", "`"
 @example([("", "/home/user/models/a.gguf")], ":12: GGML_ASSERT(x) failed")
 @example([("=", "/home/user/a.gguf")], "")
 @example([("'", "/a/b/c")], "' (No such file)")
-def test_no_absolute_path_survives(found: list[tuple[str, str]], end: str) -> None:
-    text = " ".join(before + path for before, path in found) + end
+def test_scrubbing_removes_every_absolute_path(paths_in_text: list[tuple[str, str]], end: str) -> None:
+    text = " ".join(before + path for before, path in paths_in_text) + end
     scrubbed = scrub(text)
     assert not ABSOLUTE.search(" " + scrubbed)
-    for _, path in found:
+    for _, path in paths_in_text:
         assert path.rpartition("/")[0] + "/" not in scrubbed
 
 
 @given(st.lists(st.tuples(around, paths), max_size=3), st.sampled_from([-11, -9, -7, -6, 0, 1]))
-def test_no_path_in_any_sentence(found: list[tuple[str, str]], status: int) -> None:
-    lines = [before + path for before, path in found]
+def test_no_sentence_has_a_directory(paths_in_lines: list[tuple[str, str]], status: int) -> None:
+    lines = [before + path for before, path in paths_in_lines]
     for sentence in (from_exit(status, lines)[1], *(from_reason(line)[1] for line in lines)):
-        assert not any(path.rpartition("/")[0] + "/" in sentence for _, path in found)
+        assert not any(path.rpartition("/")[0] + "/" in sentence for _, path in paths_in_lines)
 
 
 @pytest.mark.parametrize(
     "directory",
     ["/home/user/my models", "/mnt/user (new)", "/srv/user/a,b", "/srv/user/it's", "/srv/user/a:b", "/srv//a"],
 )
-def test_a_directory_of_unusual_characters_leaves_no_absolute_path(directory: str) -> None:
+def test_a_directory_of_unusual_characters_is_scrubbed(directory: str) -> None:
     line = f"gguf_init_from_file: failed to open GGUF file '{directory}/p/m.gguf' (No such file or directory)"
     _, sentence = from_reason(line)
     assert not ABSOLUTE.search(sentence)
@@ -264,6 +266,6 @@ def test_a_directory_of_unusual_characters_leaves_no_absolute_path(directory: st
     assert "m.gguf'" in sentence
 
 
-def test_what_is_no_path_is_left_alone() -> None:
+def test_a_text_without_paths_is_not_changed() -> None:
     for text in ("1/2 of 3/4", "a/b", "n_embd / n_head", "GGML_ASSERT(a / b == 0) failed", "50 % at 3 GB/s"):
         assert scrub(text) == text

@@ -1,4 +1,4 @@
-"""A lock on a file excludes other processes for as long as any process has it."""
+"""File locks exclude other processes as long as any process holds the lock."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_killed_process_leaves_the_lock_free(path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_given", [True, False])
-def test_only_a_child_given_the_file_keeps_the_lock(path: Path, is_given: bool) -> None:
+def test_only_a_child_that_inherits_the_file_keeps_the_lock(path: Path, is_given: bool) -> None:
     with lock(path) as file:
         fds = (file.fileno(),) if is_given else ()
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=fds)
@@ -73,7 +73,7 @@ def test_only_a_child_given_the_file_keeps_the_lock(path: Path, is_given: bool) 
         pass
 
 
-def test_a_wait_ends_with_the_lock_as_soon_as_it_is_free(path: Path) -> None:
+def test_a_wait_ends_when_the_lock_is_released(path: Path) -> None:
     is_held, may_end = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -91,7 +91,7 @@ def test_a_wait_ends_with_the_lock_as_soon_as_it_is_free(path: Path) -> None:
     holder.join()
 
 
-def test_a_wait_that_runs_out_is_refused(path: Path) -> None:
+def test_a_lock_still_held_after_the_wait_is_refused(path: Path) -> None:
     began = time.monotonic()
     with lock(path), pytest.raises(Held), lock(path, wait_s=0.1):
         pass

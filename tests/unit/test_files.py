@@ -1,4 +1,4 @@
-"""A file is replaced as a whole, or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def flushed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, bytes]]:
-    """What was flushed to the disk, and what the file held at that time."""
+    """For each flush: the bytes that were flushed, and the content of the file at that time."""
     flushes: list[tuple[bytes, bytes]] = []
 
     def fsync(fd: int) -> None:
@@ -37,7 +37,7 @@ def names(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("is_durable", [True, False])
-def test_a_file_is_replaced_and_nothing_is_left_beside(path: Path, is_durable: bool) -> None:
+def test_a_replaced_file_leaves_no_other_file(path: Path, is_durable: bool) -> None:
     opened = path.open("rb")
     replace_atomically(path, NEW, is_durable=is_durable)
     assert path.read_bytes() == NEW
@@ -46,19 +46,19 @@ def test_a_file_is_replaced_and_nothing_is_left_beside(path: Path, is_durable: b
         assert opened.read() == OLD, "a reader that has it open still reads the old content"
 
 
-def test_a_file_that_was_missing_is_made(path: Path) -> None:
+def test_a_missing_file_is_created(path: Path) -> None:
     path.unlink()
     replace_atomically(path, NEW)
     assert path.read_bytes() == NEW
 
 
-def test_what_a_crash_left_beside_does_not_matter(path: Path) -> None:
-    path.with_name("a.json.new").write_bytes(b"half of something that was much longer")
+def test_a_file_left_by_a_crash_is_overwritten(path: Path) -> None:
+    path.with_name("a.json.new").write_bytes(b"the first half of a longer text")
     replace_atomically(path, NEW)
     assert path.read_bytes() == NEW
 
 
-def test_data_is_flushed_before_it_takes_the_name(path: Path, flushed: list[tuple[bytes, bytes]]) -> None:
+def test_data_is_flushed_before_the_rename(path: Path, flushed: list[tuple[bytes, bytes]]) -> None:
     replace_atomically(path, NEW)
     assert flushed == [(NEW, OLD)]
 
@@ -91,7 +91,7 @@ def test_an_exception_while_writing_leaves_the_old_content(path: Path) -> None:
     assert names(path) == [path.name]
 
 
-def test_the_error_of_a_write_is_the_one_that_is_raised(path: Path) -> None:
+def test_the_error_of_a_write_is_raised(path: Path) -> None:
     path.with_name("a.json.new").mkdir()
     with pytest.raises(IsADirectoryError):
         replace_atomically(path, NEW)

@@ -1,4 +1,4 @@
-"""The header reader: a good file gives its metadata, anything else one declared error and never a hang."""
+"""The GGUF header reader: a valid file gives its metadata, any other file gives InvalidGGUF and never a hang."""
 
 from __future__ import annotations
 
@@ -28,63 +28,63 @@ def reason(path: Path, *, whole: bool = True) -> str:
 
 
 @pytest.fixture
-def put(tmp_path: Path) -> Path:
+def path(tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-def test_a_whole_header_tells_metadata_and_tensors(put: Path) -> None:
-    write(put, FULL, [("a", (64, 2), 8), ("b", (3,), 0)])
-    found = read(put, whole=True)
-    assert found.metadata["general.architecture"] == "llama"
-    assert found.metadata["general.tags"] == ["a", "b"]
-    assert found.metadata["llama.rope.freq_base"] == 0.5
-    assert found.tensors is not None
-    assert [(t.name, t.dims, t.type, t.offset, t.size) for t in found.tensors] == [
+def test_a_whole_header_has_metadata_and_tensors(path: Path) -> None:
+    write(path, FULL, [("a", (64, 2), 8), ("b", (3,), 0)])
+    whole = read(path, whole=True)
+    assert whole.metadata["general.architecture"] == "llama"
+    assert whole.metadata["general.tags"] == ["a", "b"]
+    assert whole.metadata["llama.rope.freq_base"] == 0.5
+    assert whole.tensors is not None
+    assert [(t.name, t.dims, t.type, t.offset, t.size) for t in whole.tensors] == [
         ("a", (64, 2), 8, 0, 4 * 34),
         ("b", (3,), 0, 1 << 16, 12),
     ]
-    assert found.file_size == put.stat().st_size
-    assert found.data_offset == len(header(FULL, [("a", (64, 2), 8), ("b", (3,), 0)]))
+    assert whole.file_size == path.stat().st_size
+    assert whole.data_offset == len(header(FULL, [("a", (64, 2), 8), ("b", (3,), 0)]))
 
 
-def test_a_quick_look_stops_before_the_vocabulary_even_if_what_follows_is_missing(put: Path) -> None:
+def test_a_quick_look_stops_before_the_vocabulary(path: Path) -> None:
     head = header(FULL)
-    put.write_bytes(head[: head.index(b"tokenizer.ggml.tokens") + 40])
-    found = read(put, whole=False)
-    assert found.metadata["llama.context_length"] == 4096
-    assert not any(key.startswith("tokenizer.") for key in found.metadata)
-    assert found.tensors is None
-    assert "ends within its header" in reason(put, whole=True)
+    path.write_bytes(head[: head.index(b"tokenizer.ggml.tokens") + 40])
+    quick = read(path, whole=False)
+    assert quick.metadata["llama.context_length"] == 4096
+    assert not any(key.startswith("tokenizer.") for key in quick.metadata)
+    assert quick.tensors is None
+    assert "ends within its header" in reason(path, whole=True)
 
 
-def test_version_2_is_read_like_version_3(put: Path) -> None:
-    put.write_bytes(header(tensors=[], version=2))
-    assert read(put, whole=True).version == 2
+def test_version_2_is_read_like_version_3(path: Path) -> None:
+    path.write_bytes(header(tensors=[], version=2))
+    assert read(path, whole=True).version == 2
 
 
-def test_of_a_vocabulary_only_the_length_is_kept(put: Path) -> None:
-    write(put, vocabulary(5000))
-    found = read(put, whole=True)
-    assert found.array_lengths["tokenizer.ggml.tokens"] == 5000
-    assert "tokenizer.ggml.tokens" not in found.metadata
+def test_a_vocabulary_is_reduced_to_its_length(path: Path) -> None:
+    write(path, vocabulary(5000))
+    whole = read(path, whole=True)
+    assert whole.array_lengths["tokenizer.ggml.tokens"] == 5000
+    assert "tokenizer.ggml.tokens" not in whole.metadata
 
 
-def test_a_large_vocabulary_takes_a_fraction_of_a_second(put: Path) -> None:
+def test_a_large_vocabulary_is_read_quickly(path: Path) -> None:
     """The gguf package takes 14 s for this; a catalog of 200 such models has to be complete in 15 s."""
-    write(put, vocabulary(300_000))
+    write(path, vocabulary(300_000))
     start = time.perf_counter()
-    read(put, whole=True)
+    read(path, whole=True)
     assert time.perf_counter() - start < 0.5
 
 
-def test_a_header_longer_than_the_first_bytes_read_is_read_on(put: Path) -> None:
-    """64 KiB are tried first, then 8 MiB: the metadata here takes more than that before any vocabulary."""
-    write(put, {"general.description": "x" * (9 << 20), "llama.embedding_length": 7})
-    assert read(put, whole=False).metadata["llama.embedding_length"] == 7
-    assert read(put, whole=True).metadata["llama.embedding_length"] == 7
+def test_a_long_header_is_read_in_further_steps(path: Path) -> None:
+    """The reader tries 64 KiB, then 8 MiB: this metadata is longer than both."""
+    write(path, {"general.description": "x" * (9 << 20), "llama.embedding_length": 7})
+    assert read(path, whole=False).metadata["llama.embedding_length"] == 7
+    assert read(path, whole=True).metadata["llama.embedding_length"] == 7
 
 
-def test_block_sizes_are_those_of_the_reference() -> None:
+def test_block_sizes_match_the_gguf_package() -> None:
     known = {int(kind): sizes for kind, sizes in reference.GGML_QUANT_SIZES.items()}
     assert known == BLOCKS
 
@@ -118,38 +118,40 @@ def test_block_sizes_are_those_of_the_reference() -> None:
         (header(tensors=[("t", (1,), 200)], offsets=[2**40]), "its download is incomplete"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_in_words(put: Path, content: bytes, expected: str) -> None:
-    put.write_bytes(content)
-    assert expected in reason(put)
+def test_the_reason_describes_the_defect_of_a_file(path: Path, content: bytes, expected: str) -> None:
+    path.write_bytes(content)
+    assert expected in reason(path)
 
 
-def test_a_key_that_comes_twice_is_refused(put: Path) -> None:
+def test_a_duplicate_key_is_refused(path: Path) -> None:
     once = header({"a": 1}, [])
     entry = once[24 : 24 + 8 + 1 + 4 + 4]
-    put.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + entry * 2)
-    assert "'a' twice" in reason(put)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + entry * 2)
+    assert "'a' twice" in reason(path)
 
 
-def test_a_tensor_type_of_the_future_is_let_through(put: Path) -> None:
-    """The engine knows better, and says so when it does not."""
-    write(put, tensors=[("t", (5,), 200)])
-    tensors = read(put, whole=True).tensors
+def test_an_unknown_tensor_type_is_accepted(path: Path) -> None:
+    """The engine may know the type; if not, the load fails with its message."""
+    write(path, tensors=[("t", (5,), 200)])
+    tensors = read(path, whole=True).tensors
     assert tensors is not None
     assert tensors[0].size is None
 
 
-def test_the_reason_stays_the_same_while_a_download_goes_on(put: Path) -> None:
-    """Else every look at a growing file would be news."""
+def test_a_download_in_progress_keeps_the_same_reason(path: Path) -> None:
+    """Otherwise each scan of a growing file would publish a new catalog."""
     head = header(tensors=[("t", (1024,), 0)])
-    put.write_bytes(head)
-    at_first = reason(put)
-    put.write_bytes(head + bytes(1000))
-    assert reason(put) == at_first
+    path.write_bytes(head)
+    at_first = reason(path)
+    path.write_bytes(head + bytes(1000))
+    assert reason(path) == at_first
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "folder", "null", "zero", "link loop", "missing", "forbidden"])
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening a FIFO that nobody writes to would hang a scan for ever."""
+def test_a_path_that_is_not_a_file_is_refused_at_once(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a FIFO without a writer would block a scan for ever."""
     monkeypatch.chdir(tmp_path)
     path = Path("odd.gguf")
     match kind:
@@ -181,7 +183,7 @@ def parsed(data: bytes, *, whole: bool) -> Header | None:
 
 
 @given(data=st.binary(max_size=400), valid_start=st.booleans(), whole=st.booleans())
-def test_any_bytes_are_a_header_or_invalid(data: bytes, valid_start: bool, whole: bool) -> None:
+def test_any_bytes_give_a_header_or_invalid_gguf(data: bytes, valid_start: bool, whole: bool) -> None:
     start = b"GGUF" + struct.pack("<IQQ", 3, len(data) % 3, len(data) % 5) if valid_start else b""
     parsed(start + data, whole=whole)
 
@@ -201,15 +203,20 @@ HEAD_BYTES = len(VALID) - (1 << 17)
     end=st.one_of(st.none(), st.integers(0, HEAD_BYTES)),
     whole=st.booleans(),
 )
-def test_a_damaged_file_is_a_header_or_invalid(changes: list[tuple[int, bytes]], end: int | None, whole: bool) -> None:
+def test_a_damaged_file_gives_a_header_or_invalid_gguf(
+    changes: list[tuple[int, bytes]], end: int | None, whole: bool
+) -> None:
     damaged = bytearray(VALID)
     for at, value in changes:
         damaged[at : at + len(value)] = value
-    found = parsed(bytes(damaged[:end]), whole=whole)
-    if found is not None and found.tensors is not None and found.data_offset is not None:
-        assert all(found.data_offset + t.offset + (t.size or 0) <= found.file_size for t in found.tensors)
+    parsed_header = parsed(bytes(damaged[:end]), whole=whole)
+    if parsed_header is not None and parsed_header.tensors is not None and parsed_header.data_offset is not None:
+        assert all(
+            parsed_header.data_offset + t.offset + (t.size or 0) <= parsed_header.file_size
+            for t in parsed_header.tensors
+        )
 
 
 @given(cut=st.integers(0, HEAD_BYTES - 1))
-def test_a_file_cut_within_its_header_is_never_whole(cut: int) -> None:
+def test_a_file_cut_within_its_header_is_invalid(cut: int) -> None:
     assert parsed(VALID[:cut], whole=True) is None

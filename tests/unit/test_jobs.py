@@ -1,4 +1,4 @@
-"""A load as a client sees it: in every state of its instance, and whatever becomes of that afterwards."""
+"""The job that a client sees for each state of an instance, during the load and after it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUEUED = Instance(
 
 
 def happened(instance: Instance, *events: Event) -> Instance:
-    """The record after these, with what a worker writes into it."""
+    """Return the record after these events, with the fields that a worker writes."""
     for one in events:
         changes: dict[str, Any] = {}
         match one:
@@ -54,7 +54,7 @@ def happened(instance: Instance, *events: Event) -> Instance:
 
 
 def under_way(instance: Instance, progress: float, phase: Phase = "weights") -> Instance:
-    """The record of a load after some progress."""
+    """Return the record of a load after some progress."""
     return msgspec.structs.replace(
         instance,
         rev=instance.rev + 1,
@@ -70,7 +70,7 @@ def under_way(instance: Instance, progress: float, phase: Phase = "weights") -> 
 
 
 @pytest.mark.parametrize(
-    ("events", "state", "wanted", "kind"),
+    ("events", "state", "job_status", "kind"),
     [
         pytest.param([], S.QUEUED, "queued", LoadStart, id="queued"),
         pytest.param([E.CLAIM], S.LOADING, "loading", LoadProgress, id="loading"),
@@ -90,31 +90,31 @@ def under_way(instance: Instance, progress: float, phase: Phase = "weights") -> 
         pytest.param([E.CLAIM, E.LOAD, E.STOP, E.EXPIRE], S.LOST, "loaded", None, id="lost unloading"),
     ],
 )
-def test_what_a_client_sees_in_each_state(
-    events: list[Event], state: State, wanted: str, kind: type[LoadEvent] | None
+def test_each_state_has_a_job_status_and_an_event(
+    events: list[Event], state: State, job_status: str, kind: type[LoadEvent] | None
 ) -> None:
     instance = happened(QUEUED, *events)
     assert instance.state is state
-    seen, over = job(instance), wanted in ("loaded", "failed", "cancelled")
-    assert seen.status == status(instance) == wanted
+    seen, over = job(instance), job_status in ("loaded", "failed", "cancelled")
+    assert seen.status == status(instance) == job_status
     assert type(event(instance)) is (type(None) if kind is None else kind)
     assert is_over(instance) == over == (seen.completed_at is not None) == ("total" in seen.timing)
-    assert (seen.result is not None) == (wanted == "loaded") == (seen.progress == 1)
-    assert (seen.error is not None) == (wanted in ("failed", "cancelled"))
+    assert (seen.result is not None) == (job_status == "loaded") == (seen.progress == 1)
+    assert (seen.error is not None) == (job_status in ("failed", "cancelled"))
     assert seen.error == outcome(instance)
     if over:
         assert (seen.phase, seen.estimated_completion) == (None, None)
 
 
-def test_every_state_is_in_that_table() -> None:
-    table = next(mark for mark in test_what_a_client_sees_in_each_state.pytestmark)  # type: ignore[attr-defined]
+def test_the_table_covers_every_state() -> None:
+    table = next(mark for mark in test_each_state_has_a_job_status_and_an_event.pytestmark)  # type: ignore[attr-defined]
     assert {row.values[1] for row in table.args[1]} == set(State)
 
 
-# ---- its parts
+# ---- the fields of a job
 
 
-def test_a_queued_load_has_its_names_and_size_and_nothing_else_yet() -> None:
+def test_a_queued_job_has_only_names_and_size() -> None:
     seen = job(QUEUED)
     assert (seen.job_id, seen.model, seen.worker, seen.attempt) == ("load_1", "p/m@q8_0", "w", 1)
     assert seen.instance_id == seen.model_instance_id == "p/m@q8_0:2"
@@ -124,7 +124,7 @@ def test_a_queued_load_has_its_names_and_size_and_nothing_else_yet() -> None:
     assert (seen.started_at, seen.completed_at) == (None, None)
 
 
-def test_a_load_under_way_shows_how_far_it_is_and_when_it_will_be_done() -> None:
+def test_a_load_in_progress_shows_progress_and_expected_end() -> None:
     instance = under_way(happened(QUEUED, E.CLAIM), 0.42)
     for seen in (job(instance), event(instance)):
         assert not isinstance(seen, LoadStart | LoadEnd | LoadError | None)
@@ -135,14 +135,14 @@ def test_a_load_under_way_shows_how_far_it_is_and_when_it_will_be_done() -> None
     assert job(instance).timing == {"queue": 1.5}
 
 
-def test_what_a_load_has_reached_stays_in_sight_when_it_comes_to_nothing() -> None:
+def test_an_unsuccessful_load_keeps_its_progress() -> None:
     for end in ([E.STOP, E.EXIT], [E.FAIL], [E.EXPIRE]):
         seen = job(happened(under_way(happened(QUEUED, E.CLAIM), 0.42), *end))
         assert (seen.progress, seen.loaded_bytes) == (0.42, 420)
         assert (seen.phase, seen.estimated_completion) == (None, None)
 
 
-def test_times_are_utc_with_milliseconds() -> None:
+def test_times_are_in_utc_with_milliseconds() -> None:
     seen = job(happened(QUEUED, E.CLAIM, E.LOAD))
     assert seen.created_at == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
     assert seen.started_at == datetime(2023, 11, 14, 22, 13, 21, 500_000, tzinfo=UTC)
@@ -151,7 +151,7 @@ def test_times_are_utc_with_milliseconds() -> None:
 
 
 @pytest.mark.parametrize("events", [[E.STOP, E.EXIT], [E.FAIL], [E.EXPIRE], [E.LOAD]])
-def test_total_is_the_sum_of_the_phases_and_comes_at_the_end(events: list[Event]) -> None:
+def test_the_total_time_appears_at_the_end_as_the_sum(events: list[Event]) -> None:
     loading = happened(QUEUED, E.CLAIM)
     loading = msgspec.structs.replace(loading, timing={"queue": 0.1, "spawn": 0.2, "metadata": 1 / 3})
     assert "total" not in job(loading).timing
@@ -161,7 +161,7 @@ def test_total_is_the_sum_of_the_phases_and_comes_at_the_end(events: list[Event]
     assert timing["metadata"] == 0.333333
 
 
-def test_the_result_is_the_reply_of_the_load_with_its_config_if_it_was_asked_for() -> None:
+def test_the_result_has_the_config_only_on_request() -> None:
     loaded = happened(QUEUED, E.CLAIM, E.LOAD)
     result = job(loaded).result
     assert result is not None
@@ -171,8 +171,8 @@ def test_the_result_is_the_reply_of_the_load_with_its_config_if_it_was_asked_for
     assert isinstance(end, LoadEnd)
     assert (end.result, end.load_time_seconds, end.model_instance_id) == (result, 0.75, "p/m@q8_0:2")
 
-    asked = msgspec.structs.replace(loaded, request=LoadRequest(model="p/m", echo_load_config=True))
-    with_config = job(asked).result
+    echoing = msgspec.structs.replace(loaded, request=LoadRequest(model="p/m", echo_load_config=True))
+    with_config = job(echoing).result
     assert with_config is not None
     assert with_config.load_config == CONFIG
 
@@ -185,9 +185,7 @@ def test_the_result_is_the_reply_of_the_load_with_its_config_if_it_was_asked_for
         ([E.CLAIM, E.EXPIRE], "worker_lost", "Failed to load LLM 'p/m@q8_0': Error: worker 'w' is no longer available"),
     ],
 )
-def test_a_load_that_came_to_nothing_says_why_in_its_job_and_in_its_last_event(
-    events: list[Event], code: str, words: str
-) -> None:
+def test_an_unsuccessful_load_has_an_error_in_job_and_event(events: list[Event], code: str, words: str) -> None:
     instance = happened(QUEUED, *events)
     error = job(instance).error
     assert error is not None
@@ -200,8 +198,8 @@ def test_a_load_that_came_to_nothing_says_why_in_its_job_and_in_its_last_event(
 
 
 @given(steps=st.lists(st.sampled_from(list(Event)) | st.floats(0, 0.999), max_size=12))
-def test_the_outcome_of_a_load_never_changes_and_is_told_once_and_last(steps: list[Event | float]) -> None:
-    """A number is progress, which a worker records while it loads; what cannot happen is left out."""
+def test_the_outcome_is_the_last_event_and_never_changes(steps: list[Event | float]) -> None:
+    """A number means progress, which a worker records while it loads; illegal transitions are skipped."""
     revisions = [QUEUED]
     for step in steps:
         last = revisions[-1]
@@ -231,7 +229,7 @@ def test_the_outcome_of_a_load_never_changes_and_is_told_once_and_last(steps: li
         assert over
 
 
-def test_an_event_on_the_wire_has_the_name_that_lm_studio_gives_it() -> None:
+def test_events_have_the_names_of_lm_studio_on_the_wire() -> None:
     names = []
     for events in ([], [E.CLAIM], [E.CLAIM, E.LOAD], [E.STOP]):
         wire = msgspec.to_builtins(event(happened(QUEUED, *events)))

@@ -1,4 +1,4 @@
-"""The C library's functions do what their man pages say, and their failures are errors."""
+"""Calls of the C library: their effects, and their failures as OSError."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ print(kept, touched - before, resident_mb() - before)
 
 
 def output(code: str) -> str:
-    """What a program of its own prints: what it changes, it changes of its process."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run code in another process, which it may change, and return its output."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_prctl_sets_an_attribute_of_the_process() -> None:
     assert "NoNewPrivs:\t1\n" in output(code)
 
 
-def test_prctl_raises_what_the_kernel_refuses() -> None:
+def test_prctl_raises_the_error_of_the_kernel() -> None:
     with pytest.raises(OSError, match=os.strerror(errno.EINVAL)) as caught:
         libc.prctl(libc.PR_SET_PDEATHSIG, 1000)
     assert caught.value.errno == errno.EINVAL
@@ -85,7 +85,7 @@ def test_a_descriptor_that_cannot_be_mapped_is_an_error() -> None:
     assert caught.value.errno == errno.ENODEV
 
 
-def test_a_file_that_was_cut_is_an_error_and_no_signal(fd: int) -> None:
+def test_a_truncated_mapping_is_an_error_and_not_a_signal(fd: int) -> None:
     address = libc.map_file(fd, SIZE)
     try:
         os.truncate(fd, mmap.PAGESIZE)
@@ -96,7 +96,7 @@ def test_a_file_that_was_cut_is_an_error_and_no_signal(fd: int) -> None:
         libc.unmap(address, SIZE)
 
 
-def test_an_address_that_is_none_of_a_page_is_an_error(fd: int) -> None:
+def test_an_address_within_a_page_is_an_error(fd: int) -> None:
     address = libc.map_file(fd, SIZE)
     try:
         for call in (libc.populate, libc.unmap):
@@ -114,7 +114,7 @@ def test_the_heap_keeps_touched_pages_until_it_is_trimmed() -> None:
     assert int(trimmed) <= 2
 
 
-def test_a_function_that_a_library_lacks_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_function_fails_at_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_prctl", "_mallopt", "_malloc_trim"):
         monkeypatch.setattr(libc, name, libc._declared("no_such_function", ctypes.c_int))
     with pytest.raises(OSError, match=os.strerror(errno.ENOSYS)):

@@ -1,4 +1,4 @@
-"""The life of an instance: the table itself, and what holds whatever happens to one in whatever order."""
+"""The lifecycle of an instance: the transition table, and invariants for any order of events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def instance(**fields: Any) -> Instance:
     )
 
 
-def test_the_table_is_the_designs() -> None:
+def test_the_table_has_the_designed_transitions() -> None:
     assert {(state, event, step(state, event, was_loaded=True)) for state, row in NEXT.items() for event in row} == {
         (S.QUEUED, E.CLAIM, S.LOADING),
         (S.QUEUED, E.STOP, S.CANCELLED),
@@ -44,7 +44,7 @@ def test_the_table_is_the_designs() -> None:
     }
 
 
-def test_every_state_can_be_reached_and_left_unless_it_is_an_end() -> None:
+def test_every_state_is_reachable_and_terminal_states_final() -> None:
     reached = {S.QUEUED, S.CANCELLED} | {following for row in NEXT.values() for following in row.values()}
     assert reached == set(State)
     assert set(State) - set(NEXT) == TERMINAL == {S.UNLOADED, S.CANCELLED, S.FAILED, S.LOST}
@@ -54,36 +54,36 @@ def test_every_state_can_be_reached_and_left_unless_it_is_an_end() -> None:
 
 @pytest.mark.parametrize("state", sorted(TERMINAL))
 @pytest.mark.parametrize("event", list(Event))
-def test_nothing_happens_after_the_end(state: State, event: Event) -> None:
+def test_a_terminal_state_accepts_no_event(state: State, event: Event) -> None:
     with pytest.raises(IllegalTransition, match=f"{event} while {state}"):
         step(state, event, was_loaded=True)
 
 
 @pytest.mark.parametrize(("was_loaded", "end"), [(True, S.UNLOADED), (False, S.CANCELLED)])
-def test_what_was_never_loaded_is_cancelled_and_not_unloaded(was_loaded: bool, end: State) -> None:
+def test_an_instance_that_never_loaded_ends_as_cancelled(was_loaded: bool, end: State) -> None:
     assert step(S.UNLOADING, E.EXIT, was_loaded=was_loaded) is end
 
 
 @pytest.mark.parametrize("event", [event for event in Event if event is not E.FAIL])
-def test_an_error_goes_with_failed_only(event: Event) -> None:
+def test_only_fail_takes_an_error(event: Event) -> None:
     state = next(state for state, row in NEXT.items() if event in row)
     with pytest.raises(ValueError, match="do not go together"):
         instance(state=state).after(event, error=ERROR)
 
 
 @pytest.mark.parametrize("state", [S.QUEUED, S.LOADING, S.LOADED])
-def test_failed_needs_an_error(state: State) -> None:
+def test_fail_requires_an_error(state: State) -> None:
     with pytest.raises(ValueError, match="do not go together"):
         instance(state=state).after(E.FAIL)
 
 
 class AnyOrderOfEvents(RuleBasedStateMachine):
-    """Applies events as the agent and the sweep do, and keeps a ledger that only goes by what it sees happen."""
+    """Applies events as the agent and the sweep do, and keeps a ledger from the accepted transitions only."""
 
     @initialize()
     def begin(self) -> None:
         self.it = instance()
-        self.reserved = 0  # what a worker's ledger would hold for it
+        self.reserved = 0  # how often the ledger of a worker holds memory for the instance
         self.was_loaded = False
         self.steps = [self.it]
 
@@ -106,43 +106,43 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             assert with_error is not (event is E.FAIL)
             return
         self.steps.append(self.it)
-        gave_back = self.it.state in TERMINAL or event is E.REQUEUE
-        self.reserved += (event is E.CLAIM) - (before.state in HOLDS_MEMORY and gave_back)
+        released = self.it.state in TERMINAL or event is E.REQUEUE
+        self.reserved += (event is E.CLAIM) - (before.state in HOLDS_MEMORY and released)
         self.was_loaded |= event is E.LOAD
 
     @invariant()
-    def memory_is_held_exactly_where_the_state_says_so(self) -> None:
+    def memory_is_held_exactly_in_the_states_that_hold_memory(self) -> None:
         assert self.reserved == (self.it.state in HOLDS_MEMORY)
 
     @invariant()
-    def failed_has_an_error_and_nothing_else_has(self) -> None:
+    def only_failed_has_an_error(self) -> None:
         assert (self.it.error is not None) == (self.it.state is S.FAILED)
 
     @invariant()
-    def it_has_an_end_exactly_in_a_terminal_state(self) -> None:
+    def only_terminal_states_have_an_end_time(self) -> None:
         assert (self.it.completed_at is not None) == (self.it.state in TERMINAL)
 
     @invariant()
-    def it_is_unloaded_only_if_it_was_loaded_and_cancelled_only_if_it_was_not(self) -> None:
+    def only_a_loaded_instance_becomes_unloaded(self) -> None:
         if self.it.state in {S.LOADED, S.UNLOADED}:
             assert self.was_loaded
         if self.it.state is S.CANCELLED:
             assert not self.was_loaded
 
     @invariant()
-    def progress_never_decreases_and_is_whole_only_once_loaded(self) -> None:
+    def progress_never_decreases_and_is_1_only_once_loaded(self) -> None:
         progress = [revision.progress for revision in self.steps]
         assert progress == sorted(progress)
         assert (self.it.progress == 1) == self.was_loaded
 
     @invariant()
-    def it_counts_how_often_it_was_begun_and_belongs_to_whoever_began_it(self) -> None:
+    def attempts_are_counted_and_a_queued_instance_has_no_owner(self) -> None:
         begun = sum(after.state is S.LOADING and before.state is S.QUEUED for before, after in pairwise(self.steps))
         assert max(1, begun) <= self.it.attempt <= begun + 1
         assert self.it.state is not S.QUEUED or self.it.epoch is None
 
     @invariant()
-    def no_refused_or_accepted_event_changes_an_older_revision(self) -> None:
+    def no_event_changes_an_older_revision(self) -> None:
         assert self.steps[0] == instance()
 
 

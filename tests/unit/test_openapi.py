@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, complete, and made of the same types and the same table as the service."""
+"""The OpenAPI document: valid, complete, and derived from the types and the status table of the service."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPERATION_IDS = [operation["operationId"] for item in DOCUMENT["paths"].values()
 
 
 def within(node: Any) -> Iterator[dict[str, Any]]:
-    """Every object of the document."""
+    """Yield every object of the document."""
     if isinstance(node, dict):
         yield node
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
@@ -37,28 +37,28 @@ def within(node: Any) -> Iterator[dict[str, Any]]:
 
 
 def errors(node: Any) -> set[tuple[str, str | None]]:
-    """The types and codes of the errors of a reply, or of everything."""
+    """Return the types and codes of the errors of a reply or of the whole document."""
     shapes = [shape for reply in within(node) for part in reply.get("allOf", []) for shape in within(part)]
     named = [shape["properties"] for shape in shapes if "type" in shape.get("properties", {})]
     return {(each["type"]["const"], each.get("code", {}).get("const")) for each in named}
 
 
-def test_it_is_valid() -> None:
+def test_the_document_is_valid_openapi_31() -> None:
     OPENAPI_31_VALIDATOR.validate(json.loads(json.dumps(DOCUMENT)))
     for schema in DOCUMENT["components"]["schemas"].values():
         jsonschema_rs.meta.validate(schema)
 
 
-def test_it_has_every_route_and_no_other() -> None:
+def test_the_document_has_exactly_the_routes() -> None:
     assert set(OPERATIONS) == ROUTED
-    found = {(method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item}
-    assert found == ROUTED
+    described = {(method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item}
+    assert described == ROUTED
     assert len(OPERATION_IDS) == len(set(OPERATION_IDS))
 
 
-def test_it_has_every_error_with_its_status() -> None:
+def test_the_document_has_every_error_with_its_status() -> None:
     every = {(body.type, body.code or None) for kind in kinds() for body in bodies(kind)}
-    # What is only the base of others is never a reply itself.
+    # A base class of errors is never a reply itself.
     bases = {(kind.type, None) for kind in kinds() if kind.__subclasses__() and kind is not ServiceError}
     assert errors(DOCUMENT) == every - bases
     assert {kind for kind, _ in errors(DOCUMENT)} == {row.partition("/")[0] for row in STATUS}
@@ -71,7 +71,7 @@ def test_it_has_every_error_with_its_status() -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), sorted(ROUTED))
-def test_an_operation_needs_a_token_and_describes_what_its_path_has(method: str, path: str) -> None:
+def test_an_operation_has_security_parameters_and_body(method: str, path: str) -> None:
     operation = DOCUMENT["paths"][path][method.lower()]
     assert (operation.get("security") == []) == (path in OPEN_PATHS)
     assert ("401" in operation["responses"]) == (path not in OPEN_PATHS)
@@ -80,7 +80,7 @@ def test_an_operation_needs_a_token_and_describes_what_its_path_has(method: str,
     assert ("requestBody" in operation) == (method == "POST")
 
 
-def test_every_reference_leads_somewhere_and_every_type_is_used() -> None:
+def test_references_resolve_and_every_type_is_used() -> None:
     used = {node["$ref"].rpartition("/")[2] for node in within(DOCUMENT) if isinstance(node.get("$ref"), str)}
     assert used == set(DOCUMENT["components"]["schemas"])
     linked = {link["operationId"] for node in within(DOCUMENT) for link in (node.get("links") or {}).values()}
@@ -89,7 +89,7 @@ def test_every_reference_leads_somewhere_and_every_type_is_used() -> None:
 
 
 def alone(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema with what it refers to."""
+    """Return a schema together with the components that it refers to."""
     return {**schema, "components": DOCUMENT["components"]}
 
 
@@ -125,28 +125,28 @@ def test_the_documents_describe_each_field_as_its_type_does(kind: Any) -> None:
         ({"context_length": 8192}, False),
     ],
 )
-def test_the_schema_of_a_load_takes_what_the_service_takes(body: object, accepted: bool) -> None:
+def test_the_schema_of_a_load_accepts_what_the_service_does(body: object, accepted: bool) -> None:
     schema = DOCUMENT["components"]["schemas"][LoadRequest.__name__]
     assert jsonschema_rs.is_valid(alone(schema), body) is accepted
 
 
-def test_replies_that_ask_to_come_back_say_when() -> None:
+def test_replies_that_ask_for_a_retry_have_retry_after() -> None:
     for item in DOCUMENT["paths"].values():
         for operation in item.values():
             for status in {"202", "429", "503"} & set(operation["responses"]):
                 assert operation["responses"][status]["headers"]["Retry-After"]["required"]
 
 
-def test_the_page_is_in_the_package_and_escapes_what_it_shows() -> None:
+def test_the_page_is_packaged_and_escapes_its_text() -> None:
     assert files("api.openapi").joinpath("templates/docs.html").is_file()
     changed = document()
     changed["info"]["title"] = "<script>alert(1)</script>"
-    made = page.page(changed)
-    assert "<script" not in made
-    assert "&lt;script&gt;" in made
+    rendered = page.page(changed)
+    assert "<script" not in rendered
+    assert "&lt;script&gt;" in rendered
 
 
-def test_a_curl_command_of_the_page_calls_what_it_stands_by() -> None:
+def test_a_curl_command_of_the_page_calls_its_operation() -> None:
     load = DOCUMENT["paths"]["/api/v1/models/load"]["post"]
     command = page.curl(DOCUMENT, "/api/v1/models/load", "post", load)
     assert command.startswith("curl http://localhost:1234/api/v1/models/load")

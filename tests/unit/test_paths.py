@@ -1,4 +1,4 @@
-"""The paths of the API: the server routes them, the document describes them, and the client asks for them."""
+"""The paths of the API: routed by the server, described in the document, requested by the client."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from shared.schema.http import LoadRequest
 JOB_ID = f"load_{'0' * 32}"
 ROUTED = {(method, route.path) for route in ROUTES for method in route.methods or () if method != "HEAD"}
 
-Asked = list[tuple[str, str]]
+Requests = list[tuple[str, str]]
 
 
 @pytest.fixture
-def asked() -> Asked:
+def requests() -> Requests:
     """Methods and raw paths of the client's requests."""
     return []
 
 
 @pytest.fixture
-def client(asked: Asked) -> Iterator[Client]:
+def client(requests: Requests) -> Iterator[Client]:
     """A client whose requests are recorded and refused."""
 
     def refuse(request: httpx.Request) -> httpx.Response:
-        asked.append((request.method, request.url.raw_path.decode()))
+        requests.append((request.method, request.url.raw_path.decode()))
         return httpx.Response(404)
 
     with Client("http://loadstone.example") as client:
@@ -42,7 +42,7 @@ def client(asked: Asked) -> Iterator[Client]:
 
 
 def route_of(method: str, path: str) -> str:
-    """The path of the route that takes a request."""
+    """Return the path of the route that matches a request."""
     scope = {"type": "http", "method": method, "path": path}
     return next(route.path for route in ROUTES if route.matches(scope)[0] is Match.FULL)
 
@@ -53,7 +53,7 @@ def test_each_path_is_routed_and_described() -> None:
     assert set(OPERATIONS) == ROUTED
 
 
-def test_the_client_asks_for_each_route_of_the_api(client: Client, asked: Asked) -> None:
+def test_the_client_requests_each_route_of_the_api(client: Client, requests: Requests) -> None:
     request = LoadRequest(model="p/m")
     calls: list[Callable[[], Any]] = [
         client.models,
@@ -70,14 +70,14 @@ def test_the_client_asks_for_each_route_of_the_api(client: Client, asked: Asked)
     for call in calls:
         with suppress(Failure):
             call()
-    found = {(method, route_of(method, path)) for method, path in asked}
-    assert found == {(method, path) for method, path in ROUTED if path.startswith("/api/")}
+    requested = {(method, route_of(method, path)) for method, path in requests}
+    assert requested == {(method, path) for method, path in ROUTED if path.startswith("/api/")}
 
 
 @pytest.mark.parametrize("job_id", ["..", "a/b", "a?b#c", "a%2Fb", "é", "{job_id}"])
-def test_a_job_id_is_one_segment_of_a_path(client: Client, asked: Asked, job_id: str) -> None:
-    for ask in (client.job, client.logs):
+def test_a_job_id_is_encoded_as_one_segment(client: Client, requests: Requests, job_id: str) -> None:
+    for call in (client.job, client.logs):
         with suppress(Failure):
-            ask(job_id)
-    assert [route_of("GET", path) for _, path in asked] == [paths.JOB, paths.JOB_LOGS]
-    assert not any(set(path) & set(".?#{") or not path.isascii() for _, path in asked)
+            call(job_id)
+    assert [route_of("GET", path) for _, path in requests] == [paths.JOB, paths.JOB_LOGS]
+    assert not any(set(path) & set(".?#{") or not path.isascii() for _, path in requests)

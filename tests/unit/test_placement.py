@@ -1,4 +1,4 @@
-"""Where a load goes, against every place that there is: small pools, and all their splits, victims and workers."""
+"""Placement compared with an exhaustive search over splits, victims and workers of small pools."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: list[Kind] = ["one", "several", "evicting", "partly", "cpu", "evicting on
 
 
 def requiring(*weights: int, **fields: Any) -> Requirements:
-    """So much for each layer; nothing else but for these fields."""
+    """Return requirements with these weights per layer; all other parts are zero except these fields."""
     usual: dict[str, Any] = {
         "context": [0] * len(weights),
         "tied_bytes": 0,
@@ -62,7 +62,7 @@ def device(id_: str, room: int) -> Device:
 def worker(
     rooms: Sequence[int], cpu: int | None = 1000, held: Sequence[Holding] = (), name: str = "w", partly: bool = False
 ) -> WorkerSnapshot:
-    """One with GPUs that have so much room, and so much of the host's memory; None: it does not own that."""
+    """Return a worker whose GPUs and host memory have so much room; None: the worker does not own the CPU."""
     devices = [device(id_, room) for id_, room in zip(GPUS, rooms, strict=False)]
     return WorkerSnapshot(
         name=name,
@@ -138,12 +138,12 @@ def workers(draw: st.DrawFn, name: str = "w") -> WorkerSnapshot:
     return worker(rooms, cpu, held, name, partly=draw(st.booleans()))
 
 
-# ---- the oracle: every place there is
+# ---- the oracle: an exhaustive search
 
 
 def splits(requirements: Requirements, first: int, gpus: Sequence[str], free: Mapping[str, int]) -> Iterator[int]:
-    """Of every way to cut the layers from `first` on into parts, one for each of these GPUs in this order, that all
-    have room for: its number of parts."""
+    """Yield the number of parts for every split of the layers from `first` on over these GPUs, in this order, in which
+    each GPU has room for its part."""
     if len(gpus) == 1:
         if (
             first < requirements.n_layers
@@ -159,7 +159,7 @@ def splits(requirements: Requirements, first: int, gpus: Sequence[str], free: Ma
 def fewest(
     requirements: Requirements, constraints: Constraints, first: int, there: WorkerSnapshot, free: Mapping[str, int]
 ) -> int | None:
-    """How few GPUs have room for the layers from `first` on; None where they have not."""
+    """Return the fewest GPUs that have room for the layers from `first` on; None if all GPUs together have not."""
     gpus = constraints.gpus(there.devices)
     n = requirements.n_layers - first
     if not gpus:
@@ -205,7 +205,7 @@ def cpu_has_room(requirements: Requirements, constraints: Constraints, free: Map
 def has_room(
     requirements: Requirements, constraints: Constraints, there: WorkerSnapshot, free: Mapping[str, int]
 ) -> bool:
-    """Whether there is any place with as many layers on GPUs as was wished."""
+    """Return whether any placement has as many layers on GPUs as the constraints ask for."""
     first = first_of(requirements, constraints)
     if first == requirements.n_layers or not has_gpu(there.devices):
         return cpu_has_room(requirements, constraints, free)
@@ -227,8 +227,8 @@ def oldest_first(there: WorkerSnapshot) -> list[Holding]:
 
 
 def victims_of(requirements: Requirements, constraints: Constraints, there: WorkerSnapshot) -> list[Holding] | None:
-    """Of all sets of evictable instances that make room, the one that spares what was used last, and of those that do
-    the one that spares what was used before that, and so on."""
+    """Return the victims that make room, compared by the most recently used instance first: a set that spares it is
+    better than a set that does not, then by the next one, and so on."""
     idle = oldest_first(there)
     enough = (
         chosen
@@ -240,7 +240,7 @@ def victims_of(requirements: Requirements, constraints: Constraints, there: Work
 
 
 def most_layers(requirements: Requirements, constraints: Constraints, there: WorkerSnapshot) -> int | None:
-    """How many layers at most GPUs have room for, where the CPU has it for the others; None where there is no place."""
+    """Return the most layers that fit on GPUs with the others on the CPU; None if there is no such placement."""
     free = available(there.devices)
     if not (there.partly_on_cpu and constraints.is_partly and has_gpu(there.devices)) or CPU not in free:
         return None
@@ -271,7 +271,7 @@ def kind_of(requirements: Requirements, constraints: Constraints, there: WorkerS
 
 @settings(max_examples=200)
 @given(any_requirements(), any_constraints, workers())
-def test_a_load_is_placed_exactly_where_there_is_any_room(
+def test_a_load_is_placed_exactly_if_there_is_room(
     requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
 ) -> None:
     placed = place(Demand(requirements, constraints), there)
@@ -284,13 +284,13 @@ def test_a_load_is_placed_exactly_where_there_is_any_room(
         assert sorted(held.instance_id for held in placed.evicts) == sorted(held.instance_id for held in expected)
         assert sum(placed.layers) in (requirements.n_layers - first_of(requirements, constraints), 0)
     else:
-        assert fewer == sum(placed.layers), "as many as there is room for"
+        assert fewer == sum(placed.layers), "as many layers as there is room for"
         assert not placed.evicts
 
 
 @settings(max_examples=150)
 @given(any_requirements(), any_constraints, workers())
-def test_each_device_has_room_for_its_part_and_the_parts_are_the_whole_model(
+def test_parts_fit_their_devices_and_make_up_the_model(
     requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
 ) -> None:
     if (placed := place(Demand(requirements, constraints), there)) is None:
@@ -312,9 +312,7 @@ def test_each_device_has_room_for_its_part_and_the_parts_are_the_whole_model(
 
 @settings(max_examples=150)
 @given(any_requirements(), st.lists(st.integers(0, 90), min_size=1, max_size=4))
-def test_the_gpu_that_has_room_and_least_more_is_taken_and_else_as_few_as_can_be(
-    requirements: Requirements, rooms: list[int]
-) -> None:
+def test_the_tightest_gpu_is_used_else_the_fewest_gpus(requirements: Requirements, rooms: list[int]) -> None:
     there = worker(rooms)
     placed = place_now(Demand(requirements, ANY), there)
     enough = [room for room in rooms if room >= requirements.single(0)]
@@ -328,9 +326,7 @@ def test_the_gpu_that_has_room_and_least_more_is_taken_and_else_as_few_as_can_be
 
 @settings(max_examples=150)
 @given(any_requirements(), any_constraints, workers())
-def test_nothing_is_unloaded_in_vain(
-    requirements: Requirements, constraints: Constraints, there: WorkerSnapshot
-) -> None:
+def test_no_victim_is_unnecessary(requirements: Requirements, constraints: Constraints, there: WorkerSnapshot) -> None:
     placed = place(Demand(requirements, constraints), there)
     if placed is None or not placed.evicts:
         return
@@ -339,11 +335,11 @@ def test_nothing_is_unloaded_in_vain(
     for held in placed.evicts:
         others = [one for one in placed.evicts if one is not held]
         assert not has_room(requirements, constraints, there, without(there, others)), (
-            "without this one there is room already"
+            "there is room without this victim"
         )
 
 
-def test_of_two_that_would_do_the_one_that_was_not_used_for_longer_is_unloaded() -> None:
+def test_the_older_of_two_sufficient_victims_is_evicted() -> None:
     there = worker(
         [10], held=[holding("new", 2.0, a=40), holding("old", 1.0, a=40), holding("busy", evictable=False, a=9)]
     )
@@ -352,14 +348,14 @@ def test_of_two_that_would_do_the_one_that_was_not_used_for_longer_is_unloaded()
     assert [held.instance_id for held in placed.evicts] == ["old"]
 
 
-def test_an_old_small_one_is_spared_where_only_a_newer_one_makes_room() -> None:
+def test_an_old_instance_too_small_to_help_is_spared() -> None:
     there = worker([10], held=[holding("old", 1.0, a=5), holding("new", 2.0, a=40)])
     placed = place(Demand(requiring(45), ANY), there)
     assert placed is not None
     assert [held.instance_id for held in placed.evicts] == ["new"]
 
 
-def test_several_gpus_are_about_equally_full() -> None:
+def test_several_gpus_are_filled_about_equally() -> None:
     there = worker([100, 200, 100])
     placed = place(Demand(requiring(*[1] * 300, compute_bytes=5, inner_compute_bytes=5), ANY), there)
     assert placed is not None
@@ -368,8 +364,8 @@ def test_several_gpus_are_about_equally_full() -> None:
     assert max(parts.values()) - min(parts.values()) < 0.05
 
 
-def test_layers_that_fit_in_one_order_of_the_gpus_only_are_placed() -> None:
-    """30 goes only where 31 is, which is neither the most room nor the least, and it is neither first nor last."""
+def test_layers_that_fit_in_only_one_order_are_placed() -> None:
+    """Only the GPU with 31 has room for the layer of 30; it has neither the most nor the least room."""
     placed = place(Demand(requiring(40, 30, 10), ANY), worker([31, 11, 41]))
     assert placed is not None
     assert placed.gpus == ["GPU-c", "GPU-a", "GPU-b"]
@@ -378,27 +374,27 @@ def test_layers_that_fit_in_one_order_of_the_gpus_only_are_placed() -> None:
     assert middle.gpus == ["GPU-b", "GPU-a", "GPU-c"]
 
 
-# ---- what a client asks for
+# ---- constraints of a request
 
 
 @pytest.mark.parametrize(
-    ("asked", "n"), [(UNSET, 33), ("max", 33), ("off", 0), (1.0, 33), (0.0, 0), (0.5, 16), (1 / 33, 1), (0.999, 32)]
+    ("offload", "n"), [(UNSET, 33), ("max", 33), ("off", 0), (1.0, 33), (0.0, 0), (0.5, 16), (1 / 33, 1), (0.999, 32)]
 )
-def test_the_offload_ratio_is_rounded_down_to_whole_layers(asked: Any, n: int) -> None:
-    assert Constraints.of(GPURequest(offload=asked)).n_layers(requiring(*[1] * 33)) == n
+def test_the_offload_ratio_is_rounded_down_to_whole_layers(offload: Any, n: int) -> None:
+    assert Constraints.of(GPURequest(offload=offload)).n_layers(requiring(*[1] * 33)) == n
 
 
-def test_only_who_leaves_the_offload_to_the_worker_may_get_fewer_layers_on_gpus() -> None:
+def test_only_automatic_offload_may_use_fewer_gpu_layers() -> None:
     there = worker([25], partly=True)
     requirements = requiring(10, 10, 10)
-    for asked, expected in ((GPURequest(), [2]), (GPURequest(offload="max"), None), (GPURequest(offload=1.0), None)):
-        placed = place(Demand(requirements, Constraints.of(asked)), there)
-        assert (None if placed is None else placed.layers) == expected, asked
+    for request, expected in ((GPURequest(), [2]), (GPURequest(offload="max"), None), (GPURequest(offload=1.0), None)):
+        placed = place(Demand(requirements, Constraints.of(request)), there)
+        assert (None if placed is None else placed.layers) == expected, request
     assert place(Demand(requirements, ANY), structs.replace(there, partly_on_cpu=False)) is None
 
 
-def test_layers_stay_with_the_cpu_where_it_has_room_for_exactly_those_that_no_gpu_takes() -> None:
-    """With half of the layers it would not have room."""
+def test_the_cpu_holds_exactly_the_layers_that_no_gpu_can() -> None:
+    """The CPU would not have room for half of the layers."""
     placed = place(Demand(requiring(10, 10, 10, 10), ANY), worker([35], cpu=10, partly=True))
     assert placed is not None
     assert placed.layers == [3]
@@ -411,14 +407,14 @@ def test_a_worker_without_the_cpu_puts_no_layers_there() -> None:
     assert place(Demand(requiring(10, 10), ANY), worker([100], cpu=None)) is not None
 
 
-def test_gpus_take_layers_in_the_order_that_a_client_gave() -> None:
+def test_gpus_take_layers_in_the_order_of_the_request() -> None:
     constraints = Constraints(devices=["GPU-c", "GPU-a"], split="even")
     placed = place(Demand(requiring(1, 1, 1), constraints), worker([9, 9, 9]))
     assert placed is not None
     assert (placed.gpus, placed.layers) == (["GPU-c", "GPU-a"], [2, 1])
 
 
-def test_with_priority_each_gpu_is_filled_before_the_next_and_a_full_one_is_passed_over() -> None:
+def test_priority_fills_gpus_in_order_and_skips_full_ones() -> None:
     constraints = Constraints(split="priority")
     placed = place(Demand(requiring(10, 10, 10, 10), constraints), worker([25, 5, 90]))
     assert placed is not None
@@ -426,7 +422,7 @@ def test_with_priority_each_gpu_is_filled_before_the_next_and_a_full_one_is_pass
 
 
 @given(st.integers(1, 130), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.booleans())
-def test_a_split_is_the_one_that_llama_cpp_makes(n: int, ratios: list[int], even: bool) -> None:
+def test_a_split_is_the_same_as_in_llama_cpp(n: int, ratios: list[int], even: bool) -> None:
     ratios = [1] * len(ratios) if even else ratios
     constraints = Constraints(split="even" if even else [*map(float, ratios)])
     placed = place(Demand(requiring(*[1] * n), constraints), worker([1000] * len(ratios)))
@@ -440,7 +436,7 @@ def test_a_split_is_the_one_that_llama_cpp_makes(n: int, ratios: list[int], even
     }
 
 
-def test_the_cpu_is_taken_where_it_is_the_only_device_that_may_be_used() -> None:
+def test_a_load_restricted_to_the_cpu_is_placed_there() -> None:
     there = worker([100], held=[holding("idle", cpu=50)], cpu=20)
     only = Constraints(devices=[CPU])
     placed = place(Demand(requiring(10), only), there)
@@ -451,7 +447,7 @@ def test_the_cpu_is_taken_where_it_is_the_only_device_that_may_be_used() -> None
     assert [held.instance_id for held in evicting.evicts] == ["idle"]
 
 
-def test_a_load_that_stays_off_gpus_makes_room_in_memory_where_every_gpu_is_full() -> None:
+def test_a_load_without_gpus_evicts_from_host_memory() -> None:
     there = worker([0], held=[holding("idle", cpu=50)], cpu=20)
     off = Constraints(offload=0.0, is_partly=False)
     requirements = requiring(60, input_bytes=5, tied_bytes=5)
@@ -465,44 +461,46 @@ def test_a_load_that_stays_off_gpus_makes_room_in_memory_where_every_gpu_is_full
 
 @settings(max_examples=200)
 @given(any_requirements(), any_constraints, st.data())
-def test_a_worker_is_chosen_whenever_one_has_room_and_it_has_the_best_kind_of_place(
+def test_the_best_kind_of_placement_of_all_workers_is_chosen(
     requirements: Requirements, constraints: Constraints, data: st.DataObject
 ) -> None:
     pool = [data.draw(workers(f"w{i}")) for i in range(data.draw(st.integers(1, 3)))]
     demand = Demand(requirements, constraints, "m")
     placed = [place(demand, there) for there in pool]
     kinds = [
-        None if found is None else kind_of(requirements, constraints, there, found)
-        for there, found in zip(pool, placed, strict=True)
+        None if placement is None else kind_of(requirements, constraints, there, placement)
+        for there, placement in zip(pool, placed, strict=True)
     ]
     i = choose([(Host(there), demand) for there in pool])
     if i is None:
         assert kinds == [None] * len(pool)
         return
-    kind, found = kinds[i], placed[i]
+    kind, placement = kinds[i], placed[i]
     assert kind is not None
-    assert found is not None
+    assert placement is not None
     assert KINDS.index(kind) == min(KINDS.index(other) for other in kinds if other is not None)
     alike = {j: one for j, one in enumerate(placed) if one is not None and kinds[j] == kind}
     match kind:
-        case "one" if not any(held.key == "m" for there in pool for held in there.held):  # else copies decide first
+        case "one" if not any(
+            held.key == "m" for there in pool for held in there.held
+        ):  # otherwise copies of the model decide first
             left = {j: available(pool[j].devices)[one.gpus[0]] - one.bytes[one.gpus[0]] for j, one in alike.items()}
             assert left[i] == min(left.values())
         case "several":
-            assert len(found.gpus) == min(len(other.gpus) for other in alike.values())
+            assert len(placement.gpus) == min(len(other.gpus) for other in alike.values())
         case "evicting" | "evicting on the cpu":
-            assert len(found.evicts) == min(len(other.evicts) for other in alike.values())
+            assert len(placement.evicts) == min(len(other.evicts) for other in alike.values())
         case "partly":
-            assert sum(found.layers) == max(sum(other.layers) for other in alike.values())
+            assert sum(placement.layers) == max(sum(other.layers) for other in alike.values())
 
 
-def test_the_worker_whose_gpu_is_left_with_least_is_chosen() -> None:
+def test_the_worker_with_the_tightest_gpu_is_chosen() -> None:
     demand = Demand(requiring(40), ANY)
     pool = [(Host(worker(rooms, name=f"w{i}")), demand) for i, rooms in enumerate([[90, 50], [45, 100], [60]])]
     assert choose(pool) == 1
 
 
-def test_a_further_instance_goes_to_another_device_of_its_host_else_to_another_host_else_beside_the_first() -> None:
+def test_a_second_instance_prefers_another_device() -> None:
     first = holding("m", key="m", evictable=False, a=40)
     beside, elsewhere = worker([100, 50], held=[first], name="w0"), worker([45], name="w1")
     alone = worker([100], held=[first], name="w0")
@@ -520,15 +518,15 @@ def test_a_further_instance_goes_to_another_device_of_its_host_else_to_another_h
     assert chosen(alone) == (0, ["GPU-a"])
 
 
-def test_what_was_just_placed_counts_before_its_worker_says_so() -> None:
+def test_a_new_placement_counts_before_the_next_snapshot() -> None:
     host = Host(worker([50]))
-    then = host.holding([holding("m", key="m", evictable=False, a=40)])
+    later = host.holding([holding("m", key="m", evictable=False, a=40)])
     demand = Demand(requiring(40), ANY)
     assert choose([(host, demand)]) == 0
-    assert choose([(then, demand)]) is None
+    assert choose([(later, demand)]) is None
 
 
-def test_of_workers_without_gpus_the_one_that_holds_the_fewest_instances_is_chosen() -> None:
+def test_the_cpu_worker_with_the_fewest_instances_is_chosen() -> None:
     busy = worker([], held=[holding("x", evictable=False, cpu=1)], name="w0")
     demand = Demand(requiring(10), ANY)
     assert choose([(Host(there), demand) for there in (busy, worker([], cpu=500, name="w1"))]) == 1
@@ -568,17 +566,17 @@ MODEL = Model(
     ),
     st.booleans(),
 )
-def test_the_largest_context_length_has_room_and_no_longer_one_has(
+def test_the_largest_context_length_is_the_longest_that_fits(
     rooms: list[int], cpu: int | None, constraints: Constraints, partly: bool
 ) -> None:
-    there, made = worker(rooms, cpu, partly=partly), Settings()
+    there, defaults = worker(rooms, cpu, partly=partly), Settings()
 
     def fits(requirements: Requirements) -> bool:
         return place(Demand(requirements, constraints), there) is not None
 
     def fits_with(context_length: int) -> bool:
         request = LoadRequest(model="p/m", context_length=context_length)
-        return fits(requirements_of(MODEL, plan(request, MODEL, made)))
+        return fits(requirements_of(MODEL, plan(request, MODEL, defaults)))
 
     lengths = [length for length in range(CELLS, MAXIMUM + 1, CELLS) if fits_with(length)]
-    assert largest_context_length(LoadRequest(model="p/m"), MODEL, made, fits) == max(lengths, default=None)
+    assert largest_context_length(LoadRequest(model="p/m"), MODEL, defaults, fits) == max(lengths, default=None)

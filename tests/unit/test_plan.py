@@ -1,4 +1,4 @@
-"""From a request to llama.cpp's parameters: never one of the combinations on which it aborts."""
+"""Parameters of llama.cpp for a request: never a combination on which it aborts."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def request(**fields: Any) -> LoadRequest:
     return LoadRequest(model="p/m", **fields)
 
 
-def planned(asked: LoadRequest, of: Model, **settings: Any) -> Load:
-    check(asked, of)
-    return plan(asked, of, Settings(**settings), [], [])
+def planned(load_request: LoadRequest, of: Model, **settings: Any) -> Load:
+    check(load_request, of)
+    return plan(load_request, of, Settings(**settings), [], [])
 
 
 def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -82,17 +82,17 @@ settings = optional(
 @example(request(eval_batch_size=1), model(max_context_length=1), Settings())
 @example(request(eval_batch_size=2**63 - 1), model(), Settings())
 @example(request(parallel=8), model(type="embedding", max_context_length=1), Settings())
-def test_nothing_that_llama_cpp_aborts_on(asked: LoadRequest, of: Model, defaults: Settings) -> None:
+def test_no_plan_makes_llama_cpp_abort(load_request: LoadRequest, of: Model, defaults: Settings) -> None:
     try:
-        check(asked, of)
+        check(load_request, of)
     except InvalidValue:
         return
-    load = plan(asked, of, defaults, [], [])
+    load = plan(load_request, of, defaults, [], [])
     assert 1 <= load.n_seq_max <= load.n_batch, "n_batch < n_seq_max aborts"
     assert 1 <= load.n_ubatch <= load.n_batch, "a physical batch is part of a logical one"
     assert load.n_batch <= load.n_ctx or of.type == "embedding"
     assert load.n_ctx <= of.max_context_length, "an encoder's position past the maximum aborts"
-    assert max(load.n_ctx, load.n_batch) <= UINT32, "it would be cut off to 32 bits"
+    assert max(load.n_ctx, load.n_batch) <= UINT32, "llama.cpp would truncate the value to 32 bits"
     if of.type == "embedding" and (not of.causal or of.pooling == MEAN):
         assert load.n_ubatch >= load.n_ctx, "an encoder's input longer than n_ubatch aborts"
     if load.expert_override is not None:
@@ -102,41 +102,41 @@ def test_nothing_that_llama_cpp_aborts_on(asked: LoadRequest, of: Model, default
 
 
 @given(requests, models, settings)
-def test_what_was_asked_for_is_what_is_done(asked: LoadRequest, of: Model, defaults: Settings) -> None:
+def test_a_plan_has_the_values_of_the_request(load_request: LoadRequest, of: Model, defaults: Settings) -> None:
     try:
-        check(asked, of)
+        check(load_request, of)
     except InvalidValue:
         assume(False)
-    load = plan(asked, of, defaults, [], [])
-    if asked.context_length is not UNSET:
-        assert load.n_ctx == asked.context_length
+    load = plan(load_request, of, defaults, [], [])
+    if load_request.context_length is not UNSET:
+        assert load.n_ctx == load_request.context_length
     if of.type == "embedding":
         assert (load.n_seq_max, load.flash_attn, load.expert_override, load.moe) == (1, None, None, False)
         assert not load.parallel_asked
         return
-    assert load.n_seq_max == (1 if asked.parallel is UNSET else asked.parallel)
-    assert load.parallel_asked == (asked.parallel is not UNSET)
-    if asked.eval_batch_size is not UNSET:
-        assert load.n_batch == min(asked.eval_batch_size, load.n_ctx)
-    if asked.flash_attention is not UNSET:
-        assert load.flash_attn is asked.flash_attention
-    if asked.offload_kv_cache_to_gpu is not UNSET:
-        assert load.offload_kqv is asked.offload_kv_cache_to_gpu
-    given_experts = of.expert_count > 0 and asked.num_experts is not UNSET
+    assert load.n_seq_max == (1 if load_request.parallel is UNSET else load_request.parallel)
+    assert load.parallel_asked == (load_request.parallel is not UNSET)
+    if load_request.eval_batch_size is not UNSET:
+        assert load.n_batch == min(load_request.eval_batch_size, load.n_ctx)
+    if load_request.flash_attention is not UNSET:
+        assert load.flash_attn is load_request.flash_attention
+    if load_request.offload_kv_cache_to_gpu is not UNSET:
+        assert load.offload_kqv is load_request.offload_kv_cache_to_gpu
+    given_experts = of.expert_count > 0 and load_request.num_experts is not UNSET
     assert (load.expert_override is not None) == given_experts
 
 
 @given(requests, models, settings)
-def test_only_what_cannot_be_done_is_refused(asked: LoadRequest, of: Model, defaults: Settings) -> None:
+def test_a_refusal_names_the_value_and_the_maximum(load_request: LoadRequest, of: Model, defaults: Settings) -> None:
     refusal: InvalidValue | None = None
     try:
-        check(asked, of)
+        check(load_request, of)
     except InvalidValue as e:
         refusal = e
     if refusal is not None:
         limit = refusal.detail["maximum"]
         assert refusal.param in {"context_length", "num_experts", "parallel"}
-        value = getattr(asked, refusal.param)
+        value = getattr(load_request, refusal.param)
         assert isinstance(limit, int)
         assert value > limit >= 1
         assert str(limit) in str(refusal)
@@ -169,23 +169,30 @@ def test_the_defaults_of_an_embedding_model(causal: bool, pooling: int, n_ctx: i
     assert (load.n_ctx, load.n_batch, load.n_ubatch, load.embedding) == (n_ctx, n_ctx, n_ubatch, True)
 
 
-def test_the_operators_defaults_count_where_nothing_is_asked() -> None:
-    mine = {"context_length": 1000, "eval_batch_size": 64, "flash_attention": "off", "offload_kv_cache_to_gpu": False}
-    load = planned(request(), model(), **mine)
+def test_settings_are_the_defaults_of_a_request() -> None:
+    defaults = {
+        "context_length": 1000,
+        "eval_batch_size": 64,
+        "flash_attention": "off",
+        "offload_kv_cache_to_gpu": False,
+    }
+    load = planned(request(), model(), **defaults)
     assert (load.n_ctx, load.n_batch, load.flash_attn, load.offload_kqv) == (1000, 64, False, False)
-    asked = request(context_length=2000, eval_batch_size=2000, flash_attention=True, offload_kv_cache_to_gpu=True)
-    load = planned(asked, model(), **mine)
+    load_request = request(
+        context_length=2000, eval_batch_size=2000, flash_attention=True, offload_kv_cache_to_gpu=True
+    )
+    load = planned(load_request, model(), **defaults)
     assert (load.n_ctx, load.n_batch, load.flash_attn, load.offload_kqv) == (2000, 2000, True, True)
 
 
-def test_files_are_named_below_the_models_directory_and_devices_as_they_are_given() -> None:
+def test_a_plan_has_absolute_files_and_given_devices() -> None:
     settings = Settings(models_dir=Path("/models"))
     load = plan(request(), model(shards=["a/b-1.gguf", "a/b-2.gguf"]), settings, ["GPU-b", "GPU-a"], [3, 1])
     assert load.shards == ["/models/a/b-1.gguf", "/models/a/b-2.gguf"]
     assert (load.devices, load.layers) == (["GPU-b", "GPU-a"], [3, 1])
 
 
-# ---- what the API refuses
+# ---- refusals by the API
 
 
 @pytest.mark.parametrize(
@@ -199,7 +206,7 @@ def test_files_are_named_below_the_models_directory_and_devices_as_they_are_give
         ({"parallel": 2}, {"max_context_length": 1}, "parallel", 1),
     ],
 )
-def test_what_the_model_cannot_do_is_refused(
+def test_a_value_beyond_the_model_is_refused(
     fields: dict[str, Any], of: dict[str, Any], param: str, maximum: int
 ) -> None:
     with pytest.raises(InvalidValue) as caught:
@@ -210,11 +217,11 @@ def test_what_the_model_cannot_do_is_refused(
 @pytest.mark.parametrize(
     ("fields", "of"),
     [
-        ({"num_experts": 9}, {}),  # a dense model: without effect
+        ({"num_experts": 9}, {}),  # no effect on a dense model
         ({"num_experts": 9, "parallel": 64, "eval_batch_size": 1}, {"type": "embedding"}),
         ({"num_experts": 8}, {"expert_count": 8}),
         ({"context_length": 8192, "parallel": 64, "eval_batch_size": 64}, {}),
     ],
 )
-def test_what_has_no_effect_is_not_refused(fields: dict[str, Any], of: dict[str, Any]) -> None:
+def test_a_field_without_effect_is_not_refused(fields: dict[str, Any], of: dict[str, Any]) -> None:
     check(request(**fields), model(**of))

@@ -1,4 +1,4 @@
-"""The model with which runners prewarm is the one that the generator writes."""
+"""The committed model for prewarming runners equals the output of the generator."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from shared.synthetic import models as synthetic
 KEPT = Path(__file__).parents[2] / "worker/engine/prewarm.gguf"
 
 
-def test_it_can_be_made_again(tmp_path: Path) -> None:
+def test_the_prewarm_model_can_be_regenerated(tmp_path: Path) -> None:
     assert synthetic.prewarm(tmp_path / "prewarm.gguf").read_bytes() == KEPT.read_bytes()

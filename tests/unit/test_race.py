@@ -1,4 +1,4 @@
-"""Waiting for the first of several things, and ending the others."""
+"""Waiting for the first of several tasks, and ending the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ async def forever(ended: Callable[[], object] = lambda: None) -> None:
     try:
         await asyncio.Event().wait()
     finally:
-        await asyncio.sleep(0)  # as what closes a connection does
+        await asyncio.sleep(0)  # cleanup may take a turn of the loop
         ended()
 
 
@@ -26,17 +26,17 @@ async def failure() -> None:
     raise ValueError("why")
 
 
-async def test_the_first_result_is_read_and_the_rest_has_ended() -> None:
+async def test_the_first_result_is_read_and_the_others_end() -> None:
     ended: list[str] = []
     async with racing(value(7), forever(lambda: ended.append("the other"))) as (seven, other):
         assert await first((seven, other))
         assert seven.result() == 7
         assert not other.done()
     assert other.cancelled()
-    assert ended == ["the other"], "its own end was waited for"
+    assert ended == ["the other"], "the cleanup of the other task was awaited"
 
 
-async def test_leaving_ends_a_lone_one_too() -> None:
+async def test_leaving_ends_a_single_task_too() -> None:
     ended: list[str] = []
     async with racing(forever(lambda: ended.append("it"))) as (one,):
         assert not await first((one,), 0.0)
@@ -44,12 +44,12 @@ async def test_leaving_ends_a_lone_one_too() -> None:
     assert ended == ["it"]
 
 
-async def test_nothing_done_in_time_is_false() -> None:
+async def test_a_timeout_returns_false() -> None:
     async with racing(forever(), forever()) as tasks:
         assert not await first(tasks, 0.0)
 
 
-async def test_a_cancelled_waiter_ends_what_it_waited_for() -> None:
+async def test_a_cancelled_waiter_ends_its_tasks() -> None:
     ended: list[int] = []
 
     async def wait() -> None:
@@ -65,7 +65,7 @@ async def test_a_cancelled_waiter_ends_what_it_waited_for() -> None:
     assert sorted(ended) == [1, 2]
 
 
-async def test_a_failure_is_raised_where_its_result_is_read() -> None:
+async def test_a_failure_is_raised_when_its_result_is_read() -> None:
     async with racing(failure(), forever()) as (failing, other):
         assert await first((failing, other))
         with pytest.raises(ValueError, match="why"):

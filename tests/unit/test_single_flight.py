@@ -1,4 +1,4 @@
-"""Callers that arrive during a read share the next one, and none gets a read that started before its call."""
+"""Coalescing of concurrent reads: a caller gets a read that started after its call."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Source:
 
     async def read(self, keys: Sequence[str]) -> dict[str, int]:
         self.readings.append(([*keys], asyncio.get_running_loop().create_future()))
-        n, (_, told) = len(self.readings), self.readings[-1]
-        await told
+        n, (_, answered) = len(self.readings), self.readings[-1]
+        await answered
         return dict.fromkeys(keys, n)
 
     def answer(self) -> None:
@@ -32,7 +32,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_callers_that_arrive_during_a_read_share_the_next_one() -> None:
+def test_callers_that_arrive_during_a_read_share_the_next() -> None:
     async def ask() -> tuple[list[int], list[list[str]]]:
         source = Source()
         flight = SingleFlight(source.read)
@@ -49,7 +49,7 @@ def test_callers_that_arrive_during_a_read_share_the_next_one() -> None:
     assert asyncio.run(ask()) == ([1, 2, 2, 2, 2], [["a"], ["a", "b", "c"]])
 
 
-def test_a_failure_reaches_every_caller_and_the_next_call_reads_anew() -> None:
+def test_a_failure_reaches_every_caller_and_is_not_kept() -> None:
     async def ask() -> int:
         source = Source()
         flight = SingleFlight(source.read)
@@ -67,7 +67,7 @@ def test_a_failure_reaches_every_caller_and_the_next_call_reads_anew() -> None:
     assert asyncio.run(ask()) == 2
 
 
-def test_a_cancelled_caller_does_not_cancel_the_read_of_the_others() -> None:
+def test_a_cancelled_caller_does_not_cancel_the_shared_read() -> None:
     async def ask() -> int:
         source = Source()
         flight = SingleFlight(source.read)
@@ -81,7 +81,7 @@ def test_a_cancelled_caller_does_not_cancel_the_read_of_the_others() -> None:
     assert asyncio.run(ask()) == 1
 
 
-def test_a_failure_whose_callers_have_gone_is_not_reported() -> None:
+def test_a_failure_without_callers_is_not_reported() -> None:
     reported: list[object] = []
 
     async def ask() -> None:

@@ -1,4 +1,4 @@
-"""multiprocessing makes its sockets where it is told to, and leaves nothing elsewhere."""
+"""The sockets of multiprocessing are created in the given directory only."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ print(sum(path.is_socket() for path in Path(sys.argv[1]).iterdir()), *Path(sys.a
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """A directory with a short path: that of a socket has at most 107 bytes (unix(7))."""
+    """A directory with a short path: the path of a socket has at most 107 bytes (unix(7))."""
     with tempfile.TemporaryDirectory(prefix="t-") as directory:
         yield Path(directory)
 
 
-def test_the_fork_servers_socket_is_in_the_directory(short: Path) -> None:
+def test_the_socket_of_the_fork_server_is_in_the_directory(short: Path) -> None:
     ours, others = short / "ours", short / "others"
     ours.mkdir()
     others.mkdir()
     command = [sys.executable, "-c", CODE, str(ours), str(others)]
     environ = os.environ | {"TMPDIR": str(others)}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
-    assert (done.stdout, done.stderr) == ("1\n", "")
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30, check=False)
+    assert (result.stdout, result.stderr) == ("1\n", "")

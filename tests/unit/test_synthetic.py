@@ -1,4 +1,4 @@
-"""Random weights, real files: what shared.synthetic.models writes, llama.cpp loads, on the CPU and on a fake GPU."""
+"""Synthetic models: their files, and loading them with llama.cpp on the CPU and on a fake GPU."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ KV_BYTES = 1 << 20  # of a tiny llama at that length: 4 layers x 1024 tokens x (
 
 
 def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """What `function` returns in a process of its own: neither llama.cpp nor a crash of it gets into this one."""
+    """Call `function` in another process, so that neither llama.cpp nor a crash of it affects this one."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result(timeout=60)
 
 
 def field(path: Path, key: str) -> Any:
-    found = GGUFReader(path).get_field(key)
-    return found and found.contents()
+    value = GGUFReader(path).get_field(key)
+    return value and value.contents()
 
 
 # --- files ---
@@ -60,7 +60,7 @@ def test_the_same_arguments_give_the_same_bytes(make: Callable[[Path], Path], tm
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_metadata_is_replaced_and_parts_are_left_out_by_name(tmp_path: Path) -> None:
+def test_metadata_is_replaced_and_dropped_by_name(tmp_path: Path) -> None:
     path = synthetic.tiny_llama(
         tmp_path / "model.gguf",
         metadata={"general.architecture": "llamx", "llama.block_count": 0, "llama.expert_count": -1},
@@ -73,29 +73,29 @@ def test_metadata_is_replaced_and_parts_are_left_out_by_name(tmp_path: Path) -> 
     assert "output_norm.weight" not in {tensor.name for tensor in GGUFReader(path).tensors}
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = synthetic.tiny_llama(tmp_path / "model.gguf")
     before = path.read_bytes()
     with pytest.raises(IndexError):
-        synthetic.tiny_llama(path, metadata={"general.tags": []})  # GGUF has no type for the items of nothing
+        synthetic.tiny_llama(path, metadata={"general.tags": []})  # GGUF has no element type for an empty array
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_only_the_first_shard_says_what_the_model_is(tmp_path: Path) -> None:
+def test_only_the_first_shard_has_the_architecture(tmp_path: Path) -> None:
     shards = synthetic.sharded(tmp_path / "model.gguf", 3)
     assert [shard.name for shard in shards] == [f"model-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
     assert [field(shard, "split.no") for shard in shards] == [0, 1, 2]
     assert [field(shard, "general.architecture") for shard in shards] == ["llama", None, None]
 
 
-def test_a_big_file_is_as_big_as_was_asked_give_or_take_half_a_layer(tmp_path: Path) -> None:
+def test_a_big_file_has_its_size_within_half_a_layer(tmp_path: Path) -> None:
     (path,) = synthetic.big(tmp_path / "model.gguf", 0.5, "Q4_0")
     layer = (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 11008) * 18 / 32  # 18 bytes for 32 weights
     assert abs(path.stat().st_size - 0.5e9) < layer / 2 + 2e6
 
 
-def test_a_sparse_file_has_the_size_of_the_model_and_takes_no_disk(tmp_path: Path) -> None:
+def test_a_sparse_file_has_the_size_but_uses_no_disk_blocks(tmp_path: Path) -> None:
     (path,) = synthetic.sparse_shape(tmp_path / "model.gguf", "llama2-7b", "Q4_K_M")
     status = path.stat()
     assert status.st_size > 3.7e9
@@ -103,14 +103,14 @@ def test_a_sparse_file_has_the_size_of_the_model_and_takes_no_disk(tmp_path: Pat
     assert field(path, "general.size_label") == "6.7B"
 
 
-def test_copies_of_a_large_vocabulary_are_files_of_their_own(tmp_path: Path) -> None:
+def test_copies_of_a_large_vocabulary_are_separate_files(tmp_path: Path) -> None:
     places = [tmp_path / str(n) / "model.gguf" for n in range(3)]
     assert synthetic.large_vocabulary(*places, tokens=5000) == places
     assert len({place.stat().st_ino for place in places}) == 3
     assert len(field(places[2], "tokenizer.ggml.tokens")) == 5000
 
 
-def test_the_demo_says_that_it_is_one(tmp_path: Path) -> None:
+def test_the_demo_models_describe_themselves_as_random(tmp_path: Path) -> None:
     keys = synthetic.write_demo(tmp_path)
     assert keys == ["loadstone/demo-llm", "loadstone/demo-moe", "loadstone/demo-embedding"]
     paths = [tmp_path / key / f"{key.split('/')[1]}-f16.gguf" for key in keys]
@@ -124,15 +124,15 @@ def test_the_demo_says_that_it_is_one(tmp_path: Path) -> None:
 
 
 @contextmanager
-def model_of(path: Path, **wanted: Any) -> Iterator[Any]:
-    """The model, all its layers offloaded, or None if llama.cpp refuses to load it."""
+def model_of(path: Path, **overrides: Any) -> Iterator[Any]:
+    """Load a model with all layers offloaded; yield None if llama.cpp refuses it."""
     from llama_cpp import llama_cpp as lib
 
     lib.llama_log_set(_errors_only(), ctypes.c_void_p(0))
     params = lib.llama_model_default_params()
     params.n_gpu_layers = -1
     params.use_extra_bufts = False  # with AMX a quantized matrix may crash: github.com/ggml-org/llama.cpp/issues/20824
-    for key, value in wanted.items():
+    for key, value in overrides.items():
         setattr(params, key, value)
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     try:
@@ -144,7 +144,7 @@ def model_of(path: Path, **wanted: Any) -> Iterator[Any]:
 
 @cache
 def _errors_only() -> Any:
-    """A log callback, kept alive by the cache: what explains a failure goes to the test's output, nothing else."""
+    """Return a log callback, kept alive by the cache, that writes errors only to the output of the test."""
     from llama_cpp import llama_cpp as lib
 
     def log(level: int, text: bytes, _: Any) -> None:
@@ -158,10 +158,10 @@ def _errors_only() -> Any:
 def context_of(model: Any, **params: Any) -> Iterator[Any]:
     from llama_cpp import llama_cpp as lib
 
-    wanted = lib.llama_context_default_params()
+    defaults = lib.llama_context_default_params()
     for name, value in ({"n_ctx": CONTEXT_LENGTH, "n_threads": 1} | params).items():
-        setattr(wanted, name, value)
-    context = lib.llama_init_from_model(model, wanted)
+        setattr(defaults, name, value)
+    context = lib.llama_init_from_model(model, defaults)
     assert context, params
     try:
         yield context
@@ -170,7 +170,7 @@ def context_of(model: Any, **params: Any) -> Iterator[Any]:
 
 
 def outputs(path: Path, text: bytes, *, is_embedding: bool) -> list[float] | None:
-    """The embedding of the text, or the logits after it; None if the model does not load."""
+    """Return the embedding of the text, or the logits after it; None if the model does not load."""
     from llama_cpp import llama_cpp as lib
 
     with model_of(path) as model:
@@ -187,8 +187,8 @@ def outputs(path: Path, text: bytes, *, is_embedding: bool) -> list[float] | Non
             return list(lib.llama_get_logits_ith(context, -1)[: lib.llama_vocab_n_tokens(vocabulary)])
 
 
-def everything_that_loads(directory: Path) -> dict[str, list[list[float] | None]]:
-    """Of each file, the outputs after two texts."""
+def outputs_of_all_models(directory: Path) -> dict[str, list[list[float] | None]]:
+    """Return the outputs of each model for two texts."""
     llm, moe, embedding = (next((directory / key).iterdir()) for key in synthetic.write_demo(directory))
     models = {
         "llm": llm,
@@ -208,13 +208,13 @@ def everything_that_loads(directory: Path) -> dict[str, list[list[float] | None]
 
 
 def test_llama_cpp_loads_and_runs_every_kind_of_model(tmp_path: Path) -> None:
-    for name, (one, other) in in_child(everything_that_loads, tmp_path).items():
+    for name, (one, other) in in_child(outputs_of_all_models, tmp_path).items():
         assert one, name
         assert all(map(math.isfinite, one)), name
-        assert one != other, f"{name}: the same whatever the text"
+        assert one != other, f"{name}: the same output for both texts"
 
 
-def what_loads(*paths: Path) -> list[str]:
+def loadable(*paths: Path) -> list[str]:
     loaded = []
     for path in paths:
         with model_of(path) as model:
@@ -223,7 +223,7 @@ def what_loads(*paths: Path) -> list[str]:
     return loaded
 
 
-def test_llama_cpp_refuses_what_is_no_model_or_has_a_defect(tmp_path: Path) -> None:
+def test_llama_cpp_refuses_files_with_a_defect(tmp_path: Path) -> None:
     wrong = [
         synthetic.tiny_llama(tmp_path / "no-tensor.gguf", drop={"blk.2.attn_q.weight"}),
         synthetic.tiny_llama(tmp_path / "no-length.gguf", drop={"llama.context_length"}),
@@ -234,11 +234,11 @@ def test_llama_cpp_refuses_what_is_no_model_or_has_a_defect(tmp_path: Path) -> N
         synthetic.sharded(tmp_path / "sharded.gguf")[1],
     ]
     right = synthetic.tiny_llama(tmp_path / "right.gguf", drop={"general.size_label", "tokenizer.chat_template"})
-    assert in_child(what_loads, *wrong, right) == ["right.gguf"]
+    assert in_child(loadable, *wrong, right) == ["right.gguf"]
 
 
 def fake_gpu_bytes(path: Path) -> dict[str, int]:
-    """What a fake GPU of 64 MiB holds of the model at each step of its life."""
+    """Return the bytes in use of a fake GPU of 64 MiB after each step of loading and freeing a model."""
     from llama_cpp import llama_cpp as lib
 
     from tests.support import fakegpu
@@ -255,19 +255,19 @@ def fake_gpu_bytes(path: Path) -> dict[str, int]:
     return held
 
 
-def test_a_fake_gpu_takes_the_weights_and_the_kv_cache_and_gives_them_back(tmp_path: Path) -> None:
+def test_a_fake_gpu_holds_and_frees_weights_and_kv_cache(tmp_path: Path) -> None:
     path = synthetic.tiny_llama(tmp_path / "model.gguf")
     held = in_child(fake_gpu_bytes, path)
     embeddings = next(tensor.n_bytes for tensor in GGUFReader(path).tensors if tensor.name == "token_embd.weight")
     n_bytes = sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
     assert held["weights"] == pytest.approx(n_bytes - embeddings, rel=0.05)  # the embedding matrix stays on the CPU
     on_gpu, on_cpu = held["context, offloads_kv=True"], held["context, offloads_kv=False"]
-    assert on_gpu - on_cpu == pytest.approx(KV_BYTES, rel=0.5)  # the buffers to compute in differ too
+    assert on_gpu - on_cpu == pytest.approx(KV_BYTES, rel=0.5)  # the compute buffers differ too
     assert held["freed"] == 0
 
 
 def refusals(path: Path) -> tuple[list[str], int]:
-    """What two fake GPUs, of which one has no room, make of a load to each alone; the bytes held in the end."""
+    """Load the model on each of two fake GPUs, one without room; return the refusals and the bytes still in use."""
     from llama_cpp import llama_cpp as lib
 
     from tests.support import fakegpu
@@ -282,5 +282,5 @@ def refusals(path: Path) -> tuple[list[str], int]:
     return refused, sum(gpu.used_bytes for gpu in gpus)
 
 
-def test_a_fake_gpu_runs_out_of_memory_and_keeps_nothing(tmp_path: Path) -> None:
+def test_a_fake_gpu_keeps_nothing_of_a_refused_load(tmp_path: Path) -> None:
     assert in_child(refusals, synthetic.tiny_llama(tmp_path / "model.gguf")) == (["FAKE1"], 0)

@@ -1,4 +1,4 @@
-"""What a load adds to the counts, and how buckets become Prometheus'."""
+"""Counts of loads, and their conversion to the metrics of Prometheus."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def test_every_size_has_one_class(size_bytes: int, name: str) -> None:
     ("seconds", "name"),
     [(0.0, "0.001"), (0.001, "0.001"), (0.0011, "0.0025"), (1.0, "1.0"), (1800.0, "1800.0"), (1800.1, "+Inf")],
 )
-def test_a_bucket_holds_its_own_bound(seconds: float, name: str) -> None:
+def test_a_bucket_includes_its_bound(seconds: float, name: str) -> None:
     assert bucket(seconds) == name
 
 
 @given(st.lists(st.floats(0, 1e5)))
-def test_a_bucket_of_prometheus_counts_all_that_is_not_over_its_bound(seconds: list[float]) -> None:
+def test_buckets_are_cumulative_for_prometheus(seconds: list[float]) -> None:
     counts: dict[str, int] = {}
     total_us = 0
     for one in seconds:
@@ -86,24 +86,24 @@ def test_a_bucket_of_prometheus_counts_all_that_is_not_over_its_bound(seconds: l
         for name, n in added.items():
             part = name.removeprefix("f|")
             counts[part] = counts.get(part, 0) + n
-    found = cumulated(counts)
-    assert [(name, float(sum(one <= float(name) for one in seconds))) for name, _ in found] == found
-    assert found[-1] == ("+Inf", float(len(seconds)))
+    buckets = cumulated(counts)
+    assert [(name, float(sum(one <= float(name) for one in seconds))) for name, _ in buckets] == buckets
+    assert buckets[-1] == ("+Inf", float(len(seconds)))
     assert total_us / 1e6 == pytest.approx(sum(seconds), abs=1e-6 * (len(seconds) + 1), rel=1e-9)
 
 
 def test_bounds_of_another_version_are_kept() -> None:
-    found = dict(cumulated({"0.003": 2, "0.001": 1, "+Inf": 1}))
-    assert (found["0.001"], found["0.0025"], found["0.003"], found["0.005"], found["+Inf"]) == (1, 1, 3, 3, 4)
-    assert all(a < b for a, b in pairwise(map(float, found)))
+    buckets = dict(cumulated({"0.003": 2, "0.001": 1, "+Inf": 1}))
+    assert (buckets["0.001"], buckets["0.0025"], buckets["0.003"], buckets["0.005"], buckets["+Inf"]) == (1, 1, 3, 3, 4)
+    assert all(a < b for a, b in pairwise(map(float, buckets)))
 
 
-def test_bounds_are_in_order() -> None:
+def test_bounds_are_sorted_and_unique() -> None:
     bounds: list[float] = [*BOUNDS_S, math.inf]
     assert bounds == sorted(set(bounds))
 
 
-def test_a_load_that_comes_to_loaded_adds_its_bytes_and_each_phase() -> None:
+def test_a_loaded_model_adds_its_bytes_and_phases() -> None:
     counts = moved(loading(), loaded())
     assert counts.pop("loads|loaded|") == 1
     assert counts.pop("loaded_bytes") == 2 * GIB
@@ -117,11 +117,11 @@ def test_a_load_that_comes_to_loaded_adds_its_bytes_and_each_phase() -> None:
     assert counts == {}
 
 
-def test_a_phase_that_nobody_knows_makes_no_label() -> None:
+def test_an_unknown_phase_makes_no_label() -> None:
     assert moved(loading(), loaded({**TIMING, "p/m": 1.0})) == moved(loading(), loaded())
 
 
-def test_a_load_that_ends_otherwise_adds_its_outcome_alone() -> None:
+def test_an_unsuccessful_load_adds_only_its_outcome() -> None:
     for code in get_args(LoadFailure):
         error = LoadFailed(code, "llm", "p/m", "why").body()
         assert moved(loading(), loading().after(Event.FAIL, error=error)) == {f"loads|failed|{code}": 1}
@@ -136,7 +136,7 @@ def test_a_load_that_ends_otherwise_adds_its_outcome_alone() -> None:
     assert moved(stopping, stopping.after(Event.EXIT)) == {"loads|cancelled|": 1}
 
 
-def test_what_becomes_of_an_instance_after_its_load_adds_nothing() -> None:
+def test_the_end_of_a_loaded_instance_adds_nothing() -> None:
     stopping = loaded().after(Event.STOP)
     error = LoadFailed("engine_crashed", "llm", "p/m", "why").body()
     for old, new in [
@@ -148,30 +148,30 @@ def test_what_becomes_of_an_instance_after_its_load_adds_nothing() -> None:
         assert moved(old, new) == {}
 
 
-def test_progress_and_being_begun_anew_add_nothing() -> None:
+def test_progress_and_requeueing_add_nothing() -> None:
     assert moved(loading(), msgspec.structs.replace(loading(), loaded_bytes=1)) == {}
     assert moved(loading(), loading().after(Event.REQUEUE)) == {}
 
 
-def test_a_load_that_brings_something_back_adds_a_restoration() -> None:
+def test_a_restoring_load_adds_a_restoration() -> None:
     assert accepted(queued()) == {}
     assert accepted(queued(restoring=2)) == {"restorations": 1}
 
 
-def test_every_outcome_that_a_load_can_have_counts_from_nought() -> None:
+def test_every_possible_outcome_starts_at_zero() -> None:
     codes = {*get_args(LoadFailure)} - {"load_cancelled"} | {"no_worker"}
     assert {reason for outcome, reason in OUTCOMES if outcome == "failed"} == codes
     assert {outcome for outcome, reason in OUTCOMES if not reason} == {"loaded", "cancelled", "lost"}
 
 
-def test_a_family_is_declared_once_and_known_rows_fit_its_labels() -> None:
+def test_families_are_unique_and_known_rows_match_labels() -> None:
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
     assert all(len(row) == len(family.labels) for family in FAMILIES for row in family.known)
     assert not any(family.known for family in FAMILIES if family.kind == "histogram")
 
 
-def test_each_count_of_a_load_is_of_a_declared_family() -> None:
-    """A count of any other family would be added up in Redis and never shown."""
+def test_each_count_of_a_load_has_a_declared_family() -> None:
+    """A count of another family would be added in Redis and never exported."""
     n_labels = {family.name: len(family.labels) + (family.kind == "histogram") for family in FAMILIES}
     counts = accepted(queued(restoring=1)) | moved(loading(), loaded()) | died("warm")
     for key in counts | moved(queued(), queued().after(Event.STOP)):
@@ -199,7 +199,7 @@ def test_the_documents_have_the_labels_of_a_family(family: Family) -> None:
     assert re.search(rf"^\| `{name}` \| {labels} ?\| ", DOCUMENT, re.MULTILINE)
 
 
-def test_what_another_version_counts_is_left_out() -> None:
+def test_unknown_counts_of_another_version_are_left_out() -> None:
     counters = {"requeued": 1, "evicted": 3}
     tallies = {"evicted|a|b": 3, "loads|failed|later": 2, "loads|loaded||evicted": 3, "load_seconds|evicted|a|1.0": 3}
     text = rendered(msgspec.structs.replace(NOTHING, counters=counters, tallies=tallies)).decode()

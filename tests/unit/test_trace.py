@@ -1,4 +1,4 @@
-"""What a `traceparent` may say, by the recommendation and by the examples of its test suite (w3c/trace-context)."""
+"""The `traceparent` header, by the W3C recommendation and examples of its test suite (w3c/trace-context)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TRACES = st.builds(Trace, ids(32), ids(16), st.booleans())
     [
         (HEADER, True),
         (f"00-{TRACE_ID}-{SPAN_ID}-00", False),
-        (f"00-{TRACE_ID}-{SPAN_ID}-03", True),  # other flags may be set, and mean nothing here
+        (f"00-{TRACE_ID}-{SPAN_ID}-03", True),  # other flags may be set and are ignored
         (f"00-{TRACE_ID}-{SPAN_ID}-fe", False),
         (f"cc-{TRACE_ID}-{SPAN_ID}-01", True),  # later versions
         (f"cc-{TRACE_ID}-{SPAN_ID}-01-", True),
         (f"cc-{TRACE_ID}-{SPAN_ID}-01-what-the-future-will-be-like", True),
     ],
 )
-def test_a_valid_header_is_read(header: str, is_sampled: bool) -> None:
+def test_a_valid_header_is_parsed(header: str, is_sampled: bool) -> None:
     assert parse(header) == Trace(TRACE_ID, SPAN_ID, is_sampled)
 
 
@@ -45,7 +45,7 @@ def test_a_valid_header_is_read(header: str, is_sampled: bool) -> None:
     "header",
     [
         "",
-        f"ff-{TRACE_ID}-{SPAN_ID}-01",  # the version that is none
+        f"ff-{TRACE_ID}-{SPAN_ID}-01",  # the invalid version
         f"00-{'0' * 32}-{SPAN_ID}-01",
         f"00-{TRACE_ID}-{'0' * 16}-01",
         f"00-{TRACE_ID.upper()}-{SPAN_ID}-01",
@@ -64,7 +64,7 @@ def test_a_valid_header_is_read(header: str, is_sampled: bool) -> None:
         f"000-{TRACE_ID}-{SPAN_ID}-01",
         f"00{TRACE_ID}{SPAN_ID}01",
         f"00-{TRACE_ID}-{SPAN_ID}",
-        f"00-{TRACE_ID}-{SPAN_ID}-01-",  # version 00 ends there
+        f"00-{TRACE_ID}-{SPAN_ID}-01-",  # version 00 has no further fields
         f"00-{TRACE_ID}-{SPAN_ID}-01-what-the-future-will-be-like",
         f"cc-{TRACE_ID}-{SPAN_ID}-01.what-the-future-will-not-be-like",
         f"{HEADER}\n",
@@ -72,37 +72,37 @@ def test_a_valid_header_is_read(header: str, is_sampled: bool) -> None:
         f"{HEADER},{HEADER}",
     ],
 )
-def test_an_invalid_header_is_none(header: str) -> None:
+def test_an_invalid_header_starts_a_new_trace(header: str) -> None:
     assert parse(header) is None
     assert continued([header]).trace_id != TRACE_ID
 
 
 @given(st.text() | st.lists(PIECES, max_size=10).map("".join))
 @example("00-٣bf92f3577b34da6a3ce929d0e0e473-00f067aa0ba902b7-01")
-def test_whatever_a_client_sends_is_read_or_refused(header: str) -> None:
-    found = parse(header)
-    if found is not None:
-        assert str(found)[2:-3] == header[2:52]
+def test_any_header_is_parsed_exactly_or_refused(header: str) -> None:
+    trace = parse(header)
+    if trace is not None:
+        assert str(trace)[2:-3] == header[2:52]
 
 
 @given(TRACES)
-def test_what_is_written_is_read_again(trace: Trace) -> None:
+def test_a_written_trace_is_parsed_again(trace: Trace) -> None:
     assert parse(str(trace)) == trace
 
 
 @given(TRACES)
-def test_who_is_asked_works_in_a_span_of_its_own_in_the_trace_of_the_one_who_asks(trace: Trace) -> None:
-    mine = continued([str(trace)])
-    assert (mine.trace_id, mine.is_sampled) == (trace.trace_id, trace.is_sampled)
-    assert mine.span_id != trace.span_id
+def test_a_request_gets_its_own_span_in_the_callers_trace(trace: Trace) -> None:
+    own = continued([str(trace)])
+    assert (own.trace_id, own.is_sampled) == (trace.trace_id, trace.is_sampled)
+    assert own.span_id != trace.span_id
 
 
 @pytest.mark.parametrize("headers", [[], [HEADER, HEADER]])
-def test_no_header_and_two_begin_a_trace(headers: list[str]) -> None:
+def test_no_header_or_two_headers_start_a_new_trace(headers: list[str]) -> None:
     first, second = continued(headers), continued(headers)
     assert len({TRACE_ID, first.trace_id, second.trace_id}) == 3
     assert parse(str(first)) == first
 
 
-def test_a_trace_that_begins_here_is_valid_and_not_sampled() -> None:
+def test_a_new_trace_is_valid_and_not_sampled() -> None:
     assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-00", str(begun()))

@@ -1,4 +1,4 @@
-"""Sizes as people read them."""
+"""Sizes as text for people."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ from shared.units import size
         (4096 << 40, "4096.0 TiB"),
     ],
 )
-def test_a_size_is_in_the_largest_unit_that_it_reaches(n_bytes: int, text: str) -> None:
+def test_a_size_has_the_largest_unit_that_it_reaches(n_bytes: int, text: str) -> None:
     assert size(n_bytes) == text

@@ -1,4 +1,4 @@
-"""How many threads decode the warm-up token."""
+"""The number of threads that decode the warm-up token."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def one_core() -> Iterator[None]:
     os.sched_setaffinity(0, cores)
 
 
-def test_a_large_model_takes_the_cores_and_a_small_one_a_single_thread() -> None:
+def test_only_a_large_model_uses_several_threads() -> None:
     assert n_threads(MANY_BYTES) == min(MOST_THREADS, len(os.sched_getaffinity(0)))
     assert n_threads(MANY_BYTES - 1) == 1
 
 
 @pytest.mark.usefixtures("one_core")
-def test_it_takes_no_more_than_the_cores_that_it_may_use() -> None:
+def test_threads_are_limited_to_the_allowed_cores() -> None:
     assert n_threads(MANY_BYTES) == 1
