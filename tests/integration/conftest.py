@@ -1,4 +1,4 @@
-"""A real Redis, and what a runner needs beside itself, for the tests that ask for them."""
+"""Fixtures for a real Redis, stores, the fork server of runners, and models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEADLINE_S = 10.0
 
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server of this module's own."""
+    """URL of a Redis server for one test module."""
     with (
         devredis.prepared(tmp_path_factory.mktemp("redis")) as server,
         subprocess.Popen(server.argv, pass_fds=server.pass_fds, stderr=subprocess.DEVNULL, stdout=2) as process,
@@ -44,14 +44,14 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def raw(redis_server: str) -> Iterator[redis.Redis]:
-    """A client that knows nothing of the store, on an empty server."""
+    """A plain Redis client on an emptied server."""
     with redis.Redis.from_url(redis_server) as client:
         client.flushall()
         yield client
 
 
 def hold(raw: redis.Redis, *workers: str) -> None:
-    """Have these workers alive: each with a lease, of epoch "e", and an empty catalog."""
+    """Make these workers alive: each with a lease of epoch "e" and an empty catalog."""
     for name in workers:
         raw.set(f"lease:{name}", "e", ex=60)
         raw.set(f"catalog:{name}", msgpack.encode([]), ex=60)
@@ -59,7 +59,7 @@ def hold(raw: redis.Redis, *workers: str) -> None:
 
 @pytest.fixture
 async def store(redis_server: str, raw: redis.Redis) -> AsyncIterator[Store]:
-    """A store, and workers "w" and "another" that hold leases."""
+    """A store with live workers "w" and "another"."""
     hold(raw, "w", "another")
     async with connected(redis_server) as client:
         yield Store(client, 10.0)
@@ -67,7 +67,7 @@ async def store(redis_server: str, raw: redis.Redis) -> AsyncIterator[Store]:
 
 @pytest.fixture(scope="module")
 def forkserver() -> Iterator[None]:
-    """The server that runners are forked from, and its tracker: gone with the module."""
+    """Stop the fork server of runners and its resource tracker at the end of the module."""
     yield
     servers: tuple[Any, Any] = (
         multiprocessing.forkserver._forkserver,
@@ -79,7 +79,7 @@ def forkserver() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One tiny model of each kind."""
+    """A directory with one tiny model of each kind."""
     root = tmp_path_factory.mktemp("models")
     tiny_llama(root / "p/llama/llama-f16.gguf")
     tiny_moe(root / "p/moe/moe-f16.gguf")
@@ -94,9 +94,9 @@ def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def catalog(models_dir: Path, cache: Path) -> dict[str, Model]:
-    """What a scanner would find, by key."""
-    found = Catalog(models_dir, cache / "cache")
-    found.look()
-    while found.is_shallow:
-        found.deepen(1.0)
-    return {model.key: model for model in found.models()}
+    """Return the models that a scanner would publish, by key."""
+    contents = Catalog(models_dir, cache / "cache")
+    contents.look()
+    while contents.is_shallow:
+        contents.deepen(1.0)
+    return {model.key: model for model in contents.models()}

@@ -1,4 +1,4 @@
-"""An agent with a real Redis and real runners: each way an instance ends, and no runner that outlives its record."""
+"""The agent with a real Redis and real runners: every end of an instance, without runners left behind."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 10.0
 MIB = 1 << 20
-SHORT_S = 0.3  # of a rung of the stop ladder, where a runner will not answer
-EPOCH = "e"  # of the lease that "w" holds
+SHORT_S = 0.3  # grace of a rung of the stop ladder for frozen runners
+EPOCH = "e"  # of the lease of "w"
 IMPATIENT = Timing(grace_s=SHORT_S)
 
 
@@ -52,16 +52,16 @@ Begin = Callable[..., Awaitable[Agent]]
 
 @pytest.fixture
 async def begin(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Begin]:
-    """Makes worker "w" with one model of each kind; nothing moves in it but what a test asks for."""
+    """Create worker "w" with one model of each kind; it acts only when a test calls it."""
     agents: list[Agent] = []
 
-    async def made(timing: Timing | None = None, **settings: Any) -> Agent:
+    async def create(timing: Timing | None = None, **settings: Any) -> Agent:
         given = {"worker_name": "w", "models_dir": models_dir, "data_dir": tmp_path, **settings}
         agents.append(Agent(Settings(**given), store, EPOCH, timing=timing))
         await agents[0].publish([*models.values()])
         return agents[0]
 
-    yield made
+    yield create
     for agent in agents:
         await ended(agent)
 
@@ -71,23 +71,23 @@ async def agent(begin: Begin) -> Agent:
     return await begin()
 
 
-async def ended(made: Agent) -> None:
-    if made.runners.coming is not None:
-        await asyncio.wait([made.runners.coming])  # the end of one that is half started is another test's subject
-    await made.drain()
-    await made.runners.close()
+async def ended(agent: Agent) -> None:
+    if agent.runners.coming is not None:
+        await asyncio.wait([agent.runners.coming])  # another test covers a runner that is still starting
+    await agent.drain()
+    await agent.runners.close()
     await until(no_runners, "all runners gone")
-    assert (made.residents, made.tasks) == ({}, {})
+    assert (agent.residents, agent.tasks) == ({}, {})
 
 
 @pytest.fixture
 async def impatient(begin: Begin) -> Agent:
-    """One that kills a frozen runner soon."""
+    """An agent that kills a frozen runner soon."""
     return await begin(IMPATIENT)
 
 
 async def submitted(agent: Agent, number: int = 1, key: str = "p/llama", worker_: str = "w") -> str:
-    """The id of a new record in the queue of a worker."""
+    """Create a record in the queue of a worker and return its ID."""
     model = agent.models.get(key)
     record = Instance(
         id=f"load_{number}",
@@ -108,36 +108,36 @@ async def delivered(agent: Agent, number: int = 1, key: str = "p/llama") -> str:
 
 
 async def record(agent: Agent, id_: str) -> Instance:
-    found = await agent.store.instances.get(id_)
-    assert found is not None
-    return found
+    instance = await agent.store.instances.get(id_)
+    assert instance is not None
+    return instance
 
 
 async def reached(agent: Agent, id_: str, state: State) -> Instance:
-    """The record once it is in this state; fails at once where it ended in another."""
+    """Return the record once it has this state; fail at once if it ends in another."""
 
     async def is_there() -> bool:
-        found = await record(agent, id_)
-        assert found.state is state or found.state not in TERMINAL, found
-        return found.state is state
+        current = await record(agent, id_)
+        assert current.state is state or current.state not in TERMINAL, current
+        return current.state is state
 
     await until(is_there, f"{id_} {state}")
     return await record(agent, id_)
 
 
 async def released(agent: Agent, id_: str) -> None:
-    """Wait until the agent holds nothing of it any more."""
+    """Wait until the agent has released the instance."""
     await until(lambda: id_ not in agent.residents, f"{id_} released")
 
 
 async def states(agent: Agent, id_: str) -> list[State]:
-    """Through which states a record went, in order."""
-    found = [past.state for _, past in await agent.store.instances.history(await record(agent, id_))]
-    return [found[0], *(b for a, b in pairwise(found) if a is not b)]
+    """Return the states of a record in order, without repetitions."""
+    past = [revision.state for _, revision in await agent.store.instances.history(await record(agent, id_))]
+    return [past[0], *(b for a, b in pairwise(past) if a is not b)]
 
 
 async def warm(agent: Agent) -> Runner:
-    """The runner that the next load will take."""
+    """Return the runner that the next load will take."""
     async with asyncio.timeout(DEADLINE_S):
         await agent.runners.warmed()
     assert agent.runners.coming is not None
@@ -145,14 +145,14 @@ async def warm(agent: Agent) -> Runner:
 
 
 async def frozen(agent: Agent) -> Runner:
-    """The same, and it will not answer."""
+    """Freeze the runner that the next load will take, and return it."""
     runner = await warm(agent)
     await freeze(runner)
     return runner
 
 
 async def loaded(agent: Agent, number: int = 1, key: str = "p/llama") -> tuple[str, Runner]:
-    """A loaded instance and the runner that holds it."""
+    """Load an instance; return its ID and its runner."""
     runner = await warm(agent)
     id_ = await delivered(agent, number, key)
     await reached(agent, id_, State.LOADED)
@@ -161,7 +161,7 @@ async def loaded(agent: Agent, number: int = 1, key: str = "p/llama") -> tuple[s
 
 
 async def loading(agent: Agent, number: int = 1) -> tuple[str, Runner]:
-    """An instance that stays in its load, and its frozen runner."""
+    """Start a load that stays in progress; return its ID and its frozen runner."""
     runner = await frozen(agent)
     id_ = await delivered(agent, number)
     await reached(agent, id_, State.LOADING)
@@ -182,22 +182,22 @@ def check_failed(instance: Instance, code: str, *words: str) -> None:
     assert not any(word.startswith("/") for text in shown for word in text.split()), shown
 
 
-# ---- a whole life
+# ---- a complete life
 
 
 @pytest.mark.parametrize("key", ["p/llama", "p/moe", "p/embedding", "p/bert"])
-async def test_from_the_queue_into_memory_and_out_again(agent: Agent, key: str) -> None:
+async def test_an_instance_is_queued_loaded_and_unloaded(agent: Agent, key: str) -> None:
     id_, runner = await loaded(agent, key=key)
-    found = await record(agent, id_)
-    assert (found.epoch, found.phase, found.progress) == (EPOCH, None, 1.0)
-    assert found.loaded_bytes == found.total_size_bytes == agent.models[key].size_bytes
-    assert found.load_config is not None
-    assert found.load_config.context_length == 256
-    assert [*found.timing] == ["queue", "spawn", "metadata", "weights", "context", "warmup"]
-    assert found.load_time_seconds == sum([*found.timing.values()][2:])
-    assert found.started_at is not None
-    assert found.loaded_at is not None
-    assert found.started_at <= found.loaded_at
+    loaded_record = await record(agent, id_)
+    assert (loaded_record.epoch, loaded_record.phase, loaded_record.progress) == (EPOCH, None, 1.0)
+    assert loaded_record.loaded_bytes == loaded_record.total_size_bytes == agent.models[key].size_bytes
+    assert loaded_record.load_config is not None
+    assert loaded_record.load_config.context_length == 256
+    assert [*loaded_record.timing] == ["queue", "spawn", "metadata", "weights", "context", "warmup"]
+    assert loaded_record.load_time_seconds == sum([*loaded_record.timing.values()][2:])
+    assert loaded_record.started_at is not None
+    assert loaded_record.loaded_at is not None
+    assert loaded_record.started_at <= loaded_record.loaded_at
 
     assert await agent.store.instances.request_stop(id_)
     agent.stop(id_)
@@ -229,7 +229,7 @@ async def test_progress_in_the_record_never_goes_back(agent: Agent) -> None:
 async def test_a_record_is_unloaded_only_after_its_runner_is_gone(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever reads "unloaded" may count on the memory."""
+    """A client that reads "unloaded" may rely on the memory being free."""
     id_, runner = await loaded(agent)
     seen: dict[State, bool] = {}
     commit = agent.store.instances.commit
@@ -244,7 +244,7 @@ async def test_a_record_is_unloaded_only_after_its_runner_is_gone(
     assert seen == {State.UNLOADING: False, State.UNLOADED: True}
 
 
-async def test_several_live_beside_each_other_and_end_alone(agent: Agent) -> None:
+async def test_several_instances_end_independently(agent: Agent) -> None:
     first, kept = await loaded(agent, 1)
     second, stopped = await loaded(agent, 2, "p/moe")
     agent.stop(second)
@@ -257,7 +257,7 @@ async def test_several_live_beside_each_other_and_end_alone(agent: Agent) -> Non
 # ---- deliveries
 
 
-async def test_what_is_delivered_twice_is_loaded_once(agent: Agent) -> None:
+async def test_a_load_delivered_twice_is_loaded_once(agent: Agent) -> None:
     id_ = await submitted(agent)
     agent.deliver(id_)
     agent.deliver(id_)
@@ -272,7 +272,7 @@ async def test_what_is_delivered_twice_is_loaded_once(agent: Agent) -> None:
     assert (await record(agent, id_)).state is State.UNLOADED
 
 
-async def test_what_is_anothers_or_nobodys_is_left_alone(agent: Agent) -> None:
+async def test_loads_of_another_worker_are_ignored(agent: Agent) -> None:
     anothers = await submitted(agent, worker_="another")
     for id_ in (anothers, "load_none"):
         agent.deliver(id_)
@@ -281,17 +281,17 @@ async def test_what_is_anothers_or_nobodys_is_left_alone(agent: Agent) -> None:
     assert (await record(agent, anothers)).rev == 1
 
 
-async def test_one_load_at_a_time(impatient: Agent) -> None:
+async def test_a_second_load_waits_for_the_first(impatient: Agent) -> None:
     first, _ = await loading(impatient)
     second = await delivered(impatient, 2)
-    await asyncio.gather(*(impatient.store.instances.get(second) for _ in range(20)))  # time enough for a claim
+    await asyncio.gather(*(impatient.store.instances.get(second) for _ in range(20)))  # enough time for a claim
     assert (await record(impatient, second)).state is State.QUEUED
     impatient.stop(first)
     await reached(impatient, second, State.LOADED)
     assert (await record(impatient, first)).state is State.CANCELLED
 
 
-async def test_what_was_cancelled_in_the_queue_is_not_loaded(impatient: Agent) -> None:
+async def test_a_load_cancelled_in_the_queue_does_not_start(impatient: Agent) -> None:
     first, _ = await loading(impatient)
     second = await delivered(impatient, 2)
     queued = await record(impatient, second)
@@ -302,10 +302,10 @@ async def test_what_was_cancelled_in_the_queue_is_not_loaded(impatient: Agent) -
     assert await states(impatient, second) == [State.QUEUED, State.CANCELLED]
 
 
-# ---- loads that come to nothing
+# ---- loads that fail
 
 
-async def test_a_cancelled_load(impatient: Agent) -> None:
+async def test_a_cancelled_load_stops_its_runner(impatient: Agent) -> None:
     id_, runner = await loading(impatient)
     assert await impatient.store.instances.request_stop(id_)
     impatient.stop(id_)
@@ -316,7 +316,7 @@ async def test_a_cancelled_load(impatient: Agent) -> None:
     assert await states(impatient, id_) == [State.QUEUED, State.LOADING, State.UNLOADING, State.CANCELLED]
 
 
-async def test_a_stalled_load(begin: Begin) -> None:
+async def test_a_stalled_load_fails_and_its_runner_is_killed(begin: Begin) -> None:
     agent = await begin(IMPATIENT, stall_limit_s=0.25)
     runner = await frozen(agent)
     id_ = await delivered(agent)
@@ -324,45 +324,47 @@ async def test_a_stalled_load(begin: Begin) -> None:
     assert is_gone(runner.pid)
 
 
-async def test_a_runner_that_dies_in_its_load(agent: Agent) -> None:
+async def test_a_runner_that_dies_during_a_load_fails_it(agent: Agent) -> None:
     id_, runner = await loading(agent)
     runner.kill()
     check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "SIGKILL")
     assert is_gone(runner.pid)
 
 
-async def test_a_runner_that_dies_while_it_holds_its_model(agent: Agent) -> None:
+async def test_a_runner_that_dies_after_a_load_fails_its_instance(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     runner.kill()
     ended = await reached(agent, id_, State.FAILED)
     check_failed(ended, "engine_crashed", "SIGKILL")
     assert ended.loaded_at is not None
     await released(agent, id_)
-    await loaded(agent, 2)  # the agent goes on
+    await loaded(agent, 2)  # the agent still works
 
 
-async def test_a_model_that_left_the_catalog(agent: Agent) -> None:
+async def test_a_load_of_a_removed_model_fails(agent: Agent) -> None:
     id_ = await delivered(agent, key="p/gone")
     check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", "gone")
     assert await states(agent, id_) == [State.QUEUED, State.FAILED]
 
 
-async def test_a_model_that_the_catalog_warns_of(agent: Agent) -> None:
+async def test_a_load_of_a_model_with_a_problem_fails(agent: Agent) -> None:
     problem = Problem(code="invalid_model_file", message="its header ends early")
     agent.models["p/bad"] = msgspec.structs.replace(agent.models["p/llama"], key="p/bad", problem=problem)
     id_ = await delivered(agent, key="p/bad")
     check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", problem.message)
 
 
-async def test_a_file_that_the_catalog_does_not_know_to_be_gone(agent: Agent, models: dict[str, Model]) -> None:
+async def test_a_load_of_a_missing_file_fails(agent: Agent, models: dict[str, Model]) -> None:
     model = msgspec.structs.replace(models["p/llama"], key="p/late", shards=["p/late/late-f16.gguf"])
     agent.models[model.key] = model
     id_ = await delivered(agent, key=model.key)
     check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", "cannot be opened")
 
 
-async def test_a_file_that_is_not_what_its_header_says(begin: Begin, models: dict[str, Model], tmp_path: Path) -> None:
-    """Its reason names it by its place under the models directory, not by where that is."""
+async def test_a_load_of_a_truncated_file_fails_without_its_path(
+    begin: Begin, models: dict[str, Model], tmp_path: Path
+) -> None:
+    """The reason names the file relative to the models directory."""
     model = msgspec.structs.replace(models["p/llama"], key="p/cut", shards=["p/cut/cut.gguf"])
     cut = tiny_llama(tmp_path / model.shards[0])
     os.truncate(cut, cut.stat().st_size // 2)
@@ -374,21 +376,21 @@ async def test_a_file_that_is_not_what_its_header_says(begin: Begin, models: dic
     assert str(tmp_path) not in str(ended.error)
 
 
-async def test_no_runner_can_be_started(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_load_without_a_runner_fails_and_the_next_works(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(worker.runner.warm, "run_child", slice)  # anything that returns at once
         id_ = await delivered(agent)
         check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "could not start")
         await released(agent, id_)
         with pytest.raises(RunnerDied):
-            await agent.runners.take()  # the next one was begun as well
+            await agent.runners.take()  # the next runner has failed too
     await loaded(agent, 2)
 
 
-# ---- records that moved on without the agent
+# ---- records that changed without the agent
 
 
-async def test_a_wish_that_was_not_heard_is_found_by_the_beat(agent: Agent) -> None:
+async def test_the_beat_finds_a_missed_stop_request(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     assert await agent.store.instances.request_stop(id_)
     await agent.reconciler.reconcile()
@@ -397,7 +399,7 @@ async def test_a_wish_that_was_not_heard_is_found_by_the_beat(agent: Agent) -> N
     assert is_gone(runner.pid)
 
 
-async def test_the_beat_leaves_alone_what_is_as_it_should_be(agent: Agent) -> None:
+async def test_the_beat_does_not_change_a_consistent_instance(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     before = await record(agent, id_)
     await agent.reconciler.reconcile()
@@ -406,7 +408,7 @@ async def test_the_beat_leaves_alone_what_is_as_it_should_be(agent: Agent) -> No
     assert not is_gone(runner.pid)
 
 
-async def test_an_emptied_redis_is_told_again_of_what_is_loaded(agent: Agent, raw: redis.Redis) -> None:
+async def test_an_emptied_redis_gets_the_loaded_instances_again(agent: Agent, raw: redis.Redis) -> None:
     id_, runner = await loaded(agent)
     before = await record(agent, id_)
     raw.flushall()
@@ -420,8 +422,8 @@ async def test_an_emptied_redis_is_told_again_of_what_is_loaded(agent: Agent, ra
     await reached(agent, id_, State.UNLOADED)
 
 
-async def test_a_redis_that_lost_its_last_seconds_is_told_again(agent: Agent, raw: redis.Redis) -> None:
-    """As one that keeps an append-only file, and is killed before it has written the end."""
+async def test_a_redis_that_lost_recent_writes_gets_them_again(agent: Agent, raw: redis.Redis) -> None:
+    """A Redis with an append-only file may be killed before it has written the last seconds."""
     id_, runner = await loaded(agent)
     now, before = await record(agent, id_), (await agent.store.instances.history(await record(agent, id_)))[1][1]
     older = {"rev": before.rev, "doc": shared.store.instances.pack(before), "state": before.state.value}
@@ -431,7 +433,7 @@ async def test_a_redis_that_lost_its_last_seconds_is_told_again(agent: Agent, ra
     assert not is_gone(runner.pid)
 
 
-async def test_an_emptied_redis_stops_what_was_still_loading(raw: redis.Redis, impatient: Agent) -> None:
+async def test_an_emptied_redis_stops_a_load_in_progress(raw: redis.Redis, impatient: Agent) -> None:
     id_, runner = await loading(impatient)
     raw.flushall()
     await impatient.reconciler.reconcile()
@@ -440,9 +442,7 @@ async def test_an_emptied_redis_stops_what_was_still_loading(raw: redis.Redis, i
     assert not raw.keys("inst*")
 
 
-async def test_an_emptied_redis_stops_what_is_loaded_where_nothing_is_to_be_restored(
-    agent: Agent, raw: redis.Redis
-) -> None:
+async def test_without_restore_an_emptied_redis_stops_instances(agent: Agent, raw: redis.Redis) -> None:
     agent.desired.is_on = False
     id_, runner = await loaded(agent)
     raw.flushall()
@@ -452,7 +452,7 @@ async def test_an_emptied_redis_stops_what_is_loaded_where_nothing_is_to_be_rest
     assert not raw.keys("inst*")
 
 
-async def test_a_name_that_an_emptied_redis_gave_away_is_not_taken_back(agent: Agent, raw: redis.Redis) -> None:
+async def test_a_name_reused_in_an_emptied_redis_is_not_taken_back(agent: Agent, raw: redis.Redis) -> None:
     id_, runner = await loaded(agent)
     raw.flushall()
     hold(raw, "another")
@@ -463,7 +463,7 @@ async def test_a_name_that_an_emptied_redis_gave_away_is_not_taken_back(agent: A
     assert await agent.store.instances.named("p/llama") == other
 
 
-async def test_what_was_swept_stays_lost_and_its_runner_stops(agent: Agent) -> None:
+async def test_a_swept_instance_stays_lost_and_its_runner_stops(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     await sweep(agent, id_)
     swept = await record(agent, id_)
@@ -473,7 +473,7 @@ async def test_what_was_swept_stays_lost_and_its_runner_stops(agent: Agent) -> N
     assert await record(agent, id_) == swept
 
 
-async def test_what_was_swept_in_its_load_stays_lost(impatient: Agent) -> None:
+async def test_an_instance_swept_during_its_load_stays_lost(impatient: Agent) -> None:
     id_, runner = await loading(impatient)
     await sweep(impatient, id_)
     await impatient.reconciler.reconcile()
@@ -483,7 +483,7 @@ async def test_what_was_swept_in_its_load_stays_lost(impatient: Agent) -> None:
 
 
 async def test_a_load_that_ends_after_the_sweep_is_not_recorded(agent: Agent) -> None:
-    """The agent learns of it when it writes, without a beat."""
+    """The write of the agent fails, so that it needs no beat."""
     id_, runner = await loading(agent)
     await sweep(agent, id_)
     os.kill(runner.pid, signal.SIGCONT)
@@ -492,8 +492,8 @@ async def test_a_load_that_ends_after_the_sweep_is_not_recorded(agent: Agent) ->
     assert (await record(agent, id_)).state is State.LOST
 
 
-async def test_a_claim_whose_reply_was_lost_is_begun_anew(agent: Agent) -> None:
-    """Nobody works on it."""
+async def test_a_claim_whose_reply_was_lost_is_requeued(agent: Agent) -> None:
+    """No runner works on the claimed load."""
     queued = await record(agent, await submitted(agent))
     await agent.store.instances.commit(queued, queued.after(Event.CLAIM, epoch=EPOCH))
     await agent.reconciler.reconcile()
@@ -504,19 +504,19 @@ async def test_a_claim_whose_reply_was_lost_is_begun_anew(agent: Agent) -> None:
 
 
 async def sweep(agent: Agent, id_: str) -> None:
-    """What an API process does with the instances of a worker that is silent for too long."""
+    """Expire an instance as the sweep of an API process does for a silent worker."""
     while True:
-        found = await record(agent, id_)
-        if found.state is State.LOST:
+        current = await record(agent, id_)
+        if current.state is State.LOST:
             return
-        await agent.store.instances.commit(found, found.after(Event.EXPIRE))
+        await agent.store.instances.commit(current, current.after(Event.EXPIRE))
 
 
-# ---- the end
+# ---- drain
 
 
-async def test_drain_stops_all_in_parallel_and_they_are_lost(begin: Begin) -> None:
-    """Each takes the whole ladder: one after the other they would not be done within the limit."""
+async def test_drain_stops_all_runners_in_parallel(begin: Begin) -> None:
+    """Each runner takes the complete stop ladder: in sequence they would exceed the limit."""
     agent = await begin(Timing(drain_s=5 * SHORT_S, grace_s=SHORT_S))
     held = [await loaded(agent, number) for number in (1, 2, 3)]
     next_ = await warm(agent)
@@ -533,7 +533,7 @@ async def test_drain_stops_all_in_parallel_and_they_are_lost(begin: Begin) -> No
     assert (agent.residents, agent.tasks) == ({}, {})
 
 
-async def test_drain_hands_back_what_was_loading_and_leaves_what_was_queued(impatient: Agent) -> None:
+async def test_drain_requeues_loads_and_leaves_queued_ones(impatient: Agent) -> None:
     first, runner = await loading(impatient)
     second = await delivered(impatient, 2)
     await warm(impatient)
@@ -544,7 +544,7 @@ async def test_drain_hands_back_what_was_loading_and_leaves_what_was_queued(impa
     assert is_gone(runner.pid)
 
 
-async def test_nothing_is_taken_after_the_end_began(agent: Agent) -> None:
+async def test_no_load_is_claimed_after_drain(agent: Agent) -> None:
     await agent.drain()
     id_ = await delivered(agent)
     assert agent.residents == {}
@@ -553,11 +553,11 @@ async def test_nothing_is_taken_after_the_end_began(agent: Agent) -> None:
     assert (await record(agent, id_)).state is State.QUEUED
 
 
-# ---- what followers see of a load
+# ---- revisions of a load
 
 
 class Engine:
-    """Says what a test wants said, in the place of a real runner's messages; its process is real."""
+    """Replaces the messages of a runner with those of a test; the process of the runner is real."""
 
     def __init__(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         self.messages: asyncio.Queue[Received] = asyncio.Queue()
@@ -577,12 +577,12 @@ READY = Ready(
 
 
 def ready(agent: Agent) -> Ready:
-    """The same of the file that the catalog has read."""
+    """Return READY with the files of the catalog."""
     return msgspec.structs.replace(READY, files=agent.models["p/llama"].files)
 
 
 async def directed(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Runner, Engine]:
-    """An instance in its load, of which an engine says what a test wants."""
+    """Start a load whose messages come from a test; return its ID, runner and engine."""
     runner = await warm(agent)
     engine = Engine(runner, monkeypatch)
     id_ = await delivered(agent)
@@ -590,16 +590,16 @@ async def directed(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> tuple[str, 
     return id_, runner, engine
 
 
-async def of_a_load(agent: Agent, id_: str) -> list[Instance]:
-    """The revisions of a load between its claim and its end."""
+async def loading_revisions(agent: Agent, id_: str) -> list[Instance]:
+    """Return the revisions of a load between its claim and its end."""
     past = [old for _, old in await agent.store.instances.history(await record(agent, id_))]
     return [old for old in past if old.state is State.LOADING]
 
 
-async def test_pace_expected_end_and_phases_of_a_load_are_recorded_as_it_goes(
+async def test_rate_expected_end_and_phases_are_recorded(
     begin: Begin, models: dict[str, Model], tmp_path: Path
 ) -> None:
-    """A file that is read in several steps."""
+    """The file is large enough to be read in several steps."""
     shape = replace(TINY, embedding_length=512, feed_forward_length=2048, block_count=6)
     path = tiny_llama(tmp_path / "p/large/large-f16.gguf", shape=shape)
     shards = [str(path.relative_to(tmp_path))]
@@ -613,7 +613,7 @@ async def test_pace_expected_end_and_phases_of_a_load_are_recorded_as_it_goes(
     agent = await begin(models_dir=tmp_path)
     agent.models[model.key] = model
     id_, _ = await loaded(agent, key=model.key)
-    past = await of_a_load(agent, id_)
+    past = await loading_revisions(agent, id_)
     sizes = [old.loaded_bytes for old in past]
     assert sizes == sorted(sizes)
     assert any(0 < size < model.size_bytes for size in sizes)
@@ -625,14 +625,14 @@ async def test_pace_expected_end_and_phases_of_a_load_are_recorded_as_it_goes(
             assert old.estimated_completion >= old.started_at
             assert 0 <= old.progress - old.loaded_bytes / model.size_bytes < 0.001 or old.progress == 0.999
     for old, new in pairwise(past):
-        assert old.timing.items() <= new.timing.items(), "a phase that is over keeps its time"
+        assert old.timing.items() <= new.timing.items(), "a completed phase keeps its time"
 
     done = await record(agent, id_)
     assert (done.estimated_completion, done.phase, done.progress) == (None, None, 1.0)
     assert done.bytes_per_second == model.size_bytes / done.timing["weights"]
 
 
-async def test_the_end_of_a_load_says_what_the_engine_measured(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_loaded_record_has_the_times_of_the_engine(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     id_, _, engine = await directed(agent, monkeypatch)
     engine.says(Progress("metadata", 0), ready(agent))
     done = await reached(agent, id_, State.LOADED)
@@ -642,37 +642,35 @@ async def test_the_end_of_a_load_says_what_the_engine_measured(agent: Agent, mon
     assert [*done.timing] == ["queue", "spawn", *READY.timing]
 
 
-async def test_followers_hear_of_a_load_in_which_nothing_happens(begin: Begin) -> None:
-    assert Timing().commit_s <= 0.5, "at least once a second, whatever the machine does beside it"
+async def test_a_load_without_progress_still_gets_revisions(begin: Begin) -> None:
+    assert Timing().commit_s <= 0.5, "at least once a second, also on a busy machine"
     agent = await begin(Timing(commit_s=0.05))
     id_, runner = await loading(agent)
     before = await record(agent, id_)
 
-    async def heard() -> bool:
+    async def is_updated() -> bool:
         return (await record(agent, id_)).rev >= before.rev + 4
 
-    await until(heard, "four revisions")
+    await until(is_updated, "four revisions")
     runner.kill()
-    past = await of_a_load(agent, id_)
+    past = await loading_revisions(agent, id_)
     assert {(old.loaded_bytes, old.progress, old.bytes_per_second) for old in past} == {(0, 0.0, None)}
 
 
-async def test_progress_is_never_whole_before_the_load_is_and_never_goes_back(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever an engine says."""
+async def test_progress_stays_below_1_and_never_goes_back(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The messages of the engine report decreasing and excessive progress."""
     id_, _, engine = await directed(agent, monkeypatch)
     size = agent.models["p/llama"].size_bytes
     engine.says(
         Progress("weights", size // 2), Progress("context", size // 4), Progress("warmup", 2 * size), ready(agent)
     )
     await reached(agent, id_, State.LOADED)
-    progress = {old.phase: round(old.progress, 3) for old in await of_a_load(agent, id_)}
+    progress = {old.phase: round(old.progress, 3) for old in await loading_revisions(agent, id_)}
     assert progress == {None: 0.0, "weights": 0.5, "context": 0.5, "warmup": 0.999}
 
 
 @pytest.mark.parametrize("end", ["died", "refused", "cancelled", "stalled"])
-async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_in(
+async def test_an_unsuccessful_load_keeps_its_phase_times(
     begin: Begin, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     agent = await begin(Timing(commit_s=0.05), stall_limit_s=0.1 if end == "stalled" else 60.0)
@@ -680,8 +678,8 @@ async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_i
     engine.says(Progress("metadata", 0), Progress("weights", 1))
 
     async def in_weights() -> bool:
-        found = await record(agent, id_)
-        return found.phase == "weights" or found.state is State.FAILED
+        current = await record(agent, id_)
+        return current.phase == "weights" or current.state is State.FAILED
 
     await until(in_weights, "the phase is recorded")
     match end:
@@ -699,10 +697,10 @@ async def test_a_load_that_comes_to_nothing_keeps_the_time_of_the_phase_it_was_i
     assert ended.timing["weights"] > (0.09 if end == "stalled" else 0)
 
 
-# ---- cancelled at an awkward moment
+# ---- races of a cancel
 
 
-async def test_a_cancel_does_not_wait_for_a_runner_that_starts_and_leaves_it_to_the_next(
+async def test_a_cancel_leaves_a_starting_runner_to_the_next_load(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, starts, start = threading.Event(), 0, ForkServerProcess.start
@@ -734,13 +732,11 @@ async def test_a_cancel_does_not_wait_for_a_runner_that_starts_and_leaves_it_to_
     assert not is_gone(coming.result().pid)
     agent.stop(second)
     await released(agent, second)
-    assert is_gone(coming.result().pid), "the second load had taken it"
+    assert is_gone(coming.result().pid), "the second load used the runner"
 
 
-async def test_a_cancel_that_comes_just_before_the_load_is_recorded_wins(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its waiter was told that the wish was heard; no notification of it ever reaches the agent."""
+async def test_a_cancel_just_before_the_loaded_commit_wins(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client got a confirmation of the stop request, but its notification never reaches the agent."""
     commit = agent.store.instances.commit
 
     async def beaten(old: Instance, new: Instance) -> tuple[Instance, float]:
@@ -757,10 +753,10 @@ async def test_a_cancel_that_comes_just_before_the_load_is_recorded_wins(
     assert State.LOADED not in await states(agent, id_)
     assert is_gone(runner.pid)
     monkeypatch.setattr(agent.store.instances, "commit", commit)
-    await loaded(agent, 2)  # the agent goes on
+    await loaded(agent, 2)  # the agent still works
 
 
-async def test_a_cancel_that_comes_just_after_the_load_was_recorded_changes_nothing(agent: Agent) -> None:
+async def test_a_cancel_just_after_the_loaded_commit_has_no_effect(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     assert await agent.store.instances.request_stop(id_, unless_loaded=True) is State.LOADED
     await agent.reconciler.reconcile()
@@ -768,30 +764,28 @@ async def test_a_cancel_that_comes_just_after_the_load_was_recorded_changes_noth
     assert not is_gone(runner.pid)
 
 
-# ---- what the engine said
+# ---- output of the engine
 
 
-async def said(agent: Agent, id_: str) -> str:
+async def engine_log(agent: Agent, id_: str) -> str:
     return (await agent.store.instances.engine_log(id_) or b"").decode()
 
 
-async def test_what_the_engine_says_of_a_load_can_be_read_while_the_instance_lives(
-    agent: Agent, models_dir: Path
-) -> None:
+async def test_the_engine_log_of_a_live_instance_can_be_read(agent: Agent, models_dir: Path) -> None:
     id_, _ = await loaded(agent)
 
     async def is_there() -> bool:
-        return "n_ctx" in await said(agent, id_)
+        return "n_ctx" in await engine_log(agent, id_)
 
     await until(is_there, "the engine's lines about the context")
-    assert str(models_dir) not in await said(agent, id_)
-    assert "p/llama/llama-f16.gguf" in await said(agent, id_)
+    assert str(models_dir) not in await engine_log(agent, id_)
+    assert "p/llama/llama-f16.gguf" in await engine_log(agent, id_)
 
 
-async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_failure(
+async def test_a_failed_load_has_its_engine_log_at_once(
     begin: Begin, models: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever reads "failed" may read why at once: nothing is left to a later writer."""
+    """A client that reads "failed" can read the engine log at once: it is written before the state."""
     agent = await begin(Timing(engine_log_s=3600.0), models_dir=tmp_path)
     model = msgspec.structs.replace(models["p/llama"], key="p/cut", shards=["p/cut/cut.gguf"])
     cut = tiny_llama(tmp_path / model.shards[0])
@@ -801,7 +795,7 @@ async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_fail
 
     async def watched(old: Instance, new: Instance) -> tuple[Instance, float]:
         nonlocal before
-        before = await said(agent, old.id)
+        before = await engine_log(agent, old.id)
         return await commit(old, new)
 
     monkeypatch.setattr(agent.store.instances, "commit", watched)
@@ -809,36 +803,34 @@ async def test_what_the_engine_said_of_a_load_that_failed_is_there_with_the_fail
     await reached(agent, id_, State.FAILED)
     assert "not within the file bounds" in before
     assert str(tmp_path) not in before
-    assert await said(agent, id_) == before
+    assert await engine_log(agent, id_) == before
 
 
-async def test_what_the_engine_said_of_a_load_that_was_cancelled_is_there_with_the_cancel(
-    begin: Begin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cancelled_load_has_its_engine_log_at_once(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = await begin(Timing(engine_log_s=3600.0))
-    id_, runner, _ = await directed(agent, monkeypatch)  # its process loads, and nobody hears what came of it
-    await until(lambda: any("n_ctx" in line for line in runner.output), "the engine has said something")
-    assert await said(agent, id_) == ""
+    id_, runner, _ = await directed(agent, monkeypatch)  # the process loads, and the agent receives no messages
+    await until(lambda: any("n_ctx" in line for line in runner.output), "the engine has written lines")
+    assert await engine_log(agent, id_) == ""
     agent.stop(id_)
     await reached(agent, id_, State.CANCELLED)
-    assert "n_ctx" in await said(agent, id_)
+    assert "n_ctx" in await engine_log(agent, id_)
 
 
-async def test_what_one_engine_said_is_not_anothers(agent: Agent) -> None:
+async def test_each_load_has_its_own_engine_log(agent: Agent) -> None:
     for number, key in ((1, "p/llama"), (2, "p/moe")):
         id_, _ = await loaded(agent, number, key)
         agent.stop(id_)
         await released(agent, id_)
-        assert f"{key}/" in await said(agent, id_)
-        assert ("p/llama/" in await said(agent, id_)) == (key == "p/llama")
+        assert f"{key}/" in await engine_log(agent, id_)
+        assert ("p/llama/" in await engine_log(agent, id_)) == (key == "p/llama")
 
 
-# ---- loads at once
+# ---- concurrent loads
 
 
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load goes on until it is stopped: its runner never hears of it."""
+    """Keep each load in progress until it is stopped: its runner never receives the load."""
     send = Runner.send
 
     async def all_but_loads(self: Runner, message: ToRunner) -> None:
@@ -848,8 +840,8 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "send", all_but_loads)
 
 
-async def check_loads_at_once(agent: Agent, number: int) -> None:
-    """That exactly so many load at the same time, and the next one when one of them has ended."""
+async def check_concurrent_loads(agent: Agent, number: int) -> None:
+    """Check that exactly this number of loads run, and that the next one starts when one ends."""
     ids = [await delivered(agent, n) for n in range(1, number + 3)]
 
     async def of(state: State) -> list[str]:
@@ -859,7 +851,7 @@ async def check_loads_at_once(agent: Agent, number: int) -> None:
         return len(await of(State.LOADING)) >= number
 
     await until(all_load, f"{number} load")
-    await asyncio.gather(*(agent.store.instances.get(ids[0]) for _ in range(20)))  # time enough for one claim too many
+    await asyncio.gather(*(agent.store.instances.get(ids[0]) for _ in range(20)))  # enough time for one claim too many
     assert (len(await of(State.LOADING)), len(await of(State.QUEUED))) == (number, 2)
     first = (await of(State.LOADING))[0]
     agent.stop(first)
@@ -872,19 +864,19 @@ async def check_loads_at_once(agent: Agent, number: int) -> None:
 
 @pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("number", [1, 2])
-async def test_as_many_load_at_once_as_are_allowed(begin: Begin, number: int) -> None:
+async def test_the_setting_limits_concurrent_loads(begin: Begin, number: int) -> None:
     agent = await begin(loads_at_once=number)
     await agent.warm()
-    await check_loads_at_once(agent, number)
+    await check_concurrent_loads(agent, number)
 
 
 @pytest.mark.usefixtures("endless")
-async def test_what_is_cancelled_while_it_waits_gives_back_its_memory_at_once(agent: Agent) -> None:
+async def test_a_load_cancelled_while_waiting_releases_its_memory(agent: Agent) -> None:
     await agent.warm()
     first, second = [await delivered(agent, n) for n in (1, 2)]
     await until(lambda: len(agent.placer.ledger.reservations) == 2, "both have their memory reserved")
-    found = await record(agent, second)
-    await agent.store.instances.commit(found, found.after(Event.STOP))
+    waiting = await record(agent, second)
+    await agent.store.instances.commit(waiting, waiting.after(Event.STOP))
     agent.stop(second)
     await released(agent, second)
     assert [*agent.placer.ledger.reservations] == [first]
@@ -895,50 +887,48 @@ async def test_what_is_cancelled_while_it_waits_gives_back_its_memory_at_once(ag
 
 
 @pytest.mark.usefixtures("endless")
-async def test_one_loads_at_once_where_there_is_no_gpu(agent: Agent) -> None:
+async def test_a_worker_without_gpus_runs_one_load_at_a_time(agent: Agent) -> None:
     await agent.warm()
     assert [device.id for device in agent.placer.devices()] == ["CPU"]
-    await check_loads_at_once(agent, 1)
+    await check_concurrent_loads(agent, 1)
 
 
 @pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize(("loads_at_once", "number"), [(0, 2), (1, 1)])
-async def test_one_loads_at_once_on_each_gpu_if_not_told_otherwise(
+async def test_the_default_is_one_concurrent_load_for_each_gpu(
     begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loads_at_once: int, number: int
 ) -> None:
-    """Each GPU has room for all of them but one, so that two are used."""
+    """Each GPU has room for all loads but one, so that both GPUs are used."""
     gpus.install(monkeypatch, tmp_path / "host", *[6 * MIB] * 2)
     agent = await begin(loads_at_once=loads_at_once, device_reserve="0")
     await agent.warm()
     assert [device.id for device in agent.placer.devices()] == ["GPU-fake-0", "GPU-fake-1", "CPU"]
-    await check_loads_at_once(agent, number)
+    await check_concurrent_loads(agent, number)
 
 
-async def test_two_load_at_once_and_both_are_loaded(begin: Begin) -> None:
+async def test_concurrent_loads_all_succeed(begin: Begin) -> None:
     agent = await begin(loads_at_once=2)
     await agent.warm()
     ids = [await delivered(agent, number, key) for number, key in ((1, "p/llama"), (2, "p/moe"), (3, "p/bert"))]
-    found = [await reached(agent, id_, State.LOADED) for id_ in ids]
-    assert [one.devices for one in found] == [["CPU"]] * 3
+    records = [await reached(agent, id_, State.LOADED) for id_ in ids]
+    assert [instance.devices for instance in records] == [["CPU"]] * 3
 
 
-# ---- where Redis answers late, or not at all
+# ---- lost replies of Redis
 
 
-async def test_what_redis_wrote_without_an_answer_is_no_end_of_a_load(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server that pauses longer than a reply may take carries out what it was sent, when it wakes."""
+async def test_a_commit_without_a_reply_does_not_end_a_load(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that pauses longer than the reply timeout still executes the command when it continues."""
     commit, unanswered = agent.store.instances.commit, set()
 
-    async def deaf(old: Instance, new: Instance) -> tuple[Instance, float]:
+    async def without_reply(old: Instance, new: Instance) -> tuple[Instance, float]:
         done = await commit(old, new)
-        if (what := (new.state, new.phase)) not in unanswered:
-            unanswered.add(what)
+        if (step := (new.state, new.phase)) not in unanswered:
+            unanswered.add(step)
             raise redis.ConnectionError("no answer")
         return done
 
-    monkeypatch.setattr(agent.store.instances, "commit", deaf)
+    monkeypatch.setattr(agent.store.instances, "commit", without_reply)
     runner = await warm(agent)
     id_ = await delivered(agent)
     await reached(agent, id_, State.LOADED)
@@ -951,9 +941,7 @@ async def test_what_redis_wrote_without_an_answer_is_no_end_of_a_load(
     assert is_gone(runner.pid)
 
 
-async def test_a_load_that_is_taken_away_while_it_is_cancelled_leaves_no_runner(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_load_swept_during_its_cancel_leaves_no_runner(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = agent.store.instances.commit
 
     async def overtaken(old: Instance, new: Instance) -> tuple[Instance, float]:
@@ -971,8 +959,8 @@ async def test_a_load_that_is_taken_away_while_it_is_cancelled_leaves_no_runner(
     assert is_gone(runner.pid)
 
 
-async def test_a_host_without_room_for_another_process_says_so(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker lives on, and the next load may find room."""
+async def test_a_host_that_cannot_start_a_process_fails_the_load(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker survives, and the next load succeeds."""
 
     def full(*_: object) -> None:
         raise OSError(24, "Too many open files")
@@ -981,26 +969,28 @@ async def test_a_host_without_room_for_another_process_says_so(agent: Agent, mon
         patched.setattr(ForkServerProcess, "start", full)
         id_ = await delivered(agent)
         ended = await reached(agent, id_, State.FAILED)
-        await until(lambda: agent.runners.coming is not None and agent.runners.coming.done(), "the next one failed too")
+        await until(
+            lambda: agent.runners.coming is not None and agent.runners.coming.done(), "the next runner failed too"
+        )
     assert ended.error is not None
     assert (ended.error.code, "Too many open files" in ended.error.message) == ("engine_crashed", True)
     await loaded(agent, 2)
 
 
-# ---- a driver
+# ---- a hanging driver
 
 
-async def test_while_a_driver_hangs_its_gpus_get_nothing_and_the_beat_goes_on(
+async def test_a_hanging_driver_blocks_its_gpus_but_not_the_beat(
     begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gpus.install(monkeypatch, tmp_path / "host", 6 * MIB)
     agent = await begin(Timing(hang_s=SHORT_S), device_reserve="0")
     read, hangs = agent.devices.read, threading.Event()
-    asked = 0
+    reads = 0
 
     def hang() -> list[Reading]:
-        nonlocal asked
-        asked += 1
+        nonlocal reads
+        reads += 1
         hangs.wait(DEADLINE_S)
         return read()
 
@@ -1008,8 +998,8 @@ async def test_while_a_driver_hangs_its_gpus_get_nothing_and_the_beat_goes_on(
     for _ in range(2):
         await agent.beat_once()
     assert [device.free_bytes for device in agent.placer.devices() if device.kind == "gpu"] == [0]
-    assert asked == 1, "no thread for each beat"
+    assert reads == 1, "a hanging read is not started again by each beat"
     hangs.set()
-    await until(lambda: agent.placer.hanging is not None and agent.placer.hanging.done(), "it answers")
+    await until(lambda: agent.placer.hanging is not None and agent.placer.hanging.done(), "the driver answers")
     await agent.beat_once()
     assert [device.free_bytes for device in agent.placer.devices() if device.kind == "gpu"] == [6 * MIB]

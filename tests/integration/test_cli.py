@@ -1,4 +1,4 @@
-"""The command line as its users meet it, with small stand-ins for the API and the worker."""
+"""The command line, with small stand-ins for the API and the worker."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ import os, sys, time
 names = sorted(name for name in os.environ if name.startswith("LOADSTONE_") and os.environ[name])
 open(os.environ["NOTES"] + f"/worker-{os.getpid()}", "w").write(" ".join(names))
 if "REFUSE" in os.environ:
-    sys.exit("loadstone: it is not to be" if os.environ["REFUSE"] == "1" else int(os.environ["REFUSE"]))
+    sys.exit("loadstone: refused" if os.environ["REFUSE"] == "1" else int(os.environ["REFUSE"]))
 time.sleep(60)
 """
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -67,7 +67,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def start(tmp_path: Path, environ: dict[str, str]) -> Iterator[Start]:
-    """Starts `loadstone` in the background; at the end nothing that it started is left."""
+    """Start `loadstone` in the background; check at the end that no process of it is left."""
     running: list[subprocess.Popen[str]] = []
 
     def begin(*words: str, **variables: str) -> subprocess.Popen[str]:
@@ -108,9 +108,7 @@ def stop(process: subprocess.Popen[str], signum: signal.Signals = signal.SIGTERM
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_up_says_once_where_it_is_ready_and_leaves_nothing(
-    tmp_path: Path, start: Start, signum: signal.Signals
-) -> None:
+def test_up_prints_its_address_once_and_leaves_nothing(tmp_path: Path, start: Start, signum: signal.Signals) -> None:
     process = start("up", "--data-dir", "data", "--models-dir", "models")
     ready = first_line(process)
     assert re.fullmatch(r"ready: http://127\.0\.0\.1:\d+", ready)
@@ -122,14 +120,14 @@ def test_up_says_once_where_it_is_ready_and_leaves_nothing(
     assert (tmp_path / "models").is_dir()
 
 
-def test_after_sigkill_of_up_all_of_it_leaves_and_up_can_start_again(tmp_path: Path, start: Start) -> None:
+def test_up_can_start_again_after_sigkill(tmp_path: Path, start: Start) -> None:
     process = start("up", "--data-dir", "data")
     first_line(process)
-    until(lambda: children(tmp_path, "worker"), "its worker has begun too")
+    until(lambda: children(tmp_path, "worker"), "the worker has started too")
     process.kill()
     process.wait()
     assert first_line(start("up", "--data-dir", "data")).startswith("ready: ")
-    until(lambda: len(children(tmp_path, "worker")) > 1, "another worker has begun")
+    until(lambda: len(children(tmp_path, "worker")) > 1, "another worker has started")
     assert len(children(tmp_path, "worker")) == 2
 
 
@@ -143,7 +141,7 @@ def test_a_second_up_on_one_data_directory_is_refused(tmp_path: Path, start: Sta
     )
 
 
-def test_a_crashed_api_process_is_replaced_and_no_client_is_turned_away(tmp_path: Path, start: Start) -> None:
+def test_a_crashed_api_process_is_replaced_without_refusals(tmp_path: Path, start: Start) -> None:
     process = start("up")
     url = first_line(process).removeprefix("ready: ")
     (before,) = children(tmp_path, "api")
@@ -153,7 +151,7 @@ def test_a_crashed_api_process_is_replaced_and_no_client_is_turned_away(tmp_path
     assert "action=child_exited" in err
 
 
-def test_the_worker_gets_no_token_and_the_api_does(tmp_path: Path, start: Start) -> None:
+def test_only_the_api_gets_the_tokens(tmp_path: Path, start: Start) -> None:
     (tmp_path / "tokens").write_text("t0ken\n")
     process = start("up", "--host", "0.0.0.0", LOADSTONE_API_TOKENS_FILE=str(tmp_path / "tokens"))
     ready = first_line(process)
@@ -189,7 +187,7 @@ def has_ipv6() -> bool:
     return True
 
 
-def test_demo_writes_models_and_says_how_to_load_one(tmp_path: Path, start: Start) -> None:
+def test_demo_writes_models_and_prints_a_load_command(tmp_path: Path, start: Start) -> None:
     process = start("up", "--demo", "--models-dir", "models", LOADSTONE_API_TOKENS="s3cret")
     url = first_line(process).removeprefix("ready: ")
     assert process.stderr
@@ -202,18 +200,18 @@ def test_demo_writes_models_and_says_how_to_load_one(tmp_path: Path, start: Star
     assert list((tmp_path / "models" / up.DEMO_MODEL).glob("*.gguf"))
 
 
-def test_the_demo_model_is_one_that_is_written(tmp_path: Path) -> None:
+def test_the_demo_model_is_among_the_written_models(tmp_path: Path) -> None:
     assert synthetic.write_demo(tmp_path)[0] == up.DEMO_MODEL
 
 
-def test_a_worker_that_refuses_its_settings_ends_up_with_its_status(start: Start) -> None:
+def test_up_exits_with_the_status_of_a_refusing_worker(start: Start) -> None:
     process = start("up", REFUSE="2")
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (2, "")
     assert err.endswith("loadstone: The worker process refused its settings.\n")
 
 
-def test_api_serves_with_as_many_processes_as_asked(tmp_path: Path, start: Start) -> None:
+def test_api_starts_the_requested_number_of_processes(tmp_path: Path, start: Start) -> None:
     process = start("api", "--workers", "3", "--redis-url", "redis://db")
     line = first_line(process)
     assert re.fullmatch(r"listening: http://127\.0\.0\.1:\d+", line)
@@ -224,7 +222,7 @@ def test_api_serves_with_as_many_processes_as_asked(tmp_path: Path, start: Start
     stop(process)
 
 
-def test_worker_restarts_what_crashes_and_ends_with_a_configuration_error(tmp_path: Path, start: Start) -> None:
+def test_worker_restarts_after_crashes_but_not_bad_settings(tmp_path: Path, start: Start) -> None:
     crashing = start("worker", "--redis-url", "redis://db", REFUSE="1")
     until = time.monotonic() + 10
     while len(children(tmp_path, "worker")) < 2 and time.monotonic() < until:
@@ -251,7 +249,7 @@ def test_worker_restarts_what_crashes_and_ends_with_a_configuration_error(tmp_pa
         (["api", "--workers", "0"], "--workers is '0': it must be an integer from 1 to 64."),
     ],
 )
-def test_what_is_refused_is_a_sentence_and_status_2(start: Start, words: list[str], sentence: str) -> None:
+def test_a_refusal_is_a_sentence_with_status_2(start: Start, words: list[str], sentence: str) -> None:
     process = start(*words)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (2, "")
@@ -259,7 +257,7 @@ def test_what_is_refused_is_a_sentence_and_status_2(start: Start, words: list[st
     assert "Traceback" not in err
 
 
-def test_a_busy_port_is_a_sentence(start: Start) -> None:
+def test_a_busy_port_is_reported_in_a_sentence(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         process = start("up", "--port", str(port))

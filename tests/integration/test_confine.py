@@ -1,4 +1,4 @@
-"""What a runner has given up, as the kernel tells it of its process."""
+"""The confinement of a runner as shown in /proc."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECRETS = {"AWS_SECRET_ACCESS_KEY": "hush", "DATABASE_URL": "postgres://u:hush@h
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One that was started with secrets in its environment, and holds a model."""
+    """A service with secrets in its environment and a loaded model."""
     home = tmp_path_factory.mktemp("service")
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     with up(home, token="hush", models=None, **SECRETS, CUDA_VISIBLE_DEVICES="") as running:
@@ -33,21 +33,23 @@ def proc(process: Process, name: str) -> str:
     return Path(f"/proc/{process.pid}/{name}").read_text(errors="replace")
 
 
-def test_a_runner_can_gain_no_privileges_and_leaves_no_core(service: Service) -> None:
+def test_a_runner_has_no_new_privileges_and_no_core_dump(service: Service) -> None:
     for runner in service.runners():
         assert re.search(r"^NoNewPrivs:\s+1$", proc(runner, "status"), re.M)
         assert re.search(r"^Max core file size\s+0\s+0 ", proc(runner, "limits"), re.M)
         assert re.search(rf"^Max open files\s+{OPEN_FILES}\s+{OPEN_FILES} ", proc(runner, "limits"), re.M)
 
 
-def test_a_runner_has_its_channel_and_its_output_and_nothing_of_its_workers(service: Service) -> None:
+def test_a_runner_inherits_no_descriptor_of_its_worker(service: Service) -> None:
     for runner in service.runners():
-        found = sorted(str(entry.readlink()) for entry in Path(f"/proc/{runner.pid}/fd").iterdir())
-        kinds = [name.partition(":")[0] for name in found]
-        assert kinds == ["/dev/null", "socket", "socket", "socket"], found  # its output is both stdout and stderr
+        targets = sorted(str(entry.readlink()) for entry in Path(f"/proc/{runner.pid}/fd").iterdir())
+        kinds = [name.partition(":")[0] for name in targets]
+        assert kinds == ["/dev/null", "socket", "socket", "socket"], (
+            targets
+        )  # the output socket is both stdout and stderr
 
 
-def test_no_secret_is_in_the_environment_of_what_reads_model_files(service: Service) -> None:
+def test_readers_of_model_files_have_no_secrets(service: Service) -> None:
     below_the_worker = [p for p in service.tree() if any("multiprocessing" in w or "scanner" in w for w in p.words)]
     assert len(below_the_worker) >= 4
     for process in below_the_worker:
@@ -57,8 +59,8 @@ def test_no_secret_is_in_the_environment_of_what_reads_model_files(service: Serv
         assert not any(name.startswith("LOADSTONE_") for name in names)
 
 
-def test_a_stopped_runner_goes_with_its_worker(tmp_path: Path) -> None:
-    """It cannot read that its channel has ended."""
+def test_a_stopped_runner_dies_with_its_worker(tmp_path: Path) -> None:
+    """A stopped runner cannot read the end of its channel."""
     synthetic.tiny_llama(tmp_path / f"models/{TINY}/tiny-f16.gguf")
     with up(tmp_path, LOADSTONE_RESTORE="off") as service:
         service.loaded(TINY)
@@ -70,19 +72,19 @@ def test_a_stopped_runner_goes_with_its_worker(tmp_path: Path) -> None:
         until(lambda: service.send("GET", "/readyz").status == 200, "another worker is ready")
 
 
-def test_what_a_killed_worker_left_among_the_temporary_files_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_a_worker_removes_files_of_a_killed_worker(tmp_path: Path) -> None:
     synthetic.tiny_llama(tmp_path / f"models/{TINY}/tiny-f16.gguf")
-    temporary = Path(tempfile.mkdtemp(prefix="t-"))  # short: the paths of sockets end at 107 bytes
+    temporary = Path(tempfile.mkdtemp(prefix="t-"))  # short: the path of a socket has at most 107 bytes
 
-    def made() -> set[str]:
+    def directories() -> set[str]:
         return {path.name for path in temporary.iterdir() if path.name.startswith("loadstone-worker-")}
 
     with up(tmp_path, TMPDIR=str(temporary)) as service:
-        (first,) = made()
+        (first,) = directories()
         worker = service.worker()
         os.kill(worker.pid, signal.SIGKILL)
-        until(lambda: len(made()) == 1 and first not in made(), "the next one's, and only that")
+        until(lambda: len(directories()) == 1 and first not in directories(), "only the directory of the next worker")
         assert not is_alive(worker)
         until(lambda: service.send("GET", "/readyz").status == 200, "another worker is ready")
-    assert made() == set()
+    assert directories() == set()
     temporary.rmdir()

@@ -1,5 +1,4 @@
-"""Real runner processes on a host with GPUs that are none: where a model goes, what it takes there, and what a runner
-says that it would take."""
+"""Real runner processes on a host with fake GPUs: the devices and the memory of a load, and dry runs."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ A, B, C = "GPU-fake-0", "GPU-fake-1", "GPU-fake-2"
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
-    """The host of every runner here: what they are forked from has its environment."""
+    """The fake host of every runner of this module: the fork server has its environment."""
     host = FakeHost.made(tmp_path_factory.mktemp("host") / "h", GIB, GIB, GIB)
     with pytest.MonkeyPatch.context() as patched:
         for name, value in host.environ().items():
@@ -41,7 +40,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHost]:
 
 @pytest.fixture
 def host(machine: FakeHost, forkserver: None) -> Iterator[FakeHost]:
-    """That host, with nothing on its GPUs before and after."""
+    """The fake host, with its GPUs empty before and after a test."""
     yield machine
     for uuid in (A, B, C):
         machine.release(uuid)
@@ -59,7 +58,7 @@ def files(models_dir: Path) -> dict[str, Path]:
 
 @asynccontextmanager
 async def started(visible: str | None = None) -> AsyncIterator[Runner]:
-    """A warm runner that does not outlive the block."""
+    """Yield a warm runner that does not outlive the block."""
     runners = Runners(10.0, visible=visible)
     try:
         async with taken(runners) as runner:
@@ -77,7 +76,7 @@ async def measured(runner: Runner, load: Load) -> list[Usage]:
 
 
 async def refused(runner: Runner, message: Load | Measure) -> str:
-    """The reason; the runner is gone after it."""
+    """Return the reason of a refusal, after which the runner has exited."""
     if isinstance(message, Load):
         _, answer = await answers(runner, message)
     else:
@@ -95,17 +94,15 @@ def used(host: FakeHost) -> dict[str, int]:
 
 
 def layers_of(runner: Runner) -> list[str]:
-    """Where the engine says that it put each layer; the last is the output."""
+    """Return the device of each layer by the log of the engine; the last layer is the output."""
     lines = [line for line in runner.output if line.startswith("load_tensors: layer")]
     return [line.partition("assigned to device ")[2].partition(",")[0] for line in lines]
 
 
-# ---- where a model goes
+# ---- devices of a load
 
 
-async def test_a_load_on_one_of_two_gpus_takes_memory_there_alone_until_its_runner_ends(
-    host: FakeHost, files: dict[str, Path]
-) -> None:
+async def test_a_load_uses_memory_of_its_gpu_until_its_runner_ends(host: FakeHost, files: dict[str, Path]) -> None:
     async with started() as runner:
         message = await ready(runner, given(files["llama"], devices=[B], layers=[5]))
         on_b, on_host = message.taken
@@ -127,7 +124,7 @@ async def test_a_load_on_one_of_two_gpus_takes_memory_there_alone_until_its_runn
         ([A, B], [0, 5], "1 1 1 1 1"),
     ],
 )
-async def test_each_gpu_takes_the_layers_that_it_was_given_and_the_cpu_the_first_others(
+async def test_gpus_hold_their_layers_and_the_cpu_the_first_ones(
     host: FakeHost, files: dict[str, Path], devices: list[str], layers: list[int], where: str
 ) -> None:
     async with started() as runner:
@@ -140,15 +137,17 @@ async def test_each_gpu_takes_the_layers_that_it_was_given_and_the_cpu_the_first
         assert (held[device].weights_bytes > 0) == (n_layers > 0)
 
 
-async def test_what_the_engine_says_it_took_is_what_the_gpus_lost(host: FakeHost, files: dict[str, Path]) -> None:
+async def test_the_reported_usage_equals_the_usage_of_the_gpus(host: FakeHost, files: dict[str, Path]) -> None:
     async with started() as runner:
         message = await ready(runner, given(files["llama"], devices=[C, A, B], layers=[1, 2, 1]))
         assert used(host) == {taken.id: taken.total_bytes for taken in message.taken if taken.id != "CPU"}
 
 
 @pytest.mark.parametrize("visible", [None, NO_GPU, A])
-async def test_a_load_on_the_cpu_touches_no_gpu(host: FakeHost, files: dict[str, Path], visible: str | None) -> None:
-    """Also where the engine sees one."""
+async def test_a_load_on_the_cpu_uses_no_gpu_memory(
+    host: FakeHost, files: dict[str, Path], visible: str | None
+) -> None:
+    """Also if a GPU is visible to the engine."""
     host.driver(lag_s=0.0, context_bytes=MIB)
     async with started(visible) as runner:
         load = given(files["llama"], n_ctx=1024)
@@ -158,9 +157,7 @@ async def test_a_load_on_the_cpu_touches_no_gpu(host: FakeHost, files: dict[str,
         assert used(host) == {A: 0, B: 0, C: 0}
 
 
-async def test_a_warm_runner_holds_nothing_of_its_gpu_and_one_that_used_it_what_the_driver_takes(
-    host: FakeHost, files: dict[str, Path]
-) -> None:
+async def test_a_warm_runner_uses_gpu_memory_only_after_a_dry_run(host: FakeHost, files: dict[str, Path]) -> None:
     host.driver(lag_s=0.0, context_bytes=MIB)
     load = given(files["llama"], devices=[B], layers=[5])
     async with started(B) as runner:
@@ -171,45 +168,41 @@ async def test_a_warm_runner_holds_nothing_of_its_gpu_and_one_that_used_it_what_
         assert used(host) == {A: 0, B: MIB + would_take.total_bytes, C: 0}
 
 
-async def test_a_runner_that_was_warmed_for_its_gpu_loads_there(host: FakeHost, files: dict[str, Path]) -> None:
+async def test_a_runner_warmed_for_a_gpu_loads_there(host: FakeHost, files: dict[str, Path]) -> None:
     async with started(B) as runner:
         message = await ready(runner, given(files["llama"], devices=[B], layers=[5]))
         assert used(host) == {A: 0, B: message.taken[0].total_bytes, C: 0}
 
 
-async def test_where_the_kv_cache_is_not_offloaded_it_is_on_the_host_and_told_so(
-    host: FakeHost, files: dict[str, Path]
-) -> None:
-    found = {}
+async def test_a_kv_cache_without_offload_is_on_the_host(host: FakeHost, files: dict[str, Path]) -> None:
+    context_bytes = {}
     for offload in (True, False):
         async with started() as runner:
             load = given(files["llama"], devices=[A, B], layers=[2, 2], offload_kqv=offload)
             message = await ready(runner, load)
             assert message.config.offload_kv_cache_to_gpu is offload
-            found[offload] = {taken.id: taken.context_bytes for taken in message.taken}
-    assert found[False][A] == found[False][B] == 0
-    assert min(found[True].values()) > 0
-    assert found[False]["CPU"] == sum(found[True].values())
+            context_bytes[offload] = {taken.id: taken.context_bytes for taken in message.taken}
+    assert context_bytes[False][A] == context_bytes[False][B] == 0
+    assert min(context_bytes[True].values()) > 0
+    assert context_bytes[False]["CPU"] == sum(context_bytes[True].values())
 
 
-# ---- what is not there
+# ---- missing GPUs and memory
 
 
 @pytest.mark.parametrize("asks", [Load, Measure])
 @pytest.mark.parametrize("visible", [None, A])
-async def test_a_gpu_that_the_engine_does_not_see_is_no_load_on_the_cpu(
+async def test_an_invisible_gpu_does_not_become_a_load_on_the_cpu(
     host: FakeHost, files: dict[str, Path], asks: type, visible: str | None
 ) -> None:
-    """One that was lost, and one that the runner was not given."""
+    """The GPU is lost, or the runner was started for another one."""
     host.fail(B, "GpuIsLost")
     load = given(files["llama"], devices=[B], layers=[5])
     async with started(visible) as runner:
         assert B in await refused(runner, load if asks is Load else Measure(load))
 
 
-async def test_memory_that_another_runner_holds_is_out_of_memory_until_that_ends(
-    host: FakeHost, files: dict[str, Path]
-) -> None:
+async def test_memory_of_another_runner_is_free_after_its_end(host: FakeHost, files: dict[str, Path]) -> None:
     load = given(files["llama"], devices=[A], layers=[5])
     async with started() as first:
         (held, _) = (await ready(first, load)).taken
@@ -223,7 +216,7 @@ async def test_memory_that_another_runner_holds_is_out_of_memory_until_that_ends
 
 
 @pytest.mark.parametrize("short", ["weights_bytes", "context_bytes", "compute_bytes"])
-async def test_memory_that_somebody_else_holds_is_out_of_memory_whatever_was_to_go_there(
+async def test_any_allocation_without_room_is_insufficient_memory(
     host: FakeHost, files: dict[str, Path], short: str
 ) -> None:
     load = given(files["llama"], devices=[B, C], layers=[2, 3], n_ctx=1024)
@@ -237,7 +230,7 @@ async def test_memory_that_somebody_else_holds_is_out_of_memory_whatever_was_to_
     assert used(host)[B] == 0
 
 
-# ---- what a load would take
+# ---- dry runs
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dense": {"file": "llama"},
@@ -261,16 +254,16 @@ PLACES: dict[str, tuple[list[str], list[int]]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("words", CONFIGURATIONS)
-async def test_what_a_load_would_take_is_what_it_takes(
+async def test_a_dry_run_gives_the_memory_of_the_load(
     host: FakeHost, files: dict[str, Path], words: str, place: str
 ) -> None:
-    """To the byte, but for what `worker.engine.llama.measure` says of several GPUs; and saying so needs no room, and
-    leaves the engine fit to load."""
+    """Exact to the byte, except for the difference on several GPUs that `worker.engine.llama.measure` describes.  A dry
+    run needs no free memory, and the engine can load after it."""
     configuration = dict(CONFIGURATIONS[words])
     name = configuration.pop("file")
     devices, layers = PLACES[place]
     if place.startswith("gpu"):
-        layers = [*layers[:-1], BLOCKS[name] + 1 - sum(layers)]  # all of them
+        layers = [*layers[:-1], BLOCKS[name] + 1 - sum(layers)]  # all layers
     load = given(files[name], devices=devices, layers=layers, **configuration)
     for uuid in devices:
         host.take(uuid, GIB)
@@ -291,20 +284,18 @@ async def test_what_a_load_would_take_is_what_it_takes(
     assert taken == would_take
 
 
-async def test_loads_that_differ_are_measured_one_after_another(host: FakeHost, files: dict[str, Path]) -> None:
+async def test_different_loads_are_measured_in_sequence(host: FakeHost, files: dict[str, Path]) -> None:
     async with started() as runner:
-        found = [
+        usages = [
             (await measured(runner, given(files["llama"], devices=[A, B], layers=layers, n_ctx=n_ctx)))[0]
             for layers, n_ctx in (([1, 4], 256), ([3, 2], 256), ([3, 2], 1024))
         ]
-    assert found[0].weights_bytes < found[1].weights_bytes == found[2].weights_bytes
-    assert found[1].context_bytes * 4 == found[2].context_bytes
+    assert usages[0].weights_bytes < usages[1].weights_bytes == usages[2].weights_bytes
+    assert usages[1].context_bytes * 4 == usages[2].context_bytes
 
 
-async def test_the_engines_log_of_a_load_says_nothing_of_what_was_measured_before(
-    host: FakeHost, tmp_path: Path
-) -> None:
-    """A dry run names buffers of no size.  This one takes longer than a bunch of lines is held back."""
+async def test_the_engine_log_of_a_load_excludes_dry_runs(host: FakeHost, tmp_path: Path) -> None:
+    """A dry run logs buffers of size zero.  This one takes longer than lines are held back in a batch."""
     load = given(*large_vocabulary(tmp_path / "m.gguf", tokens=100_000), devices=[A], layers=[2])
     async with started() as runner:
         await measured(runner, load)
@@ -315,12 +306,12 @@ async def test_the_engines_log_of_a_load_says_nothing_of_what_was_measured_befor
             ):  # near its end
                 await runner.output.grown.wait()
                 runner.output.grown.clear()
-        said = "".join(runner.output)
-        assert [said.count(words) for words in ("loaded meta data", "no_alloc", "KV buffer size")] == [1, 1, 1]
+        text = "".join(runner.output)
+        assert [text.count(words) for words in ("loaded meta data", "no_alloc", "KV buffer size")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("made", ["fifo", "garbage", "missing"])
-async def test_what_cannot_be_loaded_cannot_be_measured_and_says_why(host: FakeHost, tmp_path: Path, made: str) -> None:
+async def test_a_dry_run_of_an_invalid_file_fails_with_a_reason(host: FakeHost, tmp_path: Path, made: str) -> None:
     path = tmp_path / "m.gguf"
     if made == "fifo":
         os.mkfifo(path)
@@ -333,7 +324,7 @@ async def test_what_cannot_be_loaded_cannot_be_measured_and_says_why(host: FakeH
         assert (made != "garbage") or any("invalid magic" in line for line in runner.output)
 
 
-async def test_a_warm_runner_says_whether_its_engine_has_cuda(host: FakeHost) -> None:
+async def test_a_warm_runner_reports_whether_its_engine_has_cuda(host: FakeHost) -> None:
     runners = Runners(10.0, visible=None)
     try:
         await runners.warmed()
@@ -342,7 +333,7 @@ async def test_a_warm_runner_says_whether_its_engine_has_cuda(host: FakeHost) ->
         await runners.close()
 
 
-# ---- the host that they share
+# ---- the fake host
 
 ASK = """
 import pynvml
@@ -359,12 +350,14 @@ for i in range(pynvml.nvmlDeviceGetCount()):
 
 
 def nvml(host: FakeHost) -> list[str]:
-    """What NVML says of each GPU to a process there."""
-    done = subprocess.run([sys.executable, "-c", ASK], env=os.environ | host.environ(), capture_output=True, text=True)
-    return done.stdout.splitlines() if done.returncode == 0 else done.stderr.splitlines()[-1:]
+    """Return the NVML readings of each GPU in a process on this host."""
+    result = subprocess.run(
+        [sys.executable, "-c", ASK], env=os.environ | host.environ(), capture_output=True, text=True
+    )
+    return result.stdout.splitlines() if result.returncode == 0 else result.stderr.splitlines()[-1:]
 
 
-async def test_nvml_sees_what_runners_and_others_hold(host: FakeHost, files: dict[str, Path]) -> None:
+async def test_nvml_shows_memory_of_runners_and_other_programs(host: FakeHost, files: dict[str, Path]) -> None:
     host.take(A, MIB, pid=4242)
     host.fail(C, "GpuIsLost")
     async with started() as runner:
@@ -374,14 +367,14 @@ async def test_nvml_sees_what_runners_and_others_hold(host: FakeHost, files: dic
             f"{B} {GIB} {GIB - on_b.total_bytes} {on_b.total_bytes} {runner.pid}",
             "NVMLError_GpuIsLost",
         ]
-        await freeze(runner)  # a process that does nothing is asked nothing
+        await freeze(runner)  # the reading does not depend on the runner
         assert used(host)[B] == on_b.total_bytes
     host.fail("host", "DriverNotLoaded")
     assert await asyncio.to_thread(nvml, host) == ["pynvml.NVMLError_DriverNotLoaded"]
     host.fail("host", None)
 
 
-def test_memory_of_a_process_that_died_stays_used_for_as_long_as_the_driver_takes(tmp_path: Path) -> None:
+def test_the_driver_frees_memory_of_a_dead_process_later(tmp_path: Path) -> None:
     host = FakeHost.made(tmp_path / "h", MIB)
     host.driver(lag_s=60.0, context_bytes=0)
     code = f"from tests.support.fakehosts import FakeHost; assert FakeHost.here().change('{A}', {MIB})"

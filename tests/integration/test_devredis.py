@@ -1,4 +1,4 @@
-"""The embedded Redis: the real server, started as `loadstone up` starts it."""
+"""The embedded Redis: the real server with the command line of `loadstone up`."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def write_server(directory: Path, name: str, printed: str) -> Path:
     return path
 
 
-def test_it_answers_on_a_private_socket_only_and_keeps_its_data(tmp_path: Path) -> None:
-    data = tmp_path / "data dir %20?"  # the URL must say it, too
+def test_the_server_has_a_private_socket_and_keeps_its_data(tmp_path: Path) -> None:
+    data = tmp_path / "data dir %20?"  # the URL has to quote these characters
     data.mkdir()
     with devredis.prepared(data) as server, running(server) as process:
         mode = stat.S_IMODE(server.socket.stat().st_mode)
@@ -68,7 +68,7 @@ def listens_on_no_port(pid: int) -> bool:
     return not listening & held
 
 
-def test_a_long_data_directory_gets_a_short_private_socket_that_is_cleaned_up(tmp_path: Path) -> None:
+def test_a_long_data_directory_gets_a_short_socket_path(tmp_path: Path) -> None:
     data = tmp_path / ("d" * 120)
     data.mkdir()
     with devredis.prepared(data) as server, running(server):
@@ -77,9 +77,7 @@ def test_a_long_data_directory_gets_a_short_private_socket_that_is_cleaned_up(tm
     assert not server.socket.parent.exists()
 
 
-def test_a_second_server_never_joins_one_that_outlived_its_supervisor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_server_never_joins_an_orphaned_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devredis, "HANDOVER_S", 0.2)
     with devredis.prepared(tmp_path) as server:
         orphan = subprocess.Popen(server.argv, pass_fds=server.pass_fds, stderr=subprocess.DEVNULL, stdout=2)
@@ -93,7 +91,7 @@ def test_a_second_server_never_joins_one_that_outlived_its_supervisor(
         pass
 
 
-def test_a_server_waits_for_an_older_one_that_leaves(tmp_path: Path) -> None:
+def test_a_server_waits_for_an_older_one_to_exit(tmp_path: Path) -> None:
     with devredis.prepared(tmp_path) as server:
         leaving = subprocess.Popen(["sleep", "0.3"], pass_fds=server.pass_fds)
     began = time.monotonic()
@@ -101,7 +99,7 @@ def test_a_server_waits_for_an_older_one_that_leaves(tmp_path: Path) -> None:
         assert 0.1 < time.monotonic() - began < devredis.HANDOVER_S
 
 
-def test_a_directory_of_someone_else_is_refused(tmp_path: Path) -> None:
+def test_a_directory_of_another_owner_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "redis").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RedisUnavailable, match="someone else"), devredis.prepared(tmp_path):
@@ -109,21 +107,21 @@ def test_a_directory_of_someone_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "printed", "is_taken"),
+    ("name", "printed", "is_used"),
     [
         ("redis-server", "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64 build=2b8", True),
         ("redis-server", "Redis server v=6.2.0 sha=00000000:0 malloc=libc bits=64 build=1", True),
         ("redis-server", "Redis server v=6.0.16 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=a3f", False),
         ("valkey-server", "Valkey server v=8.1.8 sha=00000000:1 malloc=libc bits=64 build=1536", True),
-        ("redis-server", "not what it seems", False),
+        ("redis-server", "not a Redis version", False),
     ],
 )
-def test_the_hosts_own_server_is_taken_where_it_is_new_enough(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, printed: str, is_taken: bool
+def test_the_server_of_the_host_is_used_if_new_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, printed: str, is_used: bool
 ) -> None:
-    mine = write_server(tmp_path, name, printed)
+    server = write_server(tmp_path, name, printed)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert (devredis.binary() == mine) is is_taken
+    assert (devredis.binary() == server) is is_used
     assert os.access(devredis.binary(), os.X_OK)
 
 
@@ -142,7 +140,7 @@ async def test_only_pong_means_ready(tmp_path: Path, reply: bytes, missing: str 
         assert await devredis.missing(path) == missing
 
 
-async def test_a_silent_or_absent_server_is_missing_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_or_absent_server_counts_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devredis, "ANSWER_S", 0.1)
     assert await devredis.missing(tmp_path / "absent")
     with socket.socket(socket.AF_UNIX) as silent:

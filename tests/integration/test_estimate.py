@@ -1,4 +1,4 @@
-"""The memory estimate against the engine's own figures, on files with the shapes of real models."""
+"""Memory estimates compared with the figures of the engine, for files with the shapes of real models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.integration.conftest import catalog
 from tests.support.noalloc import load, measured
 from worker.runner.protocol import Load
 
-BOUND = 0.03  # of the total, either way
-COMPUTE_BOUND = 0.2  # of the compute buffer alone, so that no term of it can get lost beside the weights
-VOCABULARY = 2048  # tokens; a real one takes the engine half a second to read, and matters to the output alone
+BOUND = 0.03  # relative to the total, in both directions
+COMPUTE_BOUND = 0.2  # relative to the compute buffer, which is small beside the weights
+VOCABULARY = 2048  # tokens; the engine reads a real vocabulary in half a second, and it only affects the output
 VOCABULARIES = {"llama3-8b": 128_256, "qwen3-0.6b": 32_000, "bert-large": 30_522, "qwen3-embedding-0.6b": 32_000}
 Kind = Literal["gpu", "cpu"]
-# The fake GPU is slow, since it is asked for every step of a graph: a few models and configurations must do.
+# The fake GPU is slow, since the engine calls it for every step of a graph: use few models and configurations.
 ON_GPU = ("qwen3-0.6b", "qwen3-embedding-0.6b", "bert-large", "gemma3-1b", "llama3-8b", "qwen3-30b-a3b")
 DEVICES: list[tuple[str, Kind]] = [*((preset, "cpu") for preset in SHAPES), *((preset, "gpu") for preset in ON_GPU)]
 
@@ -67,8 +67,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    found = catalog(root, tmp_path_factory.mktemp("catalog"))
-    return {preset: found[f"p/{preset}"] for preset in SHAPES}
+    by_key = catalog(root, tmp_path_factory.mktemp("catalog"))
+    return {preset: by_key[f"p/{preset}"] for preset in SHAPES}
 
 
 def estimated(model: Model, **fields: Any) -> Requirements:
@@ -77,55 +77,52 @@ def estimated(model: Model, **fields: Any) -> Requirements:
 
 @pytest.fixture(scope="module")
 def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict[str, Usage]]:
-    """The engine's, by model and kind of device, of each configuration: what it takes of that device."""
-    asked: list[tuple[str, Kind, str]] = []
+    """The memory of each configuration by the engine, by model and kind of device."""
+    cases: list[tuple[str, Kind, str]] = []
     loads: list[Load] = []
     for preset, kind in DEVICES:
         model = models[preset]
         layers = [SHAPES[preset][0].block_count + 1] if kind == "gpu" else []
         for words, fields in configurations(preset, kind).items():
-            asked.append((preset, kind, words))
+            cases.append((preset, kind, words))
             planned = plan(LoadRequest(model=model.key, **fields), model, Settings())
             loads.append(load(root / model.shards[0], planned, layers))
-    found: dict[tuple[str, Kind], dict[str, Usage]] = defaultdict(dict)
-    for (preset, kind, words), (taken, *_) in zip(asked, measured(loads), strict=True):
-        found[preset, kind][words] = taken
-    return found
+    usages: dict[tuple[str, Kind], dict[str, Usage]] = defaultdict(dict)
+    for (preset, kind, words), (taken, *_) in zip(cases, measured(loads), strict=True):
+        usages[preset, kind][words] = taken
+    return usages
 
 
 @pytest.mark.parametrize(("preset", "kind"), DEVICES)
-def test_the_estimate_is_what_the_engine_would_take(
+def test_the_estimate_matches_the_engine(
     preset: str, kind: Kind, models: dict[str, Model], figures: dict[tuple[str, Kind], dict[str, Usage]]
 ) -> None:
-    asked = configurations(preset, kind)
-    assert figures[preset, kind].keys() == asked.keys()
+    fields = configurations(preset, kind)
+    assert figures[preset, kind].keys() == fields.keys()
     for words, engine in figures[preset, kind].items():
-        requirements = estimated(models[preset], **asked[words])
-        found = requirements.on_gpu("", 0, requirements.n_layers) if kind == "gpu" else requirements.on_cpu()
+        requirements = estimated(models[preset], **fields[words])
+        estimate = requirements.on_gpu("", 0, requirements.n_layers) if kind == "gpu" else requirements.on_cpu()
         assert requirements.is_exact(1 if kind == "gpu" else 0, 0)
-        assert found.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), words
-        assert found.compute_bytes == pytest.approx(engine.compute_bytes, rel=COMPUTE_BOUND), words
-        assert found.context_bytes == engine.context_bytes, words
-        assert found.weights_bytes == pytest.approx(engine.weights_bytes, rel=1e-4), words
+        assert estimate.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), words
+        assert estimate.compute_bytes == pytest.approx(engine.compute_bytes, rel=COMPUTE_BOUND), words
+        assert estimate.context_bytes == engine.context_bytes, words
+        assert estimate.weights_bytes == pytest.approx(engine.weights_bytes, rel=1e-4), words
 
 
 # ---- over several devices
 
-SPLITS: list[tuple[str, str, list[float]]] = (
-    [  # the parts of the layers that GPUs take, and what is left stays with the CPU
-        (preset, words, parts)
-        for preset in ("qwen3-0.6b", "gemma3-1b", "llama3-8b", "qwen3-30b-a3b")
-        for words in ("default", "no flash attention")
-        for parts in ([0.5, 0.5], [0.3, 0.3, 0.4], [0.5])
-    ]
-    + [("bert-large", "default", [0.5, 0.5])]
-)
+SPLITS: list[tuple[str, str, list[float]]] = [  # the share of the layers of each GPU; the CPU has the others
+    (preset, words, parts)
+    for preset in ("qwen3-0.6b", "gemma3-1b", "llama3-8b", "qwen3-30b-a3b")
+    for words in ("default", "no flash attention")
+    for parts in ([0.5, 0.5], [0.3, 0.3, 0.4], [0.5])
+] + [("bert-large", "default", [0.5, 0.5])]
 
 
-def test_the_estimate_of_each_device_is_what_the_engine_would_take_there(root: Path, models: dict[str, Model]) -> None:
-    """Of what is computed on the host, which is little, it is an upper bound."""
+def test_the_estimate_of_each_device_matches_the_engine(root: Path, models: dict[str, Model]) -> None:
+    """The small compute buffer of the host is estimated as an upper bound."""
     loads: list[Load] = []
-    asked: list[tuple[str, str, Requirements, list[int]]] = []
+    cases: list[tuple[str, str, Requirements, list[int]]] = []
     for preset, words, parts in SPLITS:
         model, fields = models[preset], (EMBEDDING if preset == "bert-large" else DECODER)[words]
         requirements = estimated(model, **fields)
@@ -134,14 +131,14 @@ def test_the_estimate_of_each_device_is_what_the_engine_would_take_there(root: P
             layers[-1] += requirements.n_layers - sum(layers)
         planned = plan(LoadRequest(model=model.key, **fields), model, Settings())
         loads.append(load(root / model.shards[0], planned, layers))
-        asked.append((preset, words, requirements, layers))
-    for (preset, words, requirements, layers), taken in zip(asked, measured(loads), strict=True):
+        cases.append((preset, words, requirements, layers))
+    for (preset, words, requirements, layers), taken in zip(cases, measured(loads), strict=True):
         start = first = requirements.n_layers - sum(layers)
         for n, engine in zip(layers, taken, strict=False):
-            found = requirements.on_gpu(engine.id, start, start + n)
+            estimate = requirements.on_gpu(engine.id, start, start + n)
             start += n
-            assert found.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), (preset, words, layers)
-            assert found.context_bytes == engine.context_bytes
+            assert estimate.total_bytes == pytest.approx(engine.total_bytes, rel=BOUND), (preset, words, layers)
+            assert estimate.context_bytes == engine.context_bytes
         host, engine = requirements.beside_gpus(first), taken[-1]
         assert host.context_bytes == engine.context_bytes
         assert host.weights_bytes == pytest.approx(engine.weights_bytes, rel=1e-3, abs=1 << 16)

@@ -1,4 +1,4 @@
-"""Following a record on a real Redis: no follower waits for what has happened already."""
+"""Following a record on a real Redis: no follower misses a revision or waits for an existing one."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ async def record(store: Store) -> Instance:
 
 
 async def states(follower: Follower, record: Instance, first: asyncio.Event) -> list[State]:
-    found = []
+    seen_states = []
     async with asyncio.timeout(DEADLINE_S), aclosing(follower.follow(record)) as revisions:
         async for _, revision in revisions:
-            found.append(revision.state)
+            seen_states.append(revision.state)
             first.set()
-    return found
+    return seen_states
 
 
-async def test_every_revision_is_seen_from_the_first_on(store: Store, record: Instance) -> None:
+async def test_every_revision_is_seen_from_the_first(store: Store, record: Instance) -> None:
     claimed, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e"))
     await store.instances.commit(claimed, claimed.after(Event.EXPIRE))
     assert await states(Follower(store.instances, store.listen), record, asyncio.Event()) == [
@@ -55,7 +55,7 @@ async def test_every_revision_is_seen_from_the_first_on(store: Store, record: In
 async def waiting(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Follower, asyncio.Task[list[State]]]:
-    """One that follows a record, has seen what there was, and gets no notification."""
+    """A follower that has seen all revisions of a record and gets no notification."""
     monkeypatch.setattr(api.loads.follow, "RECHECK_S", 0.01)
     follower, first = Follower(store.instances, Channel().listen), asyncio.Event()
     following = asyncio.create_task(states(follower, record, first))
@@ -64,17 +64,17 @@ async def waiting(
     return follower, following
 
 
-async def test_a_change_whose_notification_was_lost_is_found(
+async def test_a_change_without_a_notification_is_found(
     store: Store, record: Instance, waiting: tuple[Follower, asyncio.Task[list[State]]]
 ) -> None:
-    """Also one that came before the first recheck."""
+    """The change may come before the first recheck."""
     follower, following = waiting
     await store.instances.commit(record, record.after(Event.STOP))
     async with running(follower):
         assert await following == [State.QUEUED, State.CANCELLED]
 
 
-async def test_a_record_that_is_gone_ends_the_wait(
+async def test_a_deleted_record_ends_the_wait(
     store: Store, waiting: tuple[Follower, asyncio.Task[list[State]]]
 ) -> None:
     follower, following = waiting
@@ -91,18 +91,18 @@ def channel() -> Channel:
 
 @pytest.fixture
 async def follower(store: Store, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Follower]:
-    """One that runs, and that only the channel wakes."""
+    """A running follower that only the channel wakes."""
     monkeypatch.setattr(api.loads.follow, "RECHECK_S", 3600.0)
-    made = Follower(store.instances, channel.listen)
-    async with running(made):
-        yield made
+    created = Follower(store.instances, channel.listen)
+    async with running(created):
+        yield created
 
 
-# ---- where to begin
+# ---- the first entry
 
 
 async def moved(store: Store, record: Instance, revisions: int, *, ended: bool) -> Instance:
-    """The record with so many revisions in its log, the last of them terminal or not."""
+    """Add revisions to the log of a record, the last of them terminal or not."""
     record, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e"))
     while record.rev < revisions - ended:
         new = msgspec.structs.replace(record, loaded_bytes=record.loaded_bytes + 1)
@@ -114,19 +114,17 @@ async def moved(store: Store, record: Instance, revisions: int, *, ended: bool) 
 
 
 async def seen(follower: Follower, record: Instance, after: str = "0", most: int = 10_000) -> list[int]:
-    """The revisions that somebody sees who follows to the end, or for so many of them."""
-    found: list[int] = []
+    """Return the revisions that a follower sees until the end or up to this number."""
+    numbers: list[int] = []
     async with asyncio.timeout(DEADLINE_S), aclosing(follower.follow(record, after)) as revisions:
         async for _, revision in revisions:
-            found.append(revision.rev)
-            if len(found) == most:
+            numbers.append(revision.rev)
+            if len(numbers) == most:
                 break
-    return found
+    return numbers
 
 
-async def test_whoever_comes_back_gets_what_came_after_and_the_end_after_the_last(
-    store: Store, record: Instance
-) -> None:
+async def test_a_follower_continues_after_the_entry_it_names(store: Store, record: Instance) -> None:
     await moved(store, record, 6, ended=True)
     entries = [entry for entry, _ in await store.instances.history(record)]
     for n, entry in enumerate(entries):
@@ -134,7 +132,7 @@ async def test_whoever_comes_back_gets_what_came_after_and_the_end_after_the_las
     assert await seen(Follower(store.instances, store.listen), record, "9999999999999-0") == []
 
 
-async def test_after_the_last_entry_of_a_load_that_goes_on_it_waits_for_the_next(
+async def test_a_follower_at_the_last_entry_waits_for_the_next(
     store: Store, record: Instance, follower: Follower, channel: Channel
 ) -> None:
     last = await moved(store, record, 3, ended=False)
@@ -148,7 +146,7 @@ async def test_after_the_last_entry_of_a_load_that_goes_on_it_waits_for_the_next
 
 
 async def reading_done(store: Store, follower: Follower) -> None:
-    """Wait until a record is followed, and what there was of it has been read."""
+    """Wait until a record is followed and its existing revisions have been read."""
     async with asyncio.timeout(DEADLINE_S):
         while not follower.followed:  # noqa: ASYNC110
             await asyncio.sleep(0)
@@ -157,7 +155,7 @@ async def reading_done(store: Store, follower: Follower) -> None:
 
 
 @pytest.mark.parametrize("revisions", [7, 8, 9, 15, 16, 17, 40])
-async def test_a_log_of_several_readings_is_seen_whole_and_once(
+async def test_a_log_of_several_reads_is_seen_completely_and_once(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch, revisions: int
 ) -> None:
     for module in (api.loads.follow, shared.store.instances):
@@ -168,16 +166,16 @@ async def test_a_log_of_several_readings_is_seen_whole_and_once(
     assert await seen(Follower(store.instances, store.listen), record) == [*range(1, revisions + 2)]
 
 
-async def test_a_log_longer_than_one_reading_is_seen_whole(store: Store, record: Instance) -> None:
+async def test_a_log_longer_than_one_read_is_seen_completely(store: Store, record: Instance) -> None:
     await moved(store, record, HISTORY_N + 2, ended=True)
     assert await seen(Follower(store.instances, store.listen), record) == [*range(1, HISTORY_N + 3)]
 
 
-# ---- many at once
+# ---- many followers
 
 
 class Readings:
-    """Counts what is read of logs, and can hold back what was read."""
+    """Counts the reads of logs and can hold back their results."""
 
     def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -190,11 +188,11 @@ class Readings:
     async def _read(self, instance: Instance, after: str = "0") -> list[tuple[str, Instance]]:
         self.count += 1
         passing = self.passing
-        found = await self._history(instance, after)
+        entries = await self._history(instance, after)
         if not passing.is_set():
             self.held.set()
         await passing.wait()
-        return found
+        return entries
 
 
 @pytest.fixture
@@ -202,7 +200,7 @@ def readings(store: Store, monkeypatch: pytest.MonkeyPatch) -> Readings:
     return Readings(store, monkeypatch)
 
 
-async def test_many_followers_that_are_woken_together_read_once_and_all_see_everything(
+async def test_followers_woken_together_share_one_read(
     store: Store, record: Instance, readings: Readings, follower: Follower, channel: Channel
 ) -> None:
     following = [asyncio.create_task(seen(follower, record)) for _ in range(200)]
@@ -213,27 +211,25 @@ async def test_many_followers_that_are_woken_together_read_once_and_all_see_ever
     await store.instances.commit(last, last.after(Event.EXPIRE))
     channel.send(record.id)
     assert await asyncio.gather(*following) == [[*range(1, 7)]] * 200
-    assert readings.count <= 6, "three times there was something to read"
+    assert readings.count <= 6, "there was something to read three times"
 
 
-async def test_followers_of_different_loads_or_from_different_entries_do_not_share(
-    store: Store, record: Instance
-) -> None:
+async def test_followers_of_different_loads_or_entries_do_not_share(store: Store, record: Instance) -> None:
     other = await store.instances.create(msgspec.structs.replace(record, id="load_2", instance_id=""))
     await moved(store, record, 6, ended=True)
     await moved(store, other, 3, ended=True)
     entries = [entry for entry, _ in await store.instances.history(record)]
     follower = Follower(store.instances, store.listen)
-    found = await asyncio.gather(
+    revisions = await asyncio.gather(
         seen(follower, record), seen(follower, other), seen(follower, record, entries[3]), seen(follower, record)
     )
-    assert (*found,) == ([1, 2, 3, 4, 5, 6], [1, 2, 3], [5, 6], [1, 2, 3, 4, 5, 6])
+    assert (*revisions,) == ([1, 2, 3, 4, 5, 6], [1, 2, 3], [5, 6], [1, 2, 3, 4, 5, 6])
 
 
-async def test_whoever_comes_while_something_older_is_read_does_not_get_that(
+async def test_a_later_follower_does_not_share_an_earlier_read(
     store: Store, record: Instance, readings: Readings, follower: Follower, channel: Channel
 ) -> None:
-    """It would sleep until the recheck on what it could have seen at once."""
+    """With the earlier result it would wait until the recheck for a revision that exists already."""
     readings.passing.clear()
     early = asyncio.create_task(seen(follower, record))
     async with asyncio.timeout(DEADLINE_S):
@@ -248,10 +244,10 @@ async def test_whoever_comes_while_something_older_is_read_does_not_get_that(
     assert await early == [1, 2]
 
 
-async def test_a_follower_that_goes_away_while_several_read_disturbs_nobody(
+async def test_a_cancelled_follower_does_not_affect_the_others(
     store: Store, record: Instance, readings: Readings
 ) -> None:
-    """Whichever it is: also the one that began the reading."""
+    """One of the cancelled followers is the one that started the read."""
     await moved(store, record, 3, ended=True)
     follower = Follower(store.instances, store.listen)
     readings.passing.clear()
@@ -267,12 +263,12 @@ async def test_a_follower_that_goes_away_while_several_read_disturbs_nobody(
     readings.passing.set()
     assert await asyncio.gather(*following) == [[1, 2, 3]] * 3
     assert readings.count == 1
-    assert not follower.followed, "nothing is kept of followers that are gone"
+    assert not follower.followed, "no state is kept for followers that are gone"
     assert await seen(follower, record) == [1, 2, 3]
-    assert readings.count == 2, "nor of what they read"
+    assert readings.count == 2, "and no result of their read"
 
 
-async def test_where_redis_fails_in_a_shared_reading_all_are_told_and_the_next_one_reads_again(
+async def test_a_failed_shared_read_fails_all_and_is_not_kept(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await moved(store, record, 3, ended=True)
@@ -284,6 +280,6 @@ async def test_where_redis_fails_in_a_shared_reading_all_are_told_and_the_next_o
 
     with monkeypatch.context() as patched:
         patched.setattr(store.instances, "history", fail)
-        found = await asyncio.gather(*(seen(follower, record) for _ in range(5)), return_exceptions=True)
-    assert [type(one) for one in found] == [RedisConnectionError] * 5
+        outcomes = await asyncio.gather(*(seen(follower, record) for _ in range(5)), return_exceptions=True)
+    assert [type(one) for one in outcomes] == [RedisConnectionError] * 5
     assert await seen(follower, record) == [1, 2, 3]

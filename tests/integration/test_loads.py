@@ -1,4 +1,4 @@
-"""Choosing a worker, on a real Redis."""
+"""Submitting loads on a real Redis: the choice of a worker, and Retry-After of a full queue."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def alive(store: Store, name: str, model: Model, residents: int = 0, devic
     )
 
 
-def made(store: Store, settings: Settings, roster: Roster | None = None) -> Intake:
+def intake_of(store: Store, settings: Settings, roster: Roster | None = None) -> Intake:
     roster = roster or Roster(store.workers, settings)
     limits = settings.worker_queue_limit, settings.queue_limit
     return Intake(roster, store.instances, Records(store.instances), at_most=limits)
@@ -42,41 +42,41 @@ def made(store: Store, settings: Settings, roster: Roster | None = None) -> Inta
 
 @pytest.fixture
 def intake(store: Store) -> Intake:
-    return made(store, Settings())
+    return intake_of(store, Settings())
 
 
-async def test_loads_at_once_are_spread_over_the_workers(store: Store, intake: Intake) -> None:
-    """Snapshots are up to a beat old: what was placed since then counts too."""
+async def test_concurrent_loads_are_spread_over_the_workers(store: Store, intake: Intake) -> None:
+    """Snapshots are up to a beat old: later placements count too."""
     for name in ("w", "another"):
         await alive(store, name, MODEL)
     placed = [(await intake.submit(LoadRequest(model="p/m"))).worker for _ in range(6)]
     assert Counter(placed) == {"w": 3, "another": 3}
 
 
-async def test_the_worker_that_holds_least_is_chosen(store: Store, intake: Intake) -> None:
+async def test_the_worker_with_the_fewest_residents_is_chosen(store: Store, intake: Intake) -> None:
     await alive(store, "another", MODEL, residents=2)
     await alive(store, "w", MODEL, residents=1)
     assert (await intake.submit(LoadRequest(model="p/m"))).worker == "w"
 
 
-async def test_a_worker_that_can_read_the_file_is_chosen_over_one_that_cannot(store: Store, intake: Intake) -> None:
+async def test_a_worker_with_a_readable_file_is_preferred(store: Store, intake: Intake) -> None:
     await alive(store, "another", BROKEN)
     await alive(store, "w", MODEL, residents=9)
     assert (await intake.submit(LoadRequest(model="p/m"))).worker == "w"
 
 
-async def test_a_file_that_no_worker_can_read_is_refused_with_the_reason(store: Store, intake: Intake) -> None:
+async def test_a_file_unreadable_on_all_workers_is_refused(store: Store, intake: Intake) -> None:
     await alive(store, "w", BROKEN)
     with pytest.raises(LoadFailed, match="why"):
         await intake.submit(LoadRequest(model="p/m"))
     assert await store.instances.live() == []
 
 
-# ---- when to come back
+# ---- Retry-After
 
 
 def departed(raw: redis.Redis, queue: str, seconds_ago: float) -> None:
-    """Have a load leave a queue so long ago: that is its pace."""
+    """Record that a load left a queue so long ago, which determines the rate of the queue."""
     raw.rpush(queue, round((time.time() - seconds_ago) * 1e6))
 
 
@@ -86,22 +86,22 @@ async def retry_after_s(intake: Intake) -> int | None:
     return refused.value.retry_after_s
 
 
-@pytest.mark.parametrize("paces_s", [*permutations((9.1, 19.1, 29.1))])
-async def test_of_full_workers_the_first_to_have_room_counts(
-    store: Store, raw: redis.Redis, paces_s: tuple[float, ...]
+@pytest.mark.parametrize("ages_s", [*permutations((9.1, 19.1, 29.1))])
+async def test_the_shortest_retry_after_of_full_workers_counts(
+    store: Store, raw: redis.Redis, ages_s: tuple[float, ...]
 ) -> None:
-    """In whatever order they are asked: the one that holds least comes first."""
-    intake = made(store, Settings(worker_queue_limit=1))
+    """The order of the workers, by residents, does not matter."""
+    intake = intake_of(store, Settings(worker_queue_limit=1))
     names = ("a", "b", "c")
-    for residents, (name, pace_s) in enumerate(zip(names, paces_s, strict=True)):
+    for residents, (name, age_s) in enumerate(zip(names, ages_s, strict=True)):
         await alive(store, name, MODEL, residents)
-        departed(raw, f"pace:{name}", pace_s)
+        departed(raw, f"pace:{name}", age_s)
     assert {(await intake.submit(LoadRequest(model="p/m"))).worker for _ in names} == {*names}
     assert await retry_after_s(intake) == 10
 
 
-async def test_a_full_pool_counts_beside_a_full_worker(store: Store, raw: redis.Redis) -> None:
-    intake = made(store, Settings(worker_queue_limit=1, queue_limit=1))
+async def test_the_retry_after_of_a_full_pool_counts_too(store: Store, raw: redis.Redis) -> None:
+    intake = intake_of(store, Settings(worker_queue_limit=1, queue_limit=1))
     for residents, name in enumerate(("a", "b")):
         await alive(store, name, MODEL, residents)
     departed(raw, "pace:a", 19.1)
@@ -110,22 +110,22 @@ async def test_a_full_pool_counts_beside_a_full_worker(store: Store, raw: redis.
     assert await retry_after_s(intake) == 10
 
 
-async def test_a_worker_that_is_full_in_the_second_round_counts(store: Store, raw: redis.Redis) -> None:
-    """The first round asks a worker that has just gone, the second one that has just come."""
+async def test_a_worker_full_in_the_second_round_counts(store: Store, raw: redis.Redis) -> None:
+    """The first round tries a worker that has just left, the second a worker that has just joined."""
     roster = Roster(store.workers, Settings())
-    intake = made(store, Settings(worker_queue_limit=1), roster)
+    intake = intake_of(store, Settings(worker_queue_limit=1), roster)
     await alive(store, "gone", MODEL)
     await roster.refresh()
     await store.workers.release("gone", "e")
     await alive(store, "w", MODEL)
     departed(raw, "pace:w", 9.1)
-    assert (await made(store, Settings()).submit(LoadRequest(model="p/m"))).worker == "w"
+    assert (await intake_of(store, Settings()).submit(LoadRequest(model="p/m"))).worker == "w"
     assert await retry_after_s(intake) == 10
 
 
-async def test_a_full_worker_with_the_only_device_is_no_invalid_value(store: Store, raw: redis.Redis) -> None:
-    """Its devices exist, also while it takes nothing; the other worker has none of them, and is not asked."""
-    intake = made(store, Settings(worker_queue_limit=1))
+async def test_a_device_of_a_full_worker_is_a_valid_value(store: Store, raw: redis.Redis) -> None:
+    """The device exists although its worker is full; the other worker does not have it and is not tried."""
+    intake = intake_of(store, Settings(worker_queue_limit=1))
     request = LoadRequest(model="p/m", gpu=GPURequest(devices=["GPU-1"]))
     await alive(store, "w", MODEL, devices=[device("GPU-1")])
     await alive(store, "another", MODEL, devices=[device("GPU-2")])
@@ -139,7 +139,7 @@ async def test_a_full_worker_with_the_only_device_is_no_invalid_value(store: Sto
 async def test_a_device_that_no_worker_has_is_an_invalid_value(store: Store) -> None:
     await alive(store, "w", MODEL, devices=[device("GPU-1")])
     with pytest.raises(InvalidValue, match="'GPU-9'"):
-        await made(store, Settings()).submit(LoadRequest(model="p/m", gpu=GPURequest(devices=["GPU-1", "GPU-9"])))
+        await intake_of(store, Settings()).submit(LoadRequest(model="p/m", gpu=GPURequest(devices=["GPU-1", "GPU-9"])))
 
 
 def device(id_: str) -> Device:

@@ -1,4 +1,4 @@
-"""Where memory is too short, whoever is the one to say so: its load fails with the numbers, and nothing else does."""
+"""Insufficient memory, detected at any stage, fails only its load, with numbers in the error."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 20.0
 until = partial(waiting.until, within_s=DEADLINE_S)
-EPOCH = "e"  # of the lease that "w" holds
+EPOCH = "e"  # of the lease of "w"
 MIB = 1 << 20
 SMALL, LONG, WIDE = "p/small", "p/long", "p/wide"
 LONG_TOKENS = MIB // 4
-KV_BYTES = LONG_TOKENS << 10  # of LONG's cache; it needs as much again to compute with
+KV_BYTES = LONG_TOKENS << 10  # of the cache of LONG; the compute buffer is as large again
 
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that fits anywhere, one with a context that does not, and one with weights that do not."""
+    """A model that fits anywhere, a model with a large context, and a model with large weights."""
     root = tmp_path_factory.mktemp("models")
     tiny_llama(root / f"{SMALL}/m.gguf")
     tiny_llama(root / f"{LONG}/m.gguf", metadata={"llama.context_length": LONG_TOKENS})
@@ -63,11 +63,11 @@ def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture
 async def agent(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Agent]:
-    """Worker "w"; nothing moves in it but what a test asks for."""
-    made = Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path), store, EPOCH)
-    await made.publish([*models.values()])
-    yield made
-    await ended(made)
+    """Worker "w", which acts only when a test calls it."""
+    created = Agent(Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path), store, EPOCH)
+    await created.publish([*models.values()])
+    yield created
+    await ended(created)
 
 
 async def ended(agent: Agent) -> None:
@@ -77,7 +77,7 @@ async def ended(agent: Agent) -> None:
 
 
 class Held:
-    """The instances of a test, and the processes that hold them."""
+    """The instances of a test and their runners."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
@@ -85,7 +85,7 @@ class Held:
         self.number = 0
 
     async def warm(self) -> Runner:
-        """The runner that the next load will take."""
+        """Return the runner that the next load will take."""
         async with asyncio.timeout(DEADLINE_S):
             await self.agent.warm()
         assert self.agent.runners.coming is not None
@@ -94,7 +94,7 @@ class Held:
     async def begun(self, key: str, context_length: int) -> str:
         self.number += 1
         model = self.agent.models[key]
-        made = await self.agent.store.instances.create(
+        created = await self.agent.store.instances.create(
             Instance(
                 id=f"load_{self.number}",
                 model=key,
@@ -105,16 +105,16 @@ class Held:
                 total_size_bytes=model.size_bytes,
             )
         )
-        self.agent.deliver(made.id)
-        return made.id
+        self.agent.deliver(created.id)
+        return created.id
 
     async def record(self, id_: str) -> Instance:
-        found = await self.agent.store.instances.get(id_)
-        assert found is not None
-        return found
+        instance = await self.agent.store.instances.get(id_)
+        assert instance is not None
+        return instance
 
     async def outcome(self, id_: str) -> Instance:
-        """The record once the load is over."""
+        """Return the record once the load is over."""
 
         async def is_over() -> bool:
             return (await self.record(id_)).state in TERMINAL | {State.LOADED}
@@ -124,26 +124,28 @@ class Held:
 
     async def loaded(self, key: str = SMALL, context_length: int = 256) -> Instance:
         runner = await self.warm()
-        found = await self.outcome(await self.begun(key, context_length))
-        assert found.state is State.LOADED, found.error
-        self.runners[found.id] = runner
-        return found
+        instance = await self.outcome(await self.begun(key, context_length))
+        assert instance.state is State.LOADED, instance.error
+        self.runners[instance.id] = runner
+        return instance
 
     async def refused(self, key: str, context_length: int, words: str = "") -> tuple[Instance, dict[str, Any]]:
-        """A load that memory is too short for: its record, and what its error holds for machines."""
+        """Start a load without enough memory; return its record and the detail of its error."""
         runner = await self.warm()
-        found = await self.outcome(await self.begun(key, context_length))
-        return found, self.check_short(found, runner, words)
+        instance = await self.outcome(await self.begun(key, context_length))
+        return instance, self.check_short(instance, runner, words)
 
-    def check_short(self, found: Instance, runner: Runner, words: str) -> dict[str, Any]:
-        assert found.state is State.FAILED
-        assert found.error is not None
-        assert (found.error.type, found.error.code) == ("model_load_failed", "insufficient_memory"), found.error
-        assert words in found.error.message
-        assert " needed, " in found.error.message
+    def check_short(self, instance: Instance, runner: Runner, words: str) -> dict[str, Any]:
+        assert instance.state is State.FAILED
+        assert instance.error is not None
+        assert (instance.error.type, instance.error.code) == ("model_load_failed", "insufficient_memory"), (
+            instance.error
+        )
+        assert words in instance.error.message
+        assert " needed, " in instance.error.message
         assert is_gone(runner.pid)
-        assert isinstance(found.error.detail, dict)
-        detail: dict[str, Any] = found.error.detail
+        assert isinstance(instance.error.detail, dict)
+        detail: dict[str, Any] = instance.error.detail
         assert detail.keys() >= {"needed_bytes", "devices"}
         assert isinstance(detail["needed_bytes"], int)
         assert detail["needed_bytes"] > 0
@@ -153,7 +155,7 @@ class Held:
         return detail
 
     async def check_untouched(self) -> None:
-        """What was loaded is, and by the same process."""
+        """Check that the loaded instances are still loaded, by the same runners."""
         for id_, runner in self.runners.items():
             assert (await self.record(id_)).state is State.LOADED
             assert not is_gone(runner.pid)
@@ -161,58 +163,57 @@ class Held:
 
 @pytest.fixture
 async def held(agent: Agent) -> AsyncIterator[Held]:
-    """With one instance that is loaded, and stays so whatever a test does."""
-    made = Held(agent)
-    await made.loaded()
-    yield made
-    await made.check_untouched()
+    """One loaded instance, which must still be loaded after the test."""
+    instances = Held(agent)
+    await instances.loaded()
+    yield instances
+    await instances.check_untouched()
 
 
 # ---- address space
 
 
 def size_of(runner: Runner) -> int:
-    """The address space of a process, in bytes."""
+    """Return the address space of a process in bytes."""
     return int(Path(f"/proc/{runner.pid}/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def check_host(device: dict[str, Any], instances: list[str]) -> None:
-    """The numbers of a machine whose models are in its own memory."""
+    """Check the numbers of a machine without GPUs."""
     assert (device["id"], device["instances"]) == ("CPU", instances)
     assert device["total_bytes"] == host_memory().total_bytes
     assert 0 < device["free_bytes"] <= device["total_bytes"]
 
 
-async def test_a_limit_on_address_space_is_insufficient_memory_wherever_it_is_met(held: Held) -> None:
-    """From a runner that cannot even map its file, over one that has no room for the KV cache, to one that has no
-    room to compute, on which the engine aborts."""
+async def test_a_limit_on_address_space_is_insufficient_memory(held: Held) -> None:
+    """The limit is met at the mapping of the file, the KV cache, or the compute buffer, where the engine aborts."""
     for spare_mib in (0, 1, 8, 64, 280, 300):
         runner = await held.warm()
         limit = size_of(runner) + spare_mib * MIB
         resource.prlimit(runner.pid, resource.RLIMIT_AS, (limit, limit))
         _, detail = await held.refused(LONG, LONG_TOKENS)
         check_host(detail["devices"][0], [SMALL])
-        assert "largest_context_length" not in detail, "by what this host has free it is the one that did not fit"
+        assert "largest_context_length" not in detail, "by the free memory of the host this context fits"
         if spare_mib == 64:
-            assert detail["needed_bytes"] == KV_BYTES, "what it asked for in vain"
+            assert detail["needed_bytes"] == KV_BYTES, "the size of the refused allocation"
         await held.check_untouched()
-    await held.loaded(LONG, 256)  # nothing is remembered of it
+    await held.loaded(LONG, 256)  # the refusals leave no trace
 
 
 # ---- the kernel's out-of-memory killer
 
 
 class Cgroup:
-    """A memory cgroup within our own, with room for next to nothing.  Raises OSError where none can be made."""
+    """A small memory cgroup within the cgroup of this process.  Raises OSError if it cannot be created."""
 
     def __init__(self) -> None:
         within, limit, swap = self._place()
         self.folder = within / f"loadstone-{os.getpid()}"
         self.folder.mkdir()
         try:
-            (self.folder / "cgroup.procs").read_text()  # or it is a folder like any other
+            (self.folder / "cgroup.procs").read_text()  # fails if this is not a cgroup file system
             (self.folder / limit).write_text(str(32 * MIB))
-            with contextlib.suppress(OSError):  # where swap is not accounted for
+            with contextlib.suppress(OSError):  # swap accounting may be off
                 (self.folder / swap).write_text("0" if swap == "memory.swap.max" else str(32 * MIB))
         except OSError:
             self.folder.rmdir()
@@ -220,7 +221,7 @@ class Cgroup:
 
     @staticmethod
     def _place() -> tuple[Path, str, str]:
-        """Our own cgroup, and the names of the limits of memory, and of swap: of version 1 where it has them."""
+        """Return the cgroup of this process and its limit files of memory and swap, of version 1 if it has memory."""
         root = Path("/sys/fs/cgroup")
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
         ours = {controller: path[1:] for _, controllers, path in lines for controller in controllers.split(",")}
@@ -229,7 +230,7 @@ class Cgroup:
         return root / ours.get("", ""), "memory.max", "memory.swap.max"
 
     async def strike(self, held: Held, runner: Runner) -> str:
-        """A load whose runner takes too much, and the kernel kills it."""
+        """Start a load that exceeds the limit of its runner, so that the kernel kills it."""
         (self.folder / "cgroup.procs").write_text(str(runner.pid))
         before = oom_kills()
         id_ = await held.begun(LONG, LONG_TOKENS)
@@ -241,8 +242,8 @@ class Cgroup:
         self.folder.rmdir()
 
 
-class Pretence:
-    """Where this machine lets us make no cgroup: a kill as the kernel's, and its counter one further."""
+class SimulatedKill:
+    """Stands in for a cgroup that cannot be created: kills the runner and increments the kernel's counter."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.monkeypatch = monkeypatch
@@ -251,10 +252,10 @@ class Pretence:
         await freeze(runner)
         id_ = await held.begun(LONG, LONG_TOKENS)
 
-        async def is_in_its_load() -> bool:
+        async def is_loading() -> bool:
             return (await held.record(id_)).phase is not None
 
-        await until(is_in_its_load, "it is loading")
+        await until(is_loading, "the instance is loading")
         self.monkeypatch.setattr(worker.instance, "oom_kills", lambda: oom_kills() + 1)
         os.kill(runner.pid, signal.SIGKILL)
         return id_
@@ -264,22 +265,20 @@ class Pretence:
 
 
 @pytest.fixture
-def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cgroup | Pretence]:
-    made: Cgroup | Pretence
+def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cgroup | SimulatedKill]:
+    chosen: Cgroup | SimulatedKill
     try:
-        made = Cgroup()
+        chosen = Cgroup()
     except OSError:
-        made = Pretence(monkeypatch)
-    yield made
-    made.close()
+        chosen = SimulatedKill(monkeypatch)
+    yield chosen
+    chosen.close()
 
 
-async def test_a_runner_that_the_kernel_kills_for_want_of_memory_did_not_crash(
-    killer: Cgroup | Pretence, held: Held
-) -> None:
+async def test_an_out_of_memory_kill_is_insufficient_memory(killer: Cgroup | SimulatedKill, held: Held) -> None:
     runner = await held.warm()
-    found = await held.outcome(await killer.strike(held, runner))
-    detail = held.check_short(found, runner, "the kernel's OOM killer terminated the engine")
+    instance = await held.outcome(await killer.strike(held, runner))
+    detail = held.check_short(instance, runner, "the kernel's OOM killer terminated the engine")
     check_host(detail["devices"][0], [SMALL])
     await held.loaded(LONG, 256)
 
@@ -290,9 +289,9 @@ GPU, GPU_BYTES, ROOM_BYTES = "GPU-fake-0", 64 * MIB, 11 * MIB // 2
 
 
 def on_a_gpu(directory: str, control: socket.socket, output: socket.socket, visible: str | None) -> None:
-    """What a runner does, on a machine with one small GPU that is none; of that, somebody else takes all but ROOM_BYTES
-    after the load was placed, and before it begins."""
-    from worker.engine import llama  # only here: the engine may be in the runner's process only
+    """Run as a runner on a host with one small fake GPU; another program takes all of its memory but ROOM_BYTES
+    between the placement of a load and its start."""
+    from worker.engine import llama  # only here: the engine may be imported in a runner only
 
     loaded: Any = llama.Loaded
     load_model = loaded._load_model
@@ -315,19 +314,19 @@ async def held_on_gpu(
     settings = Settings(worker_name="w", models_dir=models_dir, data_dir=tmp_path, device_reserve="0")
     agent = Agent(settings, store, EPOCH)
     await agent.publish([*models.values()])
-    made = Held(agent)
-    await made.loaded()
+    instances = Held(agent)
+    await instances.loaded()
     monkeypatch.setattr(worker.runner.warm, "run_child", partial(on_a_gpu, str(host.directory)))
-    await made.loaded()  # the runner that was warm before
-    yield made, host
-    await made.check_untouched()
+    await instances.loaded()  # uses the runner that was warm before
+    yield instances, host
+    await instances.check_untouched()
     await ended(agent)
 
 
-async def test_a_gpu_that_has_no_room_is_insufficient_memory_whatever_was_to_go_there(
+async def test_a_gpu_without_room_is_insufficient_memory(
     held_on_gpu: tuple[Held, FakeHost],
 ) -> None:
-    """Weights; the KV cache, beside which the weights were there; and buffers, beside which both were."""
+    """The GPU lacks room for the weights, for the KV cache after the weights, or for the buffers after both."""
     held, host = held_on_gpu
     others = [SMALL, f"{SMALL}:2"]
     used = host.used_bytes(GPU)
@@ -338,21 +337,23 @@ async def test_a_gpu_that_has_no_room_is_insufficient_memory_whatever_was_to_go_
     ):
         host.release(GPU)
         await held.agent.placer.look()
-        found, detail = await held.refused(key, context_length, "failed to allocate CUDA0 buffer of size ")
-        assert f"of size {detail['needed_bytes']}: " in str(found.error)
-        assert what in (await held.agent.store.instances.engine_log(found.id) or b"").decode(), "where it was refused"
+        instance, detail = await held.refused(key, context_length, "failed to allocate CUDA0 buffer of size ")
+        assert f"of size {detail['needed_bytes']}: " in str(instance.error)
+        assert what in (await held.agent.store.instances.engine_log(instance.id) or b"").decode(), (
+            "the refused allocation is in the engine log"
+        )
         device = detail["devices"][0]
         assert (device["id"], device["total_bytes"], device["instances"]) == (GPU, GPU_BYTES, others)
-        assert device["free_bytes"] == ROOM_BYTES, "as it was then, and with all that was taken in vain given back"
+        assert device["free_bytes"] == ROOM_BYTES, "the free memory at the refusal, without the failed load"
         assert device["available_bytes"] == ROOM_BYTES
         assert device["used_by_others_bytes"] == GPU_BYTES - ROOM_BYTES - used
         await held.check_untouched()
-        assert (detail["largest_context_length"] is None) == (key == WIDE), "no context is small enough for its weights"
+        assert (detail["largest_context_length"] is None) == (key == WIDE), "no context fits beside the weights of WIDE"
     largest: int = detail["largest_context_length"]
     assert (await held.loaded(LONG, largest)).devices == [GPU]
 
 
-async def test_what_has_no_room_is_handed_back_before_a_byte_is_read(held_on_gpu: tuple[Held, FakeHost]) -> None:
+async def test_a_load_without_room_is_refused_before_it_starts(held_on_gpu: tuple[Held, FakeHost]) -> None:
     held, host = held_on_gpu
     host.take(GPU, host.free_bytes(GPU) - ROOM_BYTES)
     runner = await held.warm()
@@ -362,15 +363,15 @@ async def test_what_has_no_room_is_handed_back_before_a_byte_is_read(held_on_gpu
         return (await held.record(id_)).refused == ["w"]
 
     await until(is_refused, "refused")
-    found = await held.record(id_)
-    assert (found.state, found.attempt, found.started_at, found.devices) == (State.QUEUED, 1, None, [])
-    assert found.refusal is not None
-    assert found.refusal.code == "insufficient_memory"
-    assert isinstance(found.refusal.detail, dict)
-    largest: Any = found.refusal.detail["largest_context_length"]
+    instance = await held.record(id_)
+    assert (instance.state, instance.attempt, instance.started_at, instance.devices) == (State.QUEUED, 1, None, [])
+    assert instance.refusal is not None
+    assert instance.refusal.code == "insufficient_memory"
+    assert isinstance(instance.refusal.detail, dict)
+    largest: Any = instance.refusal.detail["largest_context_length"]
     assert 256 <= largest < 8192
-    assert not is_gone(runner.pid), "the runner waits for the next"
+    assert not is_gone(runner.pid), "the runner waits for the next load"
     await held.agent.reconciler.reconcile()
-    assert id_ not in held.agent.residents, "it is not taken again"
+    assert id_ not in held.agent.residents, "the worker does not claim the load again"
     assert (await held.loaded(LONG, largest)).devices == [GPU]
     assert (await held.record(id_)).refused == ["w"]

@@ -1,4 +1,4 @@
-"""A runner that says anything at any time: no runner is left without an owner, and no memory without a runner."""
+"""Any message of a runner in any phase leaves no runner without an owner and no reserved memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MESSAGES: list[Received] = [
     None,
 ]
 IN_TURN: dict[Phase, set[type]] = {
-    "warm": {Progress, Ready, Failed},  # read as the first answer to the load that takes it
+    "warm": {Progress, Ready, Failed},  # read as the first answer to the load that takes the runner
     "measuring": {Measured, Failed},
     "loading": {Progress, Ready, Failed},
     "loaded": set(),
@@ -62,31 +62,31 @@ def name(value: object) -> str:
     return value if isinstance(value, str) else type(value).__name__
 
 
-def test_every_message_of_the_protocol_is_tried() -> None:
+def test_the_table_covers_every_message_of_the_protocol() -> None:
     assert {*get_args(FromRunner)} <= {type(message) for message in MESSAGES}
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=name)
 @pytest.mark.parametrize("phase", get_args(Phase))
-async def test_any_message_in_any_phase_leaves_nothing(
+async def test_any_message_in_any_phase_leaves_nothing_behind(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, phase: Phase, message: Received
 ) -> None:
     runner = await warm(agent)
     engine = Engine(runner, monkeypatch)
-    said = ready(agent) if isinstance(message, Ready) else message
+    sent = ready(agent) if isinstance(message, Ready) else message
     if phase == "measuring":
         monkeypatch.setattr(agent.placer, "is_unsure", lambda _: True)
     if phase == "warm":
-        engine.says(said)
+        engine.says(sent)
     id_ = await delivered(agent)
     if phase == "loaded":
         engine.says(ready(agent))
         await reached(agent, id_, State.LOADED)
     elif phase != "warm":
-        await until_told(agent, id_)
+        await wait_for_runner(agent, id_)
     if phase != "warm":
-        engine.says(said)
-    engine.says(None)  # after an answer in turn it goes on until the runner dies
+        engine.says(sent)
+    engine.says(None)  # after an expected answer the instance lives until its runner dies
     await released(agent, id_)
 
     ended = await record(agent, id_)
@@ -100,14 +100,14 @@ async def test_any_message_in_any_phase_leaves_nothing(
         assert "an unexpected message" in ended.error.message
 
 
-async def until_told(agent: Agent, id_: str) -> None:
+async def wait_for_runner(agent: Agent, id_: str) -> None:
     """Wait until a load has its runner."""
     reservations = agent.placer.ledger.reservations
-    await until(lambda: id_ in reservations and reservations[id_].pid is not None, "it has its runner")
+    await until(lambda: id_ in reservations and reservations[id_].pid is not None, "the load has its runner")
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=name)
-async def test_any_message_to_a_dry_run_leaves_nothing(
+async def test_any_message_in_a_dry_run_leaves_nothing_behind(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, message: Received
 ) -> None:
     runner = await warm(agent)
@@ -119,18 +119,18 @@ async def test_any_message_to_a_dry_run_leaves_nothing(
     assert is_gone(runner.pid)
 
 
-# ---- frames that are no message
+# ---- frames that are not messages
 
 
 def garbled(control: socket.socket, output: socket.socket, visible: str | None) -> None:
-    """What a runner does whose memory was overwritten: it is warm, and its next frame is noise."""
+    """Run as a runner with corrupted memory: after Warm it sends a frame that is not a message."""
     control.sendall(frame(Warm(False)))
     control.recv(LENGTH.size)  # a load
     control.sendall(LENGTH.pack(3) + b"\xc1\xc1\xc1")
     threading.Event().wait()
 
 
-async def test_noise_from_a_runner_ends_it_and_its_load(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreadable_frame_ends_the_runner_and_its_load(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.runner.warm, "run_child", garbled)
     runner: Runner = await warm(agent)
     id_ = await delivered(agent)

@@ -1,4 +1,4 @@
-"""Whatever is loaded, unloaded and filled in whatever order: the pool model says what is asserted, and how."""
+"""Random sequences of loads and unloads in a simulated pool; `tests.simulation` has the assertions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from tests.simulation.poolmodel import Play, play, plays
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)  # the same ones each time; `make soak` has others
+@settings(max_examples=200, deadline=None, derandomize=True)  # the same sequences each time; `make soak` has others
 @given(plays)
-def test_no_sequence_overbooks_a_gpu_evicts_in_vain_or_refuses_what_fits(found: Play) -> None:
-    play(found)
+def test_no_sequence_overbooks_or_refuses_a_load_that_fits(sequence: Play) -> None:
+    play(sequence)

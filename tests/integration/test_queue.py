@@ -1,4 +1,4 @@
-"""Deliveries on a real Redis: fast by notification, right without one, and never unpickled."""
+"""Deliveries on a real Redis: fast by notification, complete without it, and never unpickled."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ from worker.agent import Agent
 from worker.timing import Timing
 
 DEADLINE_S = 10.0
-FAST_S = 0.5  # far below the fallback's 1 s, far above the few milliseconds that it takes
+FAST_S = 0.5  # far below the fallback of 1 s, far above the usual few milliseconds
 MODEL = Model(key="p/m", base="p/m", variant="", shards=["p/m/m.gguf"], max_context_length=512)
 
 
 class Recording(Agent):
-    """An agent that only writes down what it is given."""
+    """An agent that only records its deliveries and stop requests."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(Settings(worker_name="w"), store, "e", timing=Timing(beat_s=0.02))
         self.delivered: list[str] = []
-        self.wished: list[str] = []
-        self.something = asyncio.Event()
+        self.stopped: list[str] = []
+        self.recorded = asyncio.Event()
 
     def deliver(self, id_: str, not_before: float = 0.0) -> None:
         self.delivered.append(id_)
-        self.something.set()
+        self.recorded.set()
 
     def stop(self, id_: str) -> None:
-        self.wished.append(id_)
-        self.something.set()
+        self.stopped.append(id_)
+        self.recorded.set()
 
     async def until(self, *ids: str) -> None:
-        """Wait until all of `ids` were delivered."""
+        """Wait until all of `ids` are delivered."""
         async with asyncio.timeout(DEADLINE_S):
             while not set(ids) <= {*self.delivered}:
-                self.something.clear()
-                await self.something.wait()
+                self.recorded.clear()
+                await self.recorded.wait()
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def agent(store: Store) -> Recording:
 
 @pytest.fixture
 async def intake(store: Store) -> Intake:
-    """The API's side, with one live worker that has a model."""
+    """An intake with one live worker that has a model."""
     digest = await store.workers.publish_catalog("w", [MODEL], "e")
     await store.workers.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest or "", residents=0))
     roster = Roster(store.workers, Settings())
@@ -79,27 +79,27 @@ async def intake(store: Store) -> Intake:
 
 @pytest.fixture
 def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a notification nothing is looked at any more."""
+    """Make deliveries depend on notifications."""
     monkeypatch.setattr(worker.deliveries, "FALLBACK_S", 3600.0)
 
 
 @pytest.fixture
 async def working(store: Store, agent: Recording, raw: redis.Redis) -> AsyncIterator[None]:
-    """arq and the wake channel, as a worker runs them, from when they listen."""
+    """arq and the wake channel as in a worker, once they listen."""
     task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
     async with asyncio.timeout(DEADLINE_S):
         while not listeners(raw):
             assert not task.done()
             await asyncio.sleep(0.005)
     yield
-    assert not task.done(), "nothing ends the loop but its end"
+    assert not task.done(), "only a cancellation ends the loop"
     await end(task)
 
 
 async def end(task: asyncio.Task[None]) -> None:
     task.cancel()
     done, _ = await asyncio.wait({task}, timeout=DEADLINE_S)
-    assert done, "it went on after its cancellation"
+    assert done, "the task did not end after its cancellation"
 
 
 async def submit(intake: Intake) -> Instance:
@@ -116,108 +116,108 @@ def is_over(raw: redis.Redis, entry: str) -> bool:
 
 
 def kill_connections(raw: redis.Redis) -> None:
-    """All but our own."""
+    """Close all connections except that of `raw`."""
     for kind in ("normal", "pubsub"):
         raw.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")  # type: ignore[no-untyped-call]
 
 
-# ---- by notification
+# ---- with notifications
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
 async def test_a_load_is_delivered_at_once(intake: Intake, agent: Recording) -> None:
     for _ in range(5):
         began = time.monotonic()
-        made = await submit(intake)
-        await agent.until(made.id)
+        submitted = await submit(intake)
+        await agent.until(submitted.id)
         assert time.monotonic() - began < FAST_S
     assert len(agent.delivered) == 5
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
-async def test_many_at_once_are_all_delivered_once(intake: Intake, agent: Recording, raw: redis.Redis) -> None:
-    made = await asyncio.gather(*(submit(intake) for _ in range(50)))
-    await agent.until(*(one.id for one in made))
-    assert sorted(agent.delivered) == sorted(one.id for one in made)
-    theirs = [f"arq:{kind}:{one.id}:1" for one in made for kind in ("job", "result", "in-progress")]
-    await until(lambda: raw.exists(*theirs) == 0, "nothing of arq's is left")
+async def test_concurrent_loads_are_each_delivered_once(intake: Intake, agent: Recording, raw: redis.Redis) -> None:
+    submitted = await asyncio.gather(*(submit(intake) for _ in range(50)))
+    await agent.until(*(one.id for one in submitted))
+    assert sorted(agent.delivered) == sorted(one.id for one in submitted)
+    arq_keys = [f"arq:{kind}:{one.id}:1" for one in submitted for kind in ("job", "result", "in-progress")]
+    await until(lambda: raw.exists(*arq_keys) == 0, "no key of arq is left")
     assert raw.zcard(keys.queue("w")) == 0
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_what_was_queued_before_the_worker_came_is_delivered(
+async def test_a_load_queued_before_the_worker_starts_is_delivered(
     store: Store, intake: Intake, agent: Recording
 ) -> None:
-    made = await submit(intake)
+    submitted = await submit(intake)
     assert agent.delivered == []
     task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
-    await agent.until(made.id)
+    await agent.until(submitted.id)
     await end(task)
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
-async def test_a_wish_reaches_the_agent(store: Store, intake: Intake, agent: Recording) -> None:
-    made = await submit(intake)
-    await agent.until(made.id)
-    assert await store.instances.request_stop(made.id)
+async def test_a_stop_request_reaches_the_agent(store: Store, intake: Intake, agent: Recording) -> None:
+    submitted = await submit(intake)
+    await agent.until(submitted.id)
+    assert await store.instances.request_stop(submitted.id)
     async with asyncio.timeout(FAST_S):
-        while made.id not in agent.wished:
-            agent.something.clear()
-            await agent.something.wait()
+        while submitted.id not in agent.stopped:
+            agent.recorded.clear()
+            await agent.recorded.wait()
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_an_entry_that_is_queued_twice_is_delivered_once(store: Store, intake: Intake, agent: Recording) -> None:
-    made = await submit(intake)
-    again: dict[str, Any] = {"_job_id": f"{made.id}:1", "_queue_name": keys.queue("w"), "_expires": 3600}
-    assert await as_arq(store.redis).enqueue_job("load", made.id, **again) is None
+async def test_an_entry_queued_twice_is_delivered_once(store: Store, intake: Intake, agent: Recording) -> None:
+    submitted = await submit(intake)
+    again: dict[str, Any] = {"_job_id": f"{submitted.id}:1", "_queue_name": keys.queue("w"), "_expires": 3600}
+    assert await as_arq(store.redis).enqueue_job("load", submitted.id, **again) is None
     last = await submit(intake)
     task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
-    await agent.until(made.id, last.id)
+    await agent.until(submitted.id, last.id)
     await end(task)
-    assert agent.delivered.count(made.id) == 1
+    assert agent.delivered.count(submitted.id) == 1
 
 
 @pytest.mark.usefixtures("no_fallback")
-async def test_one_cancellation_ends_it_whenever_it_comes(store: Store, intake: Intake, agent: Recording) -> None:
-    """A worker that is told to stop waits for this before it drains: a cancellation that gets lost stops nothing."""
+async def test_a_cancellation_ends_deliveries_at_any_time(store: Store, intake: Intake, agent: Recording) -> None:
+    """A stopping worker waits for this end before it drains, so that a lost cancellation would block it."""
     for _ in range(5):
-        made = await submit(intake)
+        submitted = await submit(intake)
         task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
-        await agent.until(made.id)
+        await agent.until(submitted.id)
         await end(task)
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
-async def test_a_question_that_is_being_answered_is_not_asked_again_by_the_next_delivery(
+async def test_a_delivery_does_not_repeat_a_running_dry_run(
     store: Store, intake: Intake, agent: Recording, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, answer = [], asyncio.Event()
+    questions, answer = [], asyncio.Event()
 
-    async def sized(sizing: bytes) -> bytes:
-        asked.append(sizing)
+    async def answer_late(sizing: bytes) -> bytes:
+        questions.append(sizing)
         await answer.wait()
         return msgpack.encode(None)
 
-    monkeypatch.setattr(agent.dry_run, "answer", sized)
+    monkeypatch.setattr(agent.dry_run, "answer", answer_late)
     sizing = Sizing(request=LoadRequest(model="p/m"), key="p/m", gpus=[], layers=[])
     asking = asyncio.create_task(store.queue.sized("w", sizing))
     for _ in range(3):
-        made = await submit(intake)
-        await agent.until(made.id)
-        await until(partial(is_over, raw, f"{made.id}:1"), "arq has done with it")
-    assert raw.zcard(keys.queue("w")) == 1, "it is not given up for one that was begun too often"
+        submitted = await submit(intake)
+        await agent.until(submitted.id)
+        await until(partial(is_over, raw, f"{submitted.id}:1"), "arq has finished the entry")
+    assert raw.zcard(keys.queue("w")) == 1, "the dry run is not dropped after too many tries"
     answer.set()
     async with asyncio.timeout(DEADLINE_S):
         assert await asking is None
-    assert len(asked) == 1
+    assert len(questions) == 1
 
 
-# ---- right without one
+# ---- without notifications
 
 
 @pytest.mark.usefixtures("working")
-async def test_a_delivery_without_its_notification_arrives_a_fallback_later(store: Store, agent: Recording) -> None:
+async def test_a_delivery_without_notification_arrives_by_polling(store: Store, agent: Recording) -> None:
     record = await store.instances.create(Instance(**QUEUED))
     await as_arq(store.redis).enqueue_job("load", record.id, _job_id=record.id, _queue_name=keys.queue("w"))
     await agent.until(record.id)
@@ -233,46 +233,46 @@ QUEUED: dict[str, Any] = {
 }
 
 
-async def test_a_delivery_that_was_lost_is_found_by_the_beat(store: Store, agent: Recording) -> None:
+async def test_the_beat_finds_a_lost_delivery(store: Store, agent: Recording) -> None:
     """The API wrote the record and died before it could enqueue, or Redis lost the queue."""
-    mine = await store.instances.create(Instance(**QUEUED))
+    own = await store.instances.create(Instance(**QUEUED))
     await store.instances.create(Instance(**{**QUEUED, "id": "load_2", "worker": "another"}))
     beat = asyncio.create_task(agent.beat())
-    await agent.until(mine.id)
+    await agent.until(own.id)
     await end(beat)
-    assert set(agent.delivered) == {mine.id}
+    assert set(agent.delivered) == {own.id}
 
 
-# ---- when Redis drops everybody
+# ---- cut connections
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
-async def test_it_comes_back_by_itself_when_all_connections_are_cut(
+async def test_deliveries_continue_after_all_connections_are_cut(
     store: Store, intake: Intake, agent: Recording, raw: redis.Redis
 ) -> None:
     for _ in range(4):
         kill_connections(raw)
-        made = await submit(intake)
-        await agent.until(made.id)
+        submitted = await submit(intake)
+        await agent.until(submitted.id)
     kill_connections(raw)
-    await until(lambda: listeners(raw) > 0, "wishes are heard, too: the channel is open again")
-    await store.instances.request_stop(made.id)
+    await until(lambda: listeners(raw) > 0, "the channel of stop requests is open again")
+    await store.instances.request_stop(submitted.id)
     async with asyncio.timeout(DEADLINE_S):
-        while made.id not in agent.wished:
-            agent.something.clear()
-            await agent.something.wait()
+        while submitted.id not in agent.stopped:
+            agent.recorded.clear()
+            await agent.recorded.wait()
 
 
 @pytest.mark.usefixtures("no_fallback", "working")
-async def test_nothing_is_delivered_twice_or_lost_in_a_storm_of_cuts(
+async def test_no_load_is_lost_when_connections_are_cut_repeatedly(
     store: Store, intake: Intake, agent: Recording, raw: redis.Redis
 ) -> None:
-    """An arq job may be lost in a storm (its claim's reply never came); its record is not, and a beat finds it."""
-    made = []
+    """An arq job may be lost with the reply to its claim; its record is not, and the beat finds it."""
+    submitted = []
     for _ in range(10):
-        made.append(await submit(intake))
+        submitted.append(await submit(intake))
         kill_connections(raw)
-    missing = {one.id for one in made}
+    missing = {one.id for one in submitted}
     async with asyncio.timeout(DEADLINE_S):
         while not missing <= {*agent.delivered}:
             await agent.reconciler.reconcile()
@@ -281,20 +281,20 @@ async def test_nothing_is_delivered_twice_or_lost_in_a_storm_of_cuts(
     assert states == {State.QUEUED}
 
 
-# ---- what is in the queue
+# ---- entries of the queue
 
 
-async def test_nothing_in_the_queue_is_pickled(intake: Intake, raw: redis.Redis) -> None:
-    made = await submit(intake)
-    data = cast(bytes, raw.get(f"arq:job:{made.id}:1"))
+async def test_queue_entries_are_not_pickled(intake: Intake, raw: redis.Redis) -> None:
+    submitted = await submit(intake)
+    data = cast(bytes, raw.get(f"arq:job:{submitted.id}:1"))
     job = msgpack.decode(data)
-    assert (job["f"], job["a"], job["k"]) == ("load", [made.id], {})
+    assert (job["f"], job["a"], job["k"]) == ("load", [submitted.id], {})
     with pytest.raises(Exception, match="."):  # noqa: RUF043
         pickle.loads(data)
 
 
 class Crafted:
-    """Unpickling this makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -305,7 +305,7 @@ class Crafted:
 
 @pytest.mark.usefixtures("no_fallback", "working")
 @pytest.mark.parametrize("kind", ["pickle", "noise", "another function", "no arguments"])
-async def test_a_crafted_entry_runs_nothing_and_stops_nobody(
+async def test_a_crafted_entry_runs_nothing_and_blocks_no_other(
     store: Store, intake: Intake, agent: Recording, raw: redis.Redis, tmp_path: Path, kind: str
 ) -> None:
     entries = {
@@ -317,17 +317,17 @@ async def test_a_crafted_entry_runs_nothing_and_stops_nobody(
     raw.set("arq:job:crafted", entries[kind], ex=60)
     raw.zadd(keys.queue("w"), {"crafted": time.time() * 1000})
     for _ in range(2):
-        made = await submit(intake)
-        await agent.until(made.id)
-    await until(lambda: is_over(raw, "crafted"), "arq has done with it")
+        submitted = await submit(intake)
+        await agent.until(submitted.id)
+    await until(lambda: is_over(raw, "crafted"), "arq has finished the entry")
     assert not (tmp_path / "run").exists()
     assert set(agent.delivered) <= {one.id for one in await store.instances.live()}
 
 
-# ---- arq's format
+# ---- the format of arq
 
 
-async def test_an_entry_is_what_arq_itself_would_write(store: Store, raw: redis.Redis) -> None:
+async def test_an_entry_has_the_format_of_arq(store: Store, raw: redis.Redis) -> None:
     """`shared.store.queue` writes entries without `ArqRedis.enqueue_job`; arq's worker must see no difference."""
     assert metadata.version("arq") == "0.28.0"
     record = Instance(**QUEUED, instance_id="p/m", rev=7)
@@ -344,11 +344,11 @@ async def test_an_entry_is_what_arq_itself_would_write(store: Store, raw: redis.
         name: theirs[name] for name in theirs.keys() - moments
     }
     for name in moments:
-        assert abs(ours[name] - theirs[name]) < 10_000, "milliseconds: taken one after the other"
+        assert abs(ours[name] - theirs[name]) < 10_000, "milliseconds between the two writes"
 
 
 def written(raw: redis.Redis, id_: str) -> dict[str, Any]:
-    """What there is in Redis of one entry; times in milliseconds."""
+    """Return the content of one entry in Redis; times in milliseconds."""
     job: Any = raw.get(f"arq:job:{id_}")
     fields = unpack_job(job)
     queue: Any = raw.zrange(keys.queue("w"), 0, -1, withscores=True)

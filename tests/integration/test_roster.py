@@ -1,4 +1,4 @@
-"""The roster of an API process, on a real Redis: what it remembers of workers, and the one it gives a load to."""
+"""The roster of an API process on a real Redis: known workers, absences, and the choice for a load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODEL = Model(key="p/m", base="p/m", variant="", shards=["p/m/m.gguf"], max_cont
 
 
 class Clock:
-    """The roster's monotonic clock, moved by hand."""
+    """A monotonic clock for the roster that a test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -42,12 +42,12 @@ async def alive(store: Store, name: str, *, has_catalog: bool = True) -> None:
 
 
 def remembered(roster: Roster) -> dict[str, object]:
-    """Whatever the roster holds of workers."""
+    """Return all state of the roster that is not empty."""
     return {name: value for name, value in vars(roster).items() if isinstance(value, dict | list) and value}
 
 
-async def test_a_worker_that_redis_forgot_is_forgotten(store: Store, raw: redis.Redis, clock: Clock) -> None:
-    """Of some pools each worker that starts has a new name."""
+async def test_the_roster_forgets_a_worker_that_redis_forgot(store: Store, raw: redis.Redis, clock: Clock) -> None:
+    """In some pools each worker that starts has a new name."""
     roster = Roster(store.workers, Settings())
     for name, has_catalog in (("w", True), ("without-catalog", False)):
         await alive(store, name, has_catalog=has_catalog)
@@ -67,7 +67,7 @@ async def test_a_worker_that_redis_forgot_is_forgotten(store: Store, raw: redis.
     assert remembered(roster) == {}
 
 
-async def test_a_redis_that_was_emptied_makes_no_worker_forgotten(store: Store, raw: redis.Redis, clock: Clock) -> None:
+async def test_an_emptied_redis_does_not_remove_workers(store: Store, raw: redis.Redis, clock: Clock) -> None:
     roster = Roster(store.workers, Settings())
     await alive(store, "w")
     await roster.refresh()
@@ -81,8 +81,8 @@ async def test_a_redis_that_was_emptied_makes_no_worker_forgotten(store: Store, 
     assert (roster.absent_s("w"), [*roster.catalogs]) == (0, ["w"])
 
 
-async def test_an_absence_is_remembered_until_loads_were_moved(store: Store, raw: redis.Redis, clock: Clock) -> None:
-    """The sweep counts from it, also for a worker that Redis does not know."""
+async def test_an_absence_counts_from_the_first_question(store: Store, raw: redis.Redis, clock: Clock) -> None:
+    """The sweep uses this time, also for a worker that Redis does not know."""
     roster = Roster(store.workers, Settings())
     assert roster.absent_s("gone") == 0
     clock.now += 2 * store.workers.lease_s
@@ -90,7 +90,7 @@ async def test_an_absence_is_remembered_until_loads_were_moved(store: Store, raw
     assert roster.absent_s("gone") == 2 * store.workers.lease_s
 
 
-async def with_a_gpu(store: Store, name: str, model_bytes: int, gpu_bytes: int) -> None:
+async def publish_with_gpu(store: Store, name: str, model_bytes: int, gpu_bytes: int) -> None:
     """Publish a worker with one GPU and one model, `p/m`, of these sizes."""
     model = Model(key="p/m", base="p/m", variant="", shards=[], size_bytes=model_bytes, max_context_length=512)
     digest = await store.workers.publish_catalog(name, [model], "e")
@@ -103,11 +103,11 @@ async def with_a_gpu(store: Store, name: str, model_bytes: int, gpu_bytes: int) 
     )
 
 
-async def test_a_load_takes_what_the_file_of_its_worker_takes(store: Store) -> None:
-    """Workers may have files of different sizes under one key: here only `small` has room for its own."""
-    await with_a_gpu(store, "large", 100, gpu_bytes=50)
-    await with_a_gpu(store, "other", 100, gpu_bytes=60)
-    await with_a_gpu(store, "small", 40, gpu_bytes=70)
+async def test_a_load_is_placed_by_the_file_of_each_worker(store: Store) -> None:
+    """Workers may have files of different sizes under one key: only `small` has room for its own file."""
+    await publish_with_gpu(store, "large", 100, gpu_bytes=50)
+    await publish_with_gpu(store, "other", 100, gpu_bytes=60)
+    await publish_with_gpu(store, "small", 40, gpu_bytes=70)
     roster = Roster(store.workers, Settings())
     await roster.refresh()
     request = LoadRequest(model="p/m")

@@ -1,4 +1,4 @@
-"""Real runner processes: what they answer, how they end, and that none outlives its owner's wish."""
+"""Real runner processes: their answers, their ends, and the stop ladder."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ from worker.timing import Timing
 pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEADLINE_S = 10.0
-HEAP_BYTES = 16 << 20  # that a runner touches when it prewarms
-SHORT_S = 0.3  # of a rung of the ladder, for runners that will not answer
+HEAP_BYTES = 16 << 20  # touched by a runner when it prewarms
+SHORT_S = 0.3  # grace of a rung of the stop ladder for frozen runners
 PHASES: list[Phase] = ["metadata", "weights", "context", "warmup"]
 
 
 @pytest.fixture
 async def runners() -> AsyncIterator[Runners]:
-    made = Runners(10.0, visible=NO_GPU)
-    yield made
-    await made.close()
+    created = Runners(10.0, visible=NO_GPU)
+    yield created
+    await created.close()
 
 
 @pytest.fixture
 async def impatient() -> AsyncIterator[Runners]:
-    made = Runners(10.0, visible=NO_GPU, timing=Timing(grace_s=SHORT_S))
-    yield made
-    await made.close()
+    created = Runners(10.0, visible=NO_GPU, timing=Timing(grace_s=SHORT_S))
+    yield created
+    await created.close()
 
 
 @asynccontextmanager
 async def taken(runners: Runners) -> AsyncIterator[Runner]:
-    """A runner that does not outlive the test."""
+    """Take a runner that does not outlive the block."""
     async with asyncio.timeout(DEADLINE_S):
         runner = await runners.take()
     try:
@@ -75,7 +75,7 @@ async def runner(runners: Runners) -> AsyncIterator[Runner]:
 
 
 def given(*shards: Path, **changes: Any) -> Load:
-    """A load of files that no catalog has seen."""
+    """Return a load of files that are not in a catalog."""
     fields: dict[str, Any] = {
         "shards": [str(shard) for shard in shards],
         "total_bytes": sum(shard.stat().st_size for shard in shards if shard.is_file()),
@@ -97,7 +97,7 @@ def given(*shards: Path, **changes: Any) -> Load:
 
 
 async def answers(runner: Runner, load: Load) -> tuple[list[Progress], Received]:
-    """The progress of a load, and what came of it: None where the stream ended."""
+    """Send a load; return its progress and the final message, None if the stream ended."""
     await runner.send(load)
     steps = []
     async with asyncio.timeout(DEADLINE_S):
@@ -113,7 +113,7 @@ async def ready(runner: Runner, load: Load) -> Ready:
 
 
 async def ending(runner: Runner) -> int:
-    """Its status, once it has ended without being told to."""
+    """Wait until a runner ends by itself; return its exit status."""
     async with asyncio.timeout(DEADLINE_S):
         await runner.reaped()
     assert is_gone(runner.pid)
@@ -166,7 +166,7 @@ async def ending(runner: Runner) -> int:
         pytest.param(LoadRequest(model="p/bert"), LoadConfig(context_length=512), id="encoder"),
     ],
 )
-async def test_a_load_is_ready_with_what_applied_and_stop_ends_it(
+async def test_a_load_reports_its_config_and_can_be_stopped(
     runner: Runner, models: dict[str, Model], models_dir: Path, request_: LoadRequest, config: LoadConfig
 ) -> None:
     settings = Settings(models_dir=models_dir, context_length=512)
@@ -191,7 +191,7 @@ async def test_stop_may_be_repeated(runner: Runner, models_dir: Path) -> None:
     assert is_gone(runner.pid)
 
 
-async def test_a_warm_runner_that_was_given_nothing_stops_at_once(runner: Runner) -> None:
+async def test_a_warm_runner_without_a_load_stops_at_once(runner: Runner) -> None:
     async with asyncio.timeout(DEADLINE_S):
         await runner.stop()
     assert runner.status == 0
@@ -206,12 +206,12 @@ async def test_a_waiting_runner_prewarms_without_output(runner: Runner, models_d
     await asyncio.to_thread(until, lambda: resident_bytes() > before + HEAP_BYTES, "the heap is touched")
     message = await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     assert message.config.context_length == 256
-    said = "\n".join(runner.output)
-    assert "llama-f16.gguf" in said
-    assert "prewarm" not in said.lower()
+    output = "\n".join(runner.output)
+    assert "llama-f16.gguf" in output
+    assert "prewarm" not in output.lower()
 
 
-async def test_progress_never_goes_back_and_its_phases_come_in_order(runner: Runner, tmp_path: Path) -> None:
+async def test_progress_and_phases_never_go_back(runner: Runner, tmp_path: Path) -> None:
     """The file is larger than one step of reading."""
     shape = replace(TINY, embedding_length=512, feed_forward_length=2048, block_count=6)
     load = given(tiny_llama(tmp_path / "m.gguf", shape=shape))
@@ -235,17 +235,17 @@ async def test_all_shards_of_a_model_are_loaded(runner: Runner, tmp_path: Path) 
     assert steps[-1].loaded_bytes == load.total_bytes
 
 
-async def test_weights_are_rearranged_for_the_cpu_where_that_is_asked_for(runners: Runners, tmp_path: Path) -> None:
+async def test_repacking_rearranges_weights_for_the_cpu(runners: Runners, tmp_path: Path) -> None:
     file = tiny_quantized(tmp_path / "m.gguf", "Q4_0")
     weights: list[int] = []
     for repack in (False, True):
         async with taken(runners) as runner:
             (cpu,) = (await ready(runner, given(file, repack=repack))).taken
             weights.append(cpu.weights_bytes)
-    assert weights[1] > 1.3 * weights[0], "they are there twice: rearranged, and in the mapping of the file"
+    assert weights[1] > 1.3 * weights[0], "the weights exist twice: repacked and in the mapping of the file"
 
 
-async def test_what_cannot_be_read_ahead_is_told_by_who_waits_for_it(tmp_path: Path) -> None:
+async def test_waiting_for_an_unreadable_file_raises_unreadable(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
     try:
         with pytest.raises(Unreadable):
@@ -254,20 +254,20 @@ async def test_what_cannot_be_read_ahead_is_told_by_who_waits_for_it(tmp_path: P
         os.close(fd)
 
 
-async def test_its_owner_sees_what_the_engine_says(runner: Runner, models_dir: Path) -> None:
-    """The end of a phase passes on what came up in it; the lines about the context come late in a load."""
+async def test_the_owner_of_a_runner_gets_the_engine_output(runner: Runner, models_dir: Path) -> None:
+    """Output is passed on at the end of a phase; the lines about the context come late in a load."""
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     await runner.stop()
     assert any("n_ctx" in line for line in runner.output), list(runner.output)
 
 
-async def test_what_an_engines_libraries_may_trace_belongs_to_the_load(runner: Runner, models_dir: Path) -> None:
+async def test_a_runner_has_the_traceparent_of_its_load(runner: Runner, models_dir: Path) -> None:
     span = str(begun())
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf", traceparent=span))
     assert has_variable(runner.pid, f"TRACEPARENT={span}")
 
 
-# ---- files that are none
+# ---- invalid files
 
 
 def _fifo(path: Path) -> list[Path]:
@@ -312,7 +312,7 @@ def _missing_shard(path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("made", [_fifo, _directory, _missing, _empty, _garbage, _truncated, _dangling, _missing_shard])
-async def test_what_cannot_be_loaded_is_refused_with_a_reason_and_the_process_ends(
+async def test_an_invalid_file_is_refused_and_the_runner_exits(
     runner: Runner, tmp_path: Path, made: Callable[[Path], list[Path]]
 ) -> None:
     _, message = await answers(runner, given(*made(tmp_path / "m.gguf")))
@@ -330,7 +330,7 @@ async def test_what_cannot_be_loaded_is_refused_with_a_reason_and_the_process_en
 
 @pytest.fixture
 async def ours() -> AsyncIterator[tuple[Runner, asyncio.StreamWriter]]:
-    """A runner, and our end of its channel."""
+    """A runner and the parent's end of its channel."""
     (control, control_child), (output, output_child) = socket.socketpair(), socket.socketpair()
     with control_child, output_child:
         arguments = (control_child, output_child, NO_GPU)
@@ -351,8 +351,8 @@ async def test_a_warm_runner_ends_with_its_channel(ours: tuple[Runner, asyncio.S
     assert await ending(runner) == ORPHANED == 3
 
 
-async def test_a_runner_ends_at_noise_in_its_channel(ours: tuple[Runner, asyncio.StreamWriter]) -> None:
-    """It could be told nothing any more, not even to stop."""
+async def test_a_runner_exits_on_noise_in_its_channel(ours: tuple[Runner, asyncio.StreamWriter]) -> None:
+    """The runner could not receive any further message, not even a stop."""
     runner, writer = ours
     writer.write(LENGTH.pack(3) + b"\xc1\xc1\xc1")
     assert await ending(runner) == ORPHANED
@@ -368,7 +368,9 @@ async def test_a_loaded_runner_ends_with_its_channel(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGSEGV, signal.SIGKILL, signal.SIGTERM])
-async def test_the_signal_that_ends_it_is_its_status(runner: Runner, models_dir: Path, signum: signal.Signals) -> None:
+async def test_the_status_is_the_signal_that_ended_the_runner(
+    runner: Runner, models_dir: Path, signum: signal.Signals
+) -> None:
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     os.kill(runner.pid, signum)
     assert await ending(runner) == -signum
@@ -378,13 +380,13 @@ async def test_the_signal_that_ends_it_is_its_status(runner: Runner, models_dir:
     assert signum.name in sentence
 
 
-async def test_an_interrupt_from_a_terminal_is_its_owners_business(runner: Runner, models_dir: Path) -> None:
+async def test_a_runner_ignores_an_interrupt_from_a_terminal(runner: Runner, models_dir: Path) -> None:
     os.kill(runner.pid, signal.SIGINT)
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-async def test_one_that_does_not_answer_is_killed(impatient: Runners, models_dir: Path, loaded: bool) -> None:
+async def test_a_runner_that_does_not_answer_is_killed(impatient: Runners, models_dir: Path, loaded: bool) -> None:
     runner = await impatient.take()
     if loaded:
         await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
@@ -396,10 +398,8 @@ async def test_one_that_does_not_answer_is_killed(impatient: Runners, models_dir
 
 
 @pytest.mark.parametrize("experts", [0, 9])
-async def test_an_abort_of_the_engine_ends_the_stream_and_leaves_its_words(
-    runner: Runner, tmp_path: Path, experts: int
-) -> None:
-    """Eight experts are in the file; plans with such a number are never made."""
+async def test_an_abort_of_the_engine_leaves_its_message(runner: Runner, tmp_path: Path, experts: int) -> None:
+    """The file has eight experts; `plan` never makes such a load."""
     override = (f"{TINY_MOE.architecture}.expert_used_count", experts)
     _, message = await answers(runner, given(tiny_moe(tmp_path / "m.gguf"), moe=True, expert_override=override))
     assert message is None
@@ -413,10 +413,10 @@ async def test_an_abort_of_the_engine_ends_the_stream_and_leaves_its_words(
     assert not any(word.startswith("/") for word in sentence.split())
 
 
-# ---- the one that waits
+# ---- the warm runner
 
 
-async def test_the_warm_one_is_taken_and_the_next_is_another(runners: Runners) -> None:
+async def test_the_warm_runner_is_taken_once(runners: Runners) -> None:
     await runners.warmed()
     pid = warm(runners).pid
     await runners.warmed()
@@ -426,7 +426,7 @@ async def test_the_warm_one_is_taken_and_the_next_is_another(runners: Runners) -
         assert second.pid != pid
 
 
-async def test_a_warm_one_that_died_is_replaced(runners: Runners, models_dir: Path) -> None:
+async def test_a_dead_warm_runner_is_replaced(runners: Runners, models_dir: Path) -> None:
     await runners.warmed()
     dead = warm(runners)
     dead.kill()
@@ -437,7 +437,7 @@ async def test_a_warm_one_that_died_is_replaced(runners: Runners, models_dir: Pa
         await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
 
 
-async def test_close_ends_the_warm_one_and_only_it(runners: Runners) -> None:
+async def test_close_ends_only_the_warm_runner(runners: Runners) -> None:
     async with taken(runners) as runner:
         await runners.warmed()
         pid = warm(runners).pid
@@ -448,8 +448,8 @@ async def test_close_ends_the_warm_one_and_only_it(runners: Runners) -> None:
         assert not is_gone(runner.pid)
 
 
-async def test_close_ends_a_warm_one_that_does_not_answer(impatient: Runners) -> None:
-    """The process could not exit otherwise: at its end, multiprocessing waits for every child."""
+async def test_close_ends_a_frozen_warm_runner(impatient: Runners) -> None:
+    """Otherwise the process could not exit, since multiprocessing waits for every child at exit."""
     await impatient.warmed()
     frozen = warm(impatient)
     await freeze(frozen)
@@ -464,17 +464,17 @@ async def test_close_ends_a_warm_one_that_does_not_answer(impatient: Runners) ->
         await frozen.reaped()
 
 
-async def test_one_that_ends_before_it_is_warm_is_told_of(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_runner_that_ends_before_it_is_warm_raises(runners: Runners, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(worker.runner.warm, "run_child", slice)  # anything that returns at once
         with pytest.raises(RunnerDied, match="it exited without output"):
             await runners.take()
-    async with taken(runners):  # the next one is another try
+    async with taken(runners):  # the next call starts another runner
         pass
 
 
-async def test_close_while_one_is_being_started_leaves_nothing(runners: Runners) -> None:
-    """Whatever the moment: before the fork, in it, before the runner is warm."""
+async def test_close_during_a_start_leaves_no_process(runners: Runners) -> None:
+    """At any moment: before the fork, during it, or before the runner is warm."""
     await runners.warmed()
     await runners.close()
     for delay in (0, 0.002, 0.01, 0.02, 0.04):
@@ -488,6 +488,6 @@ async def test_close_while_one_is_being_started_leaves_nothing(runners: Runners)
 
 
 def warm(runners: Runners) -> Runner:
-    """The runner that waits, left where it is."""
+    """Return the warm runner without taking it."""
     assert runners.coming is not None
     return runners.coming.result()

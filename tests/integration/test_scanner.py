@@ -1,4 +1,4 @@
-"""The scanner as a real process: what it tells a worker, and that neither outlives the other unnoticed."""
+"""The scanner as a real process: published catalogs, restarts, and its end with the worker."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def children() -> list[int]:
-    """Our scanners."""
+    """Return the PIDs of the scanners that this process started."""
     return [one.pid for one in processes() if one.parent == os.getpid() and "worker.catalog.scanner" in one.words]
 
 
@@ -43,11 +43,11 @@ def watch(root: Path) -> AsyncGenerator[list[Model], None]:
     return catalogs(root, root.parent / "data" / "cache")
 
 
-async def until(stream: AsyncGenerator[list[Model], None], wanted: Callable[[list[Model]], object]) -> list[Model]:
-    """The first catalog that is as wanted."""
+async def until(stream: AsyncGenerator[list[Model], None], is_expected: Callable[[list[Model]], object]) -> list[Model]:
+    """Return the first catalog that meets the condition."""
     async with asyncio.timeout(DEADLINE_S):
         async for models in stream:
-            if wanted(models):
+            if is_expected(models):
                 return models
     raise AssertionError("the stream ended")
 
@@ -56,7 +56,7 @@ def keys(models: list[Model]) -> list[str]:
     return [model.key for model in models]
 
 
-async def test_the_catalog_comes_at_once_and_again_when_all_is_known(root: Path) -> None:
+async def test_a_quick_catalog_comes_first_and_a_complete_one_later(root: Path) -> None:
     write(root / "p/m/m-Q8_0.gguf", vocabulary(5000))
     async with aclosing(watch(root)) as stream:
         first = await until(stream, lambda models: True)
@@ -65,10 +65,10 @@ async def test_the_catalog_comes_at_once_and_again_when_all_is_known(root: Path)
         whole = await until(stream, lambda models: models[0].bits_per_weight)
         assert (whole[0].bits_per_weight, whole[0].params_string) == (32.0, "2K")
     async with aclosing(watch(root)) as stream:
-        assert await until(stream, lambda models: True) == whole, "known from the cache at once"
+        assert await until(stream, lambda models: True) == whole, "the cache has the complete catalog"
 
 
-async def test_files_that_come_change_and_go_are_noticed(root: Path) -> None:
+async def test_new_changed_and_removed_files_are_noticed(root: Path) -> None:
     async with aclosing(watch(root)) as stream:
         assert await until(stream, lambda models: True) == []
         path = write(root / "p/m/m.gguf")
@@ -79,15 +79,15 @@ async def test_files_that_come_change_and_go_are_noticed(root: Path) -> None:
         await until(stream, lambda models: models == [])
 
 
-async def test_a_models_directory_may_be_made_later(root: Path) -> None:
+async def test_a_models_directory_may_be_created_later(root: Path) -> None:
     async with aclosing(watch(root / "later")) as stream:
         assert await until(stream, lambda models: True) == []
         write(root / "later/m.gguf")
         await until(stream, lambda models: keys(models) == ["m"])
 
 
-async def test_two_hundred_large_models_are_listed_before_they_are_read_whole(root: Path) -> None:
-    """That takes seven seconds, which a worker that just started cannot wait to announce itself."""
+async def test_many_large_models_are_listed_before_they_are_read(root: Path) -> None:
+    """Reading them takes seven seconds, too long for the start of a worker."""
     one = write(root.parent / "one", vocabulary(150_000))
     for i in range(200):
         (root / f"p{i}").mkdir()
@@ -99,7 +99,7 @@ async def test_two_hundred_large_models_are_listed_before_they_are_read_whole(ro
     assert {model.bits_per_weight for model in models} == {None}
 
 
-async def test_a_scanner_that_is_killed_is_started_again(root: Path) -> None:
+async def test_a_killed_scanner_is_restarted(root: Path) -> None:
     async with aclosing(watch(root)) as stream:
         await until(stream, lambda models: True)
         (pid,) = children()
@@ -109,10 +109,8 @@ async def test_a_scanner_that_is_killed_is_started_again(root: Path) -> None:
         assert children() != [pid]
 
 
-async def test_scanners_that_die_at_once_are_started_ever_less_often(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The runs of eight that end at once, of one that was stable, and of two more."""
+async def test_restarts_of_a_failing_scanner_back_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight runs end at once, one is stable, and two more end at once."""
     runs_s, pauses_s = iter([*[0.0] * 8, STABLE_S + 1, 0.0, 0.0]), list[float]()
     now = 1000.0
 
@@ -134,7 +132,7 @@ async def test_scanners_that_die_at_once_are_started_ever_less_often(
     assert pauses_s == [0.5, 1, 2, 4, 8, 16, LAST_PAUSE_S, LAST_PAUSE_S, FIRST_PAUSE_S, 1, 2]
 
 
-async def test_a_cancelled_worker_takes_its_scanner_along(root: Path) -> None:
+async def test_a_cancelled_worker_ends_its_scanner(root: Path) -> None:
     seen = asyncio.Event()
 
     async def work() -> None:
@@ -151,8 +149,8 @@ async def test_a_cancelled_worker_takes_its_scanner_along(root: Path) -> None:
     assert children() == []
 
 
-async def test_a_scanner_that_has_much_to_say_to_nobody_still_ends(root: Path) -> None:
-    """More than a pipe and asyncio's own buffer hold, so that it is blocked in a write when the worker goes."""
+async def test_a_scanner_blocked_in_a_write_ends_with_its_worker(root: Path) -> None:
+    """The catalog is larger than a pipe and the buffer of asyncio, so that the scanner blocks in a write."""
     one = write(root.parent / "one", {"general.description": "x" * 2000})
     for i in range(300):
         (root / f"p{i}").mkdir()
@@ -162,7 +160,7 @@ async def test_a_scanner_that_has_much_to_say_to_nobody_still_ends(root: Path) -
         await until(stream, lambda models: True)
 
 
-# ---- without the worker's side
+# ---- the scanner process alone
 
 
 @pytest.fixture
@@ -188,7 +186,7 @@ def frame(scanner: subprocess.Popen[bytes]) -> list[Model]:
     return msgspec.msgpack.decode(data, type=list[Model])
 
 
-def test_a_scanner_is_nice_and_deaf_to_a_terminals_interrupt(scanner: subprocess.Popen[bytes], root: Path) -> None:
+def test_a_scanner_has_low_priority_and_ignores_interrupts(scanner: subprocess.Popen[bytes], root: Path) -> None:
     frame(scanner)
     assert os.getpriority(os.PRIO_PROCESS, scanner.pid) >= 10
     scanner.send_signal(signal.SIGINT)
@@ -196,16 +194,14 @@ def test_a_scanner_is_nice_and_deaf_to_a_terminals_interrupt(scanner: subprocess
     assert keys(frame(scanner)) == ["m"]
 
 
-def test_a_scanner_whose_worker_died_goes_by_itself(scanner: subprocess.Popen[bytes]) -> None:
+def test_a_scanner_exits_when_its_worker_has_died(scanner: subprocess.Popen[bytes]) -> None:
     frame(scanner)
     assert scanner.stdin is not None
     scanner.stdin.close()
     assert scanner.wait(DEADLINE_S) == 0
 
 
-def test_a_scanner_whose_worker_died_while_it_wrote_goes_without_a_word(
-    scanner: subprocess.Popen[bytes], root: Path
-) -> None:
+def test_a_scanner_exits_silently_when_its_output_is_closed(scanner: subprocess.Popen[bytes], root: Path) -> None:
     frame(scanner)
     assert scanner.stdout is not None
     assert scanner.stderr is not None
@@ -215,9 +211,7 @@ def test_a_scanner_whose_worker_died_while_it_wrote_goes_without_a_word(
     assert scanner.stderr.read() == b""
 
 
-def test_an_unreadable_file_is_logged_once_and_again_when_the_reason_changes(
-    scanner: subprocess.Popen[bytes], root: Path
-) -> None:
+def test_an_unreadable_file_is_logged_once_for_each_reason(scanner: subprocess.Popen[bytes], root: Path) -> None:
     frame(scanner)
     (root / "bad.gguf").write_bytes(b"")
     assert frame(scanner)[0].problem is not None

@@ -1,4 +1,4 @@
-"""The stream of a load where nothing, or too much, happens: on a real Redis, without a socket."""
+"""The event stream of a load on a real Redis, without a socket: silence, shutdown and lost clients."""
 
 from __future__ import annotations
 
@@ -31,24 +31,22 @@ async def record(store: Store) -> Instance:
     )
 
 
-async def test_comments_come_while_nothing_happens(
+async def test_comments_are_sent_while_there_is_no_progress(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Proxies cut a connection on which nothing is sent, and a load may be queued for long."""
+    """Proxies cut an idle connection, and a load may be queued for long."""
     monkeypatch.setattr(api.loads.stream, "HEARTBEAT_S", 0.01)
     async with (
         asyncio.timeout(DEADLINE_S),
         aclosing(events(Follower(store.instances, store.listen), record, "0", asyncio.Event())) as stream,
     ):
-        found = [await anext(stream) for _ in range(3)]
-    assert [text.startswith(b"id: ") for text in found].count(True) == 1
-    assert found.count(b": nothing new\n\n") == 2
+        chunks = [await anext(stream) for _ in range(3)]
+    assert [chunk.startswith(b"id: ") for chunk in chunks].count(True) == 1
+    assert chunks.count(b": nothing new\n\n") == 2
 
 
-async def test_a_process_that_is_told_to_stop_ends_its_streams_without_a_terminal_event(
-    store: Store, record: Instance
-) -> None:
-    """So that a client comes back, to another process, with the id it saw last."""
+async def test_a_stopping_process_ends_streams_without_an_outcome(store: Store, record: Instance) -> None:
+    """A client can then continue at another process with the last event ID."""
     closing = asyncio.Event()
     async with (
         asyncio.timeout(DEADLINE_S),
@@ -59,7 +57,7 @@ async def test_a_process_that_is_told_to_stop_ends_its_streams_without_a_termina
         assert [chunk async for chunk in stream] == [b": shutting down\n\n"]
 
 
-async def test_where_redis_lost_the_record_the_last_event_says_so_and_has_no_id(
+async def test_a_lost_record_ends_the_stream_with_an_error(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api.loads.follow, "RECHECK_S", 0.01)
@@ -72,7 +70,7 @@ async def test_where_redis_lost_the_record_the_last_event_says_so_and_has_no_id(
     assert last.startswith(b'event: error\ndata: {"type":"error","error":{"type":"service_unavailable"')
 
 
-async def test_there_is_nothing_after_the_terminal_event(store: Store, record: Instance) -> None:
+async def test_no_event_follows_the_terminal_event(store: Store, record: Instance) -> None:
     claimed, _ = await store.instances.commit(record, record.after(Event.CLAIM, epoch="e"))
     stopping, _ = await store.instances.commit(claimed, claimed.after(Event.STOP))
     await store.instances.commit(stopping, stopping.after(Event.EXIT))
@@ -84,10 +82,10 @@ async def test_there_is_nothing_after_the_terminal_event(store: Store, record: I
     assert names == [b"model_load.start", b"model_load.progress", b"model_load.progress", b"error"]
 
 
-async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
+async def test_a_client_that_reads_nothing_does_not_block_shutdown(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it has not taken stays in Redis: one event is on its way, and none is read ahead of it."""
+    """Unread events stay in Redis: one event is being sent, and no event is read ahead."""
     monkeypatch.setattr(api.loads.stream, "LAST_WORDS_S", 0.01)
     replies, closing = OpenReplies(1), asyncio.Event()
     with ExitStack() as undo:
@@ -97,7 +95,7 @@ async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
 
     async def send(message: Any) -> None:
         sent.append(message)
-        if len(sent) == 2:  # the head of the response went out; the first event never does
+        if len(sent) == 2:  # the head of the response is sent; the first event never is
             closing.set()
             await asyncio.Event().wait()
 
@@ -114,8 +112,8 @@ async def test_a_reader_that_takes_nothing_holds_up_no_shutdown(
         pass
 
 
-async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(store: Store, record: Instance) -> None:
-    """Also in the midst of a reading: no error, no task, and its place is free."""
+async def test_a_client_may_leave_at_any_moment(store: Store, record: Instance) -> None:
+    """Also during a read: there is no error and no task left, and the place is free."""
     follower = Follower(store.instances, store.listen)
     before = asyncio.all_tasks()
     for turns in range(40):
@@ -139,7 +137,7 @@ async def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(store: S
             gone.set()
             await streaming
         assert replies.count == 0
-    left = asyncio.all_tasks() - before  # a shared reading goes on to its end
+    left = asyncio.all_tasks() - before  # a shared read continues to its end
     if left:
         _, late = await asyncio.wait(left, timeout=DEADLINE_S)
         assert not late

@@ -1,4 +1,4 @@
-"""The supervisor with real children, some with bad manners."""
+"""The supervisor with real children, including children that crash or ignore signals."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ except Stopped:
 
 
 def command(file: Path, code: str, *, name: str = "child", grace_s: float = 5.0, fds: tuple[int, ...] = ()) -> Command:
-    """A child that notes its pid, a line a run, then runs `code`."""
+    """Return a child that appends its PID to `file`, then runs `code`."""
     setup = code if code.startswith("import signal") else ""
     note = f"{setup}import os, sys; print(os.getpid(), file=open(sys.argv[1], 'a'), flush=True); "
     rest = "import time; time.sleep(60)" if setup else code
@@ -80,7 +80,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "pids"
 
 
-async def test_leaving_stops_and_reaps_every_child_the_last_started_first(tmp_path: Path) -> None:
+async def test_children_are_stopped_and_reaped_in_reverse_order(tmp_path: Path) -> None:
     order = tmp_path / "order"
     leave = (
         "import os, signal, sys, time; "
@@ -100,7 +100,7 @@ async def test_leaving_stops_and_reaps_every_child_the_last_started_first(tmp_pa
     assert all(is_gone(pids(tmp_path / name)[0]) for name in ("redis", "worker", "api"))
 
 
-async def test_a_child_that_crashes_is_started_again(file: Path) -> None:
+async def test_a_crashed_child_is_restarted(file: Path) -> None:
     async with Supervisor() as supervisor:
         supervisor.start(command(file, SLEEP))
         await supervisor.until(started(file, 1), "The child")
@@ -112,7 +112,7 @@ async def test_a_child_that_crashes_is_started_again(file: Path) -> None:
     assert is_gone(second)
 
 
-async def test_a_child_that_never_starts_is_tried_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_restarts_of_a_child_that_never_starts_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses_s, tried_enough = list[float](), asyncio.Event()
 
     def warning(sentence: str, *, restart_in_s: float, **facts: object) -> None:
@@ -130,7 +130,7 @@ async def test_a_child_that_never_starts_is_tried_ever_less_often(monkeypatch: p
     assert pauses_s == [0.01, 0.02, 0.04, 0.04]
 
 
-async def test_once_ready_even_the_status_of_a_configuration_error_is_restarted(file: Path) -> None:
+async def test_a_ready_child_is_restarted_after_any_status(file: Path) -> None:
     twice = "import time; time.sleep(0.2 if len(open(sys.argv[1]).readlines()) < 2 else 60); sys.exit(2)"
     async with Supervisor() as supervisor:
         supervisor.start(command(file, twice))
@@ -138,7 +138,7 @@ async def test_once_ready_even_the_status_of_a_configuration_error_is_restarted(
         await supervisor.until(started(file, 2), "The child again")
 
 
-async def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(file: Path) -> None:
+async def test_a_child_that_ignores_sigterm_is_killed_after_grace(file: Path) -> None:
     async with Supervisor() as supervisor:
         supervisor.start(command(file, STUBBORN, grace_s=0.3))
         await supervisor.until(started(file, 1), "The child")
@@ -147,7 +147,7 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(file: Path
     assert is_gone(pids(file)[0])
 
 
-async def test_a_second_signal_does_not_wait_for_the_grace(file: Path) -> None:
+async def test_a_second_signal_kills_at_once(file: Path) -> None:
     async def be_signalled_twice() -> None:
         async with Supervisor() as supervisor:
             supervisor.start(command(file, STUBBORN, grace_s=60))
@@ -164,7 +164,7 @@ async def test_a_second_signal_does_not_wait_for_the_grace(file: Path) -> None:
     assert is_gone(pids(file)[0])
 
 
-async def test_what_a_child_leaves_in_its_group_goes_with_it(file: Path) -> None:
+async def test_the_process_group_of_a_child_ends_with_it(file: Path) -> None:
     async with Supervisor() as supervisor:
         supervisor.start(command(file, WITH_A_GRANDCHILD + SLEEP))
         grand = file.with_suffix(".grand")
@@ -195,7 +195,7 @@ async def test_a_configuration_error_ends_the_start_at_once(file: Path) -> None:
     assert time.monotonic() - began < 5
 
 
-async def test_a_child_that_keeps_dying_fails_the_start_with_what_happened(file: Path) -> None:
+async def test_a_child_that_keeps_exiting_fails_the_start(file: Path) -> None:
     with pytest.raises(StartFailed) as failed:
         await never_ready(command(file, "sys.exit(7)", name="worker"), deadline_s=1)
     assert failed.value.status == 1
@@ -203,7 +203,7 @@ async def test_a_child_that_keeps_dying_fails_the_start_with_what_happened(file:
     assert str(failed.value).startswith(sentence)
 
 
-async def test_a_program_that_does_not_exist_is_a_sentence(tmp_path: Path) -> None:
+async def test_a_missing_program_is_reported_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(StartFailed, match=r"the redis process cannot be started \(No such file or directory\)"):
         await never_ready(Command(name="redis", argv=(str(tmp_path / "absent"),), environ={}), deadline_s=0.3)
 

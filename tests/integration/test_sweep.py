@@ -1,4 +1,4 @@
-"""The sweep of an API process, on a real Redis: what it moves, and that it leaves the rest alone, and unread."""
+"""The sweep of an API process on a real Redis: lost instances, and the records that it reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shared.store.store import Store
 
 @pytest.fixture
 async def roster(store: Store) -> Roster:
-    """The roster of "w" and "another", which are alive, with epoch "e"."""
+    """A roster with the live workers "w" and "another" of epoch "e"."""
     for name in ("w", "another"):
         await store.workers.renew(WorkerSnapshot(name=name, epoch="e", version="0", catalog="", residents=0))
     return Roster(store.workers, Settings())
@@ -28,7 +28,7 @@ async def roster(store: Store) -> Roster:
 
 @pytest.fixture
 def sweep(store: Store, roster: Roster) -> Sweep:
-    """A sweep that waits for no lease to expire."""
+    """A sweep that does not wait for leases to expire."""
     return Sweep(roster, store.instances, store.queue, store.listen, lease_s=0.0, load_attempts=3)
 
 
@@ -51,27 +51,27 @@ async def loaded(store: Store, number: int, worker: str = "w", epoch: str = "e")
 
 
 async def state(store: Store, instance: Instance) -> State | None:
-    found = await store.instances.get(instance.id)
-    return None if found is None else found.state
+    stored = await store.instances.get(instance.id)
+    return None if stored is None else stored.state
 
 
-async def test_what_no_live_process_holds_is_lost_and_the_rest_stays(sweep: Sweep, store: Store) -> None:
-    """Of a worker that is gone, and of the process that worked under a live one's name before."""
+async def test_only_instances_without_a_live_process_are_lost(sweep: Sweep, store: Store) -> None:
+    """One instance belongs to a worker that is gone, one to an earlier process of a live worker."""
     here, before, away = await loaded(store, 1), await loaded(store, 2, epoch="d"), await loaded(store, 3, "another")
     await store.workers.release("another", "e")
     await sweep.beat()
     assert [await state(store, one) for one in (here, before, away)] == [State.LOADED, State.LOST, State.LOST]
 
 
-async def test_of_what_is_in_order_no_document_is_read(roster: Roster, store: Store) -> None:
+async def test_documents_of_consistent_instances_are_not_read(roster: Roster, store: Store) -> None:
     ids = [(await loaded(store, n, worker)).id for n, worker in enumerate(("w", "another"))]
     assert await doubted(store, roster) == []
     await store.workers.release("another", "e")
     assert await doubted(store, roster) == ids[1:]
 
 
-async def test_of_what_waits_the_document_is_read(roster: Roster, store: Store) -> None:
-    """It tells who refused it; also of what was handed back after a claim."""
+async def test_documents_of_queued_instances_are_read(roster: Roster, store: Store) -> None:
+    """The document names the workers that refused the load; also after a requeue."""
     waiting, again = await queued(store, 1), await queued(store, 2)
     claimed, _ = await store.instances.commit(again, again.after(Event.CLAIM, epoch="e"))
     assert await doubted(store, roster) == [waiting.id]
@@ -79,16 +79,16 @@ async def test_of_what_waits_the_document_is_read(roster: Roster, store: Store) 
     assert sorted(await doubted(store, roster)) == [waiting.id, again.id]
 
 
-async def test_the_document_tells_whether_an_instance_is_in_order(
+async def test_the_document_decides_whether_an_instance_is_lost(
     sweep: Sweep, roster: Roster, store: Store, raw: redis.Redis
 ) -> None:
-    """An earlier version wrote no epoch beside it."""
-    made = await loaded(store, 1)
-    raw.hdel(f"inst:{made.id}", "epoch")
-    assert await doubted(store, roster) == [made.id]
+    """An earlier version wrote no epoch beside the document."""
+    record = await loaded(store, 1)
+    raw.hdel(f"inst:{record.id}", "epoch")
+    assert await doubted(store, roster) == [record.id]
     await sweep.beat()
-    assert await state(store, made) is State.LOADED
-    document: Any = raw.hget(f"inst:{made.id}", "doc")
-    raw.hset(f"inst:{made.id}", mapping={"doc": msgpack.encode({**msgpack.decode(document), "epoch": "d"})})
+    assert await state(store, record) is State.LOADED
+    document: Any = raw.hget(f"inst:{record.id}", "doc")
+    raw.hset(f"inst:{record.id}", mapping={"doc": msgpack.encode({**msgpack.decode(document), "epoch": "d"})})
     await sweep.beat()
-    assert await state(store, made) is State.LOST
+    assert await state(store, record) is State.LOST

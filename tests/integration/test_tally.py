@@ -1,4 +1,4 @@
-"""Counts on a real Redis: nothing is added twice, and nothing that was answered is lost."""
+"""Counts on a real Redis: added exactly once, also after lost replies."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ async def claimed(store: Store, number: int) -> Instance:
 
 
 def tallies(raw: redis.Redis) -> dict[str, int]:
-    found: Any = raw.hgetall("tallies")
-    return {name.decode(): int(n) for name, n in found.items()}
+    stored: Any = raw.hgetall("tallies")
+    return {name.decode(): int(n) for name, n in stored.items()}
 
 
-class Deaf:
-    """A store whose replies do not arrive as often as it is told to."""
+class LossyStore:
+    """A store that loses the given number of replies."""
 
     def __init__(self, store: Store, lost: int) -> None:
         self.store, self.lost = store, lost
@@ -61,7 +61,7 @@ async def test_a_commit_repeated_after_a_lost_reply_counts_once(store: Store, ra
     assert tallies(raw) == once
 
 
-async def test_of_two_ends_that_race_one_counts(store: Store, raw: redis.Redis) -> None:
+async def test_only_one_of_several_racing_ends_counts(store: Store, raw: redis.Redis) -> None:
     loading = await claimed(store, 1)
     error = LoadFailed("load_stalled", "llm", "p/m", "why").body()
     ends = [loading.after(Event.EXPIRE), loading.after(Event.FAIL, error=error), loading.after(Event.EXPIRE)]
@@ -76,19 +76,19 @@ async def test_a_restoration_repeated_after_a_lost_reply_counts_once(store: Stor
     assert tallies(raw) == {"restorations": 1}
 
 
-async def test_a_batch_whose_reply_was_lost_is_sent_again_and_added_once(store: Store, raw: redis.Redis) -> None:
-    tally, deaf = Tally(), Deaf(store, lost=2)
+async def test_a_batch_with_a_lost_reply_is_added_once(store: Store, raw: redis.Redis) -> None:
+    tally, lossy = Tally(), LossyStore(store, lost=2)
     tally.add({"a": 1, "b": 5})
     for _ in range(2):
         with pytest.raises(UNAVAILABLE):
-            await tally.hand_over(deaf.add)
+            await tally.hand_over(lossy.add)
         tally.add({"a": 10})
-    await tally.hand_over(deaf.add)
-    await tally.hand_over(deaf.add)
+    await tally.hand_over(lossy.add)
+    await tally.hand_over(lossy.add)
     assert tallies(raw) == {"a": 21, "b": 5}
 
 
-async def test_batches_of_many_processes_and_at_once_add_up(store: Store, raw: redis.Redis) -> None:
+async def test_concurrent_batches_of_several_processes_add_up(store: Store, raw: redis.Redis) -> None:
     processes = [Tally() for _ in range(5)]
     for _ in range(4):
         for tally in processes:
@@ -100,18 +100,18 @@ async def test_batches_of_many_processes_and_at_once_add_up(store: Store, raw: r
     assert all(RETAIN_S - 60 < seconds <= RETAIN_S for seconds in left)  # type: ignore[operator]
 
 
-async def test_a_batch_that_arrives_after_a_later_one_is_not_added(store: Store, raw: redis.Redis) -> None:
+async def test_a_batch_older_than_the_last_one_is_not_added(store: Store, raw: redis.Redis) -> None:
     await store.counters.add("p", 2, {"a": 1})
     await store.counters.add("p", 1, {"a": 1})
     assert tallies(raw) == {"a": 1}
 
 
-async def test_a_process_with_nothing_to_say_asks_nothing_of_redis(store: Store, raw: redis.Redis) -> None:
+async def test_a_process_without_counts_writes_nothing(store: Store, raw: redis.Redis) -> None:
     await Tally().hand_over(store.counters.add)
     assert raw.keys("tall*") == []
 
 
-async def test_the_readings_are_what_the_records_are(store: Store) -> None:
+async def test_readings_match_the_records(store: Store) -> None:
     await store.workers.renew(
         WorkerSnapshot(name="w", epoch="e", version="0", catalog="", residents=0, lease_s=store.workers.lease_s)
     )
@@ -120,10 +120,10 @@ async def test_the_readings_are_what_the_records_are(store: Store) -> None:
     await store.instances.create(msgspec.structs.replace(queued(3), worker="another"))
     ended = await claimed(store, 4)
     await store.instances.commit(ended, ended.after(Event.EXPIRE))
-    found = await store.counters.read()
-    assert [worker.name for worker in found.workers] == ["w"]
-    assert (found.queued, found.queued_at) == (2, {"w": 1})
-    assert found.live == {("w", "loading"): 1, ("w", "queued"): 1, ("another", "queued"): 1}
-    assert found.counters == {"queued": 4, "loading": 2, "lost": 1}
-    assert found.tallies == {"loads|lost|": 1}
+    readings = await store.counters.read()
+    assert [worker.name for worker in readings.workers] == ["w"]
+    assert (readings.queued, readings.queued_at) == (2, {"w": 1})
+    assert readings.live == {("w", "loading"): 1, ("w", "queued"): 1, ("another", "queued"): 1}
+    assert readings.counters == {"queued": 4, "loading": 2, "lost": 1}
+    assert readings.tallies == {"loads|lost|": 1}
     assert loading.state is State.LOADING

@@ -1,4 +1,4 @@
-"""The warm-up of a load, in the real engine."""
+"""The warm-up of a load in the real engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lives but does nothing any more is replaced: small children that fall silent, and the real ones, stopped."""
+"""The watchdog replaces processes that stop beating: small children, and the real worker and API."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "pids"
 
 
-async def test_a_child_that_falls_silent_is_killed_and_started_again(file: Path) -> None:
+async def test_a_silent_child_is_killed_and_restarted(file: Path) -> None:
     async with Supervisor() as supervisor:
         supervisor.start(watched(command(file, BEATING_ONCE)))
         await supervisor.until(started(file, 1), "The child")
@@ -55,7 +55,7 @@ async def test_a_child_that_falls_silent_is_killed_and_started_again(file: Path)
         assert is_gone(pids(file)[0])
 
 
-async def test_what_it_started_in_its_group_goes_with_it(file: Path) -> None:
+async def test_the_process_group_of_a_silent_child_is_killed(file: Path) -> None:
     grandchild = (
         "\nimport subprocess; print(subprocess.Popen(['sleep', '60']).pid, file=open(sys.argv[1] + '.grand', 'a'))"
     )
@@ -66,8 +66,8 @@ async def test_what_it_started_in_its_group_goes_with_it(file: Path) -> None:
         assert await asyncio.to_thread(wait_gone, first, 3)
 
 
-@pytest.mark.parametrize("code", [BEATING, SLEEP], ids=["it beats", "it has not begun to"])
-async def test_a_child_is_left_alone_as_long_as(file: Path, code: str) -> None:
+@pytest.mark.parametrize("code", [BEATING, SLEEP], ids=["beating", "not yet beating"])
+async def test_a_child_is_not_replaced_without_silence(file: Path, code: str) -> None:
     async with Supervisor() as supervisor:
         supervisor.start(watched(command(file, code)))
         await supervisor.until(started(file, 1), "The child")
@@ -76,7 +76,7 @@ async def test_a_child_is_left_alone_as_long_as(file: Path, code: str) -> None:
         assert not is_gone(pids(file)[0])
 
 
-async def test_a_child_that_is_being_stopped_need_not_beat(file: Path) -> None:
+async def test_a_stopping_child_need_not_beat(file: Path) -> None:
     async with Supervisor() as supervisor:
         supervisor.start(watched(command(file, BEAT + LEAVING_SLOWLY)))
         await supervisor.until(started(file, 1), "The child")
@@ -84,8 +84,8 @@ async def test_a_child_that_is_being_stopped_need_not_beat(file: Path) -> None:
     assert file.with_suffix(".left").exists()
 
 
-async def test_a_pause_of_everything_is_no_silence(file: Path) -> None:
-    """As of a container that is frozen for a while: the supervisor stands still too."""
+async def test_a_pause_of_all_processes_is_not_silence(file: Path) -> None:
+    """In a frozen container the supervisor stands still too."""
     async with Supervisor() as supervisor:
         supervisor.start(watched(command(file, BEATING)))
         await supervisor.until(started(file, 1), "The child")
@@ -99,16 +99,18 @@ async def test_a_pause_of_everything_is_no_silence(file: Path) -> None:
         assert not is_gone(pid)
 
 
-async def test_a_child_without_a_watchdog_is_told_of_none(file: Path) -> None:
+async def test_a_child_without_a_watchdog_gets_no_beat_fd(file: Path) -> None:
     async with Supervisor() as supervisor:
         supervisor.start(command(file, "print(*sys.argv, file=open(sys.argv[1] + '.argv', 'w'), flush=True); " + SLEEP))
         await supervisor.until(started(file, 1), "The child")
-        said = file.with_suffix(".argv")
-        await asyncio.to_thread(until, lambda: said.exists() and said.read_text().strip(), "its arguments")
-    assert "--beat-fd" not in said.read_text()
+        argv_file = file.with_suffix(".argv")
+        await asyncio.to_thread(
+            until, lambda: argv_file.exists() and argv_file.read_text().strip(), "the arguments of the child"
+        )
+    assert "--beat-fd" not in argv_file.read_text()
 
 
-def test_a_beat_never_waits_and_never_fails() -> None:
+def test_a_beat_never_blocks_and_never_fails() -> None:
     ours, theirs = os.pipe()
     try:
         os.set_inheritable(theirs, True)
@@ -124,9 +126,9 @@ def test_a_beat_never_waits_and_never_fails() -> None:
     heartbeat(None)()
 
 
-# ---- the real ones
+# ---- the real processes
 
-REAL_SILENCE_S = 3.0  # they beat once a second
+REAL_SILENCE_S = 3.0  # the processes beat once a second
 
 
 @pytest.fixture
@@ -144,23 +146,23 @@ def settings(tmp_path: Path, redis: RedisServer) -> Settings:
 
 
 def child(name: str) -> Process:
-    """Our child that is `python -m NAME`."""
+    """Return the child of this process that runs `python -m NAME`."""
     return until(lambda: next((p for p in below(os.getpid()) if p.words[2:4] == ("-m", name)), None), name)
 
 
 def holders(pipe: str) -> list[Process]:
-    """Which of our descendants have this pipe open."""
-    found = []
+    """Return the descendants of this process that have this pipe open."""
+    descendants = []
     for process in below(os.getpid()):
         with suppress(FileNotFoundError, ProcessLookupError):
             if any(os.readlink(link) == pipe for link in Path(f"/proc/{process.pid}/fd").iterdir()):
-                found.append(process)
-    return found
+                descendants.append(process)
+    return descendants
 
 
 async def check_replaced(command: Command, missing: Callable[[], Awaitable[str | None]]) -> None:
-    """Its process is stopped, once it has beaten; another one comes, and nothing is left of the first.  Nobody else
-    could have beaten in its place."""
+    """Stop the process after its first beats; check that another one replaces it, that nothing is left of the first,
+    and that no other process could have beaten in its place."""
     async with Supervisor() as supervisor:
         supervisor.start(watched(command, REAL_SILENCE_S))
         await supervisor.until(missing, command.name)
@@ -175,7 +177,7 @@ async def check_replaced(command: Command, missing: Callable[[], Awaitable[str |
         assert child(command.name).pid != first.pid
 
 
-async def test_a_worker_that_stands_still_is_replaced(settings: Settings, redis: RedisServer) -> None:
+async def test_a_stopped_worker_is_replaced(settings: Settings, redis: RedisServer) -> None:
     epochs: list[bytes] = []
 
     async def missing() -> str | None:
@@ -189,7 +191,7 @@ async def test_a_worker_that_stands_still_is_replaced(settings: Settings, redis:
     await check_replaced(up.worker_command(settings, 5.0), missing)
 
 
-async def test_an_api_that_stands_still_is_replaced(settings: Settings) -> None:
+async def test_a_stopped_api_is_replaced(settings: Settings) -> None:
     with listener.bind(settings) as listening:
         command = up.api_command(settings, listening, (0.0, 0.0))
         await check_replaced(command, partial(listener.missing, listening, "/healthz"))
