@@ -1,1 +1,1 @@
-"""The program `loadstone`: a supervisor of the servers, and a client of the API."""
+"""The program `loadstone`: supervises the servers, and is a client of the API."""

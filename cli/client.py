@@ -1,4 +1,4 @@
-"""The HTTP client of the command line: asks one server, and follows a load through whatever its connection meets."""
+"""The HTTP client of the command line.  Follows a load across broken connections and server restarts."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from shared.schema.http import (
 )
 from shared.settings import is_loopback
 
-PATIENCE_S = 30.0  # without any answer, for a load that is under way or to be accepted
-SILENCE_S = 20.0  # an event stream says something at least every 15 s
+PATIENCE_S = 30.0  # limit of retries without a response, while a load is submitted or followed
+SILENCE_S = 20.0  # an event stream sends something at least every 15 s
 ANSWER_S = 30.0
-STOP_ANSWER_S = 90.0  # an unload or a cancel is answered once memory is back: the server waits a minute for that
+STOP_ANSWER_S = 90.0  # unload and cancel reply once the memory is free; the server waits up to 60 s
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
-PASSING = {429, 502, 503, 504}  # the same request may succeed later
+PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
 JSON = {"Content-Type": "application/json"}
 
 T = TypeVar("T")
 
 
 class Failure(Exception):
-    """What was asked for did not happen: the server's error, or ours in the same shape, where there is no answer.
+    """A request failed: the error of the server or, without a response, an error of the client in the same form.
 
-    `retry_after_s` is None where asking again would change nothing.
+    `retry_after_s` is None if a retry cannot succeed.
     """
 
     def __init__(self, error: ErrorBody, retry_after_s: float | None = None) -> None:
@@ -54,11 +54,11 @@ class Failure(Exception):
 
 
 class Unreachable(Failure):
-    """There is no connection: nothing was sent."""
+    """The connection could not be established, so nothing was sent."""
 
 
 class Patience:
-    """How long to go on asking: until PATIENCE_S have passed without an answer."""
+    """A retry policy with exponential backoff, which ends after PATIENCE_S seconds without a response."""
 
     def __init__(
         self,
@@ -68,29 +68,30 @@ class Patience:
     ) -> None:
         self._note, self._now, self._sleep = note, now, sleep
         self._noted = ""
-        self.heard()
+        self.reset()
 
-    def heard(self) -> None:
+    def reset(self) -> None:
+        """Start over, after a response."""
         self._until = self._now() + PATIENCE_S
         self._pause = FIRST_PAUSE_S
 
     def wait(self, failure: Failure) -> None:
-        """Wait until it is time to ask again, as long as the server says, and longer each time.
+        """Wait before the next attempt: at least as long as the server requests, and longer each time.
 
-        Raises `failure` if there is no use in asking again, or no time left for it.
+        Raises `failure` if a retry cannot succeed, or if no time is left.
         """
         pause = max(self._pause, failure.retry_after_s or 0.0)
         if failure.retry_after_s is None or self._now() + pause > self._until:
             raise failure
         self._pause = min(2 * self._pause, LONGEST_PAUSE_S)
-        if (sentence := f"{failure} Trying again.") != self._noted:
+        if (sentence := f"{failure} Retrying.") != self._noted:
             self._note(sentence)
             self._noted = sentence
         self._sleep(pause)
 
 
 class Client:
-    """Every method raises Failure.  `note` is told why it takes longer."""
+    """A client of one server.  Every method raises Failure.  `note` is called with the reason of each delay."""
 
     def __init__(self, url: str, token: str = "", note: Callable[[str], None] = lambda sentence: None) -> None:
         self.url = url
@@ -99,7 +100,7 @@ class Client:
             base_url=url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(ANSWER_S, connect=5.0),
-            trust_env=not is_loopback(httpx.URL(url).host),  # a proxy's loopback is not ours
+            trust_env=not is_loopback(httpx.URL(url).host),  # a proxy cannot reach the loopback of this machine
         )
 
     def __enter__(self) -> Self:
@@ -125,7 +126,7 @@ class Client:
         return self._ask(Job, "GET", _path(paths.JOB, job_id))
 
     def cancel(self, job_id: str) -> Job:
-        """The job once it has ended and its memory is back."""
+        """Cancel a load; return its job once it has ended and its memory is free."""
         return self._ask(Job, "DELETE", _path(paths.JOB, job_id), timeout=STOP_ANSWER_S)
 
     def logs(self, job_id: str) -> str:
@@ -136,8 +137,11 @@ class Client:
         return self._ask(EstimateResult, "POST", paths.ESTIMATE, content=msgspec.json.encode(request), headers=JSON)
 
     def submit(self, request: LoadRequest, idempotency_key: str) -> Job:
-        """Have a load accepted.  What was asked twice under one key is one load, so a broken connection is no end;
-        that there is no server at all is one."""
+        """Submit a load; return its job.
+
+        Retries after failures, because requests with the same key create only one load.  The first attempt is not
+        retried if the server cannot be reached.
+        """
         headers = {**JSON, "Prefer": "respond-async", "Idempotency-Key": idempotency_key}
         patience = Patience(self.note)
         is_first = True
@@ -151,9 +155,9 @@ class Client:
                 patience.wait(failure)
 
     def follow(self, job_id: str) -> Generator[LoadEvent, None, None]:
-        """Yield every event of a load up to its LoadEnd, over as many connections as it takes; to be closed.
+        """Yield the events of a load up to its LoadEnd, and reconnect if necessary.  Close the generator after use.
 
-        Raises Failure with the error of a load that ends in any other way.
+        Raises Failure with the error of the load if it fails or is cancelled.
         """
         patience, last_id = Patience(self.note), ""
         while True:
@@ -172,12 +176,12 @@ class Client:
                             assert_never(event)
                 raise self._broken()
             except Failure as failure:
-                if failure.error.code == "too_many_waiting":  # a poll that waits for nothing needs no place
+                if failure.error.code == "too_many_waiting":  # a poll without a wait is not limited
                     event = self.job(job_id).event()
                     match event:
                         case LoadStart() | LoadProgress():
                             yield event
-                            patience.heard()
+                            patience.reset()
                         case LoadEnd():
                             yield event
                             return
@@ -188,14 +192,14 @@ class Client:
                 patience.wait(failure)
 
     def _events(self, job_id: str, after: str, patience: Patience) -> Iterator[tuple[str, LoadEvent]]:
-        """The events of one connection, with their ids."""
+        """Yield the events of one connection, with their ids."""
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
         with self._answer("GET", _path(paths.JOB_EVENTS, job_id), headers=headers, timeout=SILENCE_S) as answer:
             if answer.status_code != 204:
                 for id_, data in events(_lines(answer, patience)):
                     yield id_, self._decode(data, LoadEvent)
                 return
-        yield after, self.job(job_id).event()  # no event is left after that id
+        yield after, self.job(job_id).event()  # there are no events after that id
 
     def _ask(self, kind: type[T], method: str, path: str, **options: Any) -> T:
         with self._answer(method, path, **options) as answer:
@@ -204,7 +208,7 @@ class Client:
 
     @contextmanager
     def _answer(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
-        """The answer to one request, if it is no error; its body is read within the block."""
+        """Yield the response to one request; read its body within the block.  Raises Failure for error statuses."""
         try:
             with self._http.stream(method, path, **options) as answer:
                 if not answer.is_success:
@@ -212,10 +216,10 @@ class Client:
                     raise self._refusal(answer)
                 yield answer
         except (httpx.ConnectError, httpx.ConnectTimeout) as e:
-            raise Unreachable(_error("unreachable", f"No server can be reached at {self.url} ({e})."), 0.0) from None
+            raise Unreachable(_error("unreachable", f"Cannot connect to {self.url} ({e})."), 0.0) from None
         except httpx.TimeoutException:
-            raise Failure(_error("no_answer", f"The server at {self.url} does not answer."), 0.0) from None
-        except httpx.RequestError:  # its text may hold a header
+            raise Failure(_error("no_answer", f"The server at {self.url} does not respond."), 0.0) from None
+        except httpx.RequestError:  # its text may contain a header
             raise self._broken() from None
 
     def _refusal(self, answer: httpx.Response) -> Failure:
@@ -224,20 +228,22 @@ class Client:
         try:
             return Failure(msgspec.json.decode(answer.content, type=dict[str, ErrorBody])["error"], wait)
         except (msgspec.DecodeError, KeyError):
-            return Failure(_error("unexpected_reply", f"{self.url} answers with HTTP {answer.status_code}."), wait)
+            return Failure(_error("unexpected_reply", f"{self.url} returned HTTP status {answer.status_code}."), wait)
 
     def _broken(self) -> Failure:
-        return Failure(_error("connection_lost", f"The connection to {self.url} broke."), 0.0)
+        return Failure(_error("connection_lost", f"The connection to {self.url} was lost."), 0.0)
 
     def _decode(self, data: bytes, kind: Any) -> Any:
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            raise Failure(_error("unexpected_reply", f"{self.url} does not answer as Loadstone does.")) from None
+            raise Failure(
+                _error("unexpected_reply", f"{self.url} returned an unexpected response. Is it a Loadstone server?")
+            ) from None
 
 
 def checked_url(text: str) -> str | None:
-    """The URL of a server, or None where this is none.  One with a password would end up in sentences."""
+    """Return a normalized server URL, or None if it is invalid.  Passwords are refused: messages show the URL."""
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL:
@@ -251,12 +257,12 @@ def cancelled(model: str) -> ErrorBody:
 
 
 def _ended(error: ErrorBody) -> Failure:
-    """The error that a stream ended with: of the load, or only of the stream, where Redis lost the record."""
+    """Return the failure for the last event of a stream.  It can be retried if only the stream failed, not the load."""
     return Failure(error, 1.0 if error.code == "queue_unavailable" else None)
 
 
 def events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Id and data of each event of a stream (WHATWG: server-sent events); comments and all else pass by."""
+    """Parse an event stream (WHATWG: server-sent events) into ids and data.  Comments and other fields are ignored."""
     id_, data = "", list[bytes]()
     for line in lines:
         name, _, value = line.partition(b":")
@@ -271,16 +277,16 @@ def events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
 
 
 def _lines(answer: httpx.Response, patience: Patience) -> Iterator[bytes]:
-    """Not httpx's lines: those end at U+2028 too, which JSON may hold."""
+    """Split a body into lines.  httpx also splits at U+2028, which JSON may contain."""
     rest = b""
     for chunk in answer.iter_bytes():
-        patience.heard()
+        patience.reset()
         *lines, rest = (rest + chunk).split(b"\n")
         yield from (line.removesuffix(b"\r") for line in lines)
 
 
 def _path(template: str, job_id: str) -> str:
-    """Put the id of a job into a path, as one segment whatever it holds: a dot segment would name another path."""
+    """Insert a job id into a path as a single segment; dots are encoded, because dot segments name other paths."""
     return template.format(job_id=quote(job_id, safe="").replace(".", "%2E"))
 
 

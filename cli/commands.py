@@ -1,7 +1,7 @@
-"""The client commands of the command line: each asks a server, and says what came of it.
+"""The client commands of the command line.
 
-stdout has the result, or with --json exactly one JSON document (a failure's is the error, as the API shows it), and
-stderr everything else.  Exit status: 0 done, 1 failed, 2 wrong usage, 130 cancelled.
+The result goes to stdout, with --json as exactly one JSON document (of a failure, the error in the form of the API);
+all other output goes to stderr.  Exit status: 0 success, 1 failure, 2 usage error, 130 cancelled.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ VISIBLE = {chr(code) for code in range(0x21, 0x7F)}
 
 
 class Interrupted(Failure):
-    """Ctrl-C, whatever became of the load."""
+    """The command was interrupted with Ctrl-C."""
 
 
 @click.group()
 def client() -> None:
-    """The commands that ask a server."""
+    """The commands that send requests to a server."""
 
 
 def visible_ascii(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
-    """What a header can hold.  The sentence does not show it: it may be the token."""
+    """Validate a header value.  The error does not show it, since it may be the token."""
     if text is not None and not (text and set(text) <= VISIBLE):
-        raise click.BadParameter("it must be visible ASCII: letters, digits and signs.")
+        raise click.BadParameter("it must be visible ASCII (letters, digits, punctuation).")
     return text
 
 
 def http_url(context: click.Context, option: click.Parameter, text: str) -> str:
     if (url := checked_url(text)) is None:
-        raise click.BadParameter("it must be like http://host:1234, without a user or password.")
+        raise click.BadParameter("it must be an HTTP URL such as http://host:1234, without a user name or password.")
     return url
 
 
@@ -55,20 +55,20 @@ OPTIONS: list[click.Parameter] = [
         envvar="LOADSTONE_URL",
         default="http://127.0.0.1:1234",
         callback=http_url,
-        help="Server to ask. [LOADSTONE_URL; default: http://127.0.0.1:1234]",
+        help="URL of the server. [LOADSTONE_URL; default: http://127.0.0.1:1234]",
     ),
     click.Option(
         ["--token"],
         envvar="LOADSTONE_TOKEN",
         callback=visible_ascii,
-        help="Bearer token; safer in the variable, since others can read a command line. [LOADSTONE_TOKEN]",
+        help="Bearer token. The variable is safer, since other users can see command lines. [LOADSTONE_TOKEN]",
     ),
     click.Option(["--json", "as_json"], is_flag=True, help="Write one JSON document to stdout."),
 ]
 
 
 def command(function: Callable[..., None]) -> click.Command:
-    """Add a command with the OPTIONS.  It gets a Client, whether to write JSON, and what options it has itself."""
+    """Register a command with OPTIONS.  Calls it with a Client, whether to write JSON, and its own options."""
 
     @functools.wraps(function)
     def run(url: str, token: str | None, as_json: bool, **words: Any) -> None:
@@ -92,9 +92,9 @@ def command(function: Callable[..., None]) -> click.Command:
 @command
 def ls(server: Client, as_json: bool) -> None:
     """List the models."""
-    found = server.models()
+    listed = server.models()
     if as_json:
-        document(found)
+        document(listed)
         return
     headings = ("MODEL", "TYPE", "ARCHITECTURE", "QUANTIZATION", "SIZE", "MAX CONTEXT", "LOADED")
     rows = [
@@ -107,20 +107,20 @@ def ls(server: Client, as_json: bool) -> None:
             str(model.max_context_length),
             str(len(model.loaded_instances)),
         )
-        for model in found.models
+        for model in listed.models
     ]
     table(headings, rows)
 
 
 @command
 def ps(server: Client, as_json: bool) -> None:
-    """List the instances that are loaded, and the loads that are under way."""
-    # In the order in which they move on: what does so meanwhile is seen in its later state, and not missed.
-    under_way = {
+    """List the loaded instances and the loads in progress."""
+    # In the order of the lifecycle: a load that changes state meanwhile is not missed.
+    in_progress = {
         job.instance_id: job for status in ("queued", "loading") for job in server.jobs(status=status, limit=1000).jobs
     }
     instances = [(model.key, instance) for model in server.models().models for instance in model.loaded_instances]
-    jobs = [job for id_, job in under_way.items() if id_ not in {instance.id for _, instance in instances}]
+    jobs = [job for id_, job in in_progress.items() if id_ not in {instance.id for _, instance in instances}]
     if as_json:
         loaded = [{"model": key, "state": "loaded", **msgspec.to_builtins(instance)} for key, instance in instances]
         document({"instances": loaded, "jobs": jobs})
@@ -137,7 +137,7 @@ def ps(server: Client, as_json: bool) -> None:
 
 
 def description(kind: type[Struct], field: str) -> str:
-    """Return the description of a request's field, which its type carries."""
+    """Return the description of a request field from its type."""
     annotated = get_type_hints(kind, include_extras=True)[field]
     (text,) = (meta.description for meta in annotated.__metadata__ if isinstance(meta, Meta))
     assert text is not None
@@ -147,7 +147,7 @@ def description(kind: type[Struct], field: str) -> str:
 def field_option(
     kind: type[Struct], field: str, flags: str, *, note: str = "", **attributes: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make the option for a request's field.  Its help is the field's description, and `note`."""
+    """Create the option for a request field.  Its help is the description of the field, followed by `note`."""
     return click.option(flags, field, help=description(kind, field) + note, **attributes)
 
 
@@ -167,7 +167,7 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
         parts = [float(part) for part in str(text).split(",")]
         if all(0 <= part < float("inf") for part in parts):
             return parts
-    raise click.BadParameter("it must be even, priority or numbers like 2,1.")
+    raise click.BadParameter("it must be even, priority or ratios such as 2,1.")
 
 
 @command
@@ -183,12 +183,19 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
 @field_option(GPURequest, "worker", "--gpu-worker", metavar="NAME")
 @field_option(GPURequest, "devices", "--gpu-device", note=" May be repeated.", multiple=True, metavar="ID")
 @field_option(GPURequest, "split", "--gpu-split", callback=split_of, metavar="even|priority|N,N...")
-@click.option("--copies", type=click.IntRange(1), default=1, metavar="N", help="Load it so many times.")
+@click.option("--copies", type=click.IntRange(1), default=1, metavar="N", help="Number of instances to load.")
 @field_option(LoadRequest, "force", "--force", is_flag=True, default=None)
-@click.option("--estimate-only", is_flag=True, help="Load nothing: say what it would take. Exit status 0: it fits.")
-@click.option("--detach", is_flag=True, help="Do not wait: write the job's id to stdout.")
 @click.option(
-    "--idempotency-key", metavar="KEY", callback=visible_ascii, help="The same key again joins the load it began."
+    "--estimate-only",
+    is_flag=True,
+    help="Show the required memory without loading. Exit status 0: it fits, 1: it does not.",
+)
+@click.option("--detach", is_flag=True, help="Do not wait for the load; write the id of its job to stdout.")
+@click.option(
+    "--idempotency-key",
+    metavar="KEY",
+    callback=visible_ascii,
+    help="Repeating a load with the same key joins the first load.",
 )
 def load(
     server: Client,
@@ -200,9 +207,9 @@ def load(
     idempotency_key: str | None,
     **fields: Any,
 ) -> None:
-    """Load a model, and write the id of its instance to stdout once it is in memory.
+    """Load a model, and write the id of the instance to stdout once it is in memory.
 
-    Ctrl-C cancels the load; a second one does not wait until it has ended.
+    Ctrl-C cancels the load and waits until it has ended; a second Ctrl-C exits at once.
     """
     gpu = {name: fields.pop(name) for name in ("offload", "worker", "devices", "split")}
     gpu = {name: value for name, value in gpu.items() if value not in (None, ())}
@@ -211,14 +218,14 @@ def load(
         given["gpu"] = GPURequest(**gpu | ({"devices": [*gpu["devices"]]} if "devices" in gpu else {}))
     if estimate_only:
         if detach or idempotency_key:
-            raise click.UsageError("--estimate-only loads nothing: leave out --detach and --idempotency-key.")
+            raise click.UsageError("--estimate-only cannot be combined with --detach or --idempotency-key.")
         show(server.estimate(LoadRequest(model=model, **given)), as_json)
         return
     request = LoadRequest(model=model, echo_load_config=True, **given)
     key = idempotency_key or uuid.uuid4().hex
     jobs: dict[str, Job | None] = dict.fromkeys([key] if copies == 1 else [f"{key}-{n + 1}" for n in range(copies)])
     try:
-        for key in jobs:  # all are accepted before the first is waited for, so that several devices load at once
+        for key in jobs:  # submit all before waiting for the first, so that they load concurrently
             jobs[key] = server.submit(request, key)
         accepted = [job for job in jobs.values() if job is not None]
         if detach:
@@ -240,16 +247,16 @@ def load(
 
 
 def followed(server: Client, jobs: list[Job], *, as_json: bool) -> tuple[list[LoadResult], list[Failure]]:
-    """Follow loads to their ends, one after the other, and write the id of each instance as soon as it is loaded."""
+    """Follow loads to their ends, in order, and write the id of each instance once it is loaded."""
     results: list[LoadResult] = []
     failures: list[Failure] = []
     for job in jobs:
         try:
             result = outcome(server, job)
         except Failure as failure:
-            if failure.retry_after_s is not None:  # patience ended, and not the load
-                say(f"The load goes on as {job.job_id}.")
-            elif failures or job is not jobs[-1]:  # the last thing said is the first that failed
+            if failure.retry_after_s is not None:  # the retries ended, not the load
+                say(f"The load continues as job {job.job_id}.")
+            elif failures or job is not jobs[-1]:  # the first failure is reported last
                 say(str(failure))
             failures.append(failure)
             continue
@@ -261,13 +268,13 @@ def followed(server: Client, jobs: list[Job], *, as_json: bool) -> tuple[list[Lo
     return results, failures
 
 
-def show(found: EstimateResult, as_json: bool) -> None:
-    """Write an estimate.  Exits with FAILED where it does not fit."""
+def show(estimate: EstimateResult, as_json: bool) -> None:
+    """Write an estimate.  Exits with FAILED if the load does not fit."""
     if as_json:
-        document(found)
+        document(estimate)
     else:
         headings = ("DEVICE", "WORKER", "WEIGHTS", "CONTEXT", "COMPUTE", "TOTAL", "FREE", "FITS", "LARGEST CONTEXT")
-        ends = ("yes" if found.fits else "no", str(found.max_context_length_that_fits or "-"))
+        ends = ("yes" if estimate.fits else "no", str(estimate.max_context_length_that_fits or "-"))
         table(
             headings,
             [
@@ -281,38 +288,40 @@ def show(found: EstimateResult, as_json: bool) -> None:
                     size(device.free_bytes),
                     *ends,
                 )
-                for device in found.devices
+                for device in estimate.devices
             ],
         )
-        if not found.exact:
-            say("This is a guess: the formula was not compared with the engine for this.")
-    if not found.fits:
+        if not estimate.exact:
+            say("This estimate is approximate: it is not verified against the engine for this configuration.")
+    if not estimate.fits:
         sys.exit(FAILED)
 
 
 def outcome(server: Client, job: Job) -> LoadResult:
-    """Follow a load, showing how far it has come.  Raises Failure where it does not end loaded."""
+    """Follow a load and show its progress.  Raises Failure if it fails or is cancelled."""
     with following(job.model, say) as shown, closing(server.follow(job.job_id)) as events:
         server.note = shown.note
         for event in events:
             shown.show(event)
             if isinstance(event, LoadEnd):
                 return event.result
-    raise AssertionError("a load is followed to its end")
+    raise AssertionError("the events ended before the load")
 
 
 def interrupted(server: Client, request: LoadRequest, jobs: dict[str, Job | None]) -> NoReturn:
-    """Have loads cancelled, by their keys, and wait for that, unless told again to leave.  One that has been loaded
-    stays."""
+    """Cancel loads by their keys, and wait until they have ended or Ctrl-C is pressed again.
+
+    Loaded instances stay loaded.  Raises Interrupted.
+    """
     server.note = say
     ended: list[ErrorBody] = []
     try:
-        say("Cancelling the load. Ctrl-C again does not wait for that.")
+        say("Cancelling the load. Press Ctrl-C again to exit without waiting.")
         unsent = False
         for key, job in jobs.items():
             if unsent:
                 break
-            # Without an answer so far the server may have it or not; under the same key this finds it, or makes it.
+            # Without a response, the server may or may not have accepted it; the same key finds or creates the load.
             unsent = job is None
             try:
                 cancelled_job = server.cancel((job or server.submit(request, key)).job_id)
@@ -320,22 +329,23 @@ def interrupted(server: Client, request: LoadRequest, jobs: dict[str, Job | None
             except Failure as failure:
                 ended.append(failure.error)
     except KeyboardInterrupt:
-        left = "Not waiting; `loadstone jobs` shows what becomes of the load."
-        raise Interrupted(ErrorBody(type="interrupted", message=left)) from None
+        message = "Not waiting. Run `loadstone jobs` to see the outcome of the load."
+        raise Interrupted(ErrorBody(type="interrupted", message=message)) from None
     raise Interrupted(ended[0])
 
 
 def describe(config: LoadConfig) -> str:
+    """Format the parameters in effect, each preceded by a comma."""
     return "".join(f", {name} {str(value).lower()}" for name, value in msgspec.to_builtins(config).items())
 
 
 @command
 @click.argument("instances", nargs=-1, metavar="[INSTANCE]...")
-@click.option("--all", "everything", is_flag=True, help="Every instance that is loaded.")
+@click.option("--all", "everything", is_flag=True, help="Unload all loaded instances.")
 def unload(server: Client, as_json: bool, instances: tuple[str, ...], everything: bool) -> None:
-    """Unload instances, and return once their memory is back; what is still loading is cancelled."""
+    """Unload instances, and wait until their memory is free.  Loads in progress are cancelled."""
     if bool(instances) == everything:
-        raise click.UsageError("Name the instances to unload, or give --all.")
+        raise click.UsageError("Specify either the instances to unload or --all.")
     if everything:
         instances = tuple(i.id for model in server.models().models for i in model.loaded_instances)
     unloaded, errors = [], []
@@ -344,7 +354,7 @@ def unload(server: Client, as_json: bool, instances: tuple[str, ...], everything
             server.unload(instance_id)
         except Failure as failure:
             if everything and failure.error.type == "model_not_found":
-                continue  # it went by itself
+                continue  # it was unloaded meanwhile
             errors.append({"instance_id": instance_id, "error": failure.error})
             say(str(failure))
         else:
@@ -358,13 +368,13 @@ def unload(server: Client, as_json: bool, instances: tuple[str, ...], everything
 
 
 @command
-@click.option("--status", type=click.Choice(get_args(JobStatus)), help="Only those with this status.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many.")
+@click.option("--status", type=click.Choice(get_args(JobStatus)), help="List only loads with this status.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="List at most this many loads.")
 def jobs(server: Client, as_json: bool, status: str | None, limit: int | None) -> None:
     """List loads, newest first."""
-    found = server.jobs(status=status, limit=limit)
+    listed = server.jobs(status=status, limit=limit)
     if as_json:
-        document(found)
+        document(listed)
         return
     headings = ("JOB", "STATUS", "INSTANCE", "WORKER", "PROGRESS", "CREATED", "ERROR")
     rows = [
@@ -377,7 +387,7 @@ def jobs(server: Client, as_json: bool, status: str | None, limit: int | None) -
             when(job.created_at),
             str(job.error.code or job.error.type) if job.error else "-",
         )
-        for job in found.jobs
+        for job in listed.jobs
     ]
     table(headings, rows)
 
@@ -385,7 +395,7 @@ def jobs(server: Client, as_json: bool, status: str | None, limit: int | None) -
 @command
 @click.argument("job_id", metavar="JOB")
 def cancel(server: Client, as_json: bool, job_id: str) -> None:
-    """Cancel a load, and return once its memory is back."""
+    """Cancel a load, and wait until its memory is free."""
     ended = server.cancel(job_id)
     if as_json:
         document(ended)
@@ -396,7 +406,7 @@ def cancel(server: Client, as_json: bool, job_id: str) -> None:
 @command
 @click.argument("job_id", metavar="JOB")
 def logs(server: Client, as_json: bool, job_id: str) -> None:
-    """Write what the engine said during a load."""
+    """Show the engine log of a load."""
     lines = server.logs(job_id).split("\n")
     if not lines[-1]:
         lines.pop()
@@ -409,10 +419,10 @@ def logs(server: Client, as_json: bool, job_id: str) -> None:
 
 @command
 def workers(server: Client, as_json: bool) -> None:
-    """List the workers that are alive: each device, and how many instances there are in whatever state."""
-    found = server.workers()
+    """List the live workers: their devices, and the number of instances on each device."""
+    listed = server.workers()
     if as_json:
-        document(found)
+        document(listed)
         return
     headings = ("WORKER", "STATE", "DEVICE", "NAME", "AVAILABLE", "TOTAL", "INSTANCES", "LEASE AGE", "VERSION")
     rows = [
@@ -427,7 +437,7 @@ def workers(server: Client, as_json: bool) -> None:
             f"{worker.lease_age_seconds:.1f} s",
             worker.version,
         )
-        for worker in found.workers
+        for worker in listed.workers
         for device in worker.devices
     ]
     table(headings, rows)

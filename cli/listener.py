@@ -1,7 +1,7 @@
-"""The socket that the API processes share, and what it answers.
+"""The listening socket that the API processes share.
 
-Whoever starts the API binds the socket and hands it down: so a busy port is found before anything else is started,
-port 0 has one meaning for all processes, and clients wait in the backlog while a crashed process is started again.
+The supervisor binds the socket and passes it to the processes.  A busy port is therefore detected before anything else
+starts, port 0 is the same port for all processes, and clients wait in the backlog while a crashed process restarts.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ BACKLOG = 2048
 ANSWER_S = 2.0
 UNTAKEN_MS = 30_000
 BODY_BYTES = 1024
-ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}  # as for ::1 on a machine without IPv6
+ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}  # such as ::1 on a machine without IPv6
 
 
 def bind(settings: Settings) -> socket.socket:
-    """A listening socket on the settings' host and port, not inherited unless it is passed on.
+    """Return a socket that listens on the host and port of the settings.  It is not inheritable by default.
 
-    Raises SettingsError for a name or port that cannot be used, and where a name that should mean this machine
-    resolves to an address that others can reach.
+    Raises SettingsError for a host or port that cannot be used, and, if no tokens are set, for a loopback name that
+    resolves to an address that other machines can reach.
     """
     host, port = settings.host.strip("[]"), settings.port
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as e:
         raise _refused(settings, "host", _reason(e)) from None
-    reason = "it has no address"
-    for family, _, _, _, address in found:
+    reason = "no address found"
+    for family, _, _, _, address in addresses:
         check_exposure(msgspec.structs.replace(settings, host=str(address[0])))
-        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: means IPv4 too
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: includes IPv4
         try:
             listening = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
         except OSError as e:
@@ -45,7 +45,7 @@ def bind(settings: Settings) -> socket.socket:
                 raise _refused(settings, "port", _reason(e)) from None
             reason = _reason(e)
             continue
-        # Its connections inherit this: one whose client takes nothing, or is gone without a word, ends (tcp(7)).
+        # Connections inherit this: they end if the client does not read or has disappeared (tcp(7)).
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNTAKEN_MS)
         return listening
     raise _refused(settings, "host", reason)
@@ -56,7 +56,7 @@ def _refused(settings: Settings, field: Literal["host", "port"], reason: str) ->
         case "host":
             allowed = "an address of this machine"
         case "port":
-            allowed = f"free on {settings.host}, or 0 to pick a free one"
+            allowed = f"a free port on {settings.host}, or 0 to select one"
         case _:
             assert_never(field)
     return SettingsError(f"{variable(field)} is {getattr(settings, field)!r}: it must be {allowed} ({reason}).")
@@ -64,20 +64,20 @@ def _refused(settings: Settings, field: Literal["host", "port"], reason: str) ->
 
 def _reason(error: OSError | UnicodeError) -> str:
     if isinstance(error, UnicodeError):
-        return "it is no host name"
+        return "invalid host name"
     if error.errno and error.errno in errno.errorcode:
-        return os.strerror(error.errno)  # create_server adds the address to it, which we have said
-    return error.strerror or "it has no address"
+        return os.strerror(error.errno)  # without the address, which create_server adds to the message
+    return error.strerror or "no address found"
 
 
 def url(host: str, listener: socket.socket) -> str:
-    """Where clients find it: under the name that was asked for, with the port that was bound."""
+    """Return the URL for clients, with the requested host name and the bound port."""
     name = host.strip("[]")
     return f"http://{f'[{name}]' if ':' in name else name}:{listener.getsockname()[1]}"
 
 
 async def missing(listener: socket.socket, path: str) -> str | None:
-    """What keeps `GET path` from answering 200, None when it does; within ANSWER_S."""
+    """Return why `GET path` does not return 200, None if it does.  Takes at most ANSWER_S seconds."""
     address, port = listener.getsockname()[:2]
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 - asked, not bound
     request = f"GET {path} HTTP/1.1\r\nHost: {f'[{address}]' if ':' in address else address}:{port}\r\n"

@@ -1,4 +1,4 @@
-"""The command line: commands, flags and sentences."""
+"""The command line: commands, flags and error messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLIENT_COMMANDS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs", "work
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """Failures that a user can do something about, without a traceback; to be asked to stop is none."""
+    """Print errors that users can correct without a traceback, and exit.  A stop signal is not an error."""
     try:
         yield
     except (SettingsError, RedisUnavailable) as e:
@@ -51,7 +51,7 @@ def _refuse(sentence: str, status: int) -> NoReturn:
 
 
 def options(command: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The flags of a command: the settings that name it.  Values stay text, for one place to judge them."""
+    """Add the flags of a command from the settings that name it.  Values stay text; the settings validate them."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         for field, default in reversed(msgspec.to_builtins(Settings(), enc_hook=str).items()):
@@ -79,7 +79,7 @@ def _metavar(kind: Any) -> str:
 
 
 class Program(click.Group):
-    """Besides its own commands those of a client, imported only where one is wanted: servers need no HTTP client."""
+    """Imports the client commands only when one of them is used, since servers need no HTTP client."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *CLIENT_COMMANDS]
@@ -100,9 +100,9 @@ def main() -> None:
 
 @main.command()
 @options("up")
-@click.option("--demo", is_flag=True, help="Write tiny demo models first if the models directory holds none.")
+@click.option("--demo", is_flag=True, help="Write tiny demo models first if the models directory contains no files.")
 def up(demo: bool, **flags: str | None) -> None:
-    """Run everything on this machine: an API, a worker and, unless a Redis is given, an embedded one."""
+    """Run an API, a worker and, unless a Redis server is configured, an embedded Redis on this machine."""
     with sentences(), ExitStack() as undo:
         settings = _settings(flags)
         check_exposure(settings)
@@ -118,7 +118,7 @@ def up(demo: bool, **flags: str | None) -> None:
 @main.command()
 @options("api")
 def api(**flags: str | None) -> None:
-    """Run the HTTP API of a pool whose workers use the same Redis."""
+    """Run the HTTP API of a pool.  Its workers must use the same Redis."""
     with sentences():
         settings = _settings(flags)
         redis_url(settings)
@@ -130,7 +130,7 @@ def api(**flags: str | None) -> None:
 @main.command()
 @options("worker")
 def worker(**flags: str | None) -> None:
-    """Run a worker of a pool: it loads models on this machine's devices."""
+    """Run a worker of a pool, which loads models onto the devices of this machine."""
     with sentences():
         settings = _settings(flags)
         redis_url(settings)

@@ -1,10 +1,10 @@
-"""Child processes: started, watched, started again, and stopped in order.
+"""Supervises child processes: starts, watches and restarts them, and stops them in order.
 
-A child never outlives the supervisor: the kernel sends it SIGTERM when the thread that started it dies, however that
-came (PR_SET_PDEATHSIG in prctl(2)).  So a supervisor lives in the main thread, where asyncio.run puts it.
+A child never outlives the supervisor: the kernel sends it SIGTERM when the thread that started it ends for any reason
+(PR_SET_PDEATHSIG in prctl(2)).  The supervisor must therefore run in the main thread, as asyncio.run does.
 
-A child that lives but does nothing any more is replaced where it has a watchdog: it gets the end of a pipe and writes
-a byte at each of its beats (`heartbeat`).  One that wrote and then fell silent is killed.
+A child with a watchdog is also replaced if it hangs: it gets one end of a pipe and writes a byte at each of its beats
+(`heartbeat`).  A child that has started to write and then stops is killed.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from shared.backoff import Backoff
 from shared.race import first, racing
 from shared.telemetry import log
 
-CONFIGURATION_ERROR = 2  # exit status of a child that refuses its settings: starting it again changes nothing
+CONFIGURATION_ERROR = 2  # exit status of a child that refuses its settings; a restart does not help
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 5.0
 POLL_S = 0.05
 START_DEADLINE_S = 60.0
-KILL_S = 5.0  # what survives SIGKILL this long is stuck in the kernel, and waiting does not help
-LOOKS = 10  # of a watchdog, all without a beat, before a child is killed
-PIPE_BYTES = 65536  # what a pipe holds
+KILL_S = 5.0  # a process that survives SIGKILL for this long is stuck in the kernel
+LOOKS = 10  # checks of a watchdog without a beat before a child is killed
+PIPE_BYTES = 65536  # the capacity of a pipe
 
 _log = log.get(__name__)
 
 
 class Command(Struct, frozen=True, kw_only=True):
-    """How to start a child.  Its standard output goes to our standard error; it reads nothing.
+    """How to start a child.  Its standard output goes to the standard error of the supervisor; its input is empty.
 
-    `grace_s` is the time it gets between SIGTERM and SIGKILL.  With `watchdog_s` it is given `--beat-fd N` besides, and
-    replaced once it has been silent for that long; one that has not begun to beat may take its time.
+    `grace_s` is the time between SIGTERM and SIGKILL.  With `watchdog_s`, the child gets the option `--beat-fd N` and
+    is replaced after that many seconds without a heartbeat; there is no limit for the first heartbeat.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Command(Struct, frozen=True, kw_only=True):
 
 
 class StartFailed(Exception):
-    """The children cannot do what they were started for; the sentence says why, `status` is ours to exit with."""
+    """The children could not be started.  `status` is the exit status for the supervisor."""
 
     def __init__(self, sentence: str, status: int = 1) -> None:
         super().__init__(sentence)
@@ -61,14 +61,14 @@ class StartFailed(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the supervisor to stop."""
+    """The supervisor received a stop signal."""
 
 
 class Supervisor:
-    """Runs commands until a signal ends it.  On leaving, every child is stopped and reaped, the last started first.
+    """Runs commands until a signal arrives.  On exit, stops and reaps all children, the last started first.
 
-    The first SIGTERM or SIGINT ends what is awaited with Stopped; the next one is SIGKILL to all children.  A child
-    that exits is started again after a pause that doubles from FIRST_BACKOFF_S to LAST_BACKOFF_S.
+    After the first SIGTERM or SIGINT, `until` and `forever` raise Stopped; the next signal sends SIGKILL to all
+    children.  A child that exits is restarted after a pause that doubles from FIRST_BACKOFF_S to LAST_BACKOFF_S.
     """
 
     def __init__(self, start_deadline_s: float = START_DEADLINE_S) -> None:
@@ -93,21 +93,21 @@ class Supervisor:
             asyncio.get_running_loop().remove_signal_handler(signum)
 
     def start(self, *commands: Command) -> None:
-        """Start children that are stopped together, before everything that was started earlier."""
+        """Start children.  They are stopped together, before all children that were started earlier."""
         self._stages.append([_Keeper(command, self._fail) for command in commands])
 
     async def until(self, missing: Callable[[], Awaitable[str | None]], what: str) -> None:
-        """Return once `missing` returns None; every child counts as ready from then on.
+        """Poll `missing` until it returns None; all children count as ready from then on.
 
-        Raises StartFailed if that takes longer than the start deadline, with what was missing last, or if a child exits
-        with status CONFIGURATION_ERROR; and Stopped.
+        Raises StartFailed, with the last result of `missing`, after the start deadline, or if a child exits with status
+        CONFIGURATION_ERROR; and Stopped.
         """
-        last = "it was not asked"
+        last = "not checked yet"
 
         async def poll() -> None:
             nonlocal last
-            while found := await missing():
-                last = found
+            while reason := await missing():
+                last = reason
                 await asyncio.sleep(POLL_S)
 
         async with racing(poll(), asyncio.shield(self._end)) as (polling, ending):
@@ -115,14 +115,14 @@ class Supervisor:
             if self._end.done():
                 self._end.result()
             if not polling.done():
-                deaths = "".join(f"; {keeper.deaths}" for keeper in self._keepers() if keeper.deaths)
-                raise StartFailed(f"{what} was not ready within {self._start_deadline_s:g} s: {last}{deaths}.")
+                exits = "".join(f"; {keeper.exits}" for keeper in self._keepers() if keeper.exits)
+                raise StartFailed(f"{what} was not ready within {self._start_deadline_s:g} s: {last}{exits}.")
             polling.result()
         for keeper in self._keepers():
             keeper.is_ready = True
 
     async def forever(self) -> None:
-        """Never returns: raises Stopped, or StartFailed for a child that was never ready and refuses its settings."""
+        """Wait for a signal; never returns.  Raises Stopped, or StartFailed if a child refuses its settings."""
         await asyncio.shield(self._end)
 
     def _keepers(self) -> list[_Keeper]:
@@ -131,7 +131,7 @@ class Supervisor:
     def _fail(self, reason: BaseException) -> None:
         if not self._end.done():
             self._end.set_exception(reason)
-            self._end.exception()  # a failure that comes while stopping has no one left to tell
+            self._end.exception()  # retrieve it: a failure while stopping is not awaited
 
     def _on_signal(self) -> None:
         self._n_signals += 1
@@ -146,7 +146,7 @@ class _Keeper:
 
     def __init__(self, command: Command, fail: Callable[[BaseException], None]) -> None:
         self.is_ready = False
-        self.deaths = ""
+        self.exits = ""
         self._command = command
         self._fail = fail
         self._process: _Process | None = None
@@ -155,11 +155,11 @@ class _Keeper:
         self._task.add_done_callback(self._kept)
 
     def release(self) -> None:
-        """Start the child no more."""
+        """Stop restarting the child."""
         self._task.cancel()
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL after the grace.  Returns when the child is reaped."""
+        """Send SIGTERM, and SIGKILL after the grace period.  Returns once the child is reaped."""
         if self._process:
             await self._process.stop(0.0 if self._is_killed else self._command.grace_s)
 
@@ -182,7 +182,7 @@ class _Keeper:
                 if self._process.status == CONFIGURATION_ERROR and not self.is_ready:
                     raise StartFailed(f"The {self._command.name} process refused its settings.", CONFIGURATION_ERROR)
             n_exits += 1
-            self.deaths = f"the {self._command.name} process {how}" + (f", {n_exits} times" if n_exits > 1 else "")
+            self.exits = f"the {self._command.name} process {how}" + (f", {n_exits} times" if n_exits > 1 else "")
             pause_s = backoff.after(time.monotonic() - began)
             _log.warning(
                 f"the {self._command.name} process {how}",
@@ -198,7 +198,7 @@ class _Keeper:
 
 
 class _Process:
-    """One run of a command, in a session of its own.  Raises OSError when it cannot be started."""
+    """One run of a command, in its own session.  Raises OSError if it cannot be started."""
 
     def __init__(self, command: Command) -> None:
         self.exited = asyncio.Event()
@@ -233,15 +233,15 @@ class _Process:
 
     @property
     def how(self) -> str:
-        """How it ended, after "the process"."""
+        """How the process ended: the predicate of a sentence."""
         if self.status < 0:
-            return f"was ended by signal {-self.status} ({signal.strsignal(-self.status)})"
+            return f"was terminated by signal {-self.status} ({signal.strsignal(-self.status)})"
         return f"exited with status {self.status}"
 
     def signal(self, signum: signal.Signals) -> None:
-        """Signal the process, which ends its own children as it sees fit; SIGKILL goes to its whole process group.
+        """Send a signal to the process, which stops its own children; send SIGKILL to its whole process group.
 
-        Until it is reaped, its number cannot be another's.
+        The process id cannot be reused before the process is reaped.
         """
         if not self.exited.is_set():
             with suppress(ProcessLookupError):
@@ -260,7 +260,7 @@ class _Process:
 
     def _on_silence(self) -> None:
         _log.error(
-            f"the {self._command.name} process gives no sign of life: it is killed",
+            f"the {self._command.name} process sends no heartbeat and is killed",
             action="child_silent",
             child=self._command.name,
             pid=self._popen.pid,
@@ -273,15 +273,17 @@ class _Process:
         os.close(self._pidfd)
         if self._watchdog:
             self._watchdog.close()
-        self.signal(signal.SIGKILL)  # what it left behind in its group: still ours, for it is not reaped yet
+        self.signal(
+            signal.SIGKILL
+        )  # remaining processes of its group; its id is still valid, since it is not reaped yet
         self.status = self._popen.wait()
         self.exited.set()
 
 
 class _Watchdog:
-    """Reads the beats of one child, and calls `bite` once there was a first one and then none for `silence_s`.
+    """Reads the beats of one child, and calls `bite` if they stop for `silence_s` seconds after the first beat.
 
-    It counts looks, not time: where all of us were paused together, there are none in between.
+    It counts checks instead of time: if the whole machine was paused, no checks took place meanwhile.
     """
 
     def __init__(self, silence_s: float, bite: Callable[[], None]) -> None:
@@ -292,7 +294,7 @@ class _Watchdog:
         os.set_blocking(self._ours, False)
 
     def start(self) -> None:
-        """The child has its end now."""
+        """Start the checks; the child has inherited its end of the pipe."""
         os.close(self.theirs)
         self._task = asyncio.create_task(self._watch())
 
@@ -311,13 +313,14 @@ class _Watchdog:
         silent, is_armed = 0, False
         while silent < LOOKS:
             await asyncio.sleep(self._silence_s / LOOKS)
-            if self._heard():
+            if self._has_beaten():
                 silent, is_armed = 0, True
             elif is_armed:
                 silent += 1
         self._bite()
 
-    def _heard(self) -> bool:
+    def _has_beaten(self) -> bool:
+        """Return whether there were beats since the last check."""
         try:
             return bool(os.read(self._ours, PIPE_BYTES))
         except BlockingIOError:
@@ -325,13 +328,13 @@ class _Watchdog:
 
 
 def _leave_with(parent: int) -> Callable[[], None]:
-    """What a child does before exec, so that it leaves when its parent does."""
+    """Return a function that makes a child exit with its parent, for the child to call before exec."""
 
     def before_exec() -> None:
-        # The death signal may come before exec, where the handler we inherited would swallow it.
+        # The signal may arrive before exec, when the inherited handler would ignore it.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before we could ask
+        if os.getppid() != parent:  # the parent has already exited
             os._exit(1)
 
     return before_exec

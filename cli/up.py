@@ -1,4 +1,4 @@
-"""Starting the servers: the API, the workers and the embedded Redis as child processes."""
+"""Starts the servers as child processes: the API, the worker and the embedded Redis."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from shared.settings import (
     variable,
 )
 
-DEMO_MODEL = "loadstone/demo-llm"  # the first of what shared.synthetic.models writes
+DEMO_MODEL = "loadstone/demo-llm"  # the first model that shared.synthetic.models writes
 
-# What `up` takes to stop is the sum of these: 10 s, as long as container runtimes wait before they kill.
-UP_DRAIN_S = 1.0  # nothing balances here: the API ends as soon as no request is under way, and at the latest then
-API_GRACE_S = 3.0  # after its drain; above what the API gives replies that are being written
+# `up` takes at most the sum of these to stop: 10 s, after which container runtimes send SIGKILL.
+UP_DRAIN_S = 1.0  # without a load balancer, the API exits once no request is in progress, and at the latest after this
+API_GRACE_S = 3.0  # after its drain; longer than GRACE_S of the API
 WORKER_GRACE_S = 5.0
 REDIS_GRACE_S = 1.0
 
-LONE_WORKER_GRACE_S = 25.0  # a worker of a pool hands its loads over to others
-WATCHDOG_S = 30.0  # a beat waits some 15 s for a Redis that hangs
+LONE_WORKER_GRACE_S = 25.0  # for a worker of a pool, whose loads are requeued at other workers
+WATCHDOG_S = 30.0  # a beat may take about 15 s if Redis hangs
 
 
 async def run_all(settings: Settings, listening: socket.socket, redis: Server | None, demo: bool) -> None:
@@ -74,7 +74,7 @@ async def run_worker(settings: Settings) -> None:
 
 
 def api_command(settings: Settings, listening: socket.socket, drain_s: tuple[float, float]) -> Command:
-    """`drain_s`: how long it drains at least, and at most while requests are under way."""
+    """Return the command of an API process.  `drain_s`: minimum drain, and maximum while requests are in progress."""
     fd = listening.fileno()
     return Command(
         name="api",
@@ -87,7 +87,7 @@ def api_command(settings: Settings, listening: socket.socket, drain_s: tuple[flo
 
 
 def worker_command(settings: Settings, grace_s: float) -> Command:
-    # Whoever breaks the engine with a crafted file shall not find the clients' tokens beside it.
+    # A crafted file that exploits the engine must not give access to the API tokens.
     settings = msgspec.structs.replace(settings, api_tokens="", api_tokens_file=None)
     return Command(
         name="worker",
@@ -99,12 +99,12 @@ def worker_command(settings: Settings, grace_s: float) -> Command:
 
 
 def _module(name: str) -> tuple[str, ...]:
-    """-P: a directory of that name below the one we were called in is not ours."""
+    """Return the command line of a module.  -P: do not import from the current directory."""
     return (sys.executable, "-P", "-m", name)
 
 
 def _foreign() -> dict[str, str]:
-    """The environment without our own variables."""
+    """Return the environment without the variables of Loadstone."""
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
@@ -119,18 +119,18 @@ def make_directories(settings: Settings) -> None:
 
 @contextmanager
 def only_one(data_dir: Path) -> Iterator[None]:
-    """Hold the right to run on a data directory; child processes do not inherit it.
+    """Hold the lock of `loadstone up` on a data directory.  Child processes do not inherit it.
 
-    Raises SettingsError when another `loadstone up` has it, or when the directory cannot be written to.
+    Raises SettingsError if another `loadstone up` holds it, or if the directory is not writable.
     """
     where = f"{variable('data_dir')} is '{data_dir}'"
     with ExitStack() as held:
         try:
             held.enter_context(filelock.lock(data_dir / "up.lock"))
         except OSError as e:
-            raise SettingsError(f"{where}: it must be a directory that can be written to ({e.strerror}).") from None
+            raise SettingsError(f"{where}: it must be a writable directory ({e.strerror}).") from None
         except filelock.Held:
-            raise SettingsError(f"{where}, where another `loadstone up` runs: each must have its own.") from None
+            raise SettingsError(f"{where}, which another `loadstone up` is using: each needs its own.") from None
         yield
 
 
@@ -138,12 +138,12 @@ def write_demo(models_dir: Path) -> None:
     try:
         from shared.synthetic import models as synthetic
     except ModuleNotFoundError as e:
-        raise StartFailed(f"--demo needs the module {e.name}: install Loadstone with its extra `demo`.", 2) from None
+        raise StartFailed(f"--demo requires the module {e.name}: install Loadstone with the extra `demo`.", 2) from None
     try:
         synthetic.write_demo(models_dir)
     except OSError as e:
         where = f"{variable('models_dir')} is '{models_dir}'"
-        raise SettingsError(f"{where}: with --demo it must be one that can be written to ({e.strerror}).") from None
+        raise SettingsError(f"{where}: with --demo, it must be a writable directory ({e.strerror}).") from None
 
 
 def _demo_line(settings: Settings, url: str) -> str:

@@ -254,7 +254,7 @@ def test_a_second_ctrl_c_exits_without_waiting(service: Service) -> None:
         done = Done(command)
         until(lambda: last_job(service)["status"] == "cancelled", "the load is cancelled")
     assert (done.status, done.out) == (130, "")
-    assert done.err.splitlines()[-1].startswith("loadstone: Not waiting;")
+    assert done.err.splitlines()[-1].startswith("loadstone: Not waiting.")
 
 
 # ---- the terminal
@@ -305,7 +305,7 @@ def test_load_keeps_following_when_the_api_is_killed(service: Service) -> None:
         wait_until_loading(service, command)
         (api,) = (process for process in service.tree() if process.words[2:4] == ("-m", "api"))
         os.kill(api.pid, signal.SIGKILL)
-        until(lambda: "Trying again." in command.stderr, "the command has noticed the failure")
+        until(lambda: "Retrying." in command.stderr, "the command has noticed the failure")
         os.kill(runner.pid, signal.SIGCONT)
         done = Done(command)
     assert (done.status, done.out) == (0, f"{TINY}\n")
@@ -345,7 +345,7 @@ def test_an_unreachable_server_is_reported_in_one_line(service: Service, words: 
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         done = run(service, *words, LOADSTONE_URL=url)
         assert (done.status, done.out) == (1, "")
-        assert done.err == f"loadstone: No server can be reached at {url} ([Errno 111] Connection refused).\n"
+        assert done.err == f"loadstone: Cannot connect to {url} ([Errno 111] Connection refused).\n"
         if words[0] == "load":
             assert run(service, *words, "--json", LOADSTONE_URL=url).json()["error"]["type"] == "unreachable"
 

@@ -82,11 +82,11 @@ def test_the_command_follows_its_load_when_streams_are_refused(service: Service)
         for events in streams:
             next(events)
         command = Running(service.directory / "command", "load", TINY, environ={"LOADSTONE_URL": service.url})
-        until(lambda: "3 requests wait here" in command.stderr, "the command was refused a stream")
+        until(lambda: "Too many open replies" in command.stderr, "the command was refused a stream")
     try:
         assert [[*events][-1].name for events in streams] == ["model_load.end"] * 3
         assert command.popen.wait(20) == 0
     finally:
         command.kill()
     assert command.stdout == f"{TINY}:2\n"
-    assert command.stderr.count("3 requests wait here") == 1
+    assert command.stderr.count("Too many open replies") == 1

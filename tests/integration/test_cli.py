@@ -137,7 +137,7 @@ def test_a_second_up_on_one_data_directory_is_refused(tmp_path: Path, start: Sta
     _, err = second.communicate(timeout=10)
     assert second.returncode == 2
     assert (
-        err == "loadstone: LOADSTONE_DATA_DIR is 'data', where another `loadstone up` runs: each must have its own.\n"
+        err == "loadstone: LOADSTONE_DATA_DIR is 'data', which another `loadstone up` is using: each needs its own.\n"
     )
 
 
@@ -264,7 +264,7 @@ def test_a_busy_port_is_reported_in_a_sentence(start: Start) -> None:
         _, err = process.communicate(timeout=10)
     assert process.returncode == 2
     expected = (
-        f"LOADSTONE_PORT is {port}: it must be free on 127.0.0.1, or 0 to pick a free one (Address already in use)."
+        f"LOADSTONE_PORT is {port}: it must be a free port on 127.0.0.1, or 0 to select one (Address already in use)."
     )
     assert err == f"loadstone: {expected}\n"
 

@@ -74,7 +74,7 @@ def test_an_answer_renews_patience() -> None:
     patience = Patience(lambda sentence: None, clock, clock.sleep)
     for _ in range(50):
         patience.wait(Failure(ERROR, 4.0))
-        patience.heard()
+        patience.reset()
     assert clock.now == 300
 
 
@@ -83,7 +83,7 @@ def test_a_retry_waits_as_long_as_the_server_says() -> None:
     patience = Patience(messages.append, clock, clock.sleep)
     patience.wait(Failure(ERROR, 7.0))
     assert clock.pauses == [7.0]
-    assert messages == ["Redis does not answer. Trying again."]
+    assert messages == ["Redis does not answer. Retrying."]
 
 
 @pytest.mark.parametrize("retry_after_s", [None, PATIENCE_S + 1])
