@@ -1,11 +1,11 @@
 # syntax=docker/dockerfile:1
-# Two images, `--target cpu` and `--target cuda`, that differ in how llama.cpp was built and in what that needs.
-# The build of llama.cpp has a stage of its own, so that it is repeated only when constraints.txt changes.
+# Two images, `--target cpu` and `--target cuda`, which differ in the build of llama.cpp and its dependencies.
+# llama.cpp is built in a separate stage, which is repeated only when constraints.txt changes.
 
 FROM python:3.12-slim-bookworm AS engine-cpu
 RUN apt-get update && apt-get install --yes --no-install-recommends build-essential cmake git ninja-build
 COPY constraints.txt .
-# Not for the building machine's processor only, but for every x86-64 with AVX2.
+# For any x86-64 processor with AVX2, not only for that of the build machine.
 RUN CMAKE_ARGS="-DGGML_NATIVE=OFF" pip wheel --no-cache-dir --no-deps --no-binary llama-cpp-python \
     --constraint constraints.txt --wheel-dir /wheels llama-cpp-python
 
@@ -13,7 +13,7 @@ FROM nvidia/cuda:12.6.3-devel-ubuntu24.04 AS engine-cuda
 RUN apt-get update && apt-get install --yes --no-install-recommends \
     build-essential cmake git ninja-build python3-dev python3-pip
 COPY constraints.txt .
-# The driver's library, libcuda.so.1, comes with the host: here it may stay unresolved.
+# The host provides libcuda.so.1, the library of the driver; it may stay unresolved here.
 RUN CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=on -DCMAKE_EXE_LINKER_FLAGS=-Wl,--allow-shlib-undefined" \
     pip wheel --no-cache-dir --no-deps --no-binary llama-cpp-python \
     --constraint constraints.txt --wheel-dir /wheels llama-cpp-python

@@ -34,12 +34,12 @@ check: setup
 bench: setup
 	$(BIN)/python -m bench
 
-# Loadstone beside llama_cpp.server and llama.cpp's own server: twenty minutes, after as long for the first build.
+# Compares Loadstone with llama_cpp.server and llama-server: 20 minutes, and as long for the first build.
 bench-peers: setup $(LLAMA_SERVER) $(PEERS_STAMP)
 	$(BIN)/python -m bench.peers
 
-# From the source that llama-cpp-python carries, and with its settings: a release with shared libraries, for this CPU.
-# Without what would be fetched (the pages of its web UI) or is not used (TLS).
+# Builds llama-server from the source in llama-cpp-python, with the same options: a release build with shared libraries
+# for this CPU, without the web UI (which would be downloaded) and TLS (which is not used).
 $(LLAMA_SERVER): constraints.txt
 	mkdir -p $(PEERS)/.source
 	$(BIN)/python -m pip download --no-deps --no-binary llama-cpp-python --constraint constraints.txt --dest $(PEERS) llama-cpp-python
@@ -55,8 +55,8 @@ $(PEERS_STAMP): constraints.txt
 	$(PEERS)/venv/bin/python -m pip install --constraint constraints.txt 'llama-cpp-python[server]'
 	touch $@
 
-# With llama.cpp built with CUDA, for the GPUs of this machine, in an environment of its own.  A wheel that pip may have
-# kept would be one without CUDA.
+# Installs llama.cpp with CUDA, for the GPUs of this machine, in a separate environment.  Does not use the cache of pip,
+# which may contain a wheel without CUDA.
 setup-gpu: $(GPU_STAMP)
 
 $(GPU_STAMP): pyproject.toml constraints.txt
