@@ -24,9 +24,9 @@ MORE_KIB = 4 * 1024  # noise: between the medians of the first and the last thir
 
 
 def resident_kib(process: Process) -> int:
-    found = re.search(r"^VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-    assert found
-    return int(found[1])
+    match = re.search(r"^VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    assert match
+    return int(match[1])
 
 
 def send_requests(service: Service, paths: list[str], until: float) -> int:

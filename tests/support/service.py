@@ -38,11 +38,11 @@ DIRECTORY = re.compile(r"(?<![\w.:/])/[\w.+-]+/[\w.+-]+")  # the start of an abs
 T = TypeVar("T")
 
 
-def until(found: Callable[[], T | None], what: str, within_s: float = 10.0) -> T:
-    """Call `found` until it returns a true value, and return that; fail if there is none in time."""
+def until(condition: Callable[[], T | None], what: str, within_s: float = 10.0) -> T:
+    """Call `condition` until it returns a true value, and return that; fail if there is none in time."""
     deadline = time.monotonic() + within_s
     while True:
-        answer = found()
+        answer = condition()
         if answer:
             return answer
         assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
@@ -74,7 +74,7 @@ def all_stopped(pid: int) -> bool:
 
 
 def processes(*, zombies: bool = False) -> list[Process]:
-    found = []
+    running = []
     for entry in Path("/proc").iterdir():
         stat = _stat(entry.name) if entry.name.isdigit() else None
         if stat is None or (stat[0] in "ZX" and not zombies):
@@ -83,8 +83,8 @@ def processes(*, zombies: bool = False) -> list[Process]:
             words = tuple((entry / "cmdline").read_bytes().decode(errors="replace").split("\0"))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        found.append(Process(int(entry.name), int(stat[19]), int(stat[1]), words))
-    return found
+        running.append(Process(int(entry.name), int(stat[19]), int(stat[1]), words))
+    return running
 
 
 def below(pid: int) -> list[Process]:
