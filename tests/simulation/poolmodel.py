@@ -509,13 +509,13 @@ class _Resident:
 
     async def _end(self) -> None:
         """End the runner; its cards get the memory back after the lag, except for leaks."""
-        names_ours, lag_s = self.worker.placer.ledger._knows_pids, self.sim.sequence.lag_s
-        if names_ours is None:  # the rest of the very first load looks like a second one that starts meanwhile
+        knows_pids, lag_s = self.worker.placer.ledger._knows_pids, self.sim.sequence.lag_s
+        if knows_pids is None:  # the rest of the very first load looks like a second one that starts meanwhile
             lag_s = 0.0
         for card in self.worker.cards.values():
             n_bytes = card.ours.pop(self.pid, 0)
             card.fell = True  # the ledger may not have known the memory beside the model
-            leaked = n_bytes * self.leaks // 100 if names_ours else 0
+            leaked = n_bytes * self.leaks // 100 if knows_pids else 0
             card.unnamed += leaked
             self.sim.seen["leaks"] += leaked > 0
             if n_bytes > leaked and lag_s:
