@@ -336,7 +336,7 @@ SEEN_AT_ONCE: dict[str, Damage] = {
         sharded(lambda shards: shards[1].unlink()), INVALID, r"; missing: missing-shard-00002-of-00003\.gguf"
     ),
     "missing-first-shard": Damage(
-        sharded(lambda shards: shards[0].unlink()), INVALID, r"; missing: first-shard-00001-of-00003\.gguf"
+        sharded(lambda shards: shards[0].unlink()), INVALID, r"; missing: missing-first-shard-00001-of-00003\.gguf"
     ),
     "garbage-shard": Damage(
         sharded(lambda shards: shards[1].write_bytes(b"garbage")),
