@@ -380,7 +380,7 @@ async def test_a_load_without_a_runner_fails_and_the_next_works(agent: Agent, mo
     with monkeypatch.context() as patched:
         patched.setattr(worker.runner.warm, "run_child", slice)  # anything that returns at once
         id_ = await delivered(agent)
-        check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "could not start")
+        check_failed(await reached(agent, id_, State.FAILED), "engine_crashed", "no runner could be started")
         await released(agent, id_)
         with pytest.raises(RunnerDied):
             await agent.runners.take()  # the next runner has failed too
