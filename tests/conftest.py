@@ -12,10 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.service import processes
 
-SETTLE_S = 2.0  # for processes to be reaped, and for descriptors to be closed by an event loop
+# How long an example takes says how busy the machine is.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+SETTLE_S = 20.0  # for processes to be reaped, and for descriptors to be closed by an event loop
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")  # one of each for the lifetime of pytest
 
 

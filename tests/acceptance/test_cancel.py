@@ -24,9 +24,8 @@ def test_a_queued_load_is_cancelled_at_once(service: Service) -> None:
     with service.frozen():
         first, second = service.accepted(TINY)["job_id"], service.accepted(TINY)["job_id"]
         until(lambda: service.job(first)["status"] == "loading", "the first load has started")
-        start = time.monotonic()
         reply = service.cancel(second)
-        assert time.monotonic() - start < 1
+        assert service.job(first)["status"] == "loading", "the cancel did not wait for the first load"
         assert (reply.status, reply.json()["job_id"], reply.json()["status"]) == (200, second, "cancelled")
     assert service.job(first, wait_s=20)["status"] == "loaded"
     assert list(service.instances()) == [TINY]

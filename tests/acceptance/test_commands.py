@@ -20,7 +20,7 @@ from tests.support.service import LOADSTONE, Running, Service, is_alive, until, 
 
 TINY, MOE, BERT = "acme/tiny", "acme/moe", "nomic/bert"
 TOKEN = "t0ken-of-the-test"
-ENDS_S = 15.0
+ENDS_S = 60.0
 # The stages of a load with a frozen runner: after a while the worker reports a phase.
 FIRST_STAGES = ("starting", "metadata")
 

@@ -107,7 +107,7 @@ class Stack:
             return answers_pong(int(self.ports["6379"]))
         assert test[:2] == ["CMD", "python3"]
         argv = [sys.executable, *(self.translate(word) for word in test[2:])]
-        return subprocess.run(argv, stderr=subprocess.DEVNULL, timeout=10, check=False).returncode == 0
+        return subprocess.run(argv, stderr=subprocess.DEVNULL, timeout=DEADLINE_S, check=False).returncode == 0
 
     def wait_until_healthy(self, name: str) -> None:
         until = time.monotonic() + DEADLINE_S
@@ -196,7 +196,7 @@ def test_a_stopping_api_is_unhealthy_first_and_has_time_to_drain(stack: Stack) -
     assert not stack.is_healthy("api")
     assert stack.get("/healthz") == 200
     assert stack.get("/api/v1/models", stack.token) == 200
-    assert api.wait(grace_s) == 0
+    assert api.wait(DEADLINE_S) == 0
     assert time.monotonic() - signalled >= Settings().drain_s
 
 

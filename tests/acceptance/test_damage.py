@@ -235,7 +235,7 @@ def test_a_file_changed_before_the_engine_reads_it_is_refused(
     model = f"acme/{name}"
     with loading(service, model) as (runner, reply):
         change(file_of(service, model))
-    assert says in failure(reply.result(10), model, "invalid_model_file")
+    assert says in failure(reply.result(60), model, "invalid_model_file")
     assert not is_alive(runner)
 
 
@@ -260,7 +260,7 @@ def stopped_in_context(service: Service, model: str) -> tuple[str, Process] | No
 @contextmanager
 def held_in_context(service: Service, model: str) -> Iterator[str]:
     """Hold a load in the phase `context` during the block; yield the id of its job."""
-    job_id, runner = until(lambda: stopped_in_context(service, model), "a load is stopped in the phase `context`", 30)
+    job_id, runner = until(lambda: stopped_in_context(service, model), "a load is stopped in the phase `context`")
     try:
         yield job_id
     finally:
@@ -311,7 +311,7 @@ def crash(service: Service, model: str, signum: signal.Signals) -> None:
     """Run a load in which a signal kills the engine."""
     with loading(service, model) as (runner, reply):
         os.kill(runner.pid, signum)
-    assert signum.name in failure(reply.result(10), model, "engine_crashed")
+    assert signum.name in failure(reply.result(60), model, "engine_crashed")
     assert not is_alive(runner)
 
 
@@ -350,7 +350,7 @@ def test_loads_queued_behind_a_crash_are_refused_unless_forced(service: Service)
     with loading(service, model) as (runner, reply):
         behind, forced = service.accepted(model), service.accepted(model, force=True)
         os.kill(runner.pid, signal.SIGSEGV)
-    failure(reply.result(10), model, "engine_crashed")
+    failure(reply.result(60), model, "engine_crashed")
     check_crash_error(service.job(behind["job_id"], wait_s=10)["error"])
     assert service.job(forced["job_id"], wait_s=10)["status"] == "loaded"
 
@@ -362,7 +362,7 @@ def test_the_command_line_can_force_a_load(service: Service) -> None:
     def command(*words: str) -> tuple[int, str, str]:
         forced = Running(service.directory / "command", "load", model, *words, environ={"LOADSTONE_URL": service.url})
         try:
-            return forced.popen.wait(15), forced.stdout, forced.stderr
+            return forced.popen.wait(60), forced.stdout, forced.stderr
         finally:
             forced.kill()
 

@@ -123,7 +123,7 @@ def run(service: Service, *words: str) -> tuple[int, str, str]:
         service.directory / "command", "load", "--estimate-only", *words, environ={"LOADSTONE_URL": service.url}
     )
     try:
-        return command.popen.wait(15), command.stdout, command.stderr
+        return command.popen.wait(60), command.stdout, command.stderr
     finally:
         command.kill()
 

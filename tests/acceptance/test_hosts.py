@@ -15,7 +15,7 @@ from tests.support.hosts import ClientOn, GuardedRedis, Host, Network, TlsProxy,
 from tests.support.service import Running, check_keys, error, until
 
 LEASE_S = 10.0  # the default
-START_S = 20.0
+START_S = 60.0
 PASSWORD, TOKEN = "the-pools-password", "the-clients-token"
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # by the host of the worker that has it
     "alpha": ("acme/llama", synthetic.tiny_llama),

@@ -85,7 +85,7 @@ def test_the_command_follows_its_load_when_streams_are_refused(service: Service)
         until(lambda: "Too many open replies" in command.stderr, "the command was refused a stream")
     try:
         assert [[*events][-1].name for events in streams] == ["model_load.end"] * 3
-        assert command.popen.wait(20) == 0
+        assert command.popen.wait(60) == 0
     finally:
         command.kill()
     assert command.stdout == f"{TINY}:2\n"

@@ -129,7 +129,7 @@ def test_a_worker_needs_free_and_existing_gpus_to_start(tmp_path: Path, models: 
             ("third", "2", f"there is no device '2'; available: cpu, 0 ({FIRST}), 1 ({SECOND})."),
         ):
             refused = start(name, indices)
-            assert refused.popen.wait(20) == 2, refused.stderr
+            assert refused.popen.wait(60) == 2, refused.stderr
             assert words in refused.stderr
             assert "Traceback" not in refused.stderr
         other = start("fourth", "1")

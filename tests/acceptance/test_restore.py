@@ -1,4 +1,4 @@
-"""What was loaded is loaded again when its worker comes back, and only that."""
+"""Restoration: a worker that comes back loads again what it had loaded, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ import pytest
 
 import shared
 from shared.synthetic import models as synthetic
-from tests.acceptance.test_fencing import ALONE, LEASE_S, OTHER, START_S, Pool, jobs, kill, pool, the_pool
-from tests.support.service import TINY, Running, Service, error, is_alive, meanwhile, until, up, wait_gone
+from tests.acceptance.test_fencing import ALONE, LEASE_S, OTHER, Pool, jobs, kill, pool, the_pool
+from tests.support.service import PATIENCE_S, TINY, Running, Service, error, is_alive, meanwhile, until, up, wait_gone
 
 __all__ = ["pool", "the_pool"]  # fixtures
 
-RESTORED_S, STOP_S = 15.0, 15.0
+ABSENCE_S = 60  # a lease that does not run out while a test replaces a worker
 SECOND, THIRD = f"{ALONE}:2", f"{ALONE}:3"
 
 
 def restored(service: Service | Pool, before: dict[str, Any], *instance_ids: str) -> list[Any]:
-    """The loads that brought these instances back, in the order in which they were begun.
+    """Return the loads that restored these instances, in the order in which they began.
 
-    Each by a new one, with no other beside it; and those of before are as they were.
+    Checks that each instance was restored by one new load, that there are no other new loads, and that the jobs in
+    `before` have not changed.
     """
 
     def all_loaded() -> list[Any] | None:
         new = [job for id_, job in jobs(service).items() if id_ not in before]
         return new if {job["instance_id"] for job in new if job["status"] == "loaded"} >= {*instance_ids} else None
 
-    new = until(all_loaded, f"{instance_ids} are loaded again", RESTORED_S)
+    new = until(all_loaded, f"{instance_ids} are loaded again")
     assert sorted(job["instance_id"] for job in new) == sorted(instance_ids)
     assert set(service.instances()) == {*instance_ids}
     now = jobs(service)
@@ -51,13 +52,13 @@ def restored(service: Service | Pool, before: dict[str, Any], *instance_ids: str
 
 
 def killed(pool: Pool, name: str) -> None:
-    """The worker's process is gone, and its supervisor is about to start another one."""
+    """Kill a worker process, so that its supervisor starts another one."""
     worker = pool.workers[name].worker()
     os.kill(worker.pid, signal.SIGKILL)
-    until(lambda: not is_alive(worker), "it is gone")
+    until(lambda: not is_alive(worker), "gone")
 
 
-def test_a_worker_that_is_killed_has_what_it_held_again_what_was_loaded_last_first(pool: Pool) -> None:
+def test_killed_worker_restores_the_last_loaded_first(pool: Pool) -> None:
     for _ in range(3):
         pool.loaded(ALONE, context_length=512)
     assert pool.unload(ALONE).status == 200
@@ -70,81 +71,84 @@ def test_a_worker_that_is_killed_has_what_it_held_again_what_was_loaded_last_fir
     began = [datetime.fromisoformat(job["created_at"]) for job in found]
     assert began == sorted(began)
     lengths = {id_: one["config"]["context_length"] for id_, one in pool.instances().items()}
-    assert lengths == {ALONE: 1024, SECOND: 512, THIRD: 512}, "each as it was asked for"
+    assert lengths == {ALONE: 1024, SECOND: 512, THIRD: 512}, "each with its own configuration"
     pool.workers["a"].warm_runner(3)
     pool.workers["b"].warm_runner(0)
     assert pool.unload(ALONE).status == 200
 
 
-def test_what_was_unloaded_before_or_meanwhile_is_not_loaded_again(pool: Pool) -> None:
+def test_instance_unloaded_before_or_meanwhile_is_not_restored(pool: Pool) -> None:
     for _ in range(3):
         pool.loaded(ALONE)
     assert pool.unload(SECOND).status == 200
     before = jobs(pool)
     pool.workers["a"].stop()
-    assert pool.unload(THIRD).status == 200, "it would have come back"
+    assert pool.unload(THIRD).status == 200, "it would have been restored"
     error(pool.unload(THIRD), 404, "model_not_found", param="instance_id")
     pool.start("a")
-    restored(pool, before, ALONE)  # the one that was used longest ago: the others would have come before it
+    restored(pool, before, ALONE)  # the others were used later, and would have been restored before it
 
 
-def test_what_is_unloaded_just_after_its_worker_died_is_not_loaded_again(pool: Pool) -> None:
-    """Before its lease has run out: nobody else knows yet."""
+def test_instance_of_a_dead_worker_can_be_unloaded(pool: Pool) -> None:
+    """It is unloaded before the lease has run out, while no other process knows of the death."""
     for _ in range(2):
         pool.loaded(ALONE)
     before = jobs(pool)
     left = kill(pool.workers["a"])
     with meanwhile(pool.unload, SECOND) as reply:
-        assert reply.result(LEASE_S + 6).status == 200
-    wait_gone(left, 3)
+        assert reply.result(PATIENCE_S).status == 200
+    wait_gone(left)
     pool.start("a")
     restored(pool, before, ALONE)
 
 
-def test_what_cannot_be_loaded_yet_keeps_no_other_waiting_and_comes_back_when_it_can(pool: Pool) -> None:
+def test_model_that_is_back_is_restored_by_a_later_try(pool: Pool) -> None:
+    """Meanwhile it does not hold up the other instance: the tries are 30 s apart in all."""
     for key in (TINY, ALONE, ALONE):
         pool.loaded(key)
     before = jobs(pool)
     file, aside = pool.file("a", ALONE), pool.home / "aside"
     file.rename(aside)
     killed(pool, "a")
-    waiting = {ALONE, SECOND}
-    until(lambda: in_state(pool, "queued") == waiting and set(pool.instances()) == {TINY}, "the other one", RESTORED_S)
-    new = [job for id_, job in jobs(pool).items() if id_ not in before]
-    failed = [(job["instance_id"], job["error"]["code"]) for job in new if job["status"] == "failed"]
-    assert failed[:2] == [(SECOND, "invalid_model_file"), (ALONE, "invalid_model_file")]
-    assert pool.unload(SECOND).status == 200, "it is not tried any more"
+
+    def failures() -> list[Any]:
+        new = [job for id_, job in jobs(pool).items() if id_ not in before]
+        return [(job["instance_id"], job["error"]["code"]) for job in new if job["status"] == "failed"]
+
+    until(lambda: set(pool.instances()) == {TINY} and len(failures()) >= 2, "one is restored, two are not")
+    assert failures()[:2] == [(SECOND, "invalid_model_file"), (ALONE, "invalid_model_file")]
+    assert pool.unload(SECOND).status == 200, "it is waiting for its next try, which is cancelled"
     with pool.workers["a"].frozen(loaded=1):
         aside.rename(file)
-        until(lambda: in_state(pool, "loading") == {ALONE}, "it is being restored", RESTORED_S)
+        until(lambda: in_state(pool, "loading") == {ALONE}, "it is being restored")
         assert set(pool.instances()) == {TINY}
         assert shown(pool) == {TINY: "loaded", ALONE: "starting|metadata"}
-    until(lambda: set(pool.instances()) == {TINY, ALONE}, "it is loaded again")
+    until(lambda: set(pool.instances()) == {TINY, ALONE}, "restored")
     last = next(reversed(jobs(pool).values()))
     assert (last["instance_id"], last["status"], last["attempt"]) == (ALONE, "loaded", 1)
 
 
 def in_state(pool: Pool, state: str) -> set[str]:
-    """What worker "a" has in a state; one that failed is in none until it is tried again."""
+    """Return the instances of worker "a" that are in a state.  A failed one is in none until its next try."""
     return {id_ for id_, one in pool.held().get("a", {}).items() if one["state"] == state}
 
 
 def shown(pool: Pool) -> dict[str, str]:
-    """What `loadstone ps` says of each instance; a worker names the first phase after a while."""
+    """Return what `loadstone ps` shows for each instance.  The first phase is shown only after a while."""
     command = Running(pool.home / "ps", "ps", environ={"LOADSTONE_URL": pool.url})
     try:
-        assert command.popen.wait(START_S) == 0, command.stderr
+        assert command.popen.wait(PATIENCE_S) == 0, command.stderr
     finally:
         command.kill()
     rows = [re.split(r" {2,}", line.strip()) for line in command.stdout.splitlines()[1:]]
     return {row[0]: "starting|metadata" if row[2] in ("starting", "metadata") else row[2] for row in rows}
 
 
-def test_where_nothing_is_to_be_restored_nothing_is_and_no_file_is_left(pool: Pool) -> None:
-    """Not even what was loaded when it was."""
+def test_restore_off_restores_nothing_and_leaves_no_file(pool: Pool) -> None:
+    """Not even what was loaded while it was on."""
     pool.loaded(ALONE)
     file = pool.data("a") / "wanted-a.json"
-    until(file.exists, "it is wanted")
+    until(file.exists, "it is to be restored")
     pool.workers["a"].stop()
     before = jobs(pool)
     pool.start("a", LOADSTONE_RESTORE="off")
@@ -153,11 +157,11 @@ def test_where_nothing_is_to_be_restored_nothing_is_and_no_file_is_left(pool: Po
     pool.loaded(ALONE)
     pool.workers["a"].stop()
     assert not file.exists()
-    error(pool.unload(ALONE), 404, "model_not_found", param="instance_id")  # nor does Redis have it as wanted
+    error(pool.unload(ALONE), 404, "model_not_found", param="instance_id")  # nor is it in Redis
 
 
 def beat(service: Service | Pool, name: str) -> None:
-    """Return once a worker has looked at what it is to hold, from begin to end."""
+    """Return after a whole beat of a worker: it has compared what it holds with what it should hold."""
     ages: list[float] = []
 
     def has_renewed_its_lease_twice() -> bool:
@@ -165,13 +169,13 @@ def beat(service: Service | Pool, name: str) -> None:
         ages.extend(worker["lease_age_seconds"] for worker in workers if worker["name"] == name)
         return sum(after < before for before, after in pairwise(ages)) >= 2
 
-    until(has_renewed_its_lease_twice, "it has looked")
+    until(has_renewed_its_lease_twice, "a beat")
 
 
-# ---- what workers hold
+# ---- the list of workers
 
 
-def test_workers_are_listed_with_what_they_hold_in_every_state(pool: Pool) -> None:
+def test_workers_are_listed_with_their_instances(pool: Pool) -> None:
     pool.loaded(ALONE)
     with pool.workers["a"].frozen(loaded=1):
         loading = pool.loading(ALONE)["job_id"]
@@ -193,33 +197,33 @@ def test_workers_are_listed_with_what_they_hold_in_every_state(pool: Pool) -> No
         assert b["instances"] == []
         assert set(pool.instances()) == {ALONE}
     for job_id in (loading, queued):
-        assert pool.ended(job_id, 10)["status"] == "loaded"
+        assert pool.ended(job_id, 60)["status"] == "loaded"
     assert {one["state"] for one in pool.held()["a"].values()} == {"loaded"}
     pool.workers["b"].stop()
-    assert set(pool.held()) == {"a"}, "who is gone is not listed"
+    assert set(pool.held()) == {"a"}, "a worker that is gone is not listed"
 
 
-# ---- a worker that is told to stop while it loads
+# ---- a worker that is stopped while it loads
 
 
-def test_a_worker_that_is_told_to_stop_hands_over_what_it_loads(pool: Pool) -> None:
+def test_stopped_worker_hands_its_load_over(pool: Pool) -> None:
     a = pool.workers["a"]
     with a.frozen(), meanwhile(pool.load, TINY) as reply:
-        until(lambda: pool.state(TINY) == "loading", "it is loading")
+        until(lambda: pool.state(TINY) == "loading", "loading")
         (job_id,) = (id_ for id_, job in jobs(pool).items() if job["status"] == "loading")
         assert pool.job(job_id)["worker"] == "a"
         a.popen.send_signal(signal.SIGTERM)
-        assert reply.result(STOP_S).json()["instance_id"] == TINY
+        assert reply.result(PATIENCE_S).json()["instance_id"] == TINY
     done = pool.job(job_id)
     assert (done["status"], done["worker"], done["attempt"], done["instance_id"]) == ("loaded", "b", 2, TINY)
-    assert a.popen.wait(STOP_S) == 0
+    assert a.popen.wait(PATIENCE_S) == 0
     assert "Traceback" not in a.stderr
     pool.workers["b"].warm_runner(1)
 
 
-def test_its_successor_loads_what_no_other_can_and_restores_the_rest(pool: Pool) -> None:
+def test_successor_takes_a_handed_back_load_and_restores(pool: Pool) -> None:
     a = pool.workers["a"]
-    pool.restart_api(LOADSTONE_LEASE_S=str(START_S))  # for so long it waits for the successor
+    pool.restart_api(LOADSTONE_LEASE_S=str(ABSENCE_S))  # for so long it waits for the successor
     pool.loaded(ALONE)
     before = jobs(pool)
     with a.frozen(loaded=1):
@@ -229,23 +233,23 @@ def test_its_successor_loads_what_no_other_can_and_restores_the_rest(pool: Pool)
     assert (waiting["status"], waiting["attempt"], waiting["started_at"]) == ("queued", 2, None)
     assert pool.instances() == {}
     pool.start("a")
-    done = pool.ended(job_id, RESTORED_S)
+    done = pool.ended(job_id, PATIENCE_S)
     assert (done["status"], done["worker"], done["attempt"], done["instance_id"]) == ("loaded", "a", 2, SECOND), done[
         "error"
     ]
-    until(lambda: set(pool.instances()) == {ALONE, SECOND}, "the other one is loaded again", RESTORED_S)
+    until(lambda: set(pool.instances()) == {ALONE, SECOND}, "the other one is restored")
     new = [job["instance_id"] for id_, job in jobs(pool).items() if id_ not in before]
     assert sorted(new) == [ALONE, SECOND]
     pool.restart_api()
 
 
-def test_what_it_was_loading_fails_where_nobody_comes(pool: Pool) -> None:
+def test_handed_back_load_fails_without_another_worker(pool: Pool) -> None:
     a = pool.workers["a"]
     with a.frozen(), meanwhile(pool.load, ALONE) as reply:
-        until(lambda: pool.state(ALONE) == "loading", "it is loading")
+        until(lambda: pool.state(ALONE) == "loading", "loading")
         a.popen.send_signal(signal.SIGTERM)
-        answer = reply.result(STOP_S + LEASE_S + 2)
-    assert a.popen.wait(STOP_S) == 0
+        answer = reply.result(PATIENCE_S)
+    assert a.popen.wait(PATIENCE_S) == 0
     found = error(answer, 503, "service_unavailable", "no_worker")
     assert ALONE in found["message"]
     assert int(answer.headers["retry-after"]) > 0
@@ -257,7 +261,7 @@ def test_what_it_was_loading_fails_where_nobody_comes(pool: Pool) -> None:
 
 
 class Home:
-    """`loadstone up` on one directory, begun again and again."""
+    """`loadstone up` on one directory, started again and again."""
 
     def __init__(self, directory: Path) -> None:
         for model in (TINY, OTHER):
@@ -265,7 +269,7 @@ class Home:
         self.directory, self.undo = directory, ExitStack()
 
     def start(self) -> Service:
-        """The next one, once the last one has ended as it should, if it was not ended."""
+        """Stop the last one if it still runs, and start the next one."""
         self.undo.close()
         self.service = self.undo.enter_context(up(self.directory, LOADSTONE_LEASE_S=str(LEASE_S)))
         return self.service
@@ -281,7 +285,7 @@ def the_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 
 @pytest.fixture
 def home(the_home: Home) -> Iterator[Home]:
-    """With a service that runs and has nothing loaded, before and after."""
+    """The module's home, with a service that runs and has nothing loaded, before and after."""
     yield the_home
     if the_home.service.popen.poll() is not None:
         the_home.start()
@@ -298,7 +302,7 @@ def killed_with_all(service: Service) -> None:
     tree = service.tree()
     service.popen.kill()
     service.popen.wait()
-    wait_gone(tree, 3)
+    wait_gone(tree)
 
 
 def without_redis(service: Service) -> None:
@@ -313,8 +317,8 @@ def without_file(service: Service) -> None:
 
 
 @pytest.mark.parametrize("end", [stopped, killed_with_all, without_redis, without_file])
-def test_what_was_loaded_is_there_after_a_restart(home: Home, end: Callable[[Service], None]) -> None:
-    """Whatever is left: what the worker wrote itself is enough, and so is what Redis knows."""
+def test_loaded_instances_are_there_after_a_restart(home: Home, end: Callable[[Service], None]) -> None:
+    """The worker's file is enough, and so is Redis."""
     service = home.service
     for key in (TINY, OTHER, TINY):
         service.loaded(key)
@@ -323,12 +327,12 @@ def test_what_was_loaded_is_there_after_a_restart(home: Home, end: Callable[[Ser
     service = home.start()
     found = restored(service, {} if end is without_redis else before, TINY, OTHER, f"{TINY}:2")
     assert [job["instance_id"] for job in found] == [f"{TINY}:2", OTHER, TINY]
-    until(lambda: len(service.wanted()) == 3, "and it would be after the next one")
+    until(lambda: len(service.wanted()) == 3, "the worker's file has them again")
     assert service.unload(OTHER).status == 200
-    until(lambda: sorted(service.wanted()) == [TINY, f"{TINY}:2"], "what is unloaded is not wanted")
+    until(lambda: sorted(service.wanted()) == [TINY, f"{TINY}:2"], "an unloaded instance is not in the file")
 
 
-def test_a_damaged_file_is_passed_over_with_a_log_line(home: Home) -> None:
+def test_damaged_file_is_ignored_with_a_log_line(home: Home) -> None:
     service = home.service
     service.loaded(TINY)
     without_redis(service)
@@ -340,7 +344,7 @@ def test_a_damaged_file_is_passed_over_with_a_log_line(home: Home) -> None:
     beat(service, socket.gethostname())
     assert (service.instances(), jobs(service)) == ({}, {})
     assert service.loaded(TINY)["instance_id"] == TINY
-    until(lambda: is_whole(service), "the file is whole again")
+    until(lambda: is_whole(service), "a whole file")
 
 
 def is_whole(service: Service) -> bool:

@@ -199,7 +199,7 @@ def two_workers(home: Path) -> Iterator[tuple[Client, Running, dict[str, Running
         def are_known() -> bool:
             return len(client.send("GET", "/api/v1/workers").json()["workers"]) == len(workers)
 
-        until(are_known, "both workers are ready", 20)
+        until(are_known, "both workers are ready")
         client.models()  # makes the API read the snapshots of the workers
         yield client, api, workers
         workers["b"].stop()
@@ -218,7 +218,7 @@ def test_a_requeued_load_keeps_its_trace(tmp_path: Path) -> None:
             worker = a.worker()
             a.popen.kill()  # the supervisor, which would restart the worker
             os.kill(worker.pid, signal.SIGKILL)
-        done = until(lambda: (j := client.job(job_id, wait_s=2))["status"] == "loaded" and j, "the job is loaded", 12)
+        done = until(lambda: (j := client.job(job_id, wait_s=2))["status"] == "loaded" and j, "the job is loaded")
         assert (done["worker"], done["attempt"]) == ("b", 2)
         moved = wait_lines(b, 2, job=job_id)
         assert {line["trace_id"] for line in [claimed, *moved]} == {TRACE_ID}

@@ -1,4 +1,4 @@
-"""A model that nothing has used for as long as its client said is unloaded by itself."""
+"""Idle TTL: an instance is unloaded once nothing has used it for as long as its client asked."""
 
 from __future__ import annotations
 
@@ -6,47 +6,51 @@ import os
 import signal
 import subprocess
 import time
+from datetime import timedelta
 
 import pytest
 
-from tests.support.service import LOADSTONE, TINY, Service, error, until
+from tests.support.service import LOADSTONE, PATIENCE_S, STATUS, TINY, Process, Service, error, until
 
 TTL_S = 1.5
-SOON_S = 3.0  # after the time: a look, and the stop ladder
+LONG_S = 3600.0  # a TTL that no test waits for
+SLACK_S = 600.0  # more than any test takes
+SECOND, THIRD = f"{TINY}:2", f"{TINY}:3"
 
 
 def cli(service: Service, *words: str) -> subprocess.CompletedProcess[str]:
     command = [str(LOADSTONE), *words, "--url", service.url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
-def test_it_is_unloaded_when_its_time_is_over_and_what_has_none_stays(service: Service) -> None:
-    service.warm_runner(0)
-    began = time.monotonic()
-    assert service.loaded(TINY, ttl_seconds=TTL_S)["instance_id"] == TINY
-    assert service.loaded(TINY)["instance_id"] == f"{TINY}:2"
-    listed = service.instances()
-    assert 0 < listed[TINY]["remaining_ttl_seconds"] <= TTL_S
-    assert listed[f"{TINY}:2"]["remaining_ttl_seconds"] is None
-    assert listed[TINY]["devices"] == ["CPU"]
-    holder = service.runners()[0]
-    until(lambda: TINY not in service.instances(), "it is unloaded", TTL_S + SOON_S)
+def remaining_s(service: Service, instance_id: str) -> float | None:
+    remaining: float | None = service.instances()[instance_id]["remaining_ttl_seconds"]
+    return remaining
+
+
+def test_only_an_expired_instance_is_unloaded(service: Service) -> None:
+    service.loaded(TINY)
+    service.loaded(TINY, ttl_seconds=LONG_S)
+    with service.frozen(2) as holder:
+        began = time.monotonic()
+        job_id = service.accepted(TINY, ttl_seconds=TTL_S)["job_id"]
+    assert service.job(job_id, wait_s=20)["instance_id"] == THIRD
+    until(lambda: THIRD not in service.instances(), "unloaded")
     assert time.monotonic() - began >= TTL_S
     assert holder not in service.runners()
-    (job,) = (
-        job
-        for job in service.send("GET", "/api/v1/models/load/status").json()["jobs"][:2]
-        if job["instance_id"] == TINY
-    )
-    assert job["status"] == "loaded"
-    error(service.unload(TINY), 404, "model_not_found", param="instance_id")
-    assert f"{TINY}:2" in service.instances()
-    assert service.loaded(TINY)["instance_id"] == TINY, "its name is free again"
+    assert service.job(job_id)["status"] == "loaded", "the load did not fail"
+    error(service.unload(THIRD), 404, "model_not_found", param="instance_id")
+    assert set(service.instances()) == {TINY, SECOND}
+    assert service.instances()[TINY]["devices"] == ["CPU"]
+    assert remaining_s(service, TINY) is None
+    assert service.loaded(TINY)["instance_id"] == THIRD, "its name is free again"
 
 
-def test_it_can_be_unloaded_before(service: Service) -> None:
-    service.loaded(TINY, ttl_seconds=3600)
-    assert 3590 < service.instances()[TINY]["remaining_ttl_seconds"] <= 3600
+def test_instance_can_be_unloaded_before_it_expires(service: Service) -> None:
+    service.loaded(TINY, ttl_seconds=LONG_S)
+    remaining = remaining_s(service, TINY)
+    assert remaining is not None
+    assert LONG_S - SLACK_S < remaining <= LONG_S
     assert service.unload(TINY).status == 200
 
 
@@ -62,34 +66,48 @@ def test_it_can_be_unloaded_before(service: Service) -> None:
         (None, "invalid_type"),
     ],
 )
-def test_it_must_be_a_number_over_nought(service: Service, value: object, code: str) -> None:
+def test_ttl_must_be_a_positive_number(service: Service, value: object, code: str) -> None:
     error(service.load(TINY, ttl_seconds=value), 400, "invalid_request", code, "ttl_seconds")
 
 
-def test_the_command_line_gives_it_and_shows_what_is_left(service: Service) -> None:
-    assert cli(service, "load", TINY, "--ttl", "90").stdout == f"{TINY}\n"
-    assert cli(service, "ps").stdout.splitlines()[1].split()[-1] in ("0:01:30", "0:01:29", "0:01:28")
+def test_command_line_sets_and_shows_a_ttl(service: Service) -> None:
+    assert cli(service, "load", TINY, "--ttl", str(int(LONG_S))).stdout == f"{TINY}\n"
+    shown = cli(service, "ps").stdout.splitlines()[1].split()[-1]
+    hours, minutes, seconds = map(int, shown.split(":"))
+    remaining = timedelta(hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+    assert LONG_S - SLACK_S < remaining <= LONG_S
     assert service.unload(TINY).status == 200
     refused = cli(service, "load", TINY, "--ttl", "0")
     assert refused.returncode == 2
     assert "--ttl" in refused.stderr
 
 
-def test_one_whose_time_is_over_while_its_worker_is_away_is_not_loaded_again(service: Service) -> None:
+def test_instance_that_expires_without_a_worker_is_not_restored(service: Service) -> None:
+    service.loaded(TINY, ttl_seconds=LONG_S)
+    worker = until(lambda: paused_with_an_expiring_instance(service), "the worker is paused in time")
+    before = loads_of(service, SECOND)
+    time.sleep(TTL_S)
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: service.worker().pid != worker.pid, "another worker process")
+    until(lambda: set(service.instances()) == {TINY}, "what has not expired is restored")
+    remaining = remaining_s(service, TINY)
+    assert remaining is not None
+    assert LONG_S - SLACK_S < remaining <= LONG_S - TTL_S, "counted from the last use, not from the restoration"
+    assert loads_of(service, SECOND) == before, "it would have been loaded first, as the one that was used last"
+    assert service.unload(TINY).status == 200
 
-    service.loaded(TINY, ttl_seconds=2.0)
-    service.loaded(TINY, ttl_seconds=3600)
+
+def loads_of(service: Service, instance_id: str) -> int:
+    return [job["instance_id"] for job in service.send("GET", STATUS).json()["jobs"]].count(instance_id)
+
+
+def paused_with_an_expiring_instance(service: Service) -> Process | None:
+    """Load an instance that expires soon, and stop the worker before it does.  None if it was too late."""
+    service.loaded(TINY, ttl_seconds=TTL_S)
     worker = service.worker()
     os.kill(worker.pid, signal.SIGSTOP)
-    began = time.monotonic()
-    until(lambda: time.monotonic() - began > 2.0, "its time is over", 3)
-    os.kill(worker.pid, signal.SIGKILL)
-    until(
-        lambda: set(service.instances()) == {f"{TINY}:2"} and service.worker().pid != worker.pid,
-        "the other one is back",
-        20,
-    )
-    assert 3500 < service.instances()[f"{TINY}:2"]["remaining_ttl_seconds"] < 3600, (
-        "counted from its use, not from its return"
-    )
-    assert service.unload(f"{TINY}:2").status == 200
+    if service.state(SECOND) == "loaded":
+        return worker
+    os.kill(worker.pid, signal.SIGCONT)
+    until(lambda: SECOND not in service.instances(), "it has expired")
+    return None

@@ -45,10 +45,8 @@ def test_a_signal_stops_a_busy_service_in_time(start: Start, signum: signal.Sign
     service.loaded(TINY)
     with service.frozen(1), meanwhile(service.load, OTHER) as reply:
         until(lambda: service.state(OTHER) == "loading", "the other model is loading")
-        began = time.monotonic()
-        service.stop(signum)
-        assert time.monotonic() - began < 10
-        assert reply.result(1).status >= 500
+        service.stop(signum)  # its graces add up to what a container runtime waits: tests/acceptance/test_drain.py
+        assert reply.result(60).status >= 500
     assert re.fullmatch(r"ready: http://127\.0\.0\.1:[1-9]\d*\n", service.stdout)
     assert "Traceback" not in service.stderr
 
@@ -70,7 +68,7 @@ def test_killing_the_supervisor_ends_all_of_its_processes(start: Start) -> None:
     assert len(tree) >= 7  # Redis, API, worker, scanner, runners and their forkserver
     service.popen.kill()
     service.popen.wait()
-    wait_gone(tree, 3)
+    wait_gone(tree)
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", service.port)) != 0
 
@@ -85,7 +83,7 @@ def test_a_restart_restores_loaded_instances(start: Start, how: str) -> None:
     if how == "killed":
         before.popen.kill()
         before.popen.wait()
-        wait_gone(tree, 3)
+        wait_gone(tree)
     else:
         before.stop()
     service = start()
@@ -105,14 +103,14 @@ def test_loads_interrupted_by_a_stop_get_a_server_error(start: Start) -> None:
         with meanwhile(service.load, OTHER) as second:
             until(lambda: service.state(OTHER) == "queued", "the second load is queued")
             service.stop()
-            assert first.result(1).status >= 500
-            assert second.result(1).status >= 500
+            assert first.result(60).status >= 500
+            assert second.result(60).status >= 500
 
 
 def test_a_second_up_on_a_data_directory_is_refused(start: Start, tmp_path: Path) -> None:
     service = start()
     second = Running(tmp_path / "second", "up", "--port", "0", "--data-dir", str(service.data_dir))
-    assert second.popen.wait(10) == 2
+    assert second.popen.wait(60) == 2
     assert second.stdout == ""
     assert re.fullmatch(r"loadstone: .*another `loadstone up` runs: each must have its own\.\n", second.stderr)
     assert service.loaded(TINY)["status"] == "loaded"
@@ -120,7 +118,7 @@ def test_a_second_up_on_a_data_directory_is_refused(start: Start, tmp_path: Path
 
 def test_listening_for_others_without_a_token_is_refused(tmp_path: Path) -> None:
     refused = Running(tmp_path, "up", "--port", "0", "--host", "0.0.0.0", "--data-dir", str(tmp_path / "data"))
-    assert refused.popen.wait(10) == 2
+    assert refused.popen.wait(60) == 2
     assert refused.stdout == ""
     assert refused.stderr.startswith(
         "loadstone: LOADSTONE_HOST is '0.0.0.0', which other machines can reach, but no token"
@@ -138,7 +136,7 @@ def test_a_killed_worker_restores_instances_and_resumes_its_load(start: Start) -
         os.kill(worker.pid, signal.SIGKILL)
         assert reply.result(LEASE_S + 2).json()["instance_id"] == OTHER
     until(lambda: set(service.instances()) == {TINY, OTHER}, "both instances are loaded again", LEASE_S + 2)
-    wait_gone(held, 3)
+    wait_gone(held)
     assert not is_alive(worker)
     assert service.worker().pid != worker.pid
     jobs = service.send("GET", STATUS).json()["jobs"]
@@ -168,5 +166,5 @@ def test_a_killed_redis_restarts_with_its_data(start: Start) -> None:
     os.kill(redis.pid, signal.SIGKILL)
     until(lambda: not is_alive(redis), "Redis is gone")
     until(lambda: service.send("GET", "/readyz").status == 200, "Redis is back")
-    until(lambda: set(service.instances()) == {TINY}, "the loaded instance is known", 15)
+    until(lambda: set(service.instances()) == {TINY}, "the loaded instance is known")
     assert service.loaded(TINY)["instance_id"] == f"{TINY}:2"

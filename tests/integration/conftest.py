@@ -22,7 +22,7 @@ from shared.store.store import Store
 from shared.synthetic.models import tiny_bert, tiny_embedding, tiny_llama, tiny_moe
 from worker.catalog.catalog import Catalog
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture(scope="module")

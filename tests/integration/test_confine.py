@@ -68,7 +68,7 @@ def test_a_stopped_runner_dies_with_its_worker(tmp_path: Path) -> None:
         for runner in held:
             os.kill(runner.pid, signal.SIGSTOP)
         os.kill(service.worker().pid, signal.SIGKILL)
-        wait_gone(held, 3)
+        wait_gone(held)
         until(lambda: service.send("GET", "/readyz").status == 200, "another worker is ready")
 
 

@@ -31,7 +31,7 @@ def running(server: Server) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def wait_for_answer(server: Server) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while reason := asyncio.run(devredis.missing(server.socket)):
         assert time.monotonic() < until, reason
         time.sleep(0.01)
@@ -91,12 +91,13 @@ def test_a_second_server_never_joins_an_orphaned_server(tmp_path: Path, monkeypa
         pass
 
 
-def test_a_server_waits_for_an_older_one_to_exit(tmp_path: Path) -> None:
+def test_a_server_waits_for_an_older_one_to_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with devredis.prepared(tmp_path) as server:
-        leaving = subprocess.Popen(["sleep", "0.3"], pass_fds=server.pass_fds)
-    began = time.monotonic()
+        leave = ["sh", "-c", f"sleep 0.3; touch {tmp_path}/left"]
+        leaving = subprocess.Popen(leave, pass_fds=server.pass_fds)
+    monkeypatch.setattr(devredis, "HANDOVER_S", 60.0)
     with leaving, devredis.prepared(tmp_path):
-        assert 0.1 < time.monotonic() - began < devredis.HANDOVER_S
+        assert (tmp_path / "left").exists()
 
 
 def test_a_directory_of_another_owner_is_refused(tmp_path: Path) -> None:
@@ -146,6 +147,4 @@ async def test_a_silent_or_absent_server_counts_as_missing(tmp_path: Path, monke
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "silent"))
         silent.listen()
-        began = time.monotonic()
         assert await devredis.missing(tmp_path / "silent") == "its socket does not answer (TimeoutError)"
-        assert time.monotonic() - began < 1

@@ -21,7 +21,7 @@ from shared.store.instances import HISTORY_N
 from shared.store.store import Store
 from tests.support.channel import Channel, running
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a worker is to hold: its file, the decision, and an agent that loads again what an end of it took."""
+"""Restoration in a worker: the file of desired instances, the decision, and an agent that loads them again."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
-DEAD = "dead"  # the epoch of a process that is no more
-GONE = "p/gone"  # a key of which there is no file
+DEAD = "dead"  # the epoch of a process that has ended
+GONE = "p/gone"  # a key without a file
 FILE = "wanted-w.json"
 FIRST_PAUSE_S = Timing().first_pause_s
 ERROR = ErrorBody(type="model_load_failed", code="engine_crashed", message="why")
 
 
 class Lines:
-    """The actions of what is logged."""
+    """A log that keeps the actions of its lines."""
 
     def __init__(self) -> None:
         self.actions: list[str] = []
@@ -64,7 +64,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Lines:
 
 
 def instance(instance_id: str = "p/m", id_: str = "load_1", **fields: object) -> Instance:
-    """One that was loaded."""
+    """Return an instance that was loaded."""
     made = Instance(
         id=id_,
         model="p/m",
@@ -106,13 +106,13 @@ def desired(path: Path) -> Desired:
 
 
 def read(path: Path, *, is_on: bool = True) -> dict[str, Instance]:
-    """What the next process finds."""
+    """Return what the next process reads from the file."""
     found = Desired(path, is_on=is_on)
     found.read()
     return found.instances
 
 
-def test_the_next_process_finds_all_of_it(desired: Desired, path: Path) -> None:
+def test_file_is_read_by_the_next_process(desired: Desired, path: Path) -> None:
     two = {"p/m": instance(), "p/m:2": instance("p/m:2", "load_2", restoring=3, not_before=9.5)}
     for one in two.values():
         desired.add(one)
@@ -120,8 +120,8 @@ def test_the_next_process_finds_all_of_it(desired: Desired, path: Path) -> None:
     assert read(path) == two
 
 
-def test_only_the_load_that_ended_is_no_longer_wanted(desired: Desired, path: Path) -> None:
-    """One that took its place under the same id still is."""
+def test_discard_removes_only_the_load_that_ended(desired: Desired, path: Path) -> None:
+    """The load that took its place under the same id stays."""
     desired.add(instance())
     desired.add(instance(id_="load_2"))
     desired.discard(instance())
@@ -132,8 +132,8 @@ def test_only_the_load_that_ended_is_no_longer_wanted(desired: Desired, path: Pa
     assert read(path) == {}
 
 
-async def test_each_change_is_written_as_it_comes(desired: Desired, path: Path) -> None:
-    """A process that is killed has no end at which to write."""
+async def test_every_change_is_written_when_it_is_made(desired: Desired, path: Path) -> None:
+    """A process that is killed cannot write at its end."""
     keeping = asyncio.create_task(desired.keep())
     desired.add(instance())
     await until(lambda: read(path).keys() == {"p/m"}, "the first one is in the file")
@@ -145,7 +145,7 @@ async def test_each_change_is_written_as_it_comes(desired: Desired, path: Path) 
     await asyncio.wait({keeping})
 
 
-def test_a_write_that_fails_leaves_what_was_there(
+def test_failed_write_leaves_the_old_file(
     desired: Desired, path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desired.add(instance())
@@ -162,7 +162,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert read(path).keys() == {"p/m"}
 
 
-async def test_a_file_that_cannot_be_written_is_tried_again(path: Path, lines: Lines) -> None:
+async def test_failed_write_is_tried_again(path: Path, lines: Lines) -> None:
     desired = Desired(path, is_on=True, timing=Timing(retry_s=0.01))
     path.with_name(f"{FILE}.new").mkdir()  # in the way
     keeping = asyncio.create_task(desired.keep())
@@ -175,7 +175,7 @@ async def test_a_file_that_cannot_be_written_is_tried_again(path: Path, lines: L
     await asyncio.wait({keeping})
 
 
-def test_a_slower_thread_does_not_bring_back_what_is_over(desired: Desired, path: Path) -> None:
+def test_older_write_does_not_replace_a_newer_one(desired: Desired, path: Path) -> None:
     desired.add(instance())
     slower = desired._encoded()
     desired.discard(instance())
@@ -184,7 +184,7 @@ def test_a_slower_thread_does_not_bring_back_what_is_over(desired: Desired, path
     assert read(path) == {}
 
 
-def test_what_a_write_left_half_done_is_not_read(desired: Desired, path: Path) -> None:
+def test_unfinished_write_is_not_read(desired: Desired, path: Path) -> None:
     path.with_name(f"{FILE}.new").write_bytes(b'[{"id": "load_')
     assert read(path) == {}
     desired.add(instance())
@@ -205,9 +205,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_as_good_as_none_and_a_log_line_says_so(
-    desired: Desired, path: Path, lines: Lines, damage: str
-) -> None:
+def test_damaged_file_counts_as_none_and_is_logged(desired: Desired, path: Path, lines: Lines, damage: str) -> None:
     desired.add(instance())
     desired.flush()
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
@@ -215,19 +213,19 @@ def test_a_damaged_file_is_as_good_as_none_and_a_log_line_says_so(
     assert lines.actions == ["wanted_unreadable"]
 
 
-def test_a_directory_in_its_place_is_one_too(path: Path, lines: Lines) -> None:
+def test_directory_in_place_of_the_file_counts_as_none(path: Path, lines: Lines) -> None:
     path.mkdir()
     assert read(path) == {}
     assert lines.actions == ["wanted_unreadable"]
 
 
-def test_no_file_is_nothing_to_speak_of(path: Path, lines: Lines) -> None:
+def test_missing_file_is_not_logged(path: Path, lines: Lines) -> None:
     assert read(path) == {}
     assert lines.actions == []
 
 
-def test_where_nothing_is_to_be_restored_there_is_no_file(desired: Desired, path: Path) -> None:
-    """Not even an earlier one, which somebody would come upon years later."""
+def test_restore_off_removes_the_file(desired: Desired, path: Path) -> None:
+    """Also one from before, which would be restored once the setting is on again."""
     desired.add(instance())
     desired.flush()
     assert read(path, is_on=False) == {}
@@ -242,7 +240,7 @@ def test_where_nothing_is_to_be_restored_there_is_no_file(desired: Desired, path
 # ---- the decision
 
 LOST = instance(state=State.LOST)
-TRIED = instance(loaded_at=None, restoring=2, state=State.LOST)  # a restoration that came to no end of its own
+TRIED = instance(loaded_at=None, restoring=2, state=State.LOST)  # a restoration that was lost with its worker
 REFUSED = msgspec.structs.replace(TRIED, state=State.FAILED, error=ERROR)
 
 
@@ -254,30 +252,34 @@ REFUSED = msgspec.structs.replace(TRIED, state=State.FAILED, error=ERROR)
         *((instance(state=state), "load_1", "wait") for state in State if state not in TERMINAL),
         (instance(state=State.QUEUED), None, "wait"),
         (LOST, "load_1", 1),
-        (LOST, None, "drop"),  # unloaded while its worker was away
+        (LOST, None, "drop"),  # it was unloaded while its worker was away
         (LOST, "load_2", "drop"),  # another load took its place
         (msgspec.structs.replace(LOST, stop_requested=True), "load_1", "drop"),
-        (msgspec.structs.replace(LOST, restoring=4), "load_1", 1),  # that restoration was loaded, and is over
-        (TRIED, "load_1", 2),  # its worker ended, which says nothing of the model
+        (
+            msgspec.structs.replace(LOST, restoring=4),
+            "load_1",
+            1,
+        ),  # that restoration was loaded, so that tries are counted anew
+        (TRIED, "load_1", 2),  # its worker ended: the model is not to blame
         (msgspec.structs.replace(TRIED, stop_requested=True), "load_1", "drop"),
         (REFUSED, "load_1", 3),
         (REFUSED, None, 3),
         (msgspec.structs.replace(REFUSED, restoring=TRIES - 1), "load_1", TRIES),
         (msgspec.structs.replace(REFUSED, restoring=TRIES), "load_1", "drop"),
-        (msgspec.structs.replace(REFUSED, loaded_at=2.0), "load_1", "drop"),  # it was loaded, and crashed
-        (msgspec.structs.replace(REFUSED, restoring=0), "load_1", "drop"),  # a client's load, which was told
+        (msgspec.structs.replace(REFUSED, loaded_at=2.0), "load_1", "drop"),  # it crashed after it was loaded
+        (msgspec.structs.replace(REFUSED, restoring=0), "load_1", "drop"),  # a client's load: the client has the error
         (instance(state=State.UNLOADED), "load_1", "drop"),
         (instance(state=State.CANCELLED, restoring=1, loaded_at=None), "load_1", "drop"),
         *((instance(state=state, worker="another"), "load_1", "drop") for state in State),
     ],
 )
-def test_what_is_done_about_what_is_wanted_and_not_held(
+def test_decision_about_a_desired_instance_that_is_not_held(
     record: Instance | None, known: str | None, todo: object
 ) -> None:
     assert decide(instance(), record, known) == todo
 
 
-def test_a_restoration_is_a_new_load_of_the_same() -> None:
+def test_restoration_is_a_new_load_of_the_same_request() -> None:
     again = restoration(instance(), "load_2", 1, FIRST_PAUSE_S)
     assert again == Instance(
         id="load_2",
@@ -294,14 +296,14 @@ def test_a_restoration_is_a_new_load_of_the_same() -> None:
     )
 
 
-def test_a_restoration_begins_a_trace() -> None:
-    """The request that its first load came from was answered, maybe long ago."""
+def test_restoration_begins_its_own_trace() -> None:
+    """The request of the first load may have been answered long ago."""
     old = instance(traceparent=str(begun()))
     traces = [parse(restoration(old, "load_2", number, FIRST_PAUSE_S).traceparent) for number in (1, 2)]
     assert len({trace and trace.trace_id for trace in (parse(old.traceparent), *traces)} - {None}) == 3
 
 
-def test_a_restoration_that_failed_is_tried_again_after_ever_longer_pauses() -> None:
+def test_pause_before_each_try_is_twice_the_last() -> None:
     pauses = []
     for number in range(2, TRIES + 1):
         before = time.time()
@@ -319,7 +321,7 @@ Begin = Callable[..., Awaitable[Agent]]
 
 @pytest.fixture
 async def begin(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Begin]:
-    """Makes worker "w", as its successor begins: a runner is warm, and nothing moves but what a test asks for."""
+    """Starts worker "w" as the successor of another: a runner is warm, and only the test's own calls do anything."""
     agents: list[Agent] = []
 
     async def made(timing: Timing | None = None, **settings: Any) -> Agent:
@@ -341,7 +343,7 @@ async def agent(begin: Begin) -> Agent:
 
 
 async def left_loading(agent: Agent, number: int = 1, key: str = "p/llama") -> Instance:
-    """As a process that died left it."""
+    """Return a load that a process left `loading` when it died."""
     queued = await record(agent, await submitted(agent, number, key))
     return (await agent.store.instances.commit(queued, queued.after(Event.CLAIM, epoch=DEAD)))[0]
 
@@ -354,37 +356,37 @@ async def left_loaded(agent: Agent, number: int = 1, key: str = "p/llama", used_
 
 
 async def lost(agent: Agent, number: int = 1, key: str = "p/llama", used_at: float = 1.0) -> Instance:
-    """The same, given up by its successor."""
+    """Return an instance that a process held when it died, after its successor has given it up."""
     left = await left_loaded(agent, number, key, used_at)
     await agent.reconciler.give_up(left)
     return await record(agent, left.id)
 
 
 async def jobs(agent: Agent) -> list[Instance]:
-    """Every record, oldest first."""
+    """Return every record, oldest first."""
     return [one async for one in agent.store.instances.newest()][::-1]
 
 
 async def of(agent: Agent, instance_id: str) -> Instance | None:
-    """The live instance of this name."""
+    """Return the live instance of this name."""
     id_ = await agent.store.instances.named(instance_id)
     return None if id_ is None else await agent.store.instances.get(id_)
 
 
 async def restored(agent: Agent, instance_id: str) -> Instance:
-    """The live instance of this name, loaded."""
+    """Wait until the instance of this name is loaded, and return it."""
 
     async def is_there() -> bool:
         found = await of(agent, instance_id)
         return found is not None and found.state is State.LOADED
 
-    await until(is_there, f"{instance_id} is loaded again")
+    await until(is_there, f"{instance_id} is restored")
     found = await of(agent, instance_id)
     assert found is not None
     return found
 
 
-async def test_what_its_end_took_is_loaded_again_under_its_id_by_a_new_load(agent: Agent, tmp_path: Path) -> None:
+async def test_lost_instance_is_restored_by_a_new_load_under_its_id(agent: Agent, tmp_path: Path) -> None:
     old = await lost(agent)
     assert (old.state, old.error) == (State.LOST, None)
     await agent.restorer.restore(agent.residents)
@@ -392,15 +394,15 @@ async def test_what_its_end_took_is_loaded_again_under_its_id_by_a_new_load(agen
     assert new.id != old.id
     assert (new.key, new.request, new.worker, new.epoch) == (old.key, old.request, "w", EPOCH)
     assert (new.attempt, new.restoring, new.used_at) == (1, 1, old.used_at)
-    assert await record(agent, old.id) == old, "the load of back then is over as it was"
+    assert await record(agent, old.id) == old, "the old record has not changed"
     assert await agent.store.instances.desired("w") == {"p/llama": new.id}
     agent.desired.flush()
     assert [one.id for one in read(tmp_path / FILE).values()] == [new.id]
     await agent.restorer.restore(agent.residents)
-    assert len(await jobs(agent)) == 2, "what is held is not loaded once more"
+    assert len(await jobs(agent)) == 2, "a held instance is not restored"
 
 
-async def test_what_was_used_last_is_loaded_first(agent: Agent) -> None:
+async def test_last_used_instance_is_restored_first(agent: Agent) -> None:
     for number, key, used_at in ((1, "p/llama", 2.0), (2, "p/moe", 3.0), (3, "p/embedding", 1.0)):
         await lost(agent, number, key, used_at)
     await agent.restorer.restore(agent.residents)
@@ -410,8 +412,8 @@ async def test_what_was_used_last_is_loaded_first(agent: Agent) -> None:
     assert [one.created_at for one in new] == sorted(one.created_at for one in new)
 
 
-async def test_what_went_on_while_it_was_paused_is_loaded_again_once_its_runner_is_gone(agent: Agent) -> None:
-    """At no time do two runners hold one instance."""
+async def test_restoration_waits_until_the_old_runner_is_gone(agent: Agent) -> None:
+    """Two runners never hold one instance."""
     id_, runner = await loaded(agent)
     await sweep(agent, id_)
     await agent.restorer.restore(agent.residents)
@@ -423,15 +425,15 @@ async def test_what_went_on_while_it_was_paused_is_loaded_again_once_its_runner_
     assert (await restored(agent, "p/llama")).id != id_
 
 
-async def test_what_crashed_the_engine_lately_is_restored_all_the_same(agent: Agent, models: dict[str, Model]) -> None:
-    """Its client was not asked whether to force it."""
+async def test_crash_memory_does_not_refuse_a_restoration(agent: Agent, models: dict[str, Model]) -> None:
+    """No client can be asked whether to force it."""
     await agent.crashes.remember(models["p/llama"], "why")
     await lost(agent)
     await agent.restorer.restore(agent.residents)
     await restored(agent, "p/llama")
 
 
-async def test_an_emptied_redis_and_the_file_are_enough(agent: Agent, raw: redis.Redis) -> None:
+async def test_file_is_enough_after_redis_was_emptied(agent: Agent, raw: redis.Redis) -> None:
     old = await lost(agent)
     raw.flushall()
     hold(raw, "w")
@@ -440,8 +442,8 @@ async def test_an_emptied_redis_and_the_file_are_enough(agent: Agent, raw: redis
     assert (new.id != old.id, new.used_at) == (True, old.used_at)
 
 
-async def test_what_is_loaded_under_its_id_by_now_is_left_alone(agent: Agent) -> None:
-    """A client loaded it elsewhere: it has what it wanted."""
+async def test_instance_whose_id_is_taken_is_not_restored(agent: Agent) -> None:
+    """A client has loaded it on another worker."""
     await lost(agent)
     other = await submitted(agent, 2, worker_="another")
     for _ in range(2):
@@ -452,7 +454,7 @@ async def test_what_is_loaded_under_its_id_by_now_is_left_alone(agent: Agent) ->
 
 
 @pytest.mark.parametrize("when", ["before", "at the same moment"])
-async def test_what_was_unloaded_while_it_was_away_is_not_loaded_again(
+async def test_instance_unloaded_meanwhile_is_not_restored(
     agent: Agent, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     await lost(agent)
@@ -469,7 +471,7 @@ async def test_what_was_unloaded_while_it_was_away_is_not_loaded_again(
     assert agent.desired.instances == {}
 
 
-async def test_without_a_lease_nothing_is_begun_and_all_of_it_stays_wanted(agent: Agent, raw: redis.Redis) -> None:
+async def test_restoration_waits_for_the_lease(agent: Agent, raw: redis.Redis) -> None:
     await lost(agent)
     await lost(agent, 2, "p/moe")
     raw.delete("lease:w")
@@ -482,7 +484,7 @@ async def test_without_a_lease_nothing_is_begun_and_all_of_it_stays_wanted(agent
     await restored(agent, "p/moe")
 
 
-async def test_nothing_is_begun_while_it_drains(agent: Agent) -> None:
+async def test_draining_worker_restores_nothing(agent: Agent) -> None:
     await lost(agent)
     agent.ending.set()
     await agent.beat_once()
@@ -490,8 +492,8 @@ async def test_nothing_is_begun_while_it_drains(agent: Agent) -> None:
     assert agent.desired.instances.keys() == {"p/llama"}
 
 
-async def test_at_its_end_it_writes_down_what_it_held(agent: Agent, tmp_path: Path) -> None:
-    """However little time there was since it was loaded."""
+async def test_drain_writes_the_file(agent: Agent, tmp_path: Path) -> None:
+    """Even right after the load."""
     id_, _ = await loaded(agent)
     await agent.drain()
     assert [one.id for one in read(tmp_path / FILE).values()] == [id_]
@@ -501,18 +503,16 @@ async def test_at_its_end_it_writes_down_what_it_held(agent: Agent, tmp_path: Pa
 
 
 async def all_tries(agent: Agent) -> None:
-    """Beat until nothing is wanted any more."""
+    """Restore again and again until nothing is desired."""
 
     async def is_given_up() -> bool:
         await agent.restorer.restore(agent.residents)
         return not agent.desired.instances
 
-    await until(is_given_up, "given up")
+    await until(is_given_up, "nothing is desired")
 
 
-async def test_what_cannot_be_loaded_any_more_is_tried_some_times_with_pauses_and_then_given_up(
-    begin: Begin, lines: Lines, tmp_path: Path
-) -> None:
+async def test_failing_restoration_is_tried_five_times_with_pauses(begin: Begin, lines: Lines, tmp_path: Path) -> None:
     agent = await begin(Timing(first_pause_s=0.05))
     await lost(agent, key=GONE)
     await all_tries(agent)
@@ -528,10 +528,8 @@ async def test_what_cannot_be_loaded_any_more_is_tried_some_times_with_pauses_an
     assert read(tmp_path / FILE) == {}
 
 
-async def test_what_was_given_up_is_not_taken_up_by_the_next_process_and_nobody_can_unload_it(
-    begin: Begin, lines: Lines
-) -> None:
-    """Redis forgets it too: an unload of it is one of what is not loaded."""
+async def test_abandoned_restoration_is_forgotten_everywhere(begin: Begin, lines: Lines) -> None:
+    """The next process does not take it up, and an unload of it is refused: it is not loaded."""
     agent = await begin(Timing(first_pause_s=0.01))
     await lost(agent, key=GONE)
     await all_tries(agent)
@@ -541,7 +539,7 @@ async def test_what_was_given_up_is_not_taken_up_by_the_next_process_and_nobody_
     assert lines.actions.count("restore_given_up") == 1
 
 
-async def test_what_waits_for_its_next_try_keeps_nobody_waiting(agent: Agent) -> None:
+async def test_waiting_for_the_next_try_holds_up_no_other_instance(agent: Agent) -> None:
     await lost(agent, key=GONE, used_at=2.0)
     await agent.restorer.restore(agent.residents)
     (_, first) = await jobs(agent)
@@ -558,11 +556,11 @@ async def until_terminal(agent: Agent, id_: str) -> Instance:
     async def is_there() -> bool:
         return id_ not in agent.residents and (await record(agent, id_)).state in TERMINAL
 
-    await until(is_there, f"{id_} is over")
+    await until(is_there, f"{id_} has ended")
     return await record(agent, id_)
 
 
-async def test_a_try_that_is_cancelled_is_the_last_one(agent: Agent) -> None:
+async def test_cancelled_try_is_the_last(agent: Agent) -> None:
     await lost(agent, key=GONE)
     await agent.restorer.restore(agent.residents)
     (_, first) = await jobs(agent)
@@ -570,7 +568,7 @@ async def test_a_try_that_is_cancelled_is_the_last_one(agent: Agent) -> None:
     await agent.restorer.restore(agent.residents)
     second = await of(agent, GONE)
     assert second is not None
-    await agent.store.instances.commit(second, second.after(Event.STOP))  # as an API does it: one that is queued
+    await agent.store.instances.commit(second, second.after(Event.STOP))  # as an API cancels a queued load
     agent.stop(second.id)
     await released(agent, second.id)
     for _ in range(2):
@@ -579,12 +577,12 @@ async def test_a_try_that_is_cancelled_is_the_last_one(agent: Agent) -> None:
     assert await agent.store.instances.desired("w") == {}
 
 
-async def test_a_restoration_that_is_cancelled_while_it_loads_is_the_last_one(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_try_that_is_cancelled_while_loading_is_the_last(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     await lost(agent)
     runner = await warm(agent)
-    monkeypatch.setattr(runner, "receive", asyncio.Event().wait)  # nobody hears what comes of it
+    monkeypatch.setattr(
+        runner, "receive", asyncio.Event().wait
+    )  # its outcome is never read, so that it stays `loading`
     await agent.restorer.restore(agent.residents)
     new = await of(agent, "p/llama")
     assert new is not None
@@ -598,8 +596,8 @@ async def test_a_restoration_that_is_cancelled_while_it_loads_is_the_last_one(
     assert (len(await jobs(agent)), agent.desired.instances) == (2, {})
 
 
-async def test_a_try_whose_worker_ended_is_not_counted(agent: Agent) -> None:
-    """It says nothing of the model."""
+async def test_try_whose_worker_ended_is_not_counted(agent: Agent) -> None:
+    """The model is not to blame."""
     old = await lost(agent)
     third = restoration(old, "load_third", 3, FIRST_PAUSE_S)
     begun = await agent.store.instances.create(msgspec.structs.replace(third, not_before=0.0), restores=old.id)
@@ -611,8 +609,8 @@ async def test_a_try_whose_worker_ended_is_not_counted(agent: Agent) -> None:
     assert (new.id != begun.id, new.restoring) == (True, 3)
 
 
-async def test_the_successor_waits_as_long_as_was_left_to_wait(agent: Agent) -> None:
-    """A process that ends over and over must not try a model over and over."""
+async def test_successor_keeps_the_pause_of_its_predecessor(agent: Agent) -> None:
+    """A worker that crashes in a loop must not try a model in a loop."""
     old = await lost(agent)
     waiting = await agent.store.instances.create(restoration(old, "load_second", 2, FIRST_PAUSE_S), restores=old.id)
     agent.desired.instances = {"p/llama": waiting}
@@ -623,10 +621,10 @@ async def test_the_successor_waits_as_long_as_was_left_to_wait(agent: Agent) -> 
     assert len(await jobs(agent)) == 2
 
 
-# ---- what it learns from Redis
+# ---- recall from Redis
 
 
-async def test_redis_alone_is_enough(agent: Agent) -> None:
+async def test_redis_is_enough_without_the_file(agent: Agent) -> None:
     old = await lost(agent)
     agent.desired.instances.clear()
     await agent.restorer.recall()
@@ -635,13 +633,13 @@ async def test_redis_alone_is_enough(agent: Agent) -> None:
     assert (await restored(agent, "p/llama")).id != old.id
 
 
-async def test_a_load_that_redis_has_and_the_file_not_yet_counts(agent: Agent) -> None:
-    """The file was behind, as where its disk is full: what it has under that id was unloaded since."""
+async def test_newer_load_in_redis_wins_over_the_file(agent: Agent) -> None:
+    """The file is older, as on a full disk: the load that it names was unloaded since."""
     older = await left_loaded(agent)
     stopped, _ = await agent.store.instances.commit(older, older.after(Event.STOP))
     ended, _ = await agent.store.instances.commit(stopped, stopped.after(Event.EXIT))
     newer = await left_loaded(agent, 2)
-    await agent.store.instances.commit(newer, newer.after(Event.EXPIRE))  # swept: it was away for long
+    await agent.store.instances.commit(newer, newer.after(Event.EXPIRE))  # as a sweep does it
     agent.desired.instances = {"p/llama": older}
     await agent.restorer.recall()
     for _ in range(2):
@@ -650,13 +648,13 @@ async def test_a_load_that_redis_has_and_the_file_not_yet_counts(agent: Agent) -
     assert again.id not in (ended.id, newer.id)
 
 
-async def test_what_redis_wants_and_has_no_record_of_is_passed_over(agent: Agent, raw: redis.Redis) -> None:
+async def test_desired_id_without_a_record_is_ignored(agent: Agent, raw: redis.Redis) -> None:
     raw.hset("wanted:w", "p/llama", "load_long_ago")
     await agent.restorer.recall()
     assert agent.desired.instances == {}
 
 
-async def test_anothers_is_not_recalled(agent: Agent) -> None:
+async def test_instance_of_another_worker_is_not_recalled(agent: Agent) -> None:
     left = await left_loaded(agent)
     agent.desired.instances.clear()
     assert await agent.store.instances.desired("another") == {}
@@ -665,7 +663,7 @@ async def test_anothers_is_not_recalled(agent: Agent) -> None:
     assert await agent.store.instances.desired("w") == {"p/llama": left.id}
 
 
-async def test_where_nothing_is_to_be_restored_redis_forgets_it(agent: Agent) -> None:
+async def test_restore_off_clears_redis(agent: Agent) -> None:
     await left_loaded(agent)
     agent.desired.is_on = False
     await agent.restorer.recall()
@@ -675,7 +673,7 @@ async def test_where_nothing_is_to_be_restored_redis_forgets_it(agent: Agent) ->
     assert len(await jobs(agent)) == 1
 
 
-# ---- what it gives up
+# ---- giving up the loads of a dead process
 
 
 async def given_up(agent: Agent, left: Instance) -> Instance:
@@ -688,14 +686,14 @@ async def wish(agent: Agent, left: Instance) -> Instance:
     return await record(agent, left.id)
 
 
-async def test_what_was_loaded_is_lost_and_wanted(agent: Agent) -> None:
+async def test_loaded_instance_of_a_dead_worker_is_lost_and_desired(agent: Agent) -> None:
     left = await left_loaded(agent)
     found = await given_up(agent, left)
     assert (found.state, found.error, found.loaded_at) == (State.LOST, None, left.loaded_at)
     assert agent.desired.instances.keys() == {"p/llama"}
 
 
-async def test_what_was_to_be_unloaded_is_lost_and_not_wanted(agent: Agent) -> None:
+async def test_instance_that_was_to_be_unloaded_is_not_desired(agent: Agent) -> None:
     wished = await given_up(agent, await wish(agent, await left_loaded(agent)))
     begun = await left_loaded(agent, 2)
     unloading, _ = await agent.store.instances.commit(begun, begun.after(Event.STOP))
@@ -706,7 +704,7 @@ async def test_what_was_to_be_unloaded_is_lost_and_not_wanted(agent: Agent) -> N
     assert len(await jobs(agent)) == 2
 
 
-async def test_what_was_loading_is_begun_anew_by_the_same_load(agent: Agent) -> None:
+async def test_load_of_a_dead_worker_is_requeued(agent: Agent) -> None:
     left = await left_loading(agent)
     found = await given_up(agent, left)
     assert (found.state, found.attempt, found.epoch, found.started_at) == (State.QUEUED, 2, None, None)
@@ -716,13 +714,13 @@ async def test_what_was_loading_is_begun_anew_by_the_same_load(agent: Agent) -> 
     assert len(await jobs(agent)) == 1
 
 
-async def test_what_was_loading_and_to_be_stopped_is_cancelled(agent: Agent) -> None:
+async def test_load_that_was_to_be_stopped_is_cancelled(agent: Agent) -> None:
     found = await given_up(agent, await wish(agent, await left_loading(agent)))
     assert (found.state, found.error) == (State.CANCELLED, None)
     assert await agent.store.instances.named("p/llama") is None
 
 
-async def test_what_was_begun_too_often_has_failed(begin: Begin) -> None:
+async def test_load_that_was_begun_too_often_fails(begin: Begin) -> None:
     agent = await begin(load_attempts=1)
     found = await given_up(agent, await left_loading(agent))
     assert found.state is State.FAILED
@@ -730,17 +728,17 @@ async def test_what_was_begun_too_often_has_failed(begin: Begin) -> None:
     assert (found.error.code, "attempt 1 of 1" in found.error.message) == ("worker_lost", True)
 
 
-async def test_what_somebody_else_moved_on_meanwhile_is_his(agent: Agent) -> None:
+async def test_load_that_was_moved_meanwhile_is_left_alone(agent: Agent) -> None:
     left = await left_loading(agent)
     moved, _ = await agent.store.instances.commit(left, left.abandoned(3, worker="another"))
     await agent.reconciler.give_up(left)
     assert await record(agent, left.id) == moved
 
 
-# ---- what it keeps although Redis does not know it any more
+# ---- an emptied Redis
 
 
-async def test_what_redis_forgot_twice_is_told_twice(agent: Agent, raw: redis.Redis) -> None:
+async def test_loaded_instance_is_recorded_again_in_an_emptied_redis(agent: Agent, raw: redis.Redis) -> None:
     id_, runner = await loaded(agent)
     for _ in range(2):
         raw.flushall()
@@ -756,8 +754,8 @@ async def test_what_redis_forgot_twice_is_told_twice(agent: Agent, raw: redis.Re
     assert agent.desired.instances == {}
 
 
-async def test_what_was_unloaded_is_not_told_again(agent: Agent, raw: redis.Redis) -> None:
-    """A Redis that is emptied while a runner stops is not told of what is about to be gone."""
+async def test_unloaded_instance_is_not_recorded_again(agent: Agent, raw: redis.Redis) -> None:
+    """Also in a Redis that was emptied while its runner stopped."""
     id_, runner = await loaded(agent)
     assert await agent.store.instances.request_stop(id_) is State.LOADED
     agent.stop(id_)
@@ -768,7 +766,7 @@ async def test_what_was_unloaded_is_not_told_again(agent: Agent, raw: redis.Redi
     assert await agent.store.instances.get(id_) is None
 
 
-async def test_a_name_that_was_given_away_is_not_wanted_back(agent: Agent, raw: redis.Redis) -> None:
+async def test_instance_whose_id_was_given_away_is_stopped(agent: Agent, raw: redis.Redis) -> None:
     id_, _ = await loaded(agent)
     raw.flushall()
     hold(raw, "w", "another")

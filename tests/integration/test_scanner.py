@@ -24,7 +24,7 @@ from tests.support.service import processes
 from worker import framing
 from worker.catalog.scanner import FIRST_PAUSE_S, LAST_PAUSE_S, STABLE_S, catalogs
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from shared.schema.http import LoadRequest
 from shared.store.store import Store
 from tests.support.channel import Channel, running
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture

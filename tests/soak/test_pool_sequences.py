@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from tests.simulation.poolmodel import Play, play, plays
 
 seen: Counter[str] = Counter()
 
 
-@settings(max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5000)
 @given(plays)
 def play_each(sequence: Play) -> None:
     seen.update(play(sequence))

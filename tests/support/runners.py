@@ -9,7 +9,7 @@ import signal
 from tests.support.service import all_stopped
 from worker.runner.process import Runner
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 
 
 async def freeze(runner: Runner) -> None:

@@ -27,7 +27,8 @@ from shared.synthetic import architectures, tokenizers
 from shared.synthetic import models as synthetic
 
 LOADSTONE = Path(sys.executable).with_name("loadstone")
-START_S, STOP_S = 60.0, 10.0
+START_S, STOP_S = 60.0, 60.0
+PATIENCE_S = 60.0  # ends a hang; far above what anything takes on a busy machine
 POLL_S = 0.02
 WITHOUT_EXPIRY = {b"insts", b"names", b"workers", b"counters", b"tallies", b"queued"}
 JSON = {"Content-Type": "application/json"}
@@ -38,7 +39,7 @@ DIRECTORY = re.compile(r"(?<![\w.:/])/[\w.+-]+/[\w.+-]+")  # the start of an abs
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T | None], what: str, within_s: float = 10.0) -> T:
+def until(condition: Callable[[], T | None], what: str, within_s: float = PATIENCE_S) -> T:
     """Call `condition` until it returns a true value, and return that; fail if there is none in time."""
     deadline = time.monotonic() + within_s
     while True:
@@ -111,7 +112,7 @@ def go_on(process: Process) -> None:
             os.kill(process.pid, signal.SIGCONT)
 
 
-def wait_gone(group: list[Process], within_s: float) -> None:
+def wait_gone(group: list[Process], within_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + within_s
     while left := [" ".join(process.words)[:200] for process in group if is_alive(process)]:
         assert time.monotonic() < deadline, f"not gone within {within_s:g} s: {left}"
@@ -194,7 +195,7 @@ class Running:
         self.popen.send_signal(signum)
         status = self.popen.wait(STOP_S)
         assert status == 0, self.stderr
-        wait_gone(tree, 1.0)
+        wait_gone(tree)
         stderr = self.stderr
         assert "Traceback" not in stderr, stderr[stderr.index("Traceback") :][:4000]
 
@@ -207,7 +208,7 @@ class Running:
         for process in tree:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        wait_gone(tree, 5.0)
+        wait_gone(tree)
 
 
 # ---- HTTP
@@ -238,7 +239,7 @@ class Client:
         self._http = httpx.Client(
             base_url=url,
             headers=authorization,
-            timeout=20,
+            timeout=PATIENCE_S,
             trust_env=False,
             verify=False,
             limits=httpx.Limits(max_keepalive_connections=0),
@@ -344,7 +345,7 @@ class Client:
 
     def raw(self, request: bytes) -> bytes:
         """Send these bytes; return everything received until the server closes the connection."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S) as connection:
             connection.sendall(request)
             chunks = []
             while chunk := connection.recv(1 << 16):

@@ -13,7 +13,7 @@ from tests.support.service import below
 POLL_S = 0.005
 
 
-async def until(condition: Callable[[], Awaitable[bool] | bool], what: str, within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], Awaitable[bool] | bool], what: str, within_s: float = 60.0) -> None:
     """Poll a condition until it is true; fail if that does not happen in time."""
     try:
         async with asyncio.timeout(within_s):

@@ -79,15 +79,16 @@ def test_a_wait_ends_when_the_lock_is_released(path: Path) -> None:
     def hold() -> None:
         with lock(path):
             is_held.set()
-            may_end.wait(10)
+            may_end.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert is_held.wait(10)
+    assert is_held.wait(60)
     threading.Timer(0.2, may_end.set).start()
     began = time.monotonic()
-    with lock(path, wait_s=10):
-        assert 0.1 < time.monotonic() - began < 5
+    with lock(path, wait_s=60):
+        assert may_end.is_set()
+        assert time.monotonic() - began < 60, "it does not wait for the end of its time"
     holder.join()
 
 
@@ -95,7 +96,7 @@ def test_a_lock_still_held_after_the_wait_is_refused(path: Path) -> None:
     began = time.monotonic()
     with lock(path), pytest.raises(Held), lock(path, wait_s=0.1):
         pass
-    assert 0.1 <= time.monotonic() - began < 5
+    assert time.monotonic() - began >= 0.1
 
 
 def test_a_file_that_cannot_be_opened_is_an_error(path: Path) -> None:

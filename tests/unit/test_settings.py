@@ -1,4 +1,4 @@
-"""Settings: every wrong value is a sentence, and what is documented is what is there."""
+"""Settings: a wrong value is refused with a sentence, and the documents list every setting."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
-def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(field: str, value: str) -> None:
+def test_wrong_value_is_refused_with_what_is_allowed(field: str, value: str) -> None:
     with pytest.raises(SettingsError) as refused:
         from_environ({variable(field): value})
     sentence = str(refused.value)
@@ -55,37 +55,37 @@ def test_a_wrong_value_names_the_variable_the_value_and_what_is_allowed(field: s
 
 
 @pytest.mark.parametrize("value", ["http://user:hunter2@db:6379", "hunter2@db:6379", "hunter2"])
-def test_a_wrong_redis_url_does_not_show_its_password(value: str) -> None:
+def test_refusal_of_a_redis_url_hides_its_password(value: str) -> None:
     with pytest.raises(SettingsError) as refused:
         from_environ({"LOADSTONE_REDIS_URL": value})
     assert "hunter2" not in str(refused.value)
 
 
-def test_settings_that_are_printed_show_no_secret() -> None:
+def test_printed_settings_show_no_secret() -> None:
     settings = from_environ({"LOADSTONE_REDIS_URL": "redis://:hunter2@db", "LOADSTONE_API_TOKENS": "t0ken"})
     assert "hunter2" not in repr(settings)
     assert "t0ken" not in repr(settings)
     assert "'127.0.0.1'" in repr(settings)
 
 
-def test_a_misspelt_variable_is_not_ignored() -> None:
+def test_misspelt_variable_is_refused() -> None:
     with pytest.raises(SettingsError, match="LOADSTONE_MODEL_DIR is not a setting"):
         from_environ({"LOADSTONE_MODEL_DIR": "/models"})
 
 
-def test_flags_override_variables_which_override_defaults() -> None:
+def test_flags_override_variables_override_defaults() -> None:
     environ = {"LOADSTONE_PORT": "2000", "LOADSTONE_HOST": "::1", "LOADSTONE_LOG_LEVEL": "", "PORT": "1"}
     settings = from_environ(environ, {"port": "3000", "host": None})
     assert (settings.port, settings.host, settings.log_level) == (3000, "::1", "info")
 
 
 @pytest.mark.parametrize(("field", "flag"), [("data_dir", "--data-dir"), ("api_workers", "--workers")])
-def test_a_wrong_flag_is_named_as_it_is_spelt(field: str, flag: str) -> None:
+def test_refusal_names_a_flag_as_it_is_spelt(field: str, flag: str) -> None:
     with pytest.raises(SettingsError, match=f"^{flag} is '': it must be "):
         from_environ({}, {field: ""})
 
 
-def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = from_environ({"LOADSTONE_API_TOKENS_FILE": "~/tokens"})
     assert settings.api_tokens_file == tmp_path / "tokens"
@@ -93,7 +93,7 @@ def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
-    """Any value of a field's type: what it may be decoded to."""
+    """Return a strategy for the values that a field of this type accepts."""
     base, meta = kind.__origin__, next(m for m in kind.__metadata__ if isinstance(m, Meta))
     if get_origin(base) is Literal:
         return st.sampled_from(get_args(base))
@@ -116,25 +116,25 @@ ANY_SETTINGS = st.builds(Settings, **{field: values_of(entry(field).kind) for fi
 
 
 @given(ANY_SETTINGS)
-def test_the_variables_of_settings_give_the_same_settings(settings: Settings) -> None:
+def test_settings_survive_a_round_trip_through_variables(settings: Settings) -> None:
     environ = to_environ(settings)
     assert from_environ(environ) == settings
     assert all(isinstance(value, str) for value in environ.values())
 
 
-def test_tokens_come_from_the_list_and_the_file(tmp_path: Path) -> None:
+def test_tokens_come_from_the_variable_and_the_file(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("first:with:colons\n\n  second  \r\nwith,comma\n")
     settings = from_environ({"LOADSTONE_API_TOKENS": "a, b:c,,", "LOADSTONE_API_TOKENS_FILE": str(file)})
     assert read_tokens(settings) == {b"a", b"b:c", b"first:with:colons", b"second", b"with,comma"}
 
 
-def test_without_any_there_are_no_tokens() -> None:
+def test_default_is_no_tokens() -> None:
     assert read_tokens(Settings()) == frozenset()
 
 
 @pytest.mark.parametrize("text", ["gehe1m-ü", "two words", "nul\0", "\ufeffbom"])
-def test_a_token_that_no_client_could_send_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
+def test_unsendable_token_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"fine\n{text}\n", "utf-8")
     for settings in (Settings(api_tokens=f"fine,{text}"), Settings(api_tokens_file=file)):
@@ -143,7 +143,7 @@ def test_a_token_that_no_client_could_send_is_refused_and_not_shown(tmp_path: Pa
         assert text not in str(refused.value)
 
 
-def test_tokens_that_are_set_but_empty_are_refused(tmp_path: Path) -> None:
+def test_empty_token_lists_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("\n \n")
     for settings in (Settings(api_tokens=" , "), Settings(api_tokens_file=file)):
@@ -154,7 +154,7 @@ def test_tokens_that_are_set_but_empty_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"), [("absent", "No such file"), ("directory", "directory"), ("binary", "text")]
 )
-def test_a_token_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, make: str, reason: str) -> None:
+def test_unreadable_token_file_is_refused_with_a_sentence(tmp_path: Path, make: str, reason: str) -> None:
     file = tmp_path / "tokens"
     if make == "directory":
         file.mkdir()
@@ -165,13 +165,13 @@ def test_a_token_file_that_cannot_be_read_is_a_sentence(tmp_path: Path, make: st
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost", "LOCALHOST.", "a.localhost"])
-def test_loopback_needs_no_token(host: str) -> None:
+def test_loopback_address_needs_no_token(host: str) -> None:
     assert is_loopback(host)
     check_exposure(Settings(host=host))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", "localhost.example.org", "0", ""])
-def test_what_others_can_reach_needs_a_token_or_a_word(host: str) -> None:
+def test_reachable_address_needs_a_token_or_insecure(host: str) -> None:
     assert not is_loopback(host)
     with pytest.raises(SettingsError, match="no token is set"):
         check_exposure(Settings(host=host))
@@ -179,7 +179,7 @@ def test_what_others_can_reach_needs_a_token_or_a_word(host: str) -> None:
     check_exposure(Settings(host=host, api_tokens="secret"))
 
 
-def test_only_up_brings_its_own_redis() -> None:
+def test_redis_url_is_required_without_up() -> None:
     with pytest.raises(SettingsError, match="LOADSTONE_REDIS_URL is not set"):
         redis_url(Settings())
     assert redis_url(Settings(redis_url="unix:///run/redis.sock")) == "unix:///run/redis.sock"
@@ -198,7 +198,7 @@ def documented_rows() -> list[str]:
     return rows
 
 
-def test_the_documents_list_every_setting() -> None:
+def test_documents_list_every_setting() -> None:
     found = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", DOCUMENT.read_text("utf-8"), re.DOTALL)
     assert found, f"{DOCUMENT.name} has no settings table"
     assert [line for line in found[1].splitlines() if line.strip()] == documented_rows()
