@@ -7,7 +7,7 @@ PEERS := bench/out/peers
 LLAMA_SERVER := $(PEERS)/build/bin/llama-server
 PEERS_STAMP := $(PEERS)/venv/.installed
 
-.PHONY: setup run test soak check bench bench-peers setup-gpu test-gpu bench-gpu
+.PHONY: setup run test test-unit coverage mutants soak check bench bench-peers setup-gpu test-gpu bench-gpu
 
 setup: $(STAMP)
 
@@ -21,6 +21,21 @@ run: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-unit: setup
+	$(BIN)/python -m pytest --numprocesses 4 tests/unit
+
+# Branches, also of the processes that the tests start.  A worker strips its environment, so that what it starts is
+# measured only where a test starts it directly.
+coverage: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder tests/unit tests/integration
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+# Breaks promises one by one in a copy of the tree; each must fail a test.
+mutants: setup
+	$(BIN)/python -m tests.mutants
 
 soak: setup
 	$(BIN)/python -m pytest tests/soak

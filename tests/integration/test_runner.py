@@ -22,6 +22,7 @@ from shared.settings import Settings
 from shared.synthetic.architectures import TINY, TINY_MOE
 from shared.synthetic.models import sharded, tiny_llama, tiny_moe
 from shared.telemetry.trace import begun
+from tests.support import trimmed, waiting
 from tests.support.runners import freeze, has_variable, is_gone
 from tests.support.service import below, tiny_quantized, until
 from worker.engine.child import ORPHANED
@@ -322,7 +323,9 @@ async def test_an_invalid_file_is_refused_and_the_runner_exits(
     assert sentence
     assert "/" not in sentence
     assert await ending(runner) == 0
-    assert await runner.receive() is None
+    while isinstance(last := await runner.receive(), Progress):  # of the thread that reads ahead
+        pass
+    assert last is None
 
 
 # ---- other ends
@@ -446,6 +449,16 @@ async def test_close_ends_only_the_warm_runner(runners: Runners) -> None:
             await runners.close()
         assert is_gone(pid)
         assert not is_gone(runner.pid)
+
+
+async def test_loaded_runner_trims_its_heap(
+    runners: Runners, models: dict[str, Model], models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large vocabulary leaves megabytes that malloc would keep (what it gives back: tests/unit/test_libc.py)."""
+    monkeypatch.setattr(worker.runner.warm, "run_child", trimmed.run_child)
+    async with taken(runners) as runner:
+        await ready(runner, given(models_dir / models["p/llama"].shards[0]))
+        await waiting.until(lambda: trimmed.SAID in runner.output, "the heap is trimmed")
 
 
 async def test_close_ends_a_frozen_warm_runner(impatient: Runners) -> None:
