@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 from msgspec import msgpack
 
+import api.pool.sweep
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep, doubtful
 from shared.instance import Instance
@@ -92,3 +94,30 @@ async def test_the_document_decides_whether_an_instance_is_lost(
     raw.hset(f"inst:{record.id}", mapping={"doc": msgpack.encode({**msgpack.decode(document), "epoch": "d"})})
     await sweep.beat()
     assert await state(store, record) is State.LOST
+
+
+async def test_sweep_waits_for_a_lease_after_an_outage(
+    roster: Roster, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While Redis was away, or this process not there, no worker could renew its lease: it gets the time for that."""
+    clock: Any = SimpleNamespace(now_s=100.0)
+    clock.monotonic = lambda: clock.now_s
+    monkeypatch.setattr(api.pool.sweep, "time", clock)
+    sweep = Sweep(roster, store.instances, store.queue, store.listen, lease_s=10.0, load_attempts=3)
+    made = await loaded(store, 1)
+    await store.workers.release("w", "e")
+
+    async def state_at(now_s: float) -> State | None:
+        clock.now_s = now_s
+        await sweep.beat()
+        return await state(store, made)
+
+    assert [await state_at(now_s) for now_s in (100.0, 109.0)] == [State.LOADED, State.LOADED]
+
+    async def refresh() -> None:
+        raise redis.ConnectionError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(roster, "refresh", refresh)
+        await sweep.beat()
+    assert [await state_at(now_s) for now_s in (111.0, 120.0, 122.0)] == [State.LOADED, State.LOADED, State.LOST]

@@ -356,14 +356,21 @@ MUTANTS = (
         "cli/up.py",
         'msgspec.structs.replace(settings, api_tokens="", api_tokens_file=None)',
         "msgspec.structs.replace(settings)",
-        (f"{INTEGRATION}cli.py", f"{INTEGRATION}confine.py", f"{UNIT}commands.py"),
+        (f"{UNIT}up.py",),
     ),
     Mutant(
         "a runner has no descriptor of its worker's",
         "worker/engine/confine.py",
+        "    os.closerange(3, channel)",
+        "    pass",
+        (f"{UNIT}confine.py", f"{INTEGRATION}confine.py"),
+    ),
+    Mutant(
+        "a runner has no descriptor of its worker's above its channel",
+        "worker/engine/confine.py",
         '    os.closerange(channel + 1, os.sysconf("SC_OPEN_MAX"))',
         "    pass",
-        (f"{INTEGRATION}confine.py",),
+        (f"{UNIT}confine.py",),
     ),
     Mutant(
         "a runner gets no new privileges",
@@ -398,6 +405,6 @@ MUTANTS = (
         "worker/engine_log.py",
         "scrub(self.relative(",
         "str(self.relative(",
-        (f"{INTEGRATION}agent.py", f"{ACCEPTANCE}damage.py", f"{ACCEPTANCE}errors.py"),
+        (f"{UNIT}engine_log.py",),
     ),
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+from shared import libc
+
 SAID = "the heap was trimmed"
 
 
@@ -12,11 +14,11 @@ def run_child(control: socket.socket, output: socket.socket, visible: str | None
     """Run in the place of `worker.runner.warm.run_child`."""
     from worker.engine import child
 
-    trim_heap = child.libc.trim_heap
+    trim_heap = libc.trim_heap
 
     def trim_and_say() -> None:
         trim_heap()
         os.write(2, f"{SAID}\n".encode())
 
-    child.libc.trim_heap = trim_and_say
+    libc.trim_heap = trim_and_say  # of this process alone
     child.main(control, output, visible)
