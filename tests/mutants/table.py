@@ -103,10 +103,10 @@ MUTANTS = (
     Mutant(
         "an instance is unloaded once its runner is reaped",
         "worker/instance.py",
-        "        await self._stopped(runner)\n"
-        "        self._of.desired.discard(await self._record.surely(instance, Event.EXIT))",
-        "        self._of.desired.discard(await self._record.surely(instance, Event.EXIT))\n"
-        "        await self._stopped(runner)",
+        "        await self._stop_runner(runner)\n"
+        "        self._services.desired.discard(await self._record.write(instance, Event.EXIT))",
+        "        self._services.desired.discard(await self._record.write(instance, Event.EXIT))\n"
+        "        await self._stop_runner(runner)",
         (f"{INTEGRATION}agent.py",),
     ),
     Mutant(
@@ -154,7 +154,7 @@ MUTANTS = (
     Mutant(
         "a load without progress is stalled",
         "worker/instance.py",
-        "elif now - heard_at >= self._of.settings.stall_limit_s:",
+        "elif now - progressed_at >= self._services.settings.stall_limit_s:",
         "elif False:",
         (f"{INTEGRATION}agent.py", f"{ACCEPTANCE}errors.py"),
     ),
@@ -191,15 +191,15 @@ MUTANTS = (
     Mutant(
         "reserved memory is not given away",
         "worker/memory/ledger.py",
-        "return reading.total_bytes - self._reserved(reading.id) - others",
-        "return reading.total_bytes - others",
+        "return reading.total_bytes - self._reserved(reading.id) - other_usage",
+        "return reading.total_bytes - other_usage",
         (f"{UNIT}ledger.py",),
     ),
     Mutant(
         "leaked memory is not given away",
         "worker/memory/ledger.py",
-        "others = self._named(reading) + self._at_start[reading.id] + self._leaked[reading.id]",
-        "others = self._named(reading) + self._at_start[reading.id]",
+        "other_usage = self._others_bytes(reading) + self._at_start[reading.id] + self._leaked[reading.id]",
+        "other_usage = self._others_bytes(reading) + self._at_start[reading.id]",
         (f"{UNIT}ledger.py",),
     ),
     Mutant(
@@ -290,15 +290,15 @@ MUTANTS = (
     Mutant(
         "a worker that is stopped hands its loads back",
         "worker/instance.py",
-        "        if self._of.ending.is_set():\n            await self._stopped(runner)",
-        "        if False:\n            await self._stopped(runner)",
+        "        if self._services.ending.is_set():\n            await self._stop_runner(runner)",
+        "        if False:\n            await self._stop_runner(runner)",
         (f"{INTEGRATION}agent.py",),
     ),
     Mutant(
         "the instance that was used last is restored first",
         "worker/restore.py",
-        "key=lambda one: one.used_at or 0.0, reverse=True",
-        "key=lambda one: one.used_at or 0.0",
+        "key=lambda instance: instance.used_at or 0.0, reverse=True",
+        "key=lambda instance: instance.used_at or 0.0",
         (f"{INTEGRATION}restore.py",),
     ),
     Mutant(
