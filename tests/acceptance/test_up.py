@@ -112,7 +112,7 @@ def test_a_second_up_on_a_data_directory_is_refused(start: Start, tmp_path: Path
     second = Running(tmp_path / "second", "up", "--port", "0", "--data-dir", str(service.data_dir))
     assert second.popen.wait(60) == 2
     assert second.stdout == ""
-    assert re.fullmatch(r"loadstone: .*another `loadstone up` runs: each must have its own\.\n", second.stderr)
+    assert re.fullmatch(r"loadstone: .*another `loadstone up` is using: each needs its own\.\n", second.stderr)
     assert service.loaded(TINY)["status"] == "loaded"
 
 
