@@ -16,7 +16,7 @@ from shared.lifecycle import TERMINAL, Event, State, step
 from shared.schema.http import LoadConfig, LoadRequest, LoadResult, Phase
 from shared.schema.model import ModelType
 
-UNBEGUN: dict[str, Any] = {  # fields that are reset when a load is requeued; the progress is kept
+RESET_ON_REQUEUE: dict[str, Any] = {  # fields that are reset when a load is requeued; the progress is kept
     "epoch": None,
     "phase": None,
     "loaded_bytes": 0,
@@ -86,7 +86,7 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
         if state in TERMINAL:
             changes["completed_at"] = time.time()
         if event is Event.REQUEUE:
-            changes = {**UNBEGUN, "attempt": self.attempt + (self.state is not State.QUEUED), **changes}
+            changes = {**RESET_ON_REQUEUE, "attempt": self.attempt + (self.state is not State.QUEUED), **changes}
         return msgspec.structs.replace(self, state=state, **changes)
 
     def abandoned(self, attempts: int, **changes: Any) -> Instance:
