@@ -331,6 +331,19 @@ async def test_a_runner_that_dies_during_a_load_fails_it(agent: Agent) -> None:
     assert is_gone(runner.pid)
 
 
+@pytest.mark.parametrize(("signum", "is_remembered"), [(signal.SIGKILL, False), (signal.SIGSEGV, True)])
+async def test_only_a_crash_of_the_engine_is_remembered(
+    agent: Agent, signum: signal.Signals, is_remembered: bool
+) -> None:
+    """SIGKILL is an operator's, or the kernel's: the model is not to blame."""
+    id_, runner = await loading(agent)
+    os.kill(runner.pid, signum)
+    os.kill(runner.pid, signal.SIGCONT)
+    check_failed(await reached(agent, id_, State.FAILED), "engine_crashed")
+    await released(agent, id_)
+    assert (agent.crashes.of(agent.models["p/llama"]) is not None) == is_remembered
+
+
 async def test_a_runner_that_dies_after_a_load_fails_its_instance(agent: Agent) -> None:
     id_, runner = await loaded(agent)
     runner.kill()

@@ -95,8 +95,10 @@ def main(words: list[str]) -> int:
 
         def attempt(mutant: Mutant) -> None:
             began, copy = time.monotonic(), copies.get()
-            is_noticed = noticed(copy, mutant)
-            copies.put(copy)
+            try:
+                is_noticed = noticed(copy, mutant)
+            finally:
+                copies.put(copy)
             if not is_noticed:
                 survivors.append(mutant)
             verdict = "noticed " if is_noticed else "SURVIVED"

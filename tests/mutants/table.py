@@ -185,7 +185,7 @@ MUTANTS = (
         "worker/instance.py",
         'if code == "engine_crashed" and runner.status not in FROM_OUTSIDE:',
         'if code == "engine_crashed":',
-        (f"{INTEGRATION}agent.py", f"{ACCEPTANCE}errors.py"),
+        (f"{INTEGRATION}agent.py",),
     ),
     # ---- memory
     Mutant(
