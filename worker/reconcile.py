@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol, assert_never
 
@@ -62,19 +62,18 @@ class GiveUp(Struct, frozen=True):
 Action = Stop | Rewrite | Deliver | GiveUp
 
 
-def decide(held: Iterable[Held], records: Sequence[Instance], worker: str, epoch: str) -> list[Action]:
+def decide(
+    claimed: Iterable[Held], held: Collection[str], records: Sequence[Instance], worker: str, epoch: str
+) -> list[Action]:
     """Return the actions that make the held instances match their records.
 
-    `held` are all instances that the worker holds or has accepted.  `records` are the live records of this worker and
-    those of the instances that it has claimed.
+    `claimed` are the instances that were claimed before `records` were read: the records of those that were claimed
+    meanwhile may be older than the claim.  `held` are the ids of all loads that the worker holds or has accepted now.
+    `records` are the live records of this worker and those of `claimed`.
     """
     actions: list[Action] = []
     by_id = {record.id: record for record in records}
-    ids = set()
-    for resident in held:
-        ids.add(resident.id)
-        if not resident.claimed:
-            continue
+    for resident in claimed:
         record = by_id.get(resident.id)
         if record is None or record.epoch != epoch:
             actions.append(Rewrite(resident.id, or_stop=True))
@@ -83,7 +82,7 @@ def decide(held: Iterable[Held], records: Sequence[Instance], worker: str, epoch
         elif resident.instance is not None and record.rev < resident.instance.rev:
             actions.append(Rewrite(resident.id, or_stop=False))
     for record in records:
-        if record.id in ids:
+        if record.id in held:
             continue
         match record.state:
             case State.QUEUED:
@@ -125,9 +124,9 @@ class Reconciler:
 
     async def reconcile(self) -> None:
         """Compare held instances and records once, and act.  Raises what UNAVAILABLE lists."""
-        claimed = [held.id for held in self._residents.values() if held.claimed]
-        records = await self._instances.live_at(self._name, claimed)
-        for action in decide([*self._residents.values()], records, self._name, self._epoch):
+        claimed = [held for held in self._residents.values() if held.claimed]
+        records = await self._instances.live_at(self._name, [held.id for held in claimed])
+        for action in decide(claimed, self._residents.keys(), records, self._name, self._epoch):
             match action:
                 case Stop():
                     self._stop(action.id)

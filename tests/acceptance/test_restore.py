@@ -121,8 +121,8 @@ def test_model_that_is_back_is_restored_by_a_later_try(pool: Pool) -> None:
     with pool.workers["a"].frozen(loaded=1):
         aside.rename(file)
         until(lambda: in_state(pool, "loading") == {ALONE}, "it is being restored")
-        assert set(pool.instances()) == {TINY}
-        assert shown(pool) == {TINY: "loaded", ALONE: "starting|metadata"}
+        # The worker replaces a frozen runner that waits for too long, so the load may go on by now.
+        assert shown(pool) in [{TINY: "loaded", ALONE: state} for state in ("starting|metadata", "loaded")]
     until(lambda: set(pool.instances()) == {TINY, ALONE}, "restored")
     last = next(reversed(jobs(pool).values()))
     assert (last["instance_id"], last["status"], last["attempt"]) == (ALONE, "loaded", 1)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
@@ -419,6 +419,26 @@ async def test_the_beat_does_not_change_a_consistent_instance(agent: Agent) -> N
     assert not agent.residents[id_].stop.is_set()
     assert await record(agent, id_) == before
     assert not is_gone(runner.pid)
+
+
+async def test_a_claim_during_a_beat_is_not_undone(impatient: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beat reads the record while it is queued, and compares it once the instance is claimed."""
+    agent = impatient
+    await frozen(agent)
+    live_at = agent.store.instances.live_at
+
+    async def then_claimed(worker: str, ids: Iterable[str] = ()) -> list[Instance]:
+        records = await live_at(worker, ids)
+        agent.deliver(id_)
+        await reached(agent, id_, State.LOADING)
+        return records
+
+    id_ = await submitted(agent)
+    with monkeypatch.context() as patched:
+        patched.setattr(agent.store.instances, "live_at", then_claimed)
+        await agent.reconciler.reconcile()
+    assert not agent.residents[id_].stop.is_set()
+    assert (await record(agent, id_)).state is State.LOADING
 
 
 async def test_an_emptied_redis_gets_the_loaded_instances_again(agent: Agent, raw: redis.Redis) -> None:
