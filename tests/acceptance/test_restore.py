@@ -118,12 +118,11 @@ def test_model_that_is_back_is_restored_by_a_later_try(pool: Pool) -> None:
     until(lambda: set(pool.instances()) == {TINY} and len(failures()) >= 2, "one is restored, two are not")
     assert failures()[:2] == [(SECOND, "invalid_model_file"), (ALONE, "invalid_model_file")]
     assert pool.unload(SECOND).status == 200, "it is waiting for its next try, which is cancelled"
-    with pool.workers["a"].frozen(loaded=1):
-        aside.rename(file)
-        until(lambda: in_state(pool, "loading") == {ALONE}, "it is being restored")
-        # The worker replaces a frozen runner that waits for too long, so the load may go on by now.
-        assert shown(pool) in [{TINY: "loaded", ALONE: state} for state in ("starting|metadata", "loaded")]
+    assert set(pool.instances()) == {TINY}
+    # The try is not held: the worker kills a frozen runner that waits longer than half a lease, and with it the try.
+    aside.rename(file)
     until(lambda: set(pool.instances()) == {TINY, ALONE}, "restored")
+    assert shown(pool) == {TINY: "loaded", ALONE: "loaded"}
     last = next(reversed(jobs(pool).values()))
     assert (last["instance_id"], last["status"], last["attempt"]) == (ALONE, "loaded", 1)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
@@ -338,7 +339,8 @@ async def test_only_a_crash_of_the_engine_is_remembered(
     """SIGKILL is an operator's, or the kernel's: the model is not to blame."""
     id_, runner = await loading(agent)
     os.kill(runner.pid, signum)
-    os.kill(runner.pid, signal.SIGCONT)
+    with suppress(ProcessLookupError):  # SIGKILL needs no SIGCONT, and its runner may be reaped by now
+        os.kill(runner.pid, signal.SIGCONT)
     check_failed(await reached(agent, id_, State.FAILED), "engine_crashed")
     await released(agent, id_)
     assert (agent.crashes.of(agent.models["p/llama"]) is not None) == is_remembered
