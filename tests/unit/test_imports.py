@@ -29,7 +29,7 @@ HOMES = {
     "gguf": {"shared/synthetic/models.py"},
     "httpx": {"cli/client.py"},
     "jinja2": {"api/openapi/page.py"},
-    "llama_cpp": {"worker/engine/llama.py"},
+    "llama_cpp": {"worker/engine/llama.py", "worker/engine/chat.py"},
     "numpy": {"shared/synthetic/models.py"},
     "prometheus_client": {"api/pool/metrics.py"},
     "pynvml": {"worker/memory/nvml.py"},
