@@ -1,22 +1,23 @@
 # syntax=docker/dockerfile:1
 # Two images, `--target cpu` and `--target cuda`, which differ in the build of llama.cpp and its dependencies.
-# llama.cpp is built in a separate stage, which is repeated only when constraints.txt changes.
+# llama.cpp is built in a separate stage, which is repeated only when constraints.txt or native/ changes.
 
 FROM python:3.12-slim-bookworm AS engine-cpu
 RUN apt-get update && apt-get install --yes --no-install-recommends build-essential cmake git ninja-build
-COPY constraints.txt .
+COPY constraints.txt /engine/
+COPY native /engine/native
 # For any x86-64 processor with AVX2, not only for that of the build machine.
-RUN CMAKE_ARGS="-DGGML_NATIVE=OFF" pip wheel --no-cache-dir --no-deps --no-binary llama-cpp-python \
-    --constraint constraints.txt --wheel-dir /wheels llama-cpp-python
+RUN mkdir /wheels && CMAKE_ARGS="-DGGML_NATIVE=OFF" sh -c 'cp "$(python3 /engine/native/build.py)" /wheels'
 
 FROM nvidia/cuda:12.6.3-devel-ubuntu24.04 AS engine-cuda
 RUN apt-get update && apt-get install --yes --no-install-recommends \
     build-essential cmake git ninja-build python3-dev python3-pip
-COPY constraints.txt .
+COPY constraints.txt /engine/
+COPY native /engine/native
 # The host provides libcuda.so.1, the library of the driver; it may stay unresolved here.
-RUN CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=on -DCMAKE_EXE_LINKER_FLAGS=-Wl,--allow-shlib-undefined" \
-    pip wheel --no-cache-dir --no-deps --no-binary llama-cpp-python \
-    --constraint constraints.txt --wheel-dir /wheels llama-cpp-python
+RUN mkdir /wheels && \
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=on -DCMAKE_EXE_LINKER_FLAGS=-Wl,--allow-shlib-undefined" \
+    sh -c 'cp "$(python3 /engine/native/build.py)" /wheels'
 
 FROM python:3.12-slim-bookworm AS base-cpu
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*

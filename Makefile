@@ -11,8 +11,12 @@ PEERS_STAMP := $(PEERS)/venv/.installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# native/build.py compiles llama.cpp with the chat code, or returns the wheel of an earlier build.
+NATIVE := $(wildcard native/*)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv .venv
+	wheel=$$($(BIN)/python native/build.py) && $(BIN)/python -m pip install --no-deps --force-reinstall "$$wheel"
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
@@ -70,15 +74,14 @@ $(PEERS_STAMP): constraints.txt
 	$(PEERS)/venv/bin/python -m pip install --constraint constraints.txt 'llama-cpp-python[server]'
 	touch $@
 
-# Installs llama.cpp with CUDA, for the GPUs of this machine, in a separate environment.  Does not use the cache of pip,
-# which may contain a wheel without CUDA.
+# Installs llama.cpp with CUDA, for the GPUs of this machine, in a separate environment.
 setup-gpu: $(GPU_STAMP)
 
-$(GPU_STAMP): pyproject.toml constraints.txt
+$(GPU_STAMP): pyproject.toml constraints.txt $(NATIVE)
 	@command -v nvcc > /dev/null || { echo "nvcc is not on PATH: install NVIDIA's CUDA toolkit, or add its bin directory to PATH." >&2; exit 1; }
 	$(PYTHON) -m venv .venv-gpu
-	CMAKE_ARGS="-DGGML_CUDA=on $$CMAKE_ARGS" $(GPU_BIN)/python -m pip install --no-cache-dir --no-binary llama-cpp-python \
-		--constraint constraints.txt llama-cpp-python
+	wheel=$$(CMAKE_ARGS="-DGGML_CUDA=on $$CMAKE_ARGS" $(GPU_BIN)/python native/build.py) && \
+		$(GPU_BIN)/python -m pip install --no-deps --force-reinstall "$$wheel"
 	$(GPU_BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
