@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DEV_STAMP := .venv/.installed-dev
 GPU_BIN := .venv-gpu/bin
 GPU_STAMP := .venv-gpu/.installed
 PEERS := bench/out/peers
@@ -17,44 +18,48 @@ NATIVE := $(wildcard native/*)
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv .venv
 	wheel=$$($(BIN)/python native/build.py) && $(BIN)/python -m pip install --no-deps --force-reinstall "$$wheel"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
 run: setup
 	$(BIN)/loadstone up --demo --models-dir .run/models --data-dir .run/data
 
-test: setup
+test: $(DEV_STAMP)
 	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
-test-unit: setup
+test-unit: $(DEV_STAMP)
 	$(BIN)/python -m pytest --numprocesses 4 tests/unit
 
 # Branches, also of the processes that the tests start.  A worker strips its environment, so that what it starts is
 # measured only where a test starts it directly.
-coverage: setup
+coverage: $(DEV_STAMP)
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder tests/unit tests/integration
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
 # Breaks promises one by one in a copy of the tree; each must fail a test.
-mutants: setup
+mutants: $(DEV_STAMP)
 	$(BIN)/python -m tests.mutants
 
-soak: setup
+soak: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/soak
 
-check: setup
+check: $(DEV_STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_imports.py
 
-bench: setup
+bench: $(DEV_STAMP)
 	$(BIN)/python -m bench
 
 # Compares Loadstone with llama_cpp.server and llama-server: 20 minutes, and as long for the first build.
-bench-peers: setup $(LLAMA_SERVER) $(PEERS_STAMP)
+bench-peers: $(DEV_STAMP) $(LLAMA_SERVER) $(PEERS_STAMP)
 	$(BIN)/python -m bench.peers
 
 # Builds llama-server from the source in llama-cpp-python, with the same options: a release build with shared libraries
