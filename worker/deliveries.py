@@ -33,8 +33,10 @@ class Deliveries(ArqWorker):
     def __init__(self, redis: Redis, agent: Agent) -> None:
         async def load(_: dict[Any, Any], id_: str) -> None:
             agent.deliver(id_)
+            self.begun.set()
 
         async def size(_: dict[Any, Any], sizing: bytes) -> bytes:
+            self.begun.set()
             return await agent.dry_run.answer(sizing)
 
         super().__init__(
@@ -55,15 +57,26 @@ class Deliveries(ArqWorker):
             job_deserializer=unpack_job,
         )
         self.woken = asyncio.Event()
+        self.begun = asyncio.Event()  # set once the job that was started last runs its function, or has ended
 
     async def start_jobs(self, job_ids: list[bytes]) -> None:
         """Start jobs without arq's lock per job, which takes four round trips to Redis.
 
-        No lock is needed: no other worker reads this queue, and `tasks` has the jobs that are running.
+        No lock is needed: no other worker reads this queue, and `tasks` has the jobs that are running.  Each job begins
+        once its predecessor has: if they read their entries concurrently, loads would be delivered in another order.
         """
         for id_ in (id_.decode() for id_ in job_ids):
             if id_ not in self.tasks:
-                self.tasks[id_] = asyncio.create_task(self.run_job(id_, timestamp_ms()))
+                await self._begin(id_)
+
+    async def _begin(self, id_: str) -> None:
+        """Start a job, and return once it runs its function or has ended.  Raises what UNAVAILABLE lists."""
+        begun = self.begun = asyncio.Event()
+        task = self.tasks[id_] = asyncio.create_task(self.run_job(id_, timestamp_ms()))
+        task.add_done_callback(lambda _: begun.set())
+        await begun.wait()
+        if task.done():
+            task.result()
 
     async def main(self) -> None:
         """Run until the connection to Redis is lost.  Raises what UNAVAILABLE lists; the caller starts a new one."""

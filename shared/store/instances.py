@@ -323,12 +323,13 @@ class Instances:
             yield instance
 
     async def live(self, ids: Sequence[str] | None = None) -> list[Instance]:
-        """Return all instances that are not in a terminal state, or those among `ids`, in no particular order."""
+        """Return all instances that are not in a terminal state, or those among `ids`, in the order accepted."""
         records = await self.many(await self._members(keys.INSTANCES) if ids is None else ids)
-        return [instance for instance in records if instance.state not in TERMINAL]  # some ended during the read
+        live = [instance for instance in records if instance.state not in TERMINAL]  # some ended during the read
+        return sorted(live, key=lambda instance: instance.created_at)
 
     async def live_at(self, worker: str, ids: Iterable[str] = ()) -> list[Instance]:
-        """Return the live instances of a worker.  `ids` are further instances to consider."""
+        """Return the live instances of a worker, in the order accepted.  `ids` are further instances to consider."""
         records = await self.live([*{*await self._members(keys.instances_at(worker)), *ids}])
         return [instance for instance in records if instance.worker == worker]
 

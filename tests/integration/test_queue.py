@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -105,6 +105,11 @@ async def submit(intake: Intake) -> Instance:
     return await intake.submit(LoadRequest(model="p/m"))
 
 
+def in_order(instances: Iterable[Instance]) -> list[str]:
+    """Return the ids of instances in the order in which Redis accepted them."""
+    return [one.id for one in sorted(instances, key=lambda one: one.created_at)]
+
+
 def listeners(raw: redis.Redis) -> int:
     counts: Any = raw.pubsub_numsub("wake:w")
     return int(counts[0][1])
@@ -139,6 +144,25 @@ async def test_concurrent_loads_are_each_delivered_once(intake: Intake, agent: R
     arq_keys = [f"arq:{kind}:{one.id}:1" for one in submitted for kind in ("job", "result", "in-progress")]
     await until(lambda: raw.exists(*arq_keys) == 0, "no key of arq is left")
     assert raw.zcard(keys.queue("w")) == 0
+
+
+@pytest.mark.usefixtures("no_fallback", "working")
+async def test_loads_are_delivered_in_the_order_accepted(intake: Intake, agent: Recording) -> None:
+    submitted = await asyncio.gather(*(submit(intake) for _ in range(100)))
+    await agent.until(*(one.id for one in submitted))
+    assert agent.delivered == in_order(submitted)
+
+
+@pytest.mark.usefixtures("no_fallback")
+async def test_waiting_loads_are_delivered_in_the_order_accepted(
+    store: Store, intake: Intake, agent: Recording
+) -> None:
+    """Several are accepted within each millisecond, the unit of arq's scores."""
+    submitted = await asyncio.gather(*(submit(intake) for _ in range(100)))
+    task = asyncio.create_task(worker.deliveries.take_deliveries(store.redis, agent))
+    await agent.until(*(one.id for one in submitted))
+    await end(task)
+    assert agent.delivered == in_order(submitted)
 
 
 @pytest.mark.usefixtures("no_fallback")
@@ -238,6 +262,12 @@ async def test_the_beat_finds_a_lost_delivery(store: Store, agent: Recording) ->
     await agent.until(own.id)
     await end(beat)
     assert set(agent.delivered) == {own.id}
+
+
+async def test_the_beat_delivers_in_the_order_accepted(store: Store, agent: Recording) -> None:
+    created = [await store.instances.create(Instance(**{**QUEUED, "id": f"load_{n}"})) for n in range(20)]
+    await agent.reconciler.reconcile()
+    assert agent.delivered == in_order(created)
 
 
 # ---- cut connections

@@ -86,6 +86,20 @@ MUTANTS = (
         (f"{INTEGRATION}store.py", f"{INTEGRATION}loads.py"),
     ),
     Mutant(
+        "loads accepted within one millisecond keep their order",
+        "shared/store/scripts/enqueue.lua",
+        "string.format('%.3f', now[1] * 1000 + now[2] / 1000 - 1)",
+        "string.format('%.0f', now[1] * 1000 + now[2] / 1000 - 1)",
+        (f"{INTEGRATION}queue.py",),
+    ),
+    Mutant(
+        "a delivery does not overtake the one before it",
+        "worker/deliveries.py",
+        "        await begun.wait()\n",
+        "",
+        (f"{INTEGRATION}queue.py",),
+    ),
+    Mutant(
         "replies that are held open have a limit",
         "api/replies.py",
         "if self.count >= self.limit:",
