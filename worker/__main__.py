@@ -13,8 +13,8 @@ from shared.settings import SettingsError, from_environ
 from shared.telemetry import log
 from worker.agent import LeaseLost
 from worker.environment import strip_environment
-from worker.main import run
-from worker.runner.process import RunnerDied
+from worker.main import CatalogLate, run
+from worker.runner.process import RunnerDied, RunnerStuck
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     except* (SettingsError, LeaseLost) as group:
         print(f"loadstone: {_first(group)}", file=sys.stderr)  # noqa: T201
         status = 2
-    except* RunnerDied as group:  # the supervisor restarts the worker
+    except* (CatalogLate, RunnerDied, RunnerStuck) as group:  # the supervisor restarts the worker
         print(f"loadstone: {_first(group)}", file=sys.stderr)  # noqa: T201
         status = 1
     return status

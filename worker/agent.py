@@ -124,7 +124,7 @@ class Agent:
     async def warm(self) -> None:
         """Wait until a runner is warm.  Drops the GPUs if the engine was built without CUDA.
 
-        Raises RunnerDied, TimeoutError, and SettingsError if the engine can use none of the worker's devices.
+        Raises RunnerDied, RunnerStuck, and SettingsError if the engine can use none of the worker's devices.
         """
         await self.runners.warmed()
         if self.devices.gpus and not self.runners.has_cuda:

@@ -229,8 +229,8 @@ class Resident:
         except Fenced:
             _log.warning("record changed by another writer", action="fenced")
             await self._stop_runner(_unowned(taking))
-        except (RunnerDied, RunnerStuck, TimeoutError) as e:
-            await self._fail(instance, "engine_crashed", str(e) or "the runner did not start in time")
+        except (RunnerDied, RunnerStuck) as e:
+            await self._fail(instance, "engine_crashed", str(e))
         except BaseException:
             if (runner := _unowned(taking)) is not None:
                 runner.kill()

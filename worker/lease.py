@@ -12,7 +12,7 @@ from pathlib import Path
 from shared import filelock
 from shared.lifecycle import State
 from shared.schema.model import Model
-from shared.settings import Settings, SettingsError
+from shared.settings import Settings, SettingsError, variable
 from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
 from worker.agent import Agent, LeaseLost
@@ -28,17 +28,21 @@ def owned(settings: Settings, epoch: str) -> Iterator[str]:
     """Hold the lock of this worker's name in the data directory.  Yields the epoch of the previous holder.
 
     The lock file contains the holder's epoch and its temporary directory, in which multiprocessing puts its sockets.
-    Removes the directory that a killed holder left behind.  Raises SettingsError if another process holds the lock.
+    Removes the directory that a killed holder left behind.  Raises SettingsError if another process holds the lock, or
+    if the data directory is not writable.
     """
-    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = settings.data_dir / f"worker-{settings.name}.lock"
     with ExitStack() as stack:
         try:
+            settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             file = stack.enter_context(filelock.lock(path))
         except filelock.Held:
             raise SettingsError(
                 f"a worker named '{settings.name}' already runs on the data directory {settings.data_dir}."
             ) from None
+        except OSError as e:
+            where = f"{variable('data_dir')} is '{settings.data_dir}'"
+            raise SettingsError(f"{where}: it must be a writable directory ({e.strerror}).") from None
         file.seek(0)
         dead_epoch, _, left = file.read().strip().partition(" ")
         if left and Path(left).name.startswith(TEMPORARY):

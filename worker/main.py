@@ -12,7 +12,7 @@ from contextlib import ExitStack, aclosing, suppress
 from redis.asyncio import Redis
 
 from shared.schema.model import Model
-from shared.settings import Settings, redis_url
+from shared.settings import Settings, redis_url, variable
 from shared.store.connection import UNAVAILABLE, connected
 from shared.store.store import Store
 from shared.telemetry import log
@@ -28,11 +28,15 @@ END_S = 2.0
 _log = log.get("worker")
 
 
+class CatalogLate(Exception):
+    """The first catalog did not arrive in time."""
+
+
 async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
     """Run the worker until SIGTERM or SIGINT, then drain.
 
     A second signal exits at once; the runners then exit at the end of their streams.  Raises SettingsError,
-    LeaseLost and RunnerDied, also in a group.
+    LeaseLost, CatalogLate, RunnerDied and RunnerStuck, also in a group.
     """
     stop = asyncio.Event()
 
@@ -74,8 +78,12 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
         log_format=settings.log_format,
     )
     async with aclosing(scanned) as lists:
-        async with asyncio.timeout(FIRST_CATALOG_S):
-            first = await anext(lists)
+        try:
+            async with asyncio.timeout(FIRST_CATALOG_S):
+                first = await anext(lists)
+        except TimeoutError:
+            where = f"{variable('models_dir')} is '{settings.models_dir}'"
+            raise CatalogLate(f"{where}: it could not be read within {FIRST_CATALOG_S:g} s.") from None
         await agent.warm()
         await take_lease(agent, first, dead_epoch)
         _log.info("ready", action="ready", models=len(first))

@@ -131,6 +131,18 @@ def test_only_the_gpus_of_another_worker_are_refused(tmp_path: Path) -> None:
     in_another(tmp_path, [FIRST, SECOND])
 
 
+def test_a_lock_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with (
+        pytest.raises(SettingsError, match=f"GPUs are locked in '{file}': .* directory \\(File exists\\)"),
+        locked(file, [FIRST]),
+    ):
+        pass
+    with locked(file, []):
+        pass
+
+
 def test_a_killed_worker_releases_its_gpus_despite_a_child(tmp_path: Path) -> None:
     ours, theirs = multiprocessing.Pipe()
     worker = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, theirs))

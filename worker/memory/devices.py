@@ -82,17 +82,20 @@ def _selected(setting: str, by_index: Sequence[str]) -> tuple[list[str], bool]:
 def locked(lock_dir: Path, gpus: Sequence[str]) -> Iterator[None]:
     """Hold a lock file for each of these GPUs, which no child process inherits.
 
-    Raises SettingsError if another worker holds one of them.
+    Raises SettingsError if another worker holds one of them, or if the directory is not writable.
     """
-    if gpus:
-        lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with ExitStack() as held:
         for id_ in gpus:
             try:
+                lock_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
                 held.enter_context(filelock.lock(lock_dir / f"{id_}.lock"))
             except filelock.Held:
                 raise SettingsError(
                     f"another worker uses the GPU {id_}; give each worker its own GPUs with {variable('devices')}."
+                ) from None
+            except OSError as e:
+                raise SettingsError(
+                    f"GPUs are locked in '{lock_dir}': it must be a writable directory ({e.strerror})."
                 ) from None
         yield
 

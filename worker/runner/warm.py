@@ -85,14 +85,14 @@ class Runners:
     async def warmed(self) -> None:
         """Wait until a runner is warm.  Then the engine is known to start on this host, and `has_cuda` is set.
 
-        Raises RunnerDied and TimeoutError.
+        Raises RunnerDied and RunnerStuck.
         """
         self.prepare()
         assert self.coming is not None
         await asyncio.shield(self.coming)
 
     async def take(self) -> Runner:
-        """Take a warm runner, which the caller then owns.  Raises RunnerDied and TimeoutError if none can be started.
+        """Take a warm runner, which the caller then owns.  Raises RunnerDied and RunnerStuck if none can be started.
 
         If the caller is cancelled, the runner stays for the next caller.
         """
@@ -147,11 +147,14 @@ class Runners:
         try:
             async with asyncio.timeout(self._timing.warm_s):
                 message = await runner.receive()
-        except BaseException:  # a timeout, or cancelled
+        except BaseException as e:  # a timeout, or cancelled
             runner.kill()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._timing.reap_s):
                     await runner.reaped()
+            if isinstance(e, TimeoutError):
+                reason = f"it was not warm within {self._timing.warm_s:g} s"
+                raise RunnerDied(f"no runner could be started: {reason}") from e
             raise
         match message:
             case Warm():
