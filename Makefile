@@ -32,7 +32,7 @@ test: $(DEV_STAMP)
 	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-unit: $(DEV_STAMP)
-	$(BIN)/python -m pytest --numprocesses 4 tests/unit
+	$(BIN)/python -m pytest --numprocesses auto tests/unit
 
 # Branches, also of the processes that the tests start.  A worker strips its environment, so that what it starts is
 # measured only where a test starts it directly.

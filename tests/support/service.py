@@ -74,11 +74,11 @@ def all_stopped(pid: int) -> bool:
     return all(stat is not None and stat[0] == "T" for stat in states)
 
 
-def processes(*, zombies: bool = False) -> list[Process]:
+def processes() -> list[Process]:
     running = []
     for entry in Path("/proc").iterdir():
         stat = _stat(entry.name) if entry.name.isdigit() else None
-        if stat is None or (stat[0] in "ZX" and not zombies):
+        if stat is None or stat[0] in "ZX":
             continue
         try:
             words = tuple((entry / "cmdline").read_bytes().decode(errors="replace").split("\0"))
