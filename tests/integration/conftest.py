@@ -17,10 +17,14 @@ from msgspec import msgpack
 
 from cli import devredis
 from shared.schema.model import Model
+from shared.settings import Settings
 from shared.store.connection import connected
 from shared.store.store import Store
 from shared.synthetic.models import tiny_bert, tiny_embedding, tiny_llama, tiny_moe
+from tests.support.agents import EPOCH, Begin, ended
+from worker.agent import Agent
 from worker.catalog.catalog import Catalog
+from worker.timing import Timing
 
 DEADLINE_S = 60.0
 
@@ -91,6 +95,27 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
+
+
+@pytest.fixture
+async def begin(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Begin]:
+    """Create worker "w" with one model of each kind; it acts only when a test calls it."""
+    agents: list[Agent] = []
+
+    async def create(timing: Timing | None = None, **settings: Any) -> Agent:
+        given = {"worker_name": "w", "models_dir": models_dir, "data_dir": tmp_path, **settings}
+        agents.append(Agent(Settings(**given), store, EPOCH, timing=timing))
+        await agents[0].publish([*models.values()])
+        return agents[0]
+
+    yield create
+    for agent in agents:
+        await ended(agent)
+
+
+@pytest.fixture
+async def agent(begin: Begin) -> Agent:
+    return await begin()
 
 
 def catalog(models_dir: Path, cache: Path) -> dict[str, Model]:

@@ -6,181 +6,65 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 import redis
-from msgspec import UNSET
 
 import shared.store.instances
 import worker.runner.warm
 from shared.instance import Instance
-from shared.lifecycle import TERMINAL, Event, State
-from shared.schema.http import LoadConfig, LoadRequest
+from shared.lifecycle import Event, State
 from shared.schema.model import FileStat, Model, Problem
-from shared.settings import Settings
-from shared.store.store import Store
 from shared.synthetic.architectures import TINY
 from shared.synthetic.models import tiny_llama
 from tests.integration.conftest import hold
 from tests.support import gpus
+from tests.support.agents import (
+    DEADLINE_S,
+    EPOCH,
+    READY,
+    SHORT_S,
+    Begin,
+    Engine,
+    check_failed,
+    delivered,
+    frozen,
+    loaded,
+    loading,
+    reached,
+    ready,
+    record,
+    released,
+    states,
+    submitted,
+    sweep,
+    warm,
+)
 from tests.support.runners import freeze, is_gone
-from tests.support.waiting import no_runners, until
+from tests.support.waiting import until
 from worker.agent import Agent
 from worker.memory.nvml import Reading
-from worker.runner.process import Received, Runner, RunnerDied
-from worker.runner.protocol import Failed, Load, Progress, Ready, ToRunner
+from worker.runner.process import Runner, RunnerDied
+from worker.runner.protocol import Failed, Load, Progress, ToRunner
 from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
-DEADLINE_S = 60.0
 MIB = 1 << 20
-SHORT_S = 0.3  # grace of a rung of the stop ladder for frozen runners
-EPOCH = "e"  # of the lease of "w"
 IMPATIENT = Timing(grace_s=SHORT_S)
-
-
-Begin = Callable[..., Awaitable[Agent]]
-
-
-@pytest.fixture
-async def begin(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Begin]:
-    """Create worker "w" with one model of each kind; it acts only when a test calls it."""
-    agents: list[Agent] = []
-
-    async def create(timing: Timing | None = None, **settings: Any) -> Agent:
-        given = {"worker_name": "w", "models_dir": models_dir, "data_dir": tmp_path, **settings}
-        agents.append(Agent(Settings(**given), store, EPOCH, timing=timing))
-        await agents[0].publish([*models.values()])
-        return agents[0]
-
-    yield create
-    for agent in agents:
-        await ended(agent)
-
-
-@pytest.fixture
-async def agent(begin: Begin) -> Agent:
-    return await begin()
-
-
-async def ended(agent: Agent) -> None:
-    if agent.runners.coming is not None:
-        await asyncio.wait([agent.runners.coming])  # another test covers a runner that is still starting
-    await agent.drain()
-    await agent.runners.close()
-    await until(no_runners, "all runners gone")
-    assert (agent.residents, agent.tasks) == ({}, {})
 
 
 @pytest.fixture
 async def impatient(begin: Begin) -> Agent:
     """An agent that kills a frozen runner soon."""
     return await begin(IMPATIENT)
-
-
-async def submitted(agent: Agent, number: int = 1, key: str = "p/llama", worker_: str = "w") -> str:
-    """Create a record in the queue of a worker and return its ID."""
-    model = agent.models.get(key)
-    record = Instance(
-        id=f"load_{number}",
-        model=key,
-        key=key,
-        type="llm" if model is None else model.type,
-        worker=worker_,
-        request=LoadRequest(model=key, context_length=256),
-        total_size_bytes=1 if model is None else model.size_bytes,
-    )
-    return (await agent.store.instances.create(record)).id
-
-
-async def delivered(agent: Agent, number: int = 1, key: str = "p/llama") -> str:
-    id_ = await submitted(agent, number, key)
-    agent.deliver(id_)
-    return id_
-
-
-async def record(agent: Agent, id_: str) -> Instance:
-    instance = await agent.store.instances.get(id_)
-    assert instance is not None
-    return instance
-
-
-async def reached(agent: Agent, id_: str, state: State) -> Instance:
-    """Return the record once it has this state; fail at once if it ends in another."""
-
-    async def is_there() -> bool:
-        current = await record(agent, id_)
-        assert current.state is state or current.state not in TERMINAL, current
-        return current.state is state
-
-    await until(is_there, f"{id_} {state}")
-    return await record(agent, id_)
-
-
-async def released(agent: Agent, id_: str) -> None:
-    """Wait until the agent has released the instance."""
-    await until(lambda: id_ not in agent.residents, f"{id_} released")
-
-
-async def states(agent: Agent, id_: str) -> list[State]:
-    """Return the states of a record in order, without repetitions."""
-    past = [revision.state for _, revision in await agent.store.instances.history(await record(agent, id_))]
-    return [past[0], *(b for a, b in pairwise(past) if a is not b)]
-
-
-async def warm(agent: Agent) -> Runner:
-    """Return the runner that the next load will take."""
-    async with asyncio.timeout(DEADLINE_S):
-        await agent.runners.warmed()
-    assert agent.runners.coming is not None
-    return agent.runners.coming.result()
-
-
-async def frozen(agent: Agent) -> Runner:
-    """Freeze the runner that the next load will take, and return it."""
-    runner = await warm(agent)
-    await freeze(runner)
-    return runner
-
-
-async def loaded(agent: Agent, number: int = 1, key: str = "p/llama") -> tuple[str, Runner]:
-    """Load an instance; return its ID and its runner."""
-    runner = await warm(agent)
-    id_ = await delivered(agent, number, key)
-    await reached(agent, id_, State.LOADED)
-    assert not is_gone(runner.pid)
-    return id_, runner
-
-
-async def loading(agent: Agent, number: int = 1) -> tuple[str, Runner]:
-    """Start a load that stays in progress; return its ID and its frozen runner."""
-    runner = await frozen(agent)
-    id_ = await delivered(agent, number)
-    await reached(agent, id_, State.LOADING)
-    return id_, runner
-
-
-def check_failed(instance: Instance, code: str, *words: str) -> None:
-    assert instance.state is State.FAILED
-    assert instance.error is not None
-    assert (instance.error.type, instance.error.code) == ("model_load_failed", code)
-    for word in words:
-        assert word in instance.error.message
-    assert instance.completed_at is not None
-    shown = [
-        instance.error.message,
-        *map(str, ({} if instance.error.detail is UNSET else instance.error.detail).values()),
-    ]
-    assert not any(word.startswith("/") for text in shown for word in text.split()), shown
 
 
 # ---- a complete life
@@ -538,15 +422,6 @@ async def test_a_claim_whose_reply_was_lost_is_requeued(agent: Agent) -> None:
     assert (await reached(agent, queued.id, State.LOADED)).attempt == 2
 
 
-async def sweep(agent: Agent, id_: str) -> None:
-    """Expire an instance as the sweep of an API process does for a silent worker."""
-    while True:
-        current = await record(agent, id_)
-        if current.state is State.LOST:
-            return
-        await agent.store.instances.commit(current, current.after(Event.EXPIRE))
-
-
 # ---- drain
 
 
@@ -589,31 +464,6 @@ async def test_no_load_is_claimed_after_drain(agent: Agent) -> None:
 
 
 # ---- revisions of a load
-
-
-class Engine:
-    """Replaces the messages of a runner with those of a test; the process of the runner is real."""
-
-    def __init__(self, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.messages: asyncio.Queue[Received] = asyncio.Queue()
-        monkeypatch.setattr(runner, "receive", self.messages.get)
-
-    def says(self, *messages: Received) -> None:
-        for message in messages:
-            self.messages.put_nowait(message)
-
-
-READY = Ready(
-    config=LoadConfig(context_length=256),
-    timing={"metadata": 0.125, "weights": 0.5, "context": 0.0625, "warmup": 0.0625},
-    files=[FileStat(0, 0, 0)],
-    taken=[],
-)
-
-
-def ready(agent: Agent) -> Ready:
-    """Return READY with the files of the catalog."""
-    return msgspec.structs.replace(READY, files=agent.models["p/llama"].files)
 
 
 async def directed(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Runner, Engine]:

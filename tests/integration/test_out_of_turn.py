@@ -16,11 +16,9 @@ from shared.lifecycle import State
 from shared.schema.http import LoadRequest
 from shared.schema.memory import CPU, Usage
 from shared.schema.snapshot import Sizing
-from tests.integration.test_agent import (
+from tests.support.agents import (
     DEADLINE_S,
     Engine,
-    agent,
-    begin,
     delivered,
     reached,
     ready,
@@ -37,7 +35,6 @@ from worker.runner.protocol import Failed, FromRunner, Measured, Pong, Progress,
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
-__all__ = ["agent", "begin"]  # fixtures
 
 Phase = Literal["warm", "measuring", "loading", "loaded"]
 MESSAGES: list[Received] = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,9 @@ from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema.http import LoadConfig, LoadRequest
 from shared.schema.model import Model
-from shared.settings import Settings
-from shared.store.store import Store
 from shared.telemetry.trace import begun, parse
 from tests.integration.conftest import hold
-from tests.integration.test_agent import EPOCH, ended, loaded, reached, record, released, submitted, sweep, warm
+from tests.support.agents import EPOCH, Begin, loaded, reached, record, released, submitted, sweep, warm
 from tests.support.runners import is_gone
 from tests.support.waiting import until
 from worker.agent import Agent
@@ -316,30 +314,22 @@ def test_pause_before_each_try_is_twice_the_last() -> None:
 # ---- an agent that comes back
 
 
-Begin = Callable[..., Awaitable[Agent]]
-
-
 @pytest.fixture
-async def begin(store: Store, models: dict[str, Model], models_dir: Path, tmp_path: Path) -> AsyncIterator[Begin]:
-    """Starts worker "w" as the successor of another: a runner is warm, and only the test's own calls do anything."""
-    agents: list[Agent] = []
+def start(begin: Begin) -> Begin:
+    """Start worker "w" as the successor of another: a runner is warm, and it acts only when a test calls it."""
 
-    async def made(timing: Timing | None = None, **settings: Any) -> Agent:
-        given = {"worker_name": "w", "models_dir": models_dir, "data_dir": tmp_path, **settings}
-        agents.append(agent := Agent(Settings(**given), store, EPOCH, timing=timing))
-        await agent.publish([*models.values()])
+    async def started(timing: Timing | None = None, **settings: Any) -> Agent:
+        agent = await begin(timing, **settings)
         await agent.warm()
-        assert await store.workers.renew(agent.snapshot()) == "held"
+        assert await agent.store.workers.renew(agent.snapshot()) == "held"
         return agent
 
-    yield made
-    for agent in agents:
-        await ended(agent)
+    return started
 
 
 @pytest.fixture
-async def agent(begin: Begin) -> Agent:
-    return await begin()
+async def agent(start: Begin) -> Agent:
+    return await start()
 
 
 async def left_loading(agent: Agent, number: int = 1, key: str = "p/llama") -> Instance:
@@ -512,8 +502,8 @@ async def all_tries(agent: Agent) -> None:
     await until(is_given_up, "nothing is desired")
 
 
-async def test_failing_restoration_is_tried_five_times_with_pauses(begin: Begin, lines: Lines, tmp_path: Path) -> None:
-    agent = await begin(Timing(first_pause_s=0.05))
+async def test_failing_restoration_is_tried_five_times_with_pauses(start: Begin, lines: Lines, tmp_path: Path) -> None:
+    agent = await start(Timing(first_pause_s=0.05))
     await lost(agent, key=GONE)
     await all_tries(agent)
     _, *tries = await jobs(agent)
@@ -528,9 +518,9 @@ async def test_failing_restoration_is_tried_five_times_with_pauses(begin: Begin,
     assert read(tmp_path / FILE) == {}
 
 
-async def test_abandoned_restoration_is_forgotten_everywhere(begin: Begin, lines: Lines) -> None:
+async def test_abandoned_restoration_is_forgotten_everywhere(start: Begin, lines: Lines) -> None:
     """The next process does not take it up, and an unload of it is refused: it is not loaded."""
-    agent = await begin(Timing(first_pause_s=0.01))
+    agent = await start(Timing(first_pause_s=0.01))
     await lost(agent, key=GONE)
     await all_tries(agent)
     await agent.restorer.recall()
@@ -720,8 +710,8 @@ async def test_load_that_was_to_be_stopped_is_cancelled(agent: Agent) -> None:
     assert await agent.store.instances.named("p/llama") is None
 
 
-async def test_load_that_was_begun_too_often_fails(begin: Begin) -> None:
-    agent = await begin(load_attempts=1)
+async def test_load_that_was_begun_too_often_fails(start: Begin) -> None:
+    agent = await start(load_attempts=1)
     found = await given_up(agent, await left_loading(agent))
     assert found.state is State.FAILED
     assert found.error is not None

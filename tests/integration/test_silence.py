@@ -13,11 +13,9 @@ import pytest
 import redis
 
 from shared.lifecycle import State
-from tests.integration.test_agent import (
+from tests.support.agents import (
     SHORT_S,
     Begin,
-    agent,
-    begin,
     check_failed,
     delivered,
     loaded,
@@ -34,7 +32,6 @@ from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
-__all__ = ["agent", "begin"]  # fixtures
 BEAT_S = 1.0
 
 
