@@ -311,13 +311,10 @@ async def test_no_load_is_lost_when_connections_are_cut_repeatedly(
 # ---- entries of the queue
 
 
-async def test_queue_entries_are_not_pickled(intake: Intake, raw: redis.Redis) -> None:
+async def test_queue_entries_are_msgpack(intake: Intake, raw: redis.Redis) -> None:
     submitted = await submit(intake)
-    data = cast(bytes, raw.get(f"arq:job:{submitted.id}:1"))
-    job = msgpack.decode(data)
+    job = msgpack.decode(cast(bytes, raw.get(f"arq:job:{submitted.id}:1")))  # raises for a pickle
     assert (job["f"], job["a"], job["k"]) == ("load", [submitted.id], {})
-    with pytest.raises(Exception, match="."):  # noqa: RUF043
-        pickle.loads(data)
 
 
 class Crafted:
