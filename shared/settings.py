@@ -17,6 +17,17 @@ from msgspec import Meta, Struct
 
 PREFIX = "LOADSTONE_"
 OF_CLIENTS = frozenset({"LOADSTONE_URL", "LOADSTONE_TOKEN"})  # variables of the client commands, not settings
+# Kubernetes sets variables in the pods of a namespace for each of its Services.  For a Service `loadstone` or
+# `loadstone-api`, their names begin as those of settings do (pkg/kubelet/envvars of Kubernetes).
+SERVICE_LINK = re.compile(
+    r"""LOADSTONE(_[A-Z0-9]+)*_
+    (   SERVICE_HOST = [\d.:a-f]+
+    |   SERVICE_PORT(_[A-Z0-9_]+)? = \d+
+    |   PORT(_\d+_(TCP|UDP|SCTP))? = (tcp|udp|sctp)://\S+
+    |   PORT_\d+_(TCP|UDP|SCTP)_ ( PROTO=(tcp|udp|sctp) | PORT=\d+ | ADDR=[\d.:a-f]+ )
+    )""",
+    re.VERBOSE,
+)
 PATHS = ("models_dir", "data_dir", "api_tokens_file", "lock_dir")
 
 
@@ -304,12 +315,14 @@ def from_environ(environ: Mapping[str, str], flags: Mapping[str, object] = {}) -
     """Read the settings from `LOADSTONE_*` variables; `flags` (field to value, None if not given) override them.
 
     An empty variable counts as unset.  Raises SettingsError for an invalid value, and for a `LOADSTONE_*` variable that
-    is not a setting: a misspelt name would otherwise be ignored silently.
+    is not a setting: a misspelt name would otherwise be ignored silently.  Only service links are ignored.
     """
     known = {variable(field): field for field in Settings.__struct_fields__}
     values: dict[str, Any] = {}
     for name, text in environ.items():
         if not name.startswith(PREFIX) or not text or name in OF_CLIENTS:
+            continue
+        if SERVICE_LINK.fullmatch(f"{name}={text}"):
             continue
         if name not in known:
             raise SettingsError(f"{name} is not a setting of Loadstone. The documentation lists all settings.")

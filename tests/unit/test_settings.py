@@ -73,6 +73,53 @@ def test_misspelt_variable_is_refused() -> None:
         from_environ({"LOADSTONE_MODEL_DIR": "/models"})
 
 
+SERVICE_LINKS = {  # as the kubelet sets them for a Service `loadstone`
+    "LOADSTONE_SERVICE_HOST": "10.0.0.1",
+    "LOADSTONE_SERVICE_PORT": "1234",
+    "LOADSTONE_SERVICE_PORT_HTTP": "1234",
+    "LOADSTONE_SERVICE_PORT_HTTP_METRICS": "1234",
+    "LOADSTONE_PORT": "tcp://10.0.0.1:1234",
+    "LOADSTONE_PORT_1234_TCP": "tcp://10.0.0.1:1234",
+    "LOADSTONE_PORT_1234_TCP_PROTO": "tcp",
+    "LOADSTONE_PORT_1234_TCP_PORT": "1234",
+    "LOADSTONE_PORT_1234_TCP_ADDR": "10.0.0.1",
+    "LOADSTONE_PORT_53_UDP": "udp://10.0.0.1:53",
+    "LOADSTONE_PORT_53_UDP_PROTO": "udp",
+}
+IN_IPV6 = {"LOADSTONE_SERVICE_HOST": "fd00::a", "LOADSTONE_PORT_1234_TCP_ADDR": "fd00::a"}
+IN_IPV6 |= {"LOADSTONE_PORT": "tcp://[fd00::a]:1234", "LOADSTONE_PORT_1234_TCP": "tcp://[fd00::a]:1234"}
+
+
+@pytest.mark.parametrize("service", ["LOADSTONE", "LOADSTONE_API", "LOADSTONE_MODELS_2"])
+@pytest.mark.parametrize("links", [SERVICE_LINKS, IN_IPV6])
+def test_service_links_of_kubernetes_are_not_settings(service: str, links: dict[str, str]) -> None:
+    environ = {service + name.removeprefix("LOADSTONE"): value for name, value in links.items()}
+    settings = {"LOADSTONE_API_WORKERS": "2"}
+    assert from_environ(environ | settings) == from_environ(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("LOADSTONE_PORT", "abc"),
+        ("LOADSTONE_PORT", "http://10.0.0.1:1234"),
+        ("LOADSTONE_PORT", "tcp://"),
+        ("LOADSTONE_PORTT", "1"),
+        ("LOADSTONE_PORTT", "tcp://10.0.0.1:1234"),
+        ("LOADSTONE_API_PORT", "1234"),
+        ("LOADSTONE_SERVICE_HOST", "example.org"),
+        ("LOADSTONE_SERVICE_PORT", "http"),
+        ("LOADSTONE_SERVICE_PORTS", "1234"),
+        ("LOADSTONE_PORT_1234", "1234"),
+        ("LOADSTONE_PORT_1234_TCP_NAME", "http"),
+        ("LOADSTONE_REDIS_URL", "tcp://10.0.0.1:6379"),
+    ],
+)
+def test_what_only_looks_like_a_service_link_is_refused(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} is "):
+        from_environ({name: value})
+
+
 def test_flags_override_variables_override_defaults() -> None:
     environ = {"LOADSTONE_PORT": "2000", "LOADSTONE_HOST": "::1", "LOADSTONE_LOG_LEVEL": "", "PORT": "1"}
     settings = from_environ(environ, {"port": "3000", "host": None})
