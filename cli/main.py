@@ -15,9 +15,10 @@ import msgspec
 
 import shared
 from cli import devredis, listener
+from cli.demo import write_demo
 from cli.devredis import RedisUnavailable
 from cli.supervisor import StartFailed, Stopped
-from cli.up import make_directories, only_one, run_all, run_api, run_worker, write_demo
+from cli.up import make_directories, only_one, run_all, run_api, run_worker
 from shared.settings import (
     Settings,
     SettingsError,
@@ -100,7 +101,11 @@ def main() -> None:
 
 @main.command()
 @options("up")
-@click.option("--demo", is_flag=True, help="Write tiny demo models first if the models directory contains no files.")
+@click.option(
+    "--demo",
+    is_flag=True,
+    help="Write tiny demo models and download a small real one first, if the models directory has no other files.",
+)
 def up(demo: bool, **flags: str | None) -> None:
     """Run an API, a worker and, unless a Redis server is configured, an embedded Redis on this machine."""
     with sentences(), ExitStack() as undo:
@@ -109,10 +114,9 @@ def up(demo: bool, **flags: str | None) -> None:
         make_directories(settings)
         undo.enter_context(only_one(settings.data_dir))
         listening = undo.enter_context(listener.bind(settings))
-        if demo and not any(path.is_file() for path in settings.models_dir.rglob("*")):
-            write_demo(settings.models_dir)
+        first = write_demo(settings.models_dir) if demo else None
         redis = None if settings.redis_url else undo.enter_context(devredis.prepared(settings.data_dir))
-        asyncio.run(run_all(settings, listening, redis, demo))
+        asyncio.run(run_all(settings, listening, redis, first))
 
 
 @main.command()

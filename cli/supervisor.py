@@ -218,7 +218,7 @@ class _Process:
                 stdout=2,
                 pass_fds=pass_fds,
                 start_new_session=True,
-                preexec_fn=_leave_with(os.getpid()),
+                preexec_fn=leave_with(os.getpid()),
             )
             try:
                 self._pidfd = os.pidfd_open(self._popen.pid)
@@ -327,7 +327,7 @@ class _Watchdog:
             return False
 
 
-def _leave_with(parent: int) -> Callable[[], None]:
+def leave_with(parent: int) -> Callable[[], None]:
     """Return a function that makes a child exit with its parent, for the child to call before exec."""
 
     def before_exec() -> None:

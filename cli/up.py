@@ -15,7 +15,7 @@ import msgspec
 
 from cli import devredis, listener
 from cli.devredis import Server
-from cli.supervisor import Command, StartFailed, Supervisor
+from cli.supervisor import Command, Supervisor
 from shared import filelock, paths
 from shared.settings import (
     PREFIX,
@@ -25,8 +25,6 @@ from shared.settings import (
     to_environ,
     variable,
 )
-
-DEMO_MODEL = "loadstone/demo-llm"  # the first model that shared.synthetic.models writes
 
 # `up` takes at most the sum of these to stop: 10 s, after which container runtimes send SIGKILL.
 UP_DRAIN_S = 1.0  # without a load balancer, the API exits once no request is in progress, and at the latest after this
@@ -38,7 +36,8 @@ LONE_WORKER_GRACE_S = 25.0  # for a worker of a pool, whose loads are requeued a
 WATCHDOG_S = 30.0  # a beat may take about 15 s if Redis hangs
 
 
-async def run_all(settings: Settings, listening: socket.socket, redis: Server | None, demo: bool) -> None:
+async def run_all(settings: Settings, listening: socket.socket, redis: Server | None, demo: str | None) -> None:
+    """Run until a signal arrives.  `demo`: the key of a model for which a command is printed."""
     async with Supervisor() as supervisor:
         if redis:
             settings = msgspec.structs.replace(settings, redis_url=redis.url)
@@ -53,8 +52,8 @@ async def run_all(settings: Settings, listening: socket.socket, redis: Server | 
         await supervisor.until(partial(listener.missing, listening, paths.READYZ), "Loadstone")
         url = listener.url(settings.host, listening)
         click.echo(f"ready: {url}")
-        if demo and (settings.models_dir / DEMO_MODEL).is_dir():
-            click.echo(f"load the demo model: {_demo_line(settings, url)}", err=True)
+        if demo:
+            click.echo(f"load a demo model: {_curl(settings, url, demo)}", err=True)
         await supervisor.forever()
 
 
@@ -134,21 +133,9 @@ def only_one(data_dir: Path) -> Iterator[None]:
         yield
 
 
-def write_demo(models_dir: Path) -> None:
-    try:
-        from shared.synthetic import models as synthetic
-    except ModuleNotFoundError as e:
-        raise StartFailed(f"--demo requires the module {e.name}: install Loadstone with the extra `demo`.", 2) from None
-    try:
-        synthetic.write_demo(models_dir)
-    except OSError as e:
-        where = f"{variable('models_dir')} is '{models_dir}'"
-        raise SettingsError(f"{where}: with --demo, it must be a writable directory ({e.strerror}).") from None
-
-
-def _demo_line(settings: Settings, url: str) -> str:
+def _curl(settings: Settings, url: str, model: str) -> str:
     token = ' -H "Authorization: Bearer $TOKEN"' if read_tokens(settings) else ""
     return (
         f"curl {url}{paths.LOAD}{token} -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "{DEMO_MODEL}", "echo_load_config": true}}'"""
+        f"""-d '{{"model": "{model}", "echo_load_config": true}}'"""
     )

