@@ -20,7 +20,17 @@ from msgspec import UNSET, Meta, Struct
 from cli.client import Client, Failure, cancelled, checked_url
 from cli.display import clean, following, left, percent, stage, table, when
 from shared.errors import ErrorBody
-from shared.schema.http import EstimateResult, GPURequest, Job, JobStatus, LoadConfig, LoadEnd, LoadRequest, LoadResult
+from shared.schema.http import (
+    EngineBuild,
+    EstimateResult,
+    GPURequest,
+    Job,
+    JobStatus,
+    LoadConfig,
+    LoadEnd,
+    LoadRequest,
+    LoadResult,
+)
 from shared.units import size
 
 FAILED, CANCELLED = 1, 130
@@ -424,7 +434,19 @@ def workers(server: Client, as_json: bool) -> None:
     if as_json:
         document(listed)
         return
-    headings = ("WORKER", "STATE", "DEVICE", "NAME", "AVAILABLE", "TOTAL", "INSTANCES", "LEASE AGE", "VERSION")
+    headings = (
+        "WORKER",
+        "STATE",
+        "DEVICE",
+        "NAME",
+        "AVAILABLE",
+        "TOTAL",
+        "INSTANCES",
+        "LEASE AGE",
+        "VERSION",
+        "ENGINE",
+        "CHAT",
+    )
     rows = [
         (
             worker.name,
@@ -436,11 +458,22 @@ def workers(server: Client, as_json: bool) -> None:
             str(sum(device.id in instance.devices for instance in worker.instances)),
             f"{worker.lease_age_seconds:.1f} s",
             worker.version,
+            *built(worker.engine),
         )
         for worker in listed.workers
         for device in worker.devices
     ]
     table(headings, rows)
+
+
+def built(engine: EngineBuild | None) -> tuple[str, str]:
+    """Format the build of a worker's engine, and whether it can use chat templates."""
+    if engine is None:
+        return "-", "-"
+    return (
+        f"{engine.llama_cpp_python} ({engine.llama_cpp_commit}, {'+'.join(engine.backends)})",
+        "no" if engine.chat_unavailable else "yes",
+    )
 
 
 def document(value: object) -> None:

@@ -127,7 +127,8 @@ class Agent:
         Raises RunnerDied, RunnerStuck, and SettingsError if the engine can use none of the worker's devices.
         """
         await self.runners.warmed()
-        if self.devices.gpus and not self.runners.has_cuda:
+        assert self.runners.engine is not None
+        if self.devices.gpus and "CUDA" not in self.runners.engine.backends:
             _log.warning("llama.cpp was built without CUDA", action="gpus_left_out", gpus=self.devices.gpus)
             self.devices.without_gpus()
             await self.placer.look()
@@ -162,6 +163,7 @@ class Agent:
             taken=[*self.placed],
             partly_on_cpu=self.settings.gpu_offload == "auto",
             lease_s=self.store.workers.lease_s,
+            engine=self.runners.engine,
         )
 
     async def announce_changes(self) -> None:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, aclosing, suppress
 
+import msgspec
 from redis.asyncio import Redis
 
 from shared.schema.model import Model
@@ -86,7 +87,8 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
             raise CatalogLate(f"{where}: it could not be read within {FIRST_CATALOG_S:g} s.") from None
         await agent.warm()
         await take_lease(agent, first, dead_epoch)
-        _log.info("ready", action="ready", models=len(first))
+        engine = msgspec.to_builtins(agent.runners.engine)
+        _log.info("ready", action="ready", models=len(first), **engine)
         async with asyncio.TaskGroup() as group:
             group.create_task(agent.beat())
             group.create_task(agent.announce_changes())

@@ -310,8 +310,22 @@ class HeldInstance(Struct, frozen=True, kw_only=True, gc=False):
     devices: list[str]
 
 
+class EngineBuild(Struct, frozen=True, kw_only=True):
+    """The build of llama.cpp that a worker uses.
+
+    `backends` are those of ggml, such as CUDA and CPU.  `chat_unavailable` is the reason why chat templates cannot be
+    used; null if they can.
+    """
+
+    llama_cpp_python: str
+    llama_cpp_commit: str
+    backends: list[str]
+    chat_unavailable: str | None
+
+
 class ListedWorker(Struct, frozen=True, kw_only=True, gc=False):
-    """A live worker.  `lease_age_seconds` is the time since its last heartbeat."""
+    """A live worker.  `lease_age_seconds` is the time since its last heartbeat; `engine` is null if the worker is of a
+    version that does not report it."""
 
     name: str
     state: WorkerState
@@ -319,6 +333,7 @@ class ListedWorker(Struct, frozen=True, kw_only=True, gc=False):
     instances: list[HeldInstance]
     lease_age_seconds: float
     version: str
+    engine: EngineBuild | None
 
 
 class WorkerList(Struct, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from shared.schema.http import LoadRequest, WorkerState
+from shared.schema.http import EngineBuild, LoadRequest, WorkerState
 from shared.schema.memory import Device, Holding
 
 
@@ -25,6 +25,7 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True, gc=False):
     taken: list[str] = []  # ids (`short`) of the loads that the worker placed or refused last
     partly_on_cpu: bool = False  # whether layers that do not fit on GPUs may go to the CPU
     lease_s: float = 0.0
+    engine: EngineBuild | None = None
 
 
 def short(id_: str) -> str:

@@ -115,9 +115,13 @@ def test_workers_lists_workers_with_devices_and_instances(service: Service) -> N
     service.loaded(TINY)
     done, shown = run(service, "workers"), result(service, "workers")
     assert (done.status, done.err) == (0, "")
-    ((name, state, device, *_, version),) = done.rows()
+    ((name, state, device, *_, version, engine, chat),) = done.rows()
     (worker,) = shown["workers"]
+    built = worker["engine"]
     assert (name, state, device, version) == (worker["name"], "ready", "CPU", worker["version"])
+    assert engine == f"{built['llama_cpp_python']} ({built['llama_cpp_commit']}, {'+'.join(built['backends'])})"
+    assert chat == ("no" if built["chat_unavailable"] else "yes")
+    assert f"llama_cpp_commit={built['llama_cpp_commit']}" in service.stderr
     assert [instance["id"] for instance in worker["instances"]] == [TINY]
 
 

@@ -324,11 +324,12 @@ async def test_a_dry_run_of_an_invalid_file_fails_with_a_reason(host: FakeHost, 
         assert (made != "garbage") or any("invalid magic" in line for line in runner.output)
 
 
-async def test_a_warm_runner_reports_whether_its_engine_has_cuda(host: FakeHost) -> None:
+async def test_a_warm_runner_reports_that_its_engine_has_cuda(host: FakeHost) -> None:
     runners = Runners(10.0, visible=None)
     try:
         await runners.warmed()
-        assert runners.has_cuda
+        assert runners.engine
+        assert runners.engine.backends == ["CUDA", "CPU"]
     finally:
         await runners.close()
 

@@ -13,7 +13,7 @@ from msgspec import msgpack
 
 import worker.runner.warm
 from shared.lifecycle import State
-from shared.schema.http import LoadRequest
+from shared.schema.http import EngineBuild, LoadRequest
 from shared.schema.memory import CPU, Usage
 from shared.schema.snapshot import Sizing
 from tests.support.agents import (
@@ -37,8 +37,9 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 
 Phase = Literal["warm", "measuring", "loading", "loaded"]
+WARM = Warm(EngineBuild(llama_cpp_python="0", llama_cpp_commit="0", backends=["CPU"], chat_unavailable=None))
 MESSAGES: list[Received] = [
-    Warm(False),
+    WARM,
     Pong(),
     Progress("weights", 1),
     msgspec.convert({"config": {"context_length": 256}, "timing": {"weights": 0.5}, "files": [], "taken": []}, Ready),
@@ -121,7 +122,7 @@ async def test_any_message_in_a_dry_run_leaves_nothing_behind(
 
 def garbled(control: socket.socket, output: socket.socket, visible: str | None) -> None:
     """Run as a runner with corrupted memory: after Warm it sends a frame that is not a message."""
-    control.sendall(frame(Warm(False)))
+    control.sendall(frame(WARM))
     control.recv(LENGTH.size)  # a load
     control.sendall(LENGTH.pack(3) + b"\xc1\xc1\xc1")
     threading.Event().wait()

@@ -359,6 +359,20 @@ MUTANTS = (
         (f"{UNIT}gguf.py",),
     ),
     Mutant(
+        "a downloaded demo model is checked",
+        "cli/demo.py",
+        "if not _is_intact(packaged, path):",
+        "if False:",
+        (f"{INTEGRATION}demo.py",),
+    ),
+    Mutant(
+        "chat code for another llama.cpp is not used",
+        "worker/engine/chat.py",
+        "if built != present:",
+        "if False:",
+        (f"{INTEGRATION}chat.py",),
+    ),
+    Mutant(
         "a worker's environment is stripped",
         "worker/environment.py",
         "            del os.environ[name]",

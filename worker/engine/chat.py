@@ -108,11 +108,12 @@ class ChatCode:
             raise ChatUnavailable("llama-cpp-python was built without Loadstone's chat code")
         try:
             lib: Any = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise ChatUnavailable(f"{LIBRARY} cannot be loaded: {error}") from error
-        # A symbol is looked up in the library's dependencies too: this is the ggml that the library would call.
-        for name in ("loadstone_chat_commit", "ggml_commit"):
-            getattr(lib, name).restype = ctypes.c_char_p
+            # A symbol is looked up in the library's dependencies too: this is the ggml that the library would call.
+            for name in ("loadstone_chat_commit", "ggml_commit"):
+                getattr(lib, name).restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            reason = str(error).replace(str(path), LIBRARY)  # clients see it, but no directory
+            raise ChatUnavailable(f"{LIBRARY} cannot be loaded: {reason}") from error
         built, present = lib.loadstone_chat_commit().decode(), lib.ggml_commit().decode()
         if built != present:
             raise ChatUnavailable(f"{LIBRARY} was built for llama.cpp {built}, but llama.cpp {present} is installed")
@@ -201,6 +202,15 @@ class Parser:
         Raises `ChatError` if a whole answer does not have the format of its prompt.
         """
         return self._code.parse(self._handle, answer, partial)
+
+
+def available() -> str | None:
+    """Return the reason why the chat code cannot be used; None if it can."""
+    try:
+        ChatCode()
+    except ChatUnavailable as e:
+        return str(e)
+    return None
 
 
 def installed() -> Path:

@@ -16,8 +16,9 @@ from contextlib import suppress
 from typing import assert_never
 
 from shared import libc
+from shared.schema.http import EngineBuild
 from worker import framing
-from worker.engine import llama
+from worker.engine import chat, llama
 from worker.engine.confine import confine
 from worker.engine.prewarm import prewarm
 from worker.engine.progress import Throttled
@@ -39,6 +40,12 @@ from worker.runner.protocol import (
 
 ORPHANED = 3  # exit status
 IDLE_S = 0.02  # without a message; then a runner for the CPU prewarms
+ENGINE = EngineBuild(  # found out in the server, once for all runners
+    llama_cpp_python=llama.version,
+    llama_cpp_commit=llama.commit(),
+    backends=llama.backends(),
+    chat_unavailable=chat.available(),
+)
 
 
 def main(control: socket.socket, output: socket.socket, visible: str | None) -> None:
@@ -64,7 +71,7 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
 
     threading.Thread(target=read_channel, args=(control, inbox, send), daemon=True).start()
     log = None if visible is None else llama.initialise(visible)
-    send(Warm(llama.has_cuda()))
+    send(Warm(ENGINE))
     if visible == NO_GPU and log is not None:
         with suppress(queue.Empty):
             inbox.put(inbox.get(timeout=IDLE_S))

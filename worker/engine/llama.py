@@ -15,8 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from llama_cpp import __version__ as version
-from llama_cpp import llama_cpp
+from llama_cpp import __version__, llama_cpp
 from msgspec import UNSET
 
 from shared.schema.http import LoadConfig, Phase
@@ -27,10 +26,21 @@ from worker.engine.prefetch import Ahead, Unreadable, open_model
 from worker.runner.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: untyped
+version = str(__version__)
 
 ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's table is outdated
 TENSORS = "load_tensors: "  # prefix of the first line about the weights (src/llama-model.cpp)
 MANY_BYTES, MOST_THREADS = 128 << 20, 8
+BACKENDS = {  # by the names that they have in ggml's registry, in its order (ggml-backend-reg.cpp)
+    "CUDA": "ggml_backend_cuda_reg",
+    "SYCL": "ggml_backend_sycl_reg",
+    "Vulkan": "ggml_backend_vk_reg",
+    "OpenCL": "ggml_backend_opencl_reg",
+    "CANN": "ggml_backend_cann_reg",
+    "BLAS": "ggml_backend_blas_reg",
+    "RPC": "ggml_backend_rpc_reg",
+    "CPU": "ggml_backend_cpu_reg",
+}
 GENERIC = re.compile(r"failed to load model|error loading model$")
 
 
@@ -98,10 +108,16 @@ class Log:
         return [match[1] for match in matches if match]
 
 
-def has_cuda() -> bool:
-    """Return whether the engine was built with CUDA: whether libllama or its dependencies have the symbol (dlsym(3)).
-    Initialises nothing."""
-    return hasattr(lib._lib, "ggml_backend_cuda_reg")
+def commit() -> str:
+    """Return the commit of llama.cpp that libllama was built from."""
+    lib._lib.ggml_commit.restype = ctypes.c_char_p
+    return str(lib._lib.ggml_commit().decode())
+
+
+def backends() -> list[str]:
+    """Return the backends that the engine was built with: those of which libllama or its dependencies have the symbol
+    (dlsym(3)).  Initialises nothing, unlike ggml's own registry."""
+    return [name for name, symbol in BACKENDS.items() if hasattr(lib._lib, symbol)]
 
 
 def initialise(visible: str) -> Log:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from msgspec import Struct, msgpack
 
 from shared.memory.plan import Plan
-from shared.schema.http import LoadConfig, Phase
+from shared.schema.http import EngineBuild, LoadConfig, Phase
 from shared.schema.memory import Usage
 from shared.schema.model import FileStat
 from worker import framing
@@ -55,7 +55,7 @@ ToRunner = Load | Measure | Ping | Stop
 class Warm(Struct, frozen=True, tag="warm"):
     """The engine is imported; the runner accepts a Load or a Measure."""
 
-    has_cuda: bool  # whether it was built with CUDA
+    engine: EngineBuild
 
 
 class Pong(Struct, frozen=True, tag="pong"):

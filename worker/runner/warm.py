@@ -12,6 +12,7 @@ from functools import partial
 from multiprocessing.context import ForkServerProcess
 from typing import assert_never
 
+from shared.schema.http import EngineBuild
 from shared.telemetry import log
 from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
 from worker.runner.protocol import Failed, Measured, Pong, Progress, Ready, Warm
@@ -44,7 +45,7 @@ class Runners:
         engine's backend for these GPUs.  None: the GPUs differ by load; a warm runner has only imported the engine.
         """
         self.silent_s = 0.0
-        self.has_cuda = False  # whether the engine was built with CUDA; known once a runner was warm
+        self.engine: EngineBuild | None = None  # known once a runner was warm
         self._visible = visible
         self._timing = timing or Timing()
         self._patience_s = patience_s
@@ -83,7 +84,7 @@ class Runners:
             await runner.reaped()
 
     async def warmed(self) -> None:
-        """Wait until a runner is warm.  Then the engine is known to start on this host, and `has_cuda` is set.
+        """Wait until a runner is warm.  Then the engine is known to start on this host, and `engine` is set.
 
         Raises RunnerDied and RunnerStuck.
         """
@@ -158,7 +159,7 @@ class Runners:
             raise
         match message:
             case Warm():
-                self.has_cuda = message.has_cuda
+                self.engine = message.engine
                 return runner
             case None:
                 reason = ""
