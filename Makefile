@@ -8,7 +8,7 @@ PEERS := bench/out/peers
 LLAMA_SERVER := $(PEERS)/build/bin/llama-server
 PEERS_STAMP := $(PEERS)/venv/.installed
 
-.PHONY: setup run test test-unit coverage mutants soak check bench bench-peers setup-gpu test-gpu bench-gpu
+.PHONY: setup run test test-unit test-quality coverage mutants soak check bench bench-peers setup-gpu test-gpu bench-gpu
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test: $(DEV_STAMP)
 
 test-unit: $(DEV_STAMP)
 	$(BIN)/python -m pytest --numprocesses auto tests/unit
+
+# Downloads 180 MB once, into ~/.cache/loadstone or $XDG_CACHE_HOME/loadstone.
+test-quality: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/quality
 
 # Branches, also of the processes that the tests start.  A worker strips its environment, so that what it starts is
 # measured only where a test starts it directly.
