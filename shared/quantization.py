@@ -43,6 +43,7 @@ FILE_TYPES = {
     38: "MXFP4",
     39: "NVFP4",
     40: "Q1_0",
+    41: "Q2_0",
 }
 
 # Tensor type -> (elements, bytes) of one block: ggml.h's enum ggml_type, ggml-common.h's block structs.
@@ -54,7 +55,7 @@ BLOCKS = {
     6: (32, 22),  # Q5_0
     7: (32, 24),  # Q5_1
     8: (32, 34),  # Q8_0
-    9: (32, 40),  # Q8_1
+    9: (32, 36),  # Q8_1
     10: (256, 84),  # Q2_K
     11: (256, 110),  # Q3_K
     12: (256, 144),  # Q4_K
@@ -81,10 +82,18 @@ BLOCKS = {
     39: (32, 17),  # MXFP4
     40: (64, 36),  # NVFP4
     41: (128, 18),  # Q1_0
+    42: (64, 18),  # Q2_0
 }
 
-# Bits per weight of an 8B model, from llama.cpp (tools/quantize/README.md).  The digit in a name is less exact.
+# Bits per weight of an 8B model, from llama.cpp (tools/quantize/README.md), or of a block.  The digit in a name is less
+# exact.
 NOMINAL_BITS = {
+    "Q1_0": 1.13,
+    "TQ1_0": 1.69,
+    "TQ2_0": 2.06,
+    "Q2_0": 2.25,
+    "Q4_1": 5.00,
+    "Q5_1": 6.00,
     "IQ1_S": 2.00,
     "IQ1_M": 2.15,
     "IQ2_XXS": 2.38,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.lookup import by_name
-from shared.quantization import nominal_bits, tag
+from shared.quantization import tag
 from shared.schema.model import Dimensions, Model, Problem, Weights
 from tests.support.headers import LLAMA, Value, header, vocabulary, write
 from worker.catalog import keys
@@ -161,13 +161,6 @@ def test_the_only_model_of_a_folder_also_has_a_variant_key() -> None:
     assert by_name(models)["p/m@q4_0"] is models[0]
     for unknown in ("p/m@q8_0", "P/M", "p/m@Q4_0", "p/n@", "m", ""):
         assert unknown not in by_name(models)
-
-
-def test_a_nominal_size_is_known_for_common_names() -> None:
-    assert nominal_bits("ud-q4_k_m") == nominal_bits("Q4_K_M")
-    assert nominal_bits("f16") == 16
-    assert nominal_bits("q8_0") == 8.5
-    assert nominal_bits("model") is None
 
 
 # ---- shards, companions, adapters

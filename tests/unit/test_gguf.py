@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.quantization import BLOCKS
 from tests.support.headers import LLAMA, WEIGHTS, Value, header, vocabulary, write
 from worker.catalog.gguf import Header, InvalidGGUF, parse, read
 
@@ -88,11 +87,6 @@ def test_a_long_header_is_read_in_further_steps(path: Path) -> None:
     write(path, {"general.description": "x" * (9 << 20), "llama.embedding_length": 7})
     assert read(path, whole=False).metadata["llama.embedding_length"] == 7
     assert read(path, whole=True).metadata["llama.embedding_length"] == 7
-
-
-def test_block_sizes_match_the_gguf_package() -> None:
-    known = {int(kind): sizes for kind, sizes in reference.GGML_QUANT_SIZES.items()}
-    assert known == BLOCKS
 
 
 @pytest.mark.parametrize(

@@ -6,30 +6,20 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import pytest
 from gguf import GGUFReader
 
 from shared.synthetic import models as synthetic
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from tests.support.child import in_child
 
 GGML_LOG_LEVEL_ERROR = 4
 CONTEXT_LENGTH = 1024
 KV_BYTES = 1 << 20  # of a tiny llama at that length: 4 layers x 1024 tokens x (K + V) x 2 heads x 32 x 2 bytes
-
-
-def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `function` in another process, so that neither llama.cpp nor a crash of it affects this one."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args, **kwargs).result(timeout=60)
 
 
 def field(path: Path, key: str) -> Any:
