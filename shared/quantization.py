@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 GUESSED = 1024  # flag in general.file_type: the type was guessed (llama.h, enum llama_ftype)
 
@@ -85,6 +86,39 @@ BLOCKS = {
     42: (64, 18),  # Q2_0
 }
 
+# Tensor type -> name of a file that consists of it (src/llama-model-loader.cpp, "determine file type").  Types of
+# intermediate results and of indices are no quantization.
+NAMES = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K_M",
+    12: "Q4_K_M",
+    13: "Q5_K_M",
+    14: "Q6_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    29: "IQ1_M",
+    30: "BF16",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
+    41: "Q1_0",
+    42: "Q2_0",
+}
+
 # Bits per weight of an 8B model, from llama.cpp (tools/quantize/README.md), or of a block.  The digit in a name is less
 # exact.
 NOMINAL_BITS = {
@@ -138,6 +172,14 @@ def tag(stem: str) -> str:
 
 def by_file_type(file_type: int) -> str | None:
     return FILE_TYPES.get(file_type & ~GUESSED)
+
+
+def by_tensors(matrices: Mapping[int, int]) -> str | None:
+    """Guess the quantization of a model from the numbers of its matrices by tensor type: the most frequent one.
+
+    llama.cpp guesses in the same way, but also counts vectors, which are never quantized.
+    """
+    return NAMES.get(max(matrices, key=lambda kind: matrices[kind], default=-1))
 
 
 def nominal_bits(name: str) -> float | None:

@@ -290,6 +290,18 @@ def test_fields_after_the_vocabulary_follow_later(root: Path) -> None:
     )
 
 
+def test_without_a_file_type_the_tensors_name_the_quantization(root: Path, look: Look) -> None:
+    """Vectors are never quantized: an encoder has more of them than matrices.  Shards are counted together."""
+    vectors = [(f"norm{i}", (64,), 0) for i in range(9)]
+    write(root / "m.gguf", {}, [("a", (256, 2), 12), ("b", (256, 2), 12), ("c", (256, 2), 14), *vectors])
+    write(root / "new.gguf", {"general.file_type": 99}, [("a", (64, 2), 42), *vectors])
+    write(root / "s-00001-of-00002.gguf", {"split.count": 2}, [("a", (64, 2), 0)])
+    write(root / "s-00002-of-00002.gguf", {}, [("b", (64, 2), 8), ("c", (64, 2), 8)])
+    write(root / "n-Q4_K_S.gguf", {}, [("a", (256, 2), 12)])
+    names = {key: model.quantization for key, model in look().items()}
+    assert names == {"m": "Q4_K_M", "new": "Q2_0", "s": "Q8_0", "n-q4_k_s": "Q4_K_S"}
+
+
 # ---- the input of a memory estimate
 
 SIZES: dict[str, Value] = {

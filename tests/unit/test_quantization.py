@@ -6,7 +6,7 @@ import ctypes
 import re
 from pathlib import Path
 
-from shared.quantization import BLOCKS, FILE_TYPES, GUESSED, nominal_bits
+from shared.quantization import BLOCKS, FILE_TYPES, GUESSED, NAMES, nominal_bits
 from tests.support.child import in_child
 from tests.support.headers import write
 
@@ -46,6 +46,12 @@ def test_block_sizes_are_those_of_the_engine(tmp_path: Path) -> None:
 
 def test_file_types_are_those_of_the_engine() -> None:
     assert in_child(file_types_of_the_engine) == FILE_TYPES | {38: "MXFP4_MOE"}
+
+
+def test_every_weight_type_has_the_name_of_a_file_type() -> None:
+    """What only holds intermediate results (Q8_1, Q8_K), integers or doubles is no quantization of a file."""
+    assert BLOCKS.keys() - NAMES.keys() == {9, 15, 24, 25, 26, 27, 28}
+    assert {*NAMES.values()} <= {*FILE_TYPES.values()}
 
 
 def test_a_nominal_size_is_known_for_common_names() -> None:

@@ -8,6 +8,7 @@ later, a few files at a time.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,7 @@ from worker.catalog.gguf import InvalidGGUF
 from worker.catalog.keys import Named, Place
 from worker.catalog.modelfile import ModelFile
 
-CACHE_VERSION = f"3 {shared.__version__}"  # the interpretation of a header may change with every release
+CACHE_VERSION = f"4 {shared.__version__}"  # the interpretation of a header may change with every release
 NAMED_SHARDS = 5  # how many missing files a message names
 COMPANION = "mmproj"  # in a file's name: the image encoder of a vision model
 
@@ -168,7 +169,7 @@ def _model(
         display_name=first.name or place.stem,
         description=first.description,
         architecture=first.architecture,
-        quantization=first.quantization or tag or None,
+        quantization=first.quantization or tag or quantization.by_tensors(_all_matrices(readable)),
         bits_per_weight=round(8 * tensor_bytes / parameters, 2) if tensor_bytes and parameters else None,
         params_string=first.size_label or (modelfile.abbreviated(parameters) if parameters else None),
         max_context_length=first.context_length,
@@ -186,6 +187,11 @@ def _model(
 def _sum(numbers: Sequence[int | None]) -> int | None:
     known = [n for n in numbers if n is not None]
     return sum(known) if len(known) == len(numbers) else None
+
+
+def _all_matrices(shards: Sequence[ModelFile]) -> Counter[int]:
+    """Sum the numbers of matrices of all shards.  Returns none until all are known."""
+    return sum((Counter(file.matrices) for file in shards if all(shard.whole for shard in shards)), Counter())
 
 
 def _all_weights(shards: Sequence[Weights | None]) -> Weights | None:

@@ -51,7 +51,8 @@ class ModelFile(Struct, frozen=True, kw_only=True):
     organization: str = ""
     description: str | None = None
     size_label: str | None = None
-    quantization: str | None = None
+    quantization: str | None = None  # by `general.file_type`
+    matrices: dict[int, int] = {}  # their number by tensor type
     context_length: int = 0  # tokens
     expert_count: int = 0
     causal: bool = True
@@ -90,6 +91,7 @@ def describe(header: Header) -> ModelFile:
         description=fields.text("general.description") or None,
         size_label=fields.text("general.size_label") or None,
         quantization=quantization.by_file_type(file_type) if file_type >= 0 else None,
+        matrices=Counter(tensor.type for tensor in header.tensors or () if len(tensor.dims) > 1),
         context_length=fields.number(of("context_length"), 0),
         expert_count=fields.number(of("expert_count"), 0),
         causal=causal,
