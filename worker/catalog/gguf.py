@@ -16,7 +16,7 @@ import struct
 from itertools import repeat
 from math import prod
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, assert_never
 
 from msgspec import Struct, structs
 
@@ -25,6 +25,7 @@ from shared.quantization import BLOCKS
 Scalar = str | int | float | bool
 Value = Scalar | list[Scalar]
 
+ALIGNMENT = "general.alignment"
 KEPT_ITEMS = 1024  # a longer array is a vocabulary, of which only the length is used
 MAX_HEAD_BYTES = 256 << 20  # the largest known vocabularies take 16 MiB
 MAX_KEYS = 1 << 16
@@ -227,6 +228,8 @@ class _Cursor:
     def array(self) -> tuple[list[Scalar] | None, int]:
         """Read an array.  Returns its items, None if there are more than KEPT_ITEMS, and their number."""
         kind, n = self.numbers(ARRAY)
+        if kind == ARRAY_TYPE:
+            raise InvalidGGUF("has a metadata array of arrays, which llama.cpp does not support")
         if n <= KEPT_ITEMS:
             return [self.scalar(kind) for _ in range(n)], n
         if kind == STRING_TYPE:
@@ -264,10 +267,29 @@ class _Cursor:
         return Tensor(name, dims, kind, offset)
 
 
+def kind_of(value: Value) -> str:
+    """Name the type of a metadata value in a sentence."""
+    match value:
+        case bool():
+            return "a boolean"
+        case int():
+            return "an integer"
+        case float():
+            return "a float"
+        case str():
+            return "a string"
+        case list():
+            return "an array"
+        case _:
+            assert_never(value)
+
+
 def _alignment(metadata: dict[str, Value]) -> int:
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise InvalidGGUF(f"has general.alignment = {str(alignment)[:20]}; it must be a power of two")
+    alignment = metadata.get(ALIGNMENT, 32)
+    if not isinstance(alignment, int):
+        raise InvalidGGUF(f"has {ALIGNMENT} as {kind_of(alignment)}; it must be an integer")
+    if alignment <= 0 or alignment & (alignment - 1):
+        raise InvalidGGUF(f"has {ALIGNMENT} = {alignment}; it must be a power of two")
     return alignment
 
 
