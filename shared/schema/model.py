@@ -115,6 +115,7 @@ class Model(Struct, frozen=True, kw_only=True, gc=False):
     vision: bool = False
     trained_for_tool_use: bool = False
     files: list[FileStat] = []  # of each shard
+    can_map: bool = True  # the tensors are aligned as the engine needs them in a mapping of the file
     dimensions: Dimensions | None = None  # None: the header lacks a required one
     weights: Weights | None = None  # of all shards
 

@@ -23,6 +23,7 @@ from shared.synthetic.architectures import TINY, TINY_MOE
 from shared.synthetic.models import sharded, tiny_llama, tiny_moe
 from shared.telemetry.trace import begun
 from tests.support import trimmed, waiting
+from tests.support.damaged import misaligned
 from tests.support.runners import freeze, has_variable, is_gone
 from tests.support.service import below, tiny_quantized, until
 from worker.engine.child import ORPHANED
@@ -234,6 +235,21 @@ async def test_all_shards_of_a_model_are_loaded(runner: Runner, tmp_path: Path) 
     steps, message = await answers(runner, load)
     assert isinstance(message, Ready)
     assert steps[-1].loaded_bytes == load.total_bytes
+
+
+@pytest.mark.parametrize("other", [".GGUF", ".Gguf"])
+async def test_shards_load_whatever_the_case_of_their_suffix(runner: Runner, tmp_path: Path, other: str) -> None:
+    shards = [shard.rename(shard.with_suffix(other)) for shard in sharded(tmp_path / "m.gguf", 3)]
+    await ready(runner, given(*shards))
+
+
+@pytest.mark.parametrize("alignment", [8, 16])
+async def test_a_file_that_cannot_be_mapped_is_read(runner: Runner, tmp_path: Path, alignment: int) -> None:
+    """The engine aborts if it maps a file whose tensors begin at such an offset."""
+    load = given(misaligned(tmp_path / "m.gguf", alignment), can_map=False)
+    steps, message = await answers(runner, load)
+    assert isinstance(message, Ready), (message, list(runner.output))
+    assert next(step.phase for step in steps if step.loaded_bytes == load.total_bytes) == "weights"
 
 
 async def test_repacking_rearranges_weights_for_the_cpu(runners: Runners, tmp_path: Path) -> None:

@@ -152,6 +152,19 @@ def not_finite(path: Path, value: float = float("nan")) -> Path:
     return path
 
 
+def misaligned(path: Path, alignment: int) -> Path:
+    """Write a valid model whose tensors begin at a multiple of `alignment` (8 or 16), but not of 32."""
+    for n in range(gguf.GGUF_DEFAULT_ALIGNMENT):
+        names: Metadata = {"general.alignment": alignment, "general.name": "x" * (n + 1)}
+        data = synthetic.tiny_llama(path, metadata=names).read_bytes()
+        end = after(data, "output.weight") + TENSOR_BYTES
+        padded = end + -end % alignment
+        if padded % gguf.GGUF_DEFAULT_ALIGNMENT == alignment:
+            path.write_bytes(data[:padded] + data[data_at(data) :])
+            return path
+    raise AssertionError("some name moves the tensors there")
+
+
 # ---- models of several files
 
 
@@ -417,9 +430,7 @@ SEEN_BY_THE_ENGINE: dict[str, Damage] = {
         r"unknown pre-tokenizer type: 'runic'",
     ),
     "no-tokenizer": Damage(llama(drop=[*tokenizers.spm()]), INVALID, r"key not found in model: tokenizer\.ggml\.model"),
-    "wrong-count": Damage(
-        sharded(one_too_few), INVALID, r"invalid split file name: damaged/wrong-count/wrong-count-00001-of-00003\.gguf"
-    ),
+    "wrong-count": Damage(sharded(one_too_few), INVALID, r"invalid split count, given: 3 splits, but expected 4"),
     "same-number-twice": Damage(
         sharded(same_number_twice),
         INVALID,

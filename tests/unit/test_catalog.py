@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 
 from shared.lookup import by_name
 from shared.quantization import tag
+from shared.schema.http import LoadRequest
 from shared.schema.model import Dimensions, Model, Problem, Weights
+from shared.settings import Settings
 from tests.support.headers import LLAMA, Value, header, vocabulary, write
 from worker.catalog import keys
 from worker.catalog.catalog import Catalog
 from worker.catalog.keys import Place
 from worker.catalog.modelfile import abbreviated
+from worker.runner.parameters import plan
 
 Look = Callable[[], dict[str, Model]]
 
@@ -183,6 +186,8 @@ def test_missing_shards_are_named(root: Path, look: Look) -> None:
     write(root / "p/m/M-00003-of-00004.gguf")
     message = problem(look()["p/m"])
     assert "missing: M-00001-of-00004.gguf, M-00004-of-00004.gguf" in message
+    write(root / "p/n/N-00001-of-00002.GGUF")
+    assert "missing: N-00002-of-00002.GGUF" in problem(look()["p/n"])
 
 
 def test_a_broken_shard_is_named(root: Path, look: Look) -> None:
@@ -421,6 +426,15 @@ def test_numbers_of_weights_are_abbreviated(parameters: int, text: str) -> None:
 def test_values_that_would_abort_the_engine_are_problems(root: Path, look: Look, metadata: dict[str, Value]) -> None:
     write(root / "m.gguf", metadata)
     assert problem(look()["m"]).startswith("m.gguf ")
+
+
+@pytest.mark.parametrize(("alignment", "can_map"), [(8, False), (16, False), (32, True), (64, True)])
+def test_a_file_with_a_small_alignment_cannot_be_mapped(root: Path, look: Look, alignment: int, can_map: bool) -> None:
+    write(root / "m-00001-of-00002.gguf", {"split.count": 2})
+    write(root / "m-00002-of-00002.gguf", {"general.alignment": alignment})
+    model = look()["m"]
+    assert (model.problem, model.can_map) == (None, can_map)
+    assert plan(LoadRequest(model="m"), model, Settings(), [], []).can_map == can_map
 
 
 def test_experts_may_be_given_per_layer(root: Path, look: Look) -> None:

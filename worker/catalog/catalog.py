@@ -179,6 +179,7 @@ def _model(
         vision=vision,
         trained_for_tool_use=first.tool_use,
         files=[shard.stat for shard in shards],
+        can_map=all(file.can_map for file in readable),
         dimensions=first.dimensions,
         weights=_all_weights([file.weights for file in readable]),
     )
@@ -217,7 +218,8 @@ def _problem(place: Place, of: int, parts: dict[int, Candidate], files: Mapping[
             return _fault(parts[no], parts[no].refusal)
     missing = [no for no in range(1, of + 1) if no not in parts]
     if missing:
-        names = [f"{place.stem}-{no:05}-of-{of:05}.gguf" for no in missing[:NAMED_SHARDS]]
+        suffix = PurePosixPath(next(iter(parts.values())).path).suffix  # .gguf in any case
+        names = [f"{place.stem}-{no:05}-of-{of:05}{suffix}" for no in missing[:NAMED_SHARDS]]
         more = [f"{len(missing) - NAMED_SHARDS} more"] if len(missing) > NAMED_SHARDS else []
         message = f"the model is split into {of} files; missing: {', '.join(names + more)}"
         return Problem(code="invalid_model_file", message=message)

@@ -11,12 +11,13 @@ from msgspec import Struct, structs
 
 from shared import quantization
 from shared.schema.model import ENCODERS, Dimensions, ModelType, PerBlock, Problem, Weights
-from worker.catalog.gguf import Header, InvalidGGUF, Scalar, Tensor, Value
+from worker.catalog.gguf import ALIGNMENT, Header, InvalidGGUF, Scalar, Tensor, Value
 
 # Limits that llama.cpp checks with GGML_ASSERT (src/llama-model.cpp, load_hparams): beyond them the process aborts.
 MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS; measured: 1024 passes, 1025 aborts
 ROPE_SCALING_TYPES = frozenset({"none", "linear", "yarn", "longrope"})
+MAPPED_ALIGNMENT = 32  # bytes; of a mapping with less, llama.cpp makes no buffer (ggml's TENSOR_ALIGNMENT)
 MAX_CONTEXT_LENGTH = 2**31 - 1
 MAX_LENGTH = 2**20  # the largest dimension that a memory estimate uses; no known model comes near
 MAX_TEXT = 2000  # characters of a name or a description that are published
@@ -65,6 +66,7 @@ class ModelFile(Struct, frozen=True, kw_only=True):
     tensor_bytes: int | None = None
     dimensions: Dimensions | None = None
     weights: Weights | None = None
+    can_map: bool = True
 
 
 def unreadable(error: InvalidGGUF) -> ModelFile:
@@ -104,6 +106,7 @@ def describe(header: Header) -> ModelFile:
         tensor_bytes=tensor_bytes,
         dimensions=_dimensions(fields, architecture, header.array_lengths.get("tokenizer.ggml.tokens")),
         weights=None if tensor_bytes is None else _by_place(header.tensors or ()),
+        can_map=fields.number(ALIGNMENT, MAPPED_ALIGNMENT) % MAPPED_ALIGNMENT == 0,
     )
     return structs.replace(file, problem=_problem(fields, file))
 

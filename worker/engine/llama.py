@@ -243,7 +243,9 @@ def _open_shard(shard: str) -> int:
 
 
 def _load_model(load: Load, params: Any, log: Log) -> Any:
-    model = lib.llama_model_load_from_file(load.shards[0].encode(), params)
+    # Not by the first path alone: llama.cpp derives the other paths only from a name in its own spelling (".gguf").
+    paths = (ctypes.c_char_p * len(load.shards))(*map(str.encode, load.shards))
+    model = lib.llama_model_load_from_splits(paths, len(load.shards), params)
     if not model:
         raise LoadError(log.reason("llama.cpp gave no reason"))
     return model
@@ -285,12 +287,13 @@ class Loaded:
         """Load metadata and weights.
 
         On the CPU the weights stay a mapping of the file.  `Ahead` reads the file while llama.cpp parses the
-        vocabulary; if llama.cpp maps the file before that is done, both continue to read.  For GPUs, llama.cpp reads
-        and copies tensor by tensor and reports progress itself; with a mapping it would read the whole file before the
-        first report.
+        vocabulary; if llama.cpp maps the file before that is done, both continue to read.  For GPUs, and of a file that
+        cannot be mapped, llama.cpp reads and copies tensor by tensor and reports progress itself; with a mapping it
+        would read the whole file before the first report.
         """
+        is_mapped = load.can_map and not load.devices
         params = _model_params(load, self._gpus)
-        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if load.devices else lib.LLAMA_LOAD_MODE_MMAP
+        params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if is_mapped else lib.LLAMA_LOAD_MODE_NONE
 
         report("metadata", 0)
         done = 0
@@ -301,7 +304,7 @@ class Loaded:
             report("weights", done)
 
         def on_progress(fraction: float, _user_data: object) -> bool:
-            if load.devices:
+            if not is_mapped:
                 report("weights", int(fraction * load.total_bytes))
             return True
 
@@ -314,7 +317,7 @@ class Loaded:
                 files.callback(os.close, fds[-1])
             self.files = [FileStat.of(os.fstat(fd)) for fd in fds]
             started = time.monotonic()
-            ahead = None if load.devices else Ahead(fds, advanced)
+            ahead = Ahead(fds, advanced) if is_mapped else None
             model = _load_model(load, params, self._log)
             if ahead is not None:
                 try:

@@ -18,6 +18,7 @@ def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[s
     return Load(
         shards=[str(Path(settings.models_dir, shard)) for shard in model.shards],
         total_bytes=model.size_bytes,
+        can_map=model.can_map,
         check_tensors=settings.check_tensors == "on",
         devices=devices,
         layers=layers,

@@ -22,6 +22,7 @@ class Load(Plan, frozen=True, kw_only=True, tag="load"):
 
     shards: list[str]  # absolute paths, first shard first
     total_bytes: int
+    can_map: bool = True  # the engine can use the weights in a mapping of the files
     check_tensors: bool
     devices: list[str]  # UUIDs of GPUs, in the order in which they take layers; empty: the CPU only
     layers: list[int]  # number of layers per device; the model's first layers, beyond their sum, stay on the CPU
