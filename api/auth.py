@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 
 from api.errors import reply
 from shared import paths
-from shared.errors import ForbiddenHost, InvalidAPIKey
+from shared.errors import ForbiddenHost, InvalidAPIKey, InvalidRequest, InvalidValue
 from shared.settings import is_loopback
 
 Scope = MutableMapping[str, Any]
@@ -39,22 +39,26 @@ class Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            if self.check_host and not _names_loopback(headers.get("host", "")):
-                error = ForbiddenHost(
-                    "The Host header must be a loopback name, such as localhost or 127.0.0.1. "
-                    "To allow other names, configure API tokens."
-                )
+            error = self._refusal(Headers(scope=scope), scope["path"] in OPEN_PATHS)
+            if error is not None:
                 await reply(error)(scope, receive, send)
                 return
-            if self.digests and scope["path"] not in OPEN_PATHS:
-                problem = self._refusal(headers.get("authorization"))
-                if problem is not None:
-                    await reply(InvalidAPIKey(problem))(scope, receive, send)
-                    return
         await self.app(scope, receive, send)
 
-    def _refusal(self, authorization: str | None) -> str | None:
+    def _refusal(self, headers: Headers, is_open: bool) -> InvalidRequest | None:
+        hosts = headers.getlist("host")
+        if len(hosts) > 1:  # RFC 9112, 3.2: a proxy in front may have checked another one
+            return InvalidValue(f"'Host': expected one header, got {len(hosts)}.", param="Host")
+        is_probe = is_open and not hosts  # of HTTP/1.0, which needs no Host; a browser always sends one
+        if self.check_host and not is_probe and not _names_loopback("".join(hosts)):
+            return ForbiddenHost(
+                "The Host header must be a loopback name, such as localhost or 127.0.0.1. "
+                "To allow other names, configure API tokens."
+            )
+        problem = self._problem(headers.get("authorization")) if self.digests and not is_open else None
+        return None if problem is None else InvalidAPIKey(problem)
+
+    def _problem(self, authorization: str | None) -> str | None:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             return "A bearer token is required: send the header 'Authorization: Bearer TOKEN'."

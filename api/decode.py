@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import re
 from functools import cache
 from types import UnionType
@@ -18,6 +20,7 @@ from shared.errors import (
     InvalidValue,
     MissingParameter,
     UnrecognizedKeys,
+    UnsupportedEncoding,
     UnsupportedMediaType,
 )
 
@@ -27,10 +30,16 @@ T = TypeVar("T", bound=Struct)
 
 
 async def read_body(request: Request[Any]) -> bytes:
-    """Return the body of a JSON request.  Raises UnsupportedMediaType, and BodyTooLarge without reading the rest."""
+    """Return the body of a JSON request.
+
+    Raises UnsupportedMediaType, UnsupportedEncoding, and BodyTooLarge without reading the rest.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise UnsupportedMediaType(f"Content-Type must be application/json, not '{media_type}'.")
+    encodings = ", ".join(request.headers.getlist("content-encoding"))
+    if encodings.strip().lower() not in ("", "identity"):
+        raise UnsupportedEncoding(f"The body must not be compressed: Content-Encoding is '{encodings}'.")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -46,12 +55,7 @@ def decode(body: bytes, kind: type[T], missing: str) -> T:
     invalid value.  `missing` is the message for a missing field, with `{}` for its name.  A float without a fraction is
     accepted as an integer, because JavaScript clients send these.
     """
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise InvalidJSON(f"The body is not valid JSON: {str(e).removeprefix('JSON is malformed: ')}.") from None
-    except RecursionError:
-        raise InvalidJSON("The body is not valid JSON: it is nested too deeply.") from None
+    value = _json(body.removeprefix(codecs.BOM_UTF8))
     if not isinstance(value, dict):
         raise InvalidType(f"The body must be a JSON object, not {_name(value)}.")
     for name, field in _fields(kind).items():
@@ -64,6 +68,38 @@ def decode(body: bytes, kind: type[T], missing: str) -> T:
     if out_of_range:
         raise out_of_range[0]
     return made
+
+
+def _json(body: bytes) -> Any:
+    """Decode JSON.  Raises InvalidJSON with the reason, which msgspec does not always know."""
+    try:
+        return msgspec.json.decode(body)
+    except UnicodeDecodeError:
+        why = _not_utf8(body)
+    except RecursionError:
+        why = "it is nested too deeply"
+    except msgspec.ValidationError:  # of no schema: a float beyond a double, or an integer with thousands of digits
+        raise InvalidJSON("A number in the body is out of range.") from None
+    except msgspec.DecodeError as e:
+        why = "it has half of a surrogate pair" if _has_lone_surrogate(body) else str(e)
+    raise InvalidJSON(f"The body is not valid JSON: {why.removeprefix('JSON is malformed: ')}.")
+
+
+def _not_utf8(body: bytes) -> str:
+    try:
+        body.decode()
+    except UnicodeDecodeError as e:
+        return f"it is not UTF-8 (byte {e.start})"
+    raise AssertionError("a part of the body is not UTF-8")
+
+
+def _has_lone_surrogate(body: bytes) -> bool:
+    """Return whether an escape such as \\ud800 is all that is wrong, which msgspec takes for the end of the body."""
+    try:
+        json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _unknown(values: dict[str, Any], kind: type[Struct], prefix: str) -> list[str]:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from shared import paths
-from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError
+from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError, UnsupportedEncoding
 from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
 
@@ -52,6 +52,8 @@ def reply(error: ServiceError, headers: dict[str, str] | None = None) -> Respons
     extra = dict(headers or {})
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsupportedEncoding):
+        extra["Accept-Encoding"] = "identity"
     if error.retry_after_s is not None:
         extra["Retry-After"] = str(error.retry_after_s)
     return Response(msgspec.json.encode(ErrorReply(body)), status, extra, media_type="application/json")

@@ -114,6 +114,10 @@ class UnsupportedMediaType(InvalidRequest):
     code = "unsupported_media_type"
 
 
+class UnsupportedEncoding(UnsupportedMediaType):
+    """The body is compressed (`Content-Encoding`)."""
+
+
 class BodyTooLarge(InvalidRequest):
     """The request body exceeds the size limit."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, get_args
 
@@ -36,7 +36,7 @@ if applicable, `code`, `param` and `detail`. Programs should use `type` and `cod
 WITH_RETRY_AFTER = {
     status_of(ErrorBody(type=kind.type, message="")) for kind in (errors.TooManyRequests, errors.ServiceUnavailable)
 }
-EVERYWHERE = (errors.InvalidAPIKey, errors.ForbiddenHost, ServiceError)
+EVERYWHERE = (errors.InvalidValue, errors.InvalidAPIKey, errors.ForbiddenHost, ServiceError)
 
 
 def document() -> dict[str, Any]:
@@ -111,9 +111,10 @@ def bodies(kind: type[ServiceError]) -> list[ErrorBody]:
     return [ErrorBody(type=kind.type, message="", code=code) for code in codes]
 
 
-def _errors(kinds: Iterable[type[ServiceError]], status: int) -> dict[str, Any]:
+def _errors(kinds: Sequence[type[ServiceError]], status: int) -> dict[str, Any]:
     """Describe the reply with a status, which has one of these errors."""
     lines, shapes, headers = [], [], ["WWW-Authenticate"] if status == 401 else []
+    more_headers = ["Accept-Encoding"] if errors.UnsupportedEncoding in kinds else []
     for kind in kinds:
         here = [body for body in bodies(kind) if status_of(body) == status]
         codes = ", ".join(f"`{body.code}`" for body in here if body.code)
@@ -125,7 +126,7 @@ def _errors(kinds: Iterable[type[ServiceError]], status: int) -> dict[str, Any]:
     if status in WITH_RETRY_AFTER:
         headers.append("Retry-After")
     narrowed = {"properties": {"error": {"anyOf": shapes}}}
-    reply = _reply(Reply(description="\n".join(lines), headers=tuple(headers)))
+    reply = _reply(Reply(description="\n".join(lines), headers=tuple(headers), more_headers=tuple(more_headers)))
     return reply | {"content": {JSON: {"schema": {"allOf": [schema_of(ErrorReply), narrowed]}}}}
 
 

@@ -126,6 +126,7 @@ HEADERS: dict[str, dict[str, Any]] = {
         "description": "The ids of the instances that were unloaded to make room, percent-encoded.",
         "schema": {"type": "string"},
     },
+    "Accept-Encoding": {"description": "The accepted encoding.", "schema": {"type": "string", "const": "identity"}},
     "WWW-Authenticate": {"description": "The authentication scheme.", "schema": {"type": "string", "const": "Bearer"}},
     "Content-Security-Policy": {"description": "Forbids the page to load any resources.", "schema": {"type": "string"}},
 }
@@ -138,6 +139,7 @@ IN_A_BODY = (
     errors.InvalidValue,
     errors.BodyTooLarge,
     errors.UnsupportedMediaType,
+    errors.UnsupportedEncoding,
 )
 IN_A_PATH = (errors.JobNotFound, errors.NotFound)  # an id with a slash matches another path
 EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by the schema of one event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import resource
@@ -323,6 +324,17 @@ def test_variants_of_the_json_content_type_are_accepted(service: Service, kind: 
     refusal(reply, "missing_required_parameter", "model")
 
 
+def test_a_compressed_body_is_refused_with_the_accepted_encoding(service: Service) -> None:
+    headers = {**JSON, "Content-Encoding": "gzip"}
+    reply = service.send("POST", LOAD, content=gzip.compress(b'{"model": "x"}'), headers=headers)
+    assert "gzip" in refusal(reply, "unsupported_media_type", status=415)
+    assert reply.headers["accept-encoding"] == "identity"
+
+
+def test_a_byte_order_mark_before_the_body_is_ignored(service: Service) -> None:
+    error(service.post(LOAD, b'\xef\xbb\xbf{"model": "nobody/has-it"}'), 404, "model_not_found", param="model")
+
+
 def padded(n_bytes: int) -> bytes:
     start, end = b'{"model": "nobody/has-it"', b"}"
     return start + b" " * (n_bytes - len(start) - len(end)) + end
@@ -362,6 +374,17 @@ def test_without_tokens_the_host_header_must_name_this_machine(service: Service,
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1:1", "[::1]:1234", "loadstone.localhost"])
 def test_every_name_of_loopback_is_accepted(service: Service, host: str) -> None:
     assert service.send("GET", LIST, headers={"Host": host}).status == 200
+
+
+def test_two_host_headers_are_refused(service: Service) -> None:
+    head = b"GET /api/v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+    assert service.raw(head).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("path", [b"/healthz", b"/readyz"])
+def test_a_probe_of_http_1_0_needs_no_host_header(service: Service, path: bytes) -> None:
+    assert service.raw(b"GET " + path + b" HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert service.raw(b"GET /metrics HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 403 ")
 
 
 def test_a_request_that_is_not_http_gets_400_and_does_no_harm(service: Service) -> None:

@@ -179,6 +179,22 @@ async def test_a_missing_host_header_is_refused() -> None:
     assert (await call())[0] == 403
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+async def test_a_probe_needs_no_host_header(path: str) -> None:
+    """HTTP/1.0, which some load balancers speak, has none."""
+    assert (await call(path=path))[0] == 204
+    assert (await call((b"host", b"evil.com"), path=path))[0] == 403
+
+
+@pytest.mark.parametrize("hosts", [(b"localhost", b"localhost"), (b"localhost", b"evil.com"), (b"", b"")])
+@pytest.mark.parametrize("path", [PATH, "/healthz"])
+@pytest.mark.parametrize("tokens", [frozenset(), frozenset({b"secret"})])
+async def test_two_host_headers_are_refused(hosts: tuple[bytes, ...], path: str, tokens: frozenset[bytes]) -> None:
+    headers = [(b"host", host) for host in hosts]
+    status, error, _ = await call(*headers, bearer(b"Bearer secret"), path=path, tokens=tokens)
+    assert (status, error["code"], error["param"]) == (400, "invalid_value", "Host")
+
+
 @given(st.binary(max_size=30))
 def test_any_host_header_is_answered(host: bytes) -> None:
     assert asyncio.run(call((b"host", host)))[0] in {204, 403}

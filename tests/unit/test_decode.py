@@ -21,6 +21,7 @@ from shared.errors import (
     InvalidValue,
     MissingParameter,
     UnrecognizedKeys,
+    UnsupportedEncoding,
     UnsupportedMediaType,
 )
 from shared.schema.http import LoadRequest, UnloadRequest
@@ -128,6 +129,25 @@ def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     error = refused(body)
     assert isinstance(error, InvalidJSON)
     assert str(error).startswith("The body is not valid JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"model": "m\xff"}', "The body is not valid JSON: it is not UTF-8 (byte 12)."),
+        (b'{"model": "\\ud800"}', "The body is not valid JSON: it has half of a surrogate pair."),
+        (b'{"model": "\\ud800"', "The body is not valid JSON: Input data was truncated."),
+        (b'{"model": "m", "ttl_seconds": 1e999}', "A number in the body is out of range."),
+        (b'{"gpu": {"offload": [-1e999]}}', "A number in the body is out of range."),
+        (b'{"model": 1' + b"0" * 5000 + b"}", "A number in the body is out of range."),
+    ],
+)
+def test_the_reason_is_that_of_the_body(body: bytes, reason: str) -> None:
+    assert str(refused(body)) == reason
+
+
+def test_a_byte_order_mark_is_ignored() -> None:
+    assert load(b'\xef\xbb\xbf{"model": "m"}') == LoadRequest(model="m")
 
 
 def test_deep_nesting_is_refused() -> None:
@@ -290,7 +310,7 @@ def test_a_field_may_be_left_out_but_not_null() -> None:
 # ---- the body itself
 
 
-def request(body: list[bytes], content_type: str | None) -> tuple[Request, list[bytes]]:
+def request(body: list[bytes], content_type: str | None, *encodings: str) -> tuple[Request, list[bytes]]:
     """Return a request whose body comes in chunks, and the list of chunks that were not received yet."""
     rest = list(body)
 
@@ -298,6 +318,7 @@ def request(body: list[bytes], content_type: str | None) -> tuple[Request, list[
         return {"type": "http.request", "body": rest.pop(0), "more_body": bool(rest)}
 
     headers = [] if content_type is None else [(b"content-type", content_type.encode("latin-1"))]
+    headers += [(b"content-encoding", encoding.encode()) for encoding in encodings]
     return Request({"type": "http", "method": "POST", "headers": headers}, receive), rest
 
 
@@ -316,6 +337,21 @@ async def test_a_body_of_another_content_type_is_not_read(content_type: str | No
     with pytest.raises(UnsupportedMediaType, match="must be application/json"):
         await read_body(http_request)
     assert rest == [b"{}"]
+
+
+@pytest.mark.parametrize("encodings", [("gzip",), ("br",), ("identity, gzip",), ("identity", "deflate")])
+async def test_a_compressed_body_is_not_read(encodings: tuple[str, ...]) -> None:
+    http_request, rest = request([b"\x1f\x8b"], "application/json", *encodings)
+    with pytest.raises(UnsupportedEncoding, match="must not be compressed") as caught:
+        await read_body(http_request)
+    assert rest
+    answer = reply(caught.value)
+    assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "identity")
+
+
+@pytest.mark.parametrize("encoding", ["", "identity", "Identity"])
+async def test_a_body_without_an_encoding_is_read(encoding: str) -> None:
+    assert await read_body(request([b"{}"], "application/json", encoding)[0]) == b"{}"
 
 
 async def test_a_body_is_read_up_to_its_limit() -> None:
