@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import ssl
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar, assert_never
@@ -36,6 +38,8 @@ ANSWER_S = 30.0
 STOP_ANSWER_S = 90.0  # unload and cancel reply once the memory is free; the server waits up to 60 s
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
+PROXY_VARIABLES = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"})  # in any case of letters
+TLS_VARIABLES = frozenset({"SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"})
 JSON = {"Content-Type": "application/json"}
 
 T = TypeVar("T")
@@ -96,12 +100,20 @@ class Client:
     def __init__(self, url: str, token: str = "", note: Callable[[str], None] = lambda sentence: None) -> None:
         self.url = url
         self.note = note
-        self._http = httpx.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(ANSWER_S, connect=5.0),
-            trust_env=not is_loopback(httpx.URL(url).host),  # a proxy cannot reach the loopback of this machine
-        )
+        trust_env = not is_loopback(httpx.URL(url).host)  # a proxy cannot reach the loopback of this machine
+        tls = _tls_context(trust_env)
+        try:
+            self._http = httpx.Client(
+                base_url=url,
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                timeout=httpx.Timeout(ANSWER_S, connect=5.0),
+                trust_env=trust_env,
+                verify=tls,
+            )
+        except ImportError:  # it needs another package
+            raise _unusable("proxies", PROXY_VARIABLES, "SOCKS is not supported") from None
+        except (httpx.InvalidURL, ValueError) as e:
+            raise _unusable("proxies", PROXY_VARIABLES, str(e)) from None
 
     def __enter__(self) -> Self:
         return self
@@ -215,6 +227,10 @@ class Client:
                     answer.read()
                     raise self._refusal(answer)
                 yield answer
+        except httpx.ProxyError as e:
+            raise Failure(_error("unreachable", f"The proxy cannot connect to {self.url} ({e})."), 0.0) from None
+        except UnicodeError:  # that of the server was checked
+            raise _unusable("proxies", PROXY_VARIABLES, "invalid host name") from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as e:
             raise Unreachable(_error("unreachable", f"Cannot connect to {self.url} ({e})."), 0.0) from None
         except httpx.TimeoutException:
@@ -246,10 +262,29 @@ def checked_url(text: str) -> str | None:
     """Return a normalized server URL, or None if it is invalid.  Passwords are refused: messages show the URL."""
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL:
+        url.host.encode("idna")  # as the socket will
+    except (httpx.InvalidURL, UnicodeError):
         return None
     is_usable = url.scheme in ("http", "https") and url.host and not (url.userinfo or url.query or url.fragment)
-    return str(url).rstrip("/") if is_usable else None
+    return str(url).rstrip("/") if is_usable and 0 <= (url.port or 0) < 1 << 16 else None
+
+
+def _tls_context(trust_env: bool) -> ssl.SSLContext:
+    """Return the context for TLS, with the certificates that the environment names.  Raises Failure."""
+    try:
+        return httpx.create_ssl_context(trust_env=trust_env)
+    except ssl.SSLError as e:
+        raise _unusable("TLS", TLS_VARIABLES, e.reason.replace("_", " ").lower()) from None
+    except OSError as e:
+        raise _unusable("TLS", TLS_VARIABLES, str(e.strerror)) from None
+
+
+def _unusable(what: str, variables: Collection[str], why: str) -> Failure:
+    """Return the failure of a part of the environment.  The sentence has no values, which may be secret."""
+    names = ", ".join(sorted(name for name in os.environ if name.upper() in variables))
+    return Failure(
+        _error("invalid_environment", f"The environment's settings for {what} ({names}) are unusable: {why}.")
+    )
 
 
 def cancelled(model: str) -> ErrorBody:
@@ -268,7 +303,7 @@ def events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"id":
-            id_ = value.decode()
+            id_ = value.decode("ascii", "ignore")  # of a Loadstone server it is ASCII
         elif name == b"data":
             data.append(value)
         elif not line and data:

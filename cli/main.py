@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from shared.settings import (
 )
 from shared.telemetry import log
 
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})  # of write(2)
 CLIENT_COMMANDS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs", "workers")  # of cli.commands
 
 
@@ -81,6 +84,19 @@ def _metavar(kind: Any) -> str:
 
 class Program(click.Group):
     """Imports the client commands only when one of them is used, since servers need no HTTP client."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command.  Its output never fails because of a character, and fails in one sentence on a full disk."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as e:
+            if e.errno not in UNWRITABLE or e.filename is not None:
+                raise
+            sys.stdout = None  # the interpreter would write the rest again when it exits
+            _refuse(f"the output cannot be written: {e.strerror}.", 1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *CLIENT_COMMANDS]

@@ -78,7 +78,7 @@ def api_command(settings: Settings, listening: socket.socket, drain_s: tuple[flo
     return Command(
         name="api",
         argv=(*_module("api"), "--fd", str(fd), "--drain", *map(str, drain_s)),
-        environ=_foreign() | to_environ(settings),
+        environ=_environ(settings),
         pass_fds=(fd,),
         grace_s=drain_s[1] + API_GRACE_S,
         watchdog_s=WATCHDOG_S,
@@ -91,7 +91,7 @@ def worker_command(settings: Settings, grace_s: float) -> Command:
     return Command(
         name="worker",
         argv=_module("worker"),
-        environ=_foreign() | to_environ(settings),
+        environ=_environ(settings),
         grace_s=grace_s,
         watchdog_s=WATCHDOG_S,
     )
@@ -105,6 +105,11 @@ def _module(name: str) -> tuple[str, ...]:
 def _foreign() -> dict[str, str]:
     """Return the environment without the variables of Loadstone."""
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+
+
+def _environ(settings: Settings) -> dict[str, str]:
+    """Return the environment of a Python process.  Names of files are UTF-8, whatever the locale (PEP 540)."""
+    return _foreign() | {"PYTHONUTF8": "1"} | to_environ(settings)
 
 
 def make_directories(settings: Settings) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -12,7 +18,16 @@ from click.testing import CliRunner
 from api.openapi.document import document
 from cli import commands
 from cli import main as cli
-from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Failure, Patience, checked_url, events
+from cli.client import (
+    LONGEST_PAUSE_S,
+    PATIENCE_S,
+    PROXY_VARIABLES,
+    TLS_VARIABLES,
+    Failure,
+    Patience,
+    checked_url,
+    events,
+)
 from cli.display import Lines, Meter, clean, facts
 from shared.errors import ErrorBody
 from shared.schema.http import GPURequest, LoadProgress, LoadRequest
@@ -169,7 +184,22 @@ def test_the_url_of_a_server_is_accepted(url: str) -> None:
     assert checked_url(url) == url.rstrip("/")
 
 
-@pytest.mark.parametrize("url", ["", "h:1", "ftp://h", "http://", "http://u:p@h", "http://h?x", "http://h:x", "/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "h:1",
+        "ftp://h",
+        "http://",
+        "http://u:p@h",
+        "http://h?x",
+        "http://h:x",
+        "/x",
+        "http://h:65536",
+        "http://h:-1",
+        "http://a..b",
+    ],
+)
 def test_another_text_is_refused_as_a_url(url: str) -> None:
     assert checked_url(url) is None
 
@@ -197,3 +227,67 @@ def test_a_token_that_fits_no_header_is_not_shown() -> None:
     assert result.exit_code == 2
     assert "visible ASCII" in result.stderr
     assert "s3cret" not in result.output
+
+
+# ---- the environment
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Return an environment without proxies and certificates."""
+    for name in os.environ:
+        if name.upper() in PROXY_VARIABLES | TLS_VARIABLES:
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("ALL_PROXY", "socks5h://user:s3cret@127.0.0.1:1", "SOCKS is not supported"),
+        ("http_proxy", "socks4://user:s3cret@127.0.0.1:1", "Unknown scheme"),
+        ("HTTPS_PROXY", "http://x:y:z", "Invalid port"),
+        ("HTTP_PROXY", "http://a..b", "invalid host name"),
+        ("NO_PROXY", "[::1", "Invalid port"),
+        ("SSL_CERT_FILE", "/nonexistent", "No such file or directory"),
+        ("SSL_CERT_FILE", "/etc", "Is a directory"),
+        ("SSL_CERT_FILE", "/etc/passwd", "no certificate or crl found"),
+        ("SSLKEYLOGFILE", "/nonexistent/log", "No such file or directory"),
+    ],
+)
+def test_an_unusable_environment_fails_in_one_sentence(
+    environ: pytest.MonkeyPatch, variable: str, value: str, reason: str
+) -> None:
+    environ.setenv(variable, value)
+    result = CliRunner().invoke(cli.main, ["ls", "--url", "http://server.invalid"])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(rf"loadstone: .*\({variable}\) are unusable: .*{reason}.*\.\n", result.stderr), result.stderr
+    assert "s3cret" not in result.stderr
+
+
+def test_arguments_that_are_not_utf_8_are_wrong_usage() -> None:
+    for words in (["load", "m\udcff"], ["logs", "m\udcff"], ["unload", "m\udcff"]):
+        result = CliRunner().invoke(cli.main, [*words, "--url", "http://127.0.0.1:1"])
+        assert result.exit_code == 2
+        assert "must be UTF-8" in result.stderr
+
+
+# ---- the output
+
+
+def run(program: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False, **options)
+
+
+def test_a_full_disk_fails_the_output_in_one_sentence() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = run("from cli.main import main; main()", "--help", stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == "loadstone: the output cannot be written: No space left on device.\n"
+
+
+def test_a_character_that_the_output_lacks_is_escaped() -> None:
+    program = "import click, cli.main; cli.main.main.command('x')(lambda: click.echo(chr(9731))); cli.main.main(['x'])"
+    done = run(program, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u2603\n", "")
