@@ -344,6 +344,36 @@ SEEN_AT_ONCE: dict[str, Damage] = {
     "rope-scaling": Damage(
         llama({"llama.rope.scaling.type": "spiral"}), INVALID, r"rope\.scaling\.type = 'spiral'; it must be one of"
     ),
+    "rope-scaling-of-another-type": Damage(
+        llama({"llama.rope.scaling.type": 2}), INVALID, r"rope\.scaling\.type = 2; it must be one of"
+    ),
+    "more-predictions-than-blocks": Damage(
+        llama({"llama.nextn_predict_layers": 5}),
+        INVALID,
+        r"nextn_predict_layers = 5; it must be less than llama\.block_count \(4\)",
+    ),
+    "a-block-without-attention": Damage(
+        llama({"llama.attention.head_count_kv": [2, 0, 2, 2]}),
+        INVALID,
+        r"head_count_kv = 0; each block of the architecture llama has attention heads",
+    ),
+    "heads-that-do-not-divide": Damage(
+        llama({"llama.attention.head_count_kv": 3}), INVALID, r"head_count_kv = 3; it must divide .*head_count \(4\)"
+    ),
+    "part-of-a-rotation": Damage(
+        moe(**{"rope.dimension_count": 16}), INVALID, r"dimension_count = 16; it must be the length of a head \(32\)"
+    ),
+    "negative-epsilon": Damage(
+        llama({"llama.attention.layer_norm_rms_epsilon": -1e-6}), INVALID, r"_epsilon = -\S+; it must be at least 0"
+    ),
+    "repeated-token": Damage(
+        lambda path: synthetic.tiny_llama(path, metadata={TOKENS: ["<unk>", "<s>", "<s>"]}),
+        INVALID,
+        r"has the token '<s>' twice in its vocabulary",
+    ),
+    "image-generator": Damage(
+        llama({"general.architecture": "flux"}), UNSUPPORTED, r"is a model of the architecture 'flux', which llama\.cpp"
+    ),
     # models of several files
     "missing-shard": Damage(
         sharded(lambda shards: shards[1].unlink()), INVALID, r"; missing: missing-shard-00002-of-00003\.gguf"

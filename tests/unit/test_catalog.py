@@ -405,6 +405,16 @@ def test_numbers_of_weights_are_abbreviated(parameters: int, text: str) -> None:
 # ---- problems
 
 
+LENGTHS = ("attention.key_length", "attention.value_length")
+
+
+def of(architecture: str, metadata: dict[str, Value]) -> dict[str, Value]:
+    """Return the metadata of a model of another architecture than LLAMA's."""
+    required: dict[str, Value] = {"context_length": 4096, "block_count": 2}
+    named = {f"{architecture}.{name}": value for name, value in (required | metadata).items()}
+    return {"general.architecture": architecture, **named}
+
+
 @pytest.mark.parametrize(
     "metadata",
     [
@@ -419,8 +429,43 @@ def test_numbers_of_weights_are_abbreviated(parameters: int, text: str) -> None:
         {"llama.rope.scaling.type": "sideways"},
         {"llama.context_length": 0},
         {"llama.context_length": 2**31},
+        {"llama.context_length": "4096"},
+        {"llama.nextn_predict_layers": 3},
+        {"llama.nextn_predict_layers": 2},
+        {"llama.embedding_length": 64, "llama.attention.head_count": 3},
+        {"llama.expert_count": 8, "llama.expert_used_count": 2, "llama.expert_gating_func": 5},
+        {"llama.attention.head_count": 8, "llama.attention.head_count_kv": 3},
+        {"llama.attention.head_count": 8, "llama.attention.head_count_kv": 16},
+        {"llama.attention.head_count": [8, 8], "llama.attention.head_count_kv": [4, 3]},
+        {"llama.attention.head_count": 8, "llama.attention.head_count_kv": [4, 0]},
+        {"llama.attention.head_count": 0},
+        {"llama.attention.key_length": 64, "llama.attention.value_length": 32},
+        {"llama.embedding_length": 256, "llama.attention.head_count": 4, "llama.attention.key_length": 32},
+        {"llama.attention.key_length": 64, "llama.attention.value_length": 64, "llama.rope.dimension_count": 32},
+        {"llama.embedding_length": 256, "llama.attention.head_count": 4, "llama.rope.dimension_count": 32},
+        {"llama.attention.key_length": 0, "llama.attention.value_length": 64},
+        {"llama.attention.layer_norm_rms_epsilon": -1e-6},
+        {"llama.attention.layer_norm_rms_epsilon": float("nan")},
+        {"llama.pooling_type": 7},
         {"general.architecture": ""},
-        {"general.architecture": "other"},
+        of("phi2", {"attention.key_length": 80, "rope.dimension_count": 33}),
+        of("phi2", {"attention.key_length": 80, "rope.dimension_count": 96}),
+        of("phi2", {"attention.key_length": 80, "rope.dimension_count": 0}),
+        of("qwen35", {"attention.key_length": 64, "rope.dimension_sections": [0, 0, 0, 0]}),
+        of("qwen35", {"full_attention_interval": 0}),
+        of("qwen3next", {"ssm.inner_size": 512, "ssm.state_size": 32, "ssm.time_step_rank": 8, "ssm.group_count": 4}),
+        of("qwen3next", {"ssm.inner_size": 256, "ssm.state_size": 32, "ssm.time_step_rank": 8, "ssm.group_count": 3}),
+        of("jamba", {"embedding_length": 64, "ssm.inner_size": 64}),
+        of("glm4moe", {"expert_count": 0}),
+        of("deepseek2", {"attention.key_length": 96, "attention.key_length_mla": 64, "rope.dimension_count": 64}),
+        of("rwkv6", {"token_shift_count": 1}),
+        of("rwkv7", {"embedding_length": 64, "wkv.head_size": 0}),
+        of("arwkv7", {"embedding_length": 64, "wkv.head_size": 64}),
+        of("ernie4_5-moe", {"interleave_moe_layer_step": 0}),
+        of("llama4", {"attention.sliding_window": 0}),
+        of("gemma-embedding", {"embedding_length": 64, "dense_2_feat_in": 32}),
+        of("wavtokenizer-dec", {"posnet.block_count": 3}),
+        of("t5", {"decoder_block_count": 513}),
     ],
 )
 def test_values_that_would_abort_the_engine_are_problems(root: Path, look: Look, metadata: dict[str, Value]) -> None:
@@ -435,6 +480,82 @@ def test_a_file_with_a_small_alignment_cannot_be_mapped(root: Path, look: Look, 
     model = look()["m"]
     assert (model.problem, model.can_map) == (None, can_map)
     assert plan(LoadRequest(model="m"), model, Settings(), [], []).can_map == can_map
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.nextn_predict_layers": 1},
+        {"llama.attention.head_count": 8, "llama.attention.head_count_kv": 1},
+        of("llama", {"embedding_length": 64, "attention.head_count": 3, **dict.fromkeys(LENGTHS, 24)}),
+        {"llama.attention.head_count": [8, 4], "llama.attention.head_count_kv": [2, 4]},
+        {"llama.embedding_length": 256, "llama.attention.head_count": 4, "llama.rope.dimension_count": 64},
+        {"llama.attention.layer_norm_rms_epsilon": 0.0},
+        {"llama.pooling_type": 2**32 - 1},
+        of("lfm2", {"attention.head_count": 8, "attention.head_count_kv": [0, 2]}),
+        of("deci", {"attention.head_count": [8, 0], "attention.head_count_kv": [2, 0]}),
+        of("mamba", {"attention.head_count": 0, "feed_forward_length": 0}),
+        of("deepseek2", {"attention.key_length": 576, "attention.value_length": 512, "rope.dimension_count": 64}),
+        of("phi2", {"attention.key_length": 80, "rope.dimension_count": 32}),
+        of("gpt2", {"attention.key_length": 64, "rope.dimension_count": 65}),
+        of("rwkv6", {"embedding_length": 64, "wkv.head_size": 32}),
+        of("arwkv7", {"token_shift_count": 1}),
+    ],
+)
+def test_values_that_the_engine_accepts_are_no_problem(root: Path, look: Look, metadata: dict[str, Value]) -> None:
+    write(root / "m.gguf", metadata)
+    assert look()["m"].problem is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"llama.rope.scaling.type": 2}, "llama.rope.scaling.type = 2; it must be one of linear, longrope, none, yarn"),
+        ({"llama.context_length": "4096"}, "llama.context_length = '4096'; it must be an integer"),
+        ({"llama.expert_count": "8", "llama.expert_used_count": 2}, "llama.expert_count = '8'; it must be an integer"),
+        ({"llama.expert_used_count": 2.0, "llama.expert_count": 8}, "llama.expert_used_count = 2.0; it must be an"),
+    ],
+)
+def test_a_value_of_another_type_is_shown_as_it_is(
+    root: Path, look: Look, metadata: dict[str, Value], says: str
+) -> None:
+    write(root / "m.gguf", metadata)
+    assert f"m.gguf has {says}" in problem(look()["m"])
+
+
+@pytest.mark.parametrize("architecture", ["flux", "sd3", "wan", "qwen_image", "ltxv", "hidream", "whisper", "lumina2"])
+def test_a_model_of_another_kind_is_unsupported_not_damaged(root: Path, look: Look, architecture: str) -> None:
+    """Such files are whole, and have none of the keys that a language model has."""
+    path = root / "m.gguf"
+    path.write_bytes(header({"general.architecture": architecture, "general.file_type": 1}, []) + bytes(64))
+    write(root / "n.gguf", of(architecture, {"block_count": 0}))
+    for key, model in look().items():
+        assert model.problem is not None
+        assert model.problem.code == "unsupported_model"
+        assert model.problem.message.startswith(f"{key}.gguf is a model of the architecture '{architecture}', which")
+
+
+def test_a_text_encoder_is_unsupported_and_no_companion(root: Path, look: Look) -> None:
+    clip: dict[str, Value] = {"general.architecture": "clip", "clip.has_text_encoder": True}
+    write(root / "p/clip/clip.gguf", clip)
+    model = look()["p/clip"]
+    assert model.problem is not None
+    assert model.problem.code == "unsupported_model"
+
+
+def test_a_repeated_token_is_a_problem(root: Path, look: Look) -> None:
+    """The engine asserts that each token has one id.  It names empty tokens itself, and reads C's strings."""
+    tokens = vocabulary(2000)["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    write(root / "few.gguf", {"tokenizer.ggml.tokens": ["a", "b", "a"]})
+    write(root / "many.gguf", {"tokenizer.ggml.tokens": [*tokens, "token7"]})
+    write(root / "cut.gguf", {"tokenizer.ggml.tokens": ["a", "a\0b"]})
+    write(root / "empty.gguf", {"tokenizer.ggml.tokens": ["", "a", ""]})
+    write(root / "merges.gguf", {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": ["a b", "a b"]})
+    models = look()
+    for key, token in (("few", "a"), ("many", "token7"), ("cut", "a")):
+        assert f"{key}.gguf has the token '{token}' twice in its vocabulary" in problem(models[key])
+    assert (models["empty"].problem, models["merges"].problem) == (None, None)
 
 
 def test_experts_may_be_given_per_layer(root: Path, look: Look) -> None:

@@ -53,6 +53,10 @@ INVALID = [
     "the file cannot be opened: No such file or directory",
 ]
 UNSUPPORTED = [
+    "llama_model_load: error loading model: unsupported model architecture: 'gptj'",
+    "gguf_init_from_file_impl: tensor 'a' of type 31 (TYPE_Q4_0_4_4 REMOVED, use Q4_0 with runtime repacking) has 64 "
+    "elements per row, not a multiple of block size (0)",
+    "llama_init_from_model: failed to initialize the context: eagle3 requires ctx_other to be set",
     "llama_model_load: error loading model: error loading model architecture: unknown model architecture: 'llamx'",
     "llama_model_load: error loading model: error loading model vocabulary: unknown tokenizer: 'x'",
     "llama_model_load: error loading model: error loading model vocabulary: unknown pre-tokenizer type: 'x'",

@@ -26,6 +26,7 @@ Scalar = str | int | float | bool
 Value = Scalar | list[Scalar]
 
 ALIGNMENT = "general.alignment"
+TOKENS = "tokenizer.ggml.tokens"
 KEPT_ITEMS = 1024  # a longer array is a vocabulary, of which only the length is used
 MAX_HEAD_BYTES = 256 << 20  # the largest known vocabularies take 16 MiB
 MAX_KEYS = 1 << 16
@@ -163,9 +164,12 @@ def parse(head: bytes, file_size: int, *, whole: bool) -> Header:
             raise InvalidGGUF(f"has the metadata key {key!r} twice")
         (kind,) = cursor.numbers(U32)
         if kind == ARRAY_TYPE:
+            start = cursor.at
             items, header.array_lengths[key] = cursor.array()
             if items is not None:
                 header.metadata[key] = items
+            if key == TOKENS and (token := _Cursor(head, file_size, start).repeated()) is not None:
+                raise InvalidGGUF(f"has the token {token!r} twice in its vocabulary ({TOKENS})")
         else:
             header.metadata[key] = cursor.scalar(kind)
     if not whole:
@@ -194,8 +198,8 @@ class _Cursor:
     Every method raises InvalidGGUF at the end of the file, and _MoreNeeded at the end of the bytes read so far.
     """
 
-    def __init__(self, head: bytes, file_size: int) -> None:
-        self.head, self.file_size, self.at = head, file_size, 0
+    def __init__(self, head: bytes, file_size: int, at: int = 0) -> None:
+        self.head, self.file_size, self.at = head, file_size, at
 
     def _beyond(self, end: int) -> NoReturn:
         if end > self.file_size:
@@ -254,6 +258,23 @@ class _Cursor:
         if at > len(head):
             self._beyond(at)
         self.at = at
+
+    def repeated(self) -> str | None:
+        """Return a string that an array has twice, as C's strings; None if there is none, or no array of strings.
+
+        Empty strings do not count: llama.cpp names them by their positions.
+        """
+        kind, n = self.numbers(ARRAY)
+        head, at, strings = self.head, self.at, set[bytes]()
+        for _ in range(n if kind == STRING_TYPE else 0):
+            (size,) = U64.unpack_from(head, at)
+            string = head[at + 8 : at + 8 + size].partition(b"\0")[0]
+            if string in strings:
+                return string.decode("utf-8", "replace")
+            if string:
+                strings.add(string)
+            at += 8 + size
+        return None
 
     def tensor(self) -> Tensor:
         name = self.string()

@@ -10,17 +10,13 @@ from typing import Literal
 from msgspec import Struct, structs
 
 from shared import quantization
-from shared.schema.model import ENCODERS, Dimensions, ModelType, PerBlock, Problem, Weights
-from worker.catalog.gguf import ALIGNMENT, Header, InvalidGGUF, Scalar, Tensor, Value
+from shared.schema.model import ENCODERS, Dimensions, ModelType, Problem, Weights
+from worker.catalog import defects
+from worker.catalog.architectures import ARCHITECTURES
+from worker.catalog.fields import MAX_SHOWN, Fields
+from worker.catalog.gguf import ALIGNMENT, TOKENS, Header, InvalidGGUF, Tensor, Value
 
-# Limits that llama.cpp checks with GGML_ASSERT (src/llama-model.cpp, load_hparams): beyond them the process aborts.
-MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
-MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS; measured: 1024 passes, 1025 aborts
-ROPE_SCALING_TYPES = frozenset({"none", "linear", "yarn", "longrope"})
 MAPPED_ALIGNMENT = 32  # bytes; of a mapping with less, llama.cpp makes no buffer (ggml's TENSOR_ALIGNMENT)
-MAX_CONTEXT_LENGTH = 2**31 - 1
-MAX_LENGTH = 2**20  # the largest dimension that a memory estimate uses; no known model comes near
-MAX_TEXT = 2000  # characters of a name or a description that are published
 DIFFUSERS = frozenset({"dream", "llada", "llada-moe", "rnd1"})  # not causal, but they generate text
 
 INPUT_TENSORS = frozenset({"token_embd.weight", "token_types.weight", "position_embd.weight"})
@@ -76,7 +72,7 @@ def unreadable(error: InvalidGGUF) -> ModelFile:
 
 def describe(header: Header) -> ModelFile:
     """Describe a file by its header.  Accepts any header; a defect is reported in `problem`."""
-    fields = _Fields(header.metadata)
+    fields = Fields(header.metadata)
     architecture = fields.text("general.architecture")
     of = f"{architecture}.".__add__
     pooling = fields.number(of("pooling_type"), -1)
@@ -104,106 +100,37 @@ def describe(header: Header) -> ModelFile:
         n_tensors=header.n_tensors,
         parameters=parameters,
         tensor_bytes=tensor_bytes,
-        dimensions=_dimensions(fields, architecture, header.array_lengths.get("tokenizer.ggml.tokens")),
+        dimensions=_dimensions(fields, architecture, header.array_lengths.get(TOKENS)),
         weights=None if tensor_bytes is None else _by_place(header.tensors or ()),
         can_map=fields.number(ALIGNMENT, MAPPED_ALIGNMENT) % MAPPED_ALIGNMENT == 0,
     )
     return structs.replace(file, problem=_problem(fields, file))
 
 
-class _Fields:
-    """Typed access to metadata.  A value of another type counts as absent; llama.cpp reports it in a load."""
-
-    def __init__(self, metadata: dict[str, Value]) -> None:
-        self._metadata = metadata
-
-    def text(self, key: str) -> str:
-        value = self._metadata.get(key)
-        return value[:MAX_TEXT] if isinstance(value, str) else ""
-
-    def number(self, key: str, absent: int) -> int:
-        """Return an integer; of an array with one per layer, the largest."""
-        value = self._metadata.get(key)
-        values: list[Scalar] = value if isinstance(value, list) else [absent if value is None else value]
-        return max((v for v in values if isinstance(v, int)), default=absent)
-
-    def length(self, key: str, absent: int = 0) -> int:
-        """Return a dimension; of an array, the largest.  Returns `absent` also if the value is out of range."""
-        value = self.number(key, absent)
-        return value if 0 <= value <= MAX_LENGTH else absent
-
-    def lengths(self, key: str, blocks: int, absent: PerBlock = 0) -> PerBlock:
-        """Return a dimension for each block, or one for all.  Returns `absent` also if a value is out of range."""
-        value = self._metadata.get(key)
-        values = value[:blocks] if isinstance(value, list) else [value]
-        valid = [v for v in values if isinstance(v, int) and 0 <= v <= MAX_LENGTH]
-        if len(valid) != (blocks if isinstance(value, list) else 1):
-            return absent
-        return valid if isinstance(value, list) else valid[0]
-
-    def flag(self, key: str, absent: bool) -> bool:
-        value = self._metadata.get(key)
-        return value if isinstance(value, bool) else absent
-
-    def has(self, key: str) -> bool:
-        return key in self._metadata
-
-
-def _kind(fields: _Fields) -> Kind:
-    if fields.text("general.type") == "mmproj" or fields.text("general.architecture") == "clip":
+def _kind(fields: Fields) -> Kind:
+    """A companion encodes images or audio for the models beside it; a CLIP model that encodes text is no companion."""
+    is_clip = fields.text("general.architecture") == "clip" and not fields.flag("clip.has_text_encoder", False)
+    if fields.text("general.type") == "mmproj" or is_clip:
         return "companion"
     return "other" if _no_model(fields) else "model"
 
 
-def _no_model(fields: _Fields) -> str | None:
+def _no_model(fields: Fields) -> str | None:
     return NO_MODEL.get(fields.text("general.type")) or NO_MODEL.get(fields.text("general.architecture"))
 
 
-def _problem(fields: _Fields, file: ModelFile) -> Problem | None:
+def _problem(fields: Fields, file: ModelFile) -> Problem | None:
     if (message := _no_model(fields)) is not None:
         return Problem(code="unsupported_model", message=message)
     if file.kind == "companion":
         return None
-    if (message := _defect(fields, file)) is not None:
-        return Problem(code="invalid_model_file", message=message)
-    return None
-
-
-def _defect(fields: _Fields, file: ModelFile) -> str | None:
-    """Return the first required value that is missing, or that would make llama.cpp abort; None if there is none."""
-    if not file.architecture:
-        return "has no general.architecture"
-    prefix = file.architecture
-    if not 1 <= file.context_length <= MAX_CONTEXT_LENGTH:
-        if not fields.has(f"{prefix}.context_length"):
-            return f"has no {prefix}.context_length"
-        return f"has {prefix}.context_length = {file.context_length}; it must be from 1 to {MAX_CONTEXT_LENGTH}"
-    blocks = fields.number(f"{prefix}.block_count", 1)
-    if not 1 <= blocks <= MAX_BLOCKS:
-        return f"has {prefix}.block_count = {blocks}; it must be from 1 to {MAX_BLOCKS}"
-    if (message := _expert_defect(fields, prefix, file.expert_count)) is not None:
-        return message
-    scaling = fields.text(f"{prefix}.rope.scaling.type")
-    if fields.has(f"{prefix}.rope.scaling.type") and scaling not in ROPE_SCALING_TYPES:
-        allowed = ", ".join(sorted(ROPE_SCALING_TYPES))
-        return f"has {prefix}.rope.scaling.type = {scaling[:40]!r}; it must be one of {allowed}"
-    return None
-
-
-def _expert_defect(fields: _Fields, prefix: str, experts: int) -> str | None:
-    if not 0 <= experts <= MAX_EXPERTS:
-        return f"has {prefix}.expert_count = {experts}; it must be at most {MAX_EXPERTS}"
-    used = fields.number(f"{prefix}.expert_used_count", 0)
-    if not (1 <= used <= experts if experts else used == 0):
-        allowed = f"from 1 to {prefix}.expert_count ({experts})" if experts else "0 in a model without experts"
-        return f"has {prefix}.expert_used_count = {used}; it must be {allowed}"
-    groups = fields.number(f"{prefix}.expert_group_count", 0)
-    groups_used = fields.number(f"{prefix}.expert_group_used_count", 0)
-    if groups and groups >= experts:
-        return f"has {prefix}.expert_group_count = {groups}; it must be less than {prefix}.expert_count ({experts})"
-    if groups > 1 and (experts % groups or not 0 < groups_used < groups):
-        return f"has {prefix}.expert_group_count = {groups}: it must divide the experts, and some groups must be used"
-    return None
+    message = defects.defect(fields)
+    if message is None:
+        return None
+    if file.architecture and file.architecture not in ARCHITECTURES:  # what it lacks belongs to language models
+        message = f"is a model of the architecture {file.architecture[:MAX_SHOWN]!r}, which llama.cpp does not support"
+        return Problem(code="unsupported_model", message=message)
+    return Problem(code="invalid_model_file", message=message)
 
 
 def _mentions_tools(metadata: dict[str, Value]) -> bool:
@@ -240,13 +167,13 @@ def _by_place(tensors: Sequence[Tensor]) -> Weights:
     )
 
 
-def _dimensions(fields: _Fields, architecture: str, tokens: int | None) -> Dimensions | None:
+def _dimensions(fields: Fields, architecture: str, tokens: int | None) -> Dimensions | None:
     """Return the model's dimensions.  Returns None if a field that llama.cpp requires is missing or out of range."""
     of = f"{architecture}.".__add__
     blocks, n_embd = fields.length(of("block_count")), fields.length(of("embedding_length"))
     heads = fields.lengths(of("attention.head_count"), blocks)
     most_heads = max(heads) if isinstance(heads, list) and heads else heads
-    if not 1 <= blocks <= MAX_BLOCKS or not n_embd or not isinstance(most_heads, int) or not most_heads:
+    if not 1 <= blocks <= defects.MAX_BLOCKS or not n_embd or not isinstance(most_heads, int) or not most_heads:
         return None
     return Dimensions(
         block_count=blocks,

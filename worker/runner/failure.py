@@ -17,8 +17,8 @@ MEMORY = re.compile(
 )
 REQUESTED = re.compile(r"(?:of size|allocate|allocating)\s+(?P<number>[\d.]+)(?: ?(?P<unit>Mi?B))?")
 UNSUPPORTED = re.compile(
-    r"unknown model architecture|unknown tokenizer|unknown pre-tokenizer|cannot be used as main model"
-    r"|model type is not supported|does not support",
+    r"(?:unknown|unsupported) model architecture|unknown tokenizer|unknown pre-tokenizer|cannot be used as main model"
+    r"|model type is not supported|does not support|type \d+ \([^)]*(?:REMOVED|DEPRECATED)|requires ctx_other",
     re.I,
 )
 PATH = re.compile(r"/(?<![\w.]/)(?:[^\s'\"(),:;/]+/)*([^\s'\"(),:;/]+)")
