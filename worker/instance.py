@@ -45,6 +45,7 @@ from worker.timing import Timing
 FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})  # not a crash
 COMMIT_FRACTION = 0.02  # progress is recorded after this fraction of the bytes
 CHANGED = "a file of the model changed while it was loaded"
+CHANGED_LATER = "a file of the model changed after it was loaded"
 DRY_RUNS = 3  # at most this many dry runs per load, if each result exceeds the memory of the chosen place
 
 Answer = TypeVar("Answer", Ready, Measured)
@@ -437,7 +438,7 @@ class Resident:
                     await self._fail_with_memory(instance, runner, *self._exit_of(runner))
                 case Changed():
                     await self._stop_runner(runner)
-                    await self._fail(instance, "invalid_model_file", CHANGED)
+                    await self._fail(instance, "invalid_model_file", CHANGED_LATER)
                 case Stalled():
                     await self._stop_runner(runner)
                     limit_s = self._services.settings.stall_limit_s

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from api.loads.records import Records
-from api.pool.roster import Candidate, Roster, nowhere
+from api.pool.roster import Candidate, Roster
 from shared.errors import IdempotencyKeyReused, InvalidValue, LoadFailed, QueueFull, crashed_lately
 from shared.instance import Instance
 from shared.memory.placement import Placement
@@ -74,7 +74,7 @@ class Intake:
         await self._roster.refresh()
         if (accepted := await self._offered(submission)) is not None:
             return accepted
-        raise nowhere(submission.request, self._roster.candidates(submission.request)[1])
+        raise self._roster.nowhere(submission.request, self._roster.candidates(submission.request)[1])
 
     async def _offered(self, submission: Submission) -> Instance | None:
         """Offer a load to the workers of the roster, the best first; return it once a worker takes it.

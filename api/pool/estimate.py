@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import structs
 
-from api.pool.roster import Candidate, Roster, nowhere
+from api.pool.roster import Candidate, Roster
 from shared.errors import LoadFailed
 from shared.memory.placement import Constraints, Placement, available, once_gone
 from shared.schema.http import EstimatedDevice, EstimateResult, LoadRequest
@@ -26,7 +26,7 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
     await roster.refresh()  # estimate with the memory that is free now, not a beat ago
     candidates, known = roster.candidates(request)
     if not candidates:
-        raise nowhere(request, known)
+        raise roster.nowhere(request, known)
     best, placed = roster.choose(candidates, request)
     model = best.model
     if model.problem is not None:

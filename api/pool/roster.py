@@ -192,6 +192,24 @@ class Roster:
         ranks = [(-host.reach, host.worker.residents, host.worker.name, i) for i, host in enumerate(loads)]
         return readable[min(ranks)[-1]], None
 
+    def nowhere(self, request: LoadRequest, known: Model | None) -> ServiceError:
+        """Return the error for a load without candidates.  `known`: the model, if any worker of the last day has it."""
+        if known is None:
+            return ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
+        holders = [name for name, names in self._names.items() if request.model in names.models]
+        draining = [name for name in sorted(holders) if name in self.alive and name not in self._hosts]
+        if request.gpu is not UNSET and request.gpu.worker is not UNSET:
+            name = request.gpu.worker
+            if name in draining:
+                return NoWorker(f"Worker '{name}' is draining and accepts no new loads. Try again shortly.")
+            if name in holders:
+                return NoWorker(f"Worker '{name}' is not available. Try again shortly.")
+            return NoWorker(f"Worker '{name}' does not have {request.model}.")
+        if draining:
+            names = ", ".join(f"'{name}'" for name in draining)
+            return NoWorker(f"No worker accepts {request.model} now: draining: {names}. Try again shortly.")
+        return NoWorker(f"No available worker has {request.model}. Try again shortly.")
+
     def requirements(self, model: Model, request: LoadRequest) -> Requirements:
         """Compute the requirements of a request.  Raises InvalidValue if it exceeds the limits of the model."""
         check(request, model)
@@ -236,12 +254,3 @@ class Roster:
             self._hold(worker, [held for _, held in self._pending[worker]])
             if not self._pending[worker]:
                 del self._pending[worker]
-
-
-def nowhere(request: LoadRequest, known: Model | None) -> ServiceError:
-    """Return the error for a load without candidates.  `known` is the model, if any worker of the last day has it."""
-    if known is None:
-        return ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
-    if request.gpu is not UNSET and request.gpu.worker is not UNSET:
-        return NoWorker(f"Worker '{request.gpu.worker}' is not available or does not have {request.model}.")
-    return NoWorker(f"No available worker has {request.model}. Try again shortly.")

@@ -197,7 +197,7 @@ def test_changing_the_file_of_a_loaded_instance_ends_it(
     instance = until(lambda: ended(service, job_id), "the instance has ended")
     assert (instance.state, instance.error and instance.error.code) == (State.FAILED, "invalid_model_file")
     assert instance.error is not None
-    assert "a file of the model changed while it was loaded" in instance.error.message
+    assert "a file of the model changed after it was loaded" in instance.error.message
     assert not is_alive(runner)
     assert {*service.instances()} == {TINY}
     assert service.job(job_id) == job, "the outcome of the load does not change"

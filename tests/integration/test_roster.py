@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import redis
+from msgspec import UNSET
 
 import api.pool.roster
 from api.pool.roster import PENDING_S, Roster
+from shared.errors import NoWorker
 from shared.instance import Instance
-from shared.schema.http import LoadRequest
+from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import Device
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
@@ -117,3 +120,32 @@ async def test_a_load_is_placed_by_the_file_of_each_worker(store: Store) -> None
     assert best.worker == "small"
     assert placement is not None
     assert placement.bytes == {"GPU-small": 40}
+
+
+async def test_the_error_says_whether_a_worker_drains_or_is_away(store: Store) -> None:
+    for name, state in (("drains", "draining"), ("has-none", "ready"), ("left", "ready")):
+        models = [] if name == "has-none" else [MODEL]
+        digest = await store.workers.publish_catalog(name, models, "e")
+        assert digest is not None
+        snapshot = WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest, residents=0)
+        await store.workers.renew(msgspec.structs.replace(snapshot, state=state))
+    roster = Roster(store.workers, Settings())
+    await roster.refresh()
+    await store.workers.release("left", "e")
+    await roster.refresh()
+
+    def error(worker: str = "") -> str:
+        request = LoadRequest(model="p/m", gpu=GPURequest(worker=worker) if worker else UNSET)
+        candidates, known = roster.candidates(request)
+        assert candidates == []
+        found = roster.nowhere(request, known)
+        assert isinstance(found, NoWorker)
+        return str(found)
+
+    assert error() == "No worker accepts p/m now: draining: 'drains'. Try again shortly."
+    assert error("drains") == "Worker 'drains' is draining and accepts no new loads. Try again shortly."
+    assert error("left") == "Worker 'left' is not available. Try again shortly."
+    assert error("has-none") == "Worker 'has-none' does not have p/m."
+    await store.workers.release("drains", "e")
+    await roster.refresh()
+    assert error() == "No available worker has p/m. Try again shortly."

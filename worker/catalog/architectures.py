@@ -53,10 +53,10 @@ WHOLE_ROTATION = _named(
     """
 )
 
-# They do not use RoPE: llama_model_rope_type.
+# They do not use RoPE: llama_model_rope_type, and the graph of bert.
 NO_ROTATION = _named(
     """
-    arwkv7 bloom glm5-next gpt2 jais jamba jina-bert-v2 kimi-k3 kimi-linear mamba mamba2 mpt nemotron_h
+    arwkv7 bert bloom glm5-next gpt2 jais jamba jina-bert-v2 kimi-k3 kimi-linear mamba mamba2 mpt nemotron_h
     nemotron_h_moe refact rwkv6 rwkv6qwen2 rwkv7 t5 t5encoder wavtokenizer-dec
     """
 )

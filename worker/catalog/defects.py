@@ -87,7 +87,7 @@ def _in_experts(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
     if groups > 1 and (experts % groups or not 0 < groups_used < groups):
         yield f"has {key('expert_group_count')} = {groups}: it must divide the experts, and some groups must be used"
     if experts:
-        yield from _outside(fields, key("expert_gating_func"), 1, MAX_GATING)
+        yield from _outside(fields, key("expert_gating_func"), 0, MAX_GATING)
 
 
 def _in_heads(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
@@ -180,6 +180,8 @@ def _in_architecture(fields: Fields, key: Key, architecture: str) -> Iterator[st
         case "rwkv6qwen2" | "arwkv7":
             yield from differs("token_shift_count", 1, f"that of {architecture}", absent=2)
             yield from _in_head_size(fields, key, width)
+        case "lfm2moe" | "minimax-m2":
+            yield from _outside(fields, key("expert_gating_func"), 1, MAX_GATING)
         case "llama4":
             yield from _outside(fields, key("attention.sliding_window"), 1, MAX_INT)
         case "ernie4_5-moe":
