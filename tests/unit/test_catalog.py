@@ -17,7 +17,7 @@ from shared.quantization import tag
 from shared.schema.http import LoadRequest
 from shared.schema.model import Dimensions, Model, Problem, Weights
 from shared.settings import Settings
-from tests.support.headers import LLAMA, Value, header, vocabulary, write
+from tests.support.headers import LLAMA, WEIGHTS, Value, header, vocabulary, write
 from worker.catalog import keys
 from worker.catalog.catalog import Catalog
 from worker.catalog.keys import Place
@@ -86,6 +86,9 @@ def test_files_of_one_quantization_differ_by_their_stems(root: Path, look: Look)
     assert sorted(look()) == ["pub/m@m-q8_0", "pub/m@m.i1-q8_0", "pub/m@q4_0"]
 
 
+QUANTIZED = ("Q4_K_M", "UD-Q2_K_XL")
+
+
 def test_similar_folders_give_a_key_to_each_file(root: Path, look: Look) -> None:
     write(root / "Pub/M-GGUF/f.gguf")
     write(root / "pub/m/f.gguf")
@@ -93,6 +96,161 @@ def test_similar_folders_give_a_key_to_each_file(root: Path, look: Look) -> None
     models = look()
     assert sorted(models) == ["pub/m@f", "pub/m@f-2", "pub/m@f16"]
     assert models["pub/m@f"].shards == ["Pub/M-GGUF/f.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (
+            [f"unsloth/Big-R1-GGUF/{q}/Big-R1-{q}-0000{n}-of-00002.gguf" for q in QUANTIZED for n in (1, 2)],
+            ["unsloth/big-r1@q4_k_m", "unsloth/big-r1@ud-q2_k_xl"],
+        ),
+        (
+            [f"unsloth/Big-R1/{q}/part-0000{n}-of-00002.gguf" for q in QUANTIZED for n in (1, 2)],
+            ["unsloth/big-r1@q4_k_m", "unsloth/big-r1@ud-q2_k_xl"],
+        ),
+        (
+            ["bart/L-70B-GGUF/L-70B-Q8_0/L-70B-Q8_0-00001-of-00001.gguf", "bart/L-70B-GGUF/L-70B-Q4_K_M.gguf"],
+            ["bart/l-70b@q4_k_m", "bart/l-70b@q8_0"],
+        ),
+        (
+            ["ub/K2-GGUF/smol-IQ2_KS/K2-smol-IQ2_KS.gguf", "ub/K2-GGUF/IQ4_KS/K2-IQ4_KS.gguf"],
+            ["ub/k2@iq2_ks", "ub/k2@iq4_ks"],
+        ),
+        (["p/M-GGUF/UD-Q2_K_XL/m-Q2_K_XL.gguf", "p/M-GGUF/Q2_K_XL/m-Q2_K_XL.gguf"], ["p/m@q2_k_xl", "p/m@ud-q2_k_xl"]),
+        (["p/m/m-Q8_0/f.gguf"], ["p/m"]),
+        (["M-GGUF/BF16/f.gguf", "M-GGUF/f-Q8_0.gguf"], ["m@bf16", "m@q8_0"]),
+        (["pub/M-Q8_0/f.gguf"], ["pub/m-q8_0"]),
+        (["x/pub/M-Q8_0/f.gguf"], ["pub/m-q8_0"]),
+        (["Q8_0/f.gguf"], ["q8_0"]),
+    ],
+)
+def test_a_folder_for_one_quantization_names_no_model(
+    root: Path, look: Look, paths: list[str], expected: list[str]
+) -> None:
+    for path in paths:
+        write(root / path, {"split.count": 2} if "-of-00002" in path else {})
+    models = look()
+    assert {model.problem for model in models.values()} == {None}
+    assert sorted(models) == expected
+
+
+def test_a_projector_beside_quantization_folders_is_found(root: Path, look: Look) -> None:
+    for quantized in QUANTIZED:
+        write(root / f"unsloth/Big-R1-GGUF/{quantized}/Big-R1-{quantized}.gguf")
+    write(root / "unsloth/Big-R1-GGUF/mmproj-F16.gguf", {"general.type": "mmproj"})
+    assert {(model.publisher, model.vision) for model in look().values()} == {("unsloth", True)}
+
+
+# ---- the cache of Hugging Face
+
+MAIN, OLD = 40 * "a", 40 * "b"
+
+
+def cached(hub: Path, repository: str, revision: str, name: str, **metadata: Value) -> Path:
+    """Write a file as `hf download` does: a blob, and a link to it in a revision."""
+    folder = hub / f"models--{repository.replace('/', '--')}"
+    blob = write(folder / f"blobs/{revision[:4]}-{name.replace('/', '-').removesuffix('.gguf')}", {**metadata})
+    link = folder / "snapshots" / revision / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+@pytest.mark.parametrize("where", ["", "huggingface/hub"])
+def test_a_file_in_hugging_faces_cache_has_its_repositorys_key(root: Path, look: Look, where: str) -> None:
+    hub = root / where
+    folder = cached(hub, "Org/Name-GGUF", MAIN, "x-Q4_K_M.gguf")
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(MAIN)
+    (folder / ".no_exist" / MAIN).mkdir(parents=True)
+    (hub / ".locks/models--Org--Name-GGUF").mkdir(parents=True)
+    write(folder / "blobs/incomplete.gguf")
+    cached(hub, "Org/Big-GGUF", MAIN, "Q8_0/big-Q8_0.gguf")
+    cached(hub, "Org/Big-GGUF", MAIN, "gguf/any-Q4_0.gguf")
+    cached(hub, "Org/Big-GGUF", MAIN, "mmproj-F16.gguf")
+    cached(hub, "gpt2", MAIN, "gpt2.gguf")
+    models = look()
+    assert sorted(models) == ["gpt2", "org/big@q4_0", "org/big@q8_0", "org/name"]
+    assert {key: (model.publisher, model.vision) for key, model in models.items()} == {
+        "gpt2": ("", False),
+        "org/big@q4_0": ("Org", True),
+        "org/big@q8_0": ("Org", True),
+        "org/name": ("Org", False),
+    }
+    assert {model.problem for model in models.values()} == {None}
+
+
+def test_the_plain_key_is_of_the_revision_that_main_names(root: Path, look: Look) -> None:
+    folder = cached(root, "org/name", OLD, "x-Q4_K_M.gguf", **{"general.name": "old"})
+    assert look()["org/name"].display_name == "old", "it is the only one"
+    cached(root, "org/name", MAIN, "x-Q8_0.gguf", **{"general.name": "new"})
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(f"{OLD}\n")
+    (folder / "refs/v2").write_text(MAIN)
+    named = by_name([*look().values()])
+    assert (named["org/name"].display_name, named["org/name@aaaaaaa"].display_name) == ("old", "new")
+    (folder / "refs/main").write_text(MAIN)
+    models = look()
+    assert sorted(models) == ["org/name", "org/name@bbbbbbb"]
+    named = by_name([*models.values()])
+    assert (named["org/name"].display_name, named["org/name@bbbbbbb"].display_name) == ("new", "old")
+    (folder / "refs/main").unlink()
+    os.mkfifo(folder / "refs/main")
+    assert look()["org/name"].display_name == "new", "a reference of another name is used"
+
+
+def test_a_file_that_two_revisions_share_is_one_model(root: Path, look: Look) -> None:
+    folder = cached(root, "org/name", OLD, "x-Q4_K_M.gguf")
+    (folder / "snapshots" / MAIN).mkdir()
+    (folder / "snapshots" / MAIN / "x-Q4_K_M.gguf").symlink_to("../../blobs/bbbb-x-Q4_K_M")
+    assert {key: model.shards for key, model in look().items()} == {
+        "org/name": [f"models--org--name/snapshots/{MAIN}/x-Q4_K_M.gguf"]
+    }
+
+
+def test_a_link_out_of_hugging_faces_cache_is_refused(root: Path, look: Look) -> None:
+    outside = write(root.parent / f"outside/{MAIN}/m.gguf").parent.parent
+    (root / "models--p--m").mkdir()
+    (root / "models--p--m/snapshots").symlink_to(outside)
+    assert [problem(model) for model in look().values()] == [
+        "snapshots is a symbolic link to a path outside the models directory"
+    ]
+
+
+# ---- files that are no models
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("solo-imatrix.gguf", {"general.type": "imatrix"}),
+        ("solo-lora-F16.gguf", {"general.type": "adapter"}),
+        ("solo-Q8_0.gguf", b"broken"),
+        ("solo-Q8_0-00001-of-00002.gguf", {}),
+        ("ggml-vocab-solo.gguf", None),
+    ],
+)
+def test_a_file_that_is_no_model_names_no_model(
+    root: Path, look: Look, name: str, content: dict[str, Value] | bytes | None
+) -> None:
+    """It keeps a key of its own, for the reason to be told."""
+    write(root / "bart/solo/solo-Q4_K_M.gguf")
+    other = write(
+        root / "bart/solo" / name, content if isinstance(content, dict) else {}, [] if content is None else WEIGHTS
+    )
+    if isinstance(content, bytes):
+        other.write_bytes(content)
+    usable = [key for key, model in look().items() if model.problem is None]
+    assert usable == ["bart/solo"]
+    named = by_name([*look().values()])
+    assert named["bart/solo"] is named["bart/solo@q4_k_m"]
+    assert len(look()) == 2
+
+
+def test_an_unusable_file_alone_has_the_plain_key(root: Path, look: Look) -> None:
+    (write(root / "p/m/m-Q4_0.gguf")).write_bytes(b"broken")
+    assert list(look()) == ["p/m"]
 
 
 @pytest.mark.parametrize(
@@ -400,6 +558,27 @@ def test_a_header_without_names_leaves_the_file_name(root: Path, look: Look) -> 
 )  # fmt: skip
 def test_numbers_of_weights_are_abbreviated(parameters: int, text: str) -> None:
     assert abbreviated(parameters) == text
+
+
+@pytest.mark.parametrize(
+    ("stem", "file_type", "name"),
+    [
+        ("m-UD-Q4_K_XL", 15, "UD-Q4_K_XL"),
+        ("m-UD-IQ2_M", 29, "UD-IQ2_M"),
+        ("m-Q6_K_L", 18, "Q6_K_L"),
+        ("m-Q4_K_M", 15, "Q4_K_M"),
+        ("m-fp16", 1, "F16"),
+        ("m-mxfp4", 38, "MXFP4"),
+        ("m", 15, "Q4_K_M"),
+        ("m", None, "F32"),  # of the tensors
+    ],
+)
+def test_the_quantization_is_the_one_that_the_file_names(
+    root: Path, look: Look, stem: str, file_type: int | None, name: str | None
+) -> None:
+    """The header knows only the type of most tensors."""
+    write(root / f"p/m/{stem}.gguf", {} if file_type is None else {"general.file_type": file_type})
+    assert look()["p/m"].quantization == name
 
 
 # ---- problems

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
@@ -23,7 +23,7 @@ from shared.schema.model import FileStat, Model, Problem, Weights
 from worker.catalog import gguf, keys, modelfile
 from worker.catalog.directory import Candidate, walk
 from worker.catalog.gguf import InvalidGGUF
-from worker.catalog.keys import Named, Place
+from worker.catalog.keys import Home, Named, Place
 from worker.catalog.modelfile import ModelFile
 
 CACHE_VERSION = f"4 {shared.__version__}"  # the interpretation of a header may change with every release
@@ -103,7 +103,8 @@ class Catalog:
     def _read(self, candidate: Candidate, *, whole: bool) -> bool:
         """Read a file's header into the cache.  Returns whether the entry changed."""
         try:
-            file = modelfile.describe(gguf.read(self._models_dir / candidate.path, whole=whole))
+            header = gguf.read(self._models_dir / candidate.path, whole=whole)
+            file = modelfile.describe(header)
         except InvalidGGUF as e:
             file = modelfile.unreadable(e)
         before = self._entries.get(candidate.path)
@@ -121,62 +122,92 @@ def _load(cache_file: Path) -> dict[str, Entry]:
     return cache.files if cache.version == CACHE_VERSION else {}
 
 
+class Group(Struct, frozen=True):
+    """The files of one model."""
+
+    place: Place
+    of: int  # number of shards; 0: the model is a single file
+    parts: dict[int, Candidate]  # by number, from 1
+
+    @property
+    def stats(self) -> list[FileStat]:
+        return [self.parts[no].stat for no in sorted(self.parts)]
+
+
 def assemble(candidates: Sequence[Candidate], files: Mapping[str, ModelFile]) -> list[Model]:
     """Group files into models, sorted by key.  `files` describes every candidate without a refusal, by path.
 
     An unreadable file, or a folder that cannot be listed, becomes a model with a problem.
     """
-    groups: dict[tuple[Place, object], dict[int, Candidate]] = {}
-    vision_folders: set[tuple[str, ...]] = set()
+    groups: dict[tuple[Place, object], Group] = {}
+    vision: set[Home] = set()
     for candidate in candidates:
         if candidate.is_folder:
             folders = PurePosixPath(candidate.path).parts
-            groups[Place(folders, folders[-1]), candidate.path] = {1: candidate}
+            place = Place(folders, folders[-1], candidate.revision)
+            groups[place, candidate.path] = Group(place, 0, {1: candidate})
             continue
-        place, no, of = keys.shard(candidate.path)
+        place, no, of = keys.shard(candidate.path, candidate.revision)
         file = files.get(candidate.path)
         if COMPANION in place.stem.lower() or (file is not None and file.kind == "companion"):
             if file is not None and file.vision and not candidate.refusal:
-                vision_folders.add(place.folders)
+                vision.add(keys.home(place))
         else:
-            groups.setdefault((place, of or candidate.path), {})[no] = candidate
-    names = keys.name_all([place for place, _ in groups])
-    models = [
-        _model(name, place, of if isinstance(of, int) else 0, parts, files, vision=place.folders in vision_folders)
-        for name, ((place, of), parts) in zip(names, groups.items(), strict=True)
-    ]
-    return sorted(models, key=lambda model: model.key)
+            groups.setdefault((place, of or candidate.path), Group(place, of, {})).parts[no] = candidate
+    found = [(group, _problem(group, files)) for group in _without_copies([*groups.values()])]
+    models = [group for group, problem in found if problem is None]
+    found.sort(key=lambda one: one[1] is not None)  # the models first
+    places = [group.place for group, _ in found]
+    names = keys.name_all(places[: len(models)], places[len(models) :])
+    assembled = [_model(name, *one, files, vision) for name, one in zip(names, found, strict=True)]
+    return sorted(assembled, key=lambda model: model.key)
+
+
+def _without_copies(groups: Sequence[Group]) -> list[Group]:
+    """Leave out the models of old revisions whose files are also those of another revision of the repository."""
+    seen: set[tuple[tuple[str, ...], tuple[FileStat, ...]]] = set()
+    kept: list[Group] = []
+    for group in sorted(groups, key=lambda group: group.place.revision):  # the current revision is first
+        identity = keys.home(group.place).folders, tuple(group.stats)
+        if not group.place.revision or identity not in seen:
+            kept.append(group)
+        seen.add(identity)
+    return kept
 
 
 def _model(
-    name: Named, place: Place, of: int, parts: dict[int, Candidate], files: Mapping[str, ModelFile], *, vision: bool
+    name: Named,
+    group: Group,
+    problem: Problem | None,
+    files: Mapping[str, ModelFile],
+    vision: Collection[Home],
 ) -> Model:
+    place, parts = group.place, group.parts
     shards = [parts[no] for no in sorted(parts)]
     readable = [files[shard.path] for shard in shards if not shard.refusal]
     first = readable[0] if readable and 1 in parts and not parts[1].refusal else ModelFile(whole=True)
     parameters = _sum([file.parameters for file in readable])
     tensor_bytes = _sum([file.tensor_bytes for file in readable])
-    tag = quantization.tag(place.stem).upper()
     return Model(
         key=name.key,
         base=name.base,
         variant=name.variant,
         shards=[shard.path for shard in shards],
         size_bytes=sum(shard.stat.size for shard in shards),
-        problem=_problem(place, of, parts, files),
+        problem=problem,
         type=first.type,
         publisher=keys.publisher(place) or first.organization,
         display_name=first.name or place.stem,
         description=first.description,
         architecture=first.architecture,
-        quantization=first.quantization or tag or quantization.by_tensors(_all_matrices(readable)),
+        quantization=keys.label(place) or first.quantization or quantization.by_tensors(_all_matrices(readable)),
         bits_per_weight=round(8 * tensor_bytes / parameters, 2) if tensor_bytes and parameters else None,
         params_string=first.size_label or (modelfile.abbreviated(parameters) if parameters else None),
         max_context_length=first.context_length,
         expert_count=first.expert_count,
         causal=first.causal,
         pooling=first.pooling,
-        vision=vision,
+        vision=keys.home(place) in vision,
         trained_for_tool_use=first.tool_use,
         files=[shard.stat for shard in shards],
         can_map=all(file.can_map for file in readable),
@@ -211,8 +242,9 @@ def _all_weights(shards: Sequence[Weights | None]) -> Weights | None:
     )
 
 
-def _problem(place: Place, of: int, parts: dict[int, Candidate], files: Mapping[str, ModelFile]) -> Problem | None:
+def _problem(group: Group, files: Mapping[str, ModelFile]) -> Problem | None:
     """Return the first reason why the files cannot be loaded as one model, with the name of the file at fault."""
+    place, of, parts = group.place, group.of, group.parts
     for no in sorted(parts):
         if parts[no].refusal:
             return _fault(parts[no], parts[no].refusal)

@@ -1,18 +1,24 @@
-"""Lists the GGUF files of a models directory.  Always terminates, opens no file, and stays inside the directory."""
+"""Lists the GGUF files of a models directory.  Always terminates, opens no model, and stays inside the directory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from shared.schema.model import FileStat
-from worker.catalog.keys import GGUF
+from worker.catalog.keys import GGUF, REPOSITORY, snapshot
 
 OUTSIDE = "is a symbolic link to a path outside the models directory"
 NOT_UTF8 = "has a name that is not UTF-8"
 MAX_DEPTH = 32  # nested folders
+INTERNAL = frozenset({"blobs", "refs"})  # folders of a repository in Hugging Face's cache; its snapshots link to blobs
+REVISION_N = 7  # hexadecimal digits that name a revision, as git shortens them
+COMMIT_N = 64  # digits of the longest commit
 
 
 class Candidate(NamedTuple):
@@ -26,6 +32,7 @@ class Candidate(NamedTuple):
     stat: FileStat = FileStat(0, 0, 0)
     refusal: str = ""
     is_folder: bool = False
+    revision: str = ""  # of a repository in Hugging Face's cache, unless it is the current one
 
 
 def walk(models_dir: Path) -> list[Candidate]:
@@ -37,8 +44,8 @@ def walk(models_dir: Path) -> list[Candidate]:
     """
     root = os.path.realpath(models_dir)
     with os.scandir(root) as entries:
-        candidates = [candidate for entry in entries for candidate in _entry(entry, root, "", linked=False)]
-    return sorted((_printable(candidate) for candidate in candidates), key=lambda candidate: candidate.path)
+        candidates = [_printable(candidate) for entry in entries for candidate in _entry(entry, root, "", linked=False)]
+    return _with_revisions(sorted(candidates, key=lambda candidate: candidate.path), Path(root))
 
 
 def _folder(folder: str, root: str, path: str, *, linked: bool) -> Iterator[Candidate]:
@@ -52,7 +59,7 @@ def _folder(folder: str, root: str, path: str, *, linked: bool) -> Iterator[Cand
 
 def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> Iterator[Candidate]:
     path = prefix + entry.name
-    if entry.name.startswith("."):
+    if entry.name.startswith(".") or (entry.name in INTERNAL and REPOSITORY.fullmatch(PurePosixPath(prefix).name)):
         return
     is_gguf = entry.name.lower().endswith(GGUF)
     try:
@@ -77,6 +84,45 @@ def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> 
 
 def _holds(folder: str, path: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _with_revisions(candidates: Sequence[Candidate], root: Path) -> list[Candidate]:
+    """Name the revision of each file in Hugging Face's cache that is not of its repository's current revision."""
+    found: list[Candidate] = []
+    for repository, group in groupby(candidates, lambda candidate: _revision(candidate)[0]):
+        files = [*group]
+        revisions = sorted({_revision(file)[1] for file in files})
+        current = _current(root / repository / "refs", revisions) if len(revisions) > 1 else revisions[0]
+        for file in files:
+            revision = _revision(file)[1]
+            found.append(file if revision == current else file._replace(revision=revision[:REVISION_N]))
+    return found
+
+
+def _revision(candidate: Candidate) -> tuple[str, str]:
+    """Return the folder of a repository in Hugging Face's cache, and a revision; "" twice for other files."""
+    folders = PurePosixPath(candidate.path).parts[:-1]
+    i = snapshot(folders)
+    return ("", "") if i is None else ("/".join(folders[: i - 1]), folders[i])
+
+
+def _current(refs: Path, revisions: Sequence[str]) -> str:
+    """Return the revision that `main` names, else the first one of another reference, else the first one."""
+    with suppress(OSError):
+        for reference in sorted(refs.iterdir(), key=lambda path: (path.name != "main", path)):
+            with suppress(OSError):
+                if (commit := _read(reference)) in revisions:
+                    return commit
+    return revisions[0]
+
+
+def _read(reference: Path) -> str:
+    """Read a reference.  Never blocks on a FIFO, and follows no link."""
+    fd = os.open(reference, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.read(fd, COMMIT_N).decode("ascii", "replace").strip() if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+    finally:
+        os.close(fd)
 
 
 def _printable(candidate: Candidate) -> Candidate:

@@ -12,6 +12,9 @@ from shared import quantization
 
 GGUF = ".gguf"
 SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})", re.DOTALL)
+REPOSITORY = re.compile(r"models--(?:(?P<owner>.+?)--)?(?P<name>.+)", re.DOTALL)  # a folder of Hugging Face's cache
+SNAPSHOTS = "snapshots"  # its subfolder with a folder for each revision
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Place(NamedTuple):
@@ -19,6 +22,14 @@ class Place(NamedTuple):
 
     folders: tuple[str, ...]
     stem: str  # of the file's name, without the suffix of a shard ("-00001-of-00003")
+    revision: str = ""  # of a repository in Hugging Face's cache, unless it is the current one
+
+
+class Home(NamedTuple):
+    """The folder that names a model, and the models beside it."""
+
+    folders: tuple[str, ...]
+    revision: str = ""
 
 
 class Named(NamedTuple):
@@ -33,52 +44,107 @@ class Shard(NamedTuple):
     of: int  # number of shards; 0: the model is a single file
 
 
-def shard(path: str) -> Shard:
+def shard(path: str, revision: str = "") -> Shard:
     """Return the model's location and the shard number that a path under the models directory encodes."""
     *folders, name = PurePosixPath(path).parts
     stem = name[: -len(GGUF)] if name.lower().endswith(GGUF) else name
     split = SHARD.fullmatch(stem)
     if split is None or not 1 <= int(split["no"]) <= int(split["count"]):
-        return Shard(Place(tuple(folders), stem), 1, 0)
-    return Shard(Place(tuple(folders), split["stem"]), int(split["no"]), int(split["count"]))
+        return Shard(Place(tuple(folders), stem, revision), 1, 0)
+    return Shard(Place(tuple(folders), split["stem"], revision), int(split["no"]), int(split["count"]))
+
+
+def snapshot(folders: Sequence[str]) -> int | None:
+    """Return the index of the folder of a revision in Hugging Face's cache, `models--OWNER--NAME/snapshots/COMMIT`.
+
+    None if no folder is one.
+    """
+    for i in range(len(folders) - 1, 1, -1):
+        if folders[i - 1] == SNAPSHOTS and REPOSITORY.fullmatch(folders[i - 2]) and COMMIT.fullmatch(folders[i]):
+            return i
+    return None
+
+
+def home(place: Place) -> Home:
+    """Return the folder that names a model: not a folder for one quantization, nor one of Hugging Face's cache."""
+    return Home(_split(place)[0], place.revision)
+
+
+def tag(place: Place) -> str:
+    """Return the quantization that the names of a file and its folder tell, in lower case; "" if they tell none."""
+    of_folder, of_file = quantization.tag(_split(place)[1]), quantization.tag(place.stem)
+    return of_folder if of_folder.endswith(of_file) else of_file  # UD-Q2_K_XL/m-Q2_K_XL.gguf
+
+
+def label(place: Place) -> str:
+    """Return the quantization that the names of a file and its folder tell, as it is shown; "" if they tell none."""
+    return re.sub(r"^FP(?=\d)", "F", tag(place).upper())
+
+
+def _split(place: Place) -> tuple[tuple[str, ...], str]:
+    """Return the folders that name a model, and the folder for one of its quantizations, "" if there is none."""
+    folders = place.folders
+    if (i := snapshot(folders)) is not None and (repository := REPOSITORY.fullmatch(folders[i - 2])):
+        owner, name = repository["owner"], repository["name"]
+        return ((owner, name) if owner else (name,)), folders[-1] if len(folders) > i + 1 else ""
+    if len(folders) >= 2 and _is_quantization(folders[-1], folders[-2]):
+        return folders[:-1], folders[-1]
+    return folders, ""
+
+
+def _is_quantization(folder: str, parent: str) -> bool:
+    """Return whether a folder is for one quantization of the model that its parent names: `M-GGUF/Q8_0`, `M/M-Q8_0`."""
+    found, folder, parent = quantization.tag(folder), folder.lower(), parent.lower()
+    is_part = parent.endswith("-gguf") or folder.removesuffix(found).rstrip("-_.") == parent
+    return bool(found) and (found == folder or is_part)
 
 
 def base(place: Place) -> str:
     """Return the key of a place without its variant: `publisher/name`, `name`, or the stem of a file in no folder."""
-    if not place.folders:
+    folders, revision = home(place)
+    if not folders:
         return place.stem.lower()
-    *publisher, name = (folder.lower() for folder in place.folders[-2:])
-    return "/".join([*publisher, name.removesuffix("-gguf") or name])
+    *publisher, name = (folder.lower() for folder in folders[-2:])
+    return "/".join([*publisher, name.removesuffix("-gguf") or name]) + (f"@{revision}" if revision else "")
 
 
 def publisher(place: Place) -> str:
-    return place.folders[-2] if len(place.folders) >= 2 else ""
+    folders = home(place).folders
+    return folders[-2] if len(folders) >= 2 else ""
 
 
-def name_all(places: Sequence[Place]) -> list[Named]:
-    """Return a unique key for each place.  The keys depend on the set of places, not on their order.
+def name_all(models: Sequence[Place], others: Sequence[Place] = ()) -> list[Named]:
+    """Return a unique key for each model, then for each of `others`.  The keys do not depend on the places' order.
 
     Places with the same base get a variant: their quantization or, if it is not unique, their stem.  If the stems are
     equal too (the same file name in two folders), a number in the order of the paths is appended.
+
+    `others` are files that cannot be loaded.  They have no influence on the keys of models.
     """
+    named = _name(models, models, set())
+    return named + _name(others, [*models, *others], {name.key for name in named})
+
+
+def _name(places: Sequence[Place], among: Sequence[Place], taken: set[str]) -> list[Named]:
+    """Return a key for each place that is unique `among` all, and not in `taken`."""
     order = sorted(range(len(places)), key=lambda i: places[i])
-    bases = [base(place) for place in places]
-    tags = [quantization.tag(place.stem) for place in places]
-    n_base, n_tag = Counter(bases), Counter(zip(bases, tags, strict=True))
+    bases, tags = [base(place) for place in places], [tag(place) for place in places]
+    n_base, n_tag = Counter(map(base, among)), Counter((base(place), tag(place)) for place in among)
     variants = [
-        tag if n_base[shared] == 1 or (tag and n_tag[shared, tag] == 1) else place.stem.lower()
-        for place, shared, tag in zip(places, bases, tags, strict=True)
+        of_place if n_base[shared] == 1 or (of_place and n_tag[shared, of_place] == 1) else place.stem.lower()
+        for place, shared, of_place in zip(places, bases, tags, strict=True)
     ]
     preferred = [
         shared if n_base[shared] == 1 else f"{shared}@{variant}"
         for shared, variant in zip(bases, variants, strict=True)
     ]
     n_preferred = Counter(preferred)
-    assigned = {key for key in preferred if n_preferred[key] == 1}
+    assigned = taken | {key for key in preferred if n_preferred[key] == 1}
     named: dict[int, Named] = {}
     for i in order:
         suffix, n = "", 1
-        while n_preferred[preferred[i]] > 1 and preferred[i] + suffix in assigned:
+        is_unique = n_preferred[preferred[i]] == 1 and preferred[i] not in taken
+        while not is_unique and preferred[i] + suffix in assigned:
             n += 1
             suffix = f"-{n}"
         assigned.add(preferred[i] + suffix)
