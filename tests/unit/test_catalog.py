@@ -228,6 +228,7 @@ def test_a_link_out_of_hugging_faces_cache_is_refused(root: Path, look: Look) ->
         ("solo-lora-F16.gguf", {"general.type": "adapter"}),
         ("solo-Q8_0.gguf", b"broken"),
         ("solo-Q8_0-00001-of-00002.gguf", {}),
+        ("solo-DFlash-Q4_0.gguf", {"general.architecture": "dflash"}),
         ("ggml-vocab-solo.gguf", None),
     ],
 )
@@ -251,6 +252,44 @@ def test_a_file_that_is_no_model_names_no_model(
 def test_an_unusable_file_alone_has_the_plain_key(root: Path, look: Look) -> None:
     (write(root / "p/m/m-Q4_0.gguf")).write_bytes(b"broken")
     assert list(look()) == ["p/m"]
+
+
+MTP: dict[str, Value] = {
+    "general.architecture": "glm4moe",
+    "glm4moe.context_length": 4096,
+    "glm4moe.block_count": 5,
+    "glm4moe.nextn_predict_layers": 1,
+    "glm4moe.expert_count": 8,
+    "glm4moe.expert_used_count": 2,
+}
+
+
+def test_a_draft_is_no_model(root: Path, look: Look) -> None:
+    write(root / "p/main/main-Q8_0.gguf")
+    write(root / "p/main/main-DFlash-Q4_0.gguf", {"general.architecture": "dflash"})
+    write(root / "p/main/eagle3-main-Q4_0.gguf", {"general.architecture": "eagle3"})
+    named = by_name([*look().values()])
+    assert named["p/main"].shards == ["p/main/main-Q8_0.gguf"]
+    draft = named["p/main@main-dflash-q4_0"].problem
+    assert draft is not None
+    assert (draft.code, draft.message.split(":")[0]) == ("unsupported_model", "main-DFlash-Q4_0.gguf is a draft model")
+
+
+def test_a_file_of_nothing_but_draft_layers_is_no_model(root: Path) -> None:
+    """Only its tensors tell, so that they are read at once: keys do not change a second later."""
+    embedding, trunk, last = (
+        WEIGHTS[0],
+        ("blk.0.attn_norm.weight", (32,), 0),
+        ("blk.4.nextn.eh_proj.weight", (32,), 0),
+    )
+    write(root / "z/glm/glm-Q8_0.gguf", MTP | vocabulary(10), [embedding, trunk, last])
+    write(root / "z/glm/mtp-glm-Q4_0.gguf", MTP | vocabulary(10), [embedding, last])
+    catalog = Catalog(root, root.parent / "cache")
+    catalog.look()
+    assert {model.key: model.problem and model.problem.code for model in catalog.models()} == {
+        "z/glm": None,
+        "z/glm@q4_0": "unsupported_model",
+    }
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ class Catalog:
         """Read a file's header into the cache.  Returns whether the entry changed."""
         try:
             header = gguf.read(self._models_dir / candidate.path, whole=whole)
+            if modelfile.needs_tensors(header):
+                header = gguf.read(self._models_dir / candidate.path, whole=True)
             file = modelfile.describe(header)
         except InvalidGGUF as e:
             file = modelfile.unreadable(e)

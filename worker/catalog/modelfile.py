@@ -21,11 +21,14 @@ DIFFUSERS = frozenset({"dream", "llada", "llada-moe", "rnd1"})  # not causal, bu
 
 INPUT_TENSORS = frozenset({"token_embd.weight", "token_types.weight", "position_embd.weight"})
 
-NO_MODEL = {
+NO_MODEL = {  # by general.type or architecture
     "adapter": "is a LoRA adapter, not a model",
     "controlvector": "is a control vector, not a model",
     "imatrix": "is an importance matrix, not a model",
 }
+# Architectures that predict tokens for another model, and have no context without it (llama-context.cpp, `ctx_other`).
+DRAFTS = frozenset({"dflash", "eagle3", "gemma4-assistant"})
+DRAFT = "is a draft model: it only speeds up another model, and cannot be loaded alone"
 
 Kind = Literal["model", "companion", "other"]
 
@@ -79,9 +82,10 @@ def describe(header: Header) -> ModelFile:
     causal = architecture not in ENCODERS and fields.flag(of("attention.causal"), True)
     file_type = fields.number("general.file_type", -1)
     parameters, tensor_bytes = _weigh(header)
+    no_model = _no_model(fields, header)
     file = ModelFile(
         whole=header.tensors is not None,
-        kind=_kind(fields),
+        kind=_kind(fields, no_model),
         type="embedding" if pooling in (1, 2, 3, 4) or (not causal and architecture not in DIFFUSERS) else "llm",
         architecture=architecture,
         name=fields.text("general.name").strip(),
@@ -104,24 +108,52 @@ def describe(header: Header) -> ModelFile:
         weights=None if tensor_bytes is None else _by_place(header.tensors or ()),
         can_map=fields.number(ALIGNMENT, MAPPED_ALIGNMENT) % MAPPED_ALIGNMENT == 0,
     )
-    return structs.replace(file, problem=_problem(fields, file))
+    return structs.replace(file, problem=_problem(fields, file, no_model))
 
 
-def _kind(fields: Fields) -> Kind:
+def needs_tensors(header: Header) -> bool:
+    """Return whether only the tensors tell if a file is a model, since it may have nothing but a model's draft layers.
+
+    These predict several tokens at once (MTP, NextN).
+    """
+    return header.tensors is None and _draft_blocks(Fields(header.metadata)) is not None
+
+
+def _draft_blocks(fields: Fields) -> int | None:
+    """Return the number of the first block that belongs to a model's draft layers; None if it has none."""
+    of = f"{fields.text('general.architecture')}.".__add__
+    n = fields.number(of("nextn_predict_layers"), 0)
+    return fields.number(of("block_count"), 0) - n if n > 0 else None
+
+
+def _kind(fields: Fields, no_model: str | None) -> Kind:
     """A companion encodes images or audio for the models beside it; a CLIP model that encodes text is no companion."""
     is_clip = fields.text("general.architecture") == "clip" and not fields.flag("clip.has_text_encoder", False)
     if fields.text("general.type") == "mmproj" or is_clip:
         return "companion"
-    return "other" if _no_model(fields) else "model"
+    return "model" if no_model is None else "other"
 
 
-def _no_model(fields: Fields) -> str | None:
-    return NO_MODEL.get(fields.text("general.type")) or NO_MODEL.get(fields.text("general.architecture"))
+def _no_model(fields: Fields, header: Header) -> str | None:
+    """Return the reason why a file is not a model, None if it is one."""
+    architecture = fields.text("general.architecture")
+    if architecture in DRAFTS:
+        return DRAFT
+    first, blocks = _draft_blocks(fields), [number for t in header.tensors or () if (number := _block(t)) is not None]
+    if first is not None and blocks and min(blocks) >= first:
+        return DRAFT
+    return NO_MODEL.get(fields.text("general.type")) or NO_MODEL.get(architecture)
 
 
-def _problem(fields: Fields, file: ModelFile) -> Problem | None:
-    if (message := _no_model(fields)) is not None:
-        return Problem(code="unsupported_model", message=message)
+def _block(tensor: Tensor) -> int | None:
+    """Return the number of the block that a tensor belongs to; None if it belongs to none."""
+    block = re.match(r"blk\.(\d{1,3})\.", tensor.name)
+    return None if block is None else int(block[1])
+
+
+def _problem(fields: Fields, file: ModelFile, no_model: str | None) -> Problem | None:
+    if no_model is not None:
+        return Problem(code="unsupported_model", message=no_model)
     if file.kind == "companion":
         return None
     message = defects.defect(fields)
@@ -156,8 +188,8 @@ def _by_place(tensors: Sequence[Tensor]) -> Weights:
         size = tensor.size or 0
         place = "repeating" if tensor.name.startswith("blk.") else "input" if tensor.name in INPUT_TENSORS else "output"
         by_place[place] += size
-        if block := re.match(r"blk\.(\d{1,3})\.", tensor.name):
-            by_block[int(block[1])] += size
+        if (block := _block(tensor)) is not None:
+            by_block[block] += size
     return Weights(
         input_bytes=by_place["input"],
         repeating_bytes=by_place["repeating"],
