@@ -415,6 +415,72 @@ def test_a_companion_gives_vision_to_the_models_beside_it(
     assert {key: model.vision for key, model in look().items()} == {"p/m": True, "p/blind": False}
 
 
+GEMMA: dict[str, Value] = {"llama.embedding_length": 2560, "general.name": "Gemma VL 4b"}
+HERMES: dict[str, Value] = {"llama.embedding_length": 4096, "general.name": "Hermes 7b"}
+PROJECTOR: dict[str, Value] = {"general.architecture": "clip", "general.type": "mmproj"}
+
+
+@pytest.mark.parametrize("folder", ["", "all/"])
+@pytest.mark.parametrize(
+    ("projector", "metadata"),
+    [
+        ("mmproj-gemma-vl.gguf", {}),
+        ("mmproj-gemma-vl-4b-F16.gguf", {}),
+        ("gemma-vl-4b.mmproj-Q8_0.gguf", {}),
+        ("mmproj-google_gemma-vl-4b-f16.gguf", {}),
+        ("mmproj-F16.gguf", {"general.name": "Gemma-VL-4B"}),
+        ("mmproj-model-f16.gguf", {"general.basename": "gemma-vl"}),
+        ("mmproj-F16.gguf", {"clip.vision.projection_dim": 2560}),
+        ("mmproj-F16.gguf", {"general.name": "clip-vit-large", "clip.vision.projection_dim": 2560, "general.type": ""}),
+    ],
+)
+def test_a_projector_belongs_to_the_model_of_its_names(
+    root: Path, look: Look, folder: str, projector: str, metadata: dict[str, Value]
+) -> None:
+    write(root / f"{folder}hermes-7b-Q4_K_M.gguf", HERMES)
+    write(root / f"{folder}gemma-vl-4b-Q4_K_M.gguf", GEMMA)
+    write(root / f"{folder}gemma-vl-4b-Q8_0.gguf", GEMMA)
+    write(root / f"{folder}{projector}", PROJECTOR | metadata)
+    seen = {model.shards[0].removeprefix(folder): model.vision for model in look().values()}
+    assert seen == {
+        "gemma-vl-4b-Q4_K_M.gguf": True,
+        "gemma-vl-4b-Q8_0.gguf": True,
+        "hermes-7b-Q4_K_M.gguf": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("projector", "metadata", "expected"),
+    [
+        ("mmproj-gemma-vl-4b.gguf", {}, False),
+        ("mmproj-F16.gguf", {"general.name": "Gemma VL 4b"}, False),
+        ("mmproj-F16.gguf", {"clip.vision.projection_dim": 2560}, False),
+        ("mmproj-F16.gguf", {}, True),
+        ("mmproj-F16.gguf", {"clip.vision.projection_dim": 4096}, True),
+        ("mmproj-F16.gguf", {"clip.vision.projection_dim": 768, "general.type": ""}, True),  # the encoder's own
+    ],
+)
+def test_a_projector_of_another_model_gives_no_vision(
+    root: Path, look: Look, projector: str, metadata: dict[str, Value], expected: bool
+) -> None:
+    """The model beside it is the only one at the top of the directory."""
+    write(root / "hermes-7b-Q4_K_M.gguf", HERMES)
+    write(root / projector, PROJECTOR | metadata)
+    assert look()["hermes-7b-q4_k_m"].vision is expected
+
+
+def test_models_of_one_family_have_their_own_projectors(root: Path, look: Look) -> None:
+    for size, width in (("4b", 2560), ("12b", 3840)):
+        family: dict[str, Value] = {"general.basename": "gemma-3", "llama.embedding_length": width}
+        write(root / f"gemma-3-{size}-it-Q4_0.gguf", family)
+        write(root / f"gemma-3-{size}-pt-Q4_0.gguf", family)
+    more: dict[str, Value] = {"general.basename": "gemma-3", "clip.vision.projection_dim": 2560}
+    write(root / "mmproj-gemma-3-4b-it-f16.gguf", PROJECTOR | more)
+    assert [key for key, model in look().items() if model.vision] == ["gemma-3-4b-it-q4_0"]
+    (root / "mmproj-gemma-3-4b-it-f16.gguf").rename(root / "mmproj-F16.gguf")
+    assert sorted(key for key, model in look().items() if model.vision) == ["gemma-3-4b-it-q4_0", "gemma-3-4b-pt-q4_0"]
+
+
 def test_an_audio_companion_gives_no_vision(root: Path, look: Look) -> None:
     write(root / "p/m/m.gguf")
     write(root / "p/m/mmproj.gguf", {"general.type": "mmproj", "clip.has_vision_encoder": False})

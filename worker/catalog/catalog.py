@@ -20,11 +20,12 @@ import shared
 from shared import quantization
 from shared.files import replace_atomically
 from shared.schema.model import FileStat, Model, Problem, Weights
-from worker.catalog import gguf, keys, modelfile
+from worker.catalog import gguf, keys, modelfile, projectors
 from worker.catalog.directory import Candidate, walk
 from worker.catalog.gguf import InvalidGGUF
 from worker.catalog.keys import Home, Named, Place
 from worker.catalog.modelfile import ModelFile
+from worker.catalog.projectors import Described, Words
 
 CACHE_VERSION = f"4 {shared.__version__}"  # the interpretation of a header may change with every release
 NAMED_SHARDS = 5  # how many missing files a message names
@@ -142,7 +143,7 @@ def assemble(candidates: Sequence[Candidate], files: Mapping[str, ModelFile]) ->
     An unreadable file, or a folder that cannot be listed, becomes a model with a problem.
     """
     groups: dict[tuple[Place, object], Group] = {}
-    vision: set[Home] = set()
+    companions: dict[Home, list[Described]] = {}
     for candidate in candidates:
         if candidate.is_folder:
             folders = PurePosixPath(candidate.path).parts
@@ -153,7 +154,7 @@ def assemble(candidates: Sequence[Candidate], files: Mapping[str, ModelFile]) ->
         file = files.get(candidate.path)
         if COMPANION in place.stem.lower() or (file is not None and file.kind == "companion"):
             if file is not None and file.vision and not candidate.refusal:
-                vision.add(keys.home(place))
+                companions.setdefault(keys.home(place), []).append(_described(place, file))
         else:
             groups.setdefault((place, of or candidate.path), Group(place, of, {})).parts[no] = candidate
     found = [(group, _problem(group, files)) for group in _without_copies([*groups.values()])]
@@ -161,6 +162,7 @@ def assemble(candidates: Sequence[Candidate], files: Mapping[str, ModelFile]) ->
     found.sort(key=lambda one: one[1] is not None)  # the models first
     places = [group.place for group, _ in found]
     names = keys.name_all(places[: len(models)], places[len(models) :])
+    vision = _with_vision(models, companions, files)
     assembled = [_model(name, *one, files, vision) for name, one in zip(names, found, strict=True)]
     return sorted(assembled, key=lambda model: model.key)
 
@@ -177,12 +179,33 @@ def _without_copies(groups: Sequence[Group]) -> list[Group]:
     return kept
 
 
+def _described(place: Place, file: ModelFile) -> Described:
+    return Described(place.stem, file.names, file.width, file.exact)
+
+
+def _with_vision(
+    models: Sequence[Group], companions: Mapping[Home, list[Described]], files: Mapping[str, ModelFile]
+) -> set[tuple[Home, Words]]:
+    """Return the models that have an image encoder: their home, and the words of their stems."""
+    beside: dict[Home, list[Described]] = {}
+    for group in models:
+        home = keys.home(group.place)
+        if home in companions:
+            beside.setdefault(home, []).append(_described(group.place, files[group.parts[1].path]))
+    return {
+        (home, owner)
+        for home, described in beside.items()
+        for companion in companions[home]
+        for owner in projectors.owners(companion, described, in_folder=bool(home.folders))
+    }
+
+
 def _model(
     name: Named,
     group: Group,
     problem: Problem | None,
     files: Mapping[str, ModelFile],
-    vision: Collection[Home],
+    vision: Collection[tuple[Home, Words]],
 ) -> Model:
     place, parts = group.place, group.parts
     shards = [parts[no] for no in sorted(parts)]
@@ -209,7 +232,7 @@ def _model(
         expert_count=first.expert_count,
         causal=first.causal,
         pooling=first.pooling,
-        vision=keys.home(place) in vision,
+        vision=(keys.home(place), projectors.words(place.stem)) in vision,
         trained_for_tool_use=first.tool_use,
         files=[shard.stat for shard in shards],
         can_map=all(file.can_map for file in readable),

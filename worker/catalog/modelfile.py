@@ -57,7 +57,10 @@ class ModelFile(Struct, frozen=True, kw_only=True):
     expert_count: int = 0
     causal: bool = True
     pooling: int = -1
+    names: list[str] = []  # general.name and general.basename
+    width: int = 0  # embedding length; of a companion, the one that it produces; 0: unknown
     vision: bool = False  # of a companion: it encodes images
+    exact: bool = False  # of a companion: names and width are those of the models that it belongs to
     tool_use: bool = False
     split_count: int = 0  # number of files of a split model; 0: the header has none
     n_tensors: int = 0
@@ -98,7 +101,10 @@ def describe(header: Header) -> ModelFile:
         expert_count=fields.number(of("expert_count"), 0),
         causal=causal,
         pooling=pooling,
+        names=[name for key in ("general.name", "general.basename") if (name := fields.text(key))],
+        width=fields.length("clip.vision.projection_dim") or fields.length(of("embedding_length")),
         vision=fields.flag("clip.has_vision_encoder", True),
+        exact=fields.text("general.type") == "mmproj",
         tool_use=_mentions_tools(header.metadata),
         split_count=fields.number("split.count", 0),
         n_tensors=header.n_tensors,
