@@ -699,6 +699,15 @@ def of(architecture: str, metadata: dict[str, Value]) -> dict[str, Value]:
     return {"general.architecture": architecture, **named}
 
 
+def test_a_folder_too_deep_is_a_problem(root: Path, look: Look) -> None:
+    deep = root / "/".join("d" for _ in range(32))
+    write(deep / "m.gguf")
+    write(deep / "further/m.gguf")
+    (refused,) = (problem(model) for model in look().values() if model.problem)
+    assert refused == "further is more than 32 folders deep, and is not searched"
+    assert "d/d" in look()
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

@@ -16,6 +16,7 @@ from worker.catalog.keys import GGUF, REPOSITORY, snapshot
 OUTSIDE = "is a symbolic link to a path outside the models directory"
 NOT_UTF8 = "has a name that is not UTF-8"
 MAX_DEPTH = 32  # nested folders
+TOO_DEEP = f"is more than {MAX_DEPTH} folders deep, and is not searched"
 INTERNAL = frozenset({"blobs", "refs"})  # folders of a repository in Hugging Face's cache; its snapshots link to blobs
 REVISION_N = 7  # hexadecimal digits that name a revision, as git shortens them
 COMMIT_N = 64  # digits of the longest commit
@@ -75,9 +76,10 @@ def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> 
     elif is_folder and target:
         if not linked and not _holds(target, str(Path(entry.path).parent)):
             yield from _folder(target, root, path, linked=True)
+    elif is_folder and path.count("/") >= MAX_DEPTH:
+        yield Candidate(path, refusal=TOO_DEEP, is_folder=True)
     elif is_folder:
-        if path.count("/") < MAX_DEPTH:
-            yield from _folder(entry.path, root, path, linked=linked)
+        yield from _folder(entry.path, root, path, linked=linked)
     elif info is not None:
         yield Candidate(path, FileStat.of(info))
 
