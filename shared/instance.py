@@ -14,7 +14,7 @@ from msgspec import UNSET, Struct
 from shared.errors import ErrorBody, LoadFailed
 from shared.lifecycle import TERMINAL, Event, State, step
 from shared.schema.http import LoadConfig, LoadRequest, LoadResult, Phase
-from shared.schema.model import ModelType
+from shared.schema.model import Model, ModelType
 
 RESET_ON_REQUEUE: dict[str, Any] = {  # fields that are reset when a load is requeued; the progress is kept
     "epoch": None,
@@ -38,7 +38,8 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
 
     id: str
     model: str  # the key in the request
-    key: str  # the key of that model in the worker's catalog
+    key: str  # the key of that model in the worker's catalog then; it depends on the files beside it
+    source: Model | None = None  # that model (`Model.source`); None in a record of an older version
     type: ModelType
     worker: str
     request: LoadRequest

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shared import quantization
+from shared.instance import Instance
 from shared.schema.model import Model
 
 PREFERRED_BITS = 4.5  # per weight; selects among the quantizations of a folder
@@ -22,6 +23,46 @@ def by_name(models: Sequence[Model]) -> dict[str, Model]:
         names[model.base] = model
     names |= {f"{model.base}@{model.variant}": model for model in reversed(models) if model.variant}
     return names | {model.key: model for model in reversed(models)}
+
+
+def of_instance(models: Mapping[str, Model], instance: Instance) -> Model | None:
+    """Return the model that an instance is loaded from, whatever its key is now; None if its files are gone.
+
+    `models` are those of its worker, at least by their keys.
+    """
+    source = instance.source
+    if source is None or not source.files:  # a record or a catalog of an older version
+        return models.get(instance.key)
+    model = models.get(source.key)
+    if model is not None and _is_unchanged(model, source):
+        return model
+    moved: Model | None = None
+    copied: Model | None = None
+    for model in models.values():
+        if _is_unchanged(model, source):
+            return model
+        if model.files == source.files:
+            moved = model
+        if _is_copy(model, source):
+            copied = model
+    return moved or copied
+
+
+def _is_unchanged(model: Model, source: Model) -> bool:
+    return model.shards == source.shards and model.files == source.files
+
+
+def _is_copy(model: Model, source: Model) -> bool:
+    """Return whether a model has the paths, the sizes and the header of `source`: it was copied or downloaded again."""
+    return (
+        model.shards == source.shards
+        and [file.size for file in model.files] == [file.size for file in source.files]
+        and _header(model) == _header(source)
+    )
+
+
+def _header(model: Model) -> tuple[object, ...]:
+    return model.type, model.architecture, model.display_name, model.max_context_length, model.expert_count
 
 
 def _preference(model: Model) -> tuple[bool, float, int, str]:

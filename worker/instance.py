@@ -17,6 +17,7 @@ import msgspec
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, crashed_lately
 from shared.instance import Instance
 from shared.lifecycle import Event, State
+from shared.lookup import of_instance
 from shared.memory.placement import Placement
 from shared.race import first, racing
 from shared.schema.http import Phase
@@ -46,6 +47,7 @@ FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -sig
 COMMIT_FRACTION = 0.02  # progress is recorded after this fraction of the bytes
 CHANGED = "a file of the model changed while it was loaded"
 CHANGED_LATER = "a file of the model changed after it was loaded"
+GONE = "its file is no longer in the models directory"
 DRY_RUNS = 3  # at most this many dry runs per load, if each result exceeds the memory of the chosen place
 
 Answer = TypeVar("Answer", Ready, Measured)
@@ -85,9 +87,9 @@ class Resident:
         self.changed = asyncio.Event()  # a file of a loaded model changed
         self.freed = asyncio.Event()  # its memory is released
         self.files: list[tuple[str, FileStat]] = []  # of a loaded model: path, and state when it was opened
-        self.key = ""  # of its model
         self.claimed = False
         self._services = services
+        self._queued: Instance | None = None  # the record before the claim
         self._record = Record(services.instances, services.ending)
         self._engine_log = EngineLog(
             services.instances,
@@ -103,6 +105,15 @@ class Resident:
     def instance(self) -> Instance | None:
         """The record as this worker wrote it last; None before the claim."""
         return self._record.written
+
+    @property
+    def key(self) -> str:
+        """The key of its model now, or the last one if its files are gone; "" if the record was not read yet."""
+        instance = self._record.written or self._queued
+        if instance is None:
+            return ""
+        model = of_instance(self._services.models, instance)
+        return instance.key if model is None else model.key
 
     async def live(self) -> None:
         """Load the instance, hold it, and stop it.  Returns once its runner is reaped and its memory is released."""
@@ -123,8 +134,9 @@ class Resident:
                 return
             loaded = None
             async with placer.turn(placed.devices, self.stop) as is_its_turn:
-                if is_its_turn and await self._loadable(record) is not None:  # it waited for other loads
-                    loaded = await self._begin(record, model, placed)
+                # It waited for other loads: its files may have moved, or be gone.
+                if is_its_turn and (model_now := await self._loadable(record)) is not None:
+                    loaded = await self._begin(record, model_now, placed)
             if loaded is not None:
                 await self._keep(*loaded)
         except UNAVAILABLE as e:  # before the claim: a beat delivers the record again; or while the worker drains
@@ -159,7 +171,7 @@ class Resident:
         model = await self._loadable(record)
         if model is None:
             return None
-        self.key = model.key
+        self._queued = record
         return record, model
 
     async def _loadable(self, record: Instance) -> Model | None:
@@ -167,11 +179,12 @@ class Resident:
 
         Raises Fenced and what UNAVAILABLE lists.
         """
-        model = self._services.models.get(record.key)
-        if model is None or model.problem is not None:
-            gone = "its file is no longer in the models directory"
-            reason = gone if model is None or model.problem is None else model.problem.message
-            await self._fail(record, "invalid_model_file", reason)
+        model = of_instance(self._services.models, record)
+        if model is None:
+            await self._fail(record, "invalid_model_file", GONE)
+            return None
+        if model.problem is not None:
+            await self._fail(record, model.problem.code, model.problem.message)
             return None
         crash = self._services.crashes.of(model)
         if crash is not None and not record.request.force and not record.restoring:
@@ -201,6 +214,8 @@ class Resident:
             record,
             Event.CLAIM,
             epoch=self._services.epoch,
+            key=model.key,
+            source=model.source,
             devices=placed.devices,
             evicted=[held.instance_id for held in placed.evicts],
             started_at=time.time(),
@@ -545,7 +560,8 @@ class Resident:
             await self._fail(instance, code, reason)
             return
         needed = needed_bytes(runner.output)  # None if the engine logged only std::bad_alloc
-        error = self._services.placer.refusal(instance, self._services.models.get(instance.key), reason, needed)
+        model = of_instance(self._services.models, instance)
+        error = self._services.placer.refusal(instance, model, reason, needed)
         await self._fail_with(instance, error)
 
     async def _fail(self, instance: Instance, code: LoadFailure, reason: str) -> None:

@@ -116,6 +116,7 @@ class Intake:
                     id=f"load_{uuid.uuid4().hex}",
                     model=request.model,
                     key=model.key,
+                    source=model.source,
                     type=model.type,
                     worker=candidate.worker,
                     request=request,

@@ -151,7 +151,12 @@ class Sweep:
 
     async def _give(self, instance: Instance, candidate: Candidate, placement: Placement | None) -> None:
         model = candidate.model
-        changes: dict[str, Any] = {"worker": candidate.worker, "key": model.key, "total_size_bytes": model.size_bytes}
+        changes: dict[str, Any] = {
+            "worker": candidate.worker,
+            "key": model.key,
+            "source": model.source,
+            "total_size_bytes": model.size_bytes,
+        }
         if _is_refused(instance):
             new = instance.after(Event.REQUEUE, **changes)
         else:

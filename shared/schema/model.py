@@ -120,6 +120,11 @@ class Model(Struct, frozen=True, kw_only=True, gc=False):
     weights: Weights | None = None  # of all shards
 
     @property
+    def source(self) -> Model:
+        """This model as the record of an instance keeps it, without what only a load needs."""
+        return msgspec.structs.replace(self, description=None, dimensions=None, weights=None)
+
+    @property
     def fingerprint(self) -> str:
         """A digest of the paths, sizes and modification times of the files, equal for copies that keep these.
 

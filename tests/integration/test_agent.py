@@ -246,6 +246,52 @@ async def test_a_load_of_a_removed_model_fails(agent: Agent) -> None:
     assert await states(agent, id_) == [State.QUEUED, State.FAILED]
 
 
+async def test_a_load_is_of_the_same_files_under_another_key(agent: Agent, models: dict[str, Model]) -> None:
+    """A file beside it changed its key after the load was accepted, and the key is another model's now."""
+    id_ = await submitted(agent)
+    await agent.publish(
+        [
+            msgspec.structs.replace(models["p/llama"], key="p/llama@f16"),
+            msgspec.structs.replace(models["p/moe"], key="p/llama"),
+        ]
+    )
+    agent.deliver(id_)
+    done = await reached(agent, id_, State.LOADED)
+    assert (done.key, done.model, done.instance_id) == ("p/llama@f16", "p/llama", "p/llama")
+    assert done.source == agent.models["p/llama@f16"].source
+    assert done.loaded_bytes == models["p/llama"].size_bytes
+    await agent.publish([*models.values()])
+    assert [held.key for held in agent.placer.held()] == ["p/llama"], "it follows the catalog"
+    await agent.publish([])
+    assert [held.key for held in agent.placer.held()] == ["p/llama@f16"], "the last one that is known"
+
+
+async def test_a_load_is_never_of_other_files(agent: Agent, models: dict[str, Model]) -> None:
+    id_ = await submitted(agent)
+    await agent.publish([msgspec.structs.replace(models["p/moe"], key="p/llama")])
+    agent.deliver(id_)
+    check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", "no longer in the models directory")
+
+
+async def test_a_load_that_waits_for_another_finds_moved_files(
+    begin: Begin, models_dir: Path, models: dict[str, Model], tmp_path: Path
+) -> None:
+    agent = await begin(models_dir=tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    model = models["p/llama"]
+    (tmp_path / "a/m.gguf").symlink_to(models_dir / model.shards[0])
+    (tmp_path / "b/m.gguf").symlink_to(models_dir / model.shards[0])
+    await agent.publish([msgspec.structs.replace(model, shards=["a/m.gguf"])])
+    id_ = await submitted(agent)
+    async with agent.placer.turn(["CPU"], asyncio.Event()):
+        agent.deliver(id_)
+        await until(lambda: agent.residents[id_].key == "p/llama", "it waits")
+        (tmp_path / "a/m.gguf").unlink()
+        await agent.publish([msgspec.structs.replace(model, key="p/moved", shards=["b/m.gguf"])])
+    assert (await reached(agent, id_, State.LOADED)).key == "p/moved"
+
+
 async def test_a_load_of_a_model_with_a_problem_fails(agent: Agent) -> None:
     problem = Problem(code="invalid_model_file", message="its header ends early")
     agent.models["p/bad"] = msgspec.structs.replace(agent.models["p/llama"], key="p/bad", problem=problem)

@@ -43,6 +43,7 @@ async def submitted(agent: Agent, number: int = 1, key: str = "p/llama", worker_
         id=f"load_{number}",
         model=key,
         key=key,
+        source=None if model is None else model.source,
         type="llm" if model is None else model.type,
         worker=worker_,
         request=LoadRequest(model=key, context_length=256),

@@ -1,0 +1,95 @@
+"""The model of an instance: the one of its files, whatever its key is now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from shared.instance import Instance
+from shared.lookup import of_instance
+from shared.schema.http import LoadRequest
+from shared.schema.model import FileStat, Model
+
+OLD = Model(
+    key="p/m",
+    base="p/m",
+    variant="q4_k_m",
+    shards=["p/m/a-00001-of-00002.gguf", "p/m/a-00002-of-00002.gguf"],
+    files=[FileStat(10, 1, 101), FileStat(20, 1, 102)],
+    architecture="llama",
+    display_name="M",
+    max_context_length=4096,
+    bits_per_weight=4.9,
+)
+
+
+def changed(**fields: Any) -> Model:
+    return msgspec.structs.replace(OLD, **fields)
+
+
+def instance(source: Model | None = OLD) -> Instance:
+    request = LoadRequest(model="p/m")
+    return Instance(
+        id="load_1",
+        model="p/m",
+        key="p/m",
+        source=None if source is None else source.source,
+        type="llm",
+        worker="w",
+        request=request,
+    )
+
+
+def found(*models: Model, source: Model | None = OLD) -> Model | None:
+    return of_instance({model.key: model for model in models}, instance(source))
+
+
+OTHER = changed(shards=["p/m/b.gguf"], files=[FileStat(30, 1, 103)])
+LATER = [stat._replace(mtime_ns=2, inode=stat.inode + 100) for stat in OLD.files]
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        OLD,
+        changed(key="p/m@q4_k_m"),
+        changed(bits_per_weight=None),
+        changed(key="q/n", base="q/n", shards=["q/n/x-00001-of-00002.gguf", "q/n/x-00002-of-00002.gguf"]),  # moved
+        changed(files=LATER),  # copied or downloaded again
+        changed(key="p/m@q4_k_m", files=LATER),
+    ],
+)
+def test_an_instance_belongs_to_its_files(now: Model) -> None:
+    if now.key != OLD.key:
+        assert found(now, OTHER) is now, "its key belongs to other files now"
+    assert found(now, changed(key="z", shards=["z"], files=OTHER.files)) is now
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        OTHER,
+        changed(files=[FileStat(10, 2, 101), FileStat(21, 1, 102)]),  # of another size
+        changed(files=LATER, max_context_length=512),  # of another header
+        changed(files=LATER, display_name="N"),
+        changed(files=LATER, shards=["q/n/a.gguf", "q/n/b.gguf"]),  # a model of the same sizes
+        changed(files=OLD.files[:1], shards=OLD.shards[:1]),
+    ],
+)
+def test_an_instance_never_belongs_to_other_files(other: Model) -> None:
+    assert found(other) is None
+    assert found(msgspec.structs.replace(other, key="p/m@q8_0")) is None
+
+
+def test_the_path_comes_first_then_a_link_then_a_copy() -> None:
+    linked, copied = changed(key="a", shards=["x", "y"]), changed(key="b", files=LATER)
+    assert found(linked, copied, changed(key="c")) == changed(key="c")
+    assert found(copied, linked) is linked
+
+
+def test_a_record_of_an_older_version_has_only_its_key() -> None:
+    assert found(OTHER, source=None) is OTHER
+    assert found(changed(key="p/m@q4_k_m"), source=None) is None
+    assert found(OTHER, source=changed(files=[])) is OTHER
