@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import shared
+from shared.instance import Instance
+from shared.lookup import of_instance
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
@@ -77,7 +79,7 @@ class Agent:
             settings.data_dir / f"wanted-{self.name}.json", is_on=settings.restore == "on", timing=timing
         )
         self.crashes = Crashes(store.instances)
-        self.restorer = Restorer(self.name, store.instances, self.desired, self.deliver, timing)
+        self.restorer = Restorer(self.name, store.instances, self.desired, self.deliver, self._has_files, timing)
         self.reconciler = Reconciler(
             self.name,
             epoch,
@@ -141,6 +143,10 @@ class Agent:
         if id_ not in self.residents and not self.ending.is_set():
             self.residents[id_] = Resident(self._services, id_, not_before)
             self.tasks[id_] = asyncio.create_task(self._live(self.residents[id_]))
+
+    def _has_files(self, instance: Instance) -> bool:
+        model = of_instance(self.models, instance)
+        return model is not None and model.problem is None
 
     def stop(self, id_: str) -> None:
         """Stop an instance, if this worker holds it."""

@@ -23,13 +23,23 @@ class Restorer:
     """Loads the desired instances that the worker does not hold."""
 
     def __init__(
-        self, name: str, instances: Instances, desired: Desired, deliver: Callable[[str, float], None], timing: Timing
+        self,
+        name: str,
+        instances: Instances,
+        desired: Desired,
+        deliver: Callable[[str, float], None],
+        has_files: Callable[[Instance], bool],
+        timing: Timing,
     ) -> None:
-        """`deliver` takes the id of a load and its earliest start, in seconds since the epoch."""
+        """`deliver` takes the id of a load and its earliest start, in seconds since the epoch.
+
+        `has_files` returns whether the files of an instance can be loaded now.
+        """
         self._name = name
         self._instances = instances
         self._desired = desired
         self._deliver = deliver
+        self._has_files = has_files
         self._timing = timing
 
     async def recall(self) -> None:
@@ -56,11 +66,12 @@ class Restorer:
         known = await self._instances.desired(self._name)
         for desired in sorted(missing, key=lambda instance: instance.used_at or 0.0, reverse=True):
             record = records.get(desired.id)
-            decision = decide(desired, record, known.get(desired.instance_id))
+            known_id = known.get(desired.instance_id)
+            decision = decide(desired, record, known_id, has_files=self._has_files(desired))
             if decision == "wait":
                 continue
             if decision == "drop":
-                await self._forget(desired, record)
+                await self._forget(desired, record if known_id == desired.id else None)
                 continue
             new = restoration(desired, f"load_{uuid.uuid4().hex}", decision, self._timing.first_pause_s)
             try:
@@ -84,12 +95,15 @@ class Restorer:
                 _log.error("instance not restored", action="restore_given_up", reason=reason)
 
 
-def decide(desired: Instance, record: Instance | None, known: str | None) -> Literal["wait", "drop"] | int:
+def decide(
+    desired: Instance, record: Instance | None, known: str | None, *, has_files: bool = True
+) -> Literal["wait", "drop"] | int:
     """Decide what to do about a desired instance that its worker does not hold.
 
     Returns "wait" to decide again later, "drop" to remove it from the desired instances, or the number of the next
     attempt to load it.  `record` is the record of its load in Redis.  `known` is the id of the load that Redis has as
-    desired under its `instance_id`.
+    desired under its `instance_id`.  `has_files`: whether its files can be loaded now.  If not, only the first attempt
+    is made, which reports the reason; the next one waits for the files, such as those of a share that is mounted late.
     """
     if desired.idle_at is not None and time.time() >= desired.idle_at:  # its idle TTL expired meanwhile
         return "drop"
@@ -105,7 +119,11 @@ def decide(desired: Instance, record: Instance | None, known: str | None) -> Lit
             is_desired = known == desired.id and not record.stop_requested
             return (record.restoring if is_restoration else 1) if is_desired else "drop"
         case State.FAILED:
-            return record.restoring + 1 if is_restoration and record.restoring < TRIES else "drop"
+            if not is_restoration or record.restoring >= TRIES:
+                return "drop"
+            if has_files:
+                return record.restoring + 1
+            return "wait" if known == desired.id else "drop"
         case State.UNLOADED | State.CANCELLED:
             return "drop"
         case _:
@@ -122,6 +140,7 @@ def restoration(desired: Instance, id_: str, number: int, first_pause_s: float) 
         id=id_,
         model=desired.model,
         key=desired.key,
+        source=desired.source,
         type=desired.type,
         worker=desired.worker,
         request=desired.request,

@@ -21,7 +21,7 @@ from shared.errors import ErrorBody
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema.http import LoadConfig, LoadRequest
-from shared.schema.model import Model
+from shared.schema.model import FileStat, Model, Problem
 from shared.telemetry.trace import begun, parse
 from tests.integration.conftest import hold
 from tests.support.agents import EPOCH, Begin, loaded, reached, record, released, submitted, sweep, warm
@@ -35,7 +35,7 @@ from worker.timing import Timing
 pytestmark = pytest.mark.usefixtures("forkserver")
 
 DEAD = "dead"  # the epoch of a process that has ended
-GONE = "p/gone"  # a key without a file
+BAD = "p/bad"  # the key of a model that cannot be opened
 FILE = "wanted-w.json"
 FIRST_PAUSE_S = Timing().first_pause_s
 ERROR = ErrorBody(type="model_load_failed", code="engine_crashed", message="why")
@@ -277,6 +277,22 @@ def test_decision_about_a_desired_instance_that_is_not_held(
     assert decide(instance(), record, known) == todo
 
 
+@pytest.mark.parametrize(
+    ("record", "known", "todo"),
+    [
+        (None, None, 1),  # an attempt tells clients why the instance is not there
+        (LOST, "load_1", 1),
+        (TRIED, "load_1", 2),
+        (REFUSED, "load_1", "wait"),
+        (REFUSED, None, "drop"),  # it was unloaded
+        (msgspec.structs.replace(REFUSED, restoring=TRIES), "load_1", "drop"),
+        (instance(state=State.UNLOADED), "load_1", "drop"),
+    ],
+)
+def test_decision_about_an_instance_without_files(record: Instance | None, known: str | None, todo: object) -> None:
+    assert decide(instance(), record, known, has_files=False) == todo
+
+
 def test_restoration_is_a_new_load_of_the_same_request() -> None:
     again = restoration(instance(), "load_2", 1, FIRST_PAUSE_S)
     assert again == Instance(
@@ -315,11 +331,12 @@ def test_pause_before_each_try_is_twice_the_last() -> None:
 
 
 @pytest.fixture
-def start(begin: Begin) -> Begin:
+def start(begin: Begin, models: dict[str, Model]) -> Begin:
     """Start worker "w" as the successor of another: a runner is warm, and it acts only when a test calls it."""
 
     async def started(timing: Timing | None = None, **settings: Any) -> Agent:
         agent = await begin(timing, **settings)
+        await agent.publish([*models.values(), unopenable(models["p/llama"])])
         await agent.warm()
         assert await agent.store.workers.renew(agent.snapshot()) == "held"
         return agent
@@ -330,6 +347,10 @@ def start(begin: Begin) -> Begin:
 @pytest.fixture
 async def agent(start: Begin) -> Agent:
     return await start()
+
+
+def unopenable(model: Model) -> Model:
+    return msgspec.structs.replace(model, key=BAD, shards=["p/bad/bad.gguf"], files=[FileStat(1, 1, 1)])
 
 
 async def left_loading(agent: Agent, number: int = 1, key: str = "p/llama") -> Instance:
@@ -489,6 +510,67 @@ async def test_drain_writes_the_file(agent: Agent, tmp_path: Path) -> None:
     assert [one.id for one in read(tmp_path / FILE).values()] == [id_]
 
 
+# ---- its files
+
+
+def renamed(model: Model, key: str) -> Model:
+    return msgspec.structs.replace(model, key=key)
+
+
+async def test_instance_is_restored_from_its_files_under_any_key(agent: Agent, models: dict[str, Model]) -> None:
+    """A file beside it changed its key while its worker was down, and the key is another model's now."""
+    await lost(agent)
+    await agent.publish([renamed(models["p/llama"], "p/llama@f16"), renamed(models["p/moe"], "p/llama")])
+    await agent.restorer.restore(agent.residents)
+    new = await restored(agent, "p/llama")
+    assert (new.key, new.source, new.restoring) == ("p/llama@f16", agent.models["p/llama@f16"].source, 1)
+
+
+def incomplete(model: Model) -> Model:
+    return msgspec.structs.replace(model, problem=Problem(code="invalid_model_file", message="m.gguf is too short"))
+
+
+@pytest.mark.parametrize("before", ["nothing", "another model", "a part"])
+async def test_instance_waits_for_its_files_after_one_try(
+    agent: Agent, models: dict[str, Model], lines: Lines, before: str
+) -> None:
+    """A share is mounted late.  One try tells clients what is missing."""
+    old = await lost(agent)
+    there = {
+        "nothing": [],
+        "another model": [renamed(models["p/moe"], "p/llama")],
+        "a part": [incomplete(models["p/llama"])],
+    }
+    await agent.publish(there[before])
+    await agent.restorer.restore(agent.residents)
+    (_, first) = await jobs(agent)
+    failed = await until_terminal(agent, first.id)
+    assert failed.error is not None
+    assert failed.error.code == "invalid_model_file"
+    for _ in range(3 * TRIES):
+        await agent.restorer.restore(agent.residents)
+    assert (len(await jobs(agent)), [*agent.desired.instances]) == (2, ["p/llama"])
+    await agent.publish([*models.values()])
+    await agent.restorer.restore(agent.residents)
+    new = await restored(agent, "p/llama")
+    assert (new.restoring, new.key, new.request) == (2, old.key, old.request)
+    assert "restore_given_up" not in lines.actions
+
+
+async def test_instance_unloaded_while_it_waits_for_files_is_dropped(
+    agent: Agent, models: dict[str, Model], lines: Lines
+) -> None:
+    await lost(agent)
+    await agent.publish([])
+    await agent.restorer.restore(agent.residents)
+    (_, first) = await jobs(agent)
+    await until_terminal(agent, first.id)
+    assert await agent.store.instances.forget_desired_everywhere("p/llama"), "an unload of it succeeds"
+    await agent.restorer.restore(agent.residents)
+    assert agent.desired.instances == {}
+    assert "restore_given_up" not in lines.actions
+
+
 # ---- restorations that fail
 
 
@@ -504,11 +586,11 @@ async def all_tries(agent: Agent) -> None:
 
 async def test_failing_restoration_is_tried_five_times_with_pauses(start: Begin, lines: Lines, tmp_path: Path) -> None:
     agent = await start(Timing(first_pause_s=0.05))
-    await lost(agent, key=GONE)
+    await lost(agent, key=BAD)
     await all_tries(agent)
     _, *tries = await jobs(agent)
     assert [one.restoring for one in tries] == [*range(1, TRIES + 1)]
-    assert {(one.state, one.instance_id, one.loaded_at) for one in tries} == {(State.FAILED, GONE, None)}
+    assert {(one.state, one.instance_id, one.loaded_at) for one in tries} == {(State.FAILED, BAD, None)}
     for number, (before, one) in enumerate(pairwise(tries)):
         assert before.completed_at is not None
         assert one.completed_at is not None
@@ -521,23 +603,23 @@ async def test_failing_restoration_is_tried_five_times_with_pauses(start: Begin,
 async def test_abandoned_restoration_is_forgotten_everywhere(start: Begin, lines: Lines) -> None:
     """The next process does not take it up, and an unload of it is refused: it is not loaded."""
     agent = await start(Timing(first_pause_s=0.01))
-    await lost(agent, key=GONE)
+    await lost(agent, key=BAD)
     await all_tries(agent)
     await agent.restorer.recall()
     assert agent.desired.instances == {}
-    assert not await agent.store.instances.forget_desired_everywhere(GONE)
+    assert not await agent.store.instances.forget_desired_everywhere(BAD)
     assert lines.actions.count("restore_given_up") == 1
 
 
 async def test_waiting_for_the_next_try_holds_up_no_other_instance(agent: Agent) -> None:
-    await lost(agent, key=GONE, used_at=2.0)
+    await lost(agent, key=BAD, used_at=2.0)
     await agent.restorer.restore(agent.residents)
     (_, first) = await jobs(agent)
     assert (await until_terminal(agent, first.id)).state is State.FAILED
     await lost(agent, 2)
     await agent.restorer.restore(agent.residents)
     await restored(agent, "p/llama")
-    second = await of(agent, GONE)
+    second = await of(agent, BAD)
     assert second is not None
     assert (second.state, second.restoring) == (State.QUEUED, 2)
 
@@ -551,12 +633,12 @@ async def until_terminal(agent: Agent, id_: str) -> Instance:
 
 
 async def test_cancelled_try_is_the_last(agent: Agent) -> None:
-    await lost(agent, key=GONE)
+    await lost(agent, key=BAD)
     await agent.restorer.restore(agent.residents)
     (_, first) = await jobs(agent)
     await until_terminal(agent, first.id)
     await agent.restorer.restore(agent.residents)
-    second = await of(agent, GONE)
+    second = await of(agent, BAD)
     assert second is not None
     await agent.store.instances.commit(second, second.after(Event.STOP))  # as an API cancels a queued load
     agent.stop(second.id)
@@ -648,7 +730,8 @@ async def test_instance_of_another_worker_is_not_recalled(agent: Agent) -> None:
     left = await left_loaded(agent)
     agent.desired.instances.clear()
     assert await agent.store.instances.desired("another") == {}
-    await Restorer("another", agent.store.instances, agent.desired, agent.deliver, agent.timing).recall()
+    restorer = Restorer("another", agent.store.instances, agent.desired, agent.deliver, lambda _: True, agent.timing)
+    await restorer.recall()
     assert agent.desired.instances == {}
     assert await agent.store.instances.desired("w") == {"p/llama": left.id}
 
