@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain, count
 
 import msgspec
 from msgspec import UNSET
@@ -19,6 +20,7 @@ from shared.schema.http import (
     HeldInstance,
     ListedModel,
     ListedWorker,
+    LoadConfig,
     LoadedInstance,
     ModelList,
     Quantization,
@@ -71,27 +73,23 @@ class Listing:
     async def _read(self, _keys: Sequence[None]) -> dict[None, bytes]:
         # Refresh first: a client that sees a ready worker must also see its models.
         _, live = await asyncio.gather(self._roster.refresh(), self._instances.live())
-        loaded: dict[str, list[LoadedInstance]] = {}
+        unloaded = self._listed()
+        loaded: dict[str, list[LoadedInstance]] = {model.key: [] for model in unloaded}
+        gone = Gone(loaded.keys())
         for instance in _oldest_first(live):
             holder = self._roster.alive.get(instance.worker)
             is_usable = instance.state is State.LOADED and holder is not None and holder.epoch == instance.epoch
             if is_usable and instance.load_config is not None:
-                loaded.setdefault(instance.key, []).append(
-                    LoadedInstance(
-                        id=instance.instance_id,
-                        config=instance.load_config,
-                        worker=instance.worker,
-                        devices=instance.devices,
-                        remaining_ttl_seconds=None
-                        if instance.idle_at is None
-                        else round(max(0.0, instance.idle_at - time.time()), 3),
-                    )
-                )
+                model = self._roster.model_of(instance)
+                if model is None or model.key not in loaded:
+                    gone.add(instance, _loaded(instance, instance.load_config))
+                else:
+                    loaded[model.key].append(_loaded(instance, instance.load_config))
         models = [
-            msgspec.structs.replace(model, loaded_instances=loaded[model.key]) if model.key in loaded else model
-            for model in self._listed()
+            msgspec.structs.replace(model, loaded_instances=loaded[model.key]) if loaded[model.key] else model
+            for model in unloaded
         ]
-        return {None: msgspec.json.encode(ModelList(models=models))}
+        return {None: msgspec.json.encode(ModelList(models=sorted([*models, *gone.models()], key=_key)))}
 
     def _listed(self) -> list[ListedModel]:
         """Return the models of the roster without instances, cached until the roster changes."""
@@ -99,6 +97,57 @@ class Listing:
         if models is not self._models:
             self._models, self._unloaded = models, [listed(model) for model in models]
         return self._unloaded
+
+
+class Gone:
+    """Lists the instances whose files are no longer in a models directory: they hold memory until they are unloaded."""
+
+    def __init__(self, taken: Collection[str]) -> None:
+        """`taken` are the keys of the other models."""
+        self._taken = taken
+        self._found: list[tuple[Model, list[LoadedInstance]]] = []
+
+    def add(self, instance: Instance, loaded: LoadedInstance) -> None:
+        """Add an instance to those of the same files.  The record of an older version does not describe its model."""
+        source = instance.source or Model(
+            key=instance.key,
+            base=instance.key,
+            variant="",
+            shards=[],
+            size_bytes=instance.total_size_bytes,
+            type=instance.type,
+            display_name=instance.model,
+        )
+        for model, others in self._found:
+            if (model.shards, model.files, model.base) == (source.shards, source.files, source.base):
+                others.append(loaded)
+                return
+        self._found.append((source, [loaded]))
+
+    def models(self) -> list[ListedModel]:
+        """Return the models, with their last keys unless these belong to other files now."""
+        taken = {*self._taken}
+        models: list[ListedModel] = []
+        for model, loaded in self._found:
+            named = [model.key, f"{model.base}@{model.variant}"] if model.variant else [model.key]
+            key = next(key for key in chain(named, (f"{model.key}-{n}" for n in count(2))) if key not in taken)
+            taken.add(key)
+            models.append(msgspec.structs.replace(listed(model), key=key, loaded_instances=loaded))
+        return models
+
+
+def _loaded(instance: Instance, config: LoadConfig) -> LoadedInstance:
+    return LoadedInstance(
+        id=instance.instance_id,
+        config=config,
+        worker=instance.worker,
+        devices=instance.devices,
+        remaining_ttl_seconds=None if instance.idle_at is None else round(max(0.0, instance.idle_at - time.time()), 3),
+    )
+
+
+def _key(model: ListedModel) -> str:
+    return model.key
 
 
 def listed(model: Model) -> ListedModel:

@@ -11,7 +11,7 @@ from msgspec import UNSET, Struct
 from api.pool.limits import check
 from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
 from shared.instance import Instance
-from shared.lookup import by_name
+from shared.lookup import by_name, of_instance
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import Requirements, requirements_of
 from shared.memory.placement import Constraints, Demand, Placement, largest_context_length, place
@@ -127,6 +127,11 @@ class Roster:
             self._models = [by_key[key] for key in sorted(by_key)]
             self._models_of = catalogs
         return self._models
+
+    def model_of(self, instance: Instance) -> Model | None:
+        """Return the model of a loaded instance as its worker lists it now; None if its files are gone."""
+        names = self._names.get(instance.worker)
+        return None if names is None else of_instance(names.models, instance)
 
     # ---- placing
 

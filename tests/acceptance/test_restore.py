@@ -331,6 +331,79 @@ def test_loaded_instances_are_there_after_a_restart(home: Home, end: Callable[[S
     until(lambda: sorted(service.wanted()) == [TINY, f"{TINY}:2"], "an unloaded instance is not in the file")
 
 
+def listed(service: Service) -> dict[str, list[str]]:
+    """Return the keys of the models and the ids of their instances."""
+    return {key: [one["id"] for one in model["loaded_instances"]] for key, model in service.models().items()}
+
+
+def test_instance_belongs_to_its_file_whatever_lies_beside_it(home: Home) -> None:
+    """Its key depends on the other files of the folder, and changes with them."""
+    service, folder = home.service, home.directory / "models" / TINY
+    service.loaded(TINY, context_length=512)
+    entry = service.models()[TINY]
+    beside = synthetic.tiny_moe(folder / "model-q4_0.gguf")
+    try:
+        until(lambda: listed(service) == {f"{TINY}@f16": [TINY], f"{TINY}@q4_0": [], OTHER: []}, "listed under its key")
+        assert service.unload(TINY).status == 200
+        service.loaded(f"{TINY}@f16", context_length=512)
+        beside.unlink()
+        until(lambda: listed(service) == {TINY: [f"{TINY}@f16"], OTHER: []}, "listed under the plain key again")
+        assert service.models()[TINY]["size_bytes"] == entry["size_bytes"]
+        stopped(service)
+        synthetic.tiny_moe(beside)
+        service = home.start()
+        until(lambda: set(service.instances()) == {f"{TINY}@f16"}, "restored from the same file")
+        assert listed(service) == {f"{TINY}@f16": [f"{TINY}@f16"], f"{TINY}@q4_0": [], OTHER: []}
+        assert service.models()[f"{TINY}@f16"]["loaded_instances"][0]["config"]["context_length"] == 512
+    finally:
+        beside.unlink(missing_ok=True)
+    until(lambda: listed(service) == {TINY: [f"{TINY}@f16"], OTHER: []}, "the other file is gone")
+
+
+def test_instance_is_listed_until_it_is_unloaded(home: Home) -> None:
+    """Whether its file is moved or deleted: it holds memory, and nobody could find it otherwise."""
+    service, models = home.service, home.directory / "models"
+    file, aside, moved = models / TINY / "model-f16.gguf", home.directory / "aside", models / "acme/moved/m.gguf"
+    service.loaded(TINY)
+    entry = service.models()[TINY]
+    moved.parent.mkdir()
+    file.rename(moved)
+    try:
+        until(lambda: listed(service) == {"acme/moved": [TINY], OTHER: []}, "its file is moved")
+        moved.rename(aside)
+        until(lambda: listed(service).get(TINY) == [TINY], "its file is gone")
+        assert {**entry, "description": None} == {**service.models()[TINY], "description": None}
+        error(service.load(TINY), 404, "model_not_found", param="model")
+        synthetic.tiny_moe(models / TINY / "model-q4_0.gguf")
+        until(lambda: listed(service).get(TINY) == [], "the key belongs to another file")
+        assert listed(service)[f"{TINY}@f16"] == [TINY]
+        assert service.unload(TINY).status == 200
+        assert listed(service) == {TINY: [], OTHER: []}
+    finally:
+        (models / TINY / "model-q4_0.gguf").unlink(missing_ok=True)
+        (aside if aside.exists() else moved).rename(file)
+        moved.parent.rmdir()
+    until(lambda: listed(service) == {TINY: [], OTHER: []}, "its file is back")
+    until(lambda: service.models()[TINY]["architecture"] == "llama", "and the other one is gone")
+
+
+def test_a_share_that_is_mounted_late_restores_instances(home: Home) -> None:
+    service, models, aside = home.service, home.directory / "models", home.directory / "unmounted"
+    for key in (TINY, OTHER):
+        service.loaded(key)
+    stopped(service)
+    models.rename(aside)
+    models.mkdir()
+    try:
+        service = home.start()
+        failed = until(lambda: [job for job in jobs(service).values() if job["status"] == "failed"], "one try")
+        assert {job["error"]["code"] for job in failed} == {"invalid_model_file"}
+    finally:
+        models.rmdir()
+        aside.rename(models)
+    until(lambda: set(service.instances()) == {TINY, OTHER}, "both are restored")
+
+
 def test_damaged_file_is_ignored_with_a_log_line(home: Home) -> None:
     service = home.service
     service.loaded(TINY)
