@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
@@ -129,6 +129,7 @@ class Group(Struct, frozen=True):
     """The files of one model."""
 
     place: Place
+    home: Home
     of: int  # number of shards; 0: the model is a single file
     parts: dict[int, Candidate]  # by number, from 1
 
@@ -148,15 +149,17 @@ def assemble(candidates: Sequence[Candidate], files: Mapping[str, ModelFile]) ->
         if candidate.is_folder:
             folders = PurePosixPath(candidate.path).parts
             place = Place(folders, folders[-1], candidate.revision)
-            groups[place, candidate.path] = Group(place, 0, {1: candidate})
+            groups[place, candidate.path] = Group(place, keys.home(place), 0, {1: candidate})
             continue
         place, no, of = keys.shard(candidate.path, candidate.revision)
         file = files.get(candidate.path)
         if COMPANION in place.stem.lower() or (file is not None and file.kind == "companion"):
             if file is not None and file.vision and not candidate.refusal:
                 companions.setdefault(keys.home(place), []).append(_described(place, file))
-        else:
-            groups.setdefault((place, of or candidate.path), Group(place, of, {})).parts[no] = candidate
+            continue
+        if (group := groups.get((place, of or candidate.path))) is None:
+            group = groups[place, of or candidate.path] = Group(place, keys.home(place), of, {})
+        group.parts[no] = candidate
     found = [(group, _problem(group, files)) for group in _without_copies([*groups.values()])]
     models = [group for group, problem in found if problem is None]
     found.sort(key=lambda one: one[1] is not None)  # the models first
@@ -172,7 +175,7 @@ def _without_copies(groups: Sequence[Group]) -> list[Group]:
     seen: set[tuple[tuple[str, ...], tuple[FileStat, ...]]] = set()
     kept: list[Group] = []
     for group in sorted(groups, key=lambda group: group.place.revision):  # the current revision is first
-        identity = keys.home(group.place).folders, tuple(group.stats)
+        identity = group.home.folders, tuple(group.stats)
         if not group.place.revision or identity not in seen:
             kept.append(group)
         seen.add(identity)
@@ -185,18 +188,17 @@ def _described(place: Place, file: ModelFile) -> Described:
 
 def _with_vision(
     models: Sequence[Group], companions: Mapping[Home, list[Described]], files: Mapping[str, ModelFile]
-) -> set[tuple[Home, Words]]:
-    """Return the models that have an image encoder: their home, and the words of their stems."""
+) -> dict[Home, set[Words]]:
+    """Return the models that have an image encoder: the words of their stems, by home."""
     beside: dict[Home, list[Described]] = {}
     for group in models:
-        home = keys.home(group.place)
-        if home in companions:
-            beside.setdefault(home, []).append(_described(group.place, files[group.parts[1].path]))
+        if group.home in companions:
+            beside.setdefault(group.home, []).append(_described(group.place, files[group.parts[1].path]))
     return {
-        (home, owner)
-        for home, described in beside.items()
-        for companion in companions[home]
-        for owner in projectors.owners(companion, described, in_folder=bool(home.folders))
+        home: set[Words]().union(
+            *(projectors.owners(one, models_there, in_folder=bool(home.folders)) for one in companions[home])
+        )
+        for home, models_there in beside.items()
     }
 
 
@@ -205,7 +207,7 @@ def _model(
     group: Group,
     problem: Problem | None,
     files: Mapping[str, ModelFile],
-    vision: Collection[tuple[Home, Words]],
+    vision: Mapping[Home, set[Words]],
 ) -> Model:
     place, parts = group.place, group.parts
     shards = [parts[no] for no in sorted(parts)]
@@ -221,7 +223,7 @@ def _model(
         size_bytes=sum(shard.stat.size for shard in shards),
         problem=problem,
         type=first.type,
-        publisher=keys.publisher(place) or first.organization,
+        publisher=keys.publisher(group.home) or first.organization,
         display_name=first.name or place.stem,
         description=first.description,
         architecture=first.architecture,
@@ -232,7 +234,7 @@ def _model(
         expert_count=first.expert_count,
         causal=first.causal,
         pooling=first.pooling,
-        vision=(keys.home(place), projectors.words(place.stem)) in vision,
+        vision=group.home in vision and projectors.words(place.stem) in vision[group.home],
         trained_for_tool_use=first.tool_use,
         files=[shard.stat for shard in shards],
         can_map=all(file.can_map for file in readable),

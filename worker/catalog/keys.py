@@ -67,12 +67,12 @@ def snapshot(folders: Sequence[str]) -> int | None:
 
 def home(place: Place) -> Home:
     """Return the folder that names a model: not a folder for one quantization, nor one of Hugging Face's cache."""
-    return Home(_split(place)[0], place.revision)
+    return Home(_split(place.folders)[0], place.revision)
 
 
 def tag(place: Place) -> str:
     """Return the quantization that the names of a file and its folder tell, in lower case; "" if they tell none."""
-    of_folder, of_file = quantization.tag(_split(place)[1]), quantization.tag(place.stem)
+    of_folder, of_file = quantization.tag(_split(place.folders)[1]), quantization.tag(place.stem)
     return of_folder if of_folder.endswith(of_file) else of_file  # UD-Q2_K_XL/m-Q2_K_XL.gguf
 
 
@@ -81,9 +81,8 @@ def label(place: Place) -> str:
     return re.sub(r"^FP(?=\d)", "F", tag(place).upper())
 
 
-def _split(place: Place) -> tuple[tuple[str, ...], str]:
+def _split(folders: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
     """Return the folders that name a model, and the folder for one of its quantizations, "" if there is none."""
-    folders = place.folders
     if (i := snapshot(folders)) is not None and (repository := REPOSITORY.fullmatch(folders[i - 2])):
         owner, name = repository["owner"], repository["name"]
         return ((owner, name) if owner else (name,)), folders[-1] if len(folders) > i + 1 else ""
@@ -108,9 +107,8 @@ def base(place: Place) -> str:
     return "/".join([*publisher, name.removesuffix("-gguf") or name]) + (f"@{revision}" if revision else "")
 
 
-def publisher(place: Place) -> str:
-    folders = home(place).folders
-    return folders[-2] if len(folders) >= 2 else ""
+def publisher(home: Home) -> str:
+    return home.folders[-2] if len(home.folders) >= 2 else ""
 
 
 def name_all(models: Sequence[Place], others: Sequence[Place] = ()) -> list[Named]:
@@ -121,32 +119,41 @@ def name_all(models: Sequence[Place], others: Sequence[Place] = ()) -> list[Name
 
     `others` are files that cannot be loaded.  They have no influence on the keys of models.
     """
-    named = _name(models, models, set())
-    return named + _name(others, [*models, *others], {name.key for name in named})
+    told = [_Told(place, base(place), tag(place)) for place in (*models, *others)]
+    named = _name(told[: len(models)], told[: len(models)], set())
+    return named + _name(told[len(models) :], told, {name.key for name in named})
 
 
-def _name(places: Sequence[Place], among: Sequence[Place], taken: set[str]) -> list[Named]:
+class _Told(NamedTuple):
+    """A place, and what its path tells."""
+
+    place: Place
+    base: str
+    tag: str
+
+
+def _name(places: Sequence[_Told], among: Sequence[_Told], taken: set[str]) -> list[Named]:
     """Return a key for each place that is unique `among` all, and not in `taken`."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    bases, tags = [base(place) for place in places], [tag(place) for place in places]
-    n_base, n_tag = Counter(map(base, among)), Counter((base(place), tag(place)) for place in among)
+    n_base, n_tag = Counter(told.base for told in among), Counter((told.base, told.tag) for told in among)
     variants = [
-        of_place if n_base[shared] == 1 or (of_place and n_tag[shared, of_place] == 1) else place.stem.lower()
-        for place, shared, of_place in zip(places, bases, tags, strict=True)
+        told.tag
+        if n_base[told.base] == 1 or (told.tag and n_tag[told.base, told.tag] == 1)
+        else told.place.stem.lower()
+        for told in places
     ]
     preferred = [
-        shared if n_base[shared] == 1 else f"{shared}@{variant}"
-        for shared, variant in zip(bases, variants, strict=True)
+        told.base if n_base[told.base] == 1 else f"{told.base}@{variant}"
+        for told, variant in zip(places, variants, strict=True)
     ]
     n_preferred = Counter(preferred)
     assigned = taken | {key for key in preferred if n_preferred[key] == 1}
     named: dict[int, Named] = {}
-    for i in order:
+    for i in sorted(range(len(places)), key=lambda i: places[i].place):
         suffix, n = "", 1
         is_unique = n_preferred[preferred[i]] == 1 and preferred[i] not in taken
         while not is_unique and preferred[i] + suffix in assigned:
             n += 1
             suffix = f"-{n}"
         assigned.add(preferred[i] + suffix)
-        named[i] = Named(preferred[i] + suffix, bases[i], variants[i] + suffix if variants[i] else "")
+        named[i] = Named(preferred[i] + suffix, places[i].base, variants[i] + suffix if variants[i] else "")
     return [named[i] for i in range(len(places))]
