@@ -30,9 +30,13 @@ def of_instance(models: Mapping[str, Model], instance: Instance) -> Model | None
 
     `models` are those of its worker, at least by their keys.
     """
-    source = instance.source
-    if source is None or not source.files:  # a record or a catalog of an older version
-        return models.get(instance.key)
+    return of_source(models, instance.source, instance.key)
+
+
+def of_source(models: Mapping[str, Model], source: Model | None, key: str) -> Model | None:
+    """Return the model with the files of `source`; that of `key` if a process of an older version left these out."""
+    if source is None or not source.files:
+        return models.get(key)
     model = models.get(source.key)
     if model is not None and _is_unchanged(model, source):
         return model

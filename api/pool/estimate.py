@@ -35,7 +35,7 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
     if placed is None:
         placed = _roomiest(best, request, roster)
     if not placed.exact:
-        sizing = Sizing(request=request, key=model.key, gpus=placed.gpus, layers=placed.layers)
+        sizing = Sizing(request=request, key=model.key, source=model.source, gpus=placed.gpus, layers=placed.layers)
         usage = await queue.sized(best.worker, sizing)
         if usage is not None:
             placed = structs.replace(placed, usage=usage, exact=True)

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from shared.schema.http import EngineBuild, LoadRequest, WorkerState
 from shared.schema.memory import Device, Holding
+from shared.schema.model import Model
 
 
 class WorkerSnapshot(Struct, frozen=True, kw_only=True, gc=False):
@@ -40,3 +41,4 @@ class Sizing(Struct, frozen=True, kw_only=True):
     key: str
     gpus: list[str]
     layers: list[int]
+    source: Model | None = None  # the model of the key, as the API knows it (`Model.source`)

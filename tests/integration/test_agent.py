@@ -22,6 +22,7 @@ import worker.runner.warm
 from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.schema.model import FileStat, Model, Problem
+from shared.schema.snapshot import Sizing
 from shared.synthetic.architectures import TINY
 from shared.synthetic.models import tiny_llama
 from tests.integration.conftest import hold
@@ -271,6 +272,23 @@ async def test_a_load_is_never_of_other_files(agent: Agent, models: dict[str, Mo
     await agent.publish([msgspec.structs.replace(models["p/moe"], key="p/llama")])
     agent.deliver(id_)
     check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", "no longer in the models directory")
+
+
+async def test_a_dry_run_is_never_of_other_files(agent: Agent, models: dict[str, Model]) -> None:
+    """The API has a catalog of a second ago, in which the key is another model's."""
+    request = LoadRequest(model="p/llama", context_length=256)
+
+    async def answer(key: str, source: Model | None = None) -> object:
+        question = Sizing(request=request, key=key, source=source, gpus=[], layers=[])
+        return msgspec.msgpack.decode(await agent.dry_run.answer(msgspec.msgpack.encode(question)))
+
+    expected = await answer("p/llama")
+    moe = msgspec.structs.replace(models["p/moe"], key="p/llama")
+    await agent.publish([msgspec.structs.replace(models["p/llama"], key="p/llama@f16"), moe])
+    assert await answer("p/llama") != expected
+    assert await answer("p/llama", models["p/llama"].source) == expected
+    await agent.publish([moe])
+    assert await answer("p/llama", models["p/llama"].source) is None
 
 
 async def test_a_load_that_waits_for_another_finds_moved_files(

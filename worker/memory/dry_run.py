@@ -8,6 +8,7 @@ from typing import assert_never
 
 from msgspec import MsgspecError, msgpack
 
+from shared.lookup import of_source
 from shared.schema.memory import Usage
 from shared.schema.model import Model
 from shared.schema.snapshot import Sizing
@@ -47,7 +48,7 @@ class DryRun:
         except MsgspecError as e:  # an API of a newer version
             _log.error("dry run request cannot be decoded", action="unreadable_sizing", error=str(e))
             return msgpack.encode(None)
-        model = self._models.get(sizing.key)
+        model = of_source(self._models, sizing.source, sizing.key)
         if model is None or model.problem is not None or not {*sizing.gpus} <= {*self._devices.gpus}:
             return msgpack.encode(None)
         load = plan(sizing.request, model, self._settings, sizing.gpus, sizing.layers)
