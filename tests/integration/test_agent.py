@@ -21,6 +21,7 @@ import shared.store.instances
 import worker.runner.warm
 from shared.instance import Instance
 from shared.lifecycle import Event, State
+from shared.schema.http import LoadRequest
 from shared.schema.model import FileStat, Model, Problem
 from shared.schema.snapshot import Sizing
 from shared.synthetic.architectures import TINY

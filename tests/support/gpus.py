@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 import worker.memory.nvml
 import worker.runner.warm
@@ -23,6 +24,7 @@ def main(directory: str, control: socket.socket, output: socket.socket, visible:
     from worker.engine import child, llama
 
     give_gpus(llama)
+    child.ENGINE = structs.replace(child.ENGINE, backends=llama.backends())
     child.main(control, output, visible)
 
 
