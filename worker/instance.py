@@ -294,7 +294,7 @@ class Resident:
             case Ready():
                 # Before a client can read "loaded".
                 await self._services.crashes.forget(model, everywhere=instance.request.force)
-                self._services.placer.ledger.settle(self.id, outcome.taken)
+                await self._services.placer.settle(self.id, outcome.taken)
                 self.files = [*zip(load.shards, outcome.files, strict=True)]
                 loaded = await self._loaded(instance, outcome)
                 if loaded is not None:
@@ -521,6 +521,7 @@ class Resident:
         Returns only once the runner is reaped: until then its memory is not free, and must not be reported as free.
         """
         if runner is None:
+            await self._services.placer.withdraw(self)
             return
         while True:
             try:
@@ -568,6 +569,7 @@ class Resident:
         await self._fail_with(instance, LoadFailed(code, instance.type, instance.model, reason).body())
 
     async def _fail_with(self, instance: Instance, error: ErrorBody) -> None:
+        await self._services.placer.withdraw(self)  # without a runner, its reservation is still there
         failed = await self._record.write(instance, Event.FAIL, error=error)
         if failed.loaded_at is not None:
             self._services.desired.discard(failed)

@@ -351,6 +351,38 @@ async def test_a_load_without_a_runner_fails_and_the_next_works(agent: Agent, mo
     await loaded(agent, 2)
 
 
+async def test_an_outcome_is_written_after_its_memory_is_published(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that reads the outcome of a load finds what it took in the list of workers, without waiting a beat."""
+    agent = await begin()
+    reserved: dict[State, tuple[int, int]] = {}  # when a state was written: what Redis had, and what the ledger has
+    commit = agent.store.instances.commit
+
+    async def looked(old: Instance, new: Instance) -> tuple[Instance, float]:
+        workers = {worker.name: worker.snapshot for worker in await agent.store.workers.all()}
+        published = workers["w"]
+        assert published is not None
+        reserved[new.state] = published.devices[-1].reserved_bytes, agent.placer.devices()[-1].reserved_bytes
+        return await commit(old, new)
+
+    await agent.beat_once()
+    monkeypatch.setattr(agent.store.instances, "commit", looked)
+    id_, _ = await loaded(agent)
+    published, held = reserved[State.LOADED]
+    assert published == held > 0
+    agent.stop(id_)
+    await released(agent, id_)
+    assert reserved[State.UNLOADED] == (0, 0)
+
+    await agent.runners.close()
+    monkeypatch.setattr(worker.runner.warm, "run_child", slice)  # no further runner starts
+    failed = await delivered(agent, 2)
+    await released(agent, failed)
+    assert (await record(agent, failed)).state is State.FAILED
+    assert reserved[State.FAILED] == (0, 0)
+
+
 # ---- records that changed without the agent
 
 

@@ -192,6 +192,16 @@ class Placer:
                 self.ledger.started(instance.id, pid)
         return other
 
+    async def settle(self, id_: str, usage: Sequence[Usage]) -> None:
+        """Mark a load as done, with the usage that the engine reports.
+
+        Announces a reservation that changed before returning, so that a client that reads "loaded" finds it.
+        """
+        before = {**self.ledger.reservations[id_].bytes}
+        self.ledger.settle(id_, usage)
+        if self.ledger.reservations[id_].bytes != before:
+            await self._announce()
+
     # ---- releasing
 
     async def give_back(self, holder: Holder) -> None:
@@ -313,6 +323,15 @@ class Placer:
             reason or TOO_LITTLE, needed or instance.total_size_bytes, devices, others, by_others
         )
         return LoadFailed("insufficient_memory", instance.type, instance.model, sentence, **detail | would_fit).body()
+
+    async def withdraw(self, holder: Holder) -> None:
+        """Release the reservation of an instance that no runner uses, if there is one.
+
+        Announces the change before returning, as `give_back` does.
+        """
+        if holder.id in self.ledger.reservations:
+            self.forget(holder)
+            await self._announce()
 
     def forget(self, holder: Holder) -> None:
         """Release the reservation of an instance that ended before a runner used it."""
