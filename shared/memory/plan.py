@@ -10,6 +10,7 @@ from shared.settings import Settings
 
 UBATCH = 512  # llama.cpp's default physical batch, in tokens
 MEAN = 1  # llama.cpp's LLAMA_POOLING_TYPE_MEAN
+ENCODED = 8192  # tokens: the largest default context of an encoder, whose memory grows with its square
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -32,15 +33,16 @@ def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
     """Return the engine's parameters for a request that respects the limits of `model`.
 
     Encoders and models with mean pooling must process their whole input in one physical batch; otherwise llama.cpp
-    aborts.  Causal embedding models with last-token pooling do not need that, and at 32k tokens it would take a compute
-    buffer of 21 GiB (measured with llama.cpp 0c1e57098 on the shape of Qwen3-Embedding-0.6B).
+    aborts.  The memory of that batch grows with its square, so the default context of an encoder is limited: 128k
+    tokens take 36 GB even in a tiny model.  Causal embedding models with last-token pooling do not need that, and at
+    32k tokens it would take a compute buffer of 21 GiB (measured with llama.cpp 0c1e57098 on the shape of
+    Qwen3-Embedding-0.6B).
     """
     asked = request.context_length
     if model.type == "embedding":
         whole = not model.causal
-        n_ctx = asked if asked is not UNSET else model.max_context_length
-        if not whole and asked is UNSET:
-            n_ctx = min(settings.context_length, n_ctx)
+        default = min(ENCODED if whole else settings.context_length, model.max_context_length)
+        n_ctx = default if asked is UNSET else asked
         n_batch = n_ctx
         n_ubatch = n_ctx if whole or model.pooling == MEAN else min(UBATCH, n_ctx)
         parallel, moe = 1, False

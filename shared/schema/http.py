@@ -62,7 +62,10 @@ class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fals
     model: Annotated[str, Meta(description="Key of the model, as listed by `GET /api/v1/models`, or `key@variant`.")]
     context_length: Annotated[
         Positive | UnsetType,
-        Meta(description="Size of the context in tokens, at most the `max_context_length` of the model."),
+        Meta(
+            description="Size of the context in tokens, at most the `max_context_length` of the model. Default: set by "
+            "the operator; for encoders the maximum, up to 8192."
+        ),
     ] = UNSET
     eval_batch_size: Annotated[
         Positive | UnsetType,

@@ -13,7 +13,7 @@ from msgspec import UNSET
 
 from api.pool.limits import check
 from shared.errors import InvalidValue
-from shared.memory.plan import MEAN, UBATCH
+from shared.memory.plan import ENCODED, MEAN, UBATCH
 from shared.schema.http import LoadRequest
 from shared.schema.model import Model
 from shared.settings import Settings
@@ -151,6 +151,12 @@ def test_the_defaults_of_a_language_model(maximum: int, n_ctx: int, n_batch: int
 def test_the_defaults_of_an_embedding_model(causal: bool, pooling: int, n_ctx: int, n_ubatch: int) -> None:
     load = planned(request(), model(type="embedding", causal=causal, pooling=pooling))
     assert (load.n_ctx, load.n_batch, load.n_ubatch, load.embedding) == (n_ctx, n_ctx, n_ubatch, True)
+
+
+def test_the_default_batch_of_an_encoder_is_bounded() -> None:
+    encoder = model(type="embedding", causal=False, max_context_length=131_072)
+    assert planned(request(), encoder).n_ubatch == ENCODED
+    assert planned(request(context_length=16_384), encoder).n_ubatch == 16_384
 
 
 def test_settings_are_the_defaults_of_a_request() -> None:
