@@ -257,7 +257,7 @@ PLACES: dict[str, tuple[list[str], list[int]]] = {
 async def test_a_dry_run_gives_the_memory_of_the_load(
     host: FakeHost, files: dict[str, Path], words: str, place: str
 ) -> None:
-    """Exact to the byte, except for the difference on several GPUs that `worker.engine.llama.measure` describes.  A dry
+    """Exact to the byte, except for the difference on several GPUs that `worker.engine.llama.DryRuns` describes.  A dry
     run needs no free memory, and the engine can load after it."""
     configuration = dict(CONFIGURATIONS[words])
     name = configuration.pop("file")

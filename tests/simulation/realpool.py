@@ -48,7 +48,7 @@ CONTEXTS = (512, 1024, 2048, 3000, 4500, 6000, 9000, 13_000, 16_000, 19_000, 24_
 TTL_S = 100_000.0  # never expires during a run
 LAGS_S = (0.0, 0.0, 0.3)  # of a driver, after the end of a process
 ESTIMATE_ERROR = 0.03  # relative error that an estimate may have
-DRY_RUN_ERROR_BYTES = 2 * 32 * 64 * 4  # error of a dry run on several GPUs: see `worker.engine.llama.measure`
+DRY_RUN_ERROR_BYTES = 2 * 32 * 64 * 4  # error of a dry run on several GPUs: see `worker.engine.llama.DryRuns`
 ANYWHERE = Constraints()
 
 

@@ -1,4 +1,4 @@
-"""The memory of a load as llama.cpp computes it in a dry run without allocations: `worker.engine.llama.measure`.
+"""The memory of a load as llama.cpp computes it in a dry run without allocations: `worker.engine.llama.DryRuns`.
 
 `python -m tests.support.noalloc` is a separate process, since the process of the tests must not import the engine.  It
 reads a JSON list of `Load` from stdin and writes a list of `Usage` for each of them to stdout.
@@ -54,7 +54,8 @@ def main() -> None:
     for i in range(len(GPUS)):
         fakegpu.add(f"CUDA{i}", 1 << 50)
     loads = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Load])
-    sys.stdout.buffer.write(msgspec.json.encode([llama.measure(load, log) for load in loads]))
+    dry_runs = llama.DryRuns(log)
+    sys.stdout.buffer.write(msgspec.json.encode([dry_runs.measure(load) for load in loads]))
 
 
 if __name__ == "__main__":

@@ -79,14 +79,16 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
             prewarm(log)
     message = inbox.get()
     load = message.load if isinstance(message, Measure) else message
-    if load.traceparent:  # OpenTelemetry's convention for environment variables; libraries may read it
-        os.environ["TRACEPARENT"] = load.traceparent
+    set_trace(load)
     if log is None:
         log = llama.initialise(",".join(load.devices) or NO_GPU)
+    dry_runs = llama.DryRuns(log)
     try:
         while isinstance(message, Measure):
-            send(Measured(llama.measure(message.load, log)))
+            send(Measured(dry_runs.measure(message.load)))
             message = inbox.get()
+        dry_runs.close()
+        set_trace(message)
         loaded = llama.Loaded(message, log, Throttled(send, message.total_bytes))
     except llama.LoadError as e:
         log.write()
@@ -96,6 +98,12 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
     log.write()
     libc.trim_heap()  # frees 7 MB after a vocabulary of 150,000 tokens
     threading.Event().wait()  # until the reader thread ends the process
+
+
+def set_trace(load: Load) -> None:
+    """Set OpenTelemetry's environment variable for the span of a load; libraries may read it."""
+    if load.traceparent:
+        os.environ["TRACEPARENT"] = load.traceparent
 
 
 def read_channel(

@@ -198,39 +198,60 @@ def n_threads(n_bytes: int) -> int:
     return min(MOST_THREADS, len(os.sched_getaffinity(0))) if n_bytes >= MANY_BYTES else 1
 
 
-def measure(load: Load, log: Log) -> list[Usage]:
-    """Do a dry run: return the memory that a load would use on each of its devices and on the host.  Raises LoadError.
+class DryRuns:
+    """Does dry runs: reports the memory that a load would use on each of its devices and on the host.
 
     With `no_alloc`, llama.cpp builds the model and the context without allocating or reading weights, and sums up the
-    sizes of its buffers.  It still reads the whole header: 0.1 to 1 s for the vocabulary.
+    sizes of its buffers.  It still reads the whole header: 0.1 to 1 s for the vocabulary.  The model therefore stays
+    open for the next dry run, until `close`; a further context takes milliseconds.
 
     The result equals the usage of the load to the byte, with one exception: the compute buffers if several GPUs take
     all layers.  A load places each layer's norm on the layer's device, and the dry run loses that assignment
     (graph_get_cb of llama-context.cpp, and ggml_backend_sched_reserve_size, which resets it).  A buffer is then too
     small or too large by one tensor of n_ubatch times the model's width, or by two in tiny models.
     """
-    log.write()
-    log.forget()
-    log.is_muted = True  # its lines would look like a load's, with buffers of 0 MiB
-    try:
-        with ExitStack() as undo:
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._model: tuple[object, Any] | None = None  # what it was opened with, and the model
+
+    def measure(self, load: Load) -> list[Usage]:
+        """Do a dry run.  Raises LoadError."""
+        log = self._log
+        log.write()
+        log.forget()
+        log.is_muted = True  # its lines would look like a load's, with buffers of 0 MiB
+        try:
+            gpus = _gpus(load)
+            context = _create_context(load, self._opened(load, gpus), log)
+            try:
+                usage = breakdown(lib._lib, version, context, gpus)
+            finally:
+                lib.llama_free(context)
+            if usage is None:
+                raise LoadError("this build of the engine does not report its memory usage")
+            log.forget()
+            return usage
+        finally:
+            log.is_muted = False
+
+    def close(self) -> None:
+        """Close the model."""
+        if self._model is not None:
+            lib.llama_model_free(self._model[1])
+            self._model = None
+
+    def _opened(self, load: Load, gpus: dict[int, str]) -> Any:
+        opened_with = load.shards, load.devices, load.layers, load.expert_override, load.repack, load.check_tensors
+        if self._model is None or self._model[0] != opened_with:
+            self.close()
             for shard in load.shards:
                 os.close(_open_shard(shard))
-            gpus = _gpus(load)
             params = _model_params(load, gpus)
             params.no_alloc = True
             params.load_mode = lib.LLAMA_LOAD_MODE_NONE
-            model = _load_model(load, params, log)
-            undo.callback(lib.llama_model_free, model)
-            context = _create_context(load, model, log)
-            undo.callback(lib.llama_free, context)
-            usage = breakdown(lib._lib, version, context, gpus)
-            if usage is None:
-                raise LoadError("this build of the engine does not report its memory usage")
-        log.forget()
-        return usage
-    finally:
-        log.is_muted = False
+            self._model = opened_with, _load_model(load, params, self._log)
+        return self._model[1]
 
 
 def _open_shard(shard: str) -> int:
