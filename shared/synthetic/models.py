@@ -175,6 +175,12 @@ def sparse_shape(
     return _write(path, _model(made, preset, quantization), shards=shards, is_sparse=True)
 
 
+def sparse(path: Path, model: Model) -> Path:
+    """Write a model that the caller describes, with zeros as weights."""
+    _write_file(path, model, is_sparse=True)
+    return path
+
+
 def write_demo(directory: Path) -> list[str]:
     """Write the models of --demo below `directory`: an LLM, a MoE and an embedding model.  Returns their model keys."""
 
