@@ -93,7 +93,11 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
             tasks = [group.create_task(part) for part in parts]
             yield State(
                 intake=Intake(
-                    roster, store.instances, records, at_most=(settings.worker_queue_limit, settings.queue_limit)
+                    roster,
+                    store.queue,
+                    store.instances,
+                    records,
+                    at_most=(settings.worker_queue_limit, settings.queue_limit),
                 ),
                 records=records,
                 follower=follower,

@@ -67,7 +67,6 @@ class Agent:
         self.changed = asyncio.Event()  # the snapshot's devices or instances changed
         self.placed: deque[str] = deque(maxlen=PLACED_N)  # loads that were placed or refused
         self.devices = Devices(settings, Driver())
-        self.placer = Placer(settings, self.devices, self.residents, self.announce, self.tally, timing)
         self.runners = Runners(
             settings.lease_s / 2,
             lambda: self.tally.add(died("warm")),
@@ -75,6 +74,9 @@ class Agent:
             timing=timing,
         )
         self.dry_run = DryRun(settings, self.models, self.devices, self.runners, timing)
+        self.placer = Placer(
+            settings, self.devices, self.residents, self.dry_run.measured, self.announce, self.tally, timing
+        )
         self.desired = Desired(
             settings.data_dir / f"wanted-{self.name}.json", is_on=settings.restore == "on", timing=timing
         )

@@ -18,7 +18,7 @@ from shared.errors import ErrorBody, LoadFailed, LoadFailure, crashed_lately
 from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.lookup import of_instance
-from shared.memory.placement import Placement
+from shared.memory.placement import DRY_RUNS, Placement
 from shared.race import first, racing
 from shared.schema.http import Phase
 from shared.schema.model import FileStat, Model
@@ -48,7 +48,6 @@ COMMIT_FRACTION = 0.02  # progress is recorded after this fraction of the bytes
 CHANGED = "a file of the model changed while it was loaded"
 CHANGED_LATER = "a file of the model changed after it was loaded"
 GONE = "its file is no longer in the models directory"
-DRY_RUNS = 3  # at most this many dry runs per load, if each result exceeds the memory of the chosen place
 
 Answer = TypeVar("Answer", Ready, Measured)
 
@@ -198,7 +197,7 @@ class Resident:
         An API then chooses another worker, or fails the load with that error.  A restoration belongs to this worker and
         fails.  Raises Fenced and what UNAVAILABLE lists.
         """
-        error = self._services.placer.refusal(instance, model)
+        error = await self._services.placer.refusal(instance, model)
         _log.info("load refused: not enough memory", action="refused", reason=error.message)
         if instance.restoring:
             await self._fail_with(instance, error)
@@ -265,7 +264,7 @@ class Resident:
         try:
             load = self._load_of(instance, model, placed)
             outcome: Ready | NoRoom | Ended | None = None
-            if self._services.placer.is_unsure(placed):
+            if not placed.exact:
                 instance, load, outcome = await self._dry_run(instance, model, placed, runner)
             if outcome is None:
                 spawn_s = time.monotonic() - self._claimed_at
@@ -338,7 +337,7 @@ class Resident:
                 return instance, load, outcome
             instance = msgspec.structs.replace(instance, timing=timing)
             await self._services.placer.look()
-            corrected = self._services.placer.corrected(instance, model, placed, outcome.taken)
+            corrected = self._services.placer.corrected(instance, placed, outcome.taken)
             if corrected is None:
                 break
             if corrected.exact and corrected.layers == placed.layers and corrected.gpus == placed.gpus:
@@ -562,7 +561,7 @@ class Resident:
             return
         needed = needed_bytes(runner.output)  # None if the engine logged only std::bad_alloc
         model = of_instance(self._services.models, instance)
-        error = self._services.placer.refusal(instance, model, reason, needed)
+        error = await self._services.placer.refusal(instance, model, reason, needed)
         await self._fail_with(instance, error)
 
     async def _fail(self, instance: Instance, code: LoadFailure, reason: str) -> None:

@@ -17,6 +17,7 @@ from shared.instance import Instance
 from shared.memory.placement import Placement
 from shared.schema.http import LoadRequest
 from shared.store.instances import Crashed, Full, Instances, KeyTaken, NoLease, Remembered
+from shared.store.queue import Queue
 from shared.telemetry import log
 
 _log = log.get("api")
@@ -37,8 +38,11 @@ class Submission(Struct, frozen=True, kw_only=True):
 class Intake:
     """Accepts loads.  `at_most`: the maximum queue length of one worker, and of the whole pool."""
 
-    def __init__(self, roster: Roster, instances: Instances, records: Records, at_most: tuple[int, int]) -> None:
+    def __init__(
+        self, roster: Roster, queue: Queue, instances: Instances, records: Records, at_most: tuple[int, int]
+    ) -> None:
         self._roster = roster
+        self._queue = queue
         self._instances = instances
         self._records = records
         self._at_most = at_most
@@ -84,7 +88,7 @@ class Intake:
         """
         full: Full | None = None
         excluded: set[str] = set()  # workers that could not take it
-        while (chosen := self._choose(submission.request, excluded)) is not None:
+        while (chosen := await self._choose(submission.request, excluded)) is not None:
             try:
                 return await self._create(submission, *chosen)
             except NoLease:
@@ -96,10 +100,14 @@ class Intake:
             raise QueueFull(f"The queue is full (limit: {full.limit} waiting loads).", full.retry_after_s)
         return None
 
-    def _choose(self, request: LoadRequest, without: Collection[str]) -> tuple[Candidate, Placement | None] | None:
+    async def _choose(
+        self, request: LoadRequest, without: Collection[str]
+    ) -> tuple[Candidate, Placement | None] | None:
         """Choose a worker for a load, except those in `without`; None if none is left.  Raises InvalidValue."""
         candidates, _ = self._roster.candidates(request, without)
-        return self._roster.choose(candidates, request) if candidates else None
+        if len(candidates) <= 1:  # it asks its engine itself
+            return self._roster.choose(candidates, request) if candidates else None
+        return await self._roster.choose_measured(candidates, request, self._queue)
 
     async def _create(self, submission: Submission, candidate: Candidate, placement: Placement | None) -> Instance:
         """Write the record and its delivery atomically.

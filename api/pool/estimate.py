@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from msgspec import structs
+from msgspec import Struct, structs
 
-from api.pool.roster import Candidate, Roster
+from api.pool.roster import Candidate, Measured, Roster
 from shared.errors import LoadFailed
-from shared.memory.placement import Constraints, Placement, available, once_gone
+from shared.memory.estimate import MOST_BYTES
+from shared.memory.placement import DRY_RUNS, Constraints, Demand, Placement, available, once_gone, place, place_now
 from shared.schema.http import EstimatedDevice, EstimateResult, LoadRequest
-from shared.schema.memory import CPU, Usage
-from shared.schema.snapshot import Sizing
+from shared.schema.memory import CPU, Holding
+from shared.schema.snapshot import Sizing, WorkerSnapshot
 from shared.store.queue import Queue
 
 
 async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> EstimateResult:
     """Estimate where a load would go, from the latest snapshots of the workers.  Loads nothing.
 
-    If the formula is not verified for the configuration (`shared.memory.estimate`), the engine of the worker does a dry
-    run; `exact` is False if the worker does not reply.  If the load fits nowhere, the devices are those with the most
+    If the formula is not verified for the configuration (`shared.memory.estimate`), the engine of a worker does dry
+    runs; `exact` is False if the worker does not reply.  If the load fits nowhere, the devices are those with the most
     room.
 
     Raises what the load would raise before it is accepted: ModelNotFound, NoWorker, InvalidValue, LoadFailed; and what
@@ -31,16 +32,15 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
     model = best.model
     if model.problem is not None:
         raise LoadFailed(model.problem.code, model.type, request.model, model.problem.message)
-    fits = placed is not None
-    if placed is None:
-        placed = _roomiest(best, request, roster)
-    if not placed.exact:
-        sizing = Sizing(request=request, key=model.key, source=model.source, gpus=placed.gpus, layers=placed.layers)
-        usage = await queue.sized(best.worker, sizing)
-        if usage is not None:
-            placed = structs.replace(placed, usage=usage, exact=True)
-            fits = fits and _has_room(best, placed, roster)
-    free = available(roster.alive[best.worker].devices)
+    figures, alive = roster.figures(candidates, best, request, queue), roster.alive
+    requirements = await figures.requirements()
+    if not figures.is_checked:
+        best, placed = roster.choose(candidates, request, Measured(model, requirements))
+    snapshot = roster.alive.get(best.worker) or alive[best.worker]  # it may have gone meanwhile
+    demand = Demand(requirements, Constraints.of(request.gpu), best.model.key)
+    verdict = await _verified(placed or _roomiest(demand, snapshot), demand, best, request, snapshot, queue)
+    fits, placed = placed is not None and verdict.fits, verdict.placed
+    free = available(snapshot.devices)
     devices = [
         EstimatedDevice(
             id=one.id,
@@ -59,32 +59,78 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
         fits=fits,
         devices=devices,
         total_bytes=sum(device.total_bytes for device in devices),
-        evicts=[held.instance_id for held in placed.evicts],
-        max_context_length_that_fits=roster.largest_context_length(candidates, model, request),
+        evicts=[held.instance_id for held in placed.evicts] if fits else [],
+        max_context_length_that_fits=await figures.largest_context_length(
+            roster.has_room(candidates, best.model, request, {best.worker: verdict.beside}), fits=fits
+        ),
         exact=placed.exact,
     )
 
 
-def _roomiest(candidate: Candidate, request: LoadRequest, roster: Roster) -> Placement:
-    """Return the placement as if there were enough room: on one GPU, if the worker has any."""
-    requirements, constraints = roster.requirements(candidate.model, request), Constraints.of(request.gpu)
-    devices = roster.alive[candidate.worker].devices
-    gpus = [device for device in devices if device.id in constraints.gpus(devices)]
-    n = constraints.n_layers(requirements)
-    if not gpus or not n:
+class _Verdict(Struct, frozen=True):
+    """A placement as the engine sees it.  `beside`: the memory that it takes beyond the requirements, if any."""
+
+    placed: Placement
+    fits: bool = True
+    beside: list[Holding] = []
+
+
+async def _verified(
+    placed: Placement,
+    demand: Demand,
+    candidate: Candidate,
+    request: LoadRequest,
+    snapshot: WorkerSnapshot,
+    queue: Queue,
+) -> _Verdict:
+    """Have the engine check a placement that is not exact.  Looks for another place, as a worker does in a load, if the
+    placement does not fit."""
+    room = once_gone(available(snapshot.devices), placed.evicts)
+    beside: list[Holding] = []
+    for _ in range(DRY_RUNS):
+        if placed.exact:
+            return _Verdict(placed)
+        model = candidate.model
+        sizing = Sizing(request=request, key=model.key, source=model.source, gpus=placed.gpus, layers=placed.layers)
+        usages = await queue.sized(candidate.worker, sizing)
+        if usages is None:
+            return _Verdict(placed)
+        usage, estimated = usages[0], placed.bytes
+        placed = structs.replace(placed, usage=usage, exact=True)
+        more = {one.id: max(0, one.total_bytes - estimated.get(one.id, 0)) for one in usage}
+        beside = [Holding(instance_id="", key="", devices=more, used_at=0.0, is_evictable=False)]
+        if all(one.total_bytes <= room[one.id] for one in usage if one.id in room):
+            return _Verdict(placed, beside=beside)
+        devices = [
+            structs.replace(device, available_bytes=room[device.id] - more.get(device.id, 0))
+            for device in snapshot.devices
+        ]
+        other = place(demand, structs.replace(snapshot, devices=devices, held=[]))
+        if other is None:
+            break
+        placed = structs.replace(other, evicts=placed.evicts)
+    return _Verdict(placed, fits=False, beside=beside)
+
+
+def _roomiest(demand: Demand, snapshot: WorkerSnapshot) -> Placement:
+    """Return the placement as if there were enough room: on one GPU, if the worker has any and the request does not ask
+    for a split."""
+    requirements, constraints = demand.requirements, demand.constraints
+    gpus = [device for device in snapshot.devices if device.id in constraints.gpus(snapshot.devices)]
+    if not gpus or not demand.n_on_gpus:
         return Placement(usage=[requirements.on_cpu()], exact=requirements.is_exact(0, requirements.n_layers))
+    if constraints.split is not None:
+        vast = [structs.replace(device, available_bytes=MOST_BYTES) for device in snapshot.devices]
+        if (placed := place_now(demand, structs.replace(snapshot, devices=vast))) is not None:
+            return placed
     gpu = max(gpus, key=lambda device: device.available_bytes).id
-    first = requirements.n_layers - n
-    beside: list[Usage] = [requirements.beside_gpus(first)] if any(device.id == CPU for device in devices) else []
+    has_cpu = any(device.id == CPU for device in snapshot.devices)
     return Placement(
         gpus=[gpu],
-        layers=[n],
-        usage=[requirements.on_gpu(gpu, first, requirements.n_layers), *beside],
-        exact=requirements.is_exact(1, first),
+        layers=[demand.n_on_gpus],
+        usage=[
+            requirements.on_gpu(gpu, demand.first, requirements.n_layers),
+            *([requirements.beside_gpus(demand.first)] if has_cpu else []),
+        ],
+        exact=requirements.is_exact(1, demand.first),
     )
-
-
-def _has_room(candidate: Candidate, placed: Placement, roster: Roster) -> bool:
-    """Return whether the usage that the engine reported fits, once the evicted instances are unloaded."""
-    room = once_gone(available(roster.alive[candidate.worker].devices), placed.evicts)
-    return all(one.total_bytes <= room[one.id] for one in placed.usage if one.id in room)

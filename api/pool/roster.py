@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import count
 
 from msgspec import UNSET, Struct
@@ -14,16 +14,19 @@ from shared.instance import Instance
 from shared.lookup import by_name, of_instance
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import Requirements, requirements_of
-from shared.memory.placement import Constraints, Demand, Placement, largest_context_length, place
+from shared.memory.figures import Figures
+from shared.memory.placement import Constraints, Demand, Placement, place
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
-from shared.schema.memory import Holding
+from shared.schema.memory import Holding, Usage
 from shared.schema.model import Model
-from shared.schema.snapshot import WorkerSnapshot, short
+from shared.schema.snapshot import Sizing, WorkerSnapshot, short
 from shared.settings import Settings
 from shared.store.keys import RETAIN_S
+from shared.store.queue import SIZED_S, Queue
 from shared.store.workers import Worker, Workers
 
+MEASURED_S = 3.0  # for a dry run before a load is placed; without an answer, the formula counts
 PENDING_S = 3.0  # then a placed load that its worker has not published is no longer counted
 
 
@@ -33,6 +36,13 @@ class Candidate(Struct, frozen=True, kw_only=True, gc=False):
     worker: str
     model: Model
     catalog: int  # number of the worker's catalog; candidates with the same number share the model
+
+
+class Measured(Struct, frozen=True):
+    """The requirements of a model for a request, for all workers with the same model."""
+
+    model: Model
+    requirements: Requirements
 
 
 class Names(Struct, frozen=True):
@@ -164,20 +174,23 @@ class Roster:
         live = [one for one in live if one.worker not in without]
         return live, holders[0].model if holders else None
 
-    def choose(self, candidates: Sequence[Candidate], request: LoadRequest) -> tuple[Candidate, Placement | None]:
+    def choose(
+        self, candidates: Sequence[Candidate], request: LoadRequest, measured: Measured | None = None
+    ) -> tuple[Candidate, Placement | None]:
         """Choose the best candidate.  Returns it with the placement that its last snapshot allows.
 
         If the load fits on no candidate, returns the candidate with the most memory and None: its current state may
         allow the load.  Workers that can read the file are preferred.  Raises InvalidValue if the request exceeds the
         limits of the model.
         """
-        readable = [one for one in candidates if one.model.problem is None]
+        # The roster may have been refreshed since it returned the candidates.
+        readable = [one for one in candidates if one.model.problem is None and one.worker in self._hosts]
         if not readable:
             return candidates[0], None
         constraints = Constraints.of(request.gpu)
         models = {one.catalog: one.model for one in readable}
         demands = {
-            catalog: Demand(self.requirements(model, request), constraints, model.key)
+            catalog: Demand(self.requirements(model, request, measured), constraints, model.key)
             for catalog, model in models.items()
         }
         best: tuple[Candidate, Placement] | None = None
@@ -215,20 +228,71 @@ class Roster:
             return NoWorker(f"No worker accepts {request.model} now: draining: {names}. Try again shortly.")
         return NoWorker(f"No available worker has {request.model}. Try again shortly.")
 
-    def requirements(self, model: Model, request: LoadRequest) -> Requirements:
+    async def choose_measured(
+        self, candidates: Sequence[Candidate], request: LoadRequest, queue: Queue
+    ) -> tuple[Candidate, Placement | None]:
+        """Choose the best candidate as `choose` does, but ask an engine before a load is refused or evicts an instance
+        by a formula that was not checked.
+
+        Raises InvalidValue, and what UNAVAILABLE lists.
+        """
+        best, placed = self.choose(candidates, request)
+        if best.model.problem is not None or (placed is not None and not placed.evicts):
+            return best, placed
+        figures = self.figures(candidates, best, request, queue, within_s=MEASURED_S)
+        if figures.is_checked or not any(self.alive[one.worker].devices for one in candidates):
+            return best, placed
+        return self.choose(candidates, request, Measured(best.model, await figures.requirements()))
+
+    def figures(
+        self,
+        candidates: Sequence[Candidate],
+        best: Candidate,
+        request: LoadRequest,
+        queue: Queue,
+        within_s: float = SIZED_S,
+    ) -> Figures:
+        """Return what a request takes by the engine of a candidate: one with a GPU that the request allows, if there is
+        one, else the best.  Raises InvalidValue if the request exceeds the limits of the model."""
+        check(request, best.model)
+        constraints = Constraints.of(request.gpu)
+        same = [best, *(one for one in candidates if is_same(one.model, best.model))]
+        gpus = {one.worker: constraints.gpus(self.alive[one.worker].devices) for one in same}
+        asked = next((one for one in same if gpus[one.worker]), best)
+
+        async def ask(sizing: Sizing) -> list[list[Usage]] | None:
+            return await queue.sized(asked.worker, sizing, within_s)
+
+        return Figures(request, asked.model, self._settings, gpus[asked.worker], ask)
+
+    def requirements(self, model: Model, request: LoadRequest, measured: Measured | None = None) -> Requirements:
         """Compute the requirements of a request.  Raises InvalidValue if it exceeds the limits of the model."""
         check(request, model)
+        if measured is not None and is_same(model, measured.model):
+            return measured.requirements
         return requirements_of(model, plan(request, model, self._settings))
 
-    def largest_context_length(self, candidates: Sequence[Candidate], model: Model, request: LoadRequest) -> int | None:
-        """Return the largest context length (in tokens) that fits on any candidate; None if none fits."""
+    def has_room(
+        self,
+        candidates: Sequence[Candidate],
+        model: Model,
+        request: LoadRequest,
+        beside: Mapping[str, Sequence[Holding]],
+    ) -> Callable[[Requirements], bool]:
+        """Return a function that says whether any candidate with this model has room for it.
+
+        `beside`: holdings to be counted too, by worker.  Ignores the loads that were placed since the last snapshots.
+        """
         constraints = Constraints.of(request.gpu)
+        names = [one.worker for one in candidates if one.worker in self._published and is_same(one.model, model)]
+        hosts = [self._published[name] for name in names]
+        hosts = [host.holding(beside[host.worker.name]) if host.worker.name in beside else host for host in hosts]
 
         def has_room(requirements: Requirements) -> bool:
             demand = Demand(requirements, constraints, model.key)
-            return choose([(self._published[one.worker], demand) for one in candidates]) is not None
+            return choose([(host, demand) for host in hosts]) is not None
 
-        return largest_context_length(request, model, self._settings, has_room)
+        return has_room
 
     def placed(self, instance: Instance, placement: Placement | None) -> None:
         """Count an instance that was just placed, until its worker publishes it or for PENDING_S seconds."""
@@ -259,3 +323,15 @@ class Roster:
             self._hold(worker, [held for _, held in self._pending[worker]])
             if not self._pending[worker]:
                 del self._pending[worker]
+
+
+def is_same(a: Model, b: Model) -> bool:
+    """Return whether two models take the same memory: by their headers, they are copies of one model."""
+
+    def header(model: Model) -> tuple[object, ...]:
+        return (
+            *(model.architecture, model.size_bytes, model.max_context_length, model.dimensions, model.weights),
+            *(model.type, model.causal, model.pooling, model.expert_count, model.problem),
+        )
+
+    return a is b or header(a) == header(b)

@@ -98,7 +98,7 @@ class Sweep:
         if instance.stop_requested:
             await self._commit(instance, instance.after(Event.STOP))
             return
-        choice = self._place(instance)
+        choice = await self._place(instance)
         if choice is not None and choice[1] is not None:
             await self._give(instance, *choice)
             return
@@ -127,7 +127,7 @@ class Sweep:
 
         A restoration stays with its worker.  Raises Fenced.
         """
-        choice = None if instance.restoring else self._place(instance)
+        choice = None if instance.restoring else await self._place(instance)
         if choice is not None:
             await self._give(instance, *choice)
         elif instance.state is State.LOADING:
@@ -140,13 +140,13 @@ class Sweep:
             reason = f"Worker '{instance.worker}' is unavailable, and no other available worker has {instance.model}."
             await self._commit(instance, instance.after(Event.FAIL, error=NoWorker(reason).body()))
 
-    def _place(self, instance: Instance) -> tuple[Candidate, Placement | None] | None:
+    async def _place(self, instance: Instance) -> tuple[Candidate, Placement | None] | None:
         """Choose a worker for a load, except those that refused it; None if there is none."""
         with suppress(InvalidValue):
             candidates, _ = self._roster.candidates(instance.request, without=instance.refused)
             same = [one for one in candidates if one.model.problem is None and one.model.type == instance.type]
             if same:
-                return self._roster.choose(same, instance.request)
+                return await self._roster.choose_measured(same, instance.request, self._queue)
         return None
 
     async def _give(self, instance: Instance, candidate: Candidate, placement: Placement | None) -> None:

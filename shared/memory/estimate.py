@@ -12,12 +12,16 @@ first block, stay on the CPU.
 `exact` is False for configurations that were not compared with the engine: architectures that are not in CHECKED_*,
 headers that were not read to the end yet, a KV cache in host memory beside a GPU, and several GPUs that take all
 layers, since the engine may then use pipeline parallelism, which takes more (src/llama-context.cpp).  For these, the
-engine reports the sizes in a dry run.
+engine reports the sizes in a dry run.  The formula is a guess there: it does not know recurrent layers, compressed or
+shared caches, or attention without a cache.  For the architectures in NEAR it is off by at most a quarter.
 """
 
 from __future__ import annotations
 
-from msgspec import Struct
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from msgspec import Struct, structs
 
 from shared.memory.plan import Plan
 from shared.schema.memory import CPU, Usage
@@ -27,6 +31,43 @@ CELLS = 256  # a context is padded to a multiple of this many tokens
 F16, F32 = 2, 4  # bytes of an element of the KV cache, and of a computed element
 CHECKED_DECODERS = frozenset({"llama", "qwen2", "qwen3", "qwen3moe", "gemma3"})
 CHECKED_ENCODERS = frozenset({"bert"})
+NEAR = frozenset(
+    {
+        *CHECKED_DECODERS,
+        *CHECKED_ENCODERS,
+        "baichuan",
+        "bitnet",
+        "chatglm",
+        "command-r",
+        "cohere2",
+        "exaone",
+        "exaone4",
+        "falcon",
+        "gemma",
+        "glm4",
+        "gpt-oss",
+        "granite",
+        "granitemoe",
+        "hunyuan-dense",
+        "internlm2",
+        "minicpm",
+        "mistral3",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "openelm",
+        "orion",
+        "phi2",
+        "phi3",
+        "qwen",
+        "qwen2vl",
+        "smollm3",
+        "stablelm",
+        "starcoder",
+        "starcoder2",
+        "xverse",
+    }
+)
 CHECKED_POOLINGS = range(-1, 4)  # without ranking, which has an output of its own
 UNKNOWN_VOCABULARY = 262_144  # tokens; few vocabularies are larger
 MOST_BYTES = 2**53  # a limit above any real size: the largest number that every JSON reader represents exactly
@@ -46,7 +87,9 @@ class Requirements(Struct, frozen=True, kw_only=True):
     host_compute_bytes: int  # of the CPU if it has no layers
     offload_kqv: bool
     exact: bool  # for one device and a KV cache on that device; see is_exact
+    near: bool = False  # the formula is off by at most a quarter; see is_near
     is_repacked: bool = False  # the CPU has its weights twice: rearranged, and in the mapping of the file
+    figures: dict[int, list[Usage]] = {}  # of the engine, for one device that takes all layers from this one on
 
     @property
     def n_layers(self) -> int:
@@ -63,10 +106,44 @@ class Requirements(Struct, frozen=True, kw_only=True):
 
     def is_exact(self, n_gpus: int, on_cpu: int) -> bool:
         """Return whether the estimate is verified if `n_gpus` GPUs take all layers but the first `on_cpu`."""
-        return self.exact and (n_gpus == 0 or (self.offload_kqv and (n_gpus == 1 or on_cpu > 0)))
+        if (on_cpu if n_gpus else self.n_layers) in self.figures:
+            return n_gpus <= 1
+        return self.exact and self._is_covered(n_gpus, on_cpu)
+
+    def is_near(self, n_gpus: int, on_cpu: int) -> bool:
+        """Return whether the formula is off by at most a quarter for this division of the layers."""
+        return self.near and self._is_covered(n_gpus, on_cpu)
+
+    def _is_covered(self, n_gpus: int, on_cpu: int) -> bool:
+        return n_gpus == 0 or (self.offload_kqv and (n_gpus == 1 or on_cpu > 0))
+
+    def measured(self, first: int, usage: Sequence[Usage]) -> Requirements:
+        """Return these requirements with the engine's figures for one GPU that takes the layers from `first` on.
+
+        `usage` is that of the GPU, if `first` is a layer, followed by the host's.  For other divisions of the layers,
+        weights and context are in the same proportion as by the formula, and compute buffers as on the one device.
+        """
+        *on_gpu, host = usage
+        device = on_gpu[0] if on_gpu else host
+        layers = slice(first, None) if on_gpu else slice(None)
+        kept = min(device.weights_bytes, self.tied_bytes if on_gpu else self.input_bytes)
+        weights, context = [*self.weights], [*self.context]
+        weights[layers] = _scaled(weights[layers], device.weights_bytes - kept)
+        if self.offload_kqv or not on_gpu:
+            context[layers] = _scaled(context[layers], device.context_bytes)
+        changes: dict[str, int] = (
+            {"compute_bytes": device.compute_bytes, "inner_compute_bytes": device.compute_bytes}
+            if on_gpu
+            else {"cpu_compute_bytes": host.compute_bytes, "cpu_inner_compute_bytes": host.compute_bytes}
+        )
+        return structs.replace(
+            self, weights=weights, context=context, figures={**self.figures, first: [*usage]}, **changes
+        )
 
     def on_cpu(self) -> Usage:
         """Return the usage of the host if the CPU takes all layers."""
+        if figures := self.figures.get(self.n_layers):
+            return structs.replace(figures[-1], id=CPU)
         return Usage(
             id=CPU,
             weights_bytes=min(self.input_bytes + sum(self.weights) * (2 if self.is_repacked else 1), MOST_BYTES),
@@ -77,6 +154,8 @@ class Requirements(Struct, frozen=True, kw_only=True):
     def on_gpu(self, device: str, first: int, last: int) -> Usage:
         """Return the usage of a GPU that takes the layers from `first` up to, but not including, `last`."""
         has_output = last == self.n_layers
+        if has_output and first < last and (figures := self.figures.get(first)):
+            return structs.replace(figures[0], id=device)
         return Usage(
             id=device,
             weights_bytes=min(sum(self.weights[first:last]) + (self.tied_bytes if has_output else 0), MOST_BYTES),
@@ -86,6 +165,8 @@ class Requirements(Struct, frozen=True, kw_only=True):
 
     def beside_gpus(self, first: int) -> Usage:
         """Return the usage of the host if GPUs take the layers from `first` on."""
+        if first < self.n_layers and (figures := self.figures.get(first)):
+            return structs.replace(figures[-1], id=CPU)
         return Usage(
             id=CPU,
             weights_bytes=min(self.input_bytes + sum(self.weights[:first]), MOST_BYTES),
@@ -115,11 +196,11 @@ def requirements_of(model: Model, load: Plan) -> Requirements:
     n = dimensions.block_count
     weights = model.weights
     if weights is None:
-        input_bytes, blocks, output_bytes, is_tied = 0, _parts(model.size_bytes, n), 0, False
+        input_bytes, blocks, output_bytes, is_tied = 0, _scaled([1] * n, model.size_bytes), 0, False
     else:
         listed = len(weights.block_bytes) == n
         input_bytes, output_bytes = weights.input_bytes, weights.output_bytes
-        blocks = weights.block_bytes if listed else _parts(weights.repeating_bytes, n)
+        blocks = weights.block_bytes if listed else _scaled([1] * n, weights.repeating_bytes)
         is_tied = _has_cache(model) and not weights.has_output
     beside = not load.offload_kqv and _has_cache(model)
     cells = _cells(load)
@@ -136,12 +217,15 @@ def requirements_of(model: Model, load: Plan) -> Requirements:
         offload_kqv=not beside,
         is_repacked=load.repack,
         exact=_is_checked(model, dimensions),
+        near=model.architecture in NEAR and model.pooling in CHECKED_POOLINGS,
     )
 
 
-def _parts(n_bytes: int, n: int) -> list[int]:
-    """Split `n_bytes` into `n` parts that differ by at most one byte."""
-    return [n_bytes * (i + 1) // n - n_bytes * i // n for i in range(n)]
+def _scaled(parts: Sequence[int], n_bytes: int) -> list[int]:
+    """Change parts in proportion so that their sum is `n_bytes`; evenly, if all of them are 0."""
+    sums = [*accumulate(parts if any(parts) else [1] * len(parts), initial=0)]
+    ends = [n_bytes * one // max(1, sums[-1]) for one in sums]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _is_checked(model: Model, dimensions: Dimensions) -> bool:

@@ -19,7 +19,7 @@ that already holds it: its file is in the page cache of that host.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, islice, repeat
 from operator import add
@@ -27,14 +27,12 @@ from typing import Literal, NamedTuple
 
 from msgspec import UNSET, Struct, UnsetType, structs
 
-from shared.memory.estimate import CELLS, Requirements, requirements_of
-from shared.memory.plan import plan
-from shared.schema.http import GPURequest, LoadRequest
+from shared.memory.estimate import Requirements
+from shared.schema.http import GPURequest
 from shared.schema.memory import CPU, Device, Holding, Usage
-from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
-from shared.settings import Settings
 
+DRY_RUNS = 3  # at most this many dry runs of placements, if each result exceeds the memory of the chosen place
 ORDERED = 8  # the largest number of GPUs for which every order is tried
 HALVINGS = 10  # steps of the bisection that spreads layers evenly; precise to a thousandth of the free bytes
 
@@ -252,28 +250,6 @@ def once_gone(free: Free, victims: Iterable[Holding]) -> dict[str, int]:
 def has_gpu(devices: Sequence[Device]) -> bool:
     """Return whether a worker with these devices has a GPU."""
     return any(device.kind == "gpu" for device in devices)
-
-
-def largest_context_length(
-    request: LoadRequest, model: Model, settings: Settings, has_room: Callable[[Requirements], bool]
-) -> int | None:
-    """Return the largest context length with which a request fits: a multiple of 256, or the model's maximum.
-
-    Returns None if no context length fits.  Relies on more context never taking less memory.
-    """
-
-    def fits(context_length: int) -> bool:
-        return has_room(
-            requirements_of(model, plan(structs.replace(request, context_length=context_length), model, settings))
-        )
-
-    if fits(model.max_context_length):
-        return model.max_context_length
-    low, high = 0, -(-model.max_context_length // CELLS)  # in multiples: `low` fits, or is 0; `high` does not fit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * CELLS) else (low, middle)
-    return low * CELLS or None
 
 
 # ---- one search

@@ -35,10 +35,11 @@ def short(id_: str) -> str:
 
 
 class Sizing(Struct, frozen=True, kw_only=True):
-    """A request for a dry run: the worker's engine reports the memory that a load would use on these GPUs."""
+    """A request for dry runs: the worker's engine reports the memory that a load would use on these GPUs."""
 
     request: LoadRequest
     key: str
     gpus: list[str]
     layers: list[int]
     source: Model | None = None  # the model of the key, as the API knows it (`Model.source`)
+    context_lengths: list[int] = []  # one dry run for each; []: one, as requested

@@ -75,8 +75,8 @@ class Queue:
         except UNAVAILABLE as e:
             log.get("store").warning("delivery lost", action="delivery_lost", **instance.ids, error=str(e))
 
-    async def sized(self, worker: str, sizing: Sizing) -> list[Usage] | None:
-        """Return the usage that the worker's engine reports from a dry run; None if there is no reply within SIZED_S.
+    async def sized(self, worker: str, sizing: Sizing, within_s: float = SIZED_S) -> list[list[Usage]] | None:
+        """Return the usage that the worker's engine reports from each dry run; None without a reply within `within_s`.
 
         Raises what UNAVAILABLE lists.
         """
@@ -84,10 +84,10 @@ class Queue:
         await self._enqueue(worker, id_, entry(SIZE, msgpack.encode(sizing)), SIZED_S)
         job = Job(id_, as_arq(self._redis), keys.queue(worker), unpack_job)
         try:
-            data: bytes = await job.result(timeout=SIZED_S, poll_delay=0.02)
+            data: bytes = await job.result(timeout=within_s, poll_delay=0.02)
         except TimeoutError:
             return None
-        return msgpack.decode(data, type=list[Usage] | None)
+        return msgpack.decode(data, type=list[list[Usage]] | None)
 
     async def _enqueue(self, worker: str, id_: str, data: bytes, within_s: int) -> None:
         await self._deliver(worker=worker, id=id_, entry=data, expires_ms=within_s * 1000, retain_s=RETAIN_S)

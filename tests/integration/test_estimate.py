@@ -86,7 +86,7 @@ def figures(root: Path, models: dict[str, Model]) -> dict[tuple[str, Kind], dict
         for words, fields in configurations(preset, kind).items():
             cases.append((preset, kind, words))
             planned = plan(LoadRequest(model=model.key, **fields), model, Settings())
-            loads.append(load(root / model.shards[0], planned, layers))
+            loads.append(load([root / shard for shard in model.shards], planned, layers))
     usages: dict[tuple[str, Kind], dict[str, Usage]] = defaultdict(dict)
     for (preset, kind, words), (taken, *_) in zip(cases, measured(loads), strict=True):
         usages[preset, kind][words] = taken
@@ -130,7 +130,7 @@ def test_the_estimate_of_each_device_matches_the_engine(root: Path, models: dict
         if sum(parts) == 1:
             layers[-1] += requirements.n_layers - sum(layers)
         planned = plan(LoadRequest(model=model.key, **fields), model, Settings())
-        loads.append(load(root / model.shards[0], planned, layers))
+        loads.append(load([root / shard for shard in model.shards], planned, layers))
         cases.append((preset, words, requirements, layers))
     for (preset, words, requirements, layers), taken in zip(cases, measured(loads), strict=True):
         start = first = requirements.n_layers - sum(layers)

@@ -37,7 +37,7 @@ async def alive(store: Store, name: str, model: Model, residents: int = 0, devic
 def intake_of(store: Store, settings: Settings, roster: Roster | None = None) -> Intake:
     roster = roster or Roster(store.workers, settings)
     limits = settings.worker_queue_limit, settings.queue_limit
-    return Intake(roster, store.instances, Records(store.instances), at_most=limits)
+    return Intake(roster, store.queue, store.instances, Records(store.instances), at_most=limits)
 
 
 @pytest.fixture

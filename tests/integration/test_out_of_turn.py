@@ -12,9 +12,12 @@ import pytest
 from msgspec import msgpack
 
 import worker.runner.warm
+from shared.instance import Instance
 from shared.lifecycle import State
+from shared.memory.placement import Placement
 from shared.schema.http import EngineBuild, LoadRequest
 from shared.schema.memory import CPU, Usage
+from shared.schema.model import Model
 from shared.schema.snapshot import Sizing
 from tests.support.agents import (
     DEADLINE_S,
@@ -73,7 +76,13 @@ async def test_any_message_in_any_phase_leaves_nothing_behind(
     engine = Engine(runner, monkeypatch)
     sent = ready(agent) if isinstance(message, Ready) else message
     if phase == "measuring":
-        monkeypatch.setattr(agent.placer, "is_unsure", lambda _: True)
+        place = agent.placer.place
+
+        async def placed_unsurely(instance: Instance, model: Model) -> Placement | None:
+            placed = await place(instance, model)
+            return None if placed is None else msgspec.structs.replace(placed, exact=False)
+
+        monkeypatch.setattr(agent.placer, "place", placed_unsurely)
     if phase == "warm":
         engine.says(sent)
     id_ = await delivered(agent)
@@ -112,9 +121,11 @@ async def test_any_message_in_a_dry_run_leaves_nothing_behind(
     Engine(runner, monkeypatch).says(message)
     question = Sizing(request=LoadRequest(model="p/llama"), key="p/llama", gpus=[], layers=[])
     async with asyncio.timeout(DEADLINE_S):
-        answer = msgpack.decode(await agent.dry_run.answer(msgpack.encode(question)), type=list[Usage] | None)
-    assert answer == (message.taken if isinstance(message, Measured) else None)
-    assert is_gone(runner.pid)
+        answer = msgpack.decode(await agent.dry_run.answer(msgpack.encode(question)), type=list[list[Usage]] | None)
+    assert answer == ([message.taken] if isinstance(message, Measured) else None)
+    is_next = agent.runners.coming is not None and agent.runners.coming.done() and await agent.runners.coming is runner
+    assert is_next == isinstance(message, Measured), "after its answer it waits for the next load"
+    assert is_gone(runner.pid) == (not is_next)
 
 
 # ---- frames that are not messages

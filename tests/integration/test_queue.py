@@ -73,7 +73,7 @@ async def intake(store: Store) -> Intake:
     await store.workers.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest or "", residents=0))
     roster = Roster(store.workers, Settings())
     await roster.refresh()
-    return Intake(roster, store.instances, Records(store.instances), at_most=(128, 1024))
+    return Intake(roster, store.queue, store.instances, Records(store.instances), at_most=(128, 1024))
 
 
 @pytest.fixture

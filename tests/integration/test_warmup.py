@@ -23,5 +23,5 @@ def test_the_warm_up_evaluates_a_token_and_empties_the_cache(tmp_path: Path) -> 
     for name in KINDS:
         model = models[f"p/{name}"]
         planned = plan(LoadRequest(model=model.key), model, Settings())
-        loads.append(load(tmp_path / "m" / model.shards[0], planned, []))
+        loads.append(load([tmp_path / "m" / shard for shard in model.shards], planned, []))
     assert dict(zip(KINDS, warmed_up(loads), strict=True)) == dict.fromkeys(KINDS, WarmedUp(True, 0))

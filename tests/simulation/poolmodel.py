@@ -34,7 +34,7 @@ from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import Holding, Usage
 from shared.schema.model import Dimensions, Model, Weights
-from shared.schema.snapshot import WorkerSnapshot, short
+from shared.schema.snapshot import Sizing, WorkerSnapshot, short
 from shared.settings import Settings
 from shared.telemetry.tally import Tally
 from worker.memory.ledger import Ledger
@@ -248,12 +248,16 @@ class _Ledger(Ledger):
         self.worker.held[instance].robbed.clear()
 
 
+async def unanswered(_: Sizing) -> None:
+    """Be an engine that does dry runs only in the runner of a load."""
+
+
 class _Placer(Placer):
     """The real placer, without the thread that queries a driver.  Each decision is compared with the true state of that
     moment: the placer does not wait between its decision and its end."""
 
     def __init__(self, worker: _Worker) -> None:
-        super().__init__(worker.settings, worker.devices, worker.held, worker.announce, Tally(), Timing())
+        super().__init__(worker.settings, worker.devices, worker.held, unanswered, worker.announce, Tally(), Timing())
         self.worker = worker
         self.evicting: dict[str, Sequence[Holding]] = {}
         self.ledger = ledger = _Ledger(worker.settings.kept_free)
@@ -288,7 +292,9 @@ class _Worker:
         self.name = name
         self.cards = {card.id: card for card in cards}
         self.settings = Settings(worker_name=name, evict="idle", device_reserve=f"{KEPT_MIB}MiB")
-        self.devices: Any = SimpleNamespace(read=lambda: [card.reading(sim.sequence.named) for card in cards])
+        self.devices: Any = SimpleNamespace(
+            read=lambda: [card.reading(sim.sequence.named) for card in cards], gpus=[card.id for card in cards]
+        )
         self.held: dict[str, _Resident] = {}
         self.taken: list[str] = []
         self.changed = asyncio.Event()
@@ -461,12 +467,12 @@ class _Resident:
         for _ in range(3):
             assert placement is not None
             usage = self._true_usage(placement)
-            if not self.load.error and not placer.is_unsure(placement):
+            if not self.load.error and placement.exact:
                 break
             await asyncio.sleep(LOAD_S / 4)  # duration of a dry run
             await placer.look()
             before = placement
-            placement = placer.corrected(self.instance, MODELS[self.key], before, usage)
+            placement = placer.corrected(self.instance, before, usage)
             if placement is None:
                 self.outcome = "refused"
                 return

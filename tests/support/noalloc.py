@@ -19,11 +19,11 @@ from worker.runner.protocol import Load
 GPUS = ("GPU-0", "GPU-1", "GPU-2", "GPU-3")  # with room for every load: a dry run allocates nothing
 
 
-def load(path: Path, plan: Plan, layers: list[int]) -> Load:
+def load(shards: list[Path], plan: Plan, layers: list[int]) -> Load:
     """Return the load of a model onto the first of `GPUS`, one for each number of layers; the last layers go there."""
     return Load(
         **msgspec.structs.asdict(plan),
-        shards=[str(path)],
+        shards=[str(shard) for shard in shards],
         total_bytes=0,
         check_tensors=False,
         devices=list(GPUS[: len(layers)]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -10,11 +12,12 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from shared.memory.estimate import CELLS, MOST_BYTES, Requirements, requirements_of
-from shared.memory.placement import largest_context_length
+from shared.memory.figures import Figures
 from shared.memory.plan import plan
 from shared.schema.http import LoadRequest
 from shared.schema.memory import Usage
 from shared.schema.model import Dimensions, Model, Weights
+from shared.schema.snapshot import Sizing
 from shared.settings import Settings
 
 MAXIMUM = 131_072
@@ -52,6 +55,14 @@ def model(**fields: Any) -> Model:
 
 def requirements(of_model: Model, **fields: Any) -> Requirements:
     return requirements_of(of_model, plan(LoadRequest(model="p/m", **fields), of_model, SETTINGS))
+
+
+def largest_context_length(of_model: Model, has_room: Callable[[Requirements], bool], **fields: Any) -> int | None:
+    async def ask(_: Sizing) -> None:
+        """Be an engine that does not answer."""
+
+    figures = Figures(LoadRequest(model="p/m", **fields), of_model, SETTINGS, [], ask)
+    return asyncio.run(figures.largest_context_length(has_room, fits=has_room(figures.formula)))
 
 
 def on_one(required: Requirements, kind: Kind) -> Usage:
@@ -160,7 +171,7 @@ def test_the_largest_context_is_the_largest_that_fits(
     def fits(required: Requirements) -> bool:
         return on_one(required, kind).total_bytes <= free_bytes
 
-    largest = largest_context_length(LoadRequest(model="p/m", **fields), any_model, SETTINGS, fits)
+    largest = largest_context_length(any_model, fits, **fields)
     if largest is not None:
         assert largest == any_model.max_context_length or largest % CELLS == 0
         assert fits(requirements(any_model, context_length=largest, **fields))
@@ -254,10 +265,7 @@ def test_gpus_hold_the_last_layers_and_the_cpu_the_first() -> None:
 def test_the_largest_context_respects_the_other_fields() -> None:
     with_flash, without = (
         largest_context_length(
-            LoadRequest(model="p/m", flash_attention=flash, context_length=512),
-            model(),
-            SETTINGS,
-            lambda required: required.single(0) <= 8 << 30,
+            model(), lambda required: required.single(0) <= 8 << 30, flash_attention=flash, context_length=512
         )
         for flash in (True, False)
     )

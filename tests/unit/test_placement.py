@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import combinations, permutations
@@ -14,13 +15,13 @@ from msgspec import UNSET, structs
 
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import CELLS, Requirements, requirements_of
+from shared.memory.figures import Figures
 from shared.memory.placement import (
     Constraints,
     Demand,
     Placement,
     available,
     has_gpu,
-    largest_context_length,
     place,
     place_now,
 )
@@ -28,7 +29,7 @@ from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import CPU, Device, Holding
 from shared.schema.model import Dimensions, Model, Weights
-from shared.schema.snapshot import WorkerSnapshot
+from shared.schema.snapshot import Sizing, WorkerSnapshot
 from shared.settings import Settings
 
 GPUS = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
@@ -557,6 +558,10 @@ MODEL = Model(
 )
 
 
+async def no_engine(_: Sizing) -> None:
+    """Be an engine that does not answer."""
+
+
 @settings(max_examples=50)
 @given(
     st.lists(st.integers(0, 9_000_000), max_size=3),
@@ -579,4 +584,6 @@ def test_the_largest_context_length_is_the_longest_that_fits(
         return fits(requirements_of(MODEL, plan(request, MODEL, defaults)))
 
     lengths = [length for length in range(CELLS, MAXIMUM + 1, CELLS) if fits_with(length)]
-    assert largest_context_length(LoadRequest(model="p/m"), MODEL, defaults, fits) == max(lengths, default=None)
+    figures = Figures(LoadRequest(model="p/m"), MODEL, defaults, [], no_engine)
+    now = fits(figures.formula)
+    assert asyncio.run(figures.largest_context_length(fits, fits=now)) == max(lengths, default=None)

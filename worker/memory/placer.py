@@ -13,10 +13,11 @@ from msgspec import UNSET, structs
 from shared.errors import ErrorBody, LoadFailed
 from shared.instance import Instance
 from shared.lifecycle import State
-from shared.memory.estimate import requirements_of
-from shared.memory.placement import Constraints, Demand, Placement, has_gpu, largest_context_length, place
-from shared.memory.plan import plan
+from shared.memory.estimate import Requirements
+from shared.memory.figures import Ask, Figures
+from shared.memory.placement import Constraints, Demand, Placement, available, has_gpu, place
 from shared.race import first, racing
+from shared.schema.http import LoadRequest
 from shared.schema.memory import CPU, Device, Holding, Usage
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
@@ -30,7 +31,7 @@ from worker.runner.failure import shortage
 from worker.timing import Timing
 
 TOO_LITTLE = "there is not enough memory"
-AMPLE = 2  # with room for this many times the estimate, no dry run is needed
+AMPLE = 2  # with room for this many times the estimate of an architecture in NEAR, no dry run is needed
 
 _log = log.get("worker")
 
@@ -57,11 +58,13 @@ class Placer:
         settings: Settings,
         devices: Devices,
         holders: Mapping[str, Holder],
+        ask: Ask,
         announce: Callable[[], Awaitable[None]],
         tally: Tally,
         timing: Timing,
     ) -> None:
-        """`holders`: all instances of this worker, by id of the load.  `announce` publishes the worker's snapshot."""
+        """`holders`: all instances of this worker, by id of the load.  `ask` asks the engine; `announce` publishes the
+        worker's snapshot."""
         self.ledger = Ledger(settings.kept_free)
         self.ledger.update(devices.read())
         self.placing = asyncio.Lock()  # held while a load is placed
@@ -69,10 +72,12 @@ class Placer:
         self._settings = settings
         self._devices = devices
         self._holders = holders
+        self._ask = ask
         self._announce = announce
         self._tally = tally
         self._timing = timing
         self._turns: dict[str, asyncio.Lock] = {}
+        self._demands: dict[str, Demand] = {}  # of the instances that were placed or refused, by id of the load
         at_once = settings.loads_at_once
         self._at_once = asyncio.Semaphore(at_once) if at_once else None
 
@@ -118,15 +123,24 @@ class Placer:
     async def place(self, instance: Instance, model: Model) -> Placement | None:
         """Reserve memory for a load.  Returns None if it does not fit.  The caller holds `placing`.
 
-        Victims are stopped first.  Once their memory is free, the load is placed again, once.  A restoration evicts
-        nothing.
+        Where the formula was not checked, the engine is asked first, unless there is ample room.  Victims are stopped
+        next.  Once their memory is free, the load is placed again, once.  A restoration evicts nothing.
         """
         await self.look()
-        demand = self._demand(instance, model)
-        snapshot = self._snapshot()
-        if instance.restoring:
-            snapshot = structs.replace(snapshot, held=[])
-        placed = place(demand, snapshot)
+        figures = self._figures(instance.request, model)
+        demand = self._demand(instance, figures.formula)
+        placed = place(demand, self._snapshot_for(instance))
+        if placed is not None and self._is_ample(demand, placed):
+            placed = structs.replace(placed, exact=True)
+        elif not figures.is_checked:
+            readings = self.ledger.readings
+            demand = self._demand(instance, await figures.requirements())
+            if self._devices.gpus:  # a dry run took memory of the driver, which a later reading may still show
+                self.ledger.update(readings)
+            else:
+                await self.look()
+            placed = place(demand, self._snapshot_for(instance))
+        self._demands[instance.id] = demand
         if placed is not None and placed.evicts:
             await self._evict(placed.evicts, instance)
             await self.look()
@@ -137,9 +151,25 @@ class Placer:
             self.ledger.reserve(instance.id, placed.usage)
         return placed
 
-    def _demand(self, instance: Instance, model: Model) -> Demand:
-        requirements = requirements_of(model, plan(instance.request, model, self._settings))
+    def _figures(self, request: LoadRequest, model: Model) -> Figures:
+        gpus = Constraints.of(request.gpu).gpus(self.devices())
+        return Figures(request, model, self._settings, gpus, self._ask)
+
+    def _demand(self, instance: Instance, requirements: Requirements) -> Demand:
         return Demand(requirements, Constraints.of(instance.request.gpu), instance.key)
+
+    def _snapshot_for(self, instance: Instance) -> WorkerSnapshot:
+        """Return the snapshot in which a load is placed: a restoration evicts nothing."""
+        snapshot = self._snapshot()
+        return structs.replace(snapshot, held=[]) if instance.restoring else snapshot
+
+    def _is_ample(self, demand: Demand, placed: Placement) -> bool:
+        """Return whether a load has room even if the formula is off, so that it needs no dry run."""
+        on_cpu = demand.requirements.n_layers - sum(placed.layers)
+        if placed.evicts or not demand.requirements.is_near(len(placed.gpus), on_cpu):
+            return False
+        free = available(self.devices())
+        return all(AMPLE * n_bytes <= free[id_] for id_, n_bytes in placed.bytes.items() if id_ in free)
 
     async def _evict(self, victims: Sequence[Holding], instance: Instance) -> None:
         names = {held.instance_id for held in victims}
@@ -157,19 +187,7 @@ class Placer:
                 for holder in evicted:
                     await holder.freed.wait()
 
-    def is_unsure(self, placed: Placement) -> bool:
-        """Return whether a placed load needs a dry run first, since its estimate is not exact.
-
-        On the CPU only if memory is scarce: a dry run reads the vocabulary, and most hosts have enough memory.
-        """
-        if placed.exact:
-            return False
-        free = {device.id: device.available_bytes for device in self.ledger.devices()}
-        return bool(placed.gpus) or free[CPU] < (AMPLE - 1) * placed.bytes[CPU]
-
-    def corrected(
-        self, instance: Instance, model: Model, placed: Placement, usage: Sequence[Usage]
-    ) -> Placement | None:
+    def corrected(self, instance: Instance, placed: Placement, usage: Sequence[Usage]) -> Placement | None:
         """Replace a load's reservation by the usage that a dry run reported.
 
         Returns the placement; another one if the load no longer fits there; None if it fits nowhere.
@@ -184,7 +202,7 @@ class Placer:
             structs.replace(device, available_bytes=device.available_bytes - max(0, more.get(device.id, 0)))
             for device in snapshot.devices
         ]
-        other = place(self._demand(instance, model), structs.replace(snapshot, devices=devices, held=[]))
+        other = place(self._demands[instance.id], structs.replace(snapshot, devices=devices, held=[]))
         if other is not None:
             other = structs.replace(other, evicts=placed.evicts)
             self.ledger.reserve(instance.id, other.usage)
@@ -286,14 +304,13 @@ class Placer:
             partly_on_cpu=self._settings.gpu_offload == "auto",
         )
 
-    def refusal(
+    async def refusal(
         self, instance: Instance, model: Model | None, reason: str = "", needed: int | None = None
     ) -> ErrorBody:
         """Return the error of a load that does not fit, with the devices that its request allows.
 
         `reason` and `needed` (bytes) are from the engine; without them, those of the estimate are used.  The detail has
-        the largest context length that would fit, unless the estimate is not exact or that length is not below the
-        requested one.
+        the largest context length that would fit, unless that is not known or not below the requested one.
         """
         devices, holders = self.devices(), self._holders_by_device()
         constraints = Constraints.of(instance.request.gpu)
@@ -303,19 +320,19 @@ class Placer:
             devices = [device for device in devices if device.id in constraints.devices] or devices
         would_fit: dict[str, object] = {}
         if model is not None:
-            parameters = plan(instance.request, model, self._settings)
-            demand = Demand(requirements_of(model, parameters), constraints, instance.key)
+            figures = self._figures(instance.request, model)
+            requirements = await figures.requirements()
+            demand = self._demand(instance, requirements)
+            is_on_gpus = demand.n_on_gpus > 0 and has_gpu(devices)
             if needed is None:
-                needed = demand.single_bytes if demand.n_on_gpus and has_gpu(devices) else demand.cpu_bytes
-            if demand.requirements.exact:
+                needed = demand.single_bytes if is_on_gpus else demand.cpu_bytes
+            if requirements.is_exact(int(is_on_gpus), demand.first):
                 snapshot = self._snapshot()
-                largest = largest_context_length(
-                    instance.request,
-                    model,
-                    self._settings,
-                    lambda requirements: place(Demand(requirements, constraints, instance.key), snapshot) is not None,
+                largest = await figures.largest_context_length(
+                    lambda requirements: place(self._demand(instance, requirements), snapshot) is not None,
+                    fits=place(demand, snapshot) is not None,
                 )
-                if largest is None or largest < parameters.n_ctx:
+                if largest is None or largest < figures.context_length:
                     would_fit = {"largest_context_length": largest}
         others = {id_: [name for name in names if name != instance.instance_id] for id_, names in holders.items()}
         by_others = {device.id: sum(self.ledger.others(device.id).values()) for device in devices}
@@ -335,6 +352,7 @@ class Placer:
 
     def forget(self, holder: Holder) -> None:
         """Release the reservation of an instance that ended before a runner used it."""
+        self._demands.pop(holder.id, None)
         self.ledger.release(holder.id)
         holder.freed.set()
 

@@ -15,7 +15,7 @@ from typing import assert_never
 from shared.schema.http import EngineBuild
 from shared.telemetry import log
 from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
-from worker.runner.protocol import Failed, Measured, Pong, Progress, Ready, Warm
+from worker.runner.protocol import NO_GPU, Failed, Measured, Pong, Progress, Ready, Warm
 from worker.timing import Timing
 
 ENGINE = "worker.engine.child"  # imported by the fork server and the runners, never by the worker itself
@@ -54,7 +54,7 @@ class Runners:
         self._context = multiprocessing.get_context("forkserver")
         # This module too, for `run_child`: importing it after the fork would cost each runner 0.1 s.
         self._context.set_forkserver_preload([ENGINE, __name__])
-        self.coming: asyncio.Task[Runner] | None = None  # the next runner: warm, or starting
+        self.coming: asyncio.Future[Runner] | None = None  # the next runner: warm, or starting
 
     def prepare(self) -> None:
         """Start the next runner, unless one is warm or starting."""
@@ -111,6 +111,18 @@ class Runners:
             self._on_failure()
             log.get("worker").warning("warm runner died", action="warm_runner_died", status=runner.status)
             await runner.reaped()
+
+    def give_back(self, runner: Runner) -> bool:
+        """Take back a runner that did nothing but dry runs.
+
+        Returns False if there is a next runner already, or this one may not be used again: it has exited, or holds the
+        driver's memory of a GPU.  The caller then still owns it.
+        """
+        if self.coming is not None or self._visible != NO_GPU or runner.exited.is_set():
+            return False
+        self.coming = asyncio.get_running_loop().create_future()
+        self.coming.set_result(runner)
+        return True
 
     async def close(self) -> None:
         """Stop the warm runner.  The fork server exits with this process."""
@@ -186,7 +198,7 @@ def _reap_late(process: ForkServerProcess, started: asyncio.Future[None]) -> Non
         asyncio.get_running_loop().run_in_executor(None, reap)
 
 
-def _failed(start: asyncio.Task[Runner]) -> bool:
+def _failed(start: asyncio.Future[Runner]) -> bool:
     return start.done() and (start.cancelled() or start.exception() is not None)
 
 
