@@ -623,16 +623,23 @@ def test_a_declared_vocabulary_size_is_known_at_once(root: Path) -> None:
     [
         {"llama.embedding_length": 0},
         {"llama.embedding_length": 2**31},
-        {"llama.attention.head_count": 0},
         {"llama.attention.head_count": "four"},
         {"llama.attention.head_count": [4]},  # there are two blocks
-        {"llama.attention.head_count": [0, 0]},
         {"llama.block_count": 2**31},
     ],
 )
 def test_invalid_dimensions_are_left_out(root: Path, look: Look, metadata: dict[str, Value]) -> None:
     write(root / "m.gguf", SIZES | metadata)
     assert look()["m"].dimensions is None
+
+
+@pytest.mark.parametrize("heads", [0, [0, 0]])
+def test_a_model_without_attention_has_dimensions(root: Path, look: Look, heads: Value) -> None:
+    """Its blocks must be known, so that a GPU takes all of them."""
+    write(root / "m.gguf", SIZES | {"llama.attention.head_count": heads})
+    dimensions = look()["m"].dimensions
+    assert dimensions is not None
+    assert (dimensions.block_count, dimensions.head_count, dimensions.head_count_kv) == (2, heads, heads)
 
 
 def test_weights_are_summed_by_place_over_all_shards(root: Path, look: Look) -> None:

@@ -206,20 +206,24 @@ def _by_place(tensors: Sequence[Tensor]) -> Weights:
 
 
 def _dimensions(fields: Fields, architecture: str, tokens: int | None) -> Dimensions | None:
-    """Return the model's dimensions.  Returns None if a field that llama.cpp requires is missing or out of range."""
+    """Return the model's dimensions.  Returns None if a field that llama.cpp requires is missing or out of range.
+
+    A model without attention has 0 heads.
+    """
     of = f"{architecture}.".__add__
     blocks, n_embd = fields.length(of("block_count")), fields.length(of("embedding_length"))
-    heads = fields.lengths(of("attention.head_count"), blocks)
+    heads = fields.lengths(of("attention.head_count"), blocks, -1)
     most_heads = max(heads) if isinstance(heads, list) and heads else heads
-    if not 1 <= blocks <= defects.MAX_BLOCKS or not n_embd or not isinstance(most_heads, int) or not most_heads:
+    if not 1 <= blocks <= defects.MAX_BLOCKS or not n_embd or not isinstance(most_heads, int) or most_heads < 0:
         return None
+    head_length = n_embd // max(1, most_heads)
     return Dimensions(
         block_count=blocks,
         embedding_length=n_embd,
         head_count=heads,
         head_count_kv=fields.lengths(of("attention.head_count_kv"), blocks, heads),
-        key_length=fields.length(of("attention.key_length"), n_embd // most_heads),
-        value_length=fields.length(of("attention.value_length"), n_embd // most_heads),
+        key_length=fields.length(of("attention.key_length"), head_length),
+        value_length=fields.length(of("attention.value_length"), head_length),
         feed_forward_length=fields.lengths(of("feed_forward_length"), blocks),
         expert_used_count=fields.length(of("expert_used_count")),
         expert_feed_forward_length=fields.length(of("expert_feed_forward_length")),
