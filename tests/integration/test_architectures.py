@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 
+from api.loads.records import Records
+from api.loads.submit import Intake
 from api.pool.estimate import estimated
 from api.pool.roster import Roster
+from api.pool.sweep import Sweep
+from shared.errors import LoadFailed
 from shared.instance import Instance
-from shared.lifecycle import State
+from shared.lifecycle import Event, State
 from shared.memory.estimate import NEAR, Requirements, requirements_of
 from shared.memory.plan import plan
 from shared.schema.http import EstimateResult, LoadRequest
-from shared.schema.memory import CPU
+from shared.schema.memory import CPU, Device, Holding
 from shared.schema.model import Model
-from shared.schema.snapshot import Sizing
+from shared.schema.snapshot import Sizing, WorkerSnapshot
 from shared.settings import Settings
 from shared.store.store import Store
 from tests.integration.conftest import catalog
@@ -225,3 +229,65 @@ async def test_an_embedder_loads_without_a_context_length(models: dict[str, Mode
     assert loaded.state is State.LOADED, loaded.refusal
     assert loaded.load_config is not None
     assert loaded.load_config.context_length == 8192
+
+
+# ---- a pool of two workers
+
+
+async def publish(host: Host, name: str, available_bytes: int, *held: Holding) -> None:
+    """Publish a worker whose CPU has so much memory for loads."""
+    workers = host.agent.store.workers
+    digest = await workers.publish_catalog(name, [*host.agent.models.values()], EPOCH)
+    device = Device(
+        id=CPU, kind="cpu", name="", total_bytes=GIB, free_bytes=available_bytes, available_bytes=available_bytes
+    )
+    await workers.renew(
+        WorkerSnapshot(
+            name=name,
+            epoch=EPOCH,
+            version="0",
+            catalog=digest or "",
+            residents=len(held),
+            devices=[device],
+            held=[*held],
+        )
+    )
+
+
+async def test_no_worker_evicts_while_another_has_room(models: dict[str, Model], host: Host) -> None:
+    """By the formula the model fits on neither worker, and only one of them can make room."""
+    model, length = models["qwen35"], 65_536
+    needed = await host.takes(model, length)
+    idle = Holding(instance_id="idle", key="p/llama", devices={CPU: GIB}, used_at=1.0, is_evictable=True)
+    await publish(host, "w", needed // 2, idle)
+    await publish(host, "another", needed)
+    store = host.agent.store
+    await host.roster.refresh()
+    intake = Intake(host.roster, store.queue, store.instances, Records(store.instances), at_most=(128, 1024))
+    accepted = await intake.submit(LoadRequest(model=model.key, context_length=length))
+    assert accepted.worker == "another"
+    estimate = await host.estimate(model.key, context_length=length)
+    assert (estimate.fits, estimate.evicts, {device.worker for device in estimate.devices}) == (True, [], {"another"})
+
+
+async def test_a_refused_load_goes_where_the_engine_says_it_fits(models: dict[str, Model], host: Host) -> None:
+    model, length = models["qwen35"], 65_536
+    needed = await host.takes(model, length)
+    store = host.agent.store
+    request = LoadRequest(model=model.key, context_length=length)
+    for number, (room, worker, state) in enumerate(
+        ((needed, "w", State.QUEUED), (needed - 1, "another", State.FAILED))
+    ):
+        await publish(host, "w", room)
+        await publish(host, "another", 0)
+        made = await store.instances.create(
+            Instance(id=f"load_{number}", model=model.key, key=model.key, type="llm", worker="another", request=request)
+        )
+        claimed, _ = await store.instances.commit(made, made.after(Event.CLAIM, epoch=EPOCH))
+        refusal = LoadFailed("insufficient_memory", "llm", model.key, "no room").body()
+        await store.instances.commit(claimed, claimed.after(Event.REQUEUE, refused=["another"], refusal=refusal))
+        sweep = Sweep(host.roster, store.instances, store.queue, store.listen, lease_s=0.0, load_attempts=3)
+        await sweep.beat()
+        record = await store.instances.get(made.id)
+        assert record is not None
+        assert (record.worker, record.state) == (worker, state)
