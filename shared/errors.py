@@ -182,7 +182,7 @@ class LoadFailed(ServiceError):
         self.code: LoadFailure = code
 
 
-def crashed_lately(model_type: str, model: str, reason: str, left_s: int) -> LoadFailed:
+def crashed_recently(model_type: str, model: str, reason: str, left_s: int) -> LoadFailed:
     """Return the error for a model that crashed the engine and is blocked for another `left_s` seconds."""
     sentence = (
         f"the model crashed the engine recently: {reason}. It is blocked for another {left_s} s; "

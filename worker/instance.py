@@ -14,7 +14,7 @@ from typing import TypeVar, assert_never
 
 import msgspec
 
-from shared.errors import ErrorBody, LoadFailed, LoadFailure, crashed_lately
+from shared.errors import ErrorBody, LoadFailed, LoadFailure, crashed_recently
 from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.lookup import of_instance
@@ -187,7 +187,7 @@ class Resident:
             return None
         crash = self._services.crashes.of(model)
         if crash is not None and not record.request.force and not record.restoring:
-            await self._fail_with(record, crashed_lately(record.type, record.model, *crash).body())
+            await self._fail_with(record, crashed_recently(record.type, record.model, *crash).body())
             return None
         return model
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from api.loads.records import Records
 from api.pool.roster import Candidate, Roster
-from shared.errors import IdempotencyKeyReused, InvalidValue, LoadFailed, QueueFull, crashed_lately
+from shared.errors import IdempotencyKeyReused, InvalidValue, LoadFailed, QueueFull, crashed_recently
 from shared.instance import Instance
 from shared.memory.placement import Placement
 from shared.schema.http import LoadRequest
@@ -138,7 +138,7 @@ class Intake:
                 deliver=True,
             )
         except Crashed as e:
-            raise crashed_lately(model.type, request.model, e.reason, e.left_s) from e
+            raise crashed_recently(model.type, request.model, e.reason, e.left_s) from e
         self._roster.placed(made, placement)
         log.bind(**made.ids)
         _log.info("accepted", action="accepted", model=made.key)
