@@ -704,17 +704,17 @@ async def test_a_cancel_leaves_a_starting_runner_to_the_next_load(
     assert await states(agent, first) == [State.QUEUED, State.LOADING, State.UNLOADING, State.CANCELLED]
     assert [*ended.timing] == ["queue"]
     assert starts == 1
-    coming = agent.runners.coming
-    assert coming is not None
-    assert not coming.done()
+    next_runner = agent.runners.next_runner
+    assert next_runner is not None
+    assert not next_runner.done()
 
     second = await delivered(agent, 2)
     go.set()
     await reached(agent, second, State.LOADED)
-    assert not is_gone(coming.result().pid)
+    assert not is_gone(next_runner.result().pid)
     agent.stop(second)
     await released(agent, second)
-    assert is_gone(coming.result().pid), "the second load used the runner"
+    assert is_gone(next_runner.result().pid), "the second load used the runner"
 
 
 async def test_a_cancel_just_before_the_loaded_commit_wins(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -952,7 +952,8 @@ async def test_a_host_that_cannot_start_a_process_fails_the_load(agent: Agent, m
         id_ = await delivered(agent)
         ended = await reached(agent, id_, State.FAILED)
         await until(
-            lambda: agent.runners.coming is not None and agent.runners.coming.done(), "the next runner failed too"
+            lambda: agent.runners.next_runner is not None and agent.runners.next_runner.done(),
+            "the next runner failed too",
         )
     assert ended.error is not None
     assert (ended.error.code, "Too many open files" in ended.error.message) == ("engine_crashed", True)

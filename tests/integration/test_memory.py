@@ -88,8 +88,8 @@ class Held:
         """Return the runner that the next load will take."""
         async with asyncio.timeout(DEADLINE_S):
             await self.agent.warm()
-        assert self.agent.runners.coming is not None
-        return self.agent.runners.coming.result()
+        assert self.agent.runners.next_runner is not None
+        return self.agent.runners.next_runner.result()
 
     async def begun(self, key: str, context_length: int) -> str:
         self.number += 1

@@ -123,7 +123,11 @@ async def test_any_message_in_a_dry_run_leaves_nothing_behind(
     async with asyncio.timeout(DEADLINE_S):
         answer = msgpack.decode(await agent.dry_run.answer(msgpack.encode(question)), type=list[list[Usage]] | None)
     assert answer == ([message.taken] if isinstance(message, Measured) else None)
-    is_next = agent.runners.coming is not None and agent.runners.coming.done() and await agent.runners.coming is runner
+    is_next = (
+        agent.runners.next_runner is not None
+        and agent.runners.next_runner.done()
+        and await agent.runners.next_runner is runner
+    )
     assert is_next == isinstance(message, Measured), "after its answer it waits for the next load"
     assert is_gone(runner.pid) == (not is_next)
 

@@ -518,5 +518,5 @@ async def test_close_during_a_start_leaves_no_process(runners: Runners) -> None:
 
 def warm(runners: Runners) -> Runner:
     """Return the warm runner without taking it."""
-    assert runners.coming is not None
-    return runners.coming.result()
+    assert runners.next_runner is not None
+    return runners.next_runner.result()

@@ -28,8 +28,8 @@ Begin = Callable[..., Awaitable[Agent]]  # of the fixture `begin`
 
 
 async def ended(agent: Agent) -> None:
-    if agent.runners.coming is not None:
-        await asyncio.wait([agent.runners.coming])  # another test covers a runner that is still starting
+    if agent.runners.next_runner is not None:
+        await asyncio.wait([agent.runners.next_runner])  # another test covers a runner that is still starting
     await agent.drain()
     await agent.runners.close()
     await until(no_runners, "all runners gone")
@@ -91,8 +91,8 @@ async def warm(agent: Agent) -> Runner:
     """Return the runner that the next load will take."""
     async with asyncio.timeout(DEADLINE_S):
         await agent.runners.warmed()
-    assert agent.runners.coming is not None
-    return agent.runners.coming.result()
+    assert agent.runners.next_runner is not None
+    return agent.runners.next_runner.result()
 
 
 async def frozen(agent: Agent) -> Runner:

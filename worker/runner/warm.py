@@ -32,14 +32,14 @@ class Runners:
 
     def __init__(
         self,
-        patience_s: float,
+        silence_limit_s: float,
         on_failure: Callable[[], None] = lambda: None,
         *,
         visible: str | None,
         timing: Timing | None = None,
     ) -> None:
-        """`patience_s`: a warm runner that is silent for longer is replaced.  `on_failure` is called for each runner
-        that dies before a load takes it.
+        """`silence_limit_s`: a warm runner that is silent for longer is replaced.  `on_failure` is called for each
+        runner that dies before a load takes it.
 
         `visible`: the value of CUDA_VISIBLE_DEVICES for all loads, "-1" for no GPU; a warm runner has started the
         engine's backend for these GPUs.  None: the GPUs differ by load; a warm runner has only imported the engine.
@@ -48,18 +48,18 @@ class Runners:
         self.engine: EngineBuild | None = None  # known once a runner was warm
         self._visible = visible
         self._timing = timing or Timing()
-        self._patience_s = patience_s
+        self._silence_limit_s = silence_limit_s
         self._on_failure = on_failure
         self._all: set[Runner] = set()
         self._context = multiprocessing.get_context("forkserver")
         # This module too, for `run_child`: importing it after the fork would cost each runner 0.1 s.
         self._context.set_forkserver_preload([ENGINE, __name__])
-        self.coming: asyncio.Future[Runner] | None = None  # the next runner: warm, or starting
+        self.next_runner: asyncio.Future[Runner] | None = None  # the next runner: warm, or starting
 
     def prepare(self) -> None:
         """Start the next runner, unless one is warm or starting."""
-        if self.coming is None or _failed(self.coming):
-            self.coming = asyncio.create_task(self._start())
+        if self.next_runner is None or _failed(self.next_runner):
+            self.next_runner = asyncio.create_task(self._start())
 
     async def watch(self, since_s: float) -> None:
         """Ping every runner, `since_s` after the last call, and replace the warm one if it has exited or is silent."""
@@ -68,18 +68,18 @@ class Runners:
         self.silent_s = 0.0 if responsive else self.silent_s + since_s
         for runner in self._all:
             runner.ping(since_s)
-        if (coming := self.coming) is None or not coming.done():
+        if (next_runner := self.next_runner) is None or not next_runner.done():
             return
-        if _failed(coming):
+        if _failed(next_runner):
             self.prepare()
             return
-        runner = coming.result()
-        if runner.silent_s >= self._patience_s:
+        runner = next_runner.result()
+        if runner.silent_s >= self._silence_limit_s:
             log.get("worker").warning("warm runner does not answer", action="warm_runner_silent", pid=runner.pid)
             runner.kill()
         if runner.exited.is_set():
             self._on_failure()
-            self.coming = None
+            self.next_runner = None
             self.prepare()
             await runner.reaped()
 
@@ -89,8 +89,8 @@ class Runners:
         Raises RunnerDied and RunnerStuck.
         """
         self.prepare()
-        assert self.coming is not None
-        await asyncio.shield(self.coming)
+        assert self.next_runner is not None
+        await asyncio.shield(self.next_runner)
 
     async def take(self) -> Runner:
         """Take a warm runner, which the caller then owns.  Raises RunnerDied and RunnerStuck if none can be started.
@@ -99,13 +99,13 @@ class Runners:
         """
         while True:
             self.prepare()
-            coming = self.coming
-            assert coming is not None
-            await asyncio.wait([coming])
-            if self.coming is not coming:  # another caller took it
+            next_runner = self.next_runner
+            assert next_runner is not None
+            await asyncio.wait([next_runner])
+            if self.next_runner is not next_runner:  # another caller took it
                 continue
-            self.coming = None
-            runner = coming.result()
+            self.next_runner = None
+            runner = next_runner.result()
             if not runner.exited.is_set():
                 return runner
             self._on_failure()
@@ -118,23 +118,23 @@ class Runners:
         Returns False if there is a next runner already, or this one may not be used again: it has exited, or holds the
         driver's memory of a GPU.  The caller then still owns it.
         """
-        if self.coming is not None or self._visible != NO_GPU or runner.exited.is_set():
+        if self.next_runner is not None or self._visible != NO_GPU or runner.exited.is_set():
             return False
-        self.coming = asyncio.get_running_loop().create_future()
-        self.coming.set_result(runner)
+        self.next_runner = asyncio.get_running_loop().create_future()
+        self.next_runner.set_result(runner)
         return True
 
     async def close(self) -> None:
         """Stop the warm runner.  The fork server exits with this process."""
-        if self.coming is not None:
-            coming, self.coming = self.coming, None
+        if self.next_runner is not None:
+            next_runner, self.next_runner = self.next_runner, None
             # A runner that is warm can be stopped cleanly; one that is still starting is cancelled.
-            await asyncio.wait({coming}, timeout=2 * self._timing.grace_s)
-            coming.cancel()
-            await asyncio.wait({coming}, timeout=self._timing.grace_s)
-            if coming.done() and not _failed(coming):
+            await asyncio.wait({next_runner}, timeout=2 * self._timing.grace_s)
+            next_runner.cancel()
+            await asyncio.wait({next_runner}, timeout=self._timing.grace_s)
+            if next_runner.done() and not _failed(next_runner):
                 with suppress(RunnerStuck):
-                    await coming.result().stop()
+                    await next_runner.result().stop()
 
     async def _start(self) -> Runner:
         control, control_child = socket.socketpair()
