@@ -310,7 +310,7 @@ def load(mode: Mode, gpu: str, key: str) -> dict[str, float]:
     llama._load_model = in_mode
     to_load = load_of(key, gpu)
     loaded = llama.Loaded(to_load, llama.initialise(gpu), lambda _phase, _bytes: None)
-    (on_gpu, *_) = loaded.ready(to_load).taken
+    (on_gpu, *_) = loaded.ready(to_load).usage
     if on_gpu.id != gpu or on_gpu.weights_bytes < to_load.total_bytes / 2:
         raise Failure(f"the model was not loaded onto the GPU: {on_gpu}")
     return {str(phase): seconds for phase, seconds in loaded.timing.items()}

@@ -293,7 +293,7 @@ class Resident:
             case Ready():
                 # Before a client can read "loaded".
                 await self._services.crashes.forget(model, everywhere=instance.request.force)
-                await self._services.placer.settle(self.id, outcome.taken)
+                await self._services.placer.settle(self.id, outcome.usage)
                 self.files = [*zip(load.shards, outcome.files, strict=True)]
                 loaded = await self._loaded(instance, outcome)
                 if loaded is not None:
@@ -337,7 +337,7 @@ class Resident:
                 return instance, load, outcome
             instance = msgspec.structs.replace(instance, timing=timing)
             await self._services.placer.look()
-            corrected = self._services.placer.corrected(instance, placed, outcome.taken)
+            corrected = self._services.placer.corrected(instance, placed, outcome.usage)
             if corrected is None:
                 break
             if corrected.exact and corrected.layers == placed.layers and corrected.gpus == placed.gpus:

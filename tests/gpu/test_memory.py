@@ -122,8 +122,8 @@ async def test_a_runners_dry_run_and_report_match_the_driver(
     finally:
         await runners.close()
     await asyncio.to_thread(wait_back, gpus, gpu, before, time.monotonic())
-    assert message.taken == measured.taken
-    (usage, _) = message.taken
+    assert message.usage == measured.usage
+    (usage, _) = message.usage
     assert usage.id == gpu
     check_use(used, usage.total_bytes, context_bytes)
     assert dry - before <= 2 * context_bytes + SLACK_BYTES  # a dry run copies no weights to the GPU

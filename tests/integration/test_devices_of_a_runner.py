@@ -72,7 +72,7 @@ async def measured(runner: Runner, load: Load) -> list[Usage]:
     async with asyncio.timeout(DEADLINE_S):
         message = await runner.receive()
     assert isinstance(message, Measured), (message, list(runner.output))
-    return message.taken
+    return message.usage
 
 
 async def refused(runner: Runner, message: Load | Measure) -> str:
@@ -105,7 +105,7 @@ def layers_of(runner: Runner) -> list[str]:
 async def test_a_load_uses_memory_of_its_gpu_until_its_runner_ends(host: FakeHost, files: dict[str, Path]) -> None:
     async with started() as runner:
         message = await ready(runner, given(files["llama"], devices=[B], layers=[5]))
-        on_b, on_host = message.taken
+        on_b, on_host = message.usage
         assert (on_b.id, on_host.id) == (B, "CPU")
         assert used(host) == {A: 0, B: on_b.total_bytes, C: 0}
         assert on_b.weights_bytes > files["llama"].stat().st_size / 2
@@ -131,7 +131,7 @@ async def test_gpus_hold_their_layers_and_the_cpu_the_first_ones(
         message = await ready(runner, given(files["llama"], devices=devices, layers=layers))
         await runner.stop()
         assert layers_of(runner) == ["CPU" if on == "-" else f"CUDA{on}" for on in where.split()]
-    held = {taken.id: taken for taken in message.taken}
+    held = {one.id: one for one in message.usage}
     assert [*held] == [*devices, "CPU"]
     for device, n_layers in zip(devices, layers, strict=True):
         assert (held[device].weights_bytes > 0) == (n_layers > 0)
@@ -140,7 +140,7 @@ async def test_gpus_hold_their_layers_and_the_cpu_the_first_ones(
 async def test_the_reported_usage_equals_the_usage_of_the_gpus(host: FakeHost, files: dict[str, Path]) -> None:
     async with started() as runner:
         message = await ready(runner, given(files["llama"], devices=[C, A, B], layers=[1, 2, 1]))
-        assert used(host) == {taken.id: taken.total_bytes for taken in message.taken if taken.id != "CPU"}
+        assert used(host) == {one.id: one.total_bytes for one in message.usage if one.id != "CPU"}
 
 
 @pytest.mark.parametrize("visible", [None, NO_GPU, A])
@@ -151,9 +151,9 @@ async def test_a_load_on_the_cpu_uses_no_gpu_memory(
     host.driver(lag_s=0.0, context_bytes=MIB)
     async with started(visible) as runner:
         load = given(files["llama"], n_ctx=1024)
-        assert (taken := await measured(runner, load)) == (await ready(runner, load)).taken
-        assert [one.id for one in taken] == ["CPU"]
-        assert taken[0].weights_bytes == pytest.approx(files["llama"].stat().st_size, rel=0.1)
+        assert (usage := await measured(runner, load)) == (await ready(runner, load)).usage
+        assert [one.id for one in usage] == ["CPU"]
+        assert usage[0].weights_bytes == pytest.approx(files["llama"].stat().st_size, rel=0.1)
         assert used(host) == {A: 0, B: 0, C: 0}
 
 
@@ -171,7 +171,7 @@ async def test_a_warm_runner_uses_gpu_memory_only_after_a_dry_run(host: FakeHost
 async def test_a_runner_warmed_for_a_gpu_loads_there(host: FakeHost, files: dict[str, Path]) -> None:
     async with started(B) as runner:
         message = await ready(runner, given(files["llama"], devices=[B], layers=[5]))
-        assert used(host) == {A: 0, B: message.taken[0].total_bytes, C: 0}
+        assert used(host) == {A: 0, B: message.usage[0].total_bytes, C: 0}
 
 
 async def test_a_kv_cache_without_offload_is_on_the_host(host: FakeHost, files: dict[str, Path]) -> None:
@@ -181,7 +181,7 @@ async def test_a_kv_cache_without_offload_is_on_the_host(host: FakeHost, files: 
             load = given(files["llama"], devices=[A, B], layers=[2, 2], offload_kqv=offload)
             message = await ready(runner, load)
             assert message.config.offload_kv_cache_to_gpu is offload
-            context_bytes[offload] = {taken.id: taken.context_bytes for taken in message.taken}
+            context_bytes[offload] = {one.id: one.context_bytes for one in message.usage}
     assert context_bytes[False][A] == context_bytes[False][B] == 0
     assert min(context_bytes[True].values()) > 0
     assert context_bytes[False]["CPU"] == sum(context_bytes[True].values())
@@ -205,7 +205,7 @@ async def test_an_invisible_gpu_does_not_become_a_load_on_the_cpu(
 async def test_memory_of_another_runner_is_free_after_its_end(host: FakeHost, files: dict[str, Path]) -> None:
     load = given(files["llama"], devices=[A], layers=[5])
     async with started() as first:
-        (held, _) = (await ready(first, load)).taken
+        (held, _) = (await ready(first, load)).usage
         host.has(Device(A, "Fake GPU", held.total_bytes * 3 // 2), *host.devices()[1:])
         async with started() as second:
             code, _ = from_reason(await refused(second, load))
@@ -273,15 +273,15 @@ async def test_a_dry_run_gives_the_memory_of_the_load(
         for uuid in devices:
             assert [holder.pid for holder in host.holders(uuid)] == [1]
             host.release(uuid)
-        taken = (await ready(runner, load)).taken
-        assert used(host) == {A: 0, B: 0, C: 0} | {t.id: t.total_bytes for t in taken if t.id != "CPU"}
+        usage = (await ready(runner, load)).usage
+        assert used(host) == {A: 0, B: 0, C: 0} | {t.id: t.total_bytes for t in usage if t.id != "CPU"}
     if place == "gpus":
         of_a_batch = load.n_ubatch * 64 * 4  # bytes of its activations, 64 numbers for each token
-        for one, other in zip(taken, would_take, strict=True):
+        for one, other in zip(usage, would_take, strict=True):
             assert abs(one.compute_bytes - other.compute_bytes) <= 2 * of_a_batch
-        taken = [structs.replace(one, compute_bytes=0) for one in taken]
+        usage = [structs.replace(one, compute_bytes=0) for one in usage]
         would_take = [structs.replace(one, compute_bytes=0) for one in would_take]
-    assert taken == would_take
+    assert usage == would_take
 
 
 async def test_different_loads_are_measured_in_sequence(host: FakeHost, files: dict[str, Path]) -> None:
@@ -362,7 +362,7 @@ async def test_nvml_shows_memory_of_runners_and_other_programs(host: FakeHost, f
     host.take(A, MIB, pid=4242)
     host.fail(C, "GpuIsLost")
     async with started() as runner:
-        (on_b, _) = (await ready(runner, given(files["llama"], devices=[B], layers=[5]))).taken
+        (on_b, _) = (await ready(runner, given(files["llama"], devices=[B], layers=[5]))).usage
         assert await asyncio.to_thread(nvml, host) == [
             f"{A} {GIB} {GIB - MIB} {MIB} 4242",
             f"{B} {GIB} {GIB - on_b.total_bytes} {on_b.total_bytes} {runner.pid}",

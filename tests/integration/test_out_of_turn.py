@@ -45,7 +45,7 @@ MESSAGES: list[Received] = [
     WARM,
     Pong(),
     Progress("weights", 1),
-    msgspec.convert({"config": {"context_length": 256}, "timing": {"weights": 0.5}, "files": [], "taken": []}, Ready),
+    msgspec.convert({"config": {"context_length": 256}, "timing": {"weights": 0.5}, "files": [], "usage": []}, Ready),
     Measured([Usage(id=CPU, weights_bytes=1)]),
     Failed("it will not"),
     Unreadable(),
@@ -122,7 +122,7 @@ async def test_any_message_in_a_dry_run_leaves_nothing_behind(
     question = Sizing(request=LoadRequest(model="p/llama"), key="p/llama", gpus=[], layers=[])
     async with asyncio.timeout(DEADLINE_S):
         answer = msgpack.decode(await agent.dry_run.answer(msgpack.encode(question)), type=list[list[Usage]] | None)
-    assert answer == ([message.taken] if isinstance(message, Measured) else None)
+    assert answer == ([message.usage] if isinstance(message, Measured) else None)
     is_next = (
         agent.runners.next_runner is not None
         and agent.runners.next_runner.done()

@@ -257,7 +257,7 @@ async def test_repacking_rearranges_weights_for_the_cpu(runners: Runners, tmp_pa
     weights: list[int] = []
     for repack in (False, True):
         async with taken(runners) as runner:
-            (cpu,) = (await ready(runner, given(file, repack=repack))).taken
+            (cpu,) = (await ready(runner, given(file, repack=repack))).usage
             weights.append(cpu.weights_bytes)
     assert weights[1] > 1.3 * weights[0], "the weights exist twice: repacked and in the mapping of the file"
 

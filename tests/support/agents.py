@@ -161,7 +161,7 @@ READY = Ready(
     config=LoadConfig(context_length=256),
     timing={"metadata": 0.125, "weights": 0.5, "context": 0.0625, "warmup": 0.0625},
     files=[FileStat(0, 0, 0)],
-    taken=[],
+    usage=[],
 )
 
 

@@ -389,7 +389,7 @@ class Loaded:
     def ready(self, load: Load) -> Ready:
         """Return the applied configuration and usage, read back from the model, the context and the engine's log."""
         usage = breakdown(lib._lib, version, self.context, self._gpus) or []
-        return Ready(config=self._config(load), timing=self.timing, files=self.files, taken=usage)
+        return Ready(config=self._config(load), timing=self.timing, files=self.files, usage=usage)
 
     def _config(self, load: Load) -> LoadConfig:
         n_ctx = min(load.n_ctx, lib.llama_n_ctx(self.context))  # llama.cpp pads up to a multiple of 256

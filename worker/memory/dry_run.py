@@ -89,7 +89,7 @@ class DryRun:
                     await runner.send(Measure(load))
                     match message := await runner.receive():
                         case Measured():
-                            usages.append(message.taken)
+                            usages.append(message.usage)
                             continue
                         case None:
                             reason = "the runner died"

@@ -76,13 +76,13 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     config: LoadConfig  # as read back from the engine
     timing: dict[Phase, float]  # seconds, disjoint
     files: list[FileStat]  # of each shard, when it was opened and, unchanged, at the end of the load
-    taken: list[Usage]  # by device, then of the host; empty if this build of the engine does not report it
+    usage: list[Usage]  # by device, then of the host; empty if this build of the engine does not report it
 
 
 class Measured(Struct, frozen=True, tag="measured"):
     """The answer to a Measure.  The runner then waits for the next message."""
 
-    taken: list[Usage]  # by device, then of the host
+    usage: list[Usage]  # by device, then of the host
 
 
 class Failed(Struct, frozen=True, tag="failed"):
