@@ -48,18 +48,18 @@ class Follower:
     def __init__(self, instances: Instances, listen: Listen) -> None:
         self._instances = instances
         self._listen = listen
-        self._bells: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._readings: dict[tuple[str, str], asyncio.Future[list[tuple[str, Instance]]]] = {}
 
     @property
     def followed(self) -> Collection[str]:
         """The ids of the records that are being followed."""
-        return self._bells.keys()
+        return self._waiting.keys()
 
     async def run(self) -> None:
         """Run the subscription and the recheck until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(subscribed(self._listen, NEWS, lambda data: self._ring(data.decode())))
+            group.create_task(subscribed(self._listen, NEWS, lambda data: self._wake(data.decode())))
             group.create_task(self._recheck())
 
     async def follow(self, instance: Instance, after: str = "0") -> AsyncGenerator[tuple[str, Instance], None]:
@@ -68,9 +68,9 @@ class Follower:
         Use within `aclosing`.  Raises QueueUnavailable if Redis has lost the record.
         """
         last = after
-        with self._bell(instance.id) as bell:
+        with self._waiter(instance.id) as woken:
             while True:
-                bell.clear()
+                woken.clear()
                 history = await self._read(instance, last)
                 for entry, revision in history:
                     last = entry
@@ -84,7 +84,7 @@ class Follower:
                     if record.state in TERMINAL and not await self._read(instance, last):
                         return  # `after` was the last entry: nothing is left to yield
                 if len(history) < HISTORY_N:
-                    await bell.wait()
+                    await woken.wait()
 
     async def until(self, id_: str, predicate: Callable[[Instance], bool]) -> Instance:
         """Return the first revision that satisfies `predicate`, from the current revision on.
@@ -149,19 +149,19 @@ class Follower:
         return await asyncio.shield(reading)
 
     @contextmanager
-    def _bell(self, id_: str) -> Iterator[asyncio.Event]:
-        bell = asyncio.Event()
-        self._bells[id_].add(bell)
+    def _waiter(self, id_: str) -> Iterator[asyncio.Event]:
+        woken = asyncio.Event()
+        self._waiting[id_].add(woken)
         try:
-            yield bell
+            yield woken
         finally:
-            self._bells[id_].discard(bell)
-            if not self._bells[id_]:
-                del self._bells[id_]
+            self._waiting[id_].discard(woken)
+            if not self._waiting[id_]:
+                del self._waiting[id_]
 
-    def _ring(self, id_: str) -> None:
-        for bell in self._bells.get(id_, ()):
-            bell.set()
+    def _wake(self, id_: str) -> None:
+        for woken in self._waiting.get(id_, ()):
+            woken.set()
 
     async def _recheck(self) -> None:
         """Wake the followers of records that changed without a notification.
@@ -172,14 +172,14 @@ class Follower:
         while True:
             check_cancelled()
             await asyncio.sleep(RECHECK_S)
-            ids = list(self._bells)
+            ids = list(self._waiting)
             try:
                 now = dict(zip(ids, await self._instances.revisions(ids), strict=True)) if ids else {}
             except UNAVAILABLE:
                 now = dict.fromkeys(ids, AWAY)
             for id_, rev in now.items():
                 if rev in (None, AWAY) or seen.get(id_) != rev:  # also at the first check: it may have changed before
-                    self._ring(id_)
+                    self._wake(id_)
             seen = now
 
 

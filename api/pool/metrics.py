@@ -241,11 +241,11 @@ def _histogram(family: Family, rows: Mapping[tuple[str, ...], int]) -> Metric:
         series.setdefault(tuple(labels), {})[part] = value
     for its, parts in series.items():
         total_us = parts.pop("sum", 0)
-        metric.add_metric(its, cumulated(parts), total_us / 1e6)
+        metric.add_metric(its, cumulative(parts), total_us / 1e6)
     return metric
 
 
-def cumulated(counts: Mapping[str, int]) -> list[tuple[str, float]]:
+def cumulative(counts: Mapping[str, int]) -> list[tuple[str, float]]:
     """Return cumulative buckets, as Prometheus requires, from the counts of separate buckets.
 
     Includes the bounds that other versions used.

@@ -38,19 +38,19 @@ class Sweep:
         self._lease_s = lease_s
         self._load_attempts = load_attempts
         self._from: float | None = None  # when to start: a lease after Redis first answered, so that workers can renew
-        self._rung = asyncio.Event()
+        self._requeued = asyncio.Event()
 
     async def run(self) -> None:
         """Refresh the roster and sweep at every beat, and when a load is requeued.  Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(subscribed(self._listen, REQUEUED, lambda _: self._rung.set()))
+            group.create_task(subscribed(self._listen, REQUEUED, lambda _: self._requeued.set()))
             while True:
-                self._rung.clear()
+                self._requeued.clear()
                 await self.beat()
                 check_cancelled()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(BEAT_S):
-                        await self._rung.wait()
+                        await self._requeued.wait()
 
     async def beat(self) -> None:
         """Refresh the roster and sweep once.  Logs a warning if Redis does not answer."""
@@ -63,12 +63,12 @@ class Sweep:
             for instance in await self._instances.live(doubtful(await self._instances.heads(), epochs)):
                 if is_time or _is_refused(instance):
                     with suppress(Fenced), log.about(instance):  # its worker or another API process was faster
-                        await self._look(instance, epochs)
+                        await self._handle(instance, epochs)
         except UNAVAILABLE as e:
             self._from = None
             log.get("api").warning("roster not refreshed", action="redis_unavailable", error=str(e))
 
-    async def _look(self, instance: Instance, epochs: Mapping[str, str | None]) -> None:
+    async def _handle(self, instance: Instance, epochs: Mapping[str, str | None]) -> None:
         """Handle an instance that was refused or is not held.  Raises Fenced.
 
         A claimed instance is held by a worker whose lease has the same epoch; a queued one by a worker that accepts
@@ -100,7 +100,7 @@ class Sweep:
             return
         choice = await self._place(instance)
         if choice is not None and choice[1] is not None:
-            await self._give(instance, *choice)
+            await self._assign(instance, *choice)
             return
         await self._commit(instance, instance.after(Event.FAIL, error=instance.refusal))
 
@@ -129,7 +129,7 @@ class Sweep:
         """
         choice = None if instance.restoring else await self._place(instance)
         if choice is not None:
-            await self._give(instance, *choice)
+            await self._assign(instance, *choice)
         elif instance.state is State.LOADING:
             await self._commit(instance, instance.abandoned(self._load_attempts))
         elif self._roster.absent_s(instance.worker) <= self._lease_s or instance.worker in self._roster.alive:
@@ -149,7 +149,7 @@ class Sweep:
                 return await self._roster.choose_measured(same, instance.request, self._queue)
         return None
 
-    async def _give(self, instance: Instance, candidate: Candidate, placement: Placement | None) -> None:
+    async def _assign(self, instance: Instance, candidate: Candidate, placement: Placement | None) -> None:
         model = candidate.model
         changes: dict[str, Any] = {
             "worker": candidate.worker,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.pool.metrics import cumulated, rendered
+from api.pool.metrics import cumulative, rendered
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import Event
@@ -86,14 +86,14 @@ def test_buckets_are_cumulative_for_prometheus(seconds: list[float]) -> None:
         for name, n in added.items():
             part = name.removeprefix("f|")
             counts[part] = counts.get(part, 0) + n
-    buckets = cumulated(counts)
+    buckets = cumulative(counts)
     assert [(name, float(sum(one <= float(name) for one in seconds))) for name, _ in buckets] == buckets
     assert buckets[-1] == ("+Inf", float(len(seconds)))
     assert total_us / 1e6 == pytest.approx(sum(seconds), abs=1e-6 * (len(seconds) + 1), rel=1e-9)
 
 
 def test_bounds_of_another_version_are_kept() -> None:
-    buckets = dict(cumulated({"0.003": 2, "0.001": 1, "+Inf": 1}))
+    buckets = dict(cumulative({"0.003": 2, "0.001": 1, "+Inf": 1}))
     assert (buckets["0.001"], buckets["0.0025"], buckets["0.003"], buckets["0.005"], buckets["+Inf"]) == (1, 1, 3, 3, 4)
     assert all(a < b for a, b in pairwise(map(float, buckets)))
 
