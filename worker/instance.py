@@ -473,7 +473,7 @@ class Resident:
         """Wait until a loaded instance must end, and return why.  A runner with a model only answers pings."""
         waits = self.stop.wait(), runner.exited.wait(), self.changed.wait(), runner.receive()
         async with racing(*waits) as (stopping, exiting, changing, receiving):
-            while not await first((stopping, exiting, changing, receiving), self._until_look_s(instance)):
+            while not await first((stopping, exiting, changing, receiving), self._until_check_s(instance)):
                 self._oom_kills = oom_kills()  # the runner lives: OOM kills so far were of other processes
                 if instance.idle_at is not None and time.time() >= instance.idle_at:
                     _log.info("idle TTL expired", action="idle")
@@ -489,7 +489,7 @@ class Resident:
             message = receiving.result()
             return Died() if message is None else Unexpected(tag(message))
 
-    def _until_look_s(self, instance: Instance) -> float:
+    def _until_check_s(self, instance: Instance) -> float:
         """Return the seconds until a loaded instance is to be checked again."""
         silence_s = self._services.timing.silence_s
         return silence_s if instance.idle_at is None else min(silence_s, max(0.0, instance.idle_at - time.time()))

@@ -144,7 +144,7 @@ def restoration(desired: Instance, id_: str, number: int, first_pause_s: float) 
         type=desired.type,
         worker=desired.worker,
         request=desired.request,
-        traceparent=str(trace.begun()),  # a new trace: no client requested it
+        traceparent=str(trace.root()),  # a new trace: no client requested it
         total_size_bytes=desired.total_size_bytes,
         restoring=number,
         not_before=time.time() + pause_s if pause_s else 0.0,

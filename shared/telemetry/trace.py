@@ -50,7 +50,7 @@ def parse(traceparent: str) -> Trace | None:
     return Trace(trace_id, span_id, bool(int(flags, 16) & SAMPLED))
 
 
-def begun() -> Trace:
+def root() -> Trace:
     """Start a new trace."""
     return Trace(secrets.token_hex(16), secrets.token_hex(8))
 
@@ -58,4 +58,4 @@ def begun() -> Trace:
 def continued(traceparents: list[str]) -> Trace:
     """Start a span in the trace of the request; in a new trace unless there is exactly one header, which is valid."""
     parent = parse(traceparents[0]) if len(traceparents) == 1 else None
-    return parent.child() if parent else begun()
+    return parent.child() if parent else root()

@@ -22,7 +22,7 @@ from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema.http import LoadConfig, LoadRequest
 from shared.schema.model import FileStat, Model, Problem
-from shared.telemetry.trace import begun, parse
+from shared.telemetry.trace import parse, root
 from tests.integration.conftest import hold
 from tests.support.agents import EPOCH, Begin, loaded, reached, record, released, submitted, sweep, warm
 from tests.support.runners import is_gone
@@ -312,7 +312,7 @@ def test_restoration_is_a_new_load_of_the_same_request() -> None:
 
 def test_restoration_begins_its_own_trace() -> None:
     """The request of the first load may have been answered long ago."""
-    old = instance(traceparent=str(begun()))
+    old = instance(traceparent=str(root()))
     traces = [parse(restoration(old, "load_2", number, FIRST_PAUSE_S).traceparent) for number in (1, 2)]
     assert len({trace and trace.trace_id for trace in (parse(old.traceparent), *traces)} - {None}) == 3
 

@@ -21,7 +21,7 @@ from shared.schema.model import Model
 from shared.settings import Settings
 from shared.synthetic.architectures import TINY, TINY_MOE
 from shared.synthetic.models import sharded, tiny_llama, tiny_moe
-from shared.telemetry.trace import begun
+from shared.telemetry.trace import root
 from tests.support import trimmed, waiting
 from tests.support.damaged import misaligned
 from tests.support.runners import freeze, has_variable, is_gone
@@ -279,7 +279,7 @@ async def test_the_owner_of_a_runner_gets_the_engine_output(runner: Runner, mode
 
 
 async def test_a_runner_has_the_traceparent_of_its_load(runner: Runner, models_dir: Path) -> None:
-    span = str(begun())
+    span = str(root())
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf", traceparent=span))
     assert has_variable(runner.pid, f"TRACEPARENT={span}")
 

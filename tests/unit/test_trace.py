@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shared.telemetry.trace import Trace, begun, continued, parse
+from shared.telemetry.trace import Trace, continued, parse, root
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 HEADER = f"00-{TRACE_ID}-{SPAN_ID}-01"
@@ -105,4 +105,4 @@ def test_no_header_or_two_headers_start_a_new_trace(headers: list[str]) -> None:
 
 
 def test_a_new_trace_is_valid_and_not_sampled() -> None:
-    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-00", str(begun()))
+    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-00", str(root()))
