@@ -18,7 +18,7 @@ from shared.settings import Settings, SettingsError, check_exposure, variable
 
 BACKLOG = 2048
 ANSWER_S = 2.0
-UNTAKEN_MS = 30_000
+USER_TIMEOUT_MS = 30_000
 BODY_BYTES = 1024
 ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT}  # such as ::1 on a machine without IPv6
 
@@ -46,7 +46,7 @@ def bind(settings: Settings) -> socket.socket:
             reason = _reason(e)
             continue
         # Connections inherit this: they end if the client does not read or has disappeared (tcp(7)).
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNTAKEN_MS)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
         return listening
     raise _refused(settings, "host", reason)
 

@@ -31,7 +31,7 @@ LAST_BACKOFF_S = 5.0
 POLL_S = 0.05
 START_DEADLINE_S = 60.0
 KILL_S = 5.0  # a process that survives SIGKILL for this long is stuck in the kernel
-LOOKS = 10  # checks of a watchdog without a beat before a child is killed
+CHECKS = 10  # checks of a watchdog without a beat before a child is killed
 PIPE_BYTES = 65536  # the capacity of a pipe
 
 _log = log.get(__name__)
@@ -281,14 +281,14 @@ class _Process:
 
 
 class _Watchdog:
-    """Reads the beats of one child, and calls `bite` if they stop for `silence_s` seconds after the first beat.
+    """Reads the beats of one child, and calls `on_silence` if they stop for `silence_s` seconds after the first beat.
 
     It counts checks instead of time: if the whole machine was paused, no checks took place meanwhile.
     """
 
-    def __init__(self, silence_s: float, bite: Callable[[], None]) -> None:
+    def __init__(self, silence_s: float, on_silence: Callable[[], None]) -> None:
         self._silence_s = silence_s
-        self._bite = bite
+        self._on_silence = on_silence
         self._task: asyncio.Task[None] | None = None
         self._ours, self.theirs = os.pipe()
         os.set_blocking(self._ours, False)
@@ -311,13 +311,13 @@ class _Watchdog:
 
     async def _watch(self) -> None:
         silent, is_armed = 0, False
-        while silent < LOOKS:
-            await asyncio.sleep(self._silence_s / LOOKS)
+        while silent < CHECKS:
+            await asyncio.sleep(self._silence_s / CHECKS)
             if self._has_beaten():
                 silent, is_armed = 0, True
             elif is_armed:
                 silent += 1
-        self._bite()
+        self._on_silence()
 
     def _has_beaten(self) -> bool:
         """Return whether there were beats since the last check."""

@@ -42,7 +42,7 @@ async def run_all(settings: Settings, listening: socket.socket, redis: Server | 
         if redis:
             settings = msgspec.structs.replace(settings, redis_url=redis.url)
             command = Command(
-                name="redis", argv=redis.argv, environ=_foreign(), pass_fds=redis.pass_fds, grace_s=REDIS_GRACE_S
+                name="redis", argv=redis.argv, environ=_inherited(), pass_fds=redis.pass_fds, grace_s=REDIS_GRACE_S
             )
             supervisor.start(command)
             await supervisor.until(partial(devredis.missing, redis.socket), "The embedded Redis")
@@ -102,14 +102,14 @@ def _module(name: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", name)
 
 
-def _foreign() -> dict[str, str]:
+def _inherited() -> dict[str, str]:
     """Return the environment without the variables of Loadstone."""
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
 def _environ(settings: Settings) -> dict[str, str]:
     """Return the environment of a Python process.  Names of files are UTF-8, whatever the locale (PEP 540)."""
-    return _foreign() | {"PYTHONUTF8": "1"} | to_environ(settings)
+    return _inherited() | {"PYTHONUTF8": "1"} | to_environ(settings)
 
 
 def make_directories(settings: Settings) -> None:

@@ -22,18 +22,18 @@ CHECKED_VERSION = "5.3.1"  # of redis-py
 class Steady(AbstractConnection):
     """Raises redis-py's ConnectionError if a connection is broken, or breaks while it is being established."""
 
-    is_being_made = False
+    is_connecting = False
 
     async def connect(self) -> None:
         if self.is_connected:
             return
-        if self.is_being_made:
+        if self.is_connecting:
             raise RedisConnectionError("Connection dropped while it was being established.")
-        self.is_being_made = True
+        self.is_connecting = True
         try:
             await super().connect()  # type: ignore[no-untyped-call]
         finally:
-            self.is_being_made = False
+            self.is_connecting = False
 
     async def send_packed_command(self, *args: Any, **options: Any) -> None:
         try:

@@ -374,7 +374,7 @@ MUTANTS = (
     Mutant(
         "a child that stands still is replaced",
         "cli/supervisor.py",
-        "while silent < LOOKS:",
+        "while silent < CHECKS:",
         "while True:",
         (f"{INTEGRATION}watchdog.py",),
     ),
