@@ -8,8 +8,9 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,17 +22,31 @@ LEASE_S = 3
 Start = Callable[..., Service]
 
 
+def started(home: Path) -> AbstractContextManager[Service]:
+    """Run `loadstone up` with two models in a directory."""
+    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+    synthetic.tiny_llama(home / f"models/{OTHER}/other-f16.gguf")
+    return up(home, LOADSTONE_LEASE_S=str(LEASE_S))
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Return a function that starts `loadstone up` in the test's directory; stop it after the test if it still runs."""
-    synthetic.tiny_llama(tmp_path / f"models/{TINY}/tiny-f16.gguf")
-    synthetic.tiny_llama(tmp_path / f"models/{OTHER}/other-f16.gguf")
     with ExitStack() as undo:
+        yield lambda: undo.enter_context(started(tmp_path))
 
-        def begin() -> Service:
-            return undo.enter_context(up(tmp_path, LOADSTONE_LEASE_S=str(LEASE_S)))
 
-        yield begin
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with started(tmp_path_factory.mktemp("up")) as service:
+        yield service
+
+
+@pytest.fixture
+def service(running: Service) -> Iterator[Service]:
+    """Return a service that outlives the test; unload everything after it."""
+    yield running
+    running.unload_all()
 
 
 def test_models_are_listed_as_soon_as_the_service_is_ready(start: Start) -> None:
@@ -107,8 +122,7 @@ def test_loads_interrupted_by_a_stop_get_a_server_error(start: Start) -> None:
             assert second.result(60).status >= 500
 
 
-def test_a_second_up_on_a_data_directory_is_refused(start: Start, tmp_path: Path) -> None:
-    service = start()
+def test_a_second_up_on_a_data_directory_is_refused(service: Service, tmp_path: Path) -> None:
     second = Running(tmp_path / "second", "up", "--port", "0", "--data-dir", str(service.data_dir))
     assert second.popen.wait(60) == 2
     assert second.stdout == ""
@@ -126,8 +140,8 @@ def test_listening_for_others_without_a_token_is_refused(tmp_path: Path) -> None
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_a_killed_worker_restores_instances_and_resumes_its_load(start: Start) -> None:
-    service = start()
+def test_a_killed_worker_restores_instances_and_resumes_its_load(service: Service) -> None:
+    before = {job["job_id"] for job in jobs(service)}
     service.loaded(TINY)
     with service.frozen(1), meanwhile(service.load, OTHER) as reply:
         until(lambda: service.state(OTHER) == "loading", "the other model is loading")
@@ -139,16 +153,20 @@ def test_a_killed_worker_restores_instances_and_resumes_its_load(start: Start) -
     wait_gone(held)
     assert not is_alive(worker)
     assert service.worker().pid != worker.pid
-    jobs = service.send("GET", STATUS).json()["jobs"]
-    assert sorted((job["instance_id"], job["attempt"], job["status"]) for job in jobs) == [
+    new = [job for job in jobs(service) if job["job_id"] not in before]
+    assert sorted((job["instance_id"], job["attempt"], job["status"]) for job in new) == [
         (OTHER, 2, "loaded"),
         (TINY, 1, "loaded"),
         (TINY, 1, "loaded"),
     ]
 
 
-def test_a_killed_api_restarts_and_loaded_instances_stay(start: Start) -> None:
-    service = start()
+def jobs(service: Service) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = service.send("GET", STATUS).json()["jobs"]
+    return listed
+
+
+def test_a_killed_api_restarts_and_loaded_instances_stay(service: Service) -> None:
     service.loaded(TINY)
     (api,) = (process for process in service.tree() if process.words[2:4] == ("-m", "api"))
     os.kill(api.pid, signal.SIGKILL)
@@ -157,8 +175,7 @@ def test_a_killed_api_restarts_and_loaded_instances_stay(start: Start) -> None:
     assert service.unload(TINY).status == 200
 
 
-def test_a_killed_redis_restarts_with_its_data(start: Start) -> None:
-    service = start()
+def test_a_killed_redis_restarts_with_its_data(service: Service) -> None:
     service.loaded(TINY)
     (redis,) = (process for process in service.tree() if "valkey" in process.words[0] or "redis" in process.words[0])
     time_of_the_next_write_to_disk = time.monotonic() + 1.5  # the embedded Redis syncs its file once a second
