@@ -102,6 +102,8 @@ class Client:
         self.note = note
         trust_env = not is_loopback(httpx.URL(url).host)  # a proxy cannot reach the loopback of this machine
         tls = _tls_context(trust_env)
+        proxies = _names(PROXY_VARIABLES - {"NO_PROXY"}) if trust_env else ""
+        self._proxies = f" or to its proxy ({proxies})" if proxies else ""
         try:
             self._http = httpx.Client(
                 base_url=url,
@@ -232,7 +234,9 @@ class Client:
         except UnicodeError:  # that of the server was checked
             raise _unusable("proxies", PROXY_VARIABLES, "invalid host name") from None
         except (httpx.ConnectError, httpx.ConnectTimeout) as e:
-            raise Unreachable(_error("unreachable", f"Cannot connect to {self.url} ({e})."), 0.0) from None
+            raise Unreachable(
+                _error("unreachable", f"Cannot connect to {self.url}{self._proxies} ({e})."), 0.0
+            ) from None
         except httpx.TimeoutException:
             raise Failure(_error("no_answer", f"The server at {self.url} does not respond."), 0.0) from None
         except httpx.RequestError:  # its text may contain a header
@@ -281,10 +285,13 @@ def _tls_context(trust_env: bool) -> ssl.SSLContext:
 
 def _unusable(what: str, variables: Collection[str], why: str) -> Failure:
     """Return the failure of a part of the environment.  The sentence has no values, which may be secret."""
-    names = ", ".join(sorted(name for name in os.environ if name.upper() in variables))
-    return Failure(
-        _error("invalid_environment", f"The environment's settings for {what} ({names}) are unusable: {why}.")
-    )
+    sentence = f"The environment's settings for {what} ({_names(variables)}) are unusable: {why}."
+    return Failure(_error("invalid_environment", sentence))
+
+
+def _names(variables: Collection[str]) -> str:
+    """Return the names of the variables that are set, as they are written."""
+    return ", ".join(sorted(name for name, value in os.environ.items() if value and name.upper() in variables))
 
 
 def cancelled(model: str) -> ErrorBody:

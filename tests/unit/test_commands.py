@@ -265,6 +265,14 @@ def test_an_unusable_environment_fails_in_one_sentence(
     assert "s3cret" not in result.stderr
 
 
+def test_a_refused_connection_may_be_that_of_a_proxy(environ: pytest.MonkeyPatch) -> None:
+    environ.setenv("HTTP_PROXY", "http://user:s3cret@127.0.0.1:1")
+    result = CliRunner().invoke(cli.main, ["ls", "--url", "http://server.invalid"])
+    start = "loadstone: Cannot connect to http://server.invalid or to its proxy (HTTP_PROXY) ("
+    assert (result.exit_code, result.stderr.startswith(start)) == (1, True)
+    assert "s3cret" not in result.stderr
+
+
 def test_arguments_that_are_not_utf_8_are_wrong_usage() -> None:
     for words in (["load", "m\udcff"], ["logs", "m\udcff"], ["unload", "m\udcff"]):
         result = CliRunner().invoke(cli.main, [*words, "--url", "http://127.0.0.1:1"])

@@ -25,6 +25,7 @@ MAX_GATING = 4  # llama_expert_gating_func_type
 MAX_POOLING, NO_POOLING_TYPE = 4, 2**32 - 1  # llama_pooling_type; the second is its -1
 MAX_INT = 2**31 - 1
 ROPE_SCALING_TYPES = frozenset({"none", "linear", "yarn", "longrope"})
+ONE_IS_NONE = frozenset({"hunyuan-dense", "hunyuan_vl"})  # one expert means a model without experts
 EPSILONS = ("layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon")
 
 Key = Callable[[str], str]  # adds the architecture
@@ -32,9 +33,9 @@ Key = Callable[[str], str]  # adds the architecture
 
 def defect(fields: Fields) -> str | None:
     """Return the first required value that is missing, or that would make llama.cpp abort; None if there is none."""
-    architecture = fields.text("general.architecture")
-    if not architecture:
-        return "has no general.architecture"
+    name = "general.architecture"
+    if not (architecture := fields.text(name)):
+        return f"has {name} = {fields.shown(name)}; it must be a name" if fields.has(name) else f"has no {name}"
     key: Key = f"{architecture}.".__add__
     for find in (_in_size, _in_experts, _in_heads, _in_rotation, _in_numbers, _in_architecture):
         for message in find(fields, key, architecture):
@@ -72,6 +73,8 @@ def _in_experts(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
     for name in ("expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count"):
         yield from _no_integer(fields, key(name))
     experts = fields.number(total, 0)
+    if architecture in ONE_IS_NONE and experts <= 1:
+        return
     if not 0 <= experts <= MAX_EXPERTS:
         yield f"has {total} = {experts}; it must be at most {MAX_EXPERTS}"
     if architecture in EXPERTS_ONLY and not experts:
@@ -80,6 +83,9 @@ def _in_experts(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
     if not (1 <= used <= experts if experts else used == 0):
         allowed = f"from 1 to {total} ({experts})" if experts else "0 in a model without experts"
         yield f"has {key('expert_used_count')} = {used}; it must be {allowed}"
+    has_dense_blocks = architecture not in ATTENTION_ONLY or fields.has(key("leading_dense_block_count"))
+    if experts and 0 in fields.integers(key("expert_used_count")) and not has_dense_blocks:
+        yield f"has {key('expert_used_count')} = 0; each block of a model with {experts} experts uses some"
     groups = fields.number(key("expert_group_count"), 0)
     groups_used = fields.number(key("expert_group_used_count"), 0)
     if groups and groups >= experts:
