@@ -88,3 +88,6 @@ EXPERTS_ONLY = _named(
     bailingmoe2 glm4moe grovemoe llada-moe smallthinker
     """
 )
+
+# Some blocks have a sliding window: GGML_ASSERT(hparams.is_swa_any()).
+WINDOWS = _named("gemma2 gemma3 gemma3n gemma4 gpt-oss granite_swa llama4 maple mimo2 spark2_5 step35")

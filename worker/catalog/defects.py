@@ -16,6 +16,7 @@ from worker.catalog.architectures import (
     NO_ROTATION,
     SECTIONS,
     WHOLE_ROTATION,
+    WINDOWS,
 )
 from worker.catalog.fields import Fields
 
@@ -140,9 +141,11 @@ def _in_rotation(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
             yield f"has {rotation} = {rotated}; it must be the length of a head ({keys})"
     if architecture in NO_ROTATION or not keys:
         return
-    yield from _outside(fields, rotation, 1, keys, of="the length of a head")
-    if any(n % 2 for n in fields.integers(rotation)):
-        yield f"has {rotation} = {fields.shown(rotation)}; it must be even"
+    in_windows = fields.number(key("attention.key_length_swa"), keys)
+    for name, length in ((rotation, keys), (key("rope.dimension_count_swa"), in_windows)):
+        yield from _outside(fields, name, 1, length, of="the length of a head")
+        if any(n % 2 for n in fields.integers(name)):
+            yield f"has {name} = {fields.shown(name)}; it must be even"
     name = key("rope.dimension_sections")
     sections = fields.integers(name)
     if architecture in SECTIONS and sections and not any(n > 0 for n in sections[:3]):
@@ -159,6 +162,11 @@ def _in_numbers(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
     if fields.number(key("pooling_type"), 0) != NO_POOLING_TYPE:
         yield from _outside(fields, key("pooling_type"), 0, MAX_POOLING)
     yield from _outside(fields, key("attention.sliding_window"), 0, MAX_INT)
+    pattern = key("attention.sliding_window_pattern")
+    if architecture in WINDOWS and fields.has(pattern):
+        every = fields.integers(pattern)
+        if every == [1] or (len(every) > 1 and not any(every)):  # of every n blocks, the last has no window
+            yield f"has {pattern} = {fields.shown(pattern)}; some blocks must have a sliding window"
     yield from _outside(fields, key("full_attention_interval"), 1, MAX_BLOCKS)
     yield from _outside(fields, key("n_deepstack_layers"), 0, MAX_BLOCKS)
 
