@@ -170,8 +170,8 @@ class Resident:
         model = await self._loadable(record)
         if model is None:
             return None
-        self._queued = record
-        return record, model
+        self._queued = msgspec.structs.replace(record, key=model.key)
+        return self._queued, model
 
     async def _loadable(self, record: Instance) -> Model | None:
         """Return the model of a load.  If it cannot be loaded, fails the load and returns None.

@@ -469,6 +469,14 @@ def test_a_projector_of_another_model_gives_no_vision(
     assert look()["hermes-7b-q4_k_m"].vision is expected
 
 
+def test_an_embedding_model_has_no_projector(root: Path, look: Look) -> None:
+    """An old projector has the length of its encoder, which small embedding models have too."""
+    write(root / "llava-7b-Q4_0.gguf", {"llama.embedding_length": 4096})
+    write(root / "nomic-Q8_0.gguf", {"llama.embedding_length": 768, "llama.pooling_type": 1})
+    write(root / "mmproj-model-f16.gguf", {"general.architecture": "clip", "clip.vision.projection_dim": 768})
+    assert [key for key, model in look().items() if model.vision] == ["llava-7b-q4_0"]
+
+
 def test_models_of_one_family_have_their_own_projectors(root: Path, look: Look) -> None:
     for size, width in (("4b", 2560), ("12b", 3840)):
         family: dict[str, Value] = {"general.basename": "gemma-3", "llama.embedding_length": width}

@@ -192,8 +192,9 @@ def _with_vision(
     """Return the models that have an image encoder: the words of their stems, by home."""
     beside: dict[Home, list[Described]] = {}
     for group in models:
-        if group.home in companions:
-            beside.setdefault(group.home, []).append(_described(group.place, files[group.parts[1].path]))
+        file = files[group.parts[1].path]
+        if group.home in companions and file.type == "llm":
+            beside.setdefault(group.home, []).append(_described(group.place, file))
     return {
         home: set[Words]().union(
             *(projectors.owners(one, models_there, in_folder=bool(home.folders)) for one in companions[home])
