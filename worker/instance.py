@@ -48,6 +48,7 @@ COMMIT_FRACTION = 0.02  # progress is recorded after this fraction of the bytes
 CHANGED = "a file of the model changed while it was loaded"
 CHANGED_LATER = "a file of the model changed after it was loaded"
 GONE = "its file is no longer in the models directory"
+REPLACED = "its file was replaced by another one"
 
 Answer = TypeVar("Answer", Ready, Measured)
 
@@ -180,7 +181,9 @@ class Resident:
         """
         model = of_instance(self._services.models, record)
         if model is None:
-            await self._fail(record, "invalid_model_file", GONE)
+            shards = [] if record.source is None else record.source.shards
+            is_replaced = any(one.shards == shards for one in self._services.models.values())
+            await self._fail(record, "invalid_model_file", REPLACED if is_replaced else GONE)
             return None
         if model.problem is not None:
             await self._fail(record, model.problem.code, model.problem.message)

@@ -268,11 +268,20 @@ async def test_a_load_is_of_the_same_files_under_another_key(agent: Agent, model
     assert [held.key for held in agent.placer.held()] == ["p/llama@f16"], "the last one that is known"
 
 
-async def test_a_load_is_never_of_other_files(agent: Agent, models: dict[str, Model]) -> None:
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({}, "no longer in the models directory"),
+        ({"shards": ["p/llama/llama-f16.gguf"]}, "replaced by another one"),
+    ],
+)
+async def test_a_load_is_never_of_other_files(
+    agent: Agent, models: dict[str, Model], other: dict[str, Any], reason: str
+) -> None:
     id_ = await submitted(agent)
-    await agent.publish([msgspec.structs.replace(models["p/moe"], key="p/llama")])
+    await agent.publish([msgspec.structs.replace(models["p/moe"], key="p/llama", **other)])
     agent.deliver(id_)
-    check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", "no longer in the models directory")
+    check_failed(await reached(agent, id_, State.FAILED), "invalid_model_file", reason)
 
 
 async def test_a_dry_run_is_never_of_other_files(agent: Agent, models: dict[str, Model]) -> None:
