@@ -2,7 +2,9 @@
 # Two images, `--target cpu` and `--target cuda`, which differ in the build of llama.cpp and its dependencies.
 # llama.cpp is built in a separate stage, which is repeated only when constraints.txt or native/ changes.
 
-FROM python:3.12-slim-bookworm AS engine-cpu
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS engine-cpu
 RUN apt-get update && apt-get install --yes --no-install-recommends build-essential cmake git ninja-build
 COPY constraints.txt /engine/
 COPY native /engine/native
@@ -19,7 +21,7 @@ RUN mkdir /wheels && \
     CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_CUDA=on -DCMAKE_EXE_LINKER_FLAGS=-Wl,--allow-shlib-undefined" \
     sh -c 'cp "$(python3 /engine/native/build.py)" /wheels'
 
-FROM python:3.12-slim-bookworm AS base-cpu
+FROM ${PYTHON_IMAGE} AS base-cpu
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home loadstone && install -d -o loadstone -m 700 /data /locks && install -d /models
 

@@ -8,7 +8,7 @@ PEERS := bench/out/peers
 LLAMA_SERVER := $(PEERS)/build/bin/llama-server
 PEERS_STAMP := $(PEERS)/venv/.installed
 
-.PHONY: setup run test test-unit test-quality coverage mutants soak check bench bench-peers setup-gpu test-gpu bench-gpu
+.PHONY: setup run test test-unit test-quality coverage mutants soak check image bench bench-peers setup-gpu test-gpu bench-gpu
 
 setup: $(STAMP)
 
@@ -58,6 +58,10 @@ check: $(DEV_STAMP)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_imports.py
+
+# Builds the CPU image with buildah, and loads a model in it.
+image:
+	.ci/image
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m bench
