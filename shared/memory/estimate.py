@@ -31,6 +31,7 @@ CELLS = 256  # a context is padded to a multiple of this many tokens
 F16, F32 = 2, 4  # bytes of an element of the KV cache, and of a computed element
 CHECKED_DECODERS = frozenset({"llama", "qwen2", "qwen3", "qwen3moe", "gemma3"})
 CHECKED_ENCODERS = frozenset({"bert"})
+WINDOWED = frozenset({"gemma3"})  # of these; in others a sliding window was not compared, and llama.cpp may ignore it
 NEAR = frozenset(
     {
         *CHECKED_DECODERS,
@@ -231,6 +232,8 @@ def _scaled(parts: Sequence[int], n_bytes: int) -> list[int]:
 def _is_checked(model: Model, dimensions: Dimensions) -> bool:
     is_known = model.weights is not None and (dimensions.vocabulary is not None or not _has_cache(model))
     checked = CHECKED_DECODERS if model.causal else CHECKED_ENCODERS
+    if dimensions.sliding_window:
+        checked &= WINDOWED
     return is_known and model.architecture in checked and model.pooling in CHECKED_POOLINGS
 
 

@@ -224,6 +224,27 @@ MUTANTS = (
         (f"{UNIT}placement.py",),
     ),
     Mutant(
+        "the engine decides where the formula was not checked",
+        "worker/memory/placer.py",
+        "elif not figures.is_checked:",
+        "elif False:",
+        (f"{INTEGRATION}architectures.py",),
+    ),
+    Mutant(
+        "a pool asks an engine before a load is refused or evicts",
+        "api/pool/roster.py",
+        "if figures.is_checked or not any(",
+        "if True or not any(",
+        (f"{INTEGRATION}architectures.py",),
+    ),
+    Mutant(
+        "what a load took is published before its outcome",
+        "worker/memory/placer.py",
+        "if self.ledger.reservations[id_].bytes != before:",
+        "if False:",
+        (f"{INTEGRATION}agent.py",),
+    ),
+    Mutant(
         "no more is evicted than needed",
         "shared/memory/placement.py",
         "for held in idle[:enough][::-1]:",

@@ -222,6 +222,7 @@ UNSURE: dict[str, tuple[Model, dict[str, Any]]] = {
     "an encoder that was not compared": (model(architecture="nomic-bert", causal=False, type="embedding"), {}),
     "a decoder that attends to its whole input": (model(causal=False, type="embedding"), {}),
     "a reranker": (model(type="embedding", pooling=4), {}),
+    "a sliding window that llama.cpp may ignore": (model(dimensions=structs.replace(LLAMA, sliding_window=4096)), {}),
     "a header that was not read to the end": (model(weights=None), {}),
     "a header without dimensions": (model(dimensions=None), {}),
     "a KV cache beside the GPU": (model(), {"offload_kv_cache_to_gpu": False}),
