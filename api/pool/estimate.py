@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct, structs
 
-from api.pool.roster import Candidate, Measured, Roster
+from api.pool.roster import Candidate, Measured, Roster, is_same
 from shared.errors import LoadFailed
 from shared.memory.estimate import MOST_BYTES
 from shared.memory.placement import DRY_RUNS, Constraints, Demand, Placement, available, once_gone, place, place_now
@@ -35,6 +35,7 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
     figures, alive = roster.figures(candidates, best, request, queue), roster.alive
     requirements = await figures.requirements()
     if not figures.is_checked:
+        candidates = [one for one in candidates if is_same(one.model, model)]
         best, placed = roster.choose(candidates, request, Measured(model, requirements))
     snapshot = roster.alive.get(best.worker) or alive[best.worker]  # it may have gone meanwhile
     demand = Demand(requirements, Constraints.of(request.gpu), best.model.key)

@@ -259,11 +259,12 @@ class Roster:
         same = [best, *(one for one in candidates if is_same(one.model, best.model))]
         gpus = {one.worker: constraints.gpus(self.alive[one.worker].devices) for one in same}
         asked = next((one for one in same if gpus[one.worker]), best)
+        with_cpu = any(not gpus[name] or (constraints.is_partly and self.alive[name].partly_on_cpu) for name in gpus)
 
         async def ask(sizing: Sizing) -> list[list[Usage]] | None:
             return await queue.sized(asked.worker, sizing, within_s)
 
-        return Figures(request, asked.model, self._settings, gpus[asked.worker], ask)
+        return Figures(request, asked.model, self._settings, gpus[asked.worker], ask, with_cpu=with_cpu)
 
     def requirements(self, model: Model, request: LoadRequest, measured: Measured | None = None) -> Requirements:
         """Compute the requirements of a request.  Raises InvalidValue if it exceeds the limits of the model."""

@@ -28,8 +28,17 @@ Ask = Callable[[Sizing], Awaitable[list[list[Usage]] | None]]
 class Figures:
     """What a load takes on a worker, by context length."""
 
-    def __init__(self, request: LoadRequest, model: Model, settings: Settings, gpus: Sequence[str], ask: Ask) -> None:
-        """`gpus`: those of the worker that the load may use."""
+    def __init__(
+        self,
+        request: LoadRequest,
+        model: Model,
+        settings: Settings,
+        gpus: Sequence[str],
+        ask: Ask,
+        *,
+        with_cpu: bool = True,
+    ) -> None:
+        """`gpus`: those of the worker that the load may use.  `with_cpu`: its CPU may also take all layers, or some."""
         self._request = request
         self._model = model
         self._settings = settings
@@ -40,9 +49,12 @@ class Figures:
         n_layers = self.formula.n_layers
         n = Constraints.of(request.gpu).n_layers(self.formula)
         # GPUs, their layers, and the first of these layers.
-        self._places: list[tuple[list[str], list[int], int]] = [([], [], n_layers)]
+        self._places: list[tuple[list[str], list[int], int]] = []
+        if with_cpu or not gpus or not n:
+            self._places.append(([], [], n_layers))
         if gpus and n:
             self._places.append(([gpus[0]], [n], n_layers - n))
+        self._is_answered = True
         self._known: dict[int, Requirements] = {}
 
     @property
@@ -56,12 +68,15 @@ class Figures:
         return requirements
 
     async def of(self, context_lengths: Sequence[int]) -> list[Requirements]:
-        """Return the requirements for each context length.  Those that the engine does not report are the formula's."""
+        """Return the requirements for each context length.  Those that the engine does not report are the formula's.
+
+        After a question without an answer, the engine is not asked again.
+        """
         new = {n: self._by_formula(n) for n in context_lengths if n not in self._known}
         for place in self._places:
             gpus, layers, first = place
             asked = [n for n, formula in new.items() if self._is_asked(formula, place) and n <= MOST_TOKENS]
-            if not asked:
+            if not asked or not self._is_answered:
                 continue
             sizing = Sizing(
                 request=self._request,
@@ -71,7 +86,9 @@ class Figures:
                 layers=layers,
                 context_lengths=asked,
             )
-            for n, usage in zip(asked, await self._ask(sizing) or [], strict=False):
+            usages = await self._ask(sizing)
+            self._is_answered = usages is not None
+            for n, usage in zip(asked, usages or [], strict=self._is_answered):
                 new[n] = new[n].measured(first, usage)
         self._known |= new
         return [self._known[n] for n in context_lengths]

@@ -155,7 +155,7 @@ class Placement(Struct, frozen=True, kw_only=True):
     layers: list[int] = []
     usage: list[Usage]  # of the GPUs, followed by the CPU
     evicts: list[Holding] = []
-    exact: bool  # whether `usage` is verified against the engine
+    exact: bool  # whether `usage` is verified against the engine, or needs no dry run
 
     @property
     def devices(self) -> list[str]:

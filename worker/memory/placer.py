@@ -152,8 +152,10 @@ class Placer:
         return placed
 
     def _figures(self, request: LoadRequest, model: Model) -> Figures:
-        gpus = Constraints.of(request.gpu).gpus(self.devices())
-        return Figures(request, model, self._settings, gpus, self._ask)
+        constraints = Constraints.of(request.gpu)
+        is_partly = constraints.is_partly and self._settings.gpu_offload == "auto"
+        gpus = constraints.gpus(self.devices())
+        return Figures(request, model, self._settings, gpus, self._ask, with_cpu=is_partly)
 
     def _demand(self, instance: Instance, requirements: Requirements) -> Demand:
         return Demand(requirements, Constraints.of(instance.request.gpu), instance.key)
