@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
