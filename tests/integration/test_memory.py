@@ -29,7 +29,7 @@ from shared.synthetic.models import tiny_llama
 from tests.integration.conftest import catalog
 from tests.support import gpus, waiting
 from tests.support.fakehosts import FakeHost
-from tests.support.runners import freeze, is_gone
+from tests.support.runners import freeze, is_gone, slept
 from tests.support.waiting import no_runners
 from worker.agent import Agent
 from worker.memory.host import host_memory, oom_kills
@@ -189,6 +189,7 @@ async def test_a_limit_on_address_space_is_insufficient_memory(held: Held) -> No
     """The limit is met at the mapping of the file, the KV cache, or the compute buffer, where the engine aborts."""
     for spare_mib in (0, 1, 8, 64, 280, 300):
         runner = await held.warm()
+        await slept(runner)
         limit = size_of(runner) + spare_mib * MIB
         resource.prlimit(runner.pid, resource.RLIMIT_AS, (limit, limit))
         _, detail = await held.refused(LONG, LONG_TOKENS)

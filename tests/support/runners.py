@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 
-from tests.support.service import all_stopped
+from tests.support.service import all_stopped, stat_fields
 from worker.runner.process import Runner
 
 DEADLINE_S = 60.0
@@ -18,6 +18,17 @@ async def freeze(runner: Runner) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while not all_stopped(runner.pid):  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.002)
+
+
+async def slept(runner: Runner) -> None:
+    """Wait until a runner uses no processor time: a warm one may still prewarm."""
+    times: list[tuple[str, ...]] = []
+    async with asyncio.timeout(DEADLINE_S):
+        while len(times) < 10:
+            state, *fields = stat_fields(runner.pid) or [""]
+            now = tuple(fields[10:12])
+            times = [*times, now] if state == "S" and times[-1:] in ([], [now]) else []
+            await asyncio.sleep(0.005)
 
 
 def is_gone(pid: int) -> bool:

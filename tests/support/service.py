@@ -61,7 +61,7 @@ class Process(NamedTuple):
     words: tuple[str, ...]
 
 
-def _stat(pid: int | str) -> list[str] | None:
+def stat_fields(pid: int | str) -> list[str] | None:
     """Return the fields of /proc/PID/stat after the name: state, parent, ..."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -71,14 +71,14 @@ def _stat(pid: int | str) -> list[str] | None:
 
 def all_stopped(pid: int) -> bool:
     """Return whether SIGSTOP has reached every thread: a running thread could still answer."""
-    states = [_stat(f"{pid}/task/{thread.name}") for thread in Path(f"/proc/{pid}/task").iterdir()]
+    states = [stat_fields(f"{pid}/task/{thread.name}") for thread in Path(f"/proc/{pid}/task").iterdir()]
     return all(stat is not None and stat[0] == "T" for stat in states)
 
 
 def processes() -> list[Process]:
     running = []
     for entry in Path("/proc").iterdir():
-        stat = _stat(entry.name) if entry.name.isdigit() else None
+        stat = stat_fields(entry.name) if entry.name.isdigit() else None
         if stat is None or stat[0] in "ZX":
             continue
         try:
@@ -102,7 +102,7 @@ def below(pid: int) -> list[Process]:
 
 
 def is_alive(process: Process) -> bool:
-    stat = _stat(process.pid)
+    stat = stat_fields(process.pid)
     return stat is not None and int(stat[19]) == process.started and stat[0] not in "ZX"
 
 
@@ -171,7 +171,7 @@ class Running:
             runners = self.runners()
             if len(runners) != loaded + 1:
                 return None
-            stat = _stat(runners[-1].pid)
+            stat = stat_fields(runners[-1].pid)
             now = (runners[-1].pid, tuple(stat[11:13])) if stat and stat[0] == "S" else (0, ())
             last.append(now)
             return runners[-1] if now[0] and last[-10:] == [now] * 10 else None
