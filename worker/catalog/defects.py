@@ -141,11 +141,14 @@ def _in_rotation(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
             yield f"has {rotation} = {rotated}; it must be the length of a head ({keys})"
     if architecture in NO_ROTATION or not keys:
         return
-    in_windows = fields.number(key("attention.key_length_swa"), keys)
-    for name, length in ((rotation, keys), (key("rope.dimension_count_swa"), in_windows)):
+    in_windows, window_rotation = key("attention.key_length_swa"), key("rope.dimension_count_swa")
+    for name, length in ((rotation, keys), (window_rotation, fields.number(in_windows, keys))):
         yield from _outside(fields, name, 1, length, of="the length of a head")
         if any(n % 2 for n in fields.integers(name)):
             yield f"has {name} = {fields.shown(name)}; it must be even"
+    rotated = fields.number(window_rotation, fields.number(rotation, keys))
+    if fields.number(in_windows, rotated) < rotated:
+        yield f"has {in_windows} = {fields.shown(in_windows)}; it must be at least {window_rotation} ({rotated})"
     name = key("rope.dimension_sections")
     sections = fields.integers(name)
     if architecture in SECTIONS and sections and not any(n > 0 for n in sections[:3]):
@@ -200,6 +203,14 @@ def _in_architecture(fields: Fields, key: Key, architecture: str) -> Iterator[st
             yield from _outside(fields, key("attention.sliding_window"), 1, MAX_INT)
         case "ernie4_5-moe":
             yield from _outside(fields, key("interleave_moe_layer_step"), 1, MAX_BLOCKS)
+        case "gemma4":
+            for end in ("", "_swa"):
+                value_length = key(f"attention.value_length{end}")
+                keys = fields.number(key(f"attention.key_length{end}"), 0)
+                if keys and fields.number(value_length, keys) != keys:
+                    yield f"has {value_length} = {fields.shown(value_length)}; it must be the length of a key ({keys})"
+            n_blocks = fields.number(key("block_count"), MAX_BLOCKS)
+            yield from _outside(fields, key("attention.shared_kv_layers"), 0, n_blocks - 2)
         case "gemma-embedding":
             for name in ("dense_2_feat_in", "dense_3_feat_out"):
                 if fields.number(key(name), 0):
