@@ -815,6 +815,8 @@ def test_a_file_with_a_small_alignment_cannot_be_mapped(root: Path, look: Look, 
         of("deci", {"attention.head_count": [8, 0], "attention.head_count_kv": [2, 0]}),
         of("mamba", {"attention.head_count": 0, "feed_forward_length": 0}),
         of("deepseek2", {"attention.key_length": 576, "attention.value_length": 512, "rope.dimension_count": 64}),
+        of("deepseek2", {}),
+        of("deepseek2-ocr", {"attention.key_length": 128, "rope.dimension_count": 128}),
         of("phi2", {"attention.key_length": 80, "rope.dimension_count": 32}),
         of("gpt2", {"attention.key_length": 64, "rope.dimension_count": 65}),
         of("rwkv6", {"embedding_length": 64, "wkv.head_size": 32}),
@@ -830,15 +832,16 @@ def test_values_that_the_engine_accepts_are_no_problem(root: Path, look: Look, m
     ("metadata", "says"),
     [
         ({"llama.rope.scaling.type": 2}, "llama.rope.scaling.type = 2; it must be one of linear, longrope, none, yarn"),
+        ({"llama.expert_count": 8}, "no llama.expert_used_count; it must be from 1 to llama.expert_count (8)"),
+        (of("arwkv7", {}), "no arwkv7.token_shift_count; it must be that of arwkv7 (1)"),
+        (of("glm4moe", {}), "no glm4moe.expert_count; a model of the architecture glm4moe has experts"),
         ({"general.architecture": 7}, "general.architecture = 7; it must be a name"),
         ({"llama.context_length": "4096"}, "llama.context_length = '4096'; it must be an integer"),
         ({"llama.expert_count": "8", "llama.expert_used_count": 2}, "llama.expert_count = '8'; it must be an integer"),
         ({"llama.expert_used_count": 2.0, "llama.expert_count": 8}, "llama.expert_used_count = 2.0; it must be an"),
     ],
 )
-def test_a_value_of_another_type_is_shown_as_it_is(
-    root: Path, look: Look, metadata: dict[str, Value], says: str
-) -> None:
+def test_a_sentence_shows_what_the_file_has(root: Path, look: Look, metadata: dict[str, Value], says: str) -> None:
     write(root / "m.gguf", metadata)
     assert f"m.gguf has {says}" in problem(look()["m"])
 

@@ -64,6 +64,11 @@ def _in_size(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
     yield from _outside(fields, key("decoder_block_count"), 0, MAX_BLOCKS)
 
 
+def _has(fields: Fields, key: str, value: int) -> str:
+    """Begin the sentence about a number, which llama.cpp also takes if the key is missing."""
+    return f"has {key} = {value}" if fields.has(key) else f"has no {key}"
+
+
 def _no_integer(fields: Fields, key: str) -> Iterator[str]:
     if fields.has(key) and not fields.is_integer(key):
         yield f"has {key} = {fields.shown(key)}; it must be an integer"
@@ -79,11 +84,12 @@ def _in_experts(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
     if not 0 <= experts <= MAX_EXPERTS:
         yield f"has {total} = {experts}; it must be at most {MAX_EXPERTS}"
     if architecture in EXPERTS_ONLY and not experts:
-        yield f"has {total} = 0; a model of the architecture {architecture} has experts"
-    used = fields.number(key("expert_used_count"), 0)
+        yield f"{_has(fields, total, 0)}; a model of the architecture {architecture} has experts"
+    name = key("expert_used_count")
+    used = fields.number(name, 0)
     if not (1 <= used <= experts if experts else used == 0):
         allowed = f"from 1 to {total} ({experts})" if experts else "0 in a model without experts"
-        yield f"has {key('expert_used_count')} = {used}; it must be {allowed}"
+        yield f"{_has(fields, name, used)}; it must be {allowed}"
     has_dense_blocks = architecture not in ATTENTION_ONLY or fields.has(key("leading_dense_block_count"))
     if experts and 0 in fields.integers(key("expert_used_count")) and not has_dense_blocks:
         yield f"has {key('expert_used_count')} = 0; each block of a model with {experts} experts uses some"
@@ -179,7 +185,7 @@ def _in_architecture(fields: Fields, key: Key, architecture: str) -> Iterator[st
 
     def differs(name: str, expected: int, meaning: str, absent: int = 0) -> Iterator[str]:
         if (value := fields.number(key(name), absent)) != expected:
-            yield f"has {key(name)} = {value}; it must be {meaning} ({expected})"
+            yield f"{_has(fields, key(name), value)}; it must be {meaning} ({expected})"
 
     width, inner = fields.number(key("embedding_length"), 0), "ssm.inner_size"
     rank, groups = fields.number(key("ssm.time_step_rank"), 0), fields.number(key("ssm.group_count"), 0)
@@ -189,7 +195,7 @@ def _in_architecture(fields: Fields, key: Key, architecture: str) -> Iterator[st
         case "qwen3next" | "qwen35" | "qwen35moe":
             state = fields.number(key("ssm.state_size"), 0)
             yield from differs(inner, state * rank, f"{key('ssm.state_size')} times {key('ssm.time_step_rank')}")
-            if not groups or rank % groups:
+            if fields.has(key("ssm.group_count")) and (not groups or rank % groups):
                 yield f"has {key('ssm.group_count')} = {groups}; it must divide {key('ssm.time_step_rank')} ({rank})"
         case "rwkv6" | "rwkv7":
             yield from differs("token_shift_count", 2, f"that of {architecture}", absent=2)
@@ -215,16 +221,33 @@ def _in_architecture(fields: Fields, key: Key, architecture: str) -> Iterator[st
             for name in ("dense_2_feat_in", "dense_3_feat_out"):
                 if fields.number(key(name), 0):
                     yield from differs(name, width, key("embedding_length"))
-        case "deepseek2" | "deepseek2-ocr" | "mistral4" | "hy_v4":
-            rotation, length = key("rope.dimension_count"), fields.number(key("attention.key_length"), 0)
-            whole = fields.number(key("attention.key_length_mla"), length)
-            rotated = fields.number(rotation, length)
-            if rotated >= whole:
-                yield f"has {rotation} = {rotated}; it must be less than the length of a head ({whole})"
+        case "deepseek2" | "mistral4":
+            yield from _in_latent_attention(fields, key)
         case "wavtokenizer-dec":
             for name in ("posnet.block_count", "convnext.block_count"):
                 blocks = key("block_count")
                 yield from _outside(fields, key(name), 0, fields.number(blocks, MAX_BLOCKS), of=blocks)
+
+
+def _in_latent_attention(fields: Fields, key: Key) -> Iterator[str]:
+    """With MLA, all heads share the compressed keys, to which the rotated part is added."""
+    rotation, length = key("rope.dimension_count"), key("attention.key_length")
+    whole, compressed = key("attention.key_length_mla"), key("attention.kv_lora_rank")
+    n_length = fields.number(length, 0)
+    n_rotated, n_whole = fields.number(rotation, n_length), fields.number(whole, n_length)
+    if n_whole and n_rotated >= n_whole:
+        yield f"{_has(fields, rotation, n_rotated)}; it must be less than the length of a head ({n_whole})"
+    if fields.has(whole):
+        shared = key("attention.head_count_kv")
+        n_shared = fields.number(shared, fields.number(key("attention.head_count"), 0))
+        if n_shared != 1:
+            yield f"{_has(fields, shared, n_shared)}; it must be 1 with {whole}"
+        expected = fields.number(compressed, 0) + n_rotated
+        if fields.has(compressed) and n_length != expected:
+            yield f"{_has(fields, length, n_length)}; it must be {compressed} and {rotation} together ({expected})"
+    scale = key("attention.temperature_scale")
+    if fields.real(scale) and not fields.number(key("attention.temperature_length"), 0):
+        yield f"has {scale}, but no {key('attention.temperature_length')}"
 
 
 def _in_head_size(fields: Fields, key: Key, width: int) -> Iterator[str]:
