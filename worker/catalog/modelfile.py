@@ -146,7 +146,7 @@ def _no_model(fields: Fields, header: Header) -> str | None:
     if architecture in DRAFTS:
         return DRAFT
     first, blocks = _draft_blocks(fields), [number for t in header.tensors or () if (number := _block(t)) is not None]
-    if first is not None and blocks and min(blocks) >= first:
+    if first is not None and blocks and min(blocks) >= first >= 0:
         return DRAFT
     return NO_MODEL.get(fields.text("general.type")) or NO_MODEL.get(architecture)
 
