@@ -159,6 +159,13 @@ MUTANTS = (
         (f"{INTEGRATION}warmup.py", f"{UNIT}warmup.py"),
     ),
     Mutant(
+        "metadata that aborts the engine is refused before the engine reads it",
+        "worker/catalog/modelfile.py",
+        "message = defects.defect(fields)",
+        "message: str | None = None",
+        (f"{UNIT}catalog.py", f"{INTEGRATION}defects.py"),
+    ),
+    Mutant(
         "a file that changes while it is loaded fails the load",
         "worker/instance.py",
         "case Ready() if outcome.files != model.files:",

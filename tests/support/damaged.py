@@ -182,6 +182,11 @@ def same_number_twice(shards: list[Path]) -> None:
     write_number(shards[2], U16, within("split.no", VALUE), 1)
 
 
+def numbered_with_another_type(shards: list[Path]) -> None:
+    """Give the number of the second file the type int16, of the same size."""
+    write_number(shards[1], U32, within("split.no", KIND), 3)
+
+
 def same_tensors_twice(shards: list[Path]) -> None:
     """Give the last file the tensors of the second, with its own number."""
     shutil.copyfile(shards[1], shards[2])
@@ -390,6 +395,11 @@ SEEN_AT_ONCE: dict[str, Damage] = {
         sharded(lambda shards: os.truncate(shards[2], shards[2].stat().st_size - 1)),
         INVALID,
         r"truncated-shard-00003-of-00003\.gguf is shorter than",
+    ),
+    "number-of-another-type": Damage(
+        sharded(numbered_with_another_type),
+        INVALID,
+        r"-00002-of-00003\.gguf has split\.no with a type other than uint16",
     ),
     "swapped-shards": Damage(
         sharded(swapped), INVALID, r"swapped-shards-00001-of-00003\.gguf has no general\.architecture"

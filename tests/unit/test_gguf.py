@@ -107,6 +107,7 @@ def test_a_long_header_is_read_in_further_steps(path: Path) -> None:
         (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 9, 1), "has a metadata array of arrays"),
         (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, 2**61), "ends within its header"),
         (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 12, 2**61), "ends within its header"),
+        (header({"split.no": 1}), "has split.no with a type other than uint16"),
         (header({"general.alignment": 3}), "power of two"),
         (header({"general.alignment": 0}), "power of two"),
         (header({"general.alignment": "32"}), "has general.alignment as a string; it must be an integer"),

@@ -26,7 +26,7 @@ Scalar = str | int | float | bool
 Value = Scalar | list[Scalar]
 
 ALIGNMENT = "general.alignment"
-TOKENS = "tokenizer.ggml.tokens"
+TOKENS, SPLIT_NO = "tokenizer.ggml.tokens", "split.no"
 KEPT_ITEMS = 1024  # a longer array is a vocabulary, of which only the length is used
 MAX_HEAD_BYTES = 256 << 20  # the largest known vocabularies take 16 MiB
 MAX_KEYS = 1 << 16
@@ -53,7 +53,7 @@ NUMBERS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
-STRING_TYPE, ARRAY_TYPE = 8, 9
+UINT16_TYPE, STRING_TYPE, ARRAY_TYPE = 2, 8, 9
 
 
 class InvalidGGUF(Exception):
@@ -163,6 +163,8 @@ def parse(head: bytes, file_size: int, *, whole: bool) -> Header:
         if key in header.metadata or key in header.array_lengths:
             raise InvalidGGUF(f"has the metadata key {key!r} twice")
         (kind,) = cursor.numbers(U32)
+        if key == SPLIT_NO and kind != UINT16_TYPE:  # llama.cpp asserts it of every shard but the first
+            raise InvalidGGUF(f"has {SPLIT_NO} with a type other than uint16")
         if kind == ARRAY_TYPE:
             start = cursor.at
             items, header.array_lengths[key] = cursor.array()
