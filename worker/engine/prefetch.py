@@ -8,6 +8,7 @@ mapping then finds the pages in the cache.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 import threading
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 
 from shared import libc
 
+THREAD_BYTES = 16 << 20  # more than a thread takes to start: a stack of 8 MiB, and arenas for its objects
 STEP_BYTES = 32 << 20
 SAMPLE_BYTES = 1 << 20
 
@@ -68,7 +70,12 @@ class Ahead:
     """
 
     def __init__(self, fds: Sequence[int], advanced: Callable[[int], None]) -> None:
-        """`advanced` is called in that thread.  The caller keeps the descriptors open until `wait` returns."""
+        """`advanced` is called in that thread.  The caller keeps the descriptors open until `wait` returns.
+
+        Raises OSError (ENOMEM) instead of waiting for ever: a thread that runs out of memory before it runs its target
+        tells nobody, and `Thread.start` waits for it (CPython 3.11).
+        """
+        mmap.mmap(-1, THREAD_BYTES).close()
         self._error: Unreadable | None = None
         self._thread = threading.Thread(target=self._read, args=(fds, advanced), daemon=True)
         self._thread.start()
