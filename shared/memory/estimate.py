@@ -64,7 +64,6 @@ NEAR = frozenset(
         "qwen2vl",
         "smollm3",
         "stablelm",
-        "starcoder",
         "starcoder2",
         "xverse",
     }

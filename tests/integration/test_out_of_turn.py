@@ -63,6 +63,17 @@ def name(value: object) -> str:
     return value if isinstance(value, str) else type(value).__name__
 
 
+def measure_first(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runner of a load do a dry run first, as for several GPUs."""
+    place = agent.placer.place
+
+    async def placed_unsurely(instance: Instance, model: Model) -> Placement | None:
+        placed = await place(instance, model)
+        return None if placed is None else msgspec.structs.replace(placed, exact=False)
+
+    monkeypatch.setattr(agent.placer, "place", placed_unsurely)
+
+
 def test_the_table_covers_every_message_of_the_protocol() -> None:
     assert {*get_args(FromRunner)} <= {type(message) for message in MESSAGES}
 
@@ -76,13 +87,7 @@ async def test_any_message_in_any_phase_leaves_nothing_behind(
     engine = Engine(runner, monkeypatch)
     sent = ready(agent) if isinstance(message, Ready) else message
     if phase == "measuring":
-        place = agent.placer.place
-
-        async def placed_unsurely(instance: Instance, model: Model) -> Placement | None:
-            placed = await place(instance, model)
-            return None if placed is None else msgspec.structs.replace(placed, exact=False)
-
-        monkeypatch.setattr(agent.placer, "place", placed_unsurely)
+        measure_first(agent, monkeypatch)
     if phase == "warm":
         engine.says(sent)
     id_ = await delivered(agent)
@@ -130,6 +135,22 @@ async def test_any_message_in_a_dry_run_leaves_nothing_behind(
     )
     assert is_next == isinstance(message, Measured), "after its answer it waits for the next load"
     assert is_gone(runner.pid) == (not is_next)
+
+
+async def test_a_dry_run_without_room_refuses_with_what_would_fit(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The formula knows less than the engine, so it must not name a context that the engine refused."""
+    runner = await warm(agent)
+    measure_first(agent, monkeypatch)
+    Engine(runner, monkeypatch).says(Measured([Usage(id=CPU, weights_bytes=1 << 60)]))
+    id_ = await delivered(agent)
+    await released(agent, id_)
+    refused = await record(agent, id_)
+    assert refused.refused == ["w"]
+    assert refused.refusal is not None
+    assert isinstance(refused.refusal.detail, dict)
+    assert refused.refusal.detail["largest_context_length"] is None
 
 
 # ---- frames that are not messages

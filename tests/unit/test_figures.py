@@ -85,7 +85,16 @@ def test_without_an_answer_the_formula_counts() -> None:
     known = figures(engine, context_length=1000)
     assert asyncio.run(known.requirements()) == known.formula
     assert not known.formula.exact
-    assert len(engine.asked) == 1
+    most = known.formula.on_cpu().total_bytes
+    assert asyncio.run(known.largest_context_length(lambda one: one.on_cpu().total_bytes <= most, fits=True)) == 1024
+    assert len(engine.asked) == 1, "not for each step of the search"
+
+
+def test_a_dry_run_for_the_cpu_is_left_out_where_gpus_take_all() -> None:
+    engine = Engine(1, 1)
+    known = Figures(LoadRequest(model="p/m"), model(), Settings(), ["GPU-a"], engine.ask, with_cpu=False)
+    assert asyncio.run(known.requirements()).is_exact(n_gpus=1, on_cpu=0)
+    assert [one.gpus for one in engine.asked] == [["GPU-a"]]
 
 
 def test_a_checked_formula_asks_no_engine() -> None:

@@ -78,6 +78,7 @@ class Placer:
         self._timing = timing
         self._turns: dict[str, asyncio.Lock] = {}
         self._demands: dict[str, Demand] = {}  # of the instances that were placed or refused, by id of the load
+        self._more: dict[str, dict[str, int]] = {}  # what a dry run reported beyond these demands, by device
         at_once = settings.loads_at_once
         self._at_once = asyncio.Semaphore(at_once) if at_once else None
 
@@ -196,15 +197,12 @@ class Placer:
         """
         if not self.ledger.change(instance.id, usage):
             return structs.replace(placed, usage=[*usage], exact=True)
-        more = {device.id: device.total_bytes - placed.bytes.get(device.id, 0) for device in usage}
+        more = {device.id: max(0, device.total_bytes - placed.bytes.get(device.id, 0)) for device in usage}
+        self._more[instance.id] = more
         pid = self.ledger.reservations[instance.id].pid
         self.ledger.release(instance.id)
-        snapshot = self._snapshot()
-        devices = [
-            structs.replace(device, available_bytes=device.available_bytes - max(0, more.get(device.id, 0)))
-            for device in snapshot.devices
-        ]
-        other = place(self._demands[instance.id], structs.replace(snapshot, devices=devices, held=[]))
+        snapshot = structs.replace(self._snapshot_beside(more), held=[])
+        other = place(self._demands[instance.id], snapshot)
         if other is not None:
             other = structs.replace(other, evicts=placed.evicts)
             self.ledger.reserve(instance.id, other.usage)
@@ -306,6 +304,15 @@ class Placer:
             partly_on_cpu=self._settings.gpu_offload == "auto",
         )
 
+    def _snapshot_beside(self, more: Mapping[str, int]) -> WorkerSnapshot:
+        """Return the snapshot with so much less memory on its devices."""
+        snapshot = self._snapshot()
+        devices = [
+            structs.replace(device, available_bytes=device.available_bytes - more.get(device.id, 0))
+            for device in snapshot.devices
+        ]
+        return structs.replace(snapshot, devices=devices)
+
     async def refusal(
         self, instance: Instance, model: Model | None, reason: str = "", needed: int | None = None
     ) -> ErrorBody:
@@ -329,7 +336,7 @@ class Placer:
             if needed is None:
                 needed = demand.single_bytes if is_on_gpus else demand.cpu_bytes
             if requirements.is_exact(int(is_on_gpus), demand.first):
-                snapshot = self._snapshot()
+                snapshot = self._snapshot_beside(self._more.get(instance.id, {}))
                 largest = await figures.largest_context_length(
                     lambda requirements: place(self._demand(instance, requirements), snapshot) is not None,
                     fits=place(demand, snapshot) is not None,
@@ -355,6 +362,7 @@ class Placer:
     def forget(self, holder: Holder) -> None:
         """Release the reservation of an instance that ended before a runner used it."""
         self._demands.pop(holder.id, None)
+        self._more.pop(holder.id, None)
         self.ledger.release(holder.id)
         holder.freed.set()
 
