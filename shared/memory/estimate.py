@@ -122,23 +122,24 @@ class Requirements(Struct, frozen=True, kw_only=True):
 
         `usage` is that of the GPU, if `first` is a layer, followed by the host's.  For other divisions of the layers,
         weights and context are in the same proportion as by the formula, and compute buffers as on the one device.
+
+        The weights of a load for the CPU stay those of the formula: it maps the file, which a dry run does not.
         """
         *on_gpu, host = usage
-        device = on_gpu[0] if on_gpu else host
-        layers = slice(first, None) if on_gpu else slice(None)
-        kept = min(device.weights_bytes, self.tied_bytes if on_gpu else self.input_bytes)
         weights, context = [*self.weights], [*self.context]
-        weights[layers] = _scaled(weights[layers], device.weights_bytes - kept)
-        if self.offload_kqv or not on_gpu:
-            context[layers] = _scaled(context[layers], device.context_bytes)
-        changes: dict[str, int] = (
-            {"compute_bytes": device.compute_bytes, "inner_compute_bytes": device.compute_bytes}
-            if on_gpu
-            else {"cpu_compute_bytes": host.compute_bytes, "cpu_inner_compute_bytes": host.compute_bytes}
-        )
-        return structs.replace(
-            self, weights=weights, context=context, figures={**self.figures, first: [*usage]}, **changes
-        )
+        changes: dict[str, int]
+        if on_gpu:
+            (gpu,) = on_gpu
+            weights[first:] = _scaled(weights[first:], max(0, gpu.weights_bytes - self.tied_bytes))
+            if self.offload_kqv:
+                context[first:] = _scaled(context[first:], gpu.context_bytes)
+            changes = {"compute_bytes": gpu.compute_bytes, "inner_compute_bytes": gpu.compute_bytes}
+        else:
+            host = structs.replace(host, weights_bytes=self.on_cpu().weights_bytes)
+            context = _scaled(context, host.context_bytes)
+            changes = {"cpu_compute_bytes": host.compute_bytes, "cpu_inner_compute_bytes": host.compute_bytes}
+        figures = {**self.figures, first: [*on_gpu, host]}
+        return structs.replace(self, weights=weights, context=context, figures=figures, **changes)
 
     def on_cpu(self) -> Usage:
         """Return the usage of the host if the CPU takes all layers."""

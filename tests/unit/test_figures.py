@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from shared.memory.estimate import CELLS, Requirements
 from shared.memory.figures import AT_ONCE, MOST_TOKENS, Figures
@@ -69,7 +69,7 @@ def test_the_engines_figures_replace_those_of_the_formula() -> None:
     known = figures(engine, "GPU-a", "GPU-b", context_length=1000)
     assert not known.is_checked
     required = asyncio.run(known.requirements())
-    assert required.on_cpu() == engine.usage(CPU, 1000)
+    assert required.on_cpu() == structs.replace(engine.usage(CPU, 1000), weights_bytes=101_200)
     assert required.on_gpu("GPU-b", 0, 5) == engine.usage("GPU-b", 1000)
     assert required.beside_gpus(0) == Usage(id=CPU, weights_bytes=500, compute_bytes=1000)
     assert [required.is_exact(n_gpus, 0) for n_gpus in (0, 1, 2)] == [True, True, False]
@@ -78,6 +78,14 @@ def test_the_engines_figures_replace_those_of_the_formula() -> None:
     assert sum(one.context_bytes for one in parts) == 7000
     assert parts[0].weights_bytes == pytest.approx(30_000, abs=2), "in the proportion of the blocks"
     assert {one.compute_bytes for one in parts} == {5000}
+
+
+@pytest.mark.parametrize(("repack", "weights_bytes"), [("off", 101_200), ("on", 201_900)])
+def test_weights_on_the_cpu_are_those_of_the_file(repack: Any, weights_bytes: int) -> None:
+    """The CPU maps the file.  A dry run does not: it counts tied embeddings twice, and repacked weights once."""
+    known = Figures(LoadRequest(model="p/m"), model(), Settings(repack=repack), [], Engine(7, 5000).ask)
+    required = asyncio.run(known.requirements())
+    assert required.on_cpu().weights_bytes == known.formula.on_cpu().weights_bytes == weights_bytes
 
 
 def test_without_an_answer_the_formula_counts() -> None:
@@ -127,7 +135,8 @@ def test_the_largest_context_by_the_engine_is_exact(
     known = figures(engine, *(["GPU-a"] if on_gpu else []), of=of, context_length=asked)
 
     def takes(n: int) -> int:
-        return engine.usage(CPU, n).total_bytes
+        usage = engine.usage(CPU, n)
+        return usage.total_bytes if on_gpu else usage.total_bytes - usage.weights_bytes + 101_200
 
     def has_room(required: Requirements) -> bool:
         return (required.single(0) if on_gpu else required.on_cpu().total_bytes) <= free_bytes

@@ -205,10 +205,14 @@ class DryRuns:
     sizes of its buffers.  It still reads the whole header: 0.1 to 1 s for the vocabulary.  The model therefore stays
     open for the next dry run, until `close`; a further context takes milliseconds.
 
-    The result equals the usage of the load to the byte, with one exception: the compute buffers if several GPUs take
-    all layers.  A load places each layer's norm on the layer's device, and the dry run loses that assignment
-    (graph_get_cb of llama-context.cpp, and ggml_backend_sched_reserve_size, which resets it).  A buffer is then too
-    small or too large by one tensor of n_ubatch times the model's width, or by two in tiny models.
+    The result equals the usage of the load to the byte, with two exceptions:
+
+    - The weights of a load for the CPU, which maps the file.  A dry run counts tied embeddings twice, and leaves out
+      repacked weights and tensors that the engine does not use.
+    - The compute buffers if several GPUs take all layers.  A load places each layer's norm on the layer's device, and
+      the dry run loses that assignment (graph_get_cb of llama-context.cpp, and ggml_backend_sched_reserve_size, which
+      resets it).  A buffer is then too small or too large by one tensor of n_ubatch times the model's width, or by two
+      in tiny models.
     """
 
     def __init__(self, log: Log) -> None:
