@@ -15,6 +15,7 @@ from tests.support.service import Service, error, until, up
 MIB = 1 << 20
 GPU, RESERVE = "GPU-fake-0", MIB
 ONE_GPU: dict[str, Any] = {"devices": [GPU]}
+CHECKED = "p/qwen3"
 HYBRID, MLA, RECURRENT, ENCODER = "p/qwen35", "p/deepseek2", "p/mamba2", "p/t5encoder"
 LENGTHS = {HYBRID: 16_384, MLA: 16_384, RECURRENT: 4096, ENCODER: 1024}
 
@@ -22,7 +23,7 @@ LENGTHS = {HYBRID: 16_384, MLA: 16_384, RECURRENT: 4096, ENCODER: 1024}
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, FakeHost]]:
     directory: Path = tmp_path_factory.mktemp("p")
-    for key in LENGTHS:
+    for key in [*LENGTHS, CHECKED]:
         name = key.removeprefix("p/")
         architectures.write(directory / f"m/{key}/m.gguf", name, context_length=65_536)
     host = FakeHost.made(directory / "host", 256 * MIB)
@@ -58,15 +59,20 @@ def leave(service: Service, host: FakeHost, n_bytes: int) -> None:
     until(is_seen, "the worker has seen it")
 
 
-@pytest.mark.parametrize("key", [*LENGTHS])
-def test_estimate_and_load_agree_with_the_engine(key: str, pool: tuple[Service, FakeHost]) -> None:
+BESIDE = {"offload_kv_cache_to_gpu": False}  # not compared with the engine for any architecture
+
+
+@pytest.mark.parametrize(("key", "more"), [*((key, {}) for key in LENGTHS), (HYBRID, BESIDE), (CHECKED, BESIDE)])
+def test_estimate_and_load_agree_with_the_engine(
+    key: str, more: dict[str, Any], pool: tuple[Service, FakeHost]
+) -> None:
     service, host = pool
-    fields = {"context_length": LENGTHS[key]}
+    fields = {"context_length": LENGTHS.get(key, 4096), **more}
     needed = needed_by(service, key, **fields)
     leave(service, host, needed)
     now = estimate(service, key, **fields)
     assert now["fits"]
-    assert now["max_context_length_that_fits"] >= LENGTHS[key]
+    assert now["max_context_length_that_fits"] >= fields["context_length"]
     before = host.used_bytes(GPU)
     service.loaded(key, gpu=ONE_GPU, **fields)
     assert host.used_bytes(GPU) - before == needed
@@ -78,7 +84,7 @@ def test_estimate_and_load_agree_with_the_engine(key: str, pool: tuple[Service, 
     failure = error(service.load(key, gpu=ONE_GPU, **fields), 500, "model_load_failed", "insufficient_memory")
     assert failure["detail"]["needed_bytes"] == needed
     assert failure["detail"]["largest_context_length"] == now["max_context_length_that_fits"]
-    assert (now["max_context_length_that_fits"] or 0) < LENGTHS[key]
+    assert (now["max_context_length_that_fits"] or 0) < fields["context_length"]
 
 
 def test_nothing_is_evicted_for_a_load_that_fits(pool: tuple[Service, FakeHost]) -> None:
