@@ -121,7 +121,7 @@ class Requirements(Struct, frozen=True, kw_only=True):
         """Return these requirements with the engine's figures for one GPU that takes the layers from `first` on.
 
         `usage` is that of the GPU, if `first` is a layer, followed by the host's.  For other divisions of the layers,
-        weights and context are in the same proportion as by the formula, and compute buffers as on the one device.
+        weights, context and compute buffers are in the same proportion as by the formula.
 
         The weights of a load for the CPU stay those of the formula: it maps the file, which a dry run does not.
         """
@@ -133,11 +133,13 @@ class Requirements(Struct, frozen=True, kw_only=True):
             weights[first:] = _scaled(weights[first:], max(0, gpu.weights_bytes - self.tied_bytes))
             if self.offload_kqv:
                 context[first:] = _scaled(context[first:], gpu.context_bytes)
-            changes = {"compute_bytes": gpu.compute_bytes, "inner_compute_bytes": gpu.compute_bytes}
+            inner_bytes = self.inner_compute_bytes * gpu.compute_bytes // max(1, self.compute_bytes)
+            changes = {"compute_bytes": gpu.compute_bytes, "inner_compute_bytes": inner_bytes}
         else:
             host = structs.replace(host, weights_bytes=self.on_cpu().weights_bytes)
             context = _scaled(context, host.context_bytes)
-            changes = {"cpu_compute_bytes": host.compute_bytes, "cpu_inner_compute_bytes": host.compute_bytes}
+            inner_bytes = self.cpu_inner_compute_bytes * host.compute_bytes // max(1, self.cpu_compute_bytes)
+            changes = {"cpu_compute_bytes": host.compute_bytes, "cpu_inner_compute_bytes": inner_bytes}
         figures = {**self.figures, first: [*on_gpu, host]}
         return structs.replace(self, weights=weights, context=context, figures=figures, **changes)
 
