@@ -160,7 +160,7 @@ def test_jobs_are_listed_newest_first(service: Service) -> None:
     assert {job["status"] for job in listed(status="loaded")} == {"loaded"}
     assert listed(status="queued") == []
     jobs = listed()
-    assert jobs == sorted(jobs, key=lambda job: job["created_at"], reverse=True)
+    assert jobs == sorted(jobs, key=lambda job: datetime.fromisoformat(job["created_at"]), reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,10 @@ JSON = {"Content-Type": "application/json"}
 LOAD, STATUS = "/api/v1/models/load", "/api/v1/models/load/status"
 TINY = "acme/tiny"  # the model of a service that needs only one
 DIRECTORY = re.compile(r"(?<![\w.:/])/[\w.+-]+/[\w.+-]+")  # the start of an absolute path of two parts or more
+# Of the server that forks runners, in multiprocessing, if its worker is killed while it asks for a fork.
+KILLED_WHILE_FORKING = re.compile(
+    r"Traceback \(most recent call last\):\n(?:  .*\n)*  .*multiprocessing/forkserver\.py.*\n(?:  .*\n)*EOFError\n"
+)
 
 T = TypeVar("T")
 
@@ -197,7 +201,7 @@ class Running:
         status = self.popen.wait(STOP_S)
         assert status == 0, self.stderr
         wait_gone(tree)
-        stderr = self.stderr
+        stderr = KILLED_WHILE_FORKING.sub("", self.stderr)
         assert "Traceback" not in stderr, stderr[stderr.index("Traceback") :][:4000]
 
     def kill(self) -> None:
