@@ -184,6 +184,12 @@ async def test_a_load_reports_its_config_and_can_be_stopped(
     assert is_gone(runner.pid)
 
 
+async def test_the_config_is_what_the_engine_made_of_the_load(runner: Runner, models_dir: Path) -> None:
+    """llama.cpp reduces a batch to the context."""
+    load = given(models_dir / "p/llama/llama-f16.gguf", n_ctx=256, n_batch=1000)
+    assert (await ready(runner, load)).config.eval_batch_size == 256
+
+
 async def test_stop_may_be_repeated(runner: Runner, models_dir: Path) -> None:
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))
     async with asyncio.timeout(DEADLINE_S):
