@@ -38,7 +38,7 @@ async def read_body(request: Request[Any]) -> bytes:
     if media_type != "application/json":
         raise UnsupportedMediaType(f"Content-Type must be application/json, not '{media_type}'.")
     encodings = ", ".join(request.headers.getlist("content-encoding"))
-    if encodings.strip().lower() not in ("", "identity"):
+    if {name.strip().lower() for name in encodings.split(",")} - {"", "identity"}:
         raise UnsupportedEncoding(f"The body must not be compressed: Content-Encoding is '{encodings}'.")
     body = bytearray()
     async for chunk in request.stream():
@@ -96,10 +96,15 @@ def _not_utf8(body: bytes) -> str:
 def _has_lone_surrogate(body: bytes) -> bool:
     """Return whether an escape such as \\ud800 is all that is wrong, which msgspec takes for the end of the body."""
     try:
-        json.loads(body)
+        json.loads(body.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _no_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python's decoder accepts."""
+    raise ValueError(name)
 
 
 def _unknown(values: dict[str, Any], kind: type[Struct], prefix: str) -> list[str]:
