@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 
@@ -80,6 +80,11 @@ async def on_http_exception(request: Request, exc: Exception) -> Response:
     return reply(MethodNotAllowed(message), {"Allow": ", ".join(allowed)})
 
 
+async def on_disconnect(request: Request, exc: Exception) -> Response:
+    """End the request of a client that left before the end of its body.  Nobody reads this reply."""
+    return Response(status_code=400)
+
+
 async def on_unavailable(request: Request, exc: Exception) -> Response:
     """Reply that Redis did not answer.
 
@@ -97,6 +102,7 @@ async def on_unexpected(request: Request, exc: Exception) -> Response:
 HANDLERS: dict[Any, Any] = {
     ServiceError: on_service_error,
     HTTPException: on_http_exception,
+    ClientDisconnect: on_disconnect,
     Exception: on_unexpected,
     **dict.fromkeys(UNAVAILABLE, on_unavailable),
 }

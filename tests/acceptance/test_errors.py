@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -390,6 +391,14 @@ def test_a_probe_of_http_1_0_needs_no_host_header(service: Service, path: bytes)
 def test_a_request_that_is_not_http_gets_400_and_does_no_harm(service: Service) -> None:
     assert service.raw(b"\x16\x03\x01 not http\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert service.send("GET", LIST).status == 200
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault(service: Service) -> None:
+    """The end of the service checks that it logged no traceback."""
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        head = b"POST /api/v1/models/load HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+    until(lambda: 'status="499"' in service.send("GET", "/metrics").text, "the request has ended")
 
 
 # ---- tokens
