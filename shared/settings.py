@@ -368,7 +368,7 @@ def _convert(name: str, value: object, field: str) -> Any:
     about = entry(field)
     try:
         return msgspec.convert(value, about.kind, strict=False, dec_hook=_path)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):  # the second: of bytes that are not UTF-8
         shown = repr(str(value))
         if about.secret:
             scheme = re.match(r"[a-z][a-z0-9+.-]*://", str(value))

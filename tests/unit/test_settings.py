@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -224,6 +225,12 @@ def test_reachable_address_needs_a_token_or_insecure(host: str) -> None:
         check_exposure(Settings(host=host))
     check_exposure(Settings(host=host, insecure=True))
     check_exposure(Settings(host=host, api_tokens="secret"))
+
+
+@pytest.mark.parametrize("variable", ["LOADSTONE_PORT", "LOADSTONE_EVICT", "LOADSTONE_DEVICE_RESERVE"])
+def test_a_value_that_is_not_utf_8_is_refused_with_a_sentence(variable: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{variable} is '\\udcff': it must be"):
+        from_environ({variable: os.fsdecode(b"\xff")})
 
 
 def test_redis_url_is_required_without_up() -> None:
