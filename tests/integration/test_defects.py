@@ -42,6 +42,19 @@ ABORTING: list[tuple[str, dict[str, Any]]] = [
     ("rwkv7", {"wkv.head_size": 63}),
     ("qwen35", {"full_attention_interval": 0}),
     ("qwen35", {"rope.dimension_sections": [0, 0, 0, 0]}),
+    ("dbrx", {"expert_used_count": [2, 2, 2, 3]}),
+    ("qwen35", {"block_count": 3}),
+    ("qwen35", {"block_count": 1, "attention.recurrent_layers": [True]}),
+    ("qwen3next", {"block_count": 3}),
+    ("jamba", {"block_count": 1, "attention.head_count_kv": [0]}),
+    ("granitehybrid", {"block_count": 1, "attention.head_count_kv": 0}),
+    ("lfm2", {"block_count": 1, "attention.head_count_kv": 0}),
+    ("nemotron_h", {"block_count": 1, "attention.head_count_kv": 0, "feed_forward_length": 0}),
+    ("gemma4", {"attention.shared_kv_layers": 3}),
+    ("paddleocr", {"rope.dimension_sections": None}),
+    ("deepseek2", {"attention.head_count_kv": [1, 0, 1, 0]}),
+    ("rwkv6", {"attention.head_count": 3}),
+    ("wavtokenizer-dec", {"convnext.embedding_length": 64}),
 ]
 
 

@@ -55,6 +55,6 @@ def _tensors(name: str, size: str, block_count: int) -> Iterator[Tensor]:
     if match is None:
         yield Tensor(name, dimensions, type_)
         return
-    blocks = range(block_count) if match[2] == "*" else match[2].split(",")
+    blocks = range(block_count) if match[2] == "*" else [n for n in map(int, match[2].split(",")) if n < block_count]
     for block in blocks:
         yield Tensor(f"{match[1]}.{block}.{match[3]}", dimensions, type_)

@@ -39,7 +39,8 @@ def test_the_architectures_are_those_of_the_engine(tmp_path: Path) -> None:
 
 def test_every_rule_is_for_a_known_architecture() -> None:
     tables = [table for name, table in vars(architectures).items() if name.isupper()]
-    assert len(tables) == 8
+    assert len(tables) == 10
     assert frozenset().union(*tables) == architectures.ARCHITECTURES
     assert architectures.WHOLE_ROTATION <= architectures.EQUAL_LENGTHS
+    assert architectures.BY_INTERVAL <= architectures.HYBRIDS
     assert not architectures.WHOLE_ROTATION & architectures.NO_ROTATION

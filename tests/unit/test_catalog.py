@@ -882,7 +882,7 @@ def test_a_repeated_token_is_a_problem(root: Path, look: Look) -> None:
 
 
 def test_experts_may_be_given_per_layer(root: Path, look: Look) -> None:
-    write(root / "m.gguf", {"llama.expert_count": 8, "llama.expert_used_count": [2, 4]})
+    write(root / "m.gguf", {"llama.expert_count": 8, "llama.expert_used_count": [4, 2]})
     assert look()["m"].problem is None
 
 

@@ -91,3 +91,8 @@ EXPERTS_ONLY = _named(
 
 # Some blocks have a sliding window: GGML_ASSERT(hparams.is_swa_any()).
 WINDOWS = _named("gemma2 gemma3 gemma3n gemma4 gpt-oss granite_swa llama4 maple mimo2 spark2_5 step35")
+
+# Each block is recurrent, or has attention, or (in some) neither.  The engine has an input for each of the two kinds,
+# and asserts that it is used: GGML_ASSERT(buffer).
+HYBRIDS = _named("granitehybrid jamba lfm2 lfm2moe nemotron_h nemotron_h_moe qwen35 qwen35moe qwen3next")
+BY_INTERVAL = _named("qwen35 qwen35moe qwen3next")  # of these, every nth block has attention

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 
 from worker.catalog.architectures import (
     ATTENTION_ONLY,
+    BY_INTERVAL,
     EQUAL_LENGTHS,
     EXPERTS_ONLY,
+    HYBRIDS,
     NO_ROTATION,
     SECTIONS,
     WHOLE_ROTATION,
@@ -38,7 +40,7 @@ def defect(fields: Fields) -> str | None:
     if not (architecture := fields.text(name)):
         return f"has {name} = {fields.shown(name)}; it must be a name" if fields.has(name) else f"has no {name}"
     key: Key = f"{architecture}.".__add__
-    for find in (_in_size, _in_experts, _in_heads, _in_rotation, _in_numbers, _in_architecture):
+    for find in (_in_size, _in_experts, _in_heads, _in_kinds, _in_rotation, _in_numbers, _in_architecture):
         for message in find(fields, key, architecture):
             return message
     return None
@@ -91,7 +93,11 @@ def _in_experts(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
         allowed = f"from 1 to {total} ({experts})" if experts else "0 in a model without experts"
         yield f"{_has(fields, name, used)}; it must be {allowed}"
     has_dense_blocks = architecture not in ATTENTION_ONLY or fields.has(key("leading_dense_block_count"))
-    if experts and 0 in fields.integers(key("expert_used_count")) and not has_dense_blocks:
+    by_block = fields.integers(name)
+    computed = by_block[: len(by_block) - max(0, fields.number(key("nextn_predict_layers"), 0))]
+    if computed and max(computed) > computed[0]:
+        yield f"has {name} = {max(computed)}; no block uses more experts than the first ({computed[0]})"
+    if experts and 0 in by_block and not has_dense_blocks:
         yield f"has {key('expert_used_count')} = 0; each block of a model with {experts} experts uses some"
     groups = fields.number(key("expert_group_count"), 0)
     groups_used = fields.number(key("expert_group_used_count"), 0)
@@ -119,6 +125,30 @@ def _in_heads(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
     for name, counts in ((q, queries), (kv, shared)):
         if architecture in ATTENTION_ONLY and 0 in counts:
             yield f"has {name} = 0; each block of the architecture {architecture} has attention heads"
+
+
+def _in_kinds(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
+    """In a hybrid model, some blocks have attention and some are recurrent."""
+    n_blocks = fields.number(key("block_count"), 0)
+    if architecture not in HYBRIDS or not 1 <= n_blocks <= MAX_BLOCKS:
+        return
+    if architecture in BY_INTERVAL:
+        n_blocks -= max(0, fields.number(key("nextn_predict_layers"), 0))
+        every, recurrent = fields.number(key("full_attention_interval"), 4), key("attention.recurrent_layers")
+        if fields.has(recurrent):
+            kinds = [not n for n in _each(fields.integers(recurrent), n_blocks)][:n_blocks]
+        elif every > 0:
+            kinds = [(i + 1) % every == 0 for i in range(n_blocks)]
+        else:
+            return
+    else:
+        shared = fields.integers(key("attention.head_count_kv")) or fields.integers(key("attention.head_count"))
+        inner = fields.integers(key("feed_forward_length")) if architecture.startswith("nemotron") else [0]
+        both = zip(_each(shared, n_blocks), _each(inner, n_blocks), strict=False)
+        kinds = [n > 0 for n, n_inner in both if not n_inner]
+    for kind, name in ((True, "with attention"), (False, "that is recurrent")):
+        if kind not in kinds:
+            yield f"has no block {name}; a model of the architecture {architecture} has some"
 
 
 def _each(values: list[int], blocks: int) -> list[int]:
@@ -157,8 +187,9 @@ def _in_rotation(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
         yield f"has {in_windows} = {fields.shown(in_windows)}; it must be at least {window_rotation} ({rotated})"
     name = key("rope.dimension_sections")
     sections = fields.integers(name)
-    if architecture in SECTIONS and sections and not any(n > 0 for n in sections[:3]):
-        yield f"has {name} = {fields.shown(name)}; one of the first three must be greater than 0"
+    if architecture in SECTIONS and not any(n > 0 for n in sections[:3]):
+        what = f"has {name} = {fields.shown(name)}" if fields.has(name) else f"has no {name}"
+        yield f"{what}; one of the first three must be greater than 0"
     if sum(sections) > keys:
         yield f"has {name} = {fields.shown(name)}; their sum must be at most the length of a head ({keys})"
 
@@ -197,18 +228,18 @@ def _in_architecture(fields: Fields, key: Key, architecture: str) -> Iterator[st
             yield from differs(inner, state * rank, f"{key('ssm.state_size')} times {key('ssm.time_step_rank')}")
             if fields.has(key("ssm.group_count")) and (not groups or rank % groups):
                 yield f"has {key('ssm.group_count')} = {groups}; it must divide {key('ssm.time_step_rank')} ({rank})"
-        case "rwkv6" | "rwkv7":
-            yield from differs("token_shift_count", 2, f"that of {architecture}", absent=2)
+        case "rwkv6" | "rwkv7" | "rwkv6qwen2" | "arwkv7":
+            shifts = 2 if architecture in ("rwkv6", "rwkv7") else 1
+            yield from differs("token_shift_count", shifts, f"that of {architecture}", absent=2)
             yield from _in_head_size(fields, key, width)
-        case "rwkv6qwen2" | "arwkv7":
-            yield from differs("token_shift_count", 1, f"that of {architecture}", absent=2)
-            yield from _in_head_size(fields, key, width)
+            if architecture in ("rwkv6", "rwkv6qwen2"):
+                yield from _in_shared_heads(fields, key, width)
         case "lfm2moe" | "minimax-m2":
             yield from _outside(fields, key("expert_gating_func"), 1, MAX_GATING)
         case "llama4":
             yield from _outside(fields, key("attention.sliding_window"), 1, MAX_INT)
         case "ernie4_5-moe":
-            yield from _outside(fields, key("interleave_moe_layer_step"), 1, MAX_BLOCKS)
+            yield from _outside(fields, key("interleave_moe_layer_step"), 1, MAX_INT)
         case "gemma4":
             for end in ("", "_swa"):
                 value_length = key(f"attention.value_length{end}")
@@ -217,6 +248,7 @@ def _in_architecture(fields: Fields, key: Key, architecture: str) -> Iterator[st
                     yield f"has {value_length} = {fields.shown(value_length)}; it must be the length of a key ({keys})"
             n_blocks = fields.number(key("block_count"), MAX_BLOCKS)
             yield from _outside(fields, key("attention.shared_kv_layers"), 0, n_blocks - 2)
+            yield from _in_sharing_blocks(fields, key, n_blocks)
         case "gemma-embedding":
             for name in ("dense_2_feat_in", "dense_3_feat_out"):
                 if fields.number(key(name), 0):
@@ -227,6 +259,8 @@ def _in_architecture(fields: Fields, key: Key, architecture: str) -> Iterator[st
             for name in ("posnet.block_count", "convnext.block_count"):
                 blocks = key("block_count")
                 yield from _outside(fields, key(name), 0, fields.number(blocks, MAX_BLOCKS), of=blocks)
+            lengths = key("convnext.embedding_length")
+            yield from differs("posnet.embedding_length", fields.number(lengths, 0), lengths)
 
 
 def _in_latent_attention(fields: Fields, key: Key) -> Iterator[str]:
@@ -240,8 +274,9 @@ def _in_latent_attention(fields: Fields, key: Key) -> Iterator[str]:
     if fields.has(whole):
         shared = key("attention.head_count_kv")
         n_shared = fields.number(shared, fields.number(key("attention.head_count"), 0))
-        if n_shared != 1:
-            yield f"{_has(fields, shared, n_shared)}; it must be 1 with {whole}"
+        for n in fields.integers(shared) or [n_shared]:
+            if n != 1:
+                yield f"{_has(fields, shared, n)}; it must be 1 with {whole}"
         expected = fields.number(compressed, 0) + n_rotated
         if fields.has(compressed) and n_length != expected:
             yield f"{_has(fields, length, n_length)}; it must be {compressed} and {rotation} together ({expected})"
@@ -254,3 +289,26 @@ def _in_head_size(fields: Fields, key: Key, width: int) -> Iterator[str]:
     for size in fields.integers(key("wkv.head_size")):
         if size == 0 or width % size:
             yield f"has {key('wkv.head_size')} = {size}; it must divide {key('embedding_length')} ({width})"
+
+
+def _in_shared_heads(fields: Fields, key: Key, width: int) -> Iterator[str]:
+    """The number of heads follows from their size; those of keys and values are counted, 0 if they are as many."""
+    shared = (
+        key("attention.head_count_kv") if fields.has(key("attention.head_count_kv")) else key("attention.head_count")
+    )
+    heads = width // max(1, fields.number(key("wkv.head_size"), 1))
+    for n in fields.integers(shared):
+        if n and heads % n:
+            yield f"has {shared} = {n}; it must divide the number of heads ({heads})"
+
+
+def _in_sharing_blocks(fields: Fields, key: Key, n_blocks: int) -> Iterator[str]:
+    """The last blocks share the keys of the last two others: the first for blocks with a window, the second without."""
+    name, has_window = key("attention.shared_kv_layers"), fields.integers(key("attention.sliding_window_pattern"))
+    n = fields.number(name, 0)
+    if len(has_window) != n_blocks or not 1 <= n <= n_blocks - 2:
+        return
+    first, second = has_window[-n - 2], has_window[-n - 1]
+    sharing = has_window[-n:]
+    if (any(sharing) and not first) or (not all(sharing) and second):
+        yield f"has {name} = {n}; the two blocks before must be one with a sliding window and one without"
