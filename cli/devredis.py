@@ -68,11 +68,17 @@ def prepared(data_dir: Path) -> Iterator[Server]:
             socket = Path(short) / "redis.sock"
             if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
                 raise RedisUnavailable(f"The socket path '{socket}' is too long. Use a shorter data directory.")
+        try:
+            url = f"unix://{quote(str(socket))}"
+        except UnicodeEncodeError:
+            raise RedisUnavailable(
+                f"The socket path {str(socket)!r} is not UTF-8. Use another data directory."
+            ) from None
         yield Server(
             argv=_argv(binary(), socket, home.absolute()),
             pass_fds=(lock.fileno(),),
             socket=socket,
-            url=f"unix://{quote(str(socket))}",
+            url=url,
         )
 
 

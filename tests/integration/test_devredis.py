@@ -77,6 +77,13 @@ def test_a_long_data_directory_gets_a_short_socket_path(tmp_path: Path) -> None:
     assert not server.socket.parent.exists()
 
 
+def test_a_directory_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / os.fsdecode(b"\xff")
+    data.mkdir()
+    with pytest.raises(RedisUnavailable, match=r"\\udcff.* is not UTF-8"), devredis.prepared(data):
+        pass
+
+
 def test_a_second_server_never_joins_an_orphaned_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devredis, "HANDOVER_S", 0.2)
     with devredis.prepared(tmp_path) as server:
