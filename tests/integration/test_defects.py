@@ -56,6 +56,12 @@ ABORTING: list[tuple[str, dict[str, Any]]] = [
     ("rwkv6", {"attention.head_count": 3}),
     ("wavtokenizer-dec", {"convnext.embedding_length": 64}),
 ]
+UNUSUAL: list[tuple[str, dict[str, Any]]] = [
+    ("starcoder", {"rope.dimension_count": 3}),  # which does not rotate
+    ("ernie4_5-moe", {"interleave_moe_layer_step": 1024}),
+    ("dbrx", {"expert_used_count": [3, 2, 2, 2]}),
+    ("qwen35", {"attention.recurrent_layers": [True, True, True, False], "full_attention_interval": 1}),
+]
 
 
 def write(path: Path, architecture: str, metadata: dict[str, Any]) -> Path:
@@ -110,3 +116,9 @@ def test_what_is_refused_would_abort_the_engine(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{n}.gguf", *case) for n, case in enumerate(ABORTING)]
     assert [case for case, path in zip(ABORTING, paths, strict=True) if not problem(path)] == []
     assert [case for case, end in zip(ABORTING, in_child(ends, paths), strict=True) if end not in CRASHES] == []
+
+
+def test_what_is_unusual_but_works_is_accepted(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{n}.gguf", *case) for n, case in enumerate(UNUSUAL)]
+    assert [problem(path) for path in paths] == [""] * len(UNUSUAL)
+    assert in_child(ends, paths) == [0] * len(UNUSUAL)

@@ -207,7 +207,7 @@ def _in_numbers(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
         every = fields.integers(pattern)
         if every == [1] or (len(every) > 1 and not any(every)):  # of every n blocks, the last has no window
             yield f"has {pattern} = {fields.shown(pattern)}; some blocks must have a sliding window"
-    yield from _outside(fields, key("full_attention_interval"), 1, MAX_BLOCKS)
+    yield from _outside(fields, key("full_attention_interval"), 1, MAX_INT)
     yield from _outside(fields, key("n_deepstack_layers"), 0, MAX_BLOCKS)
 
 
