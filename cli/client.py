@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
@@ -115,7 +116,7 @@ class Client:
         except ImportError:  # it needs another package
             raise _unusable("proxies", PROXY_VARIABLES, "SOCKS is not supported") from None
         except (httpx.InvalidURL, ValueError) as e:
-            raise _unusable("proxies", PROXY_VARIABLES, str(e)) from None
+            raise _unusable("proxies", PROXY_VARIABLES, _without_values(str(e))) from None
 
     def __enter__(self) -> Self:
         return self
@@ -287,6 +288,11 @@ def _unusable(what: str, variables: Collection[str], why: str) -> Failure:
     """Return the failure of a part of the environment.  The sentence has no values, which may be secret."""
     sentence = f"The environment's settings for {what} ({_names(variables)}) are unusable: {why}."
     return Failure(_error("invalid_environment", sentence))
+
+
+def _without_values(text: str) -> str:
+    """Return the start of an error message of httpx, up to a value: a password with a slash is taken for a port."""
+    return re.split(r"[:,]| URL\(", text)[0]
 
 
 def _names(variables: Collection[str]) -> str:

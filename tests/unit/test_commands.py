@@ -247,6 +247,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("ALL_PROXY", "socks5h://user:s3cret@127.0.0.1:1", "SOCKS is not supported"),
         ("http_proxy", "socks4://user:s3cret@127.0.0.1:1", "Unknown scheme"),
         ("HTTPS_PROXY", "http://x:y:z", "Invalid port"),
+        ("HTTP_PROXY", "http://user:s3cret/more@127.0.0.1:1", "Invalid port"),
         ("HTTP_PROXY", "http://a..b", "invalid host name"),
         ("NO_PROXY", "[::1", "Invalid port"),
         ("SSL_CERT_FILE", "/nonexistent", "No such file or directory"),
