@@ -25,6 +25,7 @@ ABORTING: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"attention.layer_norm_rms_epsilon": -1.0}),
     ("qwen2", {"rope.dimension_count": 32}),
     ("qwen2", {"attention.key_length": 32}),
+    ("qwen", {"attention.value_length": 0}),
     ("phi3", {"rope.dimension_count": 33}),
     ("phi3", {"rope.dimension_count": 66}),
     ("bert", {"pooling_type": 7}),

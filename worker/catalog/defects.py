@@ -166,7 +166,8 @@ def _in_rotation(fields: Fields, key: Key, architecture: str) -> Iterator[str]:
     has_window = fields.has(key("attention.key_length_swa")) or fields.has(key("rope.dimension_count_swa"))
     if architecture in EQUAL_LENGTHS and heads != [0] and not has_window:
         values = values if fields.has(key("attention.value_length")) else computed
-        yield from _outside(fields, key("attention.key_length"), 1, MAX_INT)
+        for name in ("key_length", "value_length"):
+            yield from _outside(fields, key(f"attention.{name}"), 1, MAX_INT)
         if keys and values and keys != values:
             yield (
                 f"has keys of length {keys} and values of length {values} ({key('attention.key_length')}, "
