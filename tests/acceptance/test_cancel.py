@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.service import JSON, LOAD, STATUS, TINY, Service, error, is_alive, meanwhile, until
 
+ATTEMPTS = 24
+
 
 def loading_job_id(service: Service) -> str:
     """Return the id of the only job in the state `loading`, once there is one."""
@@ -89,16 +91,20 @@ def test_a_load_survives_when_one_of_its_waiters_disconnects(service: Service) -
 
 def test_a_cancel_racing_the_end_of_a_load_has_one_outcome(service: Service) -> None:
     """The load is either cancelled and absent from the list, or loaded and the cancel refused."""
-    outcomes: set[str] = set()
-    attempt = 0
-    while attempt < 24 or len(outcomes) < 2:  # each attempt cancels a little later than the one before
-        assert attempt < 200, outcomes
-        job_id = service.accepted(TINY)["job_id"]
-        time.sleep(attempt / 500)
-        reply = service.cancel(job_id)
+    outcomes: list[str] = []
+    for attempt in range(ATTEMPTS):  # each cancels a little later: the first before the load, the last after it
+        with ExitStack() as frozen:
+            frozen.enter_context(service.frozen())
+            job_id = service.accepted(TINY)["job_id"]
+            if attempt:
+                frozen.close()
+                time.sleep(attempt / 500)
+            if attempt == ATTEMPTS - 1:
+                service.job(job_id, wait_s=20)
+            reply = service.cancel(job_id)
         status = service.job(job_id, wait_s=20)["status"]
         assert (reply.status, status) in ((200, "cancelled"), (409, "loaded"))
         assert list(service.instances()) == ([TINY] if status == "loaded" else [])
-        outcomes.add(status)
-        attempt += 1
+        outcomes.append(status)
         service.unload_all()
+    assert (outcomes[0], outcomes[-1]) == ("cancelled", "loaded")
