@@ -489,10 +489,18 @@ def test_models_of_one_family_have_their_own_projectors(root: Path, look: Look) 
     assert sorted(key for key, model in look().items() if model.vision) == ["gemma-3-4b-it-q4_0", "gemma-3-4b-pt-q4_0"]
 
 
-def test_an_audio_companion_gives_no_vision(root: Path, look: Look) -> None:
+@pytest.mark.parametrize(
+    ("encoders", "expected"),
+    [
+        ({"clip.has_vision_encoder": False}, False),
+        ({"clip.has_audio_encoder": True}, False),
+        ({"clip.has_audio_encoder": True, "clip.has_vision_encoder": True}, True),
+    ],
+)
+def test_an_audio_companion_gives_no_vision(root: Path, look: Look, encoders: dict[str, Value], expected: bool) -> None:
     write(root / "p/m/m.gguf")
-    write(root / "p/m/mmproj.gguf", {"general.type": "mmproj", "clip.has_vision_encoder": False})
-    assert not look()["p/m"].vision
+    write(root / "p/m/mmproj.gguf", {"general.type": "mmproj", **encoders})
+    assert look()["p/m"].vision is expected
 
 
 @pytest.mark.parametrize(("kind", "word"), [("adapter", "LoRA adapter"), ("imatrix", "importance matrix")])

@@ -27,7 +27,7 @@ from worker.catalog.keys import Home, Named, Place
 from worker.catalog.modelfile import ModelFile
 from worker.catalog.projectors import Described, Words
 
-CACHE_VERSION = f"5 {shared.__version__}"  # the interpretation of a header may change with every release
+CACHE_VERSION = f"6 {shared.__version__}"  # the interpretation of a header may change with every release
 NAMED_SHARDS = 5  # how many missing files a message names
 COMPANION = "mmproj"  # in a file's name: the image encoder of a vision model
 

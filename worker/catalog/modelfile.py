@@ -103,7 +103,7 @@ def describe(header: Header) -> ModelFile:
         pooling=pooling,
         names=[name for key in ("general.name", "general.basename") if (name := fields.text(key))],
         width=fields.length("clip.vision.projection_dim") or fields.length(of("embedding_length")),
-        vision=fields.flag("clip.has_vision_encoder", True),
+        vision=fields.flag("clip.has_vision_encoder", not fields.flag("clip.has_audio_encoder", False)),
         exact=fields.text("general.type") == "mmproj",
         tool_use=_mentions_tools(header.metadata),
         split_count=fields.number("split.count", 0),
