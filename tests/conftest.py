@@ -18,8 +18,17 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
+TIMEOUTS_S = {"gpu": 600, "quality": 1200}  # of a test with its fixtures, such as a download; by ring
 SETTLE_S = 20.0  # for processes to be reaped, and for descriptors to be closed by an event loop
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")  # one of each for the lifetime of pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        ring = item.path.relative_to(here).parts[0]
+        if ring in TIMEOUTS_S:
+            item.add_marker(pytest.mark.timeout(TIMEOUTS_S[ring]))
 
 
 @pytest.fixture(autouse=True)

@@ -23,19 +23,11 @@ from tests.support.service import until, up
 BIG, LONG, TINY = "gpu/big", "gpu/long", "gpu/tiny"
 LONG_TOKENS = 16_384
 NEEDED_BYTES = 6 << 30
-TIMEOUT_S = 600  # of a test with its fixtures
 FAKE = "--fake-gpus"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(FAKE, action="store_true", help="run tests/gpu on a host with fake GPUs")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")

@@ -24,14 +24,6 @@ MINILM_FILE = "sentence-transformers/all-MiniLM-L6-v2-GGUF/all-MiniLM-L6-v2.F16.
 MINILM_SHA256 = (
     "4d3b6315b5eea1b66391d790e054a563dd86498aa496c7b20a6de9bdbdf1a6ca"  # as tests.quality.minilm converts it
 )
-TIMEOUT_S = 1200  # of a test with its fixtures, such as a download
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")
