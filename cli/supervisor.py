@@ -273,9 +273,8 @@ class _Process:
         os.close(self._pidfd)
         if self._watchdog:
             self._watchdog.close()
-        self.signal(
-            signal.SIGKILL
-        )  # remaining processes of its group; its id is still valid, since it is not reaped yet
+        # The remaining processes of its group, whose id is still valid, since it is not reaped yet.
+        self.signal(signal.SIGKILL)
         self.status = self._popen.wait()
         self.exited.set()
 

@@ -61,9 +61,8 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     refusal: ErrorBody | None = None  # the error of the last of these workers
     started_at: float | None = None
     loaded_at: float | None = None
-    used_at: float | None = (
-        None  # last use; until models can be used: when the instance was loaded, unless it was restored
-    )
+    # Last use; until models can be used: when the instance was loaded, unless it was restored.
+    used_at: float | None = None
     completed_at: float | None = None
     timing: dict[str, float] = {}
     load_time_seconds: float | None = None

@@ -91,9 +91,8 @@ class Follower:
 
         Raises QueueUnavailable if Redis has lost the record, or if the log ends before.
         """
-        last = await self._instances.last_entry(
-            id_
-        )  # read before the record, which includes all entries up to this one
+        # Read before the record, which includes all entries up to this one.
+        last = await self._instances.last_entry(id_)
         record = await self._instances.get(id_)
         if record is None:
             raise QueueUnavailable(RECORD_LOST)

@@ -104,9 +104,8 @@ async def scraped(counters: Counters, tally: Tally) -> bytes:
     try:
         async with asyncio.timeout(DEADLINE_S):
             with suppress(*UNAVAILABLE):  # a Redis with a full disk can still be read
-                await tally.hand_over(
-                    counters.add
-                )  # include the latest counts of this process; those of others may be a beat old
+                # Include the latest counts of this process; those of others may be a beat old.
+                await tally.hand_over(counters.add)
             readings = await counters.read()
     except (*UNAVAILABLE, TimeoutError) as e:
         log.get("api").warning("metrics without Redis", action="redis_unavailable", error=str(e))

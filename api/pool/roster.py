@@ -67,9 +67,8 @@ class Roster:
         self._absent_since: dict[str, float] = {}  # worker -> time at which its lease was first missing
         self._hosts: dict[str, Host] = {}  # of workers that accept loads
         self._published: dict[str, Host] = {}  # the same without the loads that were placed since
-        self._pending: dict[
-            str, list[tuple[float, Holding]]
-        ] = {}  # by worker: expiry, and loads that it has not published yet
+        # By worker: expiry, and loads that it has not published yet.
+        self._pending: dict[str, list[tuple[float, Holding]]] = {}
         self._digests: dict[str, str] = {}
         self._names: dict[str, Names] = {}  # by worker; workers with the same catalog share them
         self._numbers = count()

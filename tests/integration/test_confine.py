@@ -44,9 +44,8 @@ def test_a_runner_inherits_no_descriptor_of_its_worker(service: Service) -> None
     for runner in service.runners():
         targets = sorted(str(entry.readlink()) for entry in Path(f"/proc/{runner.pid}/fd").iterdir())
         kinds = [name.partition(":")[0] for name in targets]
-        assert kinds == ["/dev/null", "socket", "socket", "socket"], (
-            targets
-        )  # the output socket is both stdout and stderr
+        # The output socket is both stdout and stderr.
+        assert kinds == ["/dev/null", "socket", "socket", "socket"], targets
 
 
 def test_readers_of_model_files_have_no_secrets(service: Service) -> None:
