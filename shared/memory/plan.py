@@ -26,7 +26,6 @@ class Plan(Struct, frozen=True, kw_only=True):
     repack: bool = False  # rearrange the weights on the CPU for faster decoding (use_extra_bufts)
     expert_override: tuple[str, int] | None  # metadata key and value: the number of experts per token
     moe: bool
-    parallel_asked: bool
 
 
 def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
@@ -68,7 +67,6 @@ def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
         repack=settings.repack == "on",
         expert_override=None if experts is UNSET else (f"{model.architecture}.expert_used_count", experts),
         moe=moe,
-        parallel_asked=llm and request.parallel is not UNSET,
     )
 
 

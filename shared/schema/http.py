@@ -86,7 +86,8 @@ class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fals
         bool | UnsetType, Meta(description="Keep the KV cache in GPU memory. LLMs only.")
     ] = UNSET
     parallel: Annotated[
-        Parallel | UnsetType, Meta(description="Maximum number of sequences that share the context. LLMs only.")
+        Parallel | UnsetType,
+        Meta(description="Maximum number of sequences that share the context. LLMs only. Default: 1."),
     ] = UNSET
     echo_load_config: Annotated[
         bool,

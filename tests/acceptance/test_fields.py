@@ -95,8 +95,10 @@ def test_parallel_applies_without_changing_the_context(service: Service, request
     assert (applied["parallel"], applied["context_length"]) == (requested, 512)
 
 
-def test_parallel_is_echoed_only_if_requested(service: Service) -> None:
-    assert "parallel" not in config(service, LLM)
+def test_parallel_is_echoed_and_listed_for_every_llm(service: Service) -> None:
+    assert config(service, LLM)["parallel"] == 1
+    assert config(service, MOE)["parallel"] == 1
+    assert [one["config"]["parallel"] for one in service.instances().values()] == [1, 1]
 
 
 @pytest.mark.parametrize("fields", [{}, {"echo_load_config": False}])

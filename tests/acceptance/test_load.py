@@ -93,6 +93,7 @@ def test_documented_load_unload_and_list_work_verbatim(service: Service) -> None
         "load_config": {
             "context_length": 16384,
             "eval_batch_size": 512,
+            "parallel": 1,
             "flash_attention": True,
             "offload_kv_cache_to_gpu": True,
             "num_experts": 4,
@@ -175,7 +176,7 @@ def test_keys_are_matched_exactly(service: Service, other: str) -> None:
 def test_omitted_fields_have_the_documented_defaults(service: Service, model: str, applied: dict[str, Any]) -> None:
     config = service.loaded(model, echo_load_config=True)["load_config"]
     assert isinstance(config.pop("flash_attention"), bool)  # as the engine decided
-    assert config == {**applied, "offload_kv_cache_to_gpu": True}
+    assert config == {**applied, "parallel": 1, "offload_kv_cache_to_gpu": True}
 
 
 @pytest.mark.parametrize("requested", [1, 100, 257, 1000, 4095, 4096])

@@ -90,7 +90,6 @@ def given(*shards: Path, **changes: Any) -> Load:
         "offload_kqv": True,
         "expert_override": None,
         "moe": False,
-        "parallel_asked": False,
         "check_tensors": False,
         "devices": [],
         "layers": [],
@@ -130,7 +129,13 @@ async def ending(runner: Runner) -> int:
     [
         pytest.param(
             LoadRequest(model="p/llama"),
-            LoadConfig(context_length=512, eval_batch_size=512, flash_attention=True, offload_kv_cache_to_gpu=True),
+            LoadConfig(
+                context_length=512,
+                eval_batch_size=512,
+                parallel=1,
+                flash_attention=True,
+                offload_kv_cache_to_gpu=True,
+            ),
             id="llm",
         ),
         pytest.param(
@@ -156,6 +161,7 @@ async def ending(runner: Runner) -> int:
             LoadConfig(
                 context_length=256,
                 eval_batch_size=256,
+                parallel=1,
                 flash_attention=True,
                 offload_kv_cache_to_gpu=True,
                 num_experts=3,

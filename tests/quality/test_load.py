@@ -12,7 +12,7 @@ from cli.demo import REAL as SMOLLM2
 from tests.support.service import Process, Service
 
 MINILM = "sentence-transformers/all-minilm-l6-v2"
-LLM_DEFAULTS = {"eval_batch_size": 512, "flash_attention": True, "offload_kv_cache_to_gpu": True}
+LLM_DEFAULTS = {"eval_batch_size": 512, "parallel": 1, "flash_attention": True, "offload_kv_cache_to_gpu": True}
 LISTED = {
     SMOLLM2: {
         "type": "llm",

@@ -113,10 +113,8 @@ def test_a_plan_has_the_values_of_the_request(load_request: LoadRequest, of: Mod
         assert load.n_ctx == load_request.context_length
     if of.type == "embedding":
         assert (load.n_seq_max, load.flash_attn, load.expert_override, load.moe) == (1, None, None, False)
-        assert not load.parallel_asked
         return
     assert load.n_seq_max == (1 if load_request.parallel is UNSET else load_request.parallel)
-    assert load.parallel_asked == (load_request.parallel is not UNSET)
     if load_request.eval_batch_size is not UNSET:
         assert load.n_batch == min(load_request.eval_batch_size, load.n_ctx)
     if load_request.flash_attention is not UNSET:
@@ -134,7 +132,7 @@ def test_a_plan_has_the_values_of_the_request(load_request: LoadRequest, of: Mod
 def test_the_defaults_of_a_language_model(maximum: int, n_ctx: int, n_batch: int) -> None:
     load = planned(request(), model(max_context_length=maximum))
     assert (load.n_ctx, load.n_batch, load.n_ubatch, load.n_seq_max) == (n_ctx, n_batch, n_batch, 1)
-    assert (load.flash_attn, load.offload_kqv, load.expert_override, load.parallel_asked) == (None, True, None, False)
+    assert (load.flash_attn, load.offload_kqv, load.expert_override) == (None, True, None)
     assert not load.embedding
 
 

@@ -37,7 +37,6 @@ def prewarm(log: llama.Log) -> None:
         offload_kqv=True,
         expert_override=None,
         moe=False,
-        parallel_asked=False,
     )
     log.is_muted = True
     try:
