@@ -26,6 +26,7 @@ from shared.schema.http import (
     GPURequest,
     Job,
     JobStatus,
+    ListedModel,
     LoadConfig,
     LoadEnd,
     LoadRequest,
@@ -108,7 +109,7 @@ def ls(server: Client, as_json: bool) -> None:
     if as_json:
         document(listed)
         return
-    headings = ("MODEL", "TYPE", "ARCHITECTURE", "QUANTIZATION", "SIZE", "MAX CONTEXT", "LOADED")
+    headings = ("MODEL", "TYPE", "ARCHITECTURE", "QUANTIZATION", "SIZE", "MAX CONTEXT", "LOADED", "VARIANTS")
     rows = [
         (
             model.key,
@@ -118,10 +119,18 @@ def ls(server: Client, as_json: bool) -> None:
             size(model.size_bytes),
             str(model.max_context_length),
             str(len(model.loaded_instances)),
+            variants(model),
         )
         for model in listed.models
     ]
     table(headings, rows)
+
+
+def variants(model: ListedModel) -> str:
+    """Format what may follow the key of a model to select a quantization; the one that the key loads is first."""
+    selected = "" if model.selected_variant is UNSET else model.selected_variant
+    others = [] if model.variants is UNSET else [name for name in model.variants if name != selected]
+    return ", ".join(filter(None, (name.removeprefix(model.key) for name in [selected, *others]))) or "-"
 
 
 @command

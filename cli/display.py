@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import assert_never
 
+from msgspec import UNSET, UnsetType
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -48,9 +49,9 @@ def percent(share: float) -> str:
     return f"{math.floor(share * 100 + 1e-9)}%"
 
 
-def left(seconds: float | None) -> str:
-    """Format the remaining time; "-" for None."""
-    return "-" if seconds is None else str(timedelta(seconds=math.ceil(seconds)))
+def left(seconds: float | UnsetType) -> str:
+    """Format the remaining time; "-" if there is none."""
+    return "-" if seconds is UNSET else str(timedelta(seconds=math.ceil(seconds)))
 
 
 def stage(status: JobStatus, phase: Phase | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from shared import quantization
 from shared.instance import Instance
@@ -21,8 +21,21 @@ def by_name(models: Sequence[Model]) -> dict[str, Model]:
     names: dict[str, Model] = {}
     for model in sorted(models, key=_preference, reverse=True):
         names[model.base] = model
-    names |= {f"{model.base}@{model.variant}": model for model in reversed(models) if model.variant}
+    names |= {model.full_key: model for model in reversed(models) if model.variant}
     return names | {model.key: model for model in reversed(models)}
+
+
+def preferred(models: Iterable[Model]) -> Model:
+    """Return the model that a plain key selects among those with the same base.  There is at least one."""
+    return min(models, key=_preference)
+
+
+def is_variant(model: Model, of: Model) -> bool:
+    """Return whether two models with the same base are one model in two quantizations, by their headers.
+
+    A file whose name tells no variant has only the plain key, and so it is a variant of whatever has that key.
+    """
+    return not model.variant or _shape(model) == _shape(of)
 
 
 def of_instance(models: Mapping[str, Model], instance: Instance) -> Model | None:
@@ -69,9 +82,14 @@ def _header(model: Model) -> tuple[object, ...]:
     return model.type, model.architecture, model.display_name, model.max_context_length, model.expert_count
 
 
-def _preference(model: Model) -> tuple[bool, float, int, str]:
+def _shape(model: Model) -> tuple[object, ...]:
+    size = model.dimensions and (model.dimensions.block_count, model.dimensions.embedding_length)
+    return model.type, model.architecture, model.expert_count, size
+
+
+def _preference(model: Model) -> tuple[bool, float, int, bool, str]:
     bits = model.bits_per_weight
     if bits is None:
         bits = quantization.nominal_bits(model.quantization or model.variant)
     distance = abs(bits - PREFERRED_BITS) if bits is not None else float("inf")
-    return model.problem is not None, distance, model.size_bytes, model.key
+    return model.problem is not None, distance, model.size_bytes, not model.variant, model.key

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, count
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 
 from api.pool.roster import Roster
 from api.single_flight import SingleFlight
 from shared.instance import Instance
 from shared.lifecycle import State
+from shared.lookup import is_variant, preferred
 from shared.schema.http import (
     Capabilities,
     HeldInstance,
@@ -41,10 +42,18 @@ class Listing:
         self._flight = SingleFlight(self._read)
         self._models: Sequence[Model] = ()
         self._unloaded: list[ListedModel] = []  # of `_models`
+        self._key_of: dict[str, str] = {}  # of the entry of each of `_models`, by `full_key`
+
+    async def entries(self) -> list[ListedModel]:
+        """Return all models that can be loaded, with their loaded instances, sorted by key.
+
+        Each name that loads a model is the `key` of an entry or one of its `variants`.
+        """
+        return (await self._flight(None)).entries
 
     async def models(self) -> bytes:
-        """Return all models that can be loaded, with their loaded instances: a ModelList as JSON."""
-        return await self._flight(None)
+        """Return the entries as JSON: a ModelList."""
+        return (await self._flight(None)).encoded
 
     async def workers(self) -> list[ListedWorker]:
         """Return all live workers, with their instances in all states that are not terminal."""
@@ -70,40 +79,69 @@ class Listing:
             if (snapshot := worker.snapshot) is not None
         ]
 
-    async def _read(self, _keys: Sequence[None]) -> dict[None, bytes]:
+    async def _read(self, _keys: Sequence[None]) -> dict[None, Listed]:
         # Refresh first: a client that sees a ready worker must also see its models.
         _, live = await asyncio.gather(self._roster.refresh(), self._instances.live())
         unloaded = self._listed()
-        loaded: dict[str, list[LoadedInstance]] = {model.key: [] for model in unloaded}
-        gone = Gone(loaded.keys())
+        loaded: dict[str, list[LoadedInstance]] = {}
+        gone = Gone(chain(self._key_of.keys(), self._key_of.values()))
         for instance in _oldest_first(live):
             holder = self._roster.alive.get(instance.worker)
             is_usable = instance.state is State.LOADED and holder is not None and holder.epoch == instance.epoch
             if is_usable and instance.load_config is not None:
                 model = self._roster.model_of(instance)
-                if model is None or model.key not in loaded:
-                    gone.add(instance, _loaded(instance, instance.load_config))
+                if model is None or (key := self._key_of.get(model.full_key)) is None:
+                    gone.add(instance, _loaded(instance, instance.load_config, model))
                 else:
-                    loaded[model.key].append(_loaded(instance, instance.load_config))
-        models = [
-            msgspec.structs.replace(model, loaded_instances=loaded[model.key]) if loaded[model.key] else model
-            for model in unloaded
+                    loaded.setdefault(key, []).append(_loaded(instance, instance.load_config, model))
+        entries = [
+            msgspec.structs.replace(entry, loaded_instances=loaded[entry.key]) if entry.key in loaded else entry
+            for entry in unloaded
         ]
-        return {None: msgspec.json.encode(ModelList(models=sorted([*models, *gone.models()], key=_key)))}
+        if gone_models := gone.models():
+            entries = sorted([*entries, *gone_models], key=_key)
+        return {None: Listed(entries, msgspec.json.encode(ModelList(models=entries)))}
 
     def _listed(self) -> list[ListedModel]:
-        """Return the models of the roster without instances, cached until the roster changes."""
+        """Return the entries without instances, sorted by key, cached until the roster changes."""
         models = self._roster.models()
         if models is not self._models:
-            self._models, self._unloaded = models, [listed(model) for model in models]
+            groups = grouped(models)
+            self._models, self._unloaded = models, [listed_group(key, groups[key]) for key in sorted(groups)]
+            self._key_of = {model.full_key: key for key, group in groups.items() for model in group}
         return self._unloaded
+
+
+class Listed(Struct, frozen=True):
+    """The entries of the list, and as JSON."""
+
+    entries: list[ListedModel]
+    encoded: bytes
+
+
+def grouped(models: Iterable[Model]) -> dict[str, list[Model]]:
+    """Group models by the entries of the list, with their keys: the quantizations of a model are one entry.
+
+    The first model of a group is the one that the key loads.  A folder may have other models too: the plain key of the
+    folder loads one, and the others are entries of their own.
+    """
+    beside: dict[str, list[Model]] = {}
+    for model in models:
+        beside.setdefault(model.base, []).append(model)
+    groups: dict[str, list[Model]] = {}
+    for base, all_ in beside.items():
+        selected = preferred(all_)
+        variants = [model for model in all_ if model is not selected and is_variant(model, selected)]
+        groups[base] = [selected, *variants]
+        groups |= {model.full_key: [model] for model in all_ if not is_variant(model, selected)}
+    return groups
 
 
 class Gone:
     """Lists the instances whose files are no longer in a models directory: they hold memory until they are unloaded."""
 
-    def __init__(self, taken: Collection[str]) -> None:
-        """`taken` are the keys of the other models."""
+    def __init__(self, taken: Iterable[str]) -> None:
+        """`taken` are the names of the other models."""
         self._taken = taken
         self._found: list[tuple[Model, list[LoadedInstance]]] = []
 
@@ -129,20 +167,21 @@ class Gone:
         taken = {*self._taken}
         models: list[ListedModel] = []
         for model, loaded in self._found:
-            named = [model.key, f"{model.base}@{model.variant}"] if model.variant else [model.key]
+            named = [model.key, model.full_key]
             key = next(key for key in chain(named, (f"{model.key}-{n}" for n in count(2))) if key not in taken)
             taken.add(key)
             models.append(msgspec.structs.replace(listed(model), key=key, loaded_instances=loaded))
         return models
 
 
-def _loaded(instance: Instance, config: LoadConfig) -> LoadedInstance:
+def _loaded(instance: Instance, config: LoadConfig, model: Model | None) -> LoadedInstance:
     return LoadedInstance(
         id=instance.instance_id,
         config=config,
+        variant=model.full_key if model is not None and model.variant else UNSET,
         worker=instance.worker,
         devices=instance.devices,
-        remaining_ttl_seconds=None if instance.idle_at is None else round(max(0.0, instance.idle_at - time.time()), 3),
+        remaining_ttl_seconds=UNSET if instance.idle_at is None else round(max(0.0, instance.idle_at - time.time()), 3),
     )
 
 
@@ -150,8 +189,19 @@ def _key(model: ListedModel) -> str:
     return model.key
 
 
+def listed_group(key: str, models: Sequence[Model]) -> ListedModel:
+    """Return the list entry of the variants of a model, the selected one first, without instances."""
+    selected, variants = models[0], sorted(model.full_key for model in models if model.variant)
+    return msgspec.structs.replace(
+        listed(selected),
+        key=key,
+        variants=variants or UNSET,
+        selected_variant=selected.full_key if selected.variant else UNSET,
+    )
+
+
 def listed(model: Model) -> ListedModel:
-    """Return the list entry of a model without instances."""
+    """Return the list entry of a model without instances and variants."""
     is_llm = model.type == "llm"
     return ListedModel(
         type=model.type,

@@ -11,7 +11,7 @@ from msgspec import UNSET, Struct
 from api.pool.limits import check
 from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
 from shared.instance import Instance
-from shared.lookup import by_name, of_instance
+from shared.lookup import by_name, of_instance, preferred
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import Requirements, requirements_of
 from shared.memory.figures import Figures
@@ -122,7 +122,7 @@ class Roster:
         return now - self._absent_since.setdefault(worker, now)
 
     def models(self) -> list[Model]:
-        """Return all models of the live workers that can be loaded, once each, sorted by key.
+        """Return all models of the live workers that can be loaded, once each, sorted by `full_key`.
 
         Returns the same list object until the catalogs change.
         """
@@ -132,7 +132,7 @@ class Roster:
             for name, _ in catalogs:
                 for model in self.catalogs.get(name, ()):
                     if model.problem is None:
-                        by_key.setdefault(model.key, model)
+                        by_key.setdefault(model.full_key, model)
             self._models = [by_key[key] for key in sorted(by_key)]
             self._models_of = catalogs
         return self._models
@@ -148,8 +148,9 @@ class Roster:
         """Return the workers that can take a load, and the requested model.
 
         These workers accept loads, have the model and at least one of the requested devices, and are not in `without`.
-        The model is None if no worker of the last day has it.  Raises InvalidValue for an unknown worker, and for
-        devices that none of the workers with the model has.
+        All have the same variant of it: a plain key selects one for the pool.  The model is None if no worker of the
+        last day has it.  Raises InvalidValue for an unknown worker, and for devices that none of the workers with the
+        model has.
         """
         holders = [
             Candidate(worker=name, model=model, catalog=names.number)
@@ -170,6 +171,9 @@ class Roster:
                     param="gpu.devices",
                 )
             live = [one for one in live if asked & theirs[one.worker]]
+        if len({one.catalog for one in live}) > 1:
+            selected = preferred(one.model for one in live)
+            live = [one for one in live if one.model.variant == selected.variant or is_same(one.model, selected)]
         live = [one for one in live if one.worker not in without]
         return live, holders[0].model if holders else None
 

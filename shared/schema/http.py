@@ -275,16 +275,25 @@ class Capabilities(Struct, frozen=True, kw_only=True):
     trained_for_tool_use: bool
 
 
-class LoadedInstance(Struct, frozen=True, kw_only=True, gc=False):
+class LoadedInstance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """A loaded instance.  `variant` is the one of the model's `variants` that is loaded.  `remaining_ttl_seconds` is
+    the time until the instance is unloaded if it stays idle, absent if it has no TTL."""
+
     id: str
     config: LoadConfig
+    variant: str | UnsetType = UNSET
     worker: str
     devices: list[str]
-    remaining_ttl_seconds: float | None  # until an idle instance is unloaded; None: it has no TTL
+    remaining_ttl_seconds: float | UnsetType = UNSET
 
 
 class ListedModel(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """An entry of the model list.  Embedding models have no architecture, capabilities or description."""
+    """An entry of the model list.  Embedding models have no architecture, capabilities or description.
+
+    `variants` are the keys of the quantizations of the model, and `selected_variant` is the one that `key` loads, which
+    the other fields describe.  `loaded_instances` are those of all variants.  A model whose files tell no quantization
+    has no variants.
+    """
 
     type: ModelType
     publisher: str
@@ -299,6 +308,8 @@ class ListedModel(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fals
     format: Literal["gguf"]
     capabilities: Capabilities | UnsetType = UNSET
     description: str | UnsetType | None = UNSET
+    variants: list[str] | UnsetType = UNSET
+    selected_variant: str | UnsetType = UNSET
 
 
 class ModelList(Struct, frozen=True, kw_only=True):

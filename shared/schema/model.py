@@ -120,6 +120,11 @@ class Model(Struct, frozen=True, kw_only=True, gc=False):
     weights: Weights | None = None  # of all shards
 
     @property
+    def full_key(self) -> str:
+        """The key with the variant, whatever lies beside the files; the plain key if their names tell no variant."""
+        return f"{self.base}@{self.variant}" if self.variant else self.base
+
+    @property
     def source(self) -> Model:
         """This model as the record of an instance keeps it, without what only a load needs."""
         return msgspec.structs.replace(self, description=None, dimensions=None, weights=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,10 @@ import pytest
 from msgspec import Struct
 
 from shared.synthetic import models as synthetic
-from tests.support.service import Client, Reply, Service, up
+from tests.support.service import Client, Reply, Service, tiny_quantized, up
 
 LOAD, LIST = "/api/v1/models/load", "/api/v1/models"
-LLM, MOE, EMBEDDING = "acme/llm", "acme/moe", "acme/embedding"
+LLM, MOE, EMBEDDING, PAIR = "acme/llm", "acme/moe", "acme/embedding", "acme/pair"
 TTL_IS_UNKNOWN = "Unrecognized key(s) in object: 'ttl'"
 CONFIG = json.loads("""{"context_length": 1000, "eval_batch_size": 64, "flash_attention": false, "num_experts": 3,
     "offload_kv_cache_to_gpu": false, "parallel": 2}""")
@@ -37,6 +37,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     synthetic.tiny_llama(home / f"models/{LLM}/llm-f16.gguf", tokenizer="bpe", metadata=long)
     synthetic.tiny_moe(home / f"models/{MOE}/moe-f16.gguf")
     synthetic.tiny_embedding(home / f"models/{EMBEDDING}/embedding-f16.gguf")
+    for quantization in ("Q4_0", "Q8_0"):
+        tiny_quantized(home / f"models/{PAIR}/pair-{quantization}.gguf", quantization)
     with up(home) as service:
         yield service
 
@@ -95,6 +97,40 @@ def test_openclaw_loads_with_the_listed_maximum_and_reuses_it(
 ) -> None:
     assert [openclaw(service, model, requested), openclaw(service, model, 512)] == [model, model]
     assert contexts(service, model) == {model: entry(service, model)["max_context_length"]}
+
+
+# ---- sequences of clients that list, load unless the key has an instance, and list again
+
+
+def rlmstudio(client: Client, model: str) -> str:
+    """Load a model unless the entry with exactly this key has an instance, as `lms_load` does; return the model."""
+    loaded = [e["key"] for e in succeeded(client.send("GET", LIST))["models"] if e["loaded_instances"]]
+    if model not in loaded:
+        reply = client.load(model)
+        assert (reply.status, reply.json()["status"]) == (200, "loaded")
+    return model
+
+
+@pytest.mark.parametrize("client", [openclaw, rlmstudio])
+@pytest.mark.parametrize("model", [LLM, PAIR, EMBEDDING])
+def test_a_sequence_that_is_repeated_leaves_one_instance(
+    service: Service, client: Callable[[Client, str], str], model: str
+) -> None:
+    for _ in range(3):
+        assert client(service, model) == model
+    assert list(contexts(service, model)) == list(service.instances()) == [model]
+
+
+@pytest.mark.parametrize("variant", [f"{PAIR}@q8_0", f"{PAIR}@q4_0", f"{LLM}@f16"])
+def test_openclaw_finds_the_entry_of_a_variant(service: Service, variant: str) -> None:
+    """It loads the key of the entry, and takes any of its instances."""
+    model = variant.partition("@")[0]
+    assert [openclaw(service, variant) for _ in range(3)] == [model] * 3
+    assert list(service.instances()) == [model]
+    service.unload_all()
+    service.loaded(variant, context_length=entry(service, model)["max_context_length"])
+    assert [openclaw(service, name) for name in (model, variant)] == [variant] * 2
+    assert list(service.instances()) == [variant]
 
 
 def test_an_unneeded_token_is_ignored(service: Service) -> None:
@@ -200,7 +236,7 @@ def test_a_typed_client_can_read_the_list(service: Service) -> None:
     service.loaded(EMBEDDING)
     models = msgspec.json.decode(service.send("GET", LIST).text, type=dict[str, list[Entry]])["models"]
     entries = {(e.key, e.type, e.display_name, bool(e.capabilities), len(e.loaded_instances)) for e in models}
-    llms = {(LLM, "llm", "Tiny Llama", True, 0), (MOE, "llm", "Tiny MoE", True, 1)}
+    llms = {(key, "llm", "Tiny Llama", True, 0) for key in (LLM, PAIR)} | {(MOE, "llm", "Tiny MoE", True, 1)}
     assert entries == {*llms, (EMBEDDING, "embedding", "Tiny Embedding", False, 1)}
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from shared.synthetic import models as synthetic
-from tests.support.service import LOADSTONE, Running, Service, is_alive, until, up
+from tests.support.service import LOADSTONE, Running, Service, is_alive, tiny_quantized, until, up
 
-TINY, MOE, BERT = "acme/tiny", "acme/moe", "nomic/bert"
+TINY, MOE, BERT, PAIR = "acme/tiny", "acme/moe", "nomic/bert", "acme/pair"
 TOKEN = "t0ken-of-the-test"
 ENDS_S = 60.0
 # The stages of a load with a frozen runner: after a while the worker reports a phase.
@@ -31,6 +31,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     synthetic.tiny_moe(home / f"models/{MOE}/moe-f16.gguf")
     synthetic.tiny_bert(home / f"models/{BERT}/bert-f32.gguf")
+    for quantization in ("Q4_0", "Q8_0"):
+        tiny_quantized(home / f"models/{PAIR}/pair-{quantization}.gguf", quantization)
     url = "http://127.0.0.1:1"  # the server ignores the variables of the client
     with up(home, token=TOKEN, LOADSTONE_API_TOKENS=TOKEN, LOADSTONE_URL=url, LOADSTONE_TOKEN="x") as service:
         until(lambda: all(model["params_string"] for model in service.models().values()), "every header has been read")
@@ -105,9 +107,10 @@ def test_ls_lists_the_models(service: Service) -> None:
     assert (done.status, done.err) == (0, "")
     assert done.out.split()[:6] == ["MODEL", "TYPE", "ARCHITECTURE", "QUANTIZATION", "SIZE", "MAX"]
     rows = {row[0]: row for row in done.rows()}
-    assert set(rows) == {TINY, MOE, BERT}
-    assert rows[TINY][1:4] + rows[TINY][5:] == ["llm", "llama", "F16", "4096", "1"]
+    assert set(rows) == {TINY, MOE, BERT, PAIR}
+    assert rows[TINY][1:4] + rows[TINY][5:] == ["llm", "llama", "F16", "4096", "1", "@f16"]
     assert rows[BERT][1:4] == ["embedding", "-", "F32"]
+    assert (rows[PAIR][3], rows[PAIR][-1]) == ("Q4_0", "@q4_0, @q8_0"), "the one that the key loads is first"
     assert result(service, "ls") == service.send("GET", "/api/v1/models").json()
 
 

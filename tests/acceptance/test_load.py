@@ -145,14 +145,23 @@ def test_a_model_loads_by_key_or_variant_and_keeps_that_as_id(service: Service, 
     assert service.instances() == {}
 
 
-def test_the_plain_key_means_the_variant_closest_to_4_5_bits(
-    service: Service,
-) -> None:
-    service.loaded("acme/pair")
-    listed = service.models()
-    assert "acme/pair" not in listed
-    assert [instance["id"] for instance in listed["acme/pair@q4_0"]["loaded_instances"]] == ["acme/pair"]
-    assert listed["acme/pair@q8_0"]["loaded_instances"] == []
+def test_the_quantizations_of_a_folder_are_one_entry(service: Service) -> None:
+    """The plain key means the one closest to 4.5 bits per weight, and the entry describes that one."""
+    service.loaded("acme/pair@q8_0")
+    service.loaded("acme/pair", ttl_seconds=600)
+    entry = service.models()["acme/pair"]
+    assert (entry["variants"], entry["selected_variant"]) == (["acme/pair@q4_0", "acme/pair@q8_0"], "acme/pair@q4_0")
+    assert (entry["quantization"]["name"], entry["max_context_length"]) == ("Q4_0", 2048)
+    assert entry["size_bytes"] == (service.models_dir / "acme/pair/pair-Q4_0.gguf").stat().st_size
+    shown = {one["id"]: (one["variant"], one["config"]["context_length"]) for one in entry["loaded_instances"]}
+    assert shown == {"acme/pair@q8_0": ("acme/pair@q8_0", 1024), "acme/pair": ("acme/pair@q4_0", 2048)}
+    assert ["remaining_ttl_seconds" in one for one in entry["loaded_instances"]] == [False, True]
+
+
+def test_every_listed_name_loads_and_is_the_id(service: Service) -> None:
+    names = [name for entry in service.models().values() for name in {entry["key"], *entry.get("variants", [])}]
+    assert {TINY, f"{TINY}@f16", "bare", "acme/pair", "acme/pair@q4_0", "acme/pair@q8_0", BERT} < set(names)
+    assert [service.loaded(name)["instance_id"] for name in names] == names
 
 
 @pytest.mark.parametrize("other", ["Acme/Tiny", "acme/tiny ", "acme/tiny-gguf", "acme/tiny@f32", "tiny"])
@@ -217,8 +226,8 @@ def test_the_listed_fields_of_a_language_model(service: Service) -> None:
     entry = service.models()[TINY]
     (instance,) = entry.pop("loaded_instances")
     assert instance.pop("worker")
-    assert (instance.pop("devices"), instance.pop("remaining_ttl_seconds")) == (["CPU"], None)
-    assert instance == {"id": TINY, "config": reply["load_config"]}
+    assert instance.pop("devices") == ["CPU"]
+    assert instance == {"id": TINY, "config": reply["load_config"], "variant": f"{TINY}@f16"}
     file = service.models_dir / "Acme/Tiny-GGUF/tiny-f16.gguf"
     assert entry["quantization"].pop("bits_per_weight") == 16
     assert entry == {
@@ -234,6 +243,8 @@ def test_the_listed_fields_of_a_language_model(service: Service) -> None:
         "format": "gguf",
         "capabilities": {"vision": False, "trained_for_tool_use": True},
         "description": "Says nothing that makes sense.",
+        "variants": [f"{TINY}@f16"],
+        "selected_variant": f"{TINY}@f16",
     }
 
 
@@ -251,6 +262,8 @@ def test_the_listed_fields_of_an_embedding_model(service: Service) -> None:
         "size_bytes": (service.models_dir / f"{BERT}/bert-f32.gguf").stat().st_size,
         "loaded_instances": [],
         "format": "gguf",
+        "variants": [f"{BERT}@f32"],
+        "selected_variant": f"{BERT}@f32",
     }
 
 
@@ -264,9 +277,7 @@ def test_a_sharded_model_is_one_entry_with_its_total_size(service: Service) -> N
 
 def test_each_loadable_model_is_listed_once_and_nothing_else(service: Service) -> None:
     keys = [model["key"] for model in service.send("GET", "/api/v1/models").json()["models"]]
-    assert sorted(keys) == sorted(
-        [DOCUMENTED, TINY, "bare", "acme/sharded", "acme/pair@q4_0", "acme/pair@q8_0", BERT, CAUSAL]
-    )
+    assert sorted(keys) == sorted([DOCUMENTED, TINY, "bare", "acme/sharded", "acme/pair", BERT, CAUSAL])
 
 
 # ---- files that are added, changed or removed

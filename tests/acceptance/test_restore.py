@@ -20,7 +20,19 @@ import pytest
 import shared
 from shared.synthetic import models as synthetic
 from tests.acceptance.test_fencing import ALONE, LEASE_S, OTHER, Pool, jobs, kill, pool, the_pool
-from tests.support.service import PATIENCE_S, TINY, Running, Service, error, is_alive, meanwhile, until, up, wait_gone
+from tests.support.service import (
+    PATIENCE_S,
+    TINY,
+    Running,
+    Service,
+    error,
+    is_alive,
+    meanwhile,
+    tiny_quantized,
+    until,
+    up,
+    wait_gone,
+)
 
 __all__ = ["pool", "the_pool"]  # fixtures
 
@@ -342,28 +354,40 @@ def listed(service: Service) -> dict[str, list[str]]:
     return {key: [one["id"] for one in model["loaded_instances"]] for key, model in service.models().items()}
 
 
+def variants(service: Service) -> dict[str, str]:
+    """Return the keys of all variants, and those of the loaded instances by their ids."""
+    names = {name: "" for model in service.models().values() for name in model.get("variants", [])}
+    return names | {id_: instance["variant"] for id_, instance in service.instances().items()}
+
+
 def test_instance_belongs_to_its_file_whatever_lies_beside_it(home: Home) -> None:
     """Its key depends on the other files of the folder, and changes with them."""
     service, folder = home.service, home.directory / "models" / TINY
     service.loaded(TINY, context_length=512)
     entry = service.models()[TINY]
-    beside = synthetic.tiny_moe(folder / "model-q4_0.gguf")
+    f16, beside = f"{TINY}@f16", tiny_quantized(folder / "model-q4_0.gguf", "Q4_0")
+    both = {f16: "", f"{TINY}@q4_0": "", **dict.fromkeys(service.models()[OTHER].get("variants", []), "")}
     try:
-        until(lambda: listed(service) == {f"{TINY}@f16": [TINY], f"{TINY}@q4_0": [], OTHER: []}, "listed under its key")
+        until(lambda: variants(service) == {**both, TINY: f16}, "listed as a variant")
+        assert (listed(service), service.models()[TINY]["selected_variant"]) == (
+            {TINY: [TINY], OTHER: []},
+            f"{TINY}@q4_0",
+        )
         assert service.unload(TINY).status == 200
-        service.loaded(f"{TINY}@f16", context_length=512)
+        service.loaded(f16, context_length=512)
         beside.unlink()
-        until(lambda: listed(service) == {TINY: [f"{TINY}@f16"], OTHER: []}, "listed under the plain key again")
+        until(lambda: service.models()[TINY]["variants"] == [f16], "the other file is gone")
+        assert listed(service) == {TINY: [f16], OTHER: []}
         assert service.models()[TINY]["size_bytes"] == entry["size_bytes"]
         stopped(service)
-        synthetic.tiny_moe(beside)
+        tiny_quantized(beside, "Q4_0")
         service = home.start()
-        until(lambda: set(service.instances()) == {f"{TINY}@f16"}, "restored from the same file")
-        assert listed(service) == {f"{TINY}@f16": [f"{TINY}@f16"], f"{TINY}@q4_0": [], OTHER: []}
-        assert service.models()[f"{TINY}@f16"]["loaded_instances"][0]["config"]["context_length"] == 512
+        until(lambda: set(service.instances()) == {f16}, "restored from the same file")
+        assert (listed(service), variants(service)) == ({TINY: [f16], OTHER: []}, {**both, f16: f16})
+        assert service.instances()[f16]["config"]["context_length"] == 512
     finally:
         beside.unlink(missing_ok=True)
-    until(lambda: listed(service) == {TINY: [f"{TINY}@f16"], OTHER: []}, "the other file is gone")
+    until(lambda: service.models()[TINY]["variants"] == [f16], "the other file is gone")
 
 
 def test_instance_is_listed_until_it_is_unloaded(home: Home) -> None:
@@ -378,6 +402,7 @@ def test_instance_is_listed_until_it_is_unloaded(home: Home) -> None:
         until(lambda: listed(service) == {"acme/moved": [TINY], OTHER: []}, "its file is moved")
         moved.rename(aside)
         until(lambda: listed(service).get(TINY) == [TINY], "its file is gone")
+        del entry["variants"], entry["selected_variant"], entry["loaded_instances"][0]["variant"]
         assert {**entry, "description": None} == {**service.models()[TINY], "description": None}
         error(service.load(TINY), 404, "model_not_found", param="model")
         synthetic.tiny_moe(models / TINY / "model-q4_0.gguf")

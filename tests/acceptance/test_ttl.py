@@ -24,7 +24,7 @@ def cli(service: Service, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def remaining_s(service: Service, instance_id: str) -> float | None:
-    remaining: float | None = service.instances()[instance_id]["remaining_ttl_seconds"]
+    remaining: float | None = service.instances()[instance_id].get("remaining_ttl_seconds")
     return remaining
 
 

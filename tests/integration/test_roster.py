@@ -1,4 +1,4 @@
-"""The roster of an API process on a real Redis: known workers, absences, and the choice for a load."""
+"""The roster of an API process on a real Redis: known workers, absences, the choice for a load, and the list."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import redis
 from msgspec import UNSET
 
 import api.pool.roster
+from api.pool.listing import Listing
 from api.pool.roster import PENDING_S, Roster
 from shared.errors import NoWorker
 from shared.instance import Instance
@@ -120,6 +121,69 @@ async def test_a_load_is_placed_by_the_file_of_each_worker(store: Store) -> None
     assert best.worker == "small"
     assert placement is not None
     assert placement.bytes == {"GPU-small": 40}
+
+
+def quantized(base: str, variant: str, bits: float, *, alone: bool = False, architecture: str = "llama") -> Model:
+    return Model(
+        key=base if alone else f"{base}@{variant}",
+        base=base,
+        variant=variant,
+        shards=[f"{base}/{variant}.gguf"],
+        bits_per_weight=bits,
+        architecture=architecture,
+        size_bytes=int(bits * 1000),
+        max_context_length=512,
+    )
+
+
+async def publish_models(store: Store, catalogs: dict[str, list[Model]]) -> Roster:
+    for name, models in catalogs.items():
+        digest = await store.workers.publish_catalog(name, models, "e")
+        assert digest is not None
+        await store.workers.renew(WorkerSnapshot(name=name, epoch="e", version="0", catalog=digest, residents=0))
+    roster = Roster(store.workers, Settings())
+    await roster.refresh()
+    return roster
+
+
+async def test_a_plain_key_means_one_variant_in_the_pool(store: Store) -> None:
+    """It is the one that the list names, unless the request is limited to a worker without it."""
+    few, many = quantized("p/m", "q4_0", 4.5), quantized("p/m", "q8_0", 8.5)
+    alone = msgspec.structs.replace(many, key="p/m")
+    roster = await publish_models(store, {"has-both": [few, many], "has-many": [alone]})
+
+    def workers(model: str, gpu: GPURequest | None = None) -> list[tuple[str, str]]:
+        candidates, _ = roster.candidates(LoadRequest(model=model, gpu=gpu or UNSET))
+        return sorted((one.worker, one.model.variant) for one in candidates)
+
+    assert workers("p/m") == [("has-both", "q4_0")]
+    assert workers("p/m@q8_0") == [("has-both", "q8_0"), ("has-many", "q8_0")]
+    assert workers("p/m", GPURequest(worker="has-many")) == [("has-many", "q8_0")]
+    (entry,) = await Listing(roster, store.instances).entries()
+    assert (entry.key, entry.variants, entry.selected_variant) == ("p/m", ["p/m@q4_0", "p/m@q8_0"], "p/m@q4_0")
+    assert (entry.size_bytes, entry.quantization.bits_per_weight) == (4500, 4)
+
+
+async def test_a_copy_whose_name_tells_no_variant_is_used_too(store: Store) -> None:
+    named = quantized("p/m", "q4_0", 4.5, alone=True)
+    renamed = msgspec.structs.replace(named, variant="", shards=["p/m/model.gguf"])
+    roster = await publish_models(store, {"named": [named], "renamed": [renamed]})
+    candidates, _ = roster.candidates(LoadRequest(model="p/m"))
+    assert sorted(one.worker for one in candidates) == ["named", "renamed"]
+    (entry,) = await Listing(roster, store.instances).entries()
+    assert (entry.key, entry.variants, entry.selected_variant) == ("p/m", ["p/m@q4_0"], "p/m@q4_0")
+
+
+async def test_other_models_of_a_folder_are_entries_of_their_own(store: Store) -> None:
+    """The plain key loads one model, so that one is its entry; each other name that loads is listed as well."""
+    mixed = [quantized("p/m", name, bits) for name, bits in (("a-q4_0", 4.5), ("a-q8_0", 8.5))]
+    mixed.append(quantized("p/m", "b-q4_0", 4.6, architecture="bert"))
+    roster = await publish_models(store, {"w": mixed})
+    entries = await Listing(roster, store.instances).entries()
+    assert {entry.key: (entry.architecture, entry.variants, entry.selected_variant) for entry in entries} == {
+        "p/m": ("llama", ["p/m@a-q4_0", "p/m@a-q8_0"], "p/m@a-q4_0"),
+        "p/m@b-q4_0": ("bert", ["p/m@b-q4_0"], "p/m@b-q4_0"),
+    }
 
 
 async def test_the_error_says_whether_a_worker_drains_or_is_away(store: Store) -> None:

@@ -374,9 +374,23 @@ MUTANTS = (
     Mutant(
         "a loaded instance is listed until it is unloaded",
         "api/pool/listing.py",
-        "gone.add(instance, _loaded(instance, instance.load_config))",
+        "gone.add(instance, _loaded(instance, instance.load_config, model))",
         "pass",
         (f"{ACCEPTANCE}restore.py",),
+    ),
+    Mutant(
+        "the quantizations of a model are one entry",
+        "api/pool/listing.py",
+        "if model is not selected and is_variant(model, selected)",
+        "if False",
+        (f"{INTEGRATION}roster.py",),
+    ),
+    Mutant(
+        "a plain key loads the listed variant in the whole pool",
+        "api/pool/roster.py",
+        "if len({one.catalog for one in live}) > 1:",
+        "if False:",
+        (f"{INTEGRATION}roster.py",),
     ),
     Mutant(
         "a file that is no model changes no key",

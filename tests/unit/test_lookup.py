@@ -1,4 +1,4 @@
-"""The model of an instance: the one of its files, whatever its key is now."""
+"""The model of an instance: the one of its files, whatever its key is now; and the variants of a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from shared.instance import Instance
-from shared.lookup import of_instance
+from shared.lookup import is_variant, of_instance
 from shared.schema.http import LoadRequest
-from shared.schema.model import FileStat, Model
+from shared.schema.model import Dimensions, FileStat, Model
 
 OLD = Model(
     key="p/m",
@@ -23,6 +23,8 @@ OLD = Model(
     max_context_length=4096,
     bits_per_weight=4.9,
 )
+
+SHAPE = Dimensions(block_count=2, embedding_length=64, head_count=2, head_count_kv=2, key_length=32, value_length=32)
 
 
 def changed(**fields: Any) -> Model:
@@ -93,3 +95,17 @@ def test_a_record_of_an_older_version_has_only_its_key() -> None:
     assert found(OTHER, source=None) is OTHER
     assert found(changed(key="p/m@q4_k_m"), source=None) is None
     assert found(OTHER, source=changed(files=[])) is OTHER
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"quantization": "Q8_0", "max_context_length": 1024, "display_name": "N"}, True),
+        ({"architecture": "qwen3"}, False),
+        ({"type": "embedding"}, False),
+        ({"dimensions": Dimensions(**{**msgspec.structs.asdict(SHAPE), "block_count": 9})}, False),
+        ({"architecture": "qwen3", "variant": ""}, True),  # only the plain key means it
+    ],
+)
+def test_only_quantizations_of_one_model_are_variants(fields: dict[str, Any], expected: bool) -> None:
+    assert is_variant(changed(**{"dimensions": SHAPE, **fields}), changed(dimensions=SHAPE)) is expected
