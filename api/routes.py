@@ -116,8 +116,8 @@ async def job_logs(request: Request[State]) -> Response:
 
 async def unload(request: Request[State]) -> Response:
     body = decode(await read_body(request), UnloadRequest, "Missing required field '{}'")
-    await waited_for(request, request.state["stopper"].unload(body.instance_id))
-    return _json(UnloadResult(instance_id=body.instance_id))
+    unloaded = await waited_for(request, request.state["stopper"].unload(body.instance_id))
+    return _json(UnloadResult(instance_id=unloaded))
 
 
 async def models(request: Request[State]) -> Response:

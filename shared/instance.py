@@ -37,7 +37,7 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """
 
     id: str
-    model: str  # the key in the request
+    model: str  # the name by which the client loaded the model, as the list has it: its key or `key@variant`
     key: str  # the key of that model in the worker's catalog then; it depends on the files beside it
     source: Model | None = None  # that model (`Model.source`); None in a record of an older version
     type: ModelType

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from shared import quantization
@@ -9,6 +11,9 @@ from shared.instance import Instance
 from shared.schema.model import Model
 
 PREFERRED_BITS = 4.5  # per weight; selects among the quantizations of a folder
+SIMILAR, NEAR = 3, 0.7  # number of suggestions for an unknown name; their least similarity, from 0 to 1
+SHORTEST, LONGEST = 3, 100  # characters of a name for which there are suggestions
+SUFFIX = re.compile(r"-gguf(?=@|:\d+$|$)")  # of a key; a variant or the number of an instance may follow
 
 
 def by_name(models: Sequence[Model]) -> dict[str, Model]:
@@ -23,6 +28,39 @@ def by_name(models: Sequence[Model]) -> dict[str, Model]:
         names[model.base] = model
     names |= {model.full_key: model for model in reversed(models) if model.variant}
     return names | {model.key: model for model in reversed(models)}
+
+
+def folded(name: str) -> str:
+    """Return a name as names are compared: in lower case, and without the `-gguf` after its key."""
+    return SUFFIX.sub("", name.lower(), count=1)
+
+
+def spellings(names: Iterable[str]) -> dict[str, str]:
+    """Map each name in lower case, and each folded name, to the name.  A name itself has precedence."""
+    known = [*names]
+    return {folded(name): name for name in known} | {name: name for name in known}
+
+
+def spelled(spellings: Mapping[str, str], name: str) -> str | None:
+    """Return the name that a client means, whatever the case and with or without `-gguf`; None if it is unknown."""
+    return spellings.get(name.lower()) or spellings.get(folded(name))
+
+
+def similar(name: str, names: Iterable[str]) -> list[str]:
+    """Return up to SIMILAR of `names` that contain a name or are nearly equal, the nearest first.
+
+    Publishers are not compared: many publish the same model.  Variants are similar only to a variant.
+    """
+    asked = _without_publisher(folded(name))
+    if not SHORTEST <= len(asked) <= LONGEST:
+        return []
+    others: dict[str, list[str]] = {}
+    for other in sorted(names):
+        if ("@" in other) == ("@" in asked):
+            others.setdefault(_without_publisher(other), []).append(other)
+    containing = [other for other in others if asked in other]
+    near = difflib.get_close_matches(asked, others, SIMILAR, NEAR)
+    return [name for other in dict.fromkeys([*containing, *near]) for name in others[other]][:SIMILAR]
 
 
 def preferred(models: Iterable[Model]) -> Model:
@@ -80,6 +118,10 @@ def _is_copy(model: Model, source: Model) -> bool:
 
 def _header(model: Model) -> tuple[object, ...]:
     return model.type, model.architecture, model.display_name, model.max_context_length, model.expert_count
+
+
+def _without_publisher(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _shape(model: Model) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ from api.loads.records import Records
 from shared.errors import JobAlreadyFinished, ModelNotFound, QueueUnavailable
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, State
+from shared.lookup import folded
 from shared.store.instances import Fenced, Instances
 
 STOP_DEADLINE_S = 60.0
@@ -40,19 +41,26 @@ class Stopper:
             raise _finished(job_id)
         return ended
 
-    async def unload(self, instance_id: str) -> None:
-        """Unload an instance; return once its runner has exited.
+    async def unload(self, instance_id: str) -> str:
+        """Unload an instance; return its id once its runner has exited.
 
-        If the instance is not loaded yet, its load is cancelled.  If its worker is unavailable or dies meanwhile, the
-        instance is not restored when the worker returns.  Raises ModelNotFound.
+        An id that is not loaded means the same id in lower case and without `-gguf`: a client may use the name by which
+        it loaded the model.  If the instance is not loaded yet, its load is cancelled.  If its worker is unavailable or
+        dies meanwhile, the instance is not restored when the worker returns.  Raises ModelNotFound.
         """
+        for spelled in dict.fromkeys((instance_id, folded(instance_id))):
+            if await self._unloaded(spelled):
+                return spelled
+        raise ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
+
+    async def _unloaded(self, instance_id: str) -> bool:
+        """Unload an instance; return whether there was one."""
         # This comes first, so that no worker restores the instance from now on.
         was_desired = await self._instances.forget_desired_everywhere(instance_id)
         id_ = await self._instances.named(instance_id)
         instance = await self._instances.get(id_) if id_ else None
         is_gone = instance is None or (await self._stop(instance)).state is State.LOST
-        if is_gone and not was_desired:
-            raise ModelNotFound(f"Model with instance identifier '{instance_id}' is not loaded.", param="instance_id")
+        return was_desired or not is_gone
 
     async def _stop(self, instance: Instance, *, unless_loaded: bool = False) -> Instance:
         """Request a stop; return the terminal revision, or with `unless_loaded` the loaded one, if it comes first."""

@@ -78,7 +78,8 @@ class Intake:
         await self._roster.refresh()
         if (accepted := await self._offered(submission)) is not None:
             return accepted
-        raise self._roster.nowhere(submission.request, self._roster.candidates(submission.request)[1])
+        request = self._roster.named(submission.request)
+        raise self._roster.nowhere(request, self._roster.candidates(request)[1])
 
     async def _offered(self, submission: Submission) -> Instance | None:
         """Offer a load to the workers of the roster, the best first; return it once a worker takes it.
@@ -86,6 +87,7 @@ class Intake:
         None if no live worker has the model.  Raises QueueFull if no worker takes it and at least one queue is full,
         InvalidValue, KeyTaken and LoadFailed.
         """
+        submission = msgspec.structs.replace(submission, request=self._roster.named(submission.request))
         full: Full | None = None
         excluded: set[str] = set()  # workers that could not take it
         while (chosen := await self._choose(submission.request, excluded)) is not None:

@@ -25,6 +25,7 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
     UNAVAILABLE lists if Redis does not answer.
     """
     await roster.refresh()  # estimate with the memory that is free now, not a beat ago
+    request = roster.named(request)
     candidates, known = roster.candidates(request)
     if not candidates:
         raise roster.nowhere(request, known)

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import count
 
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, structs
 
 from api.pool.limits import check
 from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
 from shared.instance import Instance
-from shared.lookup import by_name, of_instance, preferred
+from shared.lookup import by_name, of_instance, preferred, similar, spelled, spellings
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import Requirements, requirements_of
 from shared.memory.figures import Figures
@@ -46,10 +46,12 @@ class Measured(Struct, frozen=True):
 
 
 class Names(Struct, frozen=True):
-    """The models of a catalog by all names that clients may use, and the unique number of the catalog."""
+    """The models of a catalog by all names that clients may use, the names by their spellings, and the unique number of
+    the catalog."""
 
     number: int
     models: Mapping[str, Model]
+    spellings: Mapping[str, str]
 
 
 class Roster:
@@ -113,7 +115,8 @@ class Roster:
             self.catalogs[worker], self._names[worker] = self.catalogs[shared], self._names[shared]
         else:
             self.catalogs[worker] = catalog
-            self._names[worker] = Names(next(self._numbers), by_name(catalog))
+            models = by_name(catalog)
+            self._names[worker] = Names(next(self._numbers), models, spellings(models))
         self._digests[worker] = digest
 
     def absent_s(self, worker: str) -> float:
@@ -143,6 +146,13 @@ class Roster:
         return None if names is None else of_instance(names.models, instance)
 
     # ---- placing
+
+    def named(self, request: LoadRequest) -> LoadRequest:
+        """Return a request with the name of its model as the list has it; unchanged if no worker knows the name."""
+        for names in self._names.values():
+            if (name := spelled(names.spellings, request.model)) is not None:
+                return request if name == request.model else structs.replace(request, model=name)
+        return request
 
     def candidates(self, request: LoadRequest, without: Collection[str] = ()) -> tuple[list[Candidate], Model | None]:
         """Return the workers that can take a load, and the requested model.
@@ -216,7 +226,11 @@ class Roster:
     def nowhere(self, request: LoadRequest, known: Model | None) -> ServiceError:
         """Return the error for a load without candidates.  `known`: the model, if any worker of the last day has it."""
         if known is None:
-            return ModelNotFound(f"Model {request.model} not found in downloaded models", param="model")
+            message = f"Model {request.model} not found in downloaded models"
+            listed = {name for model in self.models() for name in (model.base, model.full_key)}
+            if near := similar(request.model, listed):
+                message += f". Did you mean {' or '.join(repr(name) for name in near)}?"
+            return ModelNotFound(message, param="model")
         holders = [name for name, names in self._names.items() if request.model in names.models]
         draining = [name for name in sorted(holders) if name in self.alive and name not in self._hosts]
         if request.gpu is not UNSET and request.gpu.worker is not UNSET:

@@ -164,9 +164,41 @@ def test_every_listed_name_loads_and_is_the_id(service: Service) -> None:
     assert [service.loaded(name)["instance_id"] for name in names] == names
 
 
-@pytest.mark.parametrize("other", ["Acme/Tiny", "acme/tiny ", "acme/tiny-gguf", "acme/tiny@f32", "tiny"])
-def test_keys_are_matched_exactly(service: Service, other: str) -> None:
-    error(service.load(other), 404, "model_not_found", param="model")
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        ("Acme/Tiny", TINY),
+        ("Acme/Tiny-GGUF", TINY),
+        ("ACME/TINY-gguf@F16", f"{TINY}@f16"),
+        ("acme/pair@Q8_0", "acme/pair@q8_0"),
+        ("Acme/Pair-GGUF@Q8_0", "acme/pair@q8_0"),
+        ("BARE", "bare"),
+    ],
+)
+def test_case_and_gguf_do_not_matter_in_names(service: Service, spelled: str, name: str) -> None:
+    """The reply and the list have the key as it is listed, so that clients which compare find the instance."""
+    assert service.send("POST", "/api/v1/models/estimate", json={"model": spelled}).json()["model"] == name
+    assert [service.loaded(spelled)["instance_id"] for _ in range(2)] == [name, f"{name}:2"]
+    assert set(service.instances()) == {name, f"{name}:2"}
+    assert service.unload(f"{spelled}:2").json() == {"instance_id": f"{name}:2"}
+    assert service.unload(spelled).json() == {"instance_id": name}
+    assert service.instances() == {}
+
+
+@pytest.mark.parametrize(
+    ("other", "near"),
+    [
+        ("acme/tiny@f32", f"'{TINY}@f16'"),
+        ("tiny", f"'{TINY}'"),
+        ("other/tinny", f"'{TINY}'"),
+        ("PAIR", "'acme/pair'"),
+        ("pair@q5_0", "'acme/pair@q8_0' or 'acme/pair@q4_0'"),
+        ("openai/gpt-oss-120b", f"'{DOCUMENTED}'"),
+    ],
+)
+def test_the_error_for_an_unknown_model_names_near_keys(service: Service, other: str, near: str) -> None:
+    failure = error(service.load(other), 404, "model_not_found", param="model")
+    assert failure["message"] == f"Model {other} not found in downloaded models. Did you mean {near}?"
 
 
 # ---- the applied config

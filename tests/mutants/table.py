@@ -393,6 +393,20 @@ MUTANTS = (
         (f"{INTEGRATION}roster.py",),
     ),
     Mutant(
+        "a name that is spelled otherwise has the listed name",
+        "api/loads/submit.py",
+        "request=self._roster.named(submission.request)",
+        "request=submission.request",
+        (f"{ACCEPTANCE}load.py",),
+    ),
+    Mutant(
+        "an instance can be unloaded by the name that loaded it",
+        "api/loads/stop.py",
+        "dict.fromkeys((instance_id, folded(instance_id)))",
+        "(instance_id,)",
+        (f"{ACCEPTANCE}load.py",),
+    ),
+    Mutant(
         "a file that is no model changes no key",
         "worker/catalog/keys.py",
         "_name(told[: len(models)], told[: len(models)], set())",

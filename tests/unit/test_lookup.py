@@ -1,4 +1,4 @@
-"""The model of an instance: the one of its files, whatever its key is now; and the variants of a model."""
+"""The model of an instance: the one of its files, whatever its key is now; and names as clients spell them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from shared.instance import Instance
-from shared.lookup import is_variant, of_instance
+from shared.lookup import folded, is_variant, of_instance, similar, spelled, spellings
 from shared.schema.http import LoadRequest
 from shared.schema.model import Dimensions, FileStat, Model
 
@@ -95,6 +95,52 @@ def test_a_record_of_an_older_version_has_only_its_key() -> None:
     assert found(OTHER, source=None) is OTHER
     assert found(changed(key="p/m@q4_k_m"), source=None) is None
     assert found(OTHER, source=changed(files=[])) is OTHER
+
+
+# ---- names as clients spell them
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("P/M", "p/m"),
+        ("p/m-gguf", "p/m"),
+        ("P/M-GGUF@Q4_K_M", "p/m@q4_k_m"),
+        ("P/Stem@A-GGUF", "p/stem@a-gguf"),
+        ("BARE-gguf", "bare-gguf"),  # the stem of a file keeps its name
+        ("bare", "bare"),
+        ("Other", "other-gguf"),
+        ("p/m@q8_0", None),
+        ("p/m-gguf-2", None),
+        ("", None),
+    ],
+)
+def test_a_name_is_known_in_any_case_and_with_gguf(spelling: str, name: str | None) -> None:
+    known = ["p/m", "p/m@q4_k_m", "p/stem@a-gguf", "bare", "bare-gguf", "other-gguf"]
+    assert spelled(spellings(known), spelling) == name
+
+
+def test_the_number_of_an_instance_may_follow_gguf() -> None:
+    assert [folded(name) for name in ("P/M-GGUF:2", "p/m-gguf:x", "p/m:2")] == ["p/m:2", "p/m-gguf:x", "p/m:2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("q/lama-3-8b", ["p/llama-3-8b", "q/llama-3-8b"]),
+        ("llama-3", ["p/llama-3-8b", "q/llama-3-8b"]),
+        ("P/Llama-3-8B-GGUF@q5_k_m", ["p/llama-3-8b@q4_k_m"]),
+        ("p/other", []),
+    ],
+)
+def test_names_are_similar_whatever_their_publisher(name: str, expected: list[str]) -> None:
+    assert similar(name, ["p/llama-3-8b", "p/llama-3-8b@q4_k_m", "q/llama-3-8b", "p/mistral"]) == expected
+
+
+def test_a_name_is_similar_to_at_most_three_others() -> None:
+    names = [f"p/model-{n}" for n in range(9)]
+    counts = {name: len(similar(name, names)) for name in ("model", "p/model-x", "p/mo", "", "z" * 200, "other")}
+    assert counts == {"model": 3, "p/model-x": 3, "p/mo": 0, "": 0, "z" * 200: 0, "other": 0}
 
 
 @pytest.mark.parametrize(
