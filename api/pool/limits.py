@@ -32,6 +32,7 @@ def check(request: LoadRequest, model: Model) -> None:
         limits = {
             "context_length": model.max_context_length if request.context_length is UNSET else request.context_length,
             "eval_batch_size": request.eval_batch_size,
+            "physical_batch_size": request.physical_batch_size,
         }
         for name, limit in limits.items():
             if limit is not UNSET and limit < request.parallel:

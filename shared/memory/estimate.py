@@ -10,10 +10,11 @@ Layers are the blocks, followed by the output.  GPUs take the last layers; the f
 first block, stay on the CPU.
 
 `exact` is False for configurations that were not compared with the engine: architectures that are not in CHECKED_*,
-headers that were not read to the end yet, a KV cache in host memory beside a GPU, and several GPUs that take all
-layers, since the engine may then use pipeline parallelism, which takes more (src/llama-context.cpp).  For these, the
-engine reports the sizes in a dry run.  The formula is a guess there: it does not know recurrent layers, compressed or
-shared caches, or attention without a cache.  For the architectures in NEAR it is off by at most a quarter.
+headers that were not read to the end yet, physical batches of an LLM over 512 tokens (5 % off), a KV cache in host
+memory beside a GPU, and several GPUs that take all layers, since the engine may then use pipeline parallelism, which
+takes more (src/llama-context.cpp).  For these, the engine reports the sizes in a dry run.  The formula is a guess
+there: it does not know recurrent layers, compressed or shared caches, or attention without a cache.  For the
+architectures in NEAR it is off by at most a quarter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from itertools import accumulate, pairwise
 
 from msgspec import Struct, structs
 
-from shared.memory.plan import Plan
+from shared.memory.plan import UBATCH, Plan
 from shared.schema.memory import CPU, Usage
 from shared.schema.model import ENCODERS, Dimensions, Model, each
 
@@ -219,7 +220,7 @@ def requirements_of(model: Model, load: Plan) -> Requirements:
         host_compute_bytes=_host_compute(model, dimensions, load),
         offload_kqv=not beside,
         is_repacked=load.repack,
-        exact=_is_checked(model, dimensions),
+        exact=_is_checked(model, dimensions, load),
         near=model.architecture in NEAR and model.pooling in CHECKED_POOLINGS,
     )
 
@@ -231,7 +232,9 @@ def _scaled(parts: Sequence[int], n_bytes: int) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
-def _is_checked(model: Model, dimensions: Dimensions) -> bool:
+def _is_checked(model: Model, dimensions: Dimensions, load: Plan) -> bool:
+    if model.type == "llm" and load.n_ubatch > UBATCH:
+        return False
     is_known = model.weights is not None and (dimensions.vocabulary is not None or not _has_cache(model))
     checked = CHECKED_DECODERS if model.causal else CHECKED_ENCODERS
     if dimensions.sliding_window:

@@ -51,7 +51,7 @@ def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
         n_ctx = max(min(settings.context_length, model.max_context_length), parallel) if asked is UNSET else asked
         batch = request.eval_batch_size
         n_batch = min(max(settings.eval_batch_size, parallel) if batch is UNSET else batch, n_ctx)
-        n_ubatch = min(UBATCH, n_batch)
+        n_ubatch = min(UBATCH if request.physical_batch_size is UNSET else request.physical_batch_size, n_batch)
     experts = request.num_experts if moe else UNSET
     llm = model.type == "llm"
     return Plan(

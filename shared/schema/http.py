@@ -71,6 +71,13 @@ class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fals
         Positive | UnsetType,
         Meta(description="Number of tokens evaluated in one batch. LLMs only; ignored for other models."),
     ] = UNSET
+    physical_batch_size: Annotated[
+        Positive | UnsetType,
+        Meta(
+            description="Number of tokens computed at once, at most `eval_batch_size`. LLMs only; ignored for other "
+            "models. Default: 512."
+        ),
+    ] = UNSET
     flash_attention: Annotated[
         bool | UnsetType,
         Meta(description="Use flash attention. LLMs only. Default: set by the operator, or else chosen by the engine."),
@@ -117,6 +124,7 @@ class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False
 
     context_length: int
     eval_batch_size: int | UnsetType = UNSET
+    physical_batch_size: int | UnsetType = UNSET
     parallel: int | UnsetType = UNSET
     flash_attention: bool | UnsetType = UNSET
     offload_kv_cache_to_gpu: bool | UnsetType = UNSET

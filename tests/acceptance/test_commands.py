@@ -140,12 +140,22 @@ def test_load_prints_the_instance_id_and_its_progress(service: Service) -> None:
 
 
 def test_load_sends_every_option_and_prints_the_reply(service: Service) -> None:
-    options = ["--context-length", "512", "--eval-batch-size", "64", "--no-flash-attention", "--no-offload-kv-cache"]
+    options = [
+        "--context-length",
+        "512",
+        "--eval-batch-size",
+        "64",
+        "--physical-batch-size",
+        "32",
+        "--no-flash-attention",
+        "--no-offload-kv-cache",
+    ]
     reply = result(service, "load", MOE, *options, "--num-experts", "3", "--parallel", "2")
     assert reply.pop("load_time_seconds") > 0
     applied = {
         "context_length": 512,
         "eval_batch_size": 64,
+        "physical_batch_size": 32,
         "parallel": 2,
         "flash_attention": False,
         "offload_kv_cache_to_gpu": False,

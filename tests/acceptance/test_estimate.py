@@ -72,6 +72,7 @@ def test_every_field_has_the_same_effect_as_in_a_load(service: Service) -> None:
     default = device()
     assert device(context_length=1000)["context_bytes"] == 1024 * TOKEN_BYTES
     assert device(eval_batch_size=64)["compute_bytes"] == default["compute_bytes"] / 8
+    assert device(physical_batch_size=64)["compute_bytes"] == default["compute_bytes"] / 8
     assert device(flash_attention=False)["compute_bytes"] > 2 * default["compute_bytes"]
     assert device(parallel=64, echo_load_config=True, force=True)["context_bytes"] == default["context_bytes"]
     assert estimate(service, BERT)["devices"][0]["context_bytes"] == 0

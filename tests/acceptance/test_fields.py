@@ -60,6 +60,11 @@ def test_eval_batch_size_applies(service: Service, requested: int) -> None:
     assert config(service, LLM, eval_batch_size=requested)["eval_batch_size"] == requested
 
 
+@pytest.mark.parametrize(("requested", "applied"), [(1, 1), (32, 32), (600, 512)])
+def test_physical_batch_size_is_at_most_the_eval_batch_size(service: Service, requested: int, applied: int) -> None:
+    assert config(service, LLM, physical_batch_size=requested)["physical_batch_size"] == applied
+
+
 def test_eval_batch_size_is_at_most_the_context_length(service: Service) -> None:
     assert config(service, LLM, context_length=700, eval_batch_size=2000)["eval_batch_size"] == 700
 
@@ -116,6 +121,7 @@ def test_all_fields_apply_at_once(service: Service) -> None:
     fields = {
         "context_length": 777,
         "eval_batch_size": 99,
+        "physical_batch_size": 33,
         "parallel": 3,
         "flash_attention": False,
         "offload_kv_cache_to_gpu": False,

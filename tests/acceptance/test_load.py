@@ -93,6 +93,7 @@ def test_documented_load_unload_and_list_work_verbatim(service: Service) -> None
         "load_config": {
             "context_length": 16384,
             "eval_batch_size": 512,
+            "physical_batch_size": 512,
             "parallel": 1,
             "flash_attention": True,
             "offload_kv_cache_to_gpu": True,
@@ -217,7 +218,7 @@ def test_the_error_for_an_unknown_model_names_near_keys(service: Service, other:
 def test_omitted_fields_have_the_documented_defaults(service: Service, model: str, applied: dict[str, Any]) -> None:
     config = service.loaded(model, echo_load_config=True)["load_config"]
     assert isinstance(config.pop("flash_attention"), bool)  # as the engine decided
-    assert config == {**applied, "parallel": 1, "offload_kv_cache_to_gpu": True}
+    assert config == {**applied, "physical_batch_size": 512, "parallel": 1, "offload_kv_cache_to_gpu": True}
 
 
 @pytest.mark.parametrize("requested", [1, 100, 257, 1000, 4095, 4096])
@@ -235,6 +236,7 @@ def test_an_embedding_model_echoes_only_its_context_length(service: Service, mod
     assert reply["load_config"] == {"context_length": default or maximum}
     llm_fields = {
         "eval_batch_size": 3,
+        "physical_batch_size": 2,
         "flash_attention": True,
         "num_experts": 1000,
         "offload_kv_cache_to_gpu": False,

@@ -80,7 +80,8 @@ def hooks(service: Service) -> Iterator[Counter[str]]:
             case.body = {**case.body, "ttl_seconds": max(60, case.body["ttl_seconds"])}
         if case.body["model"] == MODEL:
             limits = {"context_length": CONTEXT_LENGTH, "parallel": case.body.get("eval_batch_size", 64)}
-            limits["parallel"] = min(limits["parallel"], case.body.get("context_length", 64))
+            for name in ("context_length", "physical_batch_size"):
+                limits["parallel"] = min(limits["parallel"], case.body.get(name, 64))
             case.body = {
                 name: min(value, limits[name]) if name in limits else value for name, value in case.body.items()
             }

@@ -33,6 +33,7 @@ DECODER: dict[str, dict[str, Any]] = {
     "default": {},
     "short": {"context_length": 1000, "eval_batch_size": 64},
     "batch": {"eval_batch_size": 2048},
+    "physical batch": {"eval_batch_size": 2048, "physical_batch_size": 128},
     "no flash attention": {"flash_attention": False},
     "parallel": {"parallel": 8, "context_length": 4096},
 }

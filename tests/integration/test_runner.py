@@ -132,6 +132,7 @@ async def ending(runner: Runner) -> int:
             LoadConfig(
                 context_length=512,
                 eval_batch_size=512,
+                physical_batch_size=512,
                 parallel=1,
                 flash_attention=True,
                 offload_kv_cache_to_gpu=True,
@@ -143,6 +144,7 @@ async def ending(runner: Runner) -> int:
                 model="p/llama",
                 context_length=300,
                 eval_batch_size=70,
+                physical_batch_size=70,
                 flash_attention=False,
                 offload_kv_cache_to_gpu=False,
                 parallel=3,
@@ -150,6 +152,7 @@ async def ending(runner: Runner) -> int:
             LoadConfig(
                 context_length=300,
                 eval_batch_size=70,
+                physical_batch_size=70,
                 flash_attention=False,
                 offload_kv_cache_to_gpu=False,
                 parallel=3,
@@ -161,6 +164,7 @@ async def ending(runner: Runner) -> int:
             LoadConfig(
                 context_length=256,
                 eval_batch_size=256,
+                physical_batch_size=256,
                 parallel=1,
                 flash_attention=True,
                 offload_kv_cache_to_gpu=True,

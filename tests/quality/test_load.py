@@ -12,7 +12,13 @@ from cli.demo import REAL as SMOLLM2
 from tests.support.service import Process, Service
 
 MINILM = "sentence-transformers/all-minilm-l6-v2"
-LLM_DEFAULTS = {"eval_batch_size": 512, "parallel": 1, "flash_attention": True, "offload_kv_cache_to_gpu": True}
+LLM_DEFAULTS = {
+    "eval_batch_size": 512,
+    "physical_batch_size": 512,
+    "parallel": 1,
+    "flash_attention": True,
+    "offload_kv_cache_to_gpu": True,
+}
 LISTED = {
     SMOLLM2: {
         "type": "llm",
@@ -37,7 +43,7 @@ LISTED = {
 ECHOES = [
     (SMOLLM2, {}, {"context_length": 4096, **LLM_DEFAULTS}),
     (SMOLLM2, {"context_length": 1024}, {"context_length": 1024, **LLM_DEFAULTS}),
-    (SMOLLM2, {"eval_batch_size": 64, "flash_attention": False}, None),
+    (SMOLLM2, {"eval_batch_size": 64, "physical_batch_size": 32, "flash_attention": False}, None),
     (MINILM, {}, {"context_length": 512}),
     (MINILM, {"context_length": 128}, {"context_length": 128}),
 ]

@@ -28,7 +28,7 @@ from shared.schema.http import LoadRequest, UnloadRequest
 
 LOAD, UNLOAD = '"{}" is required', "Missing required field '{}'"
 FIELDS = [*LoadRequest.__struct_fields__]
-INTEGERS = ["context_length", "eval_batch_size", "num_experts", "parallel"]
+INTEGERS = ["context_length", "eval_batch_size", "physical_batch_size", "num_experts", "parallel"]
 BOOLEANS = ["flash_attention", "offload_kv_cache_to_gpu", "echo_load_config"]
 
 json_values = st.recursive(

@@ -113,6 +113,7 @@ options = st.fixed_dictionaries(
         "eval_batch_size": st.integers(64, 4096),
         "flash_attention": st.booleans(),
         "offload_kv_cache_to_gpu": st.booleans(),
+        "physical_batch_size": st.integers(64, 4096),
         "parallel": st.integers(1, 64),
     },
 )
@@ -225,6 +226,7 @@ UNSURE: dict[str, tuple[Model, dict[str, Any]]] = {
     "a sliding window that llama.cpp may ignore": (model(dimensions=structs.replace(LLAMA, sliding_window=4096)), {}),
     "a header that was not read to the end": (model(weights=None), {}),
     "a header without dimensions": (model(dimensions=None), {}),
+    "a large physical batch": (model(), {"eval_batch_size": 513, "physical_batch_size": 513}),
     "a KV cache beside the GPU": (model(), {"offload_kv_cache_to_gpu": False}),
 }
 

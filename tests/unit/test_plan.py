@@ -58,6 +58,7 @@ requests = optional(
     num_experts=st.integers(1, 300) | st.just(2**32 + 3),
     offload_kv_cache_to_gpu=st.booleans(),
     parallel=st.integers(1, 64),
+    physical_batch_size=tokens,
 ).map(lambda fields: request(**fields))
 models = st.fixed_dictionaries(
     {
@@ -89,7 +90,7 @@ def test_no_plan_makes_llama_cpp_abort(load_request: LoadRequest, of: Model, def
     except InvalidValue:
         return
     load = plan(load_request, of, defaults, [], [])
-    assert 1 <= load.n_seq_max <= load.n_batch, "n_batch < n_seq_max aborts"
+    assert 1 <= load.n_seq_max <= load.n_ubatch <= load.n_batch, "n_batch < n_seq_max aborts"
     assert 1 <= load.n_ubatch <= load.n_batch, "a physical batch is part of a logical one"
     assert load.n_batch <= load.n_ctx or of.type == "embedding"
     assert load.n_ctx <= of.max_context_length, "an encoder's position past the maximum aborts"
@@ -117,6 +118,8 @@ def test_a_plan_has_the_values_of_the_request(load_request: LoadRequest, of: Mod
     assert load.n_seq_max == (1 if load_request.parallel is UNSET else load_request.parallel)
     if load_request.eval_batch_size is not UNSET:
         assert load.n_batch == min(load_request.eval_batch_size, load.n_ctx)
+    if load_request.physical_batch_size is not UNSET:
+        assert load.n_ubatch == min(load_request.physical_batch_size, load.n_batch)
     if load_request.flash_attention is not UNSET:
         assert load.flash_attn is load_request.flash_attention
     if load_request.offload_kv_cache_to_gpu is not UNSET:
@@ -191,6 +194,7 @@ def test_a_plan_has_absolute_files_and_given_devices() -> None:
         ({"num_experts": 9}, {"expert_count": 8}, "num_experts", 8),
         ({"parallel": 64, "context_length": 63}, {}, "parallel", 63),
         ({"parallel": 64, "eval_batch_size": 63}, {}, "parallel", 63),
+        ({"parallel": 64, "physical_batch_size": 63}, {}, "parallel", 63),
         ({"parallel": 2}, {"max_context_length": 1}, "parallel", 1),
     ],
 )

@@ -402,6 +402,7 @@ class Loaded:
         return LoadConfig(
             context_length=n_ctx,
             eval_batch_size=lib.llama_n_batch(self.context),
+            physical_batch_size=lib.llama_n_ubatch(self.context),
             parallel=lib.llama_n_seq_max(self.context),
             flash_attention=self._flash_attention(),
             offload_kv_cache_to_gpu=self._kv_on_gpu(load),
