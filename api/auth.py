@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
-from api.errors import reply
+from api.errors import is_below, reply
 from shared import paths
 from shared.errors import ForbiddenHost, InvalidAPIKey, InvalidRequest, InvalidValue
 from shared.settings import is_loopback
@@ -21,13 +21,16 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({paths.HEALTHZ, paths.READYZ})
+# The page and the document say nothing of the pool; anybody can read them in the source.
+OPEN_PATHS = frozenset({paths.HEALTHZ, paths.READYZ, paths.ROOT, paths.DOCS, paths.OPENAPI})
+
+KEY_PATHS = (paths.MESSAGES, "/v1/models")  # where clients of Anthropic's API send the token as X-API-Key
 
 
 class Auth:
     """Middleware that refuses requests without authorization.
 
-    If tokens are configured, all paths except the health checks require one.  Tokens are compared as digests in
+    If tokens are configured, all paths except those in OPEN_PATHS require one.  Tokens are compared as digests in
     constant time and never logged.  Without tokens, and if the API listens on loopback only, the Host header must name
     loopback: otherwise a web page could make a browser send requests under the name of its own site (DNS rebinding).
     """
@@ -39,13 +42,14 @@ class Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            error = self._refusal(Headers(scope=scope), scope["path"] in OPEN_PATHS)
+            error = self._refusal(Headers(scope=scope), scope["path"])
             if error is not None:
-                await reply(error)(scope, receive, send)
+                await reply(error, scope["path"])(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    def _refusal(self, headers: Headers, is_open: bool) -> InvalidRequest | None:
+    def _refusal(self, headers: Headers, path: str) -> InvalidRequest | None:
+        is_open = path in OPEN_PATHS
         hosts = headers.getlist("host")
         if len(hosts) > 1:  # RFC 9112, 3.2: a proxy in front may have checked another one
             return InvalidValue(f"'Host': expected one header, got {len(hosts)}.", param="Host")
@@ -55,16 +59,28 @@ class Auth:
                 "The Host header must be a loopback name, such as localhost or 127.0.0.1. "
                 "To allow other names, configure API tokens."
             )
-        problem = self._problem(headers.get("authorization")) if self.digests and not is_open else None
-        return None if problem is None else InvalidAPIKey(problem)
+        if is_open or not self.digests:
+            return None
+        takes_key = is_below(path, KEY_PATHS)
+        sent = _sent(headers, takes_key)
+        if not sent:
+            also = " or 'X-API-Key: TOKEN'" if takes_key else ""
+            return InvalidAPIKey(f"A bearer token is required: send the header 'Authorization: Bearer TOKEN'{also}.")
+        if not any(self._is_known(token) for token in sent):
+            return InvalidAPIKey("The bearer token is invalid.")
+        return None
 
-    def _problem(self, authorization: str | None) -> str | None:
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            return "A bearer token is required: send the header 'Authorization: Bearer TOKEN'."
-        digest = hashlib.sha256(token.strip().encode("latin-1")).digest()
+    def _is_known(self, token: str) -> bool:
+        digest = hashlib.sha256(token.encode("latin-1")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self.digests]
-        return None if any(matches) else "The bearer token is invalid."
+        return any(matches)
+
+
+def _sent(headers: Headers, takes_key: bool) -> list[str]:
+    """Return the tokens that a client sent."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    key = headers.get("x-api-key", "") if takes_key else ""
+    return [sent for sent in (token.strip() if scheme.lower() == "bearer" else "", key.strip()) if sent]
 
 
 @lru_cache(maxsize=256)  # clients send few different ones

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, assert_never
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -11,6 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Match
 
+from api.anthropic import errors as anthropic
+from api.openai import errors as openai
 from shared import paths
 from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError, UnsupportedEncoding
 from shared.store.connection import UNAVAILABLE
@@ -34,29 +36,65 @@ STATUS: dict[str, int] = {
     "model_load_failed/load_cancelled": 409,
     "service_unavailable": 503,
     "internal_error": 500,
+    "not_implemented": 501,
 }
+Family = Literal["native", "openai", "anthropic"]
+OPENAI = ("/v1", "/api/v0", "/rerank", "/reranking", "/tokenize", "/detokenize", "/apply-template")
 
 
 class ErrorReply(Struct, frozen=True):
+    """The reply to a request that failed."""
+
     error: ErrorBody
 
 
+def family_of(path: str) -> Family:
+    """Return the form that errors have at a path.  Clients parse them there, so an unknown path has a form as well."""
+    if is_below(path, (paths.MESSAGES,)):
+        return "anthropic"
+    return "openai" if is_below(path, OPENAI) else "native"
+
+
+def is_below(path: str, roots: tuple[str, ...]) -> bool:
+    """Return whether a path is one of `roots` or below one."""
+    return any(path == root or path.startswith(f"{root}/") for root in roots)
+
+
 def status_of(body: ErrorBody) -> int:
+    """Return the status of an error.  Anthropic's form has another one for some."""
     specific = "" if body.code is UNSET else f"{body.type}/{body.code}"
     return STATUS.get(specific, STATUS[body.type])
 
 
-def reply(error: ServiceError, headers: dict[str, str] | None = None) -> Response:
-    body = error.body()
+def shaped(
+    body: ErrorBody, path: str
+) -> tuple[int, ErrorReply | openai.OpenAIErrorReply | anthropic.AnthropicErrorReply]:
+    """Return the status and the body of the reply with an error at a path."""
     status = status_of(body)
+    match family_of(path):
+        case "native":
+            return status, ErrorReply(body)
+        case "openai":
+            return status, openai.translated(body, status)
+        case "anthropic":
+            return anthropic.translated(body, status)
+        case family:
+            assert_never(family)
+
+
+def reply(error: ServiceError, path: str, headers: dict[str, str] | None = None) -> Response:
+    """Return the reply with an error at a path."""
+    status, body = shaped(error.body(), path)
     extra = dict(headers or {})
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
+    if status == 501:  # the client libraries of OpenAI and Anthropic repeat other requests with a status from 500 on
+        extra["X-Should-Retry"] = "false"
     if isinstance(error, UnsupportedEncoding):
         extra["Accept-Encoding"] = "identity"
     if error.retry_after_s is not None:
         extra["Retry-After"] = str(error.retry_after_s)
-    return Response(msgspec.json.encode(ErrorReply(body)), status, extra, media_type="application/json")
+    return Response(msgspec.json.encode(body), status, extra, media_type="application/json")
 
 
 async def on_service_error(request: Request, exc: Exception) -> Response:
@@ -66,18 +104,19 @@ async def on_service_error(request: Request, exc: Exception) -> Response:
         body = exc.body()
         code = {} if body.code is UNSET else {"code": body.code}
         log.get("api").info("load request failed", action="load_failed", status=status_of(body), type=body.type, **code)
-    return reply(exc)
+    return reply(exc, request.scope["path"])
 
 
 async def on_http_exception(request: Request, exc: Exception) -> Response:
     """Reply to Starlette's 404 and 405 in the common form.  A 405 names the methods of all routes with this path."""
     assert isinstance(exc, HTTPException)
-    message = f"Unexpected endpoint or method. ({request.method} {request.url.path})"
+    path = request.scope["path"]
+    message = f"Unexpected endpoint or method. ({request.method} {path})"
     if exc.status_code != 405:
-        return reply(NotFound(message))
+        return reply(NotFound(message), path)
     routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
     allowed = sorted({method for route in routes for method in route.methods})
-    return reply(MethodNotAllowed(message), {"Allow": ", ".join(allowed)})
+    return reply(MethodNotAllowed(message), path, {"Allow": ", ".join(allowed)})
 
 
 async def on_disconnect(request: Request, exc: Exception) -> Response:
@@ -91,12 +130,13 @@ async def on_unavailable(request: Request, exc: Exception) -> Response:
     The request may have taken effect nevertheless; idempotency keys make it safe to send a load again.
     """
     log.get("api").warning("redis unavailable", action="redis_unavailable", error=str(exc), path=request.url.path)
-    return reply(QueueUnavailable("The queue (Redis) is unavailable. Try again shortly."))
+    error = QueueUnavailable("The queue (Redis) is unavailable. Try again shortly.")
+    return reply(error, request.scope["path"])
 
 
 async def on_unexpected(request: Request, exc: Exception) -> Response:
     """Reply to an unexpected exception without its details; Starlette raises it again, so that it is logged."""
-    return reply(ServiceError("Internal error. See the server log for details."))
+    return reply(ServiceError("Internal error. See the server log for details."), request.scope["path"])
 
 
 HANDLERS: dict[Any, Any] = {

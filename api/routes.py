@@ -11,9 +11,10 @@ from typing import Any, TypeVar, get_args
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from api import unserved
 from api.decode import decode, read_body
 from api.headers import (
     FIRST,
@@ -153,6 +154,10 @@ async def metrics(request: Request[State]) -> Response:
     return Response(await scraped(request.state["counters"], request.state["tally"]), media_type=CONTENT_TYPE)
 
 
+async def root(request: Request[State]) -> Response:
+    return RedirectResponse(paths.DOCS)
+
+
 ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.JOB, one_job, methods=["GET"]),
     Route(paths.MODELS, models, methods=["GET"]),
@@ -169,6 +174,8 @@ ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.METRICS, metrics, methods=["GET"]),
     Route(paths.OPENAPI, openapi_json, methods=["GET"]),
     Route(paths.DOCS, docs_page, methods=["GET"]),
+    Route(paths.ROOT, root, methods=["GET"], include_in_schema=False),
+    *unserved.ROUTES,
 ]
 
 

@@ -136,6 +136,12 @@ class MethodNotAllowed(ServiceError):
     type = "method_not_allowed"
 
 
+class NotImplementedYet(ServiceError):
+    """The path belongs to a supported API, but this version does not serve it yet."""
+
+    type = "not_implemented"
+
+
 class ModelNotFound(ServiceError):
     """There is no model with this key, or no instance with this id."""
 

@@ -7,11 +7,12 @@ from functools import cache
 from typing import Any, get_args
 
 import msgspec
+from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from api.auth import OPEN_PATHS
-from api.errors import ErrorReply, status_of
+from api.errors import ErrorReply, shaped, status_of
 from api.openapi import page
 from api.openapi.operations import (
     EXAMPLES,
@@ -30,12 +31,14 @@ from shared.errors import ErrorBody, LoadFailure, ServiceError
 from shared.schema.http import LoadEvent
 
 INTRO = """\
-Loads GGUF models into memory on request. All errors have the same form: an object `error` with `type`, `message` and,
-if applicable, `code`, `param` and `detail`. Programs should use `type` and `code`, which never change."""
+Loads GGUF models into memory on request. All errors below `/api/v1` have the same form: an object `error` with `type`,
+`message` and, if applicable, `code`, `param` and `detail`. Below `/v1` and `/api/v0` they have the form of OpenAI's \
+API, and below `/v1/messages` that of Anthropic's. Programs should use `type` and `code`, which never change."""
 
 WITH_RETRY_AFTER = {
     status_of(ErrorBody(type=kind.type, message="")) for kind in (errors.TooManyRequests, errors.ServiceUnavailable)
 }
+EVERY_PATH = "/api/v1"  # as an example of all
 EVERYWHERE = (errors.InvalidValue, errors.InvalidAPIKey, errors.ForbiddenHost, ServiceError)
 
 
@@ -56,8 +59,9 @@ def document() -> dict[str, Any]:
         "components": {
             "schemas": schemas,
             "responses": {
-                "NotFound": _errors([errors.NotFound], 404),
-                "MethodNotAllowed": _errors([errors.MethodNotAllowed], 405),
+                "NotFound": _errors([errors.NotFound], 404, EVERY_PATH),
+                "MethodNotAllowed": _errors([errors.MethodNotAllowed], 405, EVERY_PATH),
+                "NotImplemented": _errors([errors.NotImplementedYet], 501, EVERY_PATH),
             },
             "securitySchemes": {
                 "bearer": {
@@ -85,10 +89,10 @@ def _operation(path: str, operation: Operation) -> dict[str, Any]:
     kinds = [kind for kind in EVERYWHERE if kind is not errors.InvalidAPIKey or path not in OPEN_PATHS]
     for kind in (*operation.errors, *kinds):
         for body in bodies(kind):
-            listed = by_status.setdefault(status_of(body), [])
+            listed = by_status.setdefault(shaped(body, path)[0], [])
             if kind not in listed:
                 listed.append(kind)
-    replies |= {status: _errors(kinds, status) for status, kinds in by_status.items()}
+    replies |= {status: _errors(kinds, status, path) for status, kinds in by_status.items()}
     described["responses"] = {str(status): reply for status, reply in sorted(replies.items())}
     return described
 
@@ -111,23 +115,24 @@ def bodies(kind: type[ServiceError]) -> list[ErrorBody]:
     return [ErrorBody(type=kind.type, message="", code=code) for code in codes]
 
 
-def _errors(kinds: Sequence[type[ServiceError]], status: int) -> dict[str, Any]:
-    """Describe the reply with a status, which has one of these errors."""
+def _errors(kinds: Sequence[type[ServiceError]], status: int, path: str) -> dict[str, Any]:
+    """Describe the reply with a status at a path, which has one of these errors."""
     lines, shapes, headers = [], [], ["WWW-Authenticate"] if status == 401 else []
     more_headers = ["Accept-Encoding"] if errors.UnsupportedEncoding in kinds else []
     for kind in kinds:
-        here = [body for body in bodies(kind) if status_of(body) == status]
-        codes = ", ".join(f"`{body.code}`" for body in here if body.code)
+        replies = [reply for here, reply in (shaped(body, path) for body in bodies(kind)) if here == status]
+        codes = ", ".join(f"`{reply.error.code}`" for reply in replies if reply.error.code)
         meaning = "An internal error. See the server log for details." if kind is ServiceError else kind.__doc__
-        lines.append(f"`{kind.type}`" + (f" / {codes}" if codes else "") + f": {meaning}")
-        for body in here:
-            named = {"type": {"const": body.type}} | ({"code": {"const": body.code}} if body.code else {})
+        lines.append(f"`{replies[0].error.type}`" + (f" / {codes}" if codes else "") + f": {meaning}")
+        for reply in replies:
+            named: dict[str, Any] = {"type": {"const": reply.error.type}}
+            named |= {} if reply.error.code is UNSET else {"code": {"const": reply.error.code}}
             shapes.append({"properties": named, "required": list(named)})
     if status in WITH_RETRY_AFTER:
         headers.append("Retry-After")
     narrowed = {"properties": {"error": {"anyOf": shapes}}}
-    reply = _reply(Reply(description="\n".join(lines), headers=tuple(headers), more_headers=tuple(more_headers)))
-    return reply | {"content": {JSON: {"schema": {"allOf": [schema_of(ErrorReply), narrowed]}}}}
+    described = _reply(Reply(description="\n".join(lines), headers=tuple(headers), more_headers=tuple(more_headers)))
+    return described | {"content": {JSON: {"schema": {"allOf": [schema_of(type(replies[0])), narrowed]}}}}
 
 
 def _types() -> list[Any]:

@@ -25,16 +25,23 @@ MUTANTS = (
     Mutant(
         "a wrong token is refused",
         "api/auth.py",
-        "return None if any(matches) else",
-        "return None if True else",
+        "return any(matches)",
+        "return True",
         (f"{UNIT}auth.py",),
     ),
     Mutant(
-        "only /healthz and /readyz need no token",
+        "only the health checks and the page need no token",
         "api/auth.py",
-        "frozenset({paths.HEALTHZ, paths.READYZ})",
-        "frozenset({paths.HEALTHZ, paths.READYZ, paths.METRICS})",
+        "frozenset({paths.HEALTHZ, paths.READYZ,",
+        "frozenset({paths.HEALTHZ, paths.METRICS, paths.READYZ,",
         (f"{UNIT}auth.py", f"{ACCEPTANCE}metrics.py"),
+    ),
+    Mutant(
+        "an error has the form of its API",
+        "api/errors.py",
+        "if is_below(path, (paths.MESSAGES,)):",
+        "if False:",
+        (f"{UNIT}errors.py",),
     ),
     Mutant(
         "without tokens the Host header must name loopback",

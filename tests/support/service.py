@@ -375,6 +375,15 @@ def error(reply: Reply, status: int, kind: str, code: str | None = None, param: 
     return fields
 
 
+def openai_error(reply: Reply, status: int, kind: str, code: str | None, param: str | None = None) -> str:
+    """Check that a reply is this error in the form of OpenAI's API, which has all fields; return its message."""
+    assert reply.status == status, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    (fields,) = reply.json().values()
+    assert fields == {"message": fields["message"], "type": kind, "param": param, "code": code}
+    return str(fields["message"])
+
+
 @contextmanager
 def meanwhile(function: Callable[..., T], *args: object, **fields: object) -> Iterator[Future[T]]:
     """Call a function in a thread during the block; yield its future."""

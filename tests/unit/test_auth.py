@@ -105,9 +105,45 @@ def test_only_a_bearer_token_gives_access(value: bytes) -> None:
     assert status == (204 if scheme.lower() == b"bearer" and rest.strip() == token else 401)
 
 
-@pytest.mark.parametrize(("path", "status"), [("/healthz", 204), ("/readyz", 204), ("/healthz/", 401), ("/", 401)])
-async def test_health_needs_no_token(path: str, status: int) -> None:
-    assert (await call(tokens=frozenset({b"secret"}), path=path))[0] == status
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/docs", "/openapi.json"])
+async def test_health_and_documents_need_no_token(path: str) -> None:
+    assert (await call(tokens=frozenset({b"secret"}), path=path))[0] == 204
+    assert (await call((b"host", b"evil.com"), path=path))[0] == 403
+
+
+@pytest.mark.parametrize("path", ["/healthz/", "/docs/", "//", "/metrics", "/docs/x", "/v1/models", "/v1/messages"])
+async def test_all_other_paths_need_a_token(path: str) -> None:
+    assert (await call(tokens=frozenset({b"secret"}), path=path))[0] == 401
+
+
+KEYED = ["/v1/messages", "/v1/messages/count_tokens", "/v1/models", "/v1/models/acme/tiny"]
+
+
+@pytest.mark.parametrize("path", KEYED)
+async def test_a_token_may_be_sent_as_an_api_key(path: str) -> None:
+    """Anthropic's clients send `X-API-Key`, and some send both headers, one of them with a placeholder."""
+    key, wrong = (b"x-api-key", b"secret"), (b"x-api-key", b"wrong")
+    tokens = frozenset({b"another", b"secret"})
+    for headers in ([key], [key, bearer(b"Bearer wrong")], [wrong, bearer(b"Bearer secret")], [key, bearer(b"")]):
+        assert (await call(*headers, tokens=tokens, path=path))[0] == 204
+    for headers in ([wrong], [(b"x-api-key", b"")], [wrong, bearer(b"Bearer wrong")], []):
+        status, error, answer = await call(*headers, tokens=tokens, path=path)
+        assert (status, answer[b"www-authenticate"]) == (401, b"Bearer")
+        assert "secret" not in error["message"]
+    assert "or 'X-API-Key: TOKEN'" in error["message"]
+
+
+@pytest.mark.parametrize("path", [PATH, "/api/v0/models", "/v1/chat/completions", "/v1/models2"])
+async def test_other_paths_take_no_api_key(path: str) -> None:
+    assert (await call((b"x-api-key", b"secret"), tokens=frozenset({b"secret"}), path=path))[0] == 401
+
+
+async def test_a_refusal_has_the_form_of_its_api() -> None:
+    tokens = frozenset({b"secret"})
+    message = "A bearer token is required: send the header 'Authorization: Bearer TOKEN'."
+    openai = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_api_key"}
+    assert (await call(tokens=tokens, path="/v1/embeddings"))[1] == openai
+    assert (await call(tokens=tokens, path="/v1/messages"))[1]["type"] == "authentication_error"
 
 
 async def test_a_token_is_accepted_with_any_host_name() -> None:

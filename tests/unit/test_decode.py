@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from api.decode import MAX_BODY_BYTES, decode, read_body
 from api.errors import reply
+from shared import paths
 from shared.errors import (
     BodyTooLarge,
     InvalidJSON,
@@ -72,7 +73,7 @@ def is_decided(body: bytes) -> None:
                 "invalid_type",
                 "invalid_value",
             }
-            assert msgspec.json.decode(reply(e).body)["error"]["message"] == str(e)  # noqa: PT017
+            assert msgspec.json.decode(reply(e, paths.LOAD).body)["error"]["message"] == str(e)  # noqa: PT017
         else:
             assert isinstance(decoded, kind)
             assert msgspec.msgpack.decode(msgspec.msgpack.encode(decoded), type=kind) == decoded
@@ -349,7 +350,7 @@ async def test_a_compressed_body_is_not_read(encodings: tuple[str, ...]) -> None
     with pytest.raises(UnsupportedEncoding, match="must not be compressed") as caught:
         await read_body(http_request)
     assert rest
-    answer = reply(caught.value)
+    answer = reply(caught.value, paths.LOAD)
     assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "identity")
 
 

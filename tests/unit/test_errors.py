@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
+import httpx
 import msgspec
 import pytest
 from msgspec import UNSET
 
-from api.errors import STATUS, reply, status_of
-from shared import errors
+from api.app import create_app
+from api.errors import STATUS, family_of, reply, status_of
+from api.unserved import UNSERVED
+from shared import errors, paths
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, ServiceError
+from shared.settings import Settings
 
 CONTRACT = {
     ("invalid_request", None): 400,
@@ -44,6 +49,7 @@ CONTRACT = {
     ("service_unavailable", "no_worker"): 503,
     ("service_unavailable", "queue_unavailable"): 503,
     ("internal_error", None): 500,
+    ("not_implemented", None): 501,
 }
 
 
@@ -105,7 +111,7 @@ def test_a_failed_load_names_its_model_and_the_reason(type_: str, noun: str) -> 
 
 @pytest.mark.parametrize("error", instances(), ids=lambda error: type(error).__name__)
 def test_every_error_has_the_same_shape_on_the_wire(error: ServiceError) -> None:
-    response = reply(error)
+    response = reply(error, paths.LOAD)
     document = msgspec.json.decode(response.body)
     assert set(document) == {"error"}
     assert set(document["error"]) <= {"type", "message", "code", "param", "detail"}
@@ -113,3 +119,113 @@ def test_every_error_has_the_same_shape_on_the_wire(error: ServiceError) -> None
     assert response.status_code == status_of(error.body())
     assert ("www-authenticate" in response.headers) == (response.status_code == 401)
     assert ("retry-after" in response.headers) == (response.status_code in (429, 503))
+
+
+# ---- the forms of other APIs
+
+OPENAI = {  # (status, type, code) of our errors; the first ones are those of the documented table
+    ("invalid_request", "invalid_value"): (400, "invalid_request_error", "invalid_value"),
+    ("invalid_request", "invalid_api_key"): (401, "invalid_request_error", "invalid_api_key"),
+    ("invalid_request", "forbidden_host"): (403, "permission_error", "forbidden_host"),
+    ("model_not_found", None): (404, "invalid_request_error", "model_not_found"),
+    ("not_found", None): (404, "invalid_request_error", None),
+    ("method_not_allowed", None): (405, "invalid_request_error", "method_not_supported"),
+    ("invalid_request", "body_too_large"): (413, "invalid_request_error", "request_too_large"),
+    ("too_many_requests", "queue_full"): (429, "rate_limit_error", "queue_full"),
+    ("internal_error", None): (500, "server_error", None),
+    ("not_implemented", None): (501, "not_supported_error", "not_implemented"),
+    ("service_unavailable", "queue_unavailable"): (503, "unavailable_error", "queue_unavailable"),
+}
+ANTHROPIC = {
+    ("invalid_request", "invalid_value"): (400, "invalid_request_error", "invalid_value"),
+    ("invalid_request", "invalid_api_key"): (401, "authentication_error", "invalid_api_key"),
+    ("invalid_request", "forbidden_host"): (403, "permission_error", "forbidden_host"),
+    ("model_not_found", None): (404, "not_found_error", None),
+    ("not_found", None): (404, "not_found_error", None),
+    ("method_not_allowed", None): (405, "invalid_request_error", None),
+    ("invalid_request", "body_too_large"): (413, "request_too_large", "body_too_large"),
+    ("too_many_requests", "queue_full"): (429, "rate_limit_error", "queue_full"),
+    ("internal_error", None): (500, "api_error", None),
+    ("not_implemented", None): (501, "api_error", "not_implemented"),
+    ("service_unavailable", "queue_unavailable"): (529, "overloaded_error", "queue_unavailable"),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "family"),
+    [
+        ("/", "native"),
+        ("/v1", "openai"),
+        ("/v1/", "openai"),
+        ("/v1/models/acme/tiny", "openai"),
+        ("/v1/nothing", "openai"),
+        ("/v10/models", "native"),
+        ("/api/v0/models", "openai"),
+        ("/api/v0", "openai"),
+        ("/api/v1/models", "native"),
+        ("/v1/messages", "anthropic"),
+        ("/v1/messages/count_tokens", "anthropic"),
+        ("/v1/messages/nothing", "anthropic"),
+        ("/v1/messages2", "openai"),
+        ("/rerank", "openai"),
+        ("/tokenize", "openai"),
+    ],
+)
+def test_a_path_tells_the_form_of_its_errors(path: str, family: str) -> None:
+    assert family_of(path) == family
+
+
+def sent(error: ServiceError, path: str) -> tuple[int, dict[str, Any], Any]:
+    """Return the status, the error and the whole body of the reply at a path."""
+    response = reply(error, path)
+    body = msgspec.json.decode(response.body)
+    assert ("retry-after" in response.headers) == (response.status_code in (429, 503, 529))
+    assert ("www-authenticate" in response.headers) == (response.status_code == 401)
+    assert response.headers.get("x-should-retry") == ("false" if response.status_code == 501 else None)
+    return response.status_code, body["error"], body
+
+
+@pytest.mark.parametrize("error", instances(), ids=lambda error: type(error).__name__)
+def test_every_error_has_openais_form_below_v1(error: ServiceError) -> None:
+    status, fields, body = sent(error, "/v1/models")
+    assert list(body) == ["error"]
+    assert set(fields) == {"message", "type", "param", "code"}, "all of them: clients read them without a check"
+    assert fields["message"] == str(error)
+    ours = (error.body().type, None if error.code is UNSET else error.code)
+    assert (status, fields["type"], fields["code"]) == OPENAI.get(ours, (status, fields["type"], fields["code"]))
+    assert status == status_of(error.body())
+
+
+@pytest.mark.parametrize("error", instances(), ids=lambda error: type(error).__name__)
+def test_every_error_has_anthropics_form_below_messages(error: ServiceError) -> None:
+    status, fields, body = sent(error, "/v1/messages")
+    assert (set(body), body["type"]) == ({"type", "error"}, "error")
+    assert set(fields) - {"code"} == {"type", "message"}
+    assert fields["message"] == str(error)
+    ours = (error.body().type, None if error.code is UNSET else error.code)
+    expected = ANTHROPIC.get(ours, (status, fields["type"], fields.get("code")))
+    assert (status, fields["type"], fields.get("code")) == expected
+
+
+async def test_a_fault_has_the_form_of_its_path() -> None:
+    """Without its lifespan, the application lacks what these routes use."""
+    app = create_app(Settings(), asyncio.Event())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    message = "Internal error. See the server log for details."
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:1234") as http:
+        native = await http.get("/api/v1/models")
+    assert (native.status_code, native.json()) == (500, {"error": {"type": "internal_error", "message": message}})
+
+
+def test_the_tables_of_other_forms_name_errors_that_exist() -> None:
+    assert OPENAI.keys() <= bodies().keys()
+    assert ANTHROPIC.keys() <= bodies().keys()
+
+
+def test_the_param_of_an_error_is_kept() -> None:
+    assert sent(errors.InvalidValue("no", param="limit"), "/v1/models")[1]["param"] == "limit"
+    assert sent(errors.InvalidValue("no"), "/v1/models")[1]["param"] is None
+
+
+def test_no_unserved_route_is_listed_twice() -> None:
+    assert len(UNSERVED) == len(set(UNSERVED))

@@ -1,0 +1,43 @@
+"""Errors in the form of Anthropic's API."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+from shared.errors import ErrorBody
+
+OVERLOADED = 529
+# By status.  Other errors of the request are `invalid_request_error`, other errors of the server `api_error`.
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    OVERLOADED: "overloaded_error",
+}
+
+
+class AnthropicError(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An error in the form of Anthropic's API.  `code`, which Anthropic's errors lack, is that of our other errors."""
+
+    type: str
+    message: str
+    code: str | UnsetType = UNSET
+
+
+class AnthropicErrorReply(Struct, frozen=True, kw_only=True):
+    """The reply to a request that failed."""
+
+    type: Literal["error"] = "error"
+    error: AnthropicError
+
+
+def translated(body: ErrorBody, status: int) -> tuple[int, AnthropicErrorReply]:
+    """Return an error in this form and its status, which is `status` elsewhere."""
+    status = OVERLOADED if status == 503 else status
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    code = "not_implemented" if body.type == "not_implemented" else body.code
+    return status, AnthropicErrorReply(error=AnthropicError(type=kind, message=body.message, code=code))

@@ -1,0 +1,1 @@
+"""The routes and the forms of OpenAI's API."""

@@ -1,0 +1,55 @@
+"""The routes of the supported APIs that are not served yet.
+
+Without them these requests would get a 404, which clients take for an unknown model.
+"""
+
+from __future__ import annotations
+
+from typing import Never
+
+from starlette.requests import Request
+from starlette.routing import Route
+
+from shared.errors import NotImplementedYet
+
+UNSERVED = (
+    # ---- OpenAI
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/chat/completions/input_tokens"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/responses/input_tokens"),
+    ("GET", "/v1/responses/{response_id}"),
+    ("DELETE", "/v1/responses/{response_id}"),
+    ("POST", "/v1/responses/{response_id}/cancel"),
+    ("GET", "/v1/responses/{response_id}/input_items"),
+    # ---- Anthropic
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
+    # ---- LM Studio
+    ("POST", "/api/v1/chat"),
+    ("POST", "/api/v1/models/download"),
+    ("GET", "/api/v1/models/download/status/{job_id}"),
+    ("POST", "/api/v0/chat/completions"),
+    ("POST", "/api/v0/completions"),
+    ("POST", "/api/v0/embeddings"),
+    # ---- llama.cpp, Jina and vLLM
+    ("POST", "/v1/rerank"),
+    ("POST", "/v1/reranking"),
+    ("POST", "/rerank"),
+    ("POST", "/reranking"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("POST", "/apply-template"),
+)
+
+
+async def unserved(request: Request) -> Never:
+    raise NotImplementedYet(
+        f"{request.method} {request.scope['path']} is not implemented yet: this version of Loadstone loads, unloads "
+        "and lists models, and /docs describes everything that it serves."
+    )
+
+
+ROUTES = [Route(path, unserved, methods=[method], include_in_schema=False) for method, path in UNSERVED]
