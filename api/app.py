@@ -18,6 +18,7 @@ from api.loads.follow import Follower
 from api.loads.records import Records
 from api.loads.stop import Stopper
 from api.loads.submit import Intake
+from api.pool.ids import Ids
 from api.pool.listing import Listing
 from api.pool.metrics import Requests, hand_over
 from api.pool.roster import Roster
@@ -103,6 +104,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 follower=follower,
                 stopper=Stopper(store.instances, records, follower),
                 listing=Listing(roster, store.instances),
+                ids=Ids(roster, store.instances),
                 roster=roster,
                 workers=store.workers,
                 queue=store.queue,

@@ -24,7 +24,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 # The page and the document say nothing of the pool; anybody can read them in the source.
 OPEN_PATHS = frozenset({paths.HEALTHZ, paths.READYZ, paths.ROOT, paths.DOCS, paths.OPENAPI})
 
-KEY_PATHS = (paths.MESSAGES, "/v1/models")  # where clients of Anthropic's API send the token as X-API-Key
+KEY_PATHS = (paths.MESSAGES, paths.V1_MODELS)  # where clients of Anthropic's API send the token as X-API-Key
 
 
 class Auth:

@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from api import unserved
+from api.anthropic import models as anthropic
 from api.decode import decode, read_body
 from api.headers import (
     FIRST,
@@ -29,9 +30,11 @@ from api.headers import (
     preference,
     whole_number,
 )
+from api.lmstudio import models as lmstudio
 from api.loads.follow import settled
 from api.loads.jobs import is_over, job
 from api.loads.stream import EventStream, events
+from api.openai import models as openai
 from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import estimated
 from api.pool.metrics import CONTENT_TYPE, scraped
@@ -125,6 +128,34 @@ async def models(request: Request[State]) -> Response:
     return Response(await request.state["listing"].models(), media_type="application/json")
 
 
+async def v1_models(request: Request[State]) -> Response:
+    """Return the ids in OpenAI's form, or in Anthropic's to a client that sends what only Anthropic's API has."""
+    entries = await request.state["ids"].all()
+    if not _is_anthropic(request):
+        return _json(openai.OpenAIModelList(data=[openai.listed(entry) for entry in entries]))
+    query = request.query_params
+    limit = whole_number(query, "limit", anthropic.MOST_MODELS, lowest=1, highest=anthropic.MOST_MODELS)
+    return _json(anthropic.page(entries, limit, query.get("after_id"), query.get("before_id")))
+
+
+async def v1_model(request: Request[State]) -> Response:
+    entry = await request.state["ids"].one(request.path_params["model_id"])
+    return _json(anthropic.listed(entry) if _is_anthropic(request) else openai.listed(entry))
+
+
+def _is_anthropic(request: Request[State]) -> bool:
+    return "anthropic-version" in request.headers or "limit" in request.query_params
+
+
+async def v0_models(request: Request[State]) -> Response:
+    entries = await request.state["ids"].all()
+    return _json(lmstudio.LegacyModelList(data=[lmstudio.listed(entry) for entry in entries]))
+
+
+async def v0_model(request: Request[State]) -> Response:
+    return _json(lmstudio.listed(await request.state["ids"].one(request.path_params["model_id"])))
+
+
 async def workers(request: Request[State]) -> Response:
     return _json(WorkerList(workers=await request.state["listing"].workers()))
 
@@ -158,6 +189,13 @@ async def root(request: Request[State]) -> Response:
     return RedirectResponse(paths.DOCS)
 
 
+def _rest(path: str, endpoint: Callable[[Request[State]], Awaitable[Response]]) -> Route:
+    """Return a route whose placeholder takes the rest of the path, with the path as the document has it."""
+    route = Route(path.replace("}", ":path}"), endpoint, methods=["GET"])
+    route.path = path
+    return route
+
+
 ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.JOB, one_job, methods=["GET"]),
     Route(paths.MODELS, models, methods=["GET"]),
@@ -168,6 +206,10 @@ ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.JOB_EVENTS, job_events, methods=["GET"]),
     Route(paths.JOB_LOGS, job_logs, methods=["GET"]),
     Route(paths.UNLOAD, unload, methods=["POST"]),
+    Route(paths.V1_MODELS, v1_models, methods=["GET"]),
+    _rest(paths.V1_MODEL, v1_model),
+    Route(paths.V0_MODELS, v0_models, methods=["GET"]),
+    _rest(paths.V0_MODEL, v0_model),
     Route(paths.WORKERS, workers, methods=["GET"]),
     Route(paths.HEALTHZ, healthz, methods=["GET"]),
     Route(paths.READYZ, readyz, methods=["GET"]),

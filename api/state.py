@@ -9,6 +9,7 @@ from api.loads.follow import Follower
 from api.loads.records import Records
 from api.loads.stop import Stopper
 from api.loads.submit import Intake
+from api.pool.ids import Ids
 from api.pool.listing import Listing
 from api.pool.roster import Roster
 from api.replies import OpenReplies
@@ -26,6 +27,7 @@ class State(TypedDict):
     follower: Follower
     stopper: Stopper
     listing: Listing
+    ids: Ids
     roster: Roster
     workers: Workers
     queue: Queue

@@ -11,8 +11,11 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from api.anthropic.models import AnthropicModel, AnthropicModelList
 from api.auth import OPEN_PATHS
 from api.errors import ErrorReply, shaped, status_of
+from api.openai.errors import OpenAIErrorReply
+from api.openai.models import OpenAIModel, OpenAIModelList
 from api.openapi import page
 from api.openapi.operations import (
     EXAMPLES,
@@ -138,7 +141,8 @@ def _errors(kinds: Sequence[type[ServiceError]], status: int, path: str) -> dict
 def _types() -> list[Any]:
     replies = [reply for operation in OPERATIONS.values() for reply in operation.replies.values()]
     sent = [kind for reply in replies for kind in reply.content.values() if not isinstance(kind, dict)]
-    return [*EXAMPLES, *sent, LoadEvent, ErrorReply]
+    named = (OpenAIModel, OpenAIModelList, AnthropicModel, AnthropicModelList)  # in schemas of several types
+    return [*EXAMPLES, *sent, *named, LoadEvent, ErrorReply, OpenAIErrorReply]
 
 
 @cache

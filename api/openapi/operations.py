@@ -7,7 +7,10 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
+from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
+from api.lmstudio.models import LegacyModel, LegacyModelList
+from api.openai.models import OpenAIModel, OpenAIModelList
 from shared import errors, paths
 from shared.errors import ServiceError
 from shared.schema.http import (
@@ -34,6 +37,11 @@ def schema_of(kind: Any) -> dict[str, Any]:
     if isinstance(kind, dict):
         return kind
     return msgspec.json.schema_components([kind], schema_hook=anything, ref_template=REF)[0][0]
+
+
+def either(*kinds: type[Struct]) -> dict[str, Any]:
+    """Return the schema of a value of one of these types."""
+    return {"anyOf": [schema_of(kind) for kind in kinds]}
 
 
 def anything(kind: type) -> dict[str, Any]:
@@ -82,6 +90,34 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "in": "query",
         "description": f"Return at most this many loads. The maximum is {MOST_JOBS}; larger values are reduced to it.",
         "schema": {"type": "integer", "minimum": 1, "default": USUAL_JOBS},
+    },
+    "model_id": {
+        "in": "path",
+        "required": True,
+        "description": "Key of a model, or id of a loaded instance. It may have slashes, percent-encoded or not.",
+        "schema": {"type": "string"},
+    },
+    "limit of a page": {
+        "name": "limit",
+        "in": "query",
+        "description": "Reply in Anthropic's form, with at most this many ids. The maximum, and the default of clients "
+        f"that send `anthropic-version`, is {MOST_MODELS}; larger values are reduced to it.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "after_id": {
+        "in": "query",
+        "description": "In Anthropic's form: return the ids after this one.",
+        "schema": {"type": "string"},
+    },
+    "before_id": {
+        "in": "query",
+        "description": "In Anthropic's form: return the ids before this one.",
+        "schema": {"type": "string"},
+    },
+    "anthropic-version": {
+        "in": "header",
+        "description": "Reply in Anthropic's form. Any value is accepted.",
+        "schema": {"type": "string"},
     },
     "Prefer": {
         "in": "header",
@@ -142,6 +178,7 @@ IN_A_BODY = (
     errors.UnsupportedEncoding,
 )
 IN_A_PATH = (errors.JobNotFound, errors.NotFound)  # an id with a slash matches another path
+OF_AN_ID = (errors.ModelNotFound, errors.NotFound)  # an id with a line break matches no path
 EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by the schema of one event
     SSE: {
         "type": "object",
@@ -271,6 +308,36 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="List the available models and their loaded instances",
         replies={200: Reply(description="The models of all live workers.", content={JSON: ModelList})},
         errors=(errors.QueueUnavailable,),
+    ),
+    ("GET", paths.V1_MODELS): Operation(
+        name="list_ids",
+        summary="List the models as OpenAI's API does",
+        description="Lists each key that can be loaded, embedding models included, and the ids of loaded instances "
+        "that differ from it. Clients of Anthropic's API get its form.",
+        parameters=("anthropic-version", "limit of a page", "after_id", "before_id"),
+        replies={200: Reply(description="The ids.", content={JSON: either(OpenAIModelList, AnthropicModelList)})},
+        errors=(errors.InvalidType, errors.InvalidValue, errors.ModelNotFound, errors.QueueUnavailable),
+    ),
+    ("GET", paths.V1_MODEL): Operation(
+        name="get_id",
+        summary="Get one of these models",
+        parameters=("model_id", "anthropic-version"),
+        replies={200: Reply(description="The id.", content={JSON: either(OpenAIModel, AnthropicModel)})},
+        errors=(*OF_AN_ID, errors.QueueUnavailable),
+    ),
+    ("GET", paths.V0_MODELS): Operation(
+        name="list_legacy_models",
+        summary="List the models as LM Studio's older API does",
+        description="Lists the same ids as `GET /v1/models`.",
+        replies={200: Reply(description="The ids.", content={JSON: LegacyModelList})},
+        errors=(errors.QueueUnavailable,),
+    ),
+    ("GET", paths.V0_MODEL): Operation(
+        name="get_legacy_model",
+        summary="Get one of these models",
+        parameters=("model_id",),
+        replies={200: Reply(description="The id.", content={JSON: LegacyModel})},
+        errors=(*OF_AN_ID, errors.QueueUnavailable),
     ),
     ("GET", paths.WORKERS): Operation(
         name="list_workers",

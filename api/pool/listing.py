@@ -86,9 +86,7 @@ class Listing:
         loaded: dict[str, list[LoadedInstance]] = {}
         gone = Gone(chain(self._key_of.keys(), self._key_of.values()))
         for instance in _oldest_first(live):
-            holder = self._roster.alive.get(instance.worker)
-            is_usable = instance.state is State.LOADED and holder is not None and holder.epoch == instance.epoch
-            if is_usable and instance.load_config is not None:
+            if is_usable(instance, self._roster) and instance.load_config is not None:
                 model = self._roster.model_of(instance)
                 if model is None or (key := self._key_of.get(model.full_key)) is None:
                     gone.add(instance, _loaded(instance, instance.load_config, model))
@@ -146,16 +144,8 @@ class Gone:
         self._found: list[tuple[Model, list[LoadedInstance]]] = []
 
     def add(self, instance: Instance, loaded: LoadedInstance) -> None:
-        """Add an instance to those of the same files.  The record of an older version does not describe its model."""
-        source = instance.source or Model(
-            key=instance.key,
-            base=instance.key,
-            variant="",
-            shards=[],
-            size_bytes=instance.total_size_bytes,
-            type=instance.type,
-            display_name=instance.model,
-        )
+        """Add an instance to those of the same files."""
+        source = source_of(instance)
         for model, others in self._found:
             if (model.shards, model.files, model.base) == (source.shards, source.files, source.base):
                 others.append(loaded)
@@ -172,6 +162,25 @@ class Gone:
             taken.add(key)
             models.append(msgspec.structs.replace(listed(model), key=key, loaded_instances=loaded))
         return models
+
+
+def is_usable(instance: Instance, roster: Roster) -> bool:
+    """Return whether an instance is loaded, by a worker that is alive."""
+    holder = roster.alive.get(instance.worker)
+    return instance.state is State.LOADED and holder is not None and holder.epoch == instance.epoch
+
+
+def source_of(instance: Instance) -> Model:
+    """Return the model of an instance as its record has it.  The record of an older version does not describe it."""
+    return instance.source or Model(
+        key=instance.key,
+        base=instance.key,
+        variant="",
+        shards=[],
+        size_bytes=instance.total_size_bytes,
+        type=instance.type,
+        display_name=instance.model,
+    )
 
 
 def _loaded(instance: Instance, config: LoadConfig, model: Model | None) -> LoadedInstance:

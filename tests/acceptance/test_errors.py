@@ -688,6 +688,11 @@ def check_all_unavailable(pool: Pool) -> None:
     """Check that each request that needs Redis is answered with queue_unavailable."""
     for send in (partial(pool.load, TINY), partial(pool.unload, TINY), partial(pool.send, "GET", LIST)):
         assert "Redis" in unavailable(send(), "queue_unavailable")
+    for path in ("/v1/models", f"/v1/models/{TINY}", "/api/v0/models", f"/api/v0/models/{TINY}"):
+        reply = pool.send("GET", path)
+        failure = reply.json()["error"]
+        assert (reply.status, failure["type"], failure["code"]) == (503, "unavailable_error", "queue_unavailable")
+        assert int(reply.headers["retry-after"]) > 0
     ready = pool.send("GET", "/readyz")
     assert (ready.status, ready.text) == (503, "Redis does not answer\n")
     assert pool.send("GET", "/healthz").status == 200

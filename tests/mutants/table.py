@@ -44,6 +44,13 @@ MUTANTS = (
         (f"{UNIT}errors.py",),
     ),
     Mutant(
+        "an instance with an id of its own can be asked",
+        "api/pool/ids.py",
+        'case "loaded":',
+        'case "loaded" if instance.instance_id in entries:',
+        (f"{ACCEPTANCE}lists.py",),
+    ),
+    Mutant(
         "without tokens the Host header must name loopback",
         "api/auth.py",
         "if self.check_host and not is_probe and not _names_loopback(",

@@ -213,8 +213,10 @@ async def test_a_fault_has_the_form_of_its_path() -> None:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     message = "Internal error. See the server log for details."
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:1234") as http:
-        native = await http.get("/api/v1/models")
+        native, openai = await http.get("/api/v1/models"), await http.get("/v1/models")
     assert (native.status_code, native.json()) == (500, {"error": {"type": "internal_error", "message": message}})
+    error = {"message": message, "type": "server_error", "param": None, "code": None}
+    assert (openai.status_code, openai.json()) == (500, {"error": error})
 
 
 def test_the_tables_of_other_forms_name_errors_that_exist() -> None:

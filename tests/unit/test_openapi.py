@@ -78,6 +78,19 @@ def test_the_document_has_every_error_with_its_status() -> None:
                     assert f"`{code or kind}`" in reply["description"]
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/{model_id}", "/api/v0/models", "/api/v0/models/{model_id}"])
+def test_the_document_has_openai_errors_where_they_are_sent(path: str) -> None:
+    replies = DOCUMENT["paths"][path]["get"]["responses"]
+    found = {(status, kind, code) for status, reply in replies.items() for kind, code in errors(reply)}
+    assert {("401", "invalid_request_error", "invalid_api_key"), ("500", "server_error", None)} <= found
+    assert ("503", "unavailable_error", "queue_unavailable") in found
+    assert (("404", "invalid_request_error", None) in found) == path.endswith("}")
+    for status, reply in replies.items():
+        if int(status) >= 400:
+            kind = reply["content"]["application/json"]["schema"]["allOf"][0]
+            assert kind == {"$ref": "#/components/schemas/OpenAIErrorReply"}
+
+
 @pytest.mark.parametrize(("method", "path"), sorted(ROUTED))
 def test_an_operation_has_security_parameters_and_body(method: str, path: str) -> None:
     operation = DOCUMENT["paths"][path][method.lower()]

@@ -1,0 +1,1 @@
+"""The forms of LM Studio's API before its version 1."""
