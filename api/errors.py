@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Meta, Struct
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -45,7 +45,7 @@ OPENAI = ("/v1", "/api/v0", "/rerank", "/reranking", "/tokenize", "/detokenize",
 class ErrorReply(Struct, frozen=True):
     """The reply to a request that failed."""
 
-    error: ErrorBody
+    error: Annotated[ErrorBody, Meta(description="The error.")]
 
 
 def family_of(path: str) -> Family:

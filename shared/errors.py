@@ -5,9 +5,9 @@ HTTP status codes are defined in `api.errors` only.  The docstrings of the error
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 LoadFailure = Literal[
     "invalid_model_file",
@@ -23,11 +23,11 @@ LoadFailure = Literal[
 class ErrorBody(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An error, as it is sent to clients and stored in the record of an instance."""
 
-    type: str
-    message: str
-    code: str | UnsetType = UNSET
-    param: str | UnsetType = UNSET
-    detail: dict[str, object] | UnsetType = UNSET
+    type: Annotated[str, Meta(description="Kind of the error, for programs.")]
+    message: Annotated[str, Meta(description="What was wrong and what would be right, for people.")]
+    code: Annotated[str | UnsetType, Meta(description="The error more precisely, for programs.")] = UNSET
+    param: Annotated[str | UnsetType, Meta(description="The field, parameter or header that is wrong.")] = UNSET
+    detail: Annotated[dict[str, object] | UnsetType, Meta(description="Numbers for programs.")] = UNSET
 
 
 class ServiceError(Exception):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from msgspec import UNSET, Struct
+from typing import Annotated
+
+from msgspec import UNSET, Meta, Struct
 
 from shared.errors import ErrorBody
 
@@ -26,16 +28,20 @@ CODES = {
 class OpenAIError(Struct, frozen=True, kw_only=True):
     """An error in the form of OpenAI's API.  It has all of its fields, since clients read them without a check."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    message: Annotated[str, Meta(description="What was wrong and what would be right, for people.")]
+    type: Annotated[str, Meta(description="Kind of the error, for programs.")]
+    param: Annotated[
+        str | None, Meta(description="The field, parameter or header that is wrong; null if there is none.")
+    ]
+    code: Annotated[
+        str | None, Meta(description="The error more precisely, for programs; null if `type` and the status tell all.")
+    ]
 
 
 class OpenAIErrorReply(Struct, frozen=True):
     """The reply to a request that failed."""
 
-    error: OpenAIError
+    error: Annotated[OpenAIError, Meta(description="The error.")]
 
 
 def translated(body: ErrorBody, status: int) -> OpenAIErrorReply:

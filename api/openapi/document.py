@@ -51,6 +51,8 @@ def document() -> dict[str, Any]:
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
     schemas = msgspec.json.schema_components(_types(), schema_hook=anything, ref_template=REF)[1]
+    for kind in get_args(LoadEvent):  # msgspec adds the field of the tag, without a description
+        schemas[kind.__name__]["properties"]["type"]["description"] = "Name of the event."
     for kind, example in EXAMPLES.items():
         schemas[kind.__name__] |= {"additionalProperties": False, "examples": [example]}
     return {

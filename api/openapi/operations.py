@@ -185,9 +185,17 @@ EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by 
         "description": "One event, whose name is the `type` of its data. The last event is either `model_load.end` or "
         "`error`. The stream also contains comment lines.",
         "properties": {
-            "id": {"type": "string"},
-            "event": {"enum": [kind.__struct_config__.tag for kind in get_args(LoadEvent)]},
-            "data": {"type": "string", "contentMediaType": JSON, "contentSchema": schema_of(LoadEvent)},
+            "id": {"type": "string", "description": "Id of the event, for `Last-Event-ID`."},
+            "event": {
+                "enum": [kind.__struct_config__.tag for kind in get_args(LoadEvent)],
+                "description": "Name of the event.",
+            },
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": schema_of(LoadEvent),
+                "description": "The event.",
+            },
         },
         "required": ["event", "data"],
     }

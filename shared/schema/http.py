@@ -1,7 +1,7 @@
 """The types of requests and replies over HTTP.
 
-Requests are decoded strictly: `api.decode` refuses unknown fields itself, because it must list all of them.  A request
-field carries its description in its type: /openapi.json, /docs and `loadstone load --help` show that text.
+Requests are decoded strictly: `api.decode` refuses unknown fields itself, because it must list all of them.  A field
+carries its description in its type: /openapi.json, /docs and, for a request, `loadstone load --help` show that text.
 """
 
 from __future__ import annotations
@@ -27,6 +27,30 @@ Ratio = Annotated[float, Meta(ge=0, le=1)]
 Name = Annotated[str, Meta(min_length=1)]
 Devices = Annotated[list[Name], Meta(min_length=1, max_length=64)]
 Ratios = Annotated[list[Annotated[float, Meta(ge=0, le=1_000_000)]], Meta(min_length=1, max_length=64)]
+
+# Fields of several types.
+InstanceId = Annotated[str, Meta(description="Id of the instance.")]
+SameId = Annotated[str, Meta(description="The same as `instance_id`: clients read one name or the other.")]
+JobId = Annotated[str, Meta(description="Id of the load.")]
+Outcome = Annotated[JobStatus, Meta(description="Outcome of the load so far.")]
+Progress = Annotated[
+    float,
+    Meta(
+        description="Share of the load that is done: 0 while it is queued, 1 once the model is loaded. It never "
+        "decreases."
+    ),
+]
+CurrentPhase = Annotated[Phase | None, Meta(description="What the load is doing; null before it begins.")]
+TotalBytes = Annotated[int, Meta(description="Size of the files of the model.")]
+LoadedBytes = Annotated[int, Meta(description="How much of the files is in memory.")]
+Rate = Annotated[
+    float | None,
+    Meta(
+        description="Bytes per second over the last seconds, or over the whole load once the model is loaded; null if "
+        "it is not known."
+    ),
+]
+Completion = Annotated[Moment | None, Meta(description="When the load will probably end; null if that is not known.")]
 
 
 class GPURequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -122,54 +146,72 @@ class UnloadRequest(Struct, frozen=True, kw_only=True):
 class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """The parameters in effect, read back from the loaded model and context (in tokens, sequences and experts)."""
 
-    context_length: int
-    eval_batch_size: int | UnsetType = UNSET
-    physical_batch_size: int | UnsetType = UNSET
-    parallel: int | UnsetType = UNSET
-    flash_attention: bool | UnsetType = UNSET
-    offload_kv_cache_to_gpu: bool | UnsetType = UNSET
-    num_experts: int | UnsetType = UNSET
+    context_length: Annotated[int, Meta(description="Size of the context in tokens.")]
+    eval_batch_size: Annotated[
+        int | UnsetType, Meta(description="Number of tokens evaluated in one batch. LLMs only.")
+    ] = UNSET
+    physical_batch_size: Annotated[
+        int | UnsetType, Meta(description="Number of tokens that the engine computes at once. LLMs only.")
+    ] = UNSET
+    parallel: Annotated[
+        int | UnsetType, Meta(description="Maximum number of sequences that share the context. LLMs only.")
+    ] = UNSET
+    flash_attention: Annotated[bool | UnsetType, Meta(description="Whether flash attention is used. LLMs only.")] = (
+        UNSET
+    )
+    offload_kv_cache_to_gpu: Annotated[
+        bool | UnsetType, Meta(description="Whether the KV cache is kept in GPU memory. LLMs only.")
+    ] = UNSET
+    num_experts: Annotated[
+        int | UnsetType, Meta(description="Number of experts used per token. Mixture-of-experts models only.")
+    ] = UNSET
 
 
 class LoadResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The reply to a load.  `instance_id` equals `model_instance_id`: clients read one name or the other."""
+    """The reply to a load."""
 
-    type: ModelType
-    model_instance_id: str
-    instance_id: str
-    load_time_seconds: float
-    status: Literal["loaded"]
-    load_config: LoadConfig | UnsetType = UNSET
+    type: Annotated[ModelType, Meta(description="Kind of the model.")]
+    model_instance_id: SameId
+    instance_id: InstanceId
+    load_time_seconds: Annotated[
+        float,
+        Meta(description="Time that the load took in the runner, without the queue and the start of the process."),
+    ]
+    status: Annotated[Literal["loaded"], Meta(description="Always `loaded`.")]
+    load_config: Annotated[
+        LoadConfig | UnsetType, Meta(description="The parameters in effect, if the request had `echo_load_config`.")
+    ] = UNSET
 
 
 class Job(Struct, frozen=True, kw_only=True):
-    """The state and the outcome of a load.  The status does not change when the instance is unloaded later.
+    """The state and the outcome of a load.  The status does not change when the instance is unloaded later."""
 
-    Sizes are in bytes.  `timing` holds the duration of each phase in seconds, and their sum as `total` once the load
-    has ended.  `evicted` lists the instances that were unloaded to make room.
-    """
-
-    job_id: str
-    status: JobStatus
-    model: str
-    instance_id: str
-    model_instance_id: str
-    worker: str
-    devices: list[str]
-    attempt: int
-    progress: float
-    phase: Phase | None
-    total_size_bytes: int
-    loaded_bytes: int
-    bytes_per_second: float | None
-    estimated_completion: Moment | None
-    created_at: Moment
-    started_at: Moment | None
-    completed_at: Moment | None
-    timing: dict[str, float]
-    evicted: list[str]
-    result: LoadResult | None
-    error: ErrorBody | None
+    job_id: JobId
+    status: Outcome
+    model: Annotated[str, Meta(description="Key of the model, as requested.")]
+    instance_id: InstanceId
+    model_instance_id: SameId
+    worker: Annotated[str, Meta(description="Name of the worker that has the load.")]
+    devices: Annotated[
+        list[str], Meta(description="Ids of the devices that the load uses; empty before the worker has placed it.")
+    ]
+    attempt: Annotated[int, Meta(description="Number of this attempt: a load whose worker dies is tried again.")]
+    progress: Progress
+    phase: CurrentPhase
+    total_size_bytes: TotalBytes
+    loaded_bytes: LoadedBytes
+    bytes_per_second: Rate
+    estimated_completion: Completion
+    created_at: Annotated[Moment, Meta(description="When the load was accepted.")]
+    started_at: Annotated[Moment | None, Meta(description="When the worker began the load; null before.")]
+    completed_at: Annotated[Moment | None, Meta(description="When the load ended; null before.")]
+    timing: Annotated[
+        dict[str, float],
+        Meta(description="Duration of each phase in seconds, and their sum as `total` once the load has ended."),
+    ]
+    evicted: Annotated[list[str], Meta(description="Ids of the instances that were unloaded to make room.")]
+    result: Annotated[LoadResult | None, Meta(description="The reply to the load; null unless the model was loaded.")]
+    error: Annotated[ErrorBody | None, Meta(description="Why the load failed; null unless it failed or was cancelled.")]
 
     def event(self) -> LoadEvent:
         """Return the event that describes the current state of this job."""
@@ -196,168 +238,190 @@ class Job(Struct, frozen=True, kw_only=True):
 
 
 class JobList(Struct, frozen=True, kw_only=True):
-    jobs: list[Job]
+    """Recent loads."""
+
+    jobs: Annotated[list[Job], Meta(description="The loads, newest first.")]
 
 
 class LoadStart(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.start"):
     """The first event of a load: the load was accepted."""
 
-    model_instance_id: str
-    job_id: str
+    model_instance_id: InstanceId
+    job_id: JobId
 
 
 class LoadProgress(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.progress"):
     """The progress of a load.  The fields are those of the job."""
 
-    model_instance_id: str
-    job_id: str
-    status: JobStatus
-    progress: float
-    phase: Phase | None
-    total_size_bytes: int
-    loaded_bytes: int
-    bytes_per_second: float | None
-    estimated_completion: Moment | None
+    model_instance_id: InstanceId
+    job_id: JobId
+    status: Outcome
+    progress: Progress
+    phase: CurrentPhase
+    total_size_bytes: TotalBytes
+    loaded_bytes: LoadedBytes
+    bytes_per_second: Rate
+    estimated_completion: Completion
 
 
 class LoadEnd(Struct, frozen=True, kw_only=True, tag_field="type", tag="model_load.end"):
     """The last event of a successful load."""
 
-    model_instance_id: str
-    job_id: str
-    load_time_seconds: float
-    result: LoadResult
+    model_instance_id: InstanceId
+    job_id: JobId
+    load_time_seconds: Annotated[float, Meta(description="Time that the load took in the runner.")]
+    result: Annotated[LoadResult, Meta(description="The reply to the load.")]
 
 
 class LoadError(Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
     """The last event of a load that failed or was cancelled."""
 
-    error: ErrorBody
+    error: Annotated[ErrorBody, Meta(description="Why the load failed.")]
 
 
 LoadEvent = LoadStart | LoadProgress | LoadEnd | LoadError
 
 
 class UnloadResult(Struct, frozen=True, kw_only=True):
-    instance_id: str
+    """The reply to an unload."""
+
+    instance_id: Annotated[str, Meta(description="Id of the instance that was unloaded.")]
 
 
 class EstimatedDevice(Struct, frozen=True, kw_only=True):
     """The memory that a load would use on a device, and the memory that is available for loads there."""
 
-    id: str
-    worker: str
-    weights_bytes: int
-    context_bytes: int
-    compute_bytes: int
-    total_bytes: int
-    free_bytes: int
+    id: Annotated[str, Meta(description="Id of the device.")]
+    worker: Annotated[str, Meta(description="Name of the worker of the device.")]
+    weights_bytes: Annotated[int, Meta(description="What the weights would take.")]
+    context_bytes: Annotated[int, Meta(description="What the context (the KV cache) would take.")]
+    compute_bytes: Annotated[int, Meta(description="What the buffers of the computation would take.")]
+    total_bytes: Annotated[int, Meta(description="The sum of these.")]
+    free_bytes: Annotated[int, Meta(description="What loads may be given on this device now.")]
 
 
 class EstimateResult(Struct, frozen=True, kw_only=True):
-    """The memory that a load would use.
+    """The memory that a load would use."""
 
-    `evicts` lists the instances that would be unloaded to make room.  `max_context_length_that_fits` assumes that all
-    other fields stay as requested; it is null if no context length fits.  `exact` is false if the estimate has not been
-    verified against the engine.
-    """
-
-    model: str
-    fits: bool
-    devices: list[EstimatedDevice]
-    total_bytes: int
-    evicts: list[str]
-    max_context_length_that_fits: int | None
-    exact: bool
+    model: Annotated[str, Meta(description="Key of the model, as requested.")]
+    fits: Annotated[bool, Meta(description="Whether the load fits now, if need be after evictions.")]
+    devices: Annotated[list[EstimatedDevice], Meta(description="What the load would use of each device.")]
+    total_bytes: Annotated[int, Meta(description="The sum over all devices.")]
+    evicts: Annotated[list[str], Meta(description="Ids of the instances that would be unloaded to make room.")]
+    max_context_length_that_fits: Annotated[
+        int | None, Meta(description="The largest context with all other fields as requested; null if none fits.")
+    ]
+    exact: Annotated[bool, Meta(description="Whether the estimate has been verified against the engine.")]
 
 
 class Quantization(Struct, frozen=True, kw_only=True):
-    """The quantization of a model.  `bits_per_weight` is rounded down, since typed clients need an integer."""
+    """The quantization of a model."""
 
-    name: str | None
-    bits_per_weight: int | None
+    name: Annotated[
+        str | None, Meta(description="Name of the quantization, such as `Q4_K_M`; null if it is not known.")
+    ]
+    bits_per_weight: Annotated[
+        int | None, Meta(description="Rounded down, since typed clients need an integer; null if it is not known yet.")
+    ]
 
 
 class Capabilities(Struct, frozen=True, kw_only=True):
-    vision: bool
-    trained_for_tool_use: bool
+    """What an LLM can do."""
+
+    vision: Annotated[bool, Meta(description="Whether the model understands images.")]
+    trained_for_tool_use: Annotated[bool, Meta(description="Whether the model is trained to call tools.")]
 
 
 class LoadedInstance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """A loaded instance.  `variant` is the one of the model's `variants` that is loaded.  `remaining_ttl_seconds` is
-    the time until the instance is unloaded if it stays idle, absent if it has no TTL."""
+    """A loaded instance."""
 
-    id: str
-    config: LoadConfig
-    variant: str | UnsetType = UNSET
-    worker: str
-    devices: list[str]
-    remaining_ttl_seconds: float | UnsetType = UNSET
+    id: InstanceId
+    config: Annotated[LoadConfig, Meta(description="The parameters in effect.")]
+    variant: Annotated[
+        str | UnsetType, Meta(description="Which of the `variants` of the model is loaded; absent if it has none.")
+    ] = UNSET
+    worker: Annotated[str, Meta(description="Name of the worker that holds the instance.")]
+    devices: Annotated[list[str], Meta(description="Ids of the devices that hold the instance.")]
+    remaining_ttl_seconds: Annotated[
+        float | UnsetType,
+        Meta(description="Seconds until the instance is unloaded if it stays idle; absent if it has no TTL."),
+    ] = UNSET
 
 
 class ListedModel(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """An entry of the model list.  Embedding models have no architecture, capabilities or description.
+    """An entry of the model list.  Embedding models have no architecture, capabilities or description."""
 
-    `variants` are the keys of the quantizations of the model, and `selected_variant` is the one that `key` loads, which
-    the other fields describe.  `loaded_instances` are those of all variants.  A model whose files tell no quantization
-    has no variants.
-    """
-
-    type: ModelType
-    publisher: str
-    key: str
-    display_name: str
-    architecture: str | UnsetType = UNSET
-    quantization: Quantization
-    size_bytes: int
-    params_string: str | None
-    loaded_instances: list[LoadedInstance]
-    max_context_length: int
-    format: Literal["gguf"]
-    capabilities: Capabilities | UnsetType = UNSET
-    description: str | UnsetType | None = UNSET
-    variants: list[str] | UnsetType = UNSET
-    selected_variant: str | UnsetType = UNSET
+    type: Annotated[ModelType, Meta(description="Kind of the model.")]
+    publisher: Annotated[str, Meta(description="Publisher of the model; empty if it is not known.")]
+    key: Annotated[str, Meta(description="The name by which the model is loaded.")]
+    display_name: Annotated[str, Meta(description="Name of the model for people.")]
+    architecture: Annotated[
+        str | UnsetType, Meta(description="Architecture, under its name in llama.cpp. LLMs only.")
+    ] = UNSET
+    quantization: Annotated[Quantization, Meta(description="Quantization of the weights.")]
+    size_bytes: Annotated[int, Meta(description="Size of the files.")]
+    params_string: Annotated[
+        str | None, Meta(description="Number of parameters, such as `7B`; null if it is not known yet.")
+    ]
+    loaded_instances: Annotated[
+        list[LoadedInstance], Meta(description="The instances of all variants that are loaded and can be used.")
+    ]
+    max_context_length: Annotated[int, Meta(description="The largest context of the model, in tokens.")]
+    format: Annotated[Literal["gguf"], Meta(description="Format of the files.")]
+    capabilities: Annotated[Capabilities | UnsetType, Meta(description="What the model can do. LLMs only.")] = UNSET
+    description: Annotated[
+        str | UnsetType | None,
+        Meta(description="Description from the header of the file; null if it has none. LLMs only."),
+    ] = UNSET
+    variants: Annotated[
+        list[str] | UnsetType,
+        Meta(description="Keys of the quantizations of the model; absent if the names of its files tell none."),
+    ] = UNSET
+    selected_variant: Annotated[
+        str | UnsetType, Meta(description="The variant that `key` loads, and that the other fields describe.")
+    ] = UNSET
 
 
 class ModelList(Struct, frozen=True, kw_only=True):
-    models: list[ListedModel]
+    """The models that can be loaded."""
+
+    models: Annotated[list[ListedModel], Meta(description="The models, sorted by key.")]
 
 
 class HeldInstance(Struct, frozen=True, kw_only=True, gc=False):
     """An instance in any state that is not terminal, with the devices that it uses or will use."""
 
-    id: str
-    state: State
-    model: str
-    devices: list[str]
+    id: InstanceId
+    state: Annotated[State, Meta(description="State of the instance.")]
+    model: Annotated[str, Meta(description="Key of the model, as requested.")]
+    devices: Annotated[list[str], Meta(description="Ids of the devices that the instance uses or will use.")]
 
 
 class EngineBuild(Struct, frozen=True, kw_only=True):
-    """The build of llama.cpp that a worker uses.
+    """The build of llama.cpp that a worker uses."""
 
-    `backends` are those of ggml, such as CUDA and CPU.  `chat_unavailable` is the reason why chat templates cannot be
-    used; null if they can.
-    """
-
-    llama_cpp_python: str
-    llama_cpp_commit: str
-    backends: list[str]
-    chat_unavailable: str | None
+    llama_cpp_python: Annotated[str, Meta(description="Version of llama-cpp-python.")]
+    llama_cpp_commit: Annotated[str, Meta(description="Commit of llama.cpp.")]
+    backends: Annotated[list[str], Meta(description="Backends of ggml, such as `CUDA` and `CPU`.")]
+    chat_unavailable: Annotated[str | None, Meta(description="Why chat templates cannot be used; null if they can.")]
 
 
 class ListedWorker(Struct, frozen=True, kw_only=True, gc=False):
-    """A live worker.  `lease_age_seconds` is the time since its last heartbeat; `engine` is null if the worker is of a
-    version that does not report it."""
+    """A live worker."""
 
-    name: str
-    state: WorkerState
-    devices: list[Device]
-    instances: list[HeldInstance]
-    lease_age_seconds: float
-    version: str
-    engine: EngineBuild | None
+    name: Annotated[str, Meta(description="Name of the worker.")]
+    state: Annotated[WorkerState, Meta(description="`ready`, or `draining`: it stops and takes no more loads.")]
+    devices: Annotated[list[Device], Meta(description="The devices that the worker owns.")]
+    instances: Annotated[list[HeldInstance], Meta(description="Its instances in all states that are not terminal.")]
+    lease_age_seconds: Annotated[float, Meta(description="Seconds since its last heartbeat.")]
+    version: Annotated[str, Meta(description="Version of Loadstone that the worker runs.")]
+    engine: Annotated[
+        EngineBuild | None,
+        Meta(description="Its build of llama.cpp; null if the worker is of a version that does not report it."),
+    ]
 
 
 class WorkerList(Struct, frozen=True, kw_only=True):
-    workers: list[ListedWorker]
+    """The workers of the pool."""
+
+    workers: Annotated[list[ListedWorker], Meta(description="The live workers.")]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 CPU = "CPU"  # the id of the host's memory as a device
 
@@ -25,14 +25,20 @@ class Usage(Struct, frozen=True, kw_only=True):
 class Device(Struct, frozen=True, kw_only=True, gc=False):
     """A device that models are loaded onto, as its worker reported it at its last beat."""
 
-    id: str  # of a GPU: its UUID, as reported by NVML
-    kind: Literal["gpu", "cpu"]
-    name: str
-    total_bytes: int
-    free_bytes: int  # not used by any process
-    reserved_bytes: int = 0  # by instances that are loaded or loading
-    leaked_bytes: int = 0  # used, but not by these instances or by any process that the driver lists
-    available_bytes: int = 0  # for loads now; may be negative
+    id: Annotated[
+        str,
+        Meta(description="Id of the device: of a GPU its UUID, as reported by NVML; `CPU` for the memory of the host."),
+    ]
+    kind: Annotated[Literal["gpu", "cpu"], Meta(description="Kind of the device.")]
+    name: Annotated[str, Meta(description="Name of the device.")]
+    total_bytes: Annotated[int, Meta(description="Memory of the device.")]
+    free_bytes: Annotated[int, Meta(description="Memory that no process uses.")]
+    reserved_bytes: Annotated[int, Meta(description="Memory of the instances that are loaded or loading.")] = 0
+    leaked_bytes: Annotated[
+        int,
+        Meta(description="Memory that is used, but not by these instances or by any process that the driver lists."),
+    ] = 0
+    available_bytes: Annotated[int, Meta(description="Memory for loads now; may be negative.")] = 0
 
 
 class Holding(Struct, frozen=True, kw_only=True, gc=False):

@@ -122,6 +122,24 @@ def test_a_request_is_closed_and_every_field_is_described(kind: Any) -> None:
     jsonschema_rs.validate(alone(schema), schema["examples"][0])
 
 
+def test_every_field_of_the_document_has_its_meaning() -> None:
+    kinds = [*DOCUMENT["components"]["schemas"].items()]
+    kinds += [("", content["schema"]) for node in within(DOCUMENT) for content in node.get("content", {}).values()]
+    fields = {
+        (name, field): schema.get("description", "")
+        for name, kind in kinds
+        for field, schema in kind.get("properties", {}).items()
+    }
+    assert {("Job", "evicted"), ("", "data")} <= fields.keys()
+    assert [field for field, meaning in fields.items() if not meaning] == []
+    assert [field for field, meaning in fields.items() if not meaning.endswith(".")] == []
+
+
+def test_every_type_of_the_document_has_its_meaning() -> None:
+    kinds = DOCUMENT["components"]["schemas"].items()
+    assert [name for name, kind in kinds if "properties" in kind and not kind.get("description")] == []
+
+
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_the_documents_describe_each_field_as_its_type_does(kind: Any) -> None:
     if kind is UnloadRequest:  # the document shows its body instead of a table
