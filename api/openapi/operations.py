@@ -328,7 +328,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", paths.V1_MODEL): Operation(
         name="get_id",
-        summary="Get one of these models",
+        summary="Get one model as OpenAI's API does",
         parameters=("model_id", "anthropic-version"),
         replies={200: Reply(description="The id.", content={JSON: either(OpenAIModel, AnthropicModel)})},
         errors=(*OF_AN_ID, errors.QueueUnavailable),
@@ -342,7 +342,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", paths.V0_MODEL): Operation(
         name="get_legacy_model",
-        summary="Get one of these models",
+        summary="Get one model as LM Studio's older API does",
         parameters=("model_id",),
         replies={200: Reply(description="The id.", content={JSON: LegacyModel})},
         errors=(*OF_AN_ID, errors.QueueUnavailable),
