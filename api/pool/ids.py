@@ -63,13 +63,15 @@ class Ids:
         return [*(await self._flight(None)).values()]
 
     async def one(self, name: str) -> Entry:
-        """Return the entry with this id, or that of the model with this name.  Raises ModelNotFound."""
+        """Return the entry with this id, or that of the model that a load of this name loads.  Raises ModelNotFound."""
         entries = await self._flight(None)
-        if name not in entries and name in self._names:
-            name = self._names[name].key
-        if name not in entries:
+        request = self._roster.named(LoadRequest(model=name))
+        found = entries.get(name) or entries.get(request.model)
+        if found is None and request.model in self._names:  # such as the variant of a folder with one quantization
+            found = entries.get(self._names[request.model].base)
+        if found is None:
             raise self._roster.nowhere(LoadRequest(model=name), None)
-        return entries[name]
+        return found
 
     async def _read(self, _keys: Sequence[None]) -> dict[None, dict[str, Entry]]:
         # Refresh first: a client that sees a ready worker must also see its models.

@@ -131,8 +131,9 @@ def test_an_id_is_found_with_its_slash_encoded_or_not(service: Service, path: st
     assert got(service, f"{path}/{key}")["id"] == key.replace("%2F", "/").replace("%40", "@")
 
 
-def test_a_variant_that_loads_is_found_although_it_is_not_listed(service: Service) -> None:
-    assert got(service, f"{V1}/{LLM}@f16")["id"] == LLM
+@pytest.mark.parametrize("name", [f"{LLM}@f16", f"{LLM}@F16", LLM.upper(), f"{LLM}-GGUF"])
+def test_a_name_that_loads_is_found_although_it_is_not_listed(service: Service, name: str) -> None:
+    assert got(service, f"{V1}/{name}")["id"] == LLM
 
 
 @pytest.mark.parametrize("path", [V1, V0])
