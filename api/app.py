@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Auth
 from api.errors import HANDLERS
+from api.loads.departures import Departures
 from api.loads.follow import Follower
 from api.loads.records import Records
 from api.loads.stop import Stopper
@@ -81,6 +82,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
             store = Store(redis, settings.lease_s)
             roster = Roster(store.workers, settings)
             records = Records(store.instances)
+            departures = Departures(store.instances)
             follower = Follower(store.instances, store.listen)
             sweep = Sweep(
                 roster,
@@ -90,7 +92,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 lease_s=settings.lease_s,
                 load_attempts=settings.load_attempts,
             )
-            parts = (sweep.run(), follower.run(), hand_over(tally, store.counters))
+            parts = (sweep.run(), follower.run(), departures.run(), hand_over(tally, store.counters))
             tasks = [group.create_task(part) for part in parts]
             yield State(
                 intake=Intake(
@@ -98,9 +100,11 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                     store.queue,
                     store.instances,
                     records,
+                    departures,
                     at_most=(settings.worker_queue_limit, settings.queue_limit),
                 ),
                 records=records,
+                departures=departures,
                 follower=follower,
                 stopper=Stopper(store.instances, records, follower),
                 listing=Listing(roster, store.instances),

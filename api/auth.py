@@ -42,13 +42,16 @@ class Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            error = self._refusal(Headers(scope=scope), scope["path"])
+            headers, path = Headers(scope=scope), scope["path"]
+            known = [token for token in _sent(headers, path) if self._is_known(token)]
+            error = self._refusal(headers, path, is_known=bool(known))
             if error is not None:
-                await reply(error, scope["path"])(scope, receive, send)
+                await reply(error, path)(scope, receive, send)
                 return
+            scope.setdefault("state", {})["caller"] = _digest(known[0]).hex() if known else ""
         await self.app(scope, receive, send)
 
-    def _refusal(self, headers: Headers, path: str) -> InvalidRequest | None:
+    def _refusal(self, headers: Headers, path: str, *, is_known: bool) -> InvalidRequest | None:
         is_open = path in OPEN_PATHS
         hosts = headers.getlist("host")
         if len(hosts) > 1:  # RFC 9112, 3.2: a proxy in front may have checked another one
@@ -61,26 +64,26 @@ class Auth:
             )
         if is_open or not self.digests:
             return None
-        takes_key = is_below(path, KEY_PATHS)
-        sent = _sent(headers, takes_key)
-        if not sent:
-            also = " or 'X-API-Key: TOKEN'" if takes_key else ""
+        if not _sent(headers, path):
+            also = " or 'X-API-Key: TOKEN'" if is_below(path, KEY_PATHS) else ""
             return InvalidAPIKey(f"A bearer token is required: send the header 'Authorization: Bearer TOKEN'{also}.")
-        if not any(self._is_known(token) for token in sent):
-            return InvalidAPIKey("The bearer token is invalid.")
-        return None
+        return None if is_known else InvalidAPIKey("The bearer token is invalid.")
 
     def _is_known(self, token: str) -> bool:
-        digest = hashlib.sha256(token.encode("latin-1")).digest()
+        digest = _digest(token)
         matches = [hmac.compare_digest(digest, known) for known in self.digests]
         return any(matches)
 
 
-def _sent(headers: Headers, takes_key: bool) -> list[str]:
+def _sent(headers: Headers, path: str) -> list[str]:
     """Return the tokens that a client sent."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    key = headers.get("x-api-key", "") if takes_key else ""
+    key = headers.get("x-api-key", "") if is_below(path, KEY_PATHS) else ""
     return [sent for sent in (token.strip() if scheme.lower() == "bearer" else "", key.strip()) if sent]
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("latin-1")).digest()
 
 
 @lru_cache(maxsize=256)  # clients send few different ones

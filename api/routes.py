@@ -7,7 +7,7 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -49,6 +49,14 @@ from shared.store.connection import UNAVAILABLE
 T = TypeVar("T")
 
 
+class Requested(NamedTuple):
+    """A load for a client, with the headers of the reply, and what to call if the client leaves before the outcome."""
+
+    instance: Instance
+    joined: dict[str, str]
+    left: Callable[[], None]
+
+
 async def load(request: Request[State]) -> Response:
     """Load a model.
 
@@ -59,22 +67,25 @@ async def load(request: Request[State]) -> Response:
     key = idempotency_key(request.headers.getlist("idempotency-key"))
     if request.state["draining"].is_set():
         raise QueueUnavailable("The server is shutting down and accepts no new loads. Try again shortly.")
-    submit = partial(request.state["intake"].submit, body, key, request.state["traceparent"])
+    submit = partial(_submitted, request, body, key)
     if accepts_events(request.headers.getlist("accept")):
         return await _stream(request, submit, FIRST)
     prefer = preference(request.headers.getlist("prefer"))
     applied = {"Preference-Applied": prefer.applied} if prefer.applied else {}
     if prefer.wait_s == 0:
-        return _accepted(await submit(), applied)
+        instance, joined, _ = await submit()
+        return _accepted(instance, joined | applied)
     with _place(request):
-        instance = await submit()
+        instance, joined, left = await submit()
+        applied |= joined
         try:
             async with asyncio.timeout(prefer.wait_s) as patience:
-                instance = await waited_for(request, request.state["follower"].loaded(instance))
-        except TimeoutError:
-            if not patience.expired():
-                raise
-            return _accepted(await request.state["records"].get(instance.id), applied)
+                instance = await waited_for(request, request.state["follower"].loaded(instance), left)
+        except (TimeoutError, *UNAVAILABLE):
+            if patience.expired():
+                return _accepted(await request.state["records"].get(instance.id), applied)
+            left()
+            raise
     evicted = {"Loadstone-Evicted": instance_ids(instance.evicted)} if instance.evicted else {}
     return _json(instance.result(), headers={"Server-Timing": server_timing(instance), **evicted, **applied})
 
@@ -111,7 +122,11 @@ async def job_events(request: Request[State]) -> Response:
         await request.state["records"].get(_job_id(request))
         return Response(media_type=EventStream.media_type)
     after = last_event_id(request.headers.get("last-event-id"))
-    return await _stream(request, partial(request.state["records"].get, _job_id(request)), after)
+
+    async def find() -> Requested:
+        return Requested(await request.state["records"].get(_job_id(request)), {}, lambda: None)
+
+    return await _stream(request, find, after)
 
 
 async def job_logs(request: Request[State]) -> Response:
@@ -233,7 +248,18 @@ def _place(request: Request[State]) -> AbstractContextManager[None]:
     return request.state["replies"].place()
 
 
-async def _stream(request: Request[State], find: Callable[[], Awaitable[Instance]], after: str) -> Response:
+async def _submitted(request: Request[State], body: LoadRequest, key: str) -> Requested:
+    state = request.state
+    instance = await state["intake"].submit(body, key, state["traceparent"], state["caller"])
+    is_new = instance.traceparent == state["traceparent"]  # a load has the span of the request that made it
+    return Requested(
+        instance,
+        {} if is_new else {"Loadstone-Joined": instance.id},
+        (lambda: None) if key else partial(state["departures"].add, instance, state["caller"]),
+    )
+
+
+async def _stream(request: Request[State], find: Callable[[], Awaitable[Requested]], after: str) -> Response:
     """Reply with the events of a load after entry `after`.
 
     If there are no more events, replies with 204, after which browsers do not reconnect.  An error of `find` becomes an
@@ -242,12 +268,12 @@ async def _stream(request: Request[State], find: Callable[[], Awaitable[Instance
     follower, closing = request.state["follower"], request.state["closing"]
     with ExitStack() as undo:
         undo.enter_context(_place(request))
-        instance = await find()
+        instance, joined, left = await find()
         start = await follower.resumed(instance, after)
         if start is None:
             return Response(status_code=204)
         place = undo.pop_all()
-    return EventStream(events(follower, instance, start, closing), place, closing)
+    return EventStream(events(follower, instance, start, closing, left), place, closing, joined, left)
 
 
 def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
@@ -255,21 +281,26 @@ def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
     return _json(job(instance), 202, headers)
 
 
-async def waited_for(request: Request[State], work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`; stop waiting if the client disconnects or this process closes.
+async def waited_for(
+    request: Request[State], work: Coroutine[Any, Any, T], left: Callable[[], None] = lambda: None
+) -> T:
+    """Return the result of `work`; call `left` and stop waiting if the client disconnects or this process closes.
 
     The load itself goes on, since its worker runs it.  Raises what `work` raises, and QueueUnavailable.
     """
-    async with racing(work, request.state["closing"].wait(), _gone(request)) as (working, closing, gone):
+    async with racing(work, request.state["closing"].wait(), _gone(request, left)) as (working, closing, gone):
         await first((working, closing, gone))
         if working.done():
             return working.result()
+        if not gone.done():
+            left()
         raise QueueUnavailable("The server is shutting down. Work that it has accepted continues.")
 
 
-async def _gone(request: Request[State]) -> None:
+async def _gone(request: Request[State], left: Callable[[], None]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    left()  # at once: the client may be sending its request again
 
 
 def server_timing(instance: Instance) -> str:

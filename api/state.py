@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import NotRequired, TypedDict
 
+from api.loads.departures import Departures
 from api.loads.follow import Follower
 from api.loads.records import Records
 from api.loads.stop import Stopper
@@ -24,6 +25,7 @@ class State(TypedDict):
 
     intake: Intake
     records: Records
+    departures: Departures
     follower: Follower
     stopper: Stopper
     listing: Listing
@@ -36,4 +38,5 @@ class State(TypedDict):
     replies: OpenReplies
     draining: asyncio.Event
     closing: asyncio.Event
+    caller: NotRequired[str]  # digest of the token, or ""; `api.auth.Auth` adds it
     traceparent: NotRequired[str]  # of this request's span; `api.app.Traced` adds it

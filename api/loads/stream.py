@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractContextManager, aclosing
+from types import MappingProxyType
 
 import msgspec
 from starlette.responses import StreamingResponse
@@ -25,40 +26,57 @@ LAST_WORDS_S = 0.5  # to send the last data when the process closes
 class EventStream(StreamingResponse):
     """Sends the events of a load to one client and occupies `place` meanwhile.  Ends soon after `closing` is set.
 
+    Calls `left` if the client disconnects or `closing` is set before the end.
+
     The kernel disconnects a client that does not read (`cli.listener`).
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], place: AbstractContextManager[object], closing: asyncio.Event
+        self,
+        events: AsyncGenerator[bytes, None],
+        place: AbstractContextManager[object],
+        closing: asyncio.Event,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        left: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self.place, self.closing = place, closing
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        self.place, self.closing, self.left = place, closing, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream.  Starlette's method cancels repeatedly, which would interrupt the cleanup of `events`."""
         with self.place:
-            async with racing(self.stream_response(send), self.closing.wait(), self.listen_for_disconnect(receive)) as (
+            async with racing(self.stream_response(send), self.closing.wait(), self._gone(receive)) as (
                 streaming,
                 closing,
                 gone,
             ):
                 await first((streaming, closing, gone))
                 if self.closing.is_set():
+                    if not gone.done():
+                        self.left()
                     await first((streaming,), LAST_WORDS_S)
         if not streaming.cancelled():
             streaming.result()
 
+    async def _gone(self, receive: Receive) -> None:
+        await self.listen_for_disconnect(receive)
+        self.left()
+
 
 async def events(
-    follower: Follower, instance: Instance, after: str, closing: asyncio.Event
+    follower: Follower,
+    instance: Instance,
+    after: str,
+    closing: asyncio.Event,
+    left: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events after entry `after` of the log of a load, and comments, up to the terminal event.
 
     The stream ends without a terminal event if this process closes or Redis does not answer: the client reconnects,
     with the id of the last event, to this or another process.  If Redis has lost the record, an error is the last
-    event.
+    event.  Calls `left` if Redis does not answer.
     """
     async with aclosing(follower.follow(instance, after)) as revisions, racing(closing.wait()) as (ending,):
         try:
@@ -77,6 +95,7 @@ async def events(
                 if is_over(step[1]):
                     return
         except UNAVAILABLE:
+            left()
             yield b": the queue (Redis) does not answer\n\n"
         except QueueUnavailable as e:
             yield encode(LoadError(error=e.body()))

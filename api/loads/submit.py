@@ -10,13 +10,14 @@ from contextlib import suppress
 import msgspec
 from msgspec import Struct
 
+from api.loads.departures import Departures, identity
 from api.loads.records import Records
 from api.pool.roster import Candidate, Roster
 from shared.errors import IdempotencyKeyReused, InvalidValue, LoadFailed, QueueFull, crashed_recently
 from shared.instance import Instance
 from shared.memory.placement import Placement
 from shared.schema.http import LoadRequest
-from shared.store.instances import Crashed, Full, Instances, KeyTaken, NoLease, Remembered
+from shared.store.instances import Crashed, Full, Instances, Joined, KeyTaken, NoLease, Remembered
 from shared.store.queue import Queue
 from shared.telemetry import log
 
@@ -26,31 +27,43 @@ _log = log.get("api")
 class Submission(Struct, frozen=True, kw_only=True):
     """A load request.
 
-    `key` and `digest` are the digests of its Idempotency-Key and of the request; "" if it has no key.
+    `key` and `digest` are the digests of its Idempotency-Key and of the request; "" if it has no key.  `caller` is the
+    digest of the caller's API token; "" if the API has none.
     """
 
     request: LoadRequest
     traceparent: str
     key: str
     digest: str
+    caller: str
 
 
 class Intake:
     """Accepts loads.  `at_most`: the maximum queue length of one worker, and of the whole pool."""
 
     def __init__(
-        self, roster: Roster, queue: Queue, instances: Instances, records: Records, at_most: tuple[int, int]
+        self,
+        roster: Roster,
+        queue: Queue,
+        instances: Instances,
+        records: Records,
+        departures: Departures,
+        at_most: tuple[int, int],
     ) -> None:
         self._roster = roster
         self._queue = queue
         self._instances = instances
         self._records = records
+        self._departures = departures
         self._at_most = at_most
 
-    async def submit(self, request: LoadRequest, idempotency_key: str = "", traceparent: str = "") -> Instance:
+    async def submit(
+        self, request: LoadRequest, idempotency_key: str = "", traceparent: str = "", caller: str = ""
+    ) -> Instance:
         """Accept a load: choose a worker, write the record, and put the delivery into the queue of the worker.
 
-        If the key was used before with the same request, returns the existing load, which keeps its first trace.
+        Returns an existing load, which keeps its first trace, if the key was used before with the same request; or,
+        without a key, if an identical request of the same caller is under way and its requester has left.
 
         Raises ModelNotFound, NoWorker, QueueFull, InvalidValue (the request exceeds the limits of the model),
         LoadFailed (the file cannot be read or crashed the engine recently), IdempotencyKeyReused, and what UNAVAILABLE
@@ -61,16 +74,20 @@ class Intake:
             key, digest = _digest(idempotency_key.encode()), _digest(msgspec.msgpack.encode(request))
             if (remembered := await self._instances.remembered(key)) is not None:
                 return await self._joined(remembered, digest)
-        submission = Submission(request=request, traceparent=traceparent, key=key, digest=digest)
+        await self._departures.settled()
+        submission = Submission(request=request, traceparent=traceparent, key=key, digest=digest, caller=caller)
         try:
             return await self._accepted_now_or_refreshed(submission)
         except KeyTaken as e:
             return await self._joined(e.remembered, digest)
+        except Joined as e:
+            return await self._taken_over(e.id)
 
     async def _accepted_now_or_refreshed(self, submission: Submission) -> Instance:
         """Offer a load to the workers in the roster; if none takes it, refresh the roster and try again.
 
-        The roster may be a beat old and lack a new worker, model or device.  Raises what `submit` raises, and KeyTaken.
+        The roster may be a beat old and lack a new worker, model or device.  Raises what `submit` raises, KeyTaken and
+        Joined.
         """
         with suppress(InvalidValue):
             if (accepted := await self._offered(submission)) is not None:
@@ -85,7 +102,7 @@ class Intake:
         """Offer a load to the workers of the roster, the best first; return it once a worker takes it.
 
         None if no live worker has the model.  Raises QueueFull if no worker takes it and at least one queue is full,
-        InvalidValue, KeyTaken and LoadFailed.
+        InvalidValue, KeyTaken, Joined and LoadFailed.
         """
         submission = msgspec.structs.replace(submission, request=self._roster.named(submission.request))
         full: Full | None = None
@@ -114,8 +131,8 @@ class Intake:
     async def _create(self, submission: Submission, candidate: Candidate, placement: Placement | None) -> Instance:
         """Write the record and its delivery atomically.
 
-        Raises NoLease if the worker has lost its lease, KeyTaken, Full, and LoadFailed if the file cannot be read or
-        crashed the engine recently.
+        Raises NoLease if the worker has lost its lease, KeyTaken, Joined, Full, and LoadFailed if the file cannot be
+        read or crashed the engine recently.
         """
         model, request = candidate.model, submission.request
         if model.problem is not None:
@@ -136,6 +153,7 @@ class Intake:
                 at_most=self._at_most,
                 key=submission.key,
                 digest=submission.digest,
+                joins="" if submission.key else identity(request, submission.caller),
                 fingerprint=model.fingerprint,
                 deliver=True,
             )
@@ -153,7 +171,10 @@ class Intake:
                 "This Idempotency-Key was already used for a different request. Use a new key.",
                 param="Idempotency-Key",
             )
-        instance = await self._records.get(remembered.id)
+        return await self._taken_over(remembered.id)
+
+    async def _taken_over(self, id_: str) -> Instance:
+        instance = await self._records.get(id_)
         log.bind(**instance.ids)
         _log.info("joined", action="joined")
         return instance

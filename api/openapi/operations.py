@@ -163,6 +163,10 @@ HEADERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string"},
     },
     "Accept-Encoding": {"description": "The accepted encoding.", "schema": {"type": "string", "const": "identity"}},
+    "Loadstone-Joined": {
+        "description": "The id of the load that the request joined, if it did not start one.",
+        "schema": {"type": "string"},
+    },
     "WWW-Authenticate": {"description": "The authentication scheme.", "schema": {"type": "string", "const": "Bearer"}},
     "Content-Security-Policy": {"description": "Forbids the page to load any resources.", "schema": {"type": "string"}},
 }
@@ -210,15 +214,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         name="load_model",
         summary="Load a model into memory",
         description="By default, replies once the model is ready. With `Prefer`, the reply may instead be a job to "
-        "poll; with `Accept: text/event-stream`, it is a stream of events. Disconnecting does not cancel the load. "
-        "Loading a model again creates another instance with the next free id: `key:2`, `key:3`, and so on.",
+        "poll; with `Accept: text/event-stream`, it is a stream of events. Disconnecting does not cancel the load: "
+        "the next identical request joins it. Otherwise, loading a model again creates another instance with the next "
+        "free id: `key:2`, `key:3`, and so on.",
         parameters=("Prefer", "Idempotency-Key"),
         body=LoadRequest,
         replies={
             200: Reply(
                 description="The model is in memory and has decoded a first token; or the event stream, if requested.",
                 content={JSON: LoadResult, **EVENTS},
-                more_headers=("Server-Timing", "Loadstone-Evicted", "Preference-Applied"),
+                more_headers=("Server-Timing", "Loadstone-Evicted", "Loadstone-Joined", "Preference-Applied"),
                 links={
                     "unload_model": {
                         "operationId": "unload_model",
@@ -230,7 +235,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 description="The load was accepted and is in progress.",
                 content={JSON: Job},
                 headers=("Location", "Retry-After"),
-                more_headers=("Preference-Applied",),
+                more_headers=("Loadstone-Joined", "Preference-Applied"),
                 links=FOLLOWED,
             ),
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, assert_never
 
 import msgspec
@@ -27,7 +27,7 @@ NO_LIMITS = (2**53, 2**53)
 UNKNOWN_RATE_S, LONGEST_RETRY_S = 30, 300
 STATES: dict[bytes | None, State] = {state.value.encode(): state for state in State if state not in TERMINAL}
 
-Created = Literal["created", "remembered", "full", "crashed", "not desired", "name taken", "no lease"]
+Created = Literal["created", "remembered", "joined", "full", "crashed", "not desired", "name taken", "no lease"]
 Rewritten = Literal["written", "there", "newer", "name taken"]
 
 
@@ -82,6 +82,14 @@ class KeyTaken(Exception):
         self.remembered = remembered
 
 
+class Joined(Exception):
+    """The caller is now the requester of an identical load under way, whose requester had left."""
+
+    def __init__(self, id_: str) -> None:
+        super().__init__(id_)
+        self.id = id_
+
+
 class Head(NamedTuple):
     """The fields of a live instance that are stored outside its document; `epoch` is "" until it is claimed."""
 
@@ -117,6 +125,7 @@ class Instances:
         at_most: tuple[int, int] = NO_LIMITS,
         key: str = "",
         digest: str = "",
+        joins: str = "",
         fingerprint: str = "",
         restores: str = "",
         deliver: bool = False,
@@ -125,7 +134,9 @@ class Instances:
 
         `at_most` limits the queue of its worker, and the whole queue.  `key` and `digest` are the digests of an
         Idempotency-Key and of its request: only the first call with a key writes, the others raise KeyTaken.
-        `fingerprint` is the model's, `restores` the id of the load to restore.  `deliver`: write a delivery too.
+        `joins` is the digest of a request that joins an identical load under way whose requester has left (`leave`):
+        then raises Joined, and the load has a requester again.  `fingerprint` is the model's, `restores` the id of the
+        load to restore.  `deliver`: write a delivery too.
 
         Raises NoLease if the worker holds no lease or Redis lost its catalog, Full, NameTaken, NotDesired, and, unless
         the request has `force`, Crashed.
@@ -138,12 +149,14 @@ class Instances:
             keys.idempotency(key),
             keys.crash(fingerprint),
             keys.catalog(instance.worker),
+            keys.left(joins),
             id=instance.id,
             doc=pack(instance),
             worker=instance.worker,
             model=instance.model,
             instance_id=instance.instance_id or None,
             digest=digest or None,
+            joins=bool(joins),
             worker_limit=worker_limit,
             limit=limit,
             ignore_crash=instance.request.force or not fingerprint,
@@ -161,6 +174,8 @@ class Instances:
                 )
             case "remembered":
                 raise KeyTaken(Remembered(rest[1].decode(), rest[0].decode()))
+            case "joined":
+                raise Joined(rest[0].decode())
             case "full":
                 most, departures, within_us = map(int, rest)
                 rate_s = within_us / 1e6 / departures if departures else UNKNOWN_RATE_S
@@ -175,6 +190,14 @@ class Instances:
                 raise NoLease(f"worker '{instance.worker}' holds no lease")
             case _:
                 assert_never(outcome)
+
+    async def leave(self, departures: Mapping[str, str]) -> None:
+        """Note that the requesters of loads have left.  `departures`: id of the load -> digest of its request."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            for id_, digest in departures.items():
+                pipe.hset(keys.left(digest), id_, "")
+                pipe.expire(keys.left(digest), RETAIN_S)
+            await pipe.execute()
 
     async def remembered(self, key: str) -> Remembered | None:
         """Return the load of the Idempotency-Key with this digest; None if there is none."""

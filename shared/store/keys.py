@@ -13,6 +13,9 @@
                                                               expires an hour after the last write
   jobs              zset    id -> creation (microseconds), of the last RETAIN_S; expires RETAIN_S after the last write
   idem:{digest}     hash    id of the load and digest of the request of an Idempotency-Key; expires after RETAIN_S
+  left:{digest}     hash    of the digest of a request: id of a load whose requester left before its outcome -> "", or
+                            once another request has joined the load, the id that its own load would have had
+                                                              expires RETAIN_S after the last write
   crashed:{digest}  string  why a model (Model.fingerprint) crashed the engine; expires after CRASH_MEMORY_S
   wanted:{worker}   hash    instance_id -> id: the desired instances of a worker
                                                               expires RETAIN_S after its last beat
@@ -58,6 +61,10 @@ def queued_at(worker: str) -> str:
 
 def idempotency(digest: str) -> str:
     return f"idem:{digest}"
+
+
+def left(digest: str) -> str:
+    return f"left:{digest}"
 
 
 def crash(fingerprint: str) -> str:

@@ -1,10 +1,12 @@
-"""Idempotency-Key: a repeated request, from any client to any API, does not start a second load."""
+"""A repeated request does not start a second load: with an Idempotency-Key, or after its client gave up."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +18,7 @@ from shared.synthetic import models as synthetic
 from tests.support.service import (
     JSON,
     LOAD,
+    PATIENCE_S,
     STATUS,
     TINY,
     Client,
@@ -33,9 +36,15 @@ class Pair:
     """Two API processes and a worker on one Redis."""
 
     def __init__(self, home: Path) -> None:
+        self.home = home
         synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
         self.redis = RedisServer(home / "redis")
-        environ = {"LOADSTONE_REDIS_URL": self.redis.url}
+        # A frozen runner does not answer, but these loads stay where they are, however busy the machine is.
+        self.environ = environ = {
+            "LOADSTONE_REDIS_URL": self.redis.url,
+            "LOADSTONE_LEASE_S": "300",
+            "LOADSTONE_DRAIN_S": "0",
+        }
         flags = ["--models-dir", str(home / "models"), "--data-dir", str(home / "data")]
         self.worker = Running(home / "worker", "worker", *flags, environ=environ)
         self.running = [Running(home / name, "api", "--port", "0", environ=environ) for name in ("one", "other")]
@@ -67,6 +76,7 @@ def the_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.fixture
 def pair(the_pair: Pair) -> Iterator[Pair]:
     yield the_pair
+    until(lambda: not under_way(the_pair.apis[0]), "no load is under way")
     the_pair.apis[0].unload_all()
 
 
@@ -75,8 +85,17 @@ def load(client: Client, key: str, model: str = TINY, prefer: str = "", **fields
     return client.send("POST", LOAD, content=json.dumps({"model": model, **fields}).encode(), headers=headers)
 
 
+def listed(client: Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.send("GET", STATUS, params={"limit": 1000}).json()["jobs"]
+    return found
+
+
 def jobs(client: Client) -> int:
-    return len(client.send("GET", STATUS, params={"limit": 1000}).json()["jobs"])
+    return len(listed(client))
+
+
+def under_way(client: Client) -> list[str]:
+    return [job["job_id"] for job in listed(client) if job["status"] in ("queued", "loading")]
 
 
 def connections(api: Running) -> int:
@@ -170,3 +189,180 @@ def test_an_invalid_key_is_refused(pair: Pair, key: str) -> None:
     reply = pair.apis[0].send("POST", LOAD, json={"model": TINY}, headers=[(b"Idempotency-Key", key.encode("latin-1"))])
     error(reply, 400, "invalid_request", "invalid_value", "Idempotency-Key")
     assert load(pair.apis[0], "~" * 255).status == 200
+
+
+# ---- clients that give up
+
+
+def ids(client: Client) -> set[str]:
+    return {job["job_id"] for job in listed(client)}
+
+
+def joiners(pair: Pair) -> dict[str, bytes]:
+    """Return the loads that their requesters have left, each with what has joined it."""
+    with pair.redis.client() as redis:
+        marks: list[Any] = [redis.hgetall(key) for key in redis.scan_iter("left:*")]
+    return {id_.decode(): joiner for mark in marks for id_, joiner in mark.items()}
+
+
+def begin(client: Client, *fields: str) -> socket.socket:
+    """Send a load without reading the reply; return the connection."""
+    body = json.dumps({"model": TINY})
+    head = ["Host: 127.0.0.1", f"Content-Length: {len(body)}", "Content-Type: application/json", *fields]
+    connection = socket.create_connection(("127.0.0.1", client.port), timeout=PATIENCE_S)
+    connection.sendall("\r\n".join([f"POST {LOAD} HTTP/1.1", *head, "", body]).encode())
+    return connection
+
+
+def connected(client: Client, *fields: str) -> tuple[socket.socket, str]:
+    """Send a load without reading the reply; return the connection, and the id of the load once it is accepted."""
+    before = ids(client)
+    connection = begin(client, *fields)
+    (id_,) = until(lambda: ids(client) - before, "the load is accepted")
+    return connection, id_
+
+
+def leaves(pair: Pair, *fields: str) -> str:
+    """Send a load to the first API, disconnect before the result, and return its id once the departure is noted."""
+    connection, id_ = connected(pair.apis[0], *fields)
+    connection.close()
+    until(lambda: joiners(pair).get(id_) == b"", "the API has noted that its client left")
+    return id_
+
+
+def ask(client: Client, **fields: object) -> Reply:
+    """Send a load without waiting for its result."""
+    body = json.dumps({"model": TINY, **fields}).encode()
+    reply = client.send("POST", LOAD, content=body, headers={**JSON, "Prefer": "respond-async"})
+    assert reply.status == 202, reply.text
+    return reply
+
+
+def check_joined(reply: Reply, id_: str) -> None:
+    assert (reply.json()["job_id"], reply.headers.get("loadstone-joined")) == (id_, id_)
+
+
+def check_further(reply: Reply, instance_id: str) -> None:
+    assert reply.json()["instance_id"] == instance_id
+    assert "loadstone-joined" not in reply.headers
+
+
+@pytest.mark.parametrize("fields", [(), ("Accept: text/event-stream",), ("Prefer: wait=60",)])
+def test_a_retry_joins_the_load_that_its_client_left(pair: Pair, fields: tuple[str, ...]) -> None:
+    with ExitStack() as asking, pair.worker.frozen():
+        left = leaves(pair, *fields)
+        again = asking.enter_context(meanwhile(pair.apis[1].load, TINY))
+        until(lambda: joiners(pair)[left], "the retry has joined")
+        check_further(ask(pair.apis[1]), f"{TINY}:2")  # a client waits for the first one again
+    joined = again.result()
+    assert (joined.status, joined.json()["instance_id"]) == (200, TINY)
+    assert joined.headers["loadstone-joined"] == left
+
+
+def test_a_stream_says_that_it_joined(pair: Pair) -> None:
+    with ExitStack() as streaming, pair.worker.frozen():
+        left = leaves(pair)
+        connection = streaming.enter_context(begin(pair.apis[1], "Accept: text/event-stream"))
+        head = connection.recv(4096).decode().lower()
+    assert f"loadstone-joined: {left}" in head
+
+
+def test_a_load_may_be_left_and_joined_again_and_again(pair: Pair) -> None:
+    with pair.worker.frozen():
+        left = leaves(pair)
+        for _ in range(3):
+            connection = begin(pair.apis[0])
+            until(lambda: joiners(pair)[left], "the retry has joined")
+            connection.close()
+            until(lambda: joiners(pair)[left] == b"", "the API has noted that its client left")
+        check_joined(ask(pair.apis[1]), left)
+        check_further(ask(pair.apis[1]), f"{TINY}:2")  # a client that polls has not left
+
+
+def test_the_load_that_is_furthest_is_joined_first(pair: Pair) -> None:
+    with pair.worker.frozen():
+        (one, first), (other, second) = connected(pair.apis[0]), connected(pair.apis[0])
+        for connection, id_ in ((other, second), (one, first)):
+            connection.close()
+            until(lambda id_=id_: id_ in joiners(pair), "the API has noted that its client left")  # type: ignore[misc]
+        check_joined(ask(pair.apis[1]), first)
+        check_joined(ask(pair.apis[1]), second)
+        check_further(ask(pair.apis[1]), f"{TINY}:3")
+
+
+def test_a_retry_at_once_joins(pair: Pair) -> None:
+    """A client may close its connection and open the next one at the same moment."""
+    with pair.worker.frozen():
+        for _ in range(10):
+            connection, id_ = connected(pair.apis[0])
+            connection.close()
+            check_joined(ask(pair.apis[0]), id_)
+
+
+@pytest.mark.parametrize("fields", [{"context_length": 300}, {"echo_load_config": True}, {"ttl_seconds": 600}])
+def test_a_load_with_other_parameters_is_not_joined(pair: Pair, fields: dict[str, object]) -> None:
+    with pair.worker.frozen():
+        leaves(pair)
+        check_further(ask(pair.apis[1], **fields), f"{TINY}:2")
+
+
+def test_a_cancelled_or_finished_load_is_not_joined(pair: Pair) -> None:
+    with pair.worker.frozen():
+        left = leaves(pair)
+        assert pair.apis[1].cancel(left).status == 200
+    check_further(pair.apis[1].load(TINY), TINY)
+    with pair.worker.frozen(1):
+        left = leaves(pair)
+    assert pair.apis[1].job(left, wait_s=60)["status"] == "loaded"
+    check_further(pair.apis[1].load(TINY), f"{TINY}:3")
+
+
+def test_a_load_that_failed_after_its_client_left_is_not_joined(pair: Pair) -> None:
+    with pair.worker.frozen() as runner:
+        left = leaves(pair)
+        os.kill(runner.pid, signal.SIGKILL)
+        assert pair.apis[1].job(left, wait_s=60)["status"] == "failed"
+        check_further(pair.apis[1].load(TINY), TINY)
+
+
+def test_an_idempotency_key_joins_its_own_load_only(pair: Pair) -> None:
+    with pair.worker.frozen():
+        connection, keyed = connected(pair.apis[0], "Idempotency-Key: mine-alone")
+        connection.close()
+        left = leaves(pair)
+        check_further(load(pair.apis[1], "of-its-own", prefer="respond-async"), f"{TINY}:3")
+        check_joined(load(pair.apis[1], "mine-alone", prefer="respond-async"), keyed)
+        check_joined(ask(pair.apis[1]), left)
+        check_further(ask(pair.apis[1]), f"{TINY}:4")
+
+
+def test_a_client_of_an_api_that_stops_has_left(pair: Pair) -> None:
+    api = Running(pair.home / "third", "api", "--port", "0", environ=pair.environ)
+    try:
+        client = Client(api.first_line().removeprefix("listening: "))
+        until(lambda: TINY in client.models(), "the model is listed")
+        with ExitStack() as asking, pair.worker.frozen():
+            before = ids(pair.apis[0])
+            refused = asking.enter_context(meanwhile(client.load, TINY))
+            (left,) = until(lambda: ids(pair.apis[0]) - before, "the load is accepted")
+            api.stop()
+            error(refused.result(), 503, "service_unavailable", "queue_unavailable")
+            check_joined(ask(pair.apis[1]), left)
+        client.close()
+    finally:
+        api.kill()
+
+
+def test_a_client_that_waits_while_redis_restarts_has_left(pair: Pair) -> None:
+    with ExitStack() as asking, pair.worker.frozen():
+        before = ids(pair.apis[0])
+        refused = asking.enter_context(meanwhile(pair.apis[0].load, TINY))
+        (left,) = until(lambda: ids(pair.apis[0]) - before, "the load is accepted")
+        pair.redis.kill()
+        try:
+            error(refused.result(), 503, "service_unavailable", "queue_unavailable")
+        finally:
+            pair.redis.start()
+        until(lambda: left in joiners(pair), "the API has noted that its client left")
+        until(lambda: pair.apis[1].send("GET", "/readyz").status == 200, "the other API is ready")
+        check_joined(ask(pair.apis[1]), left)

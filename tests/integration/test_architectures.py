@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from api.loads.departures import Departures
 from api.loads.records import Records
 from api.loads.submit import Intake
 from api.pool.estimate import estimated
@@ -291,7 +292,14 @@ async def test_no_worker_evicts_while_another_has_room(models: dict[str, Model],
     await publish(host, "another", needed)
     store = host.agent.store
     await host.roster.refresh()
-    intake = Intake(host.roster, store.queue, store.instances, Records(store.instances), at_most=(128, 1024))
+    intake = Intake(
+        host.roster,
+        store.queue,
+        store.instances,
+        Records(store.instances),
+        Departures(store.instances),
+        at_most=(128, 1024),
+    )
     accepted = await intake.submit(LoadRequest(model=model.key, context_length=length))
     assert accepted.worker == "another"
     estimate = await host.estimate(model.key, context_length=length)

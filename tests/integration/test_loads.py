@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import permutations
 
 import pytest
 import redis
+from msgspec import structs
 
+from api.loads.departures import Departures
 from api.loads.records import Records
 from api.loads.submit import Intake
 from api.pool.roster import Roster
 from shared.errors import InvalidValue, LoadFailed, QueueFull
+from shared.race import racing
 from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import Device
-from shared.schema.model import Model, Problem
+from shared.schema.model import FileStat, Model, Problem
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings
 from shared.store.store import Store
@@ -34,10 +37,20 @@ async def alive(store: Store, name: str, model: Model, residents: int = 0, devic
     )
 
 
-def intake_of(store: Store, settings: Settings, roster: Roster | None = None) -> Intake:
+def intake_of(
+    store: Store, settings: Settings, roster: Roster | None = None, departures: Departures | None = None
+) -> Intake:
     roster = roster or Roster(store.workers, settings)
+    departures = departures or Departures(store.instances)
     limits = settings.worker_queue_limit, settings.queue_limit
-    return Intake(roster, store.queue, store.instances, Records(store.instances), at_most=limits)
+    return Intake(roster, store.queue, store.instances, Records(store.instances), departures, at_most=limits)
+
+
+@pytest.fixture
+async def departures(store: Store) -> AsyncIterator[Departures]:
+    departures = Departures(store.instances)
+    async with racing(departures.run()):
+        yield departures
 
 
 @pytest.fixture
@@ -144,3 +157,35 @@ async def test_a_device_that_no_worker_has_is_an_invalid_value(store: Store) -> 
 
 def device(id_: str) -> Device:
     return Device(id=id_, kind="gpu", name="", total_bytes=1 << 30, free_bytes=1 << 30, available_bytes=1 << 30)
+
+
+async def test_a_load_that_was_left_is_joined_by_its_caller_only(store: Store, departures: Departures) -> None:
+    await alive(store, "w", MODEL)
+    intake, request = intake_of(store, Settings(), departures=departures), LoadRequest(model="p/m")
+    first = await intake.submit(request, caller="one")
+    departures.add(first, "one")
+    other = await intake.submit(request, caller="other")
+    assert other.id != first.id
+    assert (await intake.submit(request, caller="one")).id == first.id
+    assert (await intake.submit(request, caller="one")).id not in (first.id, other.id)  # its place is taken
+
+
+async def test_a_retry_joins_whichever_worker_would_be_chosen(store: Store, departures: Departures) -> None:
+    """Copies of a file have other times on other workers, and the worker with the load is not chosen again."""
+    for name, at in (("w", 1), ("another", 2)):
+        await alive(store, name, structs.replace(MODEL, files=[FileStat(size=1, mtime_ns=at, inode=1)]))
+    intake = intake_of(store, Settings(), departures=departures)
+    first = await intake.submit(LoadRequest(model="p/m"))
+    departures.add(first, "")
+    assert (await intake.submit(LoadRequest(model="p/m"))).id == first.id
+    assert (await intake.submit(LoadRequest(model="p/m"))).worker != first.worker
+
+
+async def test_a_retry_joins_also_if_the_queue_is_full(store: Store, departures: Departures) -> None:
+    await alive(store, "w", MODEL)
+    intake = intake_of(store, Settings(queue_limit=1), departures=departures)
+    first = await intake.submit(LoadRequest(model="p/m"))
+    departures.add(first, "")
+    assert (await intake.submit(LoadRequest(model="p/m"))).id == first.id
+    with pytest.raises(QueueFull):
+        await intake.submit(LoadRequest(model="p/m"))

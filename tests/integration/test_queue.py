@@ -16,6 +16,7 @@ import redis
 from msgspec import msgpack
 
 import worker.deliveries
+from api.loads.departures import Departures
 from api.loads.records import Records
 from api.loads.submit import Intake
 from api.pool.roster import Roster
@@ -73,7 +74,9 @@ async def intake(store: Store) -> Intake:
     await store.workers.renew(WorkerSnapshot(name="w", epoch="e", version="0", catalog=digest or "", residents=0))
     roster = Roster(store.workers, Settings())
     await roster.refresh()
-    return Intake(roster, store.queue, store.instances, Records(store.instances), at_most=(128, 1024))
+    return Intake(
+        roster, store.queue, store.instances, Records(store.instances), Departures(store.instances), at_most=(128, 1024)
+    )
 
 
 @pytest.fixture

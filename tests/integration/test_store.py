@@ -27,7 +27,7 @@ from shared.schema.http import LoadConfig, LoadRequest
 from shared.schema.model import Model, Problem
 from shared.schema.snapshot import WorkerSnapshot
 from shared.store.connection import connected
-from shared.store.instances import Fenced, Full, Head, KeyTaken, NoLease, Remembered, StopRequested
+from shared.store.instances import Fenced, Full, Head, Joined, KeyTaken, NoLease, Remembered, StopRequested
 from shared.store.keys import NEWS, RETAIN_S, queue
 from shared.store.queue import as_arq, pack_job, unpack_job
 from shared.store.steady import CHECKED_VERSION
@@ -217,6 +217,17 @@ async def test_a_repeated_creation_changes_nothing(store: Store, raw: redis.Redi
     assert raw.xlen(f"inst:{created.id}:log") == 2
     assert raw.hgetall("counters") == {b"queued": b"1", b"loading": b"1"}
     assert raw.hlen("names") == raw.scard("insts") == 1
+
+
+async def test_a_repeated_creation_joins_the_same_load(store: Store) -> None:
+    first, other = await store.instances.create(queued(1)), await store.instances.create(queued(2))
+    await store.instances.leave({first.id: "digest", other.id: "digest"})
+    for _ in range(2):
+        with pytest.raises(Joined, match=first.id):
+            await store.instances.create(queued(3), joins="digest")
+    with pytest.raises(Joined, match=other.id):
+        await store.instances.create(queued(4), joins="digest")
+    assert (await store.instances.create(queued(5), joins="digest")).instance_id == "p/m:3"
 
 
 @pytest.mark.parametrize("event", [Event.STOP, Event.EXPIRE, Event.LOAD])

@@ -86,6 +86,27 @@ MUTANTS = (
         (f"{ACCEPTANCE}idempotency.py",),
     ),
     Mutant(
+        "a retry joins the load that its client left",
+        "api/routes.py",
+        "    left()  # at once: the client may be sending its request again",
+        "",
+        (f"{ACCEPTANCE}idempotency.py",),
+    ),
+    Mutant(
+        "a load whose client waits again is not joined",
+        "shared/store/scripts/create.lua",
+        "elseif joiner == '' and",
+        "elseif",
+        (f"{INTEGRATION}store.py", f"{INTEGRATION}loads.py"),
+    ),
+    Mutant(
+        "a load is joined by its caller only",
+        "api/loads/departures.py",
+        "msgpack.encode((request, caller))",
+        "msgpack.encode(request)",
+        (f"{INTEGRATION}loads.py",),
+    ),
+    Mutant(
         "Retry-After is that of the worker that is free first",
         "api/loads/submit.py",
         "min(full, e, key=lambda f: f.retry_after_s)",

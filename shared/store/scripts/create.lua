@@ -3,6 +3,7 @@
 --   model          the key in the request: the name of the instance, followed by :2, :3, ... if it is taken
 --   instance_id    the required name of the instance, or absent
 --   digest         of the request that came with an Idempotency-Key, or absent
+--   joins          whether to join the oldest identical load under way whose requester has left
 --   worker_limit, limit   maximum queue length of the worker, and of the whole pool
 --   ignore_crash   whether to accept a model that crashed the engine recently
 --   restores       the id of the load for which the instance must still be desired, or absent
@@ -10,13 +11,30 @@
 --   retain_s       seconds
 --   counts         what to add to `tallies`
 local a = cmsgpack.unpack(ARGV[1])
-local inst, log, names, insts, counters, lease, idem, crashed, catalog = unpack(KEYS)
+local inst, log, names, insts, counters, lease, idem, crashed, catalog, left = unpack(KEYS)
 
 local made = redis.call('HMGET', inst, 'instance_id', 'at')
 if made[1] then return {'created', made[1], made[2]} end
 if a.digest then
   local first = redis.call('HMGET', idem, 'digest', 'id')
   if first[1] then return {'remembered', first[1], first[2]} end
+end
+if a.joins then
+  local abandoned, oldest = redis.call('HGETALL', left), nil
+  for i = 1, #abandoned, 2 do
+    local other, joiner = abandoned[i], abandoned[i + 1]
+    local state, stop, at = unpack(redis.call('HMGET', 'inst:' .. other, 'state', 'stop', 'at'))
+    if joiner == a.id then return {'joined', other} end
+    if (state ~= 'queued' and state ~= 'loading') or stop then
+      redis.call('HDEL', left, other)
+    elseif joiner == '' and (not oldest or tonumber(at) < oldest.at) then
+      oldest = {id = other, at = tonumber(at)}
+    end
+  end
+  if oldest then
+    redis.call('HSET', left, oldest.id, a.id)
+    return {'joined', oldest.id}
+  end
 end
 local reason = not a.ignore_crash and redis.call('GET', crashed)
 if reason then return {'crashed', reason, redis.call('TTL', crashed)} end
