@@ -84,6 +84,7 @@ class Follower:
                     if record.state in TERMINAL and not await self._read(instance, last):
                         return  # `after` was the last entry: nothing is left to yield
                 if len(history) < HISTORY_N:
+                    check_cancelled()
                     await woken.wait()
 
     async def until(self, id_: str, predicate: Callable[[Instance], bool]) -> Instance:

@@ -268,6 +268,21 @@ async def test_a_cancelled_follower_does_not_affect_the_others(
     assert readings.count == 2, "and no result of their read"
 
 
+@pytest.mark.parametrize("turns", range(24))
+async def test_a_follower_ends_at_whatever_moment_it_is_cancelled(store: Store, record: Instance, turns: int) -> None:
+    """Redis' client may lose a cancellation: the follower of a load that nobody wants to see went on until its end."""
+    follower = Follower(store.instances, Channel().listen)
+    following = asyncio.create_task(follower.until(record.id, lambda revision: revision.state is State.LOADED))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    following.cancel()
+    done, _ = await asyncio.wait([following], timeout=DEADLINE_S)
+    following.cancel()
+    assert done
+    assert following.cancelled()
+    assert not follower.followed
+
+
 async def test_a_failed_shared_read_fails_all_and_is_not_kept(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

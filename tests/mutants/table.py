@@ -93,6 +93,13 @@ MUTANTS = (
         (f"{ACCEPTANCE}idempotency.py",),
     ),
     Mutant(
+        "a follower ends at whatever moment it is cancelled",
+        "api/loads/follow.py",
+        "                    check_cancelled()\n",
+        "",
+        (f"{INTEGRATION}follow.py",),
+    ),
+    Mutant(
         "a load whose client waits again is not joined",
         "shared/store/scripts/create.lua",
         "elseif joiner == '' and",
