@@ -114,7 +114,9 @@ async def one_job(request: Request[State]) -> Response:
 
 
 async def cancel(request: Request[State]) -> Response:
-    return _json(job(await waited_for(request, request.state["stopper"].cancel(_job_id(request)))))
+    stopper = request.state["stopper"]
+    cancelled = await stopper.cancel(_job_id(request))
+    return _json(job(await waited_for(request, stopper.cancelled(cancelled))))
 
 
 async def job_events(request: Request[State]) -> Response:
@@ -135,8 +137,10 @@ async def job_logs(request: Request[State]) -> Response:
 
 async def unload(request: Request[State]) -> Response:
     body = decode(await read_body(request), UnloadRequest, "Missing required field '{}'")
-    unloaded = await waited_for(request, request.state["stopper"].unload(body.instance_id))
-    return _json(UnloadResult(instance_id=unloaded))
+    stopper = request.state["stopper"]
+    unloading = await stopper.unload(body.instance_id)
+    await waited_for(request, stopper.unloaded(unloading))
+    return _json(UnloadResult(instance_id=unloading.instance_id))
 
 
 async def models(request: Request[State]) -> Response:
