@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
-import ssl
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, assert_never
-from urllib.parse import quote
+from urllib.parse import quote, urlencode, urlsplit
 
-import httpx
+import httpcore
 import msgspec
 
-from shared import paths
+from cli import address
+from cli.failure import Failure, Unreachable, error
+from shared import __version__, paths
 from shared.errors import ErrorBody
 from shared.schema.http import (
     EstimateResult,
@@ -35,31 +35,15 @@ from shared.settings import is_loopback
 
 PATIENCE_S = 30.0  # limit of retries without a response, while a load is submitted or followed
 SILENCE_S = 20.0  # an event stream sends something at least every 15 s
+CONNECT_S = 5.0
 ANSWER_S = 30.0
 STOP_ANSWER_S = 90.0  # unload and cancel reply once the memory is free; the server waits up to 60 s
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
-PROXY_VARIABLES = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"})  # in any case of letters
-TLS_VARIABLES = frozenset({"SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"})
 JSON = {"Content-Type": "application/json"}
+NO_HEADERS: Mapping[str, str] = {}
 
 T = TypeVar("T")
-
-
-class Failure(Exception):
-    """A request failed: the error of the server or, without a response, an error of the client in the same form.
-
-    `retry_after_s` is None if a retry cannot succeed.
-    """
-
-    def __init__(self, error: ErrorBody, retry_after_s: float | None = None) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.retry_after_s = retry_after_s
-
-
-class Unreachable(Failure):
-    """The connection could not be established, so nothing was sent."""
 
 
 class Patience:
@@ -101,22 +85,24 @@ class Client:
     def __init__(self, url: str, token: str = "", note: Callable[[str], None] = lambda sentence: None) -> None:
         self.url = url
         self.note = note
-        trust_env = not is_loopback(httpx.URL(url).host)  # a proxy cannot reach the loopback of this machine
-        tls = _tls_context(trust_env)
-        proxies = _names(PROXY_VARIABLES - {"NO_PROXY"}) if trust_env else ""
-        self._proxies = f" or to its proxy ({proxies})" if proxies else ""
-        try:
-            self._http = httpx.Client(
-                base_url=url,
-                headers={"Authorization": f"Bearer {token}"} if token else {},
-                timeout=httpx.Timeout(ANSWER_S, connect=5.0),
-                trust_env=trust_env,
-                verify=tls,
-            )
-        except ImportError:  # it needs another package
-            raise _unusable("proxies", PROXY_VARIABLES, "SOCKS is not supported") from None
-        except (httpx.InvalidURL, ValueError) as e:
-            raise _unusable("proxies", PROXY_VARIABLES, _without_values(str(e))) from None
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self._path = parts.path
+        self._url = partial(httpcore.URL, scheme=parts.scheme, host=parts.hostname, port=parts.port)
+        self._headers = {"Host": parts.netloc, "User-Agent": f"loadstone/{__version__}"}
+        if token:
+            self._headers["Authorization"] = f"Bearer {token}"
+        proxy, self._proxies, tls = None, "", None
+        if parts.scheme == "https" or not is_loopback(parts.hostname):
+            from cli import environment
+
+            if not is_loopback(parts.hostname) and (proxy := environment.proxy_for(parts.scheme, parts.netloc)):
+                self._proxies = f" or to its proxy ({environment.proxies_named()})"
+            tls = environment.tls_context() if parts.scheme == "https" else None
+        self._port_hint = (
+            "" if parts.port else f" The URL names no port; that of a Loadstone server is {address.PORT} by default."
+        )
+        self._http = httpcore.ConnectionPool(tls, proxy)
 
     def __enter__(self) -> Self:
         return self
@@ -135,7 +121,8 @@ class Client:
         self._ask(object, "POST", paths.UNLOAD, content=body, headers=JSON, timeout=STOP_ANSWER_S)
 
     def jobs(self, **filters: str | int | None) -> JobList:
-        return self._ask(JobList, "GET", paths.JOBS, params={k: v for k, v in filters.items() if v is not None})
+        query = urlencode({name: value for name, value in filters.items() if value is not None})
+        return self._ask(JobList, "GET", f"{paths.JOBS}?{query}" if query else paths.JOBS)
 
     def job(self, job_id: str) -> Job:
         return self._ask(Job, "GET", _path(paths.JOB, job_id))
@@ -210,7 +197,7 @@ class Client:
         """Yield the events of one connection, with their ids."""
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
         with self._answer("GET", _path(paths.JOB_EVENTS, job_id), headers=headers, timeout=SILENCE_S) as answer:
-            if answer.status_code != 204:
+            if answer.status != 204:
                 for id_, data in events(_lines(answer, patience)):
                     yield id_, self._decode(data, LoadEvent)
                 return
@@ -222,91 +209,60 @@ class Client:
             return value
 
     @contextmanager
-    def _answer(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] = NO_HEADERS,
+        content: bytes | None = None,
+        timeout: float = ANSWER_S,
+    ) -> Iterator[httpcore.Response]:
         """Yield the response to one request; read its body within the block.  Raises Failure for error statuses."""
+        url = self._url(target=self._path + path)
+        fields = [*self._headers.items(), *headers.items()]
+        limits = {"connect": CONNECT_S, "read": timeout, "write": timeout, "pool": timeout}
         try:
-            with self._http.stream(method, path, **options) as answer:
-                if not answer.is_success:
+            with self._http.stream(
+                method, url, headers=fields, content=content, extensions={"timeout": limits}
+            ) as answer:
+                if not 200 <= answer.status < 300:
                     answer.read()
                     raise self._refusal(answer)
                 yield answer
-        except httpx.ProxyError as e:
-            raise Failure(_error("unreachable", f"The proxy cannot connect to {self.url} ({e})."), 0.0) from None
-        except UnicodeError:  # that of the server was checked
-            raise _unusable("proxies", PROXY_VARIABLES, "invalid host name") from None
-        except (httpx.ConnectError, httpx.ConnectTimeout) as e:
-            raise Unreachable(
-                _error("unreachable", f"Cannot connect to {self.url}{self._proxies} ({e})."), 0.0
-            ) from None
-        except httpx.TimeoutException:
-            raise Failure(_error("no_answer", f"The server at {self.url} does not respond."), 0.0) from None
-        except httpx.RequestError:  # its text may contain a header
+        except httpcore.ProxyError as e:
+            raise Failure(error("unreachable", f"The proxy cannot connect to {self.url} ({e})."), 0.0) from None
+        except (httpcore.ConnectError, httpcore.ConnectTimeout) as e:
+            sentence = f"Cannot connect to {self.url}{self._proxies} ({e}).{self._port_hint}"
+            raise Unreachable(error("unreachable", sentence), 0.0) from None
+        except httpcore.TimeoutException:
+            raise Failure(error("no_answer", f"The server at {self.url} does not respond."), 0.0) from None
+        except (httpcore.NetworkError, httpcore.ProtocolError):  # their text may contain a header
             raise self._broken() from None
 
-    def _refusal(self, answer: httpx.Response) -> Failure:
-        after = answer.headers.get("Retry-After", "")
-        wait = (float(after) if after.isascii() and after.isdigit() else 0.0) if answer.status_code in PASSING else None
+    def _refusal(self, answer: httpcore.Response) -> Failure:
+        after = next((value for name, value in answer.headers if name.lower() == b"retry-after"), b"")
+        wait = (float(after) if after.isdigit() else 0.0) if answer.status in PASSING else None
         try:
             return Failure(msgspec.json.decode(answer.content, type=dict[str, ErrorBody])["error"], wait)
         except (msgspec.DecodeError, KeyError):
-            return Failure(_error("unexpected_reply", f"{self.url} returned HTTP status {answer.status_code}."), wait)
+            return Failure(error("unexpected_reply", f"{self.url} returned HTTP status {answer.status}."), wait)
 
     def _broken(self) -> Failure:
-        return Failure(_error("connection_lost", f"The connection to {self.url} was lost."), 0.0)
+        return Failure(error("connection_lost", f"The connection to {self.url} was lost."), 0.0)
 
     def _decode(self, data: bytes, kind: Any) -> Any:
         try:
             return msgspec.json.decode(data, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError):
             raise Failure(
-                _error("unexpected_reply", f"{self.url} returned an unexpected response. Is it a Loadstone server?")
+                error("unexpected_reply", f"{self.url} returned an unexpected response. Is it a Loadstone server?")
             ) from None
 
 
-def checked_url(text: str) -> str | None:
-    """Return a normalized server URL, or None if it is invalid.  Passwords are refused: messages show the URL."""
-    try:
-        url = httpx.URL(text)
-        url.host.encode("idna")  # as the socket will
-    except (httpx.InvalidURL, UnicodeError):
-        return None
-    is_usable = url.scheme in ("http", "https") and url.host and not (url.userinfo or url.query or url.fragment)
-    return str(url).rstrip("/") if is_usable and 0 <= (url.port or 0) < 1 << 16 else None
-
-
-def _tls_context(trust_env: bool) -> ssl.SSLContext:
-    """Return the context for TLS, with the certificates that the environment names.  Raises Failure."""
-    try:
-        return httpx.create_ssl_context(trust_env=trust_env)
-    except ssl.SSLError as e:
-        raise _unusable("TLS", TLS_VARIABLES, e.reason.replace("_", " ").lower()) from None
-    except OSError as e:
-        raise _unusable("TLS", TLS_VARIABLES, str(e.strerror)) from None
-
-
-def _unusable(what: str, variables: Collection[str], why: str) -> Failure:
-    """Return the failure of a part of the environment.  The sentence has no values, which may be secret."""
-    sentence = f"The environment's settings for {what} ({_names(variables)}) are unusable: {why}."
-    return Failure(_error("invalid_environment", sentence))
-
-
-def _without_values(text: str) -> str:
-    """Return the start of an error message of httpx, up to a value: a password with a slash is taken for a port."""
-    return re.split(r"[:,]| URL\(", text)[0]
-
-
-def _names(variables: Collection[str]) -> str:
-    """Return the names of the variables that are set, as they are written."""
-    return ", ".join(sorted(name for name, value in os.environ.items() if value and name.upper() in variables))
-
-
-def cancelled(model: str) -> ErrorBody:
-    return _error("model_load_failed", f"The load of {model} was cancelled.", code="load_cancelled")
-
-
-def _ended(error: ErrorBody) -> Failure:
+def _ended(reason: ErrorBody) -> Failure:
     """Return the failure for the last event of a stream.  It can be retried if only the stream failed, not the load."""
-    return Failure(error, 1.0 if error.code == "queue_unavailable" else None)
+    return Failure(reason, 1.0 if reason.code == "queue_unavailable" else None)
 
 
 def events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
@@ -324,10 +280,10 @@ def events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
             data = []
 
 
-def _lines(answer: httpx.Response, patience: Patience) -> Iterator[bytes]:
-    """Split a body into lines.  httpx also splits at U+2028, which JSON may contain."""
+def _lines(answer: httpcore.Response, patience: Patience) -> Iterator[bytes]:
+    """Split a body into lines."""
     rest = b""
-    for chunk in answer.iter_bytes():
+    for chunk in answer.iter_stream():
         patience.reset()
         *lines, rest = (rest + chunk).split(b"\n")
         yield from (line.removesuffix(b"\r") for line in lines)
@@ -336,7 +292,3 @@ def _lines(answer: httpx.Response, patience: Patience) -> Iterator[bytes]:
 def _path(template: str, job_id: str) -> str:
     """Insert a job id into a path as a single segment; dots are encoded, because dot segments name other paths."""
     return template.format(job_id=quote(job_id, safe="").replace(".", "%2E"))
-
-
-def _error(kind: str, message: str, code: str | msgspec.UnsetType = msgspec.UNSET) -> ErrorBody:
-    return ErrorBody(type=kind, message=message, code=code)

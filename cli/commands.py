@@ -7,18 +7,19 @@ all other output goes to stderr.  Exit status: 0 success, 1 failure, 2 usage err
 from __future__ import annotations
 
 import functools
+import os
 import sys
-import uuid
-from collections.abc import Callable
-from contextlib import closing, suppress
-from typing import Any, NoReturn, get_args, get_type_hints
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import click
 import msgspec
 from msgspec import UNSET, Meta, Struct
 
-from cli.client import Client, Failure, cancelled, checked_url
-from cli.display import clean, following, left, percent, stage, table, when
+from cli import address, interrupt
+from cli.display import Lines, clean, left, percent, stage, table, when
+from cli.failure import Failure, Interrupted, cancelled
 from shared.errors import ErrorBody
 from shared.schema.http import (
     EngineBuild,
@@ -34,12 +35,12 @@ from shared.schema.http import (
 )
 from shared.units import size
 
-FAILED, CANCELLED = 1, 130
+if TYPE_CHECKING:
+    from cli.bar import Bar
+    from cli.client import Client
+
+FAILED, CANCELLED = 1, interrupt.STATUS
 VISIBLE = {chr(code) for code in range(0x21, 0x7F)}
-
-
-class Interrupted(Failure):
-    """The command was interrupted with Ctrl-C."""
 
 
 @click.group()
@@ -55,8 +56,11 @@ def visible_ascii(context: click.Context, option: click.Parameter, text: str | N
 
 
 def http_url(context: click.Context, option: click.Parameter, text: str) -> str:
-    if (url := checked_url(text)) is None:
-        raise click.BadParameter("it must be an HTTP URL such as http://host:1234, without a user name or password.")
+    if (url := address.url_of(text)) is None:
+        raise click.BadParameter(
+            "it must be an HTTP URL such as http://host:1234, or a host with or without a port, without a user name or "
+            "password."
+        )
     return url
 
 
@@ -66,7 +70,8 @@ OPTIONS: list[click.Parameter] = [
         envvar="LOADSTONE_URL",
         default="http://127.0.0.1:1234",
         callback=http_url,
-        help="URL of the server. [LOADSTONE_URL; default: http://127.0.0.1:1234]",
+        help="URL of the server, or host:port; the port of a host alone is 1234. [LOADSTONE_URL; default: "
+        "http://127.0.0.1:1234]",
     ),
     click.Option(
         ["--token"],
@@ -83,6 +88,8 @@ def command(function: Callable[..., None]) -> click.Command:
 
     @functools.wraps(function)
     def run(url: str, token: str | None, as_json: bool, **words: Any) -> None:
+        from cli.client import Client
+
         try:
             with Client(url, token or "", note=say) as server:
                 function(server, as_json, **words)
@@ -157,9 +164,14 @@ def ps(server: Client, as_json: bool) -> None:
     table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS", "TTL"), rows)
 
 
+@functools.cache
+def hints(kind: type[Struct]) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def description(kind: type[Struct], field: str) -> str:
     """Return the description of a request field from its type."""
-    annotated = get_type_hints(kind, include_extras=True)[field]
+    annotated = hints(kind)[field]
     (text,) = (meta.description for meta in annotated.__metadata__ if isinstance(meta, Meta))
     assert text is not None
     return text
@@ -244,21 +256,22 @@ def load(
         show(server.estimate(LoadRequest(model=model, **given)), as_json)
         return
     request = LoadRequest(model=model, echo_load_config=True, **given)
-    key = idempotency_key or uuid.uuid4().hex
+    key = idempotency_key or os.urandom(16).hex()
     jobs: dict[str, Job | None] = dict.fromkeys([key] if copies == 1 else [f"{key}-{n + 1}" for n in range(copies)])
-    try:
-        for key in jobs:  # submit all before waiting for the first, so that they load concurrently
-            jobs[key] = server.submit(request, key)
-        accepted = [job for job in jobs.values() if job is not None]
-        if detach:
-            if as_json:
-                document(accepted if copies > 1 else accepted[0])
-            else:
-                click.echo("\n".join(job.job_id for job in accepted))
-            return
-        results, failures = followed(server, accepted, as_json=as_json)
-    except KeyboardInterrupt:
-        interrupted(server, request, jobs)
+    with interrupt.Raising():
+        try:
+            for key in jobs:  # submit all before waiting for the first, so that they load concurrently
+                jobs[key] = server.submit(request, key)
+            accepted = [job for job in jobs.values() if job is not None]
+            if detach:
+                if as_json:
+                    document(accepted if copies > 1 else accepted[0])
+                else:
+                    click.echo("\n".join(job.job_id for job in accepted))
+                return
+            results, failures = followed(server, accepted, as_json=as_json)
+        except KeyboardInterrupt:
+            interrupted(server, request, jobs)
     if as_json and copies > 1:
         document({"loaded": results, "errors": [failure.error for failure in failures]})
         sys.exit(FAILED if failures else 0)
@@ -319,9 +332,23 @@ def show(estimate: EstimateResult, as_json: bool) -> None:
         sys.exit(FAILED)
 
 
+@contextmanager
+def following(model: str) -> Iterator[Bar | Lines]:
+    """Show the progress of a load on stderr during the `with` block."""
+    if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        from cli.bar import Bar
+
+        bar = Bar(model)
+        with bar.live:
+            bar.live.refresh()
+            yield bar
+    else:
+        yield Lines(model, say)
+
+
 def outcome(server: Client, job: Job) -> LoadResult:
     """Follow a load and show its progress.  Raises Failure if it fails or is cancelled."""
-    with following(job.model, say) as shown, closing(server.follow(job.job_id)) as events:
+    with following(job.model) as shown, closing(server.follow(job.job_id)) as events:
         server.note = shown.note
         for event in events:
             shown.show(event)

@@ -9,20 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
 from msgspec import Struct
 
-from cli.supervisor import StartFailed, Stopped, leave_with
+from cli.supervisor import StartFailed, leave_with
 from shared.files import replacing
 from shared.settings import SettingsError, variable
 from shared.units import size
@@ -60,16 +57,14 @@ def write_demo(models_dir: Path) -> str | None:
     """Put the demo models into a directory without files, or the missing real one into a directory with demo models.
 
     Returns the key of the model to try first.  Leaves any other directory unchanged, and returns None.  If the real
-    model is unavailable, prints a sentence with the reason.  Raises SettingsError, StartFailed, and, after a stop
-    signal, Stopped.
+    model is unavailable, prints a sentence with the reason.  Raises SettingsError and StartFailed.
     """
     if not any(path.is_file() for path in models_dir.rglob("*")):
         _write_tiny(models_dir)
     if not (models_dir / TINY).is_dir():
         return None
     try:
-        with _stoppable():
-            fetch(SMOLLM2, models_dir / REAL_FILE)
+        fetch(SMOLLM2, models_dir / REAL_FILE)
     except Unavailable as e:
         click.echo(f"loadstone: The demo starts without the model {REAL}: {e}.", err=True)
         return TINY
@@ -104,24 +99,6 @@ def _write_tiny(models_dir: Path) -> None:
     except OSError as e:
         where = f"{variable('models_dir')} is '{models_dir}'"
         raise SettingsError(f"{where}: with --demo, it must be a writable directory ({e.strerror}).") from None
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Raise Stopped at a stop signal, so that the block can remove what it has begun.
-
-    By default, SIGTERM would end the process at once, or be ignored if it is the first process of a container.
-    """
-
-    def stop(*_: object) -> None:
-        raise Stopped
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _is_intact(packaged: Packaged, path: Path) -> bool:

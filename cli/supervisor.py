@@ -14,8 +14,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Self
 
 from msgspec import Struct
@@ -62,6 +62,24 @@ class StartFailed(Exception):
 
 class Stopped(Exception):
     """The supervisor received a stop signal."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise Stopped at a stop signal, so that the block can remove what it has begun.  A Supervisor takes over from it.
+
+    By default, SIGTERM would end the process at once, or be ignored if it is the first process of a container.
+    """
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class Supervisor:

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import msgspec
 
 from cli import devredis, listener
-from cli.devredis import Server
-from cli.supervisor import Command, Supervisor
+from cli.demo import write_demo
+from cli.devredis import RedisUnavailable, Server
+from cli.supervisor import Command, StartFailed, Stopped, Supervisor, stoppable
 from shared import filelock, paths
 from shared.settings import (
     PREFIX,
     Settings,
     SettingsError,
+    check_exposure,
+    from_environ,
     read_tokens,
+    redis_url,
     to_environ,
     variable,
 )
+from shared.telemetry import log
 
 # `up` takes at most the sum of these to stop: 10 s, after which container runtimes send SIGKILL.
 UP_DRAIN_S = 1.0  # without a load balancer, the API exits once no request is in progress, and at the latest after this
@@ -36,7 +43,62 @@ LONE_WORKER_GRACE_S = 25.0  # for a worker of a pool, whose loads are requeued a
 WATCHDOG_S = 30.0  # a beat may take about 15 s if Redis hangs
 
 
-async def run_all(settings: Settings, listening: socket.socket, redis: Server | None, demo: str | None) -> None:
+def run_up(flags: Mapping[str, str | None], *, demo: bool) -> None:
+    """Run `loadstone up` until a stop signal arrives."""
+    with _sentences(), stoppable(), ExitStack() as undo:
+        settings = _settings(flags)
+        check_exposure(settings)
+        make_directories(settings)
+        undo.enter_context(only_one(settings.data_dir))
+        listening = undo.enter_context(listener.bind(settings))
+        first = write_demo(settings.models_dir) if demo else None
+        redis = None if settings.redis_url else undo.enter_context(devredis.prepared(settings.data_dir))
+        asyncio.run(_supervise_all(settings, listening, redis, first))
+
+
+def run_api(flags: Mapping[str, str | None]) -> None:
+    """Run `loadstone api` until a stop signal arrives."""
+    with _sentences(), stoppable():
+        settings = _settings(flags)
+        redis_url(settings)
+        check_exposure(settings)
+        with listener.bind(settings) as listening:
+            asyncio.run(_supervise_api(settings, listening))
+
+
+def run_worker(flags: Mapping[str, str | None]) -> None:
+    """Run `loadstone worker` until a stop signal arrives."""
+    with _sentences(), stoppable():
+        settings = _settings(flags)
+        redis_url(settings)
+        asyncio.run(_supervise_worker(settings))
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Print errors that users can correct without a traceback, and exit.  A stop signal is not an error."""
+    try:
+        yield
+    except (SettingsError, RedisUnavailable) as e:
+        _refuse(str(e), 2)
+    except StartFailed as e:
+        _refuse(str(e), e.status)
+    except (Stopped, KeyboardInterrupt):  # asyncio leaves Python's own handler behind when it closes its loop
+        pass
+
+
+def _refuse(sentence: str, status: int) -> NoReturn:
+    click.echo(f"loadstone: {sentence}", err=True)
+    sys.exit(status)
+
+
+def _settings(flags: Mapping[str, str | None]) -> Settings:
+    settings = from_environ(os.environ, flags)
+    log.configure(settings.log_level, settings.log_format, service="supervisor")
+    return settings
+
+
+async def _supervise_all(settings: Settings, listening: socket.socket, redis: Server | None, demo: str | None) -> None:
     """Run until a signal arrives.  `demo`: the key of a model for which a command is printed."""
     async with Supervisor() as supervisor:
         if redis:
@@ -57,7 +119,7 @@ async def run_all(settings: Settings, listening: socket.socket, redis: Server | 
         await supervisor.forever()
 
 
-async def run_api(settings: Settings, listening: socket.socket) -> None:
+async def _supervise_api(settings: Settings, listening: socket.socket) -> None:
     async with Supervisor() as supervisor:
         command = api_command(settings, listening, (settings.drain_s, settings.drain_s))
         supervisor.start(*[command] * settings.api_workers)
@@ -66,7 +128,7 @@ async def run_api(settings: Settings, listening: socket.socket) -> None:
         await supervisor.forever()
 
 
-async def run_worker(settings: Settings) -> None:
+async def _supervise_worker(settings: Settings) -> None:
     async with Supervisor() as supervisor:
         supervisor.start(worker_command(settings, LONE_WORKER_GRACE_S))
         await supervisor.forever()

@@ -110,7 +110,7 @@ def stop(process: subprocess.Popen[str], signum: signal.Signals = signal.SIGTERM
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_up_prints_its_address_once_and_leaves_nothing(tmp_path: Path, start: Start, signum: signal.Signals) -> None:
-    process = start("up", "--data-dir", "data", "--models-dir", "models")
+    process = start("up", "--data-dir", "data")
     ready = first_line(process)
     assert re.fullmatch(r"ready: http://127\.0\.0\.1:\d+", ready)
     assert f"unix://{tmp_path}/data/redis/redis.sock" in ask(ready.removeprefix("ready: "))
@@ -118,7 +118,6 @@ def test_up_prints_its_address_once_and_leaves_nothing(tmp_path: Path, start: St
     assert out == ""
     assert all(wait_gone(pid, 0) for pid in children(tmp_path))
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
-    assert (tmp_path / "models").is_dir()
 
 
 def test_up_can_start_again_after_sigkill(tmp_path: Path, start: Start) -> None:
@@ -308,3 +307,72 @@ def test_a_busy_port_is_reported_in_a_sentence(start: Start) -> None:
 def test_help_names_the_variable_and_the_default_of_a_flag(start: Start) -> None:
     out, _ = start("up", "--help").communicate(timeout=60)
     assert "[LOADSTONE_MODELS_DIR; default: ~/.loadstone/models]" in " ".join(out.split())
+
+
+# ---- Ctrl-C
+
+PAUSES = """
+import atexit, importlib.abc, sys, time
+from cli.main import main
+
+def pause():
+    sys.stderr.write("paused\\n")
+    time.sleep(60)
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == moment:
+            pause()
+
+moment = sys.argv.pop(1)
+sys.meta_path.insert(0, Finder())
+if moment == "exit":
+    atexit.register(pause)
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "words"),
+    [
+        ("click", ("ls",)),
+        ("cli.commands", ("--help",)),
+        ("httpcore", ("ls",)),
+        ("structlog", ("up",)),
+        ("asyncio", ("worker",)),
+        ("exit", ("--version",)),
+    ],
+)
+def test_ctrl_c_outside_a_command_prints_nothing(environ: dict[str, str], moment: str, words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-c", PAUSES, moment, *words]
+    process = subprocess.Popen(command, env=environ, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with process:
+        assert process.stderr
+        assert process.stderr.readline() == "paused\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("reply", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
+def test_ctrl_c_during_a_request_prints_nothing(start: Start, reply: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        process = start("ls", "--url", f"127.0.0.1:{server.getsockname()[1]}")
+        connection, _ = server.accept()
+        with connection:
+            assert connection.recv(4096).startswith(b"GET /api/v1/models ")
+            connection.sendall(reply)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
+
+
+def test_a_second_ctrl_c_ends_up_without_a_traceback(start: Start) -> None:
+    process = start("up")
+    first_line(process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in err

@@ -16,19 +16,14 @@ import pytest
 from click.testing import CliRunner
 
 from api.openapi.document import document
-from cli import commands
-from cli import main as cli
-from cli.client import (
-    LONGEST_PAUSE_S,
-    PATIENCE_S,
-    PROXY_VARIABLES,
-    TLS_VARIABLES,
-    Failure,
-    Patience,
-    checked_url,
-    events,
-)
-from cli.display import Lines, Meter, clean, facts
+from cli import commands, servers
+from cli.address import url_of
+from cli.bar import Meter
+from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Patience, events
+from cli.display import Lines, clean, facts
+from cli.environment import PROXY_VARIABLES, TLS_VARIABLES
+from cli.failure import Failure
+from cli.program import CLIENTS, SERVERS, program
 from shared.errors import ErrorBody
 from shared.schema.http import GPURequest, LoadProgress, LoadRequest
 
@@ -165,8 +160,9 @@ def test_control_characters_of_a_name_are_replaced() -> None:
 # ---- the commands
 
 
-def test_the_program_lists_every_client_command() -> None:
-    assert set(cli.CLIENT_COMMANDS) == set(commands.client.commands)
+def test_the_program_lists_every_command() -> None:
+    assert set(CLIENTS) == set(commands.client.commands)
+    assert set(SERVERS) == set(servers.servers.commands)
 
 
 @pytest.mark.parametrize("kind", [LoadRequest, GPURequest])
@@ -179,29 +175,62 @@ def test_each_option_of_load_has_the_text_of_its_field(kind: type[msgspec.Struct
     assert [name for name, text in fields.items() if not str(helps.get(name)).startswith(text)] == []
 
 
-@pytest.mark.parametrize("url", ["http://h", "https://h:1/prefix/", "http://[::1]:1234"])
-def test_the_url_of_a_server_is_accepted(url: str) -> None:
-    assert checked_url(url) == url.rstrip("/")
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("http://h", "http://h"),
+        ("https://h:1/prefix/", "https://h:1/prefix"),
+        ("HTTP://Host:80", "http://host:80"),
+        ("localhost", "http://localhost:1234"),
+        ("localhost:1235", "http://localhost:1235"),
+        ("localhost:1235/", "http://localhost:1235"),
+        ("10.0.0.7", "http://10.0.0.7:1234"),
+        ("host/v1", "http://host:1234"),
+        ("http://host/v1", "http://host"),
+        ("http://host:1234/v1/", "http://host:1234"),
+        ("http://host:1234/api/v1", "http://host:1234"),
+        ("http://host:1234/api/v0", "http://host:1234"),
+        ("https://host/prefix/api/v1/", "https://host/prefix"),
+        ("https://host/xv1", "https://host/xv1"),
+        ("http://[::1]:1234", "http://[::1]:1234"),
+        ("[::1]:1235", "http://[::1]:1235"),
+        ("[::1]", "http://[::1]:1234"),
+        ("::1", "http://[::1]:1234"),
+        ("2001:DB8::1", "http://[2001:db8::1]:1234"),
+        ("https://bücher.example", "https://xn--bcher-kva.example"),
+    ],
+)
+def test_the_url_of_a_server_is_what_a_person_means(text: str, url: str) -> None:
+    assert url_of(text) == url
+    assert url_of(url) == url
 
 
 @pytest.mark.parametrize(
-    "url",
+    "text",
     [
         "",
-        "h:1",
         "ftp://h",
         "http://",
         "http://u:p@h",
+        "u:p@h",
         "http://h?x",
-        "http://h:x",
+        "http://h#x",
+        "h:x",
         "/x",
+        ":1235",
+        "1235",
         "http://h:65536",
         "http://h:-1",
+        "http://h:0",
         "http://a..b",
+        "http://[::1",
+        "http://[x:y]",
+        "a b",
+        "http://h\n",
     ],
 )
-def test_another_text_is_refused_as_a_url(url: str) -> None:
-    assert checked_url(url) is None
+def test_another_text_is_refused_as_a_url(text: str) -> None:
+    assert url_of(text) is None
 
 
 @pytest.mark.parametrize(
@@ -212,18 +241,18 @@ def test_another_text_is_refused_as_a_url(url: str) -> None:
         ["load", "m", "--idempotency-key", "a b"],
         ["unload"],
         ["unload", "m", "--all"],
-        ["ls", "--url", "h:1"],
+        ["ls", "--url", "h:x"],
         ["jobs", "--status", "lost"],
         ["cancel"],
     ],
 )
 def test_wrong_usage_exits_with_status_2(words: list[str]) -> None:
-    result = CliRunner().invoke(cli.main, words)
+    result = CliRunner().invoke(program, words)
     assert (result.exit_code, result.stdout) == (2, "")
 
 
 def test_a_token_that_fits_no_header_is_not_shown() -> None:
-    result = CliRunner().invoke(cli.main, ["ls"], env={"LOADSTONE_TOKEN": "s3cret\n"})
+    result = CliRunner().invoke(program, ["ls"], env={"LOADSTONE_TOKEN": "s3cret\n"})
     assert result.exit_code == 2
     assert "visible ASCII" in result.stderr
     assert "s3cret" not in result.output
@@ -245,11 +274,10 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ("variable", "value", "reason"),
     [
         ("ALL_PROXY", "socks5h://user:s3cret@127.0.0.1:1", "SOCKS is not supported"),
-        ("http_proxy", "socks4://user:s3cret@127.0.0.1:1", "Unknown scheme"),
-        ("HTTPS_PROXY", "http://x:y:z", "Invalid port"),
-        ("HTTP_PROXY", "http://user:s3cret/more@127.0.0.1:1", "Invalid port"),
-        ("HTTP_PROXY", "http://a..b", "invalid host name"),
-        ("NO_PROXY", "[::1", "Invalid port"),
+        ("https_proxy", "ftp://user:s3cret@127.0.0.1:1", "unknown scheme"),
+        ("HTTPS_PROXY", "http://x:y:z", "invalid port"),
+        ("HTTPS_PROXY", "http://user:s3cret/more@127.0.0.1:1", "invalid port"),
+        ("HTTPS_PROXY", "http://a..b", "invalid host name"),
         ("SSL_CERT_FILE", "/nonexistent", "No such file or directory"),
         ("SSL_CERT_FILE", "/etc", "Is a directory"),
         ("SSL_CERT_FILE", "/etc/passwd", "no certificate or crl found"),
@@ -260,7 +288,7 @@ def test_an_unusable_environment_fails_in_one_sentence(
     environ: pytest.MonkeyPatch, variable: str, value: str, reason: str
 ) -> None:
     environ.setenv(variable, value)
-    result = CliRunner().invoke(cli.main, ["ls", "--url", "http://server.invalid"])
+    result = CliRunner().invoke(program, ["ls", "--url", "https://server.invalid"])
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.fullmatch(rf"loadstone: .*\({variable}\) are unusable: .*{reason}.*\.\n", result.stderr), result.stderr
     assert "s3cret" not in result.stderr
@@ -268,7 +296,7 @@ def test_an_unusable_environment_fails_in_one_sentence(
 
 def test_a_refused_connection_may_be_that_of_a_proxy(environ: pytest.MonkeyPatch) -> None:
     environ.setenv("HTTP_PROXY", "http://user:s3cret@127.0.0.1:1")
-    result = CliRunner().invoke(cli.main, ["ls", "--url", "http://server.invalid"])
+    result = CliRunner().invoke(program, ["ls", "--url", "http://server.invalid"])
     start = "loadstone: Cannot connect to http://server.invalid or to its proxy (HTTP_PROXY) ("
     assert (result.exit_code, result.stderr.startswith(start)) == (1, True)
     assert "s3cret" not in result.stderr
@@ -276,7 +304,7 @@ def test_a_refused_connection_may_be_that_of_a_proxy(environ: pytest.MonkeyPatch
 
 def test_arguments_that_are_not_utf_8_are_wrong_usage() -> None:
     for words in (["load", "m\udcff"], ["logs", "m\udcff"], ["unload", "m\udcff"]):
-        result = CliRunner().invoke(cli.main, [*words, "--url", "http://127.0.0.1:1"])
+        result = CliRunner().invoke(program, [*words, "--url", "http://127.0.0.1:1"])
         assert result.exit_code == 2
         assert "must be UTF-8" in result.stderr
 
@@ -297,6 +325,7 @@ def test_a_full_disk_fails_the_output_in_one_sentence() -> None:
 
 
 def test_a_character_that_the_output_lacks_is_escaped() -> None:
-    program = "import click, cli.main; cli.main.main.command('x')(lambda: click.echo(chr(9731))); cli.main.main(['x'])"
-    done = run(program, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u2603\n", "")
+    code = "import sys; from cli.program import program; sys.argv[0] = chr(9731); program(['--help'])"
+    done = run(code, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Usage: \\u2603 ")

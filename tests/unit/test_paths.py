@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import httpx
+import httpcore
 import pytest
 from starlette.routing import Match
 
 from api.openapi.operations import OPERATIONS
 from api.routes import ROUTES
-from cli.client import Client, Failure
+from cli.client import Client
+from cli.failure import Failure
 from shared import paths
 from shared.schema.http import LoadRequest
 
@@ -33,12 +34,14 @@ def requests() -> Requests:
 def client(requests: Requests) -> Iterator[Client]:
     """A client whose requests are recorded and refused."""
 
-    def refuse(request: httpx.Request) -> httpx.Response:
-        requests.append((request.method, request.url.raw_path.decode()))
-        return httpx.Response(404)
+    class Refusing(httpcore.ConnectionPool):
+        @contextmanager
+        def stream(self, method: str, url: httpcore.URL, **_: Any) -> Iterator[httpcore.Response]:  # type: ignore[override]
+            requests.append((method, url.target.decode()))
+            yield httpcore.Response(404)
 
     with Client("http://loadstone.example") as client:
-        client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(refuse))
+        client._http = Refusing()
         yield client
 
 
