@@ -48,7 +48,8 @@ def run_up(flags: Mapping[str, str | None], *, demo: bool) -> None:
     with _sentences(), stoppable(), ExitStack() as undo:
         settings = _settings(flags)
         check_exposure(settings)
-        make_directories(settings)
+        is_named = bool(flags.get("models_dir") or os.environ.get(variable("models_dir")))
+        make_directories(settings, has_models=is_named and not demo)
         undo.enter_context(only_one(settings.data_dir))
         listening = undo.enter_context(listener.bind(settings))
         first = write_demo(settings.models_dir) if demo else None
@@ -174,7 +175,13 @@ def _environ(settings: Settings) -> dict[str, str]:
     return _inherited() | {"PYTHONUTF8": "1"} | to_environ(settings)
 
 
-def make_directories(settings: Settings) -> None:
+def make_directories(settings: Settings, *, has_models: bool) -> None:
+    """Create the directories of data and models.  With `has_models`, that of models must exist: it would be empty.
+
+    Raises SettingsError.
+    """
+    if has_models and not settings.models_dir.exists():
+        raise SettingsError(f"{variable('models_dir')} is '{settings.models_dir}': this directory does not exist.")
     for field, mode in (("data_dir", 0o700), ("models_dir", 0o755)):
         path: Path = getattr(settings, field)
         try:

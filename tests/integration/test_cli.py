@@ -376,3 +376,14 @@ def test_a_second_ctrl_c_ends_up_without_a_traceback(start: Start) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in err
+
+
+def test_up_refuses_a_models_directory_that_does_not_exist(tmp_path: Path, start: Start) -> None:
+    for words, variables in ((("--models-dir", "typo"), {}), ((), {"LOADSTONE_MODELS_DIR": "typo"})):
+        process = start("up", *words, **variables)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (2, "")
+        assert err == "loadstone: LOADSTONE_MODELS_DIR is 'typo': this directory does not exist.\n"
+    assert not (tmp_path / "typo").exists()
+    first_line(start("up"))
+    assert (tmp_path / ".loadstone/models").is_dir()

@@ -401,6 +401,7 @@ class Service(Running, Client):
         self, directory: Path, *words: str, models: Path | None = None, token: str = "", **variables: str
     ) -> None:
         self.models_dir = models or directory / "models"
+        self.models_dir.mkdir(parents=True, exist_ok=True)
         self.data_dir = directory / "data"
         flags = ("--port", "0", "--models-dir", str(self.models_dir), "--data-dir", str(self.data_dir))
         Running.__init__(self, directory, "up", *flags, *words, environ=variables)
