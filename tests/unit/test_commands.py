@@ -143,14 +143,14 @@ def test_a_line_is_written_for_each_phase_and_each_tenth() -> None:
         lines.show(progress(progress=hundredth / 100, loaded_bytes=hundredth * (8 << 30) // 100))
     lines.show(progress(phase="context", progress=0.995, loaded_bytes=8 << 30))
     assert lines_written[:2] == ["m: 0% queued", "m: 0% starting"]
-    assert lines_written[3] == "m: 10% weights, 819.2 MiB of 8.0 GiB, 100.0 MiB/s, 0:01:14 left"
-    assert lines_written[-1] == "m: 99% context, 8.0 GiB of 8.0 GiB"
+    assert lines_written[3] == "m: 10% weights, 0.80 GiB of 8.00 GiB, 0.098 GiB/s, 0:01:14 left"
+    assert lines_written[-1] == "m: 99% context, 8.00 GiB of 8.00 GiB"
     assert len(lines_written) == 13
 
 
 def test_an_unknown_rate_is_left_out() -> None:
-    assert facts(progress(bytes_per_second=None)) == "weights, 2.0 GiB of 8.0 GiB"
-    assert facts(progress(bytes_per_second=0)) == "weights, 2.0 GiB of 8.0 GiB"
+    assert facts(progress(bytes_per_second=None)) == "weights, 2.00 GiB of 8.00 GiB"
+    assert facts(progress(bytes_per_second=0)) == "weights, 2.00 GiB of 8.00 GiB"
 
 
 def test_control_characters_of_a_name_are_replaced() -> None:

@@ -173,7 +173,8 @@ def test_a_shortage_has_numbers_in_its_sentence_and_detail() -> None:
     ]
     sentence, detail = shortage("it refused", 5 << 20, devices, {"CUDA1": ["p/m", "p/m:2"]}, {"CUDA1": 5})
     assert sentence == (
-        "it refused: 5.0 MiB needed, 1.0 GiB of 8.0 GiB available on CUDA0, 0 bytes of 8.0 GiB available on CUDA1"
+        "it refused: 0.0049 GiB needed, 1.00 GiB of 8.00 GiB available on CUDA0, "
+        "0.00 GiB of 8.00 GiB available on CUDA1"
     )
     assert detail == {
         "needed_bytes": 5 << 20,

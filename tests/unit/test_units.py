@@ -10,16 +10,14 @@ from shared.units import size
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
     [
-        (0, "0 bytes"),
-        (1, "1 byte"),
-        (1023, "1023 bytes"),
-        (1024, "1.0 KiB"),
-        (5 << 20, "5.0 MiB"),
-        ((1 << 30) - 1, "1024.0 MiB"),
-        (3 << 29, "1.5 GiB"),
-        (2 << 40, "2.0 TiB"),
-        (4096 << 40, "4096.0 TiB"),
+        (0, "0.00 GiB"),
+        (500, "0.00000047 GiB"),
+        (5 << 20, "0.0049 GiB"),
+        (98_362_432, "0.092 GiB"),
+        ((1 << 30) - 1, "1.00 GiB"),
+        (3 << 29, "1.50 GiB"),
+        (2 << 40, "2048.00 GiB"),
     ],
 )
-def test_a_size_has_the_largest_unit_that_it_reaches(n_bytes: int, text: str) -> None:
+def test_every_size_is_in_gib_with_enough_digits(n_bytes: int, text: str) -> None:
     assert size(n_bytes) == text
