@@ -132,7 +132,7 @@ async def job_events(request: Request[State]) -> Response:
 
 
 async def job_logs(request: Request[State]) -> Response:
-    return PlainTextResponse(await request.state["records"].engine_log(_job_id(request)))
+    return PlainTextResponse(await request.state["records"].log(_job_id(request)))
 
 
 async def unload(request: Request[State]) -> Response:

@@ -51,6 +51,15 @@ def outcome(instance: Instance) -> ErrorBody | None:
             assert_never(instance.state)
 
 
+def log(output: bytes, instance: Instance) -> bytes:
+    """Return the log of a load: the engine's output, then why the load or its instance failed or was cancelled.
+
+    A load that was refused has no output.
+    """
+    reason = instance.error or outcome(instance)
+    return output if reason is None else output + f"loadstone: {reason.message}\n".encode()
+
+
 def job(instance: Instance) -> Job:
     """Return the job of a load."""
     is_loaded = instance.loaded_at is not None
@@ -60,6 +69,7 @@ def job(instance: Instance) -> Job:
     return Job(
         job_id=instance.id,
         status=status(instance),
+        instance_state=instance.state,
         model=instance.model,
         instance_id=instance.instance_id,
         model_instance_id=instance.instance_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import aclosing
 
-from api.loads.jobs import status
+from api.loads.jobs import log, status
 from api.single_flight import SingleFlight
 from shared.errors import JobNotFound
 from shared.instance import Instance
@@ -38,12 +38,10 @@ class Records:
                     break
         return records
 
-    async def engine_log(self, job_id: str) -> bytes:
-        """Return the engine's log of a load, which may be empty.  Raises JobNotFound."""
-        text = await self._instances.engine_log(job_id)
-        if text is None:
-            await self.get(job_id)
-        return text or b""
+    async def log(self, job_id: str) -> bytes:
+        """Return the log of a load, which may be empty.  Raises JobNotFound."""
+        instance = await self.get(job_id)  # first: the log of a load that has ended is complete
+        return log(await self._instances.engine_log(job_id) or b"", instance)
 
     async def _read(self, ids: Sequence[str]) -> dict[str, Instance | None]:
         return {**dict.fromkeys(ids), **{instance.id: instance for instance in await self._instances.many(ids)}}

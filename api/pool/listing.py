@@ -62,7 +62,12 @@ class Listing:
         for instance in _oldest_first(await self._instances.live()):
             held.setdefault(instance.worker, []).append(
                 HeldInstance(
-                    id=instance.instance_id, state=instance.state, model=instance.model, devices=instance.devices
+                    id=instance.instance_id,
+                    job_id=instance.id,
+                    state=instance.state,
+                    model=instance.model,
+                    devices=instance.devices,
+                    size_bytes=instance.total_size_bytes,
                 )
             )
         return [

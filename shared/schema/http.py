@@ -188,6 +188,9 @@ class Job(Struct, frozen=True, kw_only=True):
 
     job_id: JobId
     status: Outcome
+    instance_state: Annotated[
+        State, Meta(description="What the instance is now: this tells one that is in use from one that was unloaded.")
+    ]
     model: Annotated[str, Meta(description="Key of the model, as requested.")]
     instance_id: InstanceId
     model_instance_id: SameId
@@ -389,12 +392,14 @@ class ModelList(Struct, frozen=True, kw_only=True):
 
 
 class HeldInstance(Struct, frozen=True, kw_only=True, gc=False):
-    """An instance in any state that is not terminal, with the devices that it uses or will use."""
+    """An instance in any state that is not terminal."""
 
     id: InstanceId
+    job_id: JobId
     state: Annotated[State, Meta(description="State of the instance.")]
     model: Annotated[str, Meta(description="Key of the model, as requested.")]
     devices: Annotated[list[str], Meta(description="Ids of the devices that the instance uses or will use.")]
+    size_bytes: Annotated[int, Meta(description="Size of the files of the model.")]
 
 
 class EngineBuild(Struct, frozen=True, kw_only=True):

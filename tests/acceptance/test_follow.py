@@ -20,7 +20,8 @@ from tests.support.service import JSON, LOAD, STATUS, TINY, Reply, SentEvent, Se
 
 PHASES = ["metadata", "weights", "context", "warmup"]
 FIELDS = [
-    *("job_id", "status", "model", "instance_id", "model_instance_id", "worker", "devices", "attempt", "progress"),
+    *("job_id", "status", "instance_state", "model", "instance_id", "model_instance_id", "worker", "devices"),
+    *("attempt", "progress"),
     *("phase", "total_size_bytes", "loaded_bytes", "bytes_per_second", "estimated_completion", "created_at"),
     *("started_at", "completed_at", "timing", "evicted", "result", "error"),
 ]
@@ -117,12 +118,12 @@ def test_a_jobs_outcome_survives_the_end_of_its_instance(service: Service) -> No
     job = service.job(service.accepted(TINY, echo_load_config=True)["job_id"], wait_s=20)
     assert job["result"]["load_config"]["context_length"] == 4096
     assert service.unload(TINY).status == 200
-    assert service.job(job["job_id"]) == job
+    assert service.job(job["job_id"]) == {**job, "instance_state": "unloaded"}
     job = service.job(service.accepted(TINY)["job_id"], wait_s=20)
     until(lambda: len(service.runners()) == 2, "one runner holds the model, and one waits")
     os.kill(service.runners()[0].pid, signal.SIGKILL)
     until(lambda: not service.instances(), "the instance is gone")
-    assert service.job(job["job_id"]) == job
+    assert service.job(job["job_id"]) == {**job, "instance_state": "failed"}
 
 
 def test_all_followers_of_a_failed_load_get_the_same_error(service: Service) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import UNSET
 
-from api.loads.jobs import event, is_over, job, outcome, status
+from api.loads.jobs import event, is_over, job, log, outcome, status
 from shared.errors import ErrorBody
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, IllegalTransition, State
@@ -97,6 +97,7 @@ def test_each_state_has_a_job_status_and_an_event(
     assert instance.state is state
     seen, over = job(instance), job_status in ("loaded", "failed", "cancelled")
     assert seen.status == status(instance) == job_status
+    assert seen.instance_state is state
     assert type(event(instance)) is (type(None) if kind is None else kind)
     assert is_over(instance) == over == (seen.completed_at is not None) == ("total" in seen.timing)
     assert (seen.result is not None) == (job_status == "loaded") == (seen.progress == 1)
@@ -140,6 +141,17 @@ def test_an_unsuccessful_load_keeps_its_progress() -> None:
         seen = job(happened(under_way(happened(QUEUED, E.CLAIM), 0.42), *end))
         assert (seen.progress, seen.loaded_bytes) == (0.42, 420)
         assert (seen.phase, seen.estimated_completion) == (None, None)
+
+
+def test_the_log_ends_with_the_reason_of_a_failure() -> None:
+    loading = happened(QUEUED, E.CLAIM)
+    for healthy in (QUEUED, loading, happened(loading, E.LOAD), happened(loading, E.LOAD, E.STOP, E.EXIT)):
+        assert log(b"llama\n", healthy) == b"llama\n"
+    refused, died = happened(QUEUED, E.FAIL), happened(loading, E.LOAD, E.FAIL)
+    assert log(b"", refused) == b"loadstone: why\n"
+    assert log(b"llama\n", died) == b"llama\nloadstone: why\n"
+    assert b"the load was cancelled" in log(b"", happened(QUEUED, E.STOP))
+    assert b"worker 'w' is no longer available" in log(b"", happened(loading, E.EXPIRE))
 
 
 def test_times_are_in_utc_with_milliseconds() -> None:
@@ -211,7 +223,9 @@ def test_the_outcome_is_the_last_event_and_never_changes(steps: list[Event | flo
         elif last.state is S.LOADING:
             revisions.append(under_way(last, max(last.progress, step)))
 
-    over = [job(revision) for revision in revisions if is_over(revision)]
+    over = [
+        msgspec.structs.replace(job(revision), instance_state=S.LOADED) for revision in revisions if is_over(revision)
+    ]
     assert all(one == over[0] for one in over)
     assert all(job(revision).status in ("queued", "loading") for revision in revisions if not is_over(revision))
     progress = [job(revision).progress for revision in revisions]
