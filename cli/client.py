@@ -17,6 +17,7 @@ from cli import address
 from cli.failure import Failure, Unreachable, error
 from shared import __version__, paths
 from shared.errors import ErrorBody
+from shared.lifecycle import TERMINAL
 from shared.schema.http import (
     EstimateResult,
     Job,
@@ -38,6 +39,7 @@ SILENCE_S = 20.0  # an event stream sends something at least every 15 s
 CONNECT_S = 5.0
 ANSWER_S = 30.0
 STOP_ANSWER_S = 90.0  # unload and cancel reply once the memory is free; the server waits up to 60 s
+LOG_PAUSE_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
 JSON = {"Content-Type": "application/json"}
@@ -131,9 +133,28 @@ class Client:
         """Cancel a load; return its job once it has ended and its memory is free."""
         return self._ask(Job, "DELETE", _path(paths.JOB, job_id), timeout=STOP_ANSWER_S)
 
-    def logs(self, job_id: str) -> str:
+    def logs(self, job_id: str) -> list[str]:
+        """Return the lines of the log of a load."""
         with self._answer("GET", _path(paths.JOB_LOGS, job_id)) as answer:
-            return answer.read().decode(errors="replace")
+            lines = answer.read().decode(errors="replace").split("\n")
+            return lines if lines[-1] else lines[:-1]
+
+    def follow_log(self, job_id: str, tail: int | None) -> Iterator[str]:
+        """Yield the last `tail` lines of a log, or all, and then its new lines until the instance ends."""
+        patience, seen = Patience(self.note), list[str]()
+        while True:
+            try:
+                is_over = self.job(job_id).instance_state in TERMINAL  # first: the log is complete then
+                lines = self.logs(job_id)
+            except Failure as failure:
+                patience.wait(failure)
+                continue
+            patience.reset()
+            yield from new_lines(seen, lines) if tail is None else lines[max(0, len(lines) - tail) :]
+            if is_over:
+                return
+            seen, tail = lines, None
+            time.sleep(LOG_PAUSE_S)
 
     def estimate(self, request: LoadRequest) -> EstimateResult:
         return self._ask(EstimateResult, "POST", paths.ESTIMATE, content=msgspec.json.encode(request), headers=JSON)
@@ -278,6 +299,12 @@ def events(lines: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
         elif not line and data:
             yield id_, b"\n".join(data)
             data = []
+
+
+def new_lines(seen: list[str], lines: list[str]) -> list[str]:
+    """Return the lines of a log that come after those seen.  Its oldest lines, after the first, may be gone."""
+    overlap = next((n for n in range(len(seen), 0, -1) if lines[1 : n + 1] == seen[len(seen) - n :]), 0)
+    return lines[len(seen) :] if lines[: len(seen)] == seen else lines[1 + overlap :] if overlap else lines
 
 
 def _lines(answer: httpcore.Response, patience: Patience) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -19,7 +20,8 @@ from msgspec import UNSET, Meta, Struct
 
 from cli import address, interrupt
 from cli.display import Lines, clean, left, percent, stage, table, when
-from cli.failure import Failure, Interrupted, cancelled
+from cli.failure import Failure, Interrupted, cancelled, error
+from cli.names import Load, meant
 from shared.errors import ErrorBody
 from shared.schema.http import (
     EngineBuild,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from cli.client import Client
 
 FAILED, CANCELLED = 1, interrupt.STATUS
+USUAL_JOBS, MOST_JOBS = 20, 1000  # the most that a server lists
+JOB_ID = re.compile(r"load_[0-9a-f]{32}")
 VISIBLE = {chr(code) for code in range(0x21, 0x7F)}
 
 
@@ -111,7 +115,7 @@ def command(function: Callable[..., None]) -> click.Command:
 
 @command
 def ls(server: Client, as_json: bool) -> None:
-    """List the models."""
+    """List the models.  `list` is another name of this command."""
     listed = server.models()
     if as_json:
         document(listed)
@@ -149,19 +153,52 @@ def ps(server: Client, as_json: bool) -> None:
     }
     instances = [(model.key, instance) for model in server.models().models for instance in model.loaded_instances]
     jobs = [job for id_, job in in_progress.items() if id_ not in {instance.id for _, instance in instances}]
+    held = {one.id: one for worker in server.workers().workers for one in worker.instances}
     if as_json:
-        loaded = [{"model": key, "state": "loaded", **msgspec.to_builtins(instance)} for key, instance in instances]
+        loaded = [
+            {
+                "model": key,
+                "state": "loaded",
+                "job_id": held[i.id].job_id if i.id in held else None,  # it was unloaded meanwhile
+                "size_bytes": held[i.id].size_bytes if i.id in held else None,
+                **msgspec.to_builtins(i),
+            }
+            for key, i in instances
+        ]
         document({"instances": loaded, "jobs": jobs})
         return
     rows = [
-        (i.id, key, "loaded", i.worker, str(i.config.context_length), "100%", left(i.remaining_ttl_seconds))
+        (
+            i.id,
+            key,
+            "loaded",
+            i.worker,
+            ", ".join(i.devices),
+            size(held[i.id].size_bytes) if i.id in held else "-",
+            str(i.config.context_length),
+            "100%",
+            left(i.remaining_ttl_seconds),
+            held[i.id].job_id if i.id in held else "-",
+        )
         for key, i in instances
     ]
     rows += [
-        (job.instance_id, job.model, stage(job.status, job.phase), job.worker, "-", percent(job.progress), "-")
+        (
+            job.instance_id,
+            job.model,
+            stage(job.status, job.phase),
+            job.worker,
+            ", ".join(job.devices) or "-",
+            size(job.total_size_bytes),
+            "-",
+            percent(job.progress),
+            "-",
+            job.job_id,
+        )
         for job in jobs
     ]
-    table(("INSTANCE", "MODEL", "STATE", "WORKER", "CONTEXT", "PROGRESS", "TTL"), rows)
+    headings = ("INSTANCE", "MODEL", "STATE", "WORKER", "DEVICE", "SIZE", "CONTEXT", "PROGRESS", "TTL", "JOB")
+    table(headings, rows)
 
 
 @functools.cache
@@ -178,10 +215,10 @@ def description(kind: type[Struct], field: str) -> str:
 
 
 def field_option(
-    kind: type[Struct], field: str, flags: str, *, note: str = "", **attributes: Any
+    kind: type[Struct], field: str, *flags: str, note: str = "", **attributes: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Create the option for a request field.  Its help is the description of the field, followed by `note`."""
-    return click.option(flags, field, help=description(kind, field) + note, **attributes)
+    return click.option(*flags, field, help=description(kind, field) + note, **attributes)
 
 
 def offload_of(context: click.Context, option: click.Parameter, text: str | None) -> float | str | None:
@@ -205,7 +242,7 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
 
 @command
 @click.argument("model", metavar="KEY")
-@field_option(LoadRequest, "context_length", "--context-length", type=click.IntRange(1), metavar="N")
+@field_option(LoadRequest, "context_length", "-c", "--context-length", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "eval_batch_size", "--eval-batch-size", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "physical_batch_size", "--physical-batch-size", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "flash_attention", "--flash-attention/--no-flash-attention", default=None)
@@ -269,7 +306,7 @@ def load(
                 else:
                     click.echo("\n".join(job.job_id for job in accepted))
                 return
-            results, failures = followed(server, accepted, as_json=as_json)
+            results, failures = followed(server, request, accepted, as_json=as_json)
         except KeyboardInterrupt:
             interrupted(server, request, jobs)
     if as_json and copies > 1:
@@ -281,10 +318,13 @@ def load(
         document(results[0])
 
 
-def followed(server: Client, jobs: list[Job], *, as_json: bool) -> tuple[list[LoadResult], list[Failure]]:
+def followed(
+    server: Client, request: LoadRequest, jobs: list[Job], *, as_json: bool
+) -> tuple[list[LoadResult], list[Failure]]:
     """Follow loads to their ends, in order, and write the id of each instance once it is loaded."""
     results: list[LoadResult] = []
     failures: list[Failure] = []
+    said = set[str]()
     for job in jobs:
         try:
             result = outcome(server, job)
@@ -296,11 +336,41 @@ def followed(server: Client, jobs: list[Job], *, as_json: bool) -> tuple[list[Lo
             failures.append(failure)
             continue
         results.append(result)
+        config = result.load_config
+        unused = [] if config is UNSET else [*without_effect(request, config), *without_gpu(server, request, job)]
+        for sentence in unused:
+            if sentence not in said:
+                say(sentence)
+                said.add(sentence)
         if not as_json:
-            applied = describe(result.load_config) if result.load_config is not UNSET else ""
+            applied = "" if config is UNSET else describe(config)
             say(f"loaded in {result.load_time_seconds:.3g} s{applied}")
             click.echo(clean(result.instance_id))
     return results, failures
+
+
+def without_effect(request: LoadRequest, config: LoadConfig) -> Iterator[str]:
+    """Yield a sentence for each option of a load that the parameters in effect do not have."""
+    options = {option.name: option for option in click.get_current_context().command.params}
+    for field in config.__struct_fields__:
+        requested, used = getattr(request, field), getattr(config, field)
+        if requested is UNSET or requested == used:
+            continue
+        option = options[field]
+        flag = option.secondary_opts[0] if requested is False else option.opts[-1]
+        if used is UNSET:
+            yield f"{flag} has no effect on this model."
+        else:
+            yield f"{flag} has another value for this model: {str(used).lower()}."
+
+
+def without_gpu(server: Client, request: LoadRequest, job: Job) -> Iterator[str]:
+    """Yield a sentence for each option about GPUs of an instance that uses none."""
+    gpu = GPURequest() if request.gpu is UNSET else request.gpu
+    flags = ["--gpu-offload"] if gpu.offload not in (UNSET, "off", 0) else []
+    flags += [] if gpu.split is UNSET else ["--gpu-split"]
+    if flags and server.job(job.job_id).devices == ["CPU"]:
+        yield from (f"{flag} has no effect: the instance uses no GPU." for flag in flags)
 
 
 def show(estimate: EstimateResult, as_json: bool) -> None:
@@ -418,34 +488,68 @@ def unload(server: Client, as_json: bool, instances: tuple[str, ...], everything
 
 @command
 @click.option("--status", type=click.Choice(get_args(JobStatus)), help="List only loads with this status.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="List at most this many loads.")
-def jobs(server: Client, as_json: bool, status: str | None, limit: int | None) -> None:
-    """List loads, newest first."""
-    listed = server.jobs(status=status, limit=limit)
+@click.option(
+    "-n", "--limit", type=click.IntRange(1, MOST_JOBS), metavar="N", help=f"List at most N. [default: {USUAL_JOBS}]"
+)
+@click.option("--all", "everything", is_flag=True, help=f"List up to {MOST_JOBS}, the most that the server lists.")
+def jobs(server: Client, as_json: bool, status: str | None, limit: int | None, everything: bool) -> None:
+    """List loads, newest first, with what became of their instances."""
+    if limit is None and not everything:
+        listed = server.jobs(status=status, limit=USUAL_JOBS + 1).jobs
+        if len(listed) > USUAL_JOBS:
+            say(f"There are more than {USUAL_JOBS} loads. List them with -n N or --all.")
+            listed = listed[:USUAL_JOBS]
+    else:
+        listed = server.jobs(status=status, limit=limit or MOST_JOBS).jobs
     if as_json:
-        document(listed)
+        document({"jobs": listed})
         return
-    headings = ("JOB", "STATUS", "INSTANCE", "WORKER", "PROGRESS", "CREATED", "ERROR")
+    headings = ("JOB", "STATUS", "INSTANCE", "STATE", "WORKER", "PROGRESS", "CREATED", "ERROR")
     rows = [
         (
             job.job_id,
             job.status,
             job.instance_id,
+            job.instance_state,
             job.worker,
             percent(job.progress),
             when(job.created_at),
             str(job.error.code or job.error.type) if job.error else "-",
         )
-        for job in listed.jobs
+        for job in listed
     ]
     table(headings, rows)
 
 
+def found(server: Client, word: str, *, in_progress: bool = False) -> str:
+    """Return the id of the job that `word` means: that of a job or an instance, or a prefix of one.
+
+    Prefers instances that have not ended, or with `in_progress` loads that have not.  Raises Failure, and
+    UnicodeEncodeError if the word is not UTF-8.
+    """
+    word.encode()
+    if JOB_ID.fullmatch(word):
+        return word
+    newest = server.jobs(limit=MOST_JOBS).jobs
+    loads = [Load(job.job_id, job.instance_id) for job in newest]
+    held = [one for worker in server.workers().workers for one in worker.instances]  # also those of older loads
+    if in_progress:
+        preferred = [Load(job.job_id, job.instance_id) for job in newest if job.status in ("queued", "loading")]
+    else:
+        preferred = [Load(one.job_id, one.id) for one in held]
+    if (load := meant(word, preferred, loads)) is None:
+        raise Failure(error("job_not_found", f"No load or instance has the id '{word}', or one that begins so."))
+    return load.job_id
+
+
 @command
-@click.argument("job_id", metavar="JOB")
-def cancel(server: Client, as_json: bool, job_id: str) -> None:
-    """Cancel a load, and wait until its memory is free."""
-    ended = server.cancel(job_id)
+@click.argument("word", metavar="JOB|INSTANCE")
+def cancel(server: Client, as_json: bool, word: str) -> None:
+    """Cancel a load, and wait until its memory is free.
+
+    Takes the id of a job or of an instance, or the beginning of one if no other begins so.
+    """
+    ended = server.cancel(found(server, word, in_progress=True))
     if as_json:
         document(ended)
     else:
@@ -453,12 +557,23 @@ def cancel(server: Client, as_json: bool, job_id: str) -> None:
 
 
 @command
-@click.argument("job_id", metavar="JOB")
-def logs(server: Client, as_json: bool, job_id: str) -> None:
-    """Show the engine log of a load."""
-    lines = server.logs(job_id).split("\n")
-    if not lines[-1]:
-        lines.pop()
+@click.argument("word", metavar="JOB|INSTANCE")
+@click.option("-f", "--follow", is_flag=True, help="Write new lines until the instance ends.")
+@click.option("--tail", type=click.IntRange(0), metavar="N", help="Begin with the last N lines.")
+def logs(server: Client, as_json: bool, word: str, follow: bool, tail: int | None) -> None:
+    """Show the engine's log of a load, and why it failed.
+
+    Takes the id of a job or of an instance, or the beginning of one if no other begins so.
+    """
+    if follow and as_json:
+        raise click.UsageError("--follow cannot be combined with --json.")
+    job_id = found(server, word)
+    if follow:
+        for line in server.follow_log(job_id, tail):
+            click.echo(clean(line))
+        return
+    lines = server.logs(job_id)
+    lines = lines if tail is None else lines[max(0, len(lines) - tail) :]
     if as_json:
         document({"job_id": job_id, "lines": lines})
         return

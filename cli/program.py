@@ -16,6 +16,7 @@ import shared
 
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})  # of write(2)
 SERVERS = ("up", "api", "worker")  # of cli.servers
+ALIASES = {"list": "ls"}
 CLIENTS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs", "workers")  # of cli.commands
 
 
@@ -40,6 +41,7 @@ class Program(click.Group):
         return [*SERVERS, *CLIENTS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        cmd_name = ALIASES.get(cmd_name, cmd_name)
         if cmd_name in SERVERS:
             from cli.servers import servers
 
@@ -51,7 +53,7 @@ class Program(click.Group):
         return None
 
 
-@click.group(cls=Program)
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(shared.__version__, prog_name="loadstone", message="%(prog)s %(version)s")
 def program() -> None:
     """Loads GGUF models into memory on request: an LM Studio compatible model API for a pool of GPUs."""

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from shared.synthetic import models as synthetic
+from shared.units import size
 from tests.support.service import LOADSTONE, Running, Service, is_alive, tiny_quantized, until, up
 
 TINY, MOE, BERT, PAIR = "acme/tiny", "acme/moe", "nomic/bert", "acme/pair"
+LONG, BROKEN = "acme/long", "acme/broken"
 TOKEN = "t0ken-of-the-test"
 ENDS_S = 60.0
 # The stages of a load with a frozen runner: after a while the worker reports a phase.
@@ -30,6 +32,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("commands")
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     synthetic.tiny_moe(home / f"models/{MOE}/moe-f16.gguf")
+    synthetic.tiny_llama(home / f"models/{LONG}/long-f16.gguf", metadata={"llama.context_length": 1 << 30})
+    synthetic.tiny_llama(home / f"models/{BROKEN}/broken-f16.gguf", drop=["blk.1.ffn_up.weight"])
     synthetic.tiny_bert(home / f"models/{BERT}/bert-f32.gguf")
     for quantization in ("Q4_0", "Q8_0"):
         tiny_quantized(home / f"models/{PAIR}/pair-{quantization}.gguf", quantization)
@@ -107,7 +111,7 @@ def test_ls_lists_the_models(service: Service) -> None:
     assert (done.status, done.err) == (0, "")
     assert done.out.split()[:6] == ["MODEL", "TYPE", "ARCHITECTURE", "QUANTIZATION", "SIZE", "MAX"]
     rows = {row[0]: row for row in done.rows()}
-    assert set(rows) == {TINY, MOE, BERT, PAIR}
+    assert set(rows) == {TINY, MOE, BERT, PAIR, LONG, BROKEN}
     assert rows[TINY][1:4] + rows[TINY][5:] == ["llm", "llama", "F16", "4096", "1", "@f16"]
     assert rows[BERT][1:4] == ["embedding", "-", "F32"]
     assert (rows[PAIR][3], rows[PAIR][-1]) == ("Q4_0", "@q4_0, @q8_0"), "the one that the key loads is first"
@@ -188,13 +192,17 @@ def test_ps_shows_loaded_instances_and_running_jobs(service: Service) -> None:
         service.send("POST", "/api/v1/models/load", json={"model": TINY}, headers={"Prefer": "respond-async"})
         until(lambda: service.state(TINY) == "loading", "the model is loading")
         done, shown = run(service, "ps"), result(service, "ps")
+        shown_jobs = result(service, "jobs")["jobs"]
     assert done.status == 0
+    sizes = {key: size(model["size_bytes"]) for key, model in service.models().items()}
     (loaded, loading) = done.rows()
-    assert (loaded[:3], loaded[4:]) == ([BERT, BERT, "loaded"], ["512", "100%", "-"])
-    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["-", "0%", "-"])
+    jobs = {job["instance_id"]: job["job_id"] for job in reversed(shown_jobs)}
+    assert (loaded[:3], loaded[4:]) == ([BERT, BERT, "loaded"], ["CPU", sizes[BERT], "512", "100%", "-", jobs[BERT]])
+    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["CPU", sizes[TINY], "-", "0%", "-", jobs[TINY]])
     assert loading[2] in FIRST_STAGES
     (instance,), (job,) = shown["instances"], shown["jobs"]
     assert (instance["id"], instance["model"], instance["state"]) == (BERT, BERT, "loaded")
+    assert (instance["job_id"], instance["size_bytes"]) == (jobs[BERT], service.models()[BERT]["size_bytes"])
     assert (job["instance_id"], job["status"]) == (TINY, "loading")
     until(lambda: TINY in service.instances(), "the model is loaded")
 
@@ -212,6 +220,79 @@ def test_jobs_and_logs_show_a_load(service: Service) -> None:
     assert any("llama" in line for line in logs["lines"])
     done = run(service, "logs", job["job_id"])
     assert (done.status, done.err, done.out.splitlines()) == (0, "", logs["lines"])
+
+
+def test_jobs_shows_20_loads_and_what_became_of_them(service: Service) -> None:
+    ids = [service.loaded(TINY)["instance_id"] for _ in range(21)]
+    service.unload(ids[-1])
+    done = run(service, "jobs")
+    assert done.err == "loadstone: There are more than 20 loads. List them with -n N or --all.\n"
+    assert [row[1:4] for row in done.rows()] == [
+        ["loaded", instance, "unloaded" if instance == ids[-1] else "loaded"] for instance in reversed(ids[1:])
+    ]
+    everything = run(service, "jobs", "--all")
+    assert (len(everything.rows()) > 20, everything.err) == (True, "")
+    assert len(run(service, "jobs", "-n", "2").rows()) == len(result(service, "jobs", "-n", "2")["jobs"]) == 2
+
+
+def test_logs_and_cancel_take_an_instance_id_or_a_prefix(service: Service) -> None:
+    service.loaded(BERT)
+    with service.frozen(1):
+        job_id = run(service, "load", TINY, "--detach").out.strip()
+        until(lambda: service.state(TINY) == "loading", "the model is loading")
+        ambiguous = run(service, "logs", "load_")
+        assert (ambiguous.status, ambiguous.out) == (1, "")
+        assert f"{TINY} ({job_id})" in ambiguous.err
+        unknown = run(service, "logs", "nobody/no thing?")
+        assert (unknown.status, len(unknown.err.splitlines())) == (1, 1)
+        assert run(service, "logs", "acme/t").status == 0
+        assert run(service, "cancel", "acme/t").out == f"{job_id}\n"
+    for word in (TINY, job_id, job_id[:-1]):
+        assert run(service, "logs", word, "--tail", "1").out.endswith("the load was cancelled\n")
+    lines = result(service, "logs", BERT)["lines"]
+    assert result(service, "logs", BERT, "--tail", "2")["lines"] == lines[-2:]
+    assert result(service, "logs", BERT, "--tail", "0")["lines"] == []
+
+
+def test_a_followed_log_ends_with_the_instance(service: Service) -> None:
+    with service.frozen(), started(service, "load", TINY, "--detach"):
+        until(lambda: service.state(TINY) == "loading", "the model is loading")
+        follower = Running(
+            service.directory / "logs",
+            *("logs", "-f", TINY),
+            environ={"LOADSTONE_URL": service.url, "LOADSTONE_TOKEN": TOKEN},
+        )
+    until(lambda: "n_ctx" in follower.stdout, "what the engine wrote later is shown")
+    job_id = last_job(service)["job_id"]
+    service.unload(TINY)
+    done = Done(follower)
+    assert (done.status, done.err) == (0, "")
+    assert done.out.splitlines() == result(service, "logs", job_id)["lines"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((LONG, "-c", str(1 << 29)), " GiB needed"),
+        ((BROKEN,), "'blk.1.ffn_up.weight' not found"),
+    ],
+)
+def test_a_refused_load_has_its_reason_in_its_log(service: Service, words: tuple[str, ...], reason: str) -> None:
+    refused = run(service, "load", *words)
+    assert (refused.status, refused.out) == (1, "")
+    sentence = refused.err.splitlines()[-1]
+    assert reason in sentence
+    assert run(service, "logs", words[0]).out.splitlines()[-1] == sentence
+
+
+def test_an_option_without_effect_is_named_on_stderr(service: Service) -> None:
+    done = run(service, "load", TINY, "--num-experts", "3", "--gpu-offload", "max", "-c", "512", "--copies", "2")
+    assert (done.status, done.err.count("no effect")) == (0, 2)
+    assert "loadstone: --num-experts has no effect on this model.\n" in done.err
+    assert "loadstone: --gpu-offload has no effect: the instance uses no GPU.\n" in done.err
+    done = run(service, "load", BERT, "--no-flash-attention", "--json")
+    assert done.err.endswith("loadstone: --no-flash-attention has no effect on this model.\n")
+    assert "no effect" not in run(service, "load", MOE, "--num-experts", "3", "--gpu-offload", "off").err
 
 
 def test_unload_takes_several_ids_or_all(service: Service) -> None:

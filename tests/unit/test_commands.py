@@ -19,14 +19,16 @@ from api.openapi.document import document
 from cli import commands, servers
 from cli.address import url_of
 from cli.bar import Meter
-from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Patience, events
-from cli.display import Lines, clean, facts
+from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Patience, events, new_lines
+from cli.display import Lines, clean, facts, table
 from cli.environment import PROXY_VARIABLES, TLS_VARIABLES
 from cli.failure import Failure
+from cli.names import Load, meant
 from cli.program import CLIENTS, SERVERS, program
 from shared.errors import ErrorBody
 from shared.schema.http import GPURequest, LoadProgress, LoadRequest
 
+ROOT = Path(__file__).parents[2]
 ERROR = ErrorBody(type="service_unavailable", message="Redis does not answer.")
 
 
@@ -116,7 +118,77 @@ def test_an_event_without_an_id_keeps_the_last_id() -> None:
     assert list(events([b"id: 1", b"data: a", b"", b"data: b", b""])) == [("1", b"a"), ("1", b"b")]
 
 
+# ---- logs
+
+
+@pytest.mark.parametrize(
+    ("seen", "lines", "new"),
+    [
+        ([], ["t", "a"], ["t", "a"]),
+        (["t", "a"], ["t", "a"], []),
+        (["t", "a"], ["t", "a", "b", "c"], ["b", "c"]),
+        (["t", "a", "b", "c"], ["t", "c", "d"], ["d"]),
+        (["t", "a", "a"], ["t", "a", "a", "a"], ["a"]),
+        (["t", "a"], ["t", "x"], ["t", "x"]),
+        (["t", "a"], ["t", "a", "loadstone: why"], ["loadstone: why"]),
+    ],
+)
+def test_a_followed_log_continues_where_it_was(seen: list[str], lines: list[str], new: list[str]) -> None:
+    assert new_lines(seen, lines) == new
+
+
+# ---- names
+
+LOADS = [
+    Load("load_9c", "acme/tiny"),
+    Load("load_8a", "acme/tiny:2"),
+    Load("load_8b", "acme/moe"),
+    Load("load_7a", "acme/tiny"),  # before
+    Load("load_6a", "load_9"),
+    Load("load_4a", "acme/qwen"),
+]
+PREFERRED = [Load("load_5a", "acme/qwen:2")]
+
+
+@pytest.mark.parametrize(
+    ("word", "job_id"),
+    [
+        ("acme/tiny", "load_9c"),
+        ("acme/tiny:", "load_8a"),
+        ("acme/m", "load_8b"),
+        ("load_9", "load_6a"),  # a whole id
+        ("load_7a", "load_7a"),
+        ("acme/q", "load_5a"),  # only one of them is preferred
+        ("acme/qwen", "load_4a"),
+        ("load_7", "load_7a"),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_a_load_is_named_by_an_id_or_a_prefix(word: str, job_id: str | None) -> None:
+    load = meant(word, PREFERRED, [*PREFERRED, *LOADS])
+    assert (load and load.job_id) == job_id
+
+
+def test_an_ambiguous_prefix_lists_the_candidates() -> None:
+    with pytest.raises(Failure) as failed:
+        meant("load_8", PREFERRED, LOADS)
+    assert str(failed.value) == "'load_8' is ambiguous: acme/tiny:2 (load_8a), acme/moe (load_8b)."
+    with pytest.raises(Failure) as failed:
+        meant("acme/t", [], [*LOADS, *(Load(f"load_x{n}", f"acme/t{n}") for n in range(20))])
+    assert str(failed.value).endswith("acme/t7 (load_x7) and 12 more.")
+
+
 # ---- the display
+
+
+def test_columns_are_as_wide_as_their_widest_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    table(("A", "LONG HEADING", "C"), [("x", "y", "z"), ("\u6a21\u578b", "e\u0301\x1b", "")])
+    assert capsys.readouterr().out.splitlines() == [
+        "A      LONG HEADING   C",
+        "x      y              z",
+        "\u6a21\u578b   e\u0301\N{REPLACEMENT CHARACTER}",
+    ]
 
 
 def test_the_displayed_share_moves_evenly_and_never_back() -> None:
@@ -244,11 +316,35 @@ def test_another_text_is_refused_as_a_url(text: str) -> None:
         ["ls", "--url", "h:x"],
         ["jobs", "--status", "lost"],
         ["cancel"],
+        ["logs", "x", "-f", "--json"],
+        ["logs", "x", "--tail", "-1"],
+        ["jobs", "-n", "0"],
     ],
 )
 def test_wrong_usage_exits_with_status_2(words: list[str]) -> None:
     result = CliRunner().invoke(program, words)
     assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_h_is_help_and_list_is_ls() -> None:
+    for words in ([], ["ls"], ["load"], ["up"]):
+        short, long = (CliRunner().invoke(program, [*words, flag]) for flag in ("-h", "--help"))
+        assert (short.exit_code, short.stdout) == (0, long.stdout)
+    assert "List the models." in CliRunner().invoke(program, ["list", "-h"]).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_documented_line_makes_a_shell_complete(shell: str) -> None:
+    assert f"_LOADSTONE_COMPLETE={shell}_source loadstone" in (ROOT / "docs/clients.md").read_text()
+    made = CliRunner().invoke(program, prog_name="loadstone", env={"_LOADSTONE_COMPLETE": f"{shell}_source"})
+    assert (made.exit_code, f"_LOADSTONE_COMPLETE={shell}_complete" in made.stdout) == (0, True)
+
+
+def test_commands_and_options_are_completed() -> None:
+    for words, expected in (("loadstone wo", {"worker", "workers"}), ("loadstone logs --ta", {"--tail"})):
+        environ = {"_LOADSTONE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        made = CliRunner().invoke(program, prog_name="loadstone", env=environ)
+        assert {line.removeprefix("plain,") for line in made.stdout.splitlines()} == expected
 
 
 def test_a_token_that_fits_no_header_is_not_shown() -> None:
