@@ -151,7 +151,8 @@ def ps(server: Client, as_json: bool) -> None:
     in_progress = {
         job.instance_id: job for status in ("queued", "loading") for job in server.jobs(status=status, limit=1000).jobs
     }
-    instances = [(model.key, instance) for model in server.models().models for instance in model.loaded_instances]
+    models = {model.key: model for model in server.models().models}
+    instances = [(key, instance) for key, model in models.items() for instance in model.loaded_instances]
     jobs = [job for id_, job in in_progress.items() if id_ not in {instance.id for _, instance in instances}]
     held = {one.id: one for worker in server.workers().workers for one in worker.instances}
     if as_json:
@@ -170,7 +171,7 @@ def ps(server: Client, as_json: bool) -> None:
     rows = [
         (
             i.id,
-            key,
+            key if i.variant is UNSET or len(models[key].variants or ()) < 2 else i.variant,
             "loaded",
             i.worker,
             ", ".join(i.devices),

@@ -207,6 +207,11 @@ def test_ps_shows_loaded_instances_and_running_jobs(service: Service) -> None:
     until(lambda: TINY in service.instances(), "the model is loaded")
 
 
+def test_ps_tells_which_of_several_variants_is_loaded(service: Service) -> None:
+    service.loaded(f"{PAIR}@q8_0")
+    assert [row[:2] for row in run(service, "ps").rows()] == [[f"{PAIR}@q8_0", f"{PAIR}@q8_0"]]
+
+
 def test_jobs_and_logs_show_a_load(service: Service) -> None:
     service.loaded(TINY)
     job = last_job(service)
