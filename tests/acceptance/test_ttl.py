@@ -78,7 +78,7 @@ def test_ttl_must_be_a_positive_number(service: Service, value: object, code: st
 
 def test_command_line_sets_and_shows_a_ttl(service: Service) -> None:
     assert cli(service, "load", TINY, "--ttl", str(int(LONG_S))).stdout == f"{TINY}\n"
-    shown = cli(service, "ps").stdout.splitlines()[1].split()[-1]
+    shown = cli(service, "ps").stdout.splitlines()[1].split()[-2]
     hours, minutes, seconds = map(int, shown.split(":"))
     remaining = timedelta(hours=hours, minutes=minutes, seconds=seconds).total_seconds()
     assert LONG_S - SLACK_S < remaining <= LONG_S
