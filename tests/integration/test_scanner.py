@@ -18,10 +18,10 @@ import msgspec
 import pytest
 
 import worker.catalog.scanner
+from shared import framing
 from shared.schema.model import Model
 from tests.support.headers import vocabulary, write
 from tests.support.service import processes
-from worker import framing
 from worker.catalog.scanner import FIRST_PAUSE_S, LAST_PAUSE_S, STABLE_S, catalogs
 
 DEADLINE_S = 60.0

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from io import BytesIO
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec import msgpack
 
-from worker.framing import frame, read, read_blocking
+from shared.framing import LENGTH, Splitter, TooLong, frame, read, read_blocking
 
 MESSAGES: list[object] = [[], {"key": "value"}, "x" * 100_000, None]
 Reader = Callable[[bytes], list[object]]
@@ -73,3 +75,18 @@ async def test_a_reset_ends_a_stream_on_a_loop() -> None:
     stream, writer = await asyncio.open_connection(sock=reset())
     assert await read(stream) is None
     writer.close()
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8), st.integers(1, 30))
+def test_a_splitter_cuts_whatever_the_chunks_are(values: list[bytes], chunk: int) -> None:
+    data = b"".join(frame(value) for value in values)
+    splitter = Splitter(64)
+    cut = [one for i in range(0, len(data), chunk) for one in splitter.feed(data[i : i + chunk])]
+    assert [msgpack.decode(one) for one in cut] == values
+
+
+def test_a_splitter_refuses_a_long_message_at_its_head() -> None:
+    splitter = Splitter(64)
+    assert len(splitter.feed(frame(b"x" * 62))) == 1  # two bytes are msgpack's own
+    with pytest.raises(TooLong, match="65 bytes"):
+        splitter.feed(LENGTH.pack(65))

@@ -2,7 +2,7 @@
 
 Reading headers keeps a Python interpreter busy and would delay a worker's traffic with runners and Redis.
 `python -m worker.catalog.scanner MODELS_DIR CACHE_FILE` writes each catalog, a `list[Model]`, to its stdout in a frame
-of `worker.framing`.  Its stdin carries no data; the scanner exits at the end of its stdin.
+of `shared.framing`.  Its stdin carries no data; the scanner exits at the end of its stdin.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Literal
 
 import msgspec
 
+from shared import framing
 from shared.backoff import Backoff
 from shared.schema.model import Model, Problem
 from shared.telemetry import log
-from worker import framing
 from worker.catalog.catalog import Catalog
 
 POLL_S = 1.0  # a stat of 200 files takes a millisecond or two

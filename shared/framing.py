@@ -1,6 +1,6 @@
 """Frames messages on a byte stream: four bytes of length, little endian, then one msgpack value.
 
-Both readers return None at the end of the stream, also if it ends within a message or the peer resets it (ECONNRESET,
+The readers return None at the end of the stream, also if it ends within a message or the peer resets it (ECONNRESET,
 which a unix socket returns if its peer closed with unread data: unix(7)).
 """
 
@@ -41,3 +41,33 @@ def read_blocking(stream: IO[bytes]) -> bytes | None:
     except ConnectionError:
         return None
     return data if len(data) == size else None
+
+
+class TooLong(Exception):
+    """A message is longer than its receiver accepts."""
+
+
+class Splitter:
+    """Cuts what a protocol of asyncio receives into the msgpack values of its messages."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._rest = bytearray()  # of a message that is not complete yet
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the messages that `data` completes.  Raises TooLong."""
+        rest = self._rest
+        rest += data
+        messages = []
+        at = 0
+        while len(rest) - at >= LENGTH.size:
+            (size,) = LENGTH.unpack_from(rest, at)
+            if size > self._most_bytes:
+                raise TooLong(f"a message of {size:,} bytes (limit: {self._most_bytes:,})")
+            end = at + LENGTH.size + size
+            if end > len(rest):
+                break
+            messages.append(bytes(rest[at + LENGTH.size : end]))
+            at = end
+        del rest[:at]
+        return messages

@@ -1,0 +1,1 @@
+"""The channel between an API process and a runner: its messages."""

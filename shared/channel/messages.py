@@ -1,0 +1,171 @@
+"""The messages on a channel, between an API process and a runner: tagged structs, each in a frame of `shared.framing`.
+
+They know no wire format of a client: the API translates.  Every request has an `id` that the API process chose, unique
+on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from msgspec import Struct, msgpack
+
+from shared import framing
+
+Finish = Literal["stop", "length"]  # stop: an end-of-generation token or a stop string; length: a limit of tokens
+
+# ---- to the runner
+
+
+class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are chosen, under llama.cpp's names.  The defaults are LM Studio's, with `repeat_penalty` off."""
+
+    temperature: float = 0.8  # 0: the most probable token
+    top_k: int = 40  # 0: as many as the engine considers
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64  # tokens; -1: all
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: a random one
+    logit_bias: dict[int, float] = {}  # by token
+
+
+class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
+    """Answer a conversation."""
+
+    id: int
+    client: str  # opaque; requests of one client share prefixes, and clients get equal shares
+    conversation: bytes  # a JSON object, as `worker.chat.code.Templates.render` takes it
+    choices: int = 1  # number of answers
+    max_tokens: int | None = None  # of each answer; None: up to the end of the context
+    sampling: Sampling = Sampling()
+    stop: list[str] = []
+    logprobs: int | None = None  # how many alternatives to report for each token; None: no log probabilities
+
+
+class Cancel(Struct, frozen=True, tag="cancel"):
+    """End a request.  Nothing follows, not even Ended; unknown ids are ignored: the request may have ended."""
+
+    id: int
+
+
+ToRunner = Generate | Cancel
+
+# ---- from the runner
+
+RefusedCode = Literal[
+    "invalid_request",  # the template or the engine rejects it; the message says why
+    "context_length_exceeded",  # `prompt_tokens` and `context_length` are set
+    "queue_full",  # `retry_after_s` is set
+    "queue_timeout",
+    "chat_unavailable",  # this build of the engine has no chat code, or the model no template
+    "helper_crashed",  # the template code crashed on this request, or took too long; a repeat is refused for a while
+]
+FailedCode = Literal[
+    "engine_failed",  # the engine reported an error
+    "deadline",  # the request took longer than it may
+]
+
+
+class Refused(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="refused"):
+    """The request was not begun.  Nothing follows."""
+
+    id: int
+    code: RefusedCode
+    message: str
+    param: str | None = None  # the field that is at fault, by OpenAI's name
+    prompt_tokens: int = 0
+    context_length: int = 0
+    retry_after_s: int = 0
+
+
+class Queued(Struct, frozen=True, kw_only=True, tag="queued"):
+    """The request is rendered and tokenized, and it fits.  It cannot be refused any more, except for its wait."""
+
+    id: int
+    prompt_tokens: int
+    ahead: int  # number of requests that wait before it
+
+
+class Started(Struct, frozen=True, kw_only=True, tag="started"):
+    """The engine processes the prompt."""
+
+    id: int
+    cached_tokens: int  # of the prompt, which are not processed again
+
+
+class Logprob(Struct, frozen=True, array_like=True):
+    """A token with its log probability (natural logarithm) before sampling changed it."""
+
+    token: bytes  # its text, which may be part of a character
+    logprob: float
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """A generated token, and the most probable ones at its place, most probable first."""
+
+    token: bytes
+    logprob: float
+    top: list[Logprob] = []
+
+
+class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What was generated of one answer since the last delta.  `finish` is set in the last one."""
+
+    id: int
+    choice: int = 0
+    text: str = ""
+    reasoning: str = ""
+    logprobs: list[TokenLogprobs] = []
+    finish: Finish | None = None
+
+
+class Deltas(Struct, frozen=True, tag="deltas"):
+    """The deltas of one step of the engine, or of several if the channel is behind."""
+
+    deltas: list[Delta]
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """Tokens and seconds of a request."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int  # of all answers
+    reasoning_tokens: int
+    wait_s: float  # from the arrival at the runner to the first step with its prompt
+    prompt_s: float  # from then to the first token
+    generation_s: float  # from then to the last token
+
+
+class Ended(Struct, frozen=True, kw_only=True, tag="ended"):
+    """All answers are complete."""
+
+    id: int
+    usage: Usage
+
+
+class Failed(Struct, frozen=True, kw_only=True, tag="request_failed"):
+    """The request ended without a complete answer."""
+
+    id: int
+    code: FailedCode
+    message: str
+
+
+FromRunner = Refused | Queued | Started | Deltas | Ended | Failed
+
+
+class Closing(Struct, frozen=True, tag="closing"):
+    """The instance is unloaded: the runner exits, and all requests of the channel end here."""
+
+
+MOST_BYTES = 64 << 20  # of a message; a longer one ends the channel
+
+frame: Callable[[ToRunner | FromRunner | Closing], bytes] = framing.frame
+decode_to_runner: Callable[[bytes], ToRunner] = msgpack.Decoder(ToRunner).decode
+decode_from_runner: Callable[[bytes], FromRunner] = msgpack.Decoder(FromRunner).decode
