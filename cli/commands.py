@@ -29,6 +29,7 @@ from shared.schema.http import (
     GPURequest,
     Job,
     JobStatus,
+    KVCacheType,
     ListedModel,
     LoadConfig,
     LoadEnd,
@@ -249,6 +250,7 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
 @field_option(LoadRequest, "flash_attention", "--flash-attention/--no-flash-attention", default=None)
 @field_option(LoadRequest, "num_experts", "--num-experts", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "offload_kv_cache_to_gpu", "--offload-kv-cache/--no-offload-kv-cache", default=None)
+@field_option(LoadRequest, "kv_cache_type", "--kv-cache-type", type=click.Choice(get_args(KVCacheType)))
 @field_option(LoadRequest, "parallel", "--parallel", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "ttl_seconds", "--ttl", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS")
 @field_option(GPURequest, "offload", "--gpu-offload", callback=offload_of, metavar="SHARE")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from msgspec import UNSET
 
 from shared.errors import InvalidValue
-from shared.schema.http import GPURequest, LoadRequest
+from shared.memory.estimate import BLOCK
+from shared.schema.http import GPURequest, KVCacheType, LoadRequest
 from shared.schema.model import Model
 
 
@@ -28,6 +29,8 @@ def check(request: LoadRequest, model: Model) -> None:
             param="num_experts",
             maximum=model.expert_count,
         )
+    if request.kv_cache_type is not UNSET:
+        _check_quantized(request, request.kv_cache_type, model)
     if request.parallel is not UNSET:
         limits = {
             "context_length": model.max_context_length if request.context_length is UNSET else request.context_length,
@@ -41,6 +44,24 @@ def check(request: LoadRequest, model: Model) -> None:
                     param="parallel",
                     maximum=limit,
                 )
+
+
+def _check_quantized(request: LoadRequest, kv_type: KVCacheType, model: Model) -> None:
+    if kv_type == "f16":
+        return
+    if request.flash_attention is False:
+        raise InvalidValue(
+            f"'kv_cache_type': '{kv_type}' needs flash attention, but 'flash_attention' is false.",
+            param="kv_cache_type",
+        )
+    dimensions = model.dimensions
+    for length in (dimensions.key_length, dimensions.value_length) if dimensions is not None else ():
+        if length % BLOCK:
+            raise InvalidValue(
+                f"'kv_cache_type': '{kv_type}' needs attention heads whose size is a multiple of {BLOCK}, but those of "
+                f"'{request.model}' have {length}.",
+                param="kv_cache_type",
+            )
 
 
 def _check_split(gpu: GPURequest) -> None:

@@ -24,12 +24,15 @@ from itertools import accumulate, pairwise
 
 from msgspec import Struct, structs
 
-from shared.memory.plan import UBATCH, Plan
+from shared.memory.plan import MEAN, UBATCH, UNKNOWN_VOCABULARY, Plan
+from shared.schema.http import KVCacheType
 from shared.schema.memory import CPU, Usage
 from shared.schema.model import ENCODERS, Dimensions, Model, each
 
 CELLS = 256  # a context is padded to a multiple of this many tokens
-F16, F32 = 2, 4  # bytes of an element of the KV cache, and of a computed element
+F16, F32 = 2, 4  # bytes of an element
+BLOCK = 32  # elements of the KV cache that are quantized together
+BLOCK_BYTES: dict[KVCacheType, int] = {"f16": F16 * BLOCK, "q8_0": 34, "q4_0": 18}
 CHECKED_DECODERS = frozenset({"llama", "qwen2", "qwen3", "qwen3moe", "gemma3"})
 CHECKED_ENCODERS = frozenset({"bert"})
 WINDOWED = frozenset({"gemma3"})  # of these; in others a sliding window was not compared, and llama.cpp may ignore it
@@ -70,7 +73,6 @@ NEAR = frozenset(
     }
 )
 CHECKED_POOLINGS = range(-1, 4)  # without ranking, which has an output of its own
-UNKNOWN_VOCABULARY = 262_144  # tokens; few vocabularies are larger
 MOST_BYTES = 2**53  # a limit above any real size: the largest number that every JSON reader represents exactly
 
 
@@ -208,16 +210,17 @@ def requirements_of(model: Model, load: Plan) -> Requirements:
         is_tied = _has_cache(model) and not weights.has_output
     beside = not load.offload_kqv and _has_cache(model)
     cells = _cells(load)
+    logits = logits_bytes(load, _vocabulary(dimensions))
     return Requirements(
         weights=[*blocks, output_bytes],
-        context=[*(cells * of_a_token for of_a_token in _cache_of_a_token(model, dimensions) or [0] * n), 0],
+        context=[*(cells * of_a_token for of_a_token in _cache_of_a_token(model, dimensions, load) or [0] * n), 0],
         tied_bytes=input_bytes if is_tied else 0,
         input_bytes=input_bytes,
         compute_bytes=_compute(model, dimensions, load, on_gpu=True),
         inner_compute_bytes=_compute(model, dimensions, load, on_gpu=True, has_output=False),
-        cpu_compute_bytes=_compute(model, dimensions, load, on_gpu=False),
-        cpu_inner_compute_bytes=_compute(model, dimensions, load, on_gpu=False, has_output=False),
-        host_compute_bytes=_host_compute(model, dimensions, load),
+        cpu_compute_bytes=_compute(model, dimensions, load, on_gpu=False) + logits,
+        cpu_inner_compute_bytes=_compute(model, dimensions, load, on_gpu=False, has_output=False) + logits,
+        host_compute_bytes=_host_compute(model, dimensions, load) + logits,
         offload_kqv=not beside,
         is_repacked=load.repack,
         exact=_is_checked(model, dimensions, load),
@@ -250,12 +253,31 @@ def _cells(load: Plan) -> int:
     return -(-load.n_ctx // CELLS) * CELLS
 
 
-def _cache_of_a_token(model: Model, dimensions: Dimensions) -> list[int]:
+def _vocabulary(dimensions: Dimensions) -> int:
+    return UNKNOWN_VOCABULARY if dimensions.vocabulary is None else dimensions.vocabulary
+
+
+def logits_bytes(load: Plan, vocabulary: int) -> int:
+    """Return the host's memory for the logits of a batch, to which the engine copies them.
+
+    `llama_context::output_reserve` enlarges it for the batch with the most outputs; the engine's own figures leave it
+    out.  Embedding models have no use for logits.
+    """
+    return 0 if load.embedding else F32 * load.n_outputs_max * vocabulary
+
+
+def _batch(load: Plan) -> int:
+    """Return the tokens of the physical batch that the engine reserves memory for: as many of each sequence."""
+    return -(-min(load.n_ubatch, load.n_batch) // load.n_seq_max) * load.n_seq_max
+
+
+def _cache_of_a_token(model: Model, dimensions: Dimensions, load: Plan) -> list[int]:
     """Return the KV cache bytes per token, by block.  A sliding window saves nothing: `swa_full` is on."""
     if not _has_cache(model):
         return []
     heads = each(dimensions.head_count_kv, dimensions.block_count)
-    return [F16 * n * (dimensions.key_length + dimensions.value_length) for n in heads]
+    block_bytes = BLOCK_BYTES[load.kv_type]
+    return [n * (dimensions.key_length + dimensions.value_length) * block_bytes // BLOCK for n in heads]
 
 
 def _masks(dimensions: Dimensions, load: Plan) -> int:
@@ -268,7 +290,7 @@ def _host_compute(model: Model, dimensions: Dimensions, load: Plan) -> int:
 
     An encoder also needs position embeddings; without flash attention, the masks are also kept as F16.
     """
-    batch, embeddings = min(load.n_ubatch, load.n_batch), F32 * dimensions.embedding_length
+    batch, embeddings = _batch(load), F32 * dimensions.embedding_length
     if not _has_cache(model):
         return batch * (3 * embeddings + F16 * batch)
     masks = _masks(dimensions, load)
@@ -280,7 +302,7 @@ def _compute(model: Model, dimensions: Dimensions, load: Plan, *, on_gpu: bool, 
 
     On the CPU, the embeddings of the batch are in memory at the same time.
     """
-    batch = min(load.n_ubatch, load.n_batch)
+    batch = _batch(load)
     n_embd = dimensions.embedding_length
     queries = max(each(dimensions.head_count, dimensions.block_count)) * dimensions.key_length
     heads_kv = max(each(dimensions.head_count_kv, dimensions.block_count))
@@ -292,7 +314,8 @@ def _compute(model: Model, dimensions: Dimensions, load: Plan, *, on_gpu: bool, 
         mask = F16 * batch
         attention = F32 * (queries + keys + values) + F16 * (keys + values) + F16 * n_embd
         feed_forward = F32 * (n_ff + 2 * n_embd)
-        return batch * (max(attention, feed_forward) + mask + inputs)
+        means = F32 * load.n_seq_max if model.pooling == MEAN else 0
+        return batch * (max(attention, feed_forward) + mask + inputs + means)
 
     cells, masks = _cells(load), _masks(dimensions, load)
     attention = F32 * (2 * n_embd + 2 * queries + keys + values) + masks + inputs
@@ -305,7 +328,7 @@ def _compute(model: Model, dimensions: Dimensions, load: Plan, *, on_gpu: bool, 
         n_ff = dimensions.expert_feed_forward_length or n_ff
         # The experts' results reuse two of the three inner buffers, unless they are larger.
         feed_forward = F32 * (3 * used * n_ff + (3 if n_embd <= 2 * n_ff else used + 4) * n_embd)
-    vocabulary = UNKNOWN_VOCABULARY if dimensions.vocabulary is None else dimensions.vocabulary
-    output = F32 * (vocabulary + n_embd) + (masks if load.embedding else inputs) if has_output else 0
-    copies = max(_cache_of_a_token(model, dimensions)) * cells if on_gpu and not load.offload_kqv else 0
-    return copies + batch * max(attention, feed_forward + masks + inputs, output)
+    n_outputs = min(batch, load.n_outputs_max)
+    output = n_outputs * F32 * (_vocabulary(dimensions) + n_embd) + batch * (masks if load.embedding else inputs)
+    copies = max(_cache_of_a_token(model, dimensions, load)) * cells if on_gpu and not load.offload_kqv else 0
+    return copies + max(batch * max(attention, feed_forward + masks + inputs), output if has_output else 0)

@@ -21,6 +21,7 @@ JobStatus = Literal["queued", "loading", "loaded", "failed", "cancelled"]
 WorkerState = Literal["ready", "draining"]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]  # what an int field of llama.cpp can hold
 Parallel = Annotated[int, Meta(ge=1, le=64)]
+KVCacheType = Literal["f16", "q8_0", "q4_0"]
 Seconds = Annotated[float, Meta(gt=0, le=10 * 366 * 24 * 3600)]
 Moment = Annotated[datetime, Meta(tz=True)]
 Ratio = Annotated[float, Meta(ge=0, le=1)]
@@ -116,9 +117,19 @@ class LoadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=Fals
     offload_kv_cache_to_gpu: Annotated[
         bool | UnsetType, Meta(description="Keep the KV cache in GPU memory. LLMs only.")
     ] = UNSET
+    kv_cache_type: Annotated[
+        KVCacheType | UnsetType,
+        Meta(
+            description="Element type of the KV cache. A quantized cache takes about half (`q8_0`) or a quarter "
+            "(`q4_0`) of the memory and needs flash attention. LLMs only. Default: `f16`."
+        ),
+    ] = UNSET
     parallel: Annotated[
         Parallel | UnsetType,
-        Meta(description="Maximum number of sequences that share the context. LLMs only. Default: 1."),
+        Meta(
+            description="Maximum number of requests that run at once and share the context. LLMs only. Default: 4, at "
+            "most the size of the context and of a batch."
+        ),
     ] = UNSET
     echo_load_config: Annotated[
         bool,
@@ -161,6 +172,9 @@ class LoadConfig(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False
     )
     offload_kv_cache_to_gpu: Annotated[
         bool | UnsetType, Meta(description="Whether the KV cache is kept in GPU memory. LLMs only.")
+    ] = UNSET
+    kv_cache_type: Annotated[
+        KVCacheType | UnsetType, Meta(description="Type of the elements of the KV cache; absent if it is `f16`.")
     ] = UNSET
     num_experts: Annotated[
         int | UnsetType, Meta(description="Number of experts used per token. Mixture-of-experts models only.")

@@ -28,6 +28,36 @@ ENCODERS = frozenset(
         "t5encoder",
     }
 )
+# Those with recurrent layers, some beside attention: llm_arch_is_recurrent and llm_arch_is_hybrid of llama-arch.cpp at
+# commit 0c1e57098.
+RECURRENT = frozenset(
+    {
+        "mamba",
+        "mamba2",
+        "rwkv6",
+        "rwkv6qwen2",
+        "rwkv7",
+        "arwkv7",
+        "bailingmoe3",
+        "deepseek4",
+        "falcon-h1",
+        "glm5-next",
+        "granitehybrid",
+        "jamba",
+        "kimi-k3",
+        "kimi-linear",
+        "lfm2",
+        "lfm2moe",
+        "minimax-01",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "plamo2",
+        "qwen35",
+        "qwen35moe",
+        "qwen3next",
+        "qwen4exp",
+    }
+)
 
 
 class Problem(Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ PATH = "/api/v1/models/estimate"
 TINY, LONG, BERT, BROKEN, OTHER = "acme/tiny", "acme/long", "acme/bert", "acme/broken", "acme/other"
 LONGEST = 2**31 - 1  # tokens: about 4 TiB
 TOKEN_BYTES = 4 * 2 * 2 * 32 * 2  # KV cache of the tiny model: layers, K and V, heads, elements, bytes of each
+LOGITS_BYTES = 32 * 512 * 4  # of the tiny model: outputs, tokens of its vocabulary, bytes of each
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,10 @@ def test_every_field_has_the_same_effect_as_in_a_load(service: Service) -> None:
 
     default = device()
     assert device(context_length=1000)["context_bytes"] == 1024 * TOKEN_BYTES
-    assert device(eval_batch_size=64)["compute_bytes"] == default["compute_bytes"] / 8
-    assert device(physical_batch_size=64)["compute_bytes"] == default["compute_bytes"] / 8
+    of_the_batch = default["compute_bytes"] - LOGITS_BYTES
+    assert device(eval_batch_size=64)["compute_bytes"] == of_the_batch / 8 + LOGITS_BYTES
+    assert device(physical_batch_size=64)["compute_bytes"] == of_the_batch / 8 + LOGITS_BYTES
+    assert device(kv_cache_type="q8_0")["context_bytes"] == default["context_bytes"] * 34 / 64
     assert device(flash_attention=False)["compute_bytes"] > 2 * default["compute_bytes"]
     assert device(parallel=64, echo_load_config=True, force=True)["context_bytes"] == default["context_bytes"]
     assert estimate(service, BERT)["devices"][0]["context_bytes"] == 0

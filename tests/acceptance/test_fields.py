@@ -101,9 +101,31 @@ def test_parallel_applies_without_changing_the_context(service: Service, request
 
 
 def test_parallel_is_echoed_and_listed_for_every_llm(service: Service) -> None:
-    assert config(service, LLM)["parallel"] == 1
-    assert config(service, MOE)["parallel"] == 1
-    assert [one["config"]["parallel"] for one in service.instances().values()] == [1, 1]
+    assert config(service, LLM)["parallel"] == 4
+    assert config(service, MOE)["parallel"] == 4
+    assert [one["config"]["parallel"] for one in service.instances().values()] == [4, 4]
+
+
+def test_parallel_defaults_to_4_at_most_the_context_length(service: Service) -> None:
+    assert config(service, LLM)["parallel"] == 4
+    assert config(service, LLM, context_length=3)["parallel"] == 3
+
+
+@pytest.mark.parametrize("requested", ["q8_0", "q4_0"])
+def test_kv_cache_type_applies_and_turns_flash_attention_on(
+    service: Service, contrary: Service, requested: str
+) -> None:
+    for one in (service, contrary):  # the operator of one of them turned flash attention off
+        applied = config(one, LLM, kv_cache_type=requested)
+        assert (applied["kv_cache_type"], applied["flash_attention"]) == (requested, True)
+    assert "kv_cache_type" not in config(service, LLM, kv_cache_type="f16")
+
+
+def test_a_quantized_kv_cache_without_flash_attention_is_refused(service: Service) -> None:
+    reply = service.load(LLM, kv_cache_type="q8_0", flash_attention=False)
+    error = reply.json()["error"]
+    assert (reply.status, error["code"], error["param"]) == (400, "invalid_value", "kv_cache_type")
+    assert "'flash_attention'" in error["message"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"echo_load_config": False}])
@@ -127,9 +149,10 @@ def test_all_fields_apply_at_once(service: Service) -> None:
         "offload_kv_cache_to_gpu": False,
         "num_experts": 5,
     }
+    quantized = {**fields, "flash_attention": True, "kv_cache_type": "q8_0"}
     assert config(service, MOE, **fields) == fields
-    (instance,) = service.instances().values()
-    assert instance["config"] == fields
+    assert config(service, MOE, **quantized) == quantized
+    assert [instance["config"] for instance in service.instances().values()] == [fields, quantized]
 
 
 # ---- with a fake GPU, in a process of the test: the service has no GPU here

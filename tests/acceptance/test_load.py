@@ -94,7 +94,7 @@ def test_documented_load_unload_and_list_work_verbatim(service: Service) -> None
             "context_length": 16384,
             "eval_batch_size": 512,
             "physical_batch_size": 512,
-            "parallel": 1,
+            "parallel": 4,
             "flash_attention": True,
             "offload_kv_cache_to_gpu": True,
             "num_experts": 4,
@@ -218,7 +218,7 @@ def test_the_error_for_an_unknown_model_names_near_keys(service: Service, other:
 def test_omitted_fields_have_the_documented_defaults(service: Service, model: str, applied: dict[str, Any]) -> None:
     config = service.loaded(model, echo_load_config=True)["load_config"]
     assert isinstance(config.pop("flash_attention"), bool)  # as the engine decided
-    assert config == {**applied, "physical_batch_size": 512, "parallel": 1, "offload_kv_cache_to_gpu": True}
+    assert config == {**applied, "physical_batch_size": 512, "parallel": 4, "offload_kv_cache_to_gpu": True}
 
 
 @pytest.mark.parametrize("requested", [1, 100, 257, 1000, 4095, 4096])
@@ -226,6 +226,13 @@ def test_the_echoed_context_length_is_the_requested_one(service: Service, reques
     config = service.loaded(TINY, context_length=requested, echo_load_config=True)["load_config"]
     assert config["context_length"] == requested
     assert config["eval_batch_size"] == min(512, requested)
+
+
+@pytest.mark.parametrize("requested", [1, 7, 509])
+def test_any_context_length_of_an_embedding_model_loads(service: Service, requested: int) -> None:
+    for model in (BERT, CAUSAL):
+        reply = service.loaded(model, context_length=requested, echo_load_config=True)
+        assert reply["load_config"] == {"context_length": requested}
 
 
 @pytest.mark.parametrize(("model", "default"), [(BERT, None), (CAUSAL, 4096)])
@@ -241,6 +248,7 @@ def test_an_embedding_model_echoes_only_its_context_length(service: Service, mod
         "num_experts": 1000,
         "offload_kv_cache_to_gpu": False,
         "parallel": 4,
+        "kv_cache_type": "q8_0",
     }
     reply = service.loaded(model, context_length=300, echo_load_config=True, **llm_fields)
     assert reply["load_config"] == {"context_length": 300}

@@ -72,9 +72,10 @@ def test_a_killed_runner_frees_all_memory_within_5_s(watched: Watched, gpu: str)
     [
         (BIG, {}),
         (BIG, {"context_length": 256, "eval_batch_size": 64}),
-        (BIG, {"parallel": 4}),
+        (BIG, {"parallel": 64}),
         (LONG, {"context_length": LONG_TOKENS}),
         (LONG, {"context_length": LONG_TOKENS, "flash_attention": False}),
+        (LONG, {"context_length": LONG_TOKENS, "kv_cache_type": "q8_0"}),
     ],
 )
 def test_an_estimate_matches_the_usage_that_the_driver_reports(

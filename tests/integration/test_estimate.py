@@ -23,7 +23,13 @@ from worker.runner.protocol import Load
 BOUND = 0.03  # relative to the total, in both directions
 COMPUTE_BOUND = 0.2  # relative to the compute buffer, which is small beside the weights
 VOCABULARY = 2048  # tokens; the engine reads a real vocabulary in half a second, and it only affects the output
-VOCABULARIES = {"llama3-8b": 128_256, "qwen3-0.6b": 32_000, "bert-large": 30_522, "qwen3-embedding-0.6b": 32_000}
+VOCABULARIES = {
+    "llama3-8b": 128_256,
+    "gemma3-1b": 262_144,
+    "qwen3-0.6b": 32_000,
+    "bert-large": 30_522,
+    "qwen3-embedding-0.6b": 32_000,
+}
 Kind = Literal["gpu", "cpu"]
 # The fake GPU is slow, since the engine calls it for every step of a graph: use few models and configurations.
 ON_GPU = ("qwen3-0.6b", "qwen3-embedding-0.6b", "bert-large", "gemma3-1b", "llama3-8b", "qwen3-30b-a3b")
@@ -35,10 +41,13 @@ DECODER: dict[str, dict[str, Any]] = {
     "batch": {"eval_batch_size": 2048},
     "physical batch": {"eval_batch_size": 2048, "physical_batch_size": 128},
     "no flash attention": {"flash_attention": False},
-    "parallel": {"parallel": 8, "context_length": 4096},
+    "parallel": {"parallel": 64, "context_length": 4096},
+    "one token": {"eval_batch_size": 1},
+    "quantized cache": {"kv_cache_type": "q8_0", "parallel": 1},
 }
 LONG: dict[str, dict[str, Any]] = {
     "long": {"context_length": 32_768},
+    "long, quantized cache": {"context_length": 32_768, "kv_cache_type": "q4_0"},
     "long, no flash attention": {"context_length": 16_384, "flash_attention": False},
 }
 EMBEDDING: dict[str, dict[str, Any]] = {"default": {}, "short": {"context_length": 100}}
@@ -52,7 +61,7 @@ def configurations(preset: str, kind: Kind) -> dict[str, dict[str, Any]]:
     if shape.pooling_type:
         return EMBEDDING | {"long": LONG["long"]}
     if kind == "gpu":
-        return {words: (DECODER | LONG)[words] for words in ("default", "long", "no flash attention")}
+        return {words: (DECODER | LONG)[words] for words in ("default", "long, quantized cache", "no flash attention")}
     return DECODER | (LONG if shape.context_length >= 32_768 else {}) | (EXPERTS if shape.expert_count else {})
 
 

@@ -289,7 +289,9 @@ async def test_an_out_of_memory_kill_is_insufficient_memory(killer: Cgroup | Sim
 GPU, GPU_BYTES, ROOM_BYTES = "GPU-fake-0", 64 * MIB, 11 * MIB // 2
 
 
-def on_a_gpu(directory: str, control: socket.socket, output: socket.socket, visible: str | None) -> None:
+def on_a_gpu(
+    directory: str, control: socket.socket, hand_over: socket.socket, output: socket.socket, visible: str | None
+) -> None:
     """Run as a runner on a host with one small fake GPU; another program takes all of its memory but ROOM_BYTES
     between the placement of a load and its start."""
     from worker.engine import llama  # only here: the engine may be imported in a runner only
@@ -304,7 +306,7 @@ def on_a_gpu(directory: str, control: socket.socket, output: socket.socket, visi
         return load_model(*arguments)
 
     loaded._load_model = load_beside_others
-    gpus.main(directory, control, output, visible)
+    gpus.main(directory, control, hand_over, output, visible)
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ import worker.runner.warm
 from tests.support.fakehosts import ROOT, VARIABLE, FakeHost
 
 
-def main(directory: str, control: socket.socket, output: socket.socket, visible: str | None) -> None:
+def main(
+    directory: str, control: socket.socket, hand_over: socket.socket, output: socket.socket, visible: str | None
+) -> None:
     """Run a runner on the host; the forkserver may have started before the host existed."""
     os.environ[VARIABLE] = directory
     # Imported here: only the process of a runner may import the engine.
@@ -25,7 +27,7 @@ def main(directory: str, control: socket.socket, output: socket.socket, visible:
 
     give_gpus(llama)
     child.ENGINE = structs.replace(child.ENGINE, backends=llama.backends())
-    child.main(control, output, visible)
+    child.main(control, hand_over, output, visible)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, directory: Path, *total_bytes: int) -> FakeHost:

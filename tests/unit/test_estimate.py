@@ -115,6 +115,7 @@ options = st.fixed_dictionaries(
         "offload_kv_cache_to_gpu": st.booleans(),
         "physical_batch_size": st.integers(64, 4096),
         "parallel": st.integers(1, 64),
+        "kv_cache_type": st.sampled_from(["f16", "q8_0", "q4_0"]),
     },
 )
 
@@ -192,6 +193,8 @@ def test_each_field_of_a_request_counts() -> None:
     assert of(model(), "cpu").weights_bytes == 4_630_000_000
     assert of(model(), context_length=4097).context_bytes == default.context_bytes // 16 * 17
     assert of(model(), parallel=8).context_bytes == default.context_bytes
+    assert of(model(), kv_cache_type="q8_0").context_bytes == default.context_bytes * 34 // 64
+    assert of(model(), kv_cache_type="q4_0").context_bytes == default.context_bytes * 18 // 64
     beside = of(model(), offload_kv_cache_to_gpu=False)
     assert beside.context_bytes == 0
     assert beside.compute_bytes == default.compute_bytes + default.context_bytes // 32, (
@@ -248,9 +251,9 @@ def test_an_estimate_is_exact_on_one_device_only() -> None:
 
 
 def test_an_unknown_vocabulary_counts_as_a_large_vocabulary() -> None:
-    guess = requirements(model(dimensions=structs.replace(LLAMA, vocabulary=None)))
+    guess = requirements(model(dimensions=structs.replace(LLAMA, vocabulary=None)), eval_batch_size=32)
     assert not guess.exact
-    assert guess.compute_bytes > requirements(model()).compute_bytes
+    assert guess.compute_bytes > requirements(model(), eval_batch_size=32).compute_bytes
 
 
 def test_gpus_hold_the_last_layers_and_the_cpu_the_first() -> None:

@@ -37,7 +37,7 @@ def model(max_context_length: int = 400_000, **fields: Any) -> Model:
             head_count_kv=2,
             key_length=16,
             value_length=16,
-            vocabulary=9000,
+            vocabulary=90_000,
         ),
         "weights": Weights(
             input_bytes=500, repeating_bytes=sum(BLOCKS), output_bytes=700, has_output=True, block_bytes=BLOCKS
