@@ -115,6 +115,28 @@ common_chat_format format_named(const std::string & name) {
     throw std::invalid_argument("`format` is no format of this llama.cpp: " + name);
 }
 
+// Makes the answer continue a last message of the assistant, as llama-server does (oaicompat_chat_params_parse).
+void continue_answer(common_chat_templates_inputs & inputs) {
+    const auto & messages = inputs.messages;
+    const size_t n        = messages.size();
+    if (n == 0 || messages[n - 1].role != "assistant") {
+        if (inputs.continue_final_message != COMMON_CHAT_CONTINUATION_NONE) {
+            throw std::invalid_argument("`continue_final_message` needs a last message of the assistant");
+        }
+        return;
+    }
+    if (n >= 2 && messages[n - 2].role == "assistant") {
+        throw std::invalid_argument("the last two messages must not both be the assistant's");
+    }
+    if (!messages[n - 1].tool_calls.empty()) {
+        throw std::invalid_argument("a last message of the assistant cannot be continued if it has tool calls");
+    }
+    if (inputs.continue_final_message == COMMON_CHAT_CONTINUATION_NONE) {
+        inputs.continue_final_message = COMMON_CHAT_CONTINUATION_AUTO;
+    }
+    inputs.add_generation_prompt = false;
+}
+
 common_chat_templates_inputs inputs_of(const json & request) {
     common_chat_templates_inputs inputs;
     inputs.messages = common_chat_msgs_parse_oaicompat(request.at("messages"));
@@ -127,7 +149,11 @@ common_chat_templates_inputs inputs_of(const json & request) {
     }
     inputs.parallel_tool_calls   = bool_member(request, "parallel_tool_calls", false);
     inputs.add_generation_prompt = bool_member(request, "add_generation_prompt", true);
-    inputs.enable_thinking       = bool_member(request, "enable_thinking", true);
+    if (const json * continuation = member(request, "continue_final_message")) {
+        inputs.continue_final_message = common_chat_continuation_parse(*continuation);
+    }
+    continue_answer(inputs);
+    inputs.enable_thinking = bool_member(request, "enable_thinking", true);
     inputs.reasoning_format =
         common_reasoning_format_from_name(string_member(request, "reasoning_format", "deepseek"));
     if (const json * kwargs = member(request, "chat_template_kwargs")) {
@@ -224,8 +250,8 @@ EXPORT void loadstone_chat_templates_free(void * templates) {
 }
 
 // Renders a conversation: {"messages", "tools", "tool_choice", "parallel_tool_calls", "json_schema",
-// "add_generation_prompt", "enable_thinking", "reasoning_format", "chat_template_kwargs"}, each but the first optional,
-// the first three as OpenAI's chat completions have them.  Returns the members of `json_of`.
+// "add_generation_prompt", "continue_final_message", "enable_thinking", "reasoning_format", "chat_template_kwargs"}, each
+// but the first optional, the first three as OpenAI's chat completions have them.  Returns the members of `json_of`.
 EXPORT char * loadstone_chat_render(const void * templates, const char * request) {
     return guarded([&] {
         const json object = parse_object(request);

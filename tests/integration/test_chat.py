@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from worker.engine.chat import LIBRARY, ChatCode, ChatError, ChatUnavailable, Rendered, installed
+from worker.chat.code import LIBRARY, ChatCode, ChatError, ChatUnavailable, Rendered, installed
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 TEMPLATES = installed().parent / "chat" / "templates"
@@ -76,7 +76,7 @@ def template(name: str) -> str:
 
 
 def rendered(code: ChatCode, name: str, **request: Any) -> Rendered:
-    return code.templates(template(name)).render(encoded(messages=MESSAGES, **request))
+    return code.templates(template(name)).render(encoded(**{"messages": MESSAGES, **request}))
 
 
 # What llama.cpp renders
@@ -125,6 +125,29 @@ def test_a_schema_becomes_a_grammar(code: ChatCode) -> None:
     assert "root ::=" in grammar
     assert '\\"age\\"' in grammar
     assert "age" in rendered(code, "Qwen-Qwen3-0.6B", json_schema={"properties": {"age": {"type": "integer"}}}).grammar
+
+
+# An answer that continues the last message
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_last_message_of_the_assistant_is_continued(code: ChatCode, name: str) -> None:
+    templates = code.templates(template(name))
+    begun = [*MESSAGES, {"role": "assistant", "content": "It is sunny"}]
+    requests = [encoded(messages=begun, **option) for option in ({}, {"continue_final_message": True})]
+    first, second = (templates.render(request) for request in requests)
+    assert first == second
+    assert first.prompt.endswith("It is sunny")
+    assert "What is the weather in Paris?" in first.prompt
+
+
+def test_reasoning_is_continued(code: ChatCode) -> None:
+    begun = {"role": "assistant", "content": "", "reasoning_content": "Let me see"}
+    prompt = rendered(code, "Qwen-Qwen3-0.6B", messages=[*MESSAGES, begun])
+    assert prompt.prompt.endswith("<think>\nLet me see")
+    message = code.parser(prompt).parse(b": Paris.\n</think>\n\nSunny.")
+    assert message.reasoning_content.strip() == "Let me see: Paris."
+    assert message.content == "Sunny."
 
 
 # What llama.cpp reads in an answer
@@ -271,6 +294,16 @@ def test_a_broken_template_is_an_error(code: ChatCode, source: str, reason: str)
         (b'{"messages": [], "enable_thinking": "yes"}', "`enable_thinking` must be true or false"),
         (b'{"messages": [], "chat_template_kwargs": []}', "must be an object"),
         (b'{"messages": [], "reasoning_format": "odd"}', "Unknown reasoning format"),
+        (b'{"messages": [], "continue_final_message": true}', "needs a last message of the assistant"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "must not both be the assistant's",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": '
+            b'{"name": "f", "arguments": "{}"}}]}]}',
+            "cannot be continued if it has tool calls",
+        ),
     ],
 )
 def test_a_bad_request_is_an_error(code: ChatCode, request_: bytes, reason: str) -> None:
@@ -304,7 +337,7 @@ def test_the_library_itself_refuses_a_bad_request(function: str, request_: bytes
 
 HOSTILE = """
 import json, sys
-from worker.engine.chat import LIBRARY, ChatCode, ChatError
+from worker.chat.code import LIBRARY, ChatCode, ChatError
 code, many = ChatCode(), 50_000
 messages = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
 nested = b"[" * many + b"]" * many

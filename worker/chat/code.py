@@ -39,18 +39,23 @@ class Trigger(msgspec.Struct, frozen=True):
     value: str
 
 
-class Rendered(msgspec.Struct, frozen=True):
-    """A prompt, and how the answer to it is constrained and parsed (`common_chat_params`, common/chat.h).
+class ParserSource(msgspec.Struct, frozen=True):
+    """What makes a `Parser`: llama.cpp's name of a format, a serialized parser, and the end of the prompt, which the
+    parser reads before the answer."""
 
-    `format`, `parser` and `generation_prompt` make a `Parser`.  `grammar` is GBNF, or empty; if it is `grammar_lazy`,
-    it applies only after one of the `triggers`.  `preserved_tokens` are the special tokens that the parser needs to
-    see as text.
-    """
-
-    prompt: str
     format: str
     parser: str
     generation_prompt: str
+
+
+class Rendered(ParserSource, frozen=True):
+    """A prompt, and how the answer to it is constrained and parsed (`common_chat_params`, common/chat.h).
+
+    `grammar` is GBNF, or empty; if it is `grammar_lazy`, it applies only after one of the `triggers`.
+    `preserved_tokens` are the special tokens that the parser needs to see as text.
+    """
+
+    prompt: str
     grammar: str
     grammar_lazy: bool
     triggers: list[Trigger]
@@ -129,13 +134,13 @@ class ChatCode:
         return Templates(self, handle, reply.capabilities)
 
     def parser(
-        self, rendered: Rendered, *, reasoning_format: str = "deepseek", parse_tool_calls: bool = True
+        self, source: ParserSource, *, reasoning_format: str = "deepseek", parse_tool_calls: bool = True
     ) -> Parser:
         """Make a parser of the answers to a prompt.  Raises `ChatError`."""
         request = {
-            "format": rendered.format,
-            "parser": rendered.parser,
-            "generation_prompt": rendered.generation_prompt,
+            "format": source.format,
+            "parser": source.parser,
+            "generation_prompt": source.generation_prompt,
             "reasoning_format": reasoning_format,
             "parse_tool_calls": parse_tool_calls,
         }
@@ -183,8 +188,10 @@ class Templates:
 
     def render(self, request: bytes) -> Rendered:
         """Render a conversation, given as a JSON object: `messages`, and optionally `tools`, `tool_choice`,
-        `parallel_tool_calls`, `json_schema`, `add_generation_prompt`, `enable_thinking`, `reasoning_format` and
-        `chat_template_kwargs`.  The first three are those of OpenAI's chat completions.  Raises `ChatError`.
+        `parallel_tool_calls`, `json_schema`, `add_generation_prompt`, `continue_final_message`, `enable_thinking`,
+        `reasoning_format` and `chat_template_kwargs`.  The first three are those of OpenAI's chat completions.
+
+        The answer continues the last message if that is the assistant's.  Raises `ChatError`.
         """
         return self._code.render(self._handle, request)
 

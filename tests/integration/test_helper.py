@@ -1,0 +1,272 @@
+"""The helper of a runner: a real process, with templates and conversations that kill it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.service import Process, below, is_alive, wait_gone
+from worker.chat.code import ChatCode, ChatError, Message, installed
+from worker.chat.handle import Helper, HelperDied
+from worker.chat.helper import reading
+from worker.chat.protocol import Template
+from worker.engine.confine import confine
+
+CPU_S = 1.0
+MEMORY_BYTES = 300 << 20
+TEMPLATES = installed().parent / "chat" / "templates"
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+# A template that a conversation can make do anything.
+TRAP = """
+{%- macro deeper() %}{{ deeper() }}{% endmacro %}
+{%- set text = messages[0].content %}
+{%- if text.startswith('crash') %}{{ deeper() }}{% endif %}
+{%- if text.startswith('hang') %}
+    {%- for i in range(1000000) %}{% for j in range(1000000) %}{% set x = i + j %}{% endfor %}{% endfor %}
+{%- endif %}
+{%- if text.startswith('fill') %}
+    {%- set all = namespace(text='xxxxxxxx') %}
+    {%- for i in range(40) %}{% set all.text = all.text ~ all.text %}{% endfor %}
+{%- endif %}
+{%- if text == 'reject' %}{{ raise_exception('not today') }}{% endif -%}
+user: {{ text }}
+assistant:"""
+
+
+def conversation(text: str, **options: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": text}], **options}).encode()
+
+
+@pytest.fixture
+def helper() -> Iterator[Helper]:
+    created = Helper(confine, cpu_s=CPU_S, memory_bytes=MEMORY_BYTES)
+    yield created
+    created.close()
+
+
+@pytest.fixture
+def trapped(helper: Helper) -> Helper:
+    helper.compile(Template(source=TRAP)).result()
+    return helper
+
+
+def processes() -> list[Process]:
+    """Return the zygote and its helper."""
+    return below(os.getpid())
+
+
+async def test_the_helper_renders_as_the_library(helper: Helper) -> None:
+    source = (TEMPLATES / "Qwen-Qwen3-0.6B.jinja").read_text()
+    capabilities = helper.compile(Template(source=source)).result()
+    templates = ChatCode().templates(source)
+    assert capabilities == templates.capabilities
+    prompt = await helper.render(conversation("Hello"))
+    assert prompt.text == templates.render(conversation("Hello")).prompt
+    assert prompt.source is not None
+    message = await helper.parse(prompt.source, "<think>\nHm.\n</think>\n\nHello, Zoë!", partial=False)
+    assert message == Message(content="Hello, Zoë!", reasoning_content="Hm.\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "is_off"),
+    [({}, False), ({"enable_thinking": True}, False), ({"enable_thinking": False}, True)],
+    ids=["default", "on", "off"],
+)
+async def test_thinking_is_on_unless_a_client_turns_it_off(
+    helper: Helper, options: dict[str, Any], is_off: bool
+) -> None:
+    helper.compile(Template(source=(TEMPLATES / "Qwen-Qwen3-0.6B.jinja").read_text())).result()
+    prompt = await helper.render(conversation("Hello", **options))
+    assert prompt.text.endswith("<think>\n\n</think>\n\n") == is_off
+
+
+async def test_variables_of_a_client_reach_the_template(helper: Helper) -> None:
+    source = "{{ preserve_reasoning }} {{ mood }} {{ enable_thinking }}{{ messages[0].content }}"
+    helper.compile(Template(source=source)).result()
+    prompt = await helper.render(conversation("!", chat_template_kwargs={"mood": "calm"}))
+    assert prompt.text == "True calm False!"
+    prompt = await helper.render(conversation("!", chat_template_kwargs={"preserve_reasoning": False}))
+    assert prompt.text == "False  False!"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"), [("{% for %}", "Unexpected token"), ("{{ raise_exception('not today') }}", "not today")]
+)
+def test_a_template_that_does_not_render_is_an_error(helper: Helper, source: str, reason: str) -> None:
+    with pytest.raises(ChatError, match=reason):
+        helper.compile(Template(source=source)).result()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{{ " + "(" * 50_000 + ")" * 50_000 + " }}", "its process was ended by SIGSEGV"),
+        (TRAP.replace("'hang'", "''"), "it took longer than 1 s"),
+        (TRAP.replace("'fill'", "''"), "it took "),  # memory, or time: llama.cpp renders it several times
+    ],
+    ids=["crash", "hang", "fill"],
+)
+def test_a_template_that_kills_the_helper_says_how(helper: Helper, source: str, reason: str) -> None:
+    with pytest.raises(HelperDied, match=re.escape(reason)):
+        helper.compile(Template(source=source)).result()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("crash", "its process was ended by SIGSEGV"),
+        ("hang", "it took longer than 1 s"),
+        ("fill", "it took more than 300 MiB of memory"),
+    ],
+)
+async def test_only_the_fatal_request_fails(trapped: Helper, text: str, reason: str) -> None:
+    texts = ["Hello", text, "One", "Two"]
+    first, fatal, *others = await asyncio.gather(
+        *(trapped.render(conversation(text)) for text in texts), return_exceptions=True
+    )
+    assert isinstance(fatal, HelperDied)
+    assert str(fatal) == reason
+    rendered = [prompt.text for prompt in (first, *others) if not isinstance(prompt, BaseException)]
+    assert rendered == [f"user: {text}\nassistant:" for text in ("Hello", "One", "Two")]
+
+
+async def test_a_fatal_request_is_not_tried_again(trapped: Helper) -> None:
+    with pytest.raises(HelperDied, match="SIGSEGV"):
+        await trapped.render(conversation("crash"))
+    await trapped.render(conversation("Hello"))
+    before = processes()
+    with pytest.raises(HelperDied, match="before"):
+        await trapped.render(conversation("crash"))
+    assert processes() == before
+    with pytest.raises(HelperDied, match="SIGSEGV"):
+        await trapped.render(conversation("crash, but another one"))
+
+
+async def test_a_rejected_request_leaves_the_helper_alive(trapped: Helper) -> None:
+    before = processes()
+    for request, reason in [
+        (conversation("reject"), "not today"),
+        (b"{", "not valid"),
+        (b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "not valid"),
+        (b'{"messages": [], "chat_template_kwargs": 3}', "not valid"),
+    ]:
+        with pytest.raises(ChatError, match=reason):
+            await trapped.render(request)
+    assert processes() == before
+
+
+async def test_a_helper_that_was_killed_idle_costs_nothing(trapped: Helper) -> None:
+    zygote, helper = processes()
+    os.kill(helper.pid, signal.SIGKILL)
+    wait_gone([helper])
+    assert (await trapped.render(conversation("Hello"))).text == "user: Hello\nassistant:"
+    assert processes()[0] == zygote
+
+
+async def test_without_the_zygote_there_is_an_error(trapped: Helper) -> None:
+    zygote, helper = processes()
+    os.kill(zygote.pid, signal.SIGKILL)  # the helper dies with it
+    wait_gone([helper])
+    for _ in range(2):
+        with pytest.raises(HelperDied, match="the process that starts helpers has ended"):
+            await trapped.render(conversation("Hello"))
+
+
+def test_the_processes_are_confined(trapped: Helper) -> None:
+    zygote, helper = (Path(f"/proc/{process.pid}") for process in processes())
+    assert [(path / "comm").read_text() for path in (zygote, helper)] == ["chat zygote\n", "chat helper\n"]
+    for path, sockets in ((zygote, 2), (helper, 1)):
+        assert re.search(r"^NoNewPrivs:\s+1$", (path / "status").read_text(), re.M)
+        assert re.search(r"^Max core file size\s+0\s+0 ", (path / "limits").read_text(), re.M)
+        targets = sorted(str(entry.readlink()).partition(":")[0] for entry in (path / "fd").iterdir())
+        assert targets == ["/dev/null"] * 3 + ["socket"] * sockets
+    (bytes_,) = re.findall(r"^Max address space\s+(\d+) ", (helper / "limits").read_text(), re.M)
+    assert MEMORY_BYTES < int(bytes_) < MEMORY_BYTES + (4 << 30)
+    assert (helper / "oom_score_adj").read_text() == "1000\n"
+
+
+RUNNER = """
+import os, sys
+from worker.chat.handle import Helper
+from worker.chat.protocol import Template
+from worker.engine.confine import confine
+helper = Helper(confine)
+helper.compile(Template(source="Hello")).result()
+if sys.argv[1] == "hangs":
+    helper.compile(Template(source="{% for i in range(1000000000) %}{% endfor %}"))
+print("started", flush=True)
+if sys.argv[1] == "leaves":
+    os._exit(0)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", ["leaves", "is killed", "hangs"])
+def test_the_helper_ends_with_its_runner(how: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", RUNNER, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as runner:
+        assert runner.stdout is not None
+        if how == "leaves":
+            assert runner.stdout.read() == b"started\n"  # up to the end of the stream: the processes do not hold it
+        else:
+            assert runner.stdout.readline() == b"started\n"
+            processes = below(runner.pid)
+            assert len(processes) == 2
+            runner.kill()
+            wait_gone(processes)
+    assert not [process for process in below(os.getpid()) if is_alive(process)]
+
+
+# How an answer is read
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("meta-llama-Llama-3.1-8B-Instruct", (True, True)),
+        ("Qwen-Qwen2.5-7B-Instruct", (True, True)),
+        ("Qwen-Qwen3-0.6B", (False, True)),
+        ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", (False, True)),
+        ("CohereForAI-c4ai-command-r7b-12-2024-tool_use", (False, False)),
+        ("openai-gpt-oss-120b", (False, False)),
+    ],
+)
+def test_simple_parsers_are_recognised(name: str, expected: tuple[bool, bool]) -> None:
+    templates = ChatCode().templates((TEMPLATES / f"{name}.jinja").read_text())
+    assert reading(templates.render(conversation("Hello")).parser) == expected
+
+
+ANSWERS = [
+    "Hello",
+    " \n Hello <think>\nor not </think> {} [] \n",
+    "<think>\nHm. </think>\n\n <tool_call> Zoë </tool_call>",
+    "[TOOL_CALLS][{}]",
+    "<|channel|>final<|message|>x",
+]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_text_that_passes_is_read_alike(name: str, answer: str) -> None:
+    code = ChatCode()
+    rendered = code.templates((TEMPLATES / f"{name}.jinja").read_text()).render(conversation("Hello"))
+    passes, is_open = reading(rendered.parser)
+    parser = code.parser(rendered)
+    if passes:
+        assert parser.parse(answer.encode()) == Message(content=answer)
+    if is_open:
+        contents = [parser.parse(answer[:size].encode(), partial=True).content for size in range(len(answer) + 1)]
+        for size, (content, longer) in enumerate(pairwise(contents)):
+            if content.strip():
+                assert longer == content + answer[size]

@@ -1,0 +1,204 @@
+"""The helper of a runner: a process that runs llama.cpp's chat code, and may die of it.
+
+Templates come from untrusted files and conversations from clients.  llama.cpp's code for them can overflow its stack,
+run for ever, or allocate without end.  So it runs apart from the model, with limits, and is replaced when it dies.
+
+A process with threads, or one that has initialised CUDA, cannot be forked safely.  So the runner, before it has either,
+forks a zygote: a process with one thread, which runs no foreign code and forks the helpers.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn, assert_never
+
+import msgspec
+from msgspec import json
+
+from shared import framing, libc
+from worker.chat.code import ChatCode, ChatError, ParserSource, Templates
+from worker.chat.protocol import (
+    Answer,
+    Compiled,
+    FromHelper,
+    Parse,
+    Prompt,
+    Rejected,
+    Render,
+    Template,
+    ToHelper,
+    decode_to_helper,
+    frame,
+)
+
+CPU_S = 5.0  # processor time for one message; a pause of the machine does not count
+MEMORY_BYTES = 3 << 30  # of address space, beyond what the process has at its start
+NO_MEMORY = 12  # exit status
+LARGE_BYTES = 1 << 20  # of a message; the memory that it took is given back
+PARSERS = 64  # that are kept compiled
+FORK = b"f"  # asks the zygote for a helper
+NUMBER = struct.Struct("<i")  # its answers: the pid of a helper with the helper's socket, and later its status
+TRIAL = b'{"messages": [{"role": "user", "content": "Hello"}]}'
+FIXED = frozenset({"epsilon", "literal", "sequence", "end"})  # parsers that read a fixed text, and say nothing
+
+Confine = Callable[[int], None]  # restricts a process, and closes all its descriptors but this one
+
+
+def start(confine: Confine, cpu_s: float, memory_bytes: int) -> tuple[int, socket.socket]:
+    """Fork the zygote; return its pid, and the socket on which it takes FORK."""
+    ours, theirs = socket.socketpair()
+    if (pid := os.fork()) == 0:
+        try:
+            _become("chat zygote", theirs, confine)
+            _fork_helpers(theirs, confine, cpu_s, memory_bytes)
+        finally:
+            os._exit(1)
+    theirs.close()
+    return pid, ours
+
+
+def _become(name: str, kept: socket.socket, confine: Confine) -> None:
+    """Give the process a name, and nothing that it inherited but a socket.
+
+    The limits are set again, since the request for SIGKILL at the parent's death is not inherited.
+    """
+    confine(kept.fileno())
+    null = os.open(
+        os.devnull, os.O_RDWR
+    )  # a crash would write into the log of the runner, which says how that one died
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
+    with suppress(OSError):  # /proc may be read-only
+        Path("/proc/self/comm").write_text(name)
+
+
+def _fork_helpers(control: socket.socket, confine: Confine, cpu_s: float, memory_bytes: int) -> NoReturn:
+    while control.recv(1) == FORK:
+        theirs, helpers = socket.socketpair()
+        if (pid := os.fork()) == 0:
+            try:
+                _become("chat helper", helpers, confine)
+                _limit(memory_bytes)
+                _serve(helpers, cpu_s)
+            except MemoryError:
+                os._exit(NO_MEMORY)
+            finally:
+                os._exit(1)
+        helpers.close()
+        socket.send_fds(control, [NUMBER.pack(pid)], [theirs.fileno()])
+        ends = select.poll()
+        ends.register(theirs, 0)  # reports the end of the helper, but not its replies
+        ends.register(control, select.POLLIN)  # the runner's end: it asks for nothing while there is a helper
+        if theirs.fileno() not in dict(ends.poll()):
+            os.kill(pid, signal.SIGKILL)
+        theirs.close()
+        _, status = os.waitpid(pid, 0)
+        control.sendall(NUMBER.pack(os.waitstatus_to_exitcode(status)))
+    os._exit(0)
+
+
+def _limit(memory_bytes: int) -> None:
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + memory_bytes, in_use + memory_bytes))
+    with suppress(OSError):  # /proc may be read-only
+        # If the host runs out of memory, the kernel kills this process first, and not a runner with its model.
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+
+
+def _serve(connection: socket.socket, cpu_s: float) -> NoReturn:
+    chat = Chat()
+    with connection.makefile("rb") as stream:
+        while (data := framing.read_blocking(stream)) is not None:
+            # The signal's default action ends the process, also within native code that runs for ever.
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)
+            reply = frame(chat.answer(decode_to_helper(data)))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.sendall(reply)
+            if len(data) > LARGE_BYTES:
+                libc.trim_heap()
+    os._exit(0)
+
+
+class Chat:
+    """Answers messages."""
+
+    def __init__(self) -> None:
+        """Load the library, and use it once: a process faults in its code at first use, which takes 10 ms."""
+        self._code = ChatCode()
+        self._templates: Templates | None = None
+        self._parser = lru_cache(PARSERS)(self._code.parser)
+        self._compile(Template(source="chatml"))
+
+    def answer(self, message: ToHelper) -> FromHelper:
+        try:
+            match message:
+                case Template():
+                    return self._compile(message)
+                case Render():
+                    return self._render(message.conversation)
+                case Parse():
+                    parser = self._parser(message.source)
+                    return Answer(parser.parse(message.answer.encode(), partial=message.partial))
+                case _:
+                    assert_never(message)
+        except ChatError as e:
+            if "std::bad_alloc" in str(e):  # llama.cpp adds where in the template it was
+                raise MemoryError from e
+            return Rejected(str(e))
+        except (msgspec.MsgspecError, RecursionError) as e:
+            return Rejected(f"the request is not valid: {e}")
+
+    def _compile(self, template: Template) -> Compiled:
+        self._templates = self._code.templates(template.source, bos_token=template.bos, eos_token=template.eos)
+        self._render(TRIAL)
+        return Compiled(self._templates.capabilities)
+
+    def _render(self, conversation: bytes) -> Prompt:
+        assert self._templates is not None
+        thinks = self._templates.capabilities["supports_thinking"]
+        rendered = self._templates.render(with_defaults(conversation, thinks))
+        says_all, is_open = reading(rendered.parser)
+        source = ParserSource(rendered.format, rendered.parser, rendered.generation_prompt)
+        return Prompt(
+            text=rendered.prompt,
+            stops=rendered.stops,
+            shown=rendered.preserved_tokens,
+            source=None if says_all else source,
+            is_open=is_open,
+            before=self._parser(source).parse(b"", partial=True),
+        )
+
+
+def with_defaults(conversation: bytes, thinks: bool) -> bytes:
+    """Add what llama-server adds to a request (tools/server/server-common.cpp, oaicompat_chat_params_parse; its
+    `preserve_reasoning` is on by default)."""
+    fields = json.decode(conversation, type=dict[str, msgspec.Raw])
+    variables = json.decode(fields.get("chat_template_kwargs", b"{}"), type=dict[str, msgspec.Raw])
+    defaults = {"enable_thinking": msgspec.Raw(json.encode(thinks))}
+    variables = {"preserve_reasoning": msgspec.Raw(b"true"), **variables}
+    return json.encode({**defaults, **fields, "chat_template_kwargs": variables})
+
+
+@lru_cache(PARSERS)
+def reading(parser: str) -> tuple[bool, bool]:
+    """Return how a serialized parser (`common_peg_arena`, common/peg-parser.h) reads an answer: whether all of it is
+    content, and whether content that has begun extends to its end.
+
+    Only simple parsers are recognised; both are False for the others.
+    """
+    nodes: list[dict[str, Any]] = json.decode(parser)["parsers"] if parser else []
+    contents = [nodes[node["child"]] for node in nodes if node.get("tag") == "content"]
+    is_open = all(node["type"] == "until" and not node["delimiters"] for node in contents)
+    others = [node for node in nodes if node not in contents and node.get("tag") != "content"]
+    return is_open and all(node["type"] in FIXED for node in others), is_open

@@ -1,0 +1,79 @@
+"""The messages between a runner and its helper: tagged structs, each in a frame of `shared.framing`.
+
+The helper answers each message of the runner with one of its own, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import Struct, msgpack
+
+from shared import framing
+from worker.chat.code import Message, ParserSource
+
+# ---- to the helper
+
+
+class Template(Struct, frozen=True, kw_only=True, tag="template"):
+    """Compile a template, and render a short conversation with it.  Answered with Compiled."""
+
+    source: str  # Jinja
+    bos: str = ""  # the text of the token, as the template writes it
+    eos: str = ""
+
+
+class Render(Struct, frozen=True, tag="render"):
+    """Render a conversation.  Answered with Prompt."""
+
+    conversation: bytes  # as `worker.chat.code.Templates.render` takes it
+
+
+class Parse(Struct, frozen=True, tag="parse"):
+    """Parse an answer, or the beginning of one.  Answered with Answer."""
+
+    source: ParserSource
+    answer: str
+    partial: bool
+
+
+ToHelper = Template | Render | Parse
+
+# ---- from the helper
+
+
+class Compiled(Struct, frozen=True, tag="compiled"):
+    """What the template supports."""
+
+    capabilities: dict[str, bool]
+
+
+class Prompt(Struct, frozen=True, kw_only=True, tag="prompt"):
+    """A rendered conversation, and how an answer to it is read."""
+
+    text: str
+    stops: list[str]
+    shown: list[str]  # control tokens that the parser has to see
+    source: ParserSource | None  # of the answers' parser; None: an answer is content, as it is
+    is_open: bool = False  # content that has begun extends to the end of the answer
+    before: Message = Message()  # what the parser makes of the prompt's end alone: it is not part of the answer
+
+
+class Answer(Struct, frozen=True, tag="answer"):
+    """A parsed answer."""
+
+    message: Message
+
+
+class Rejected(Struct, frozen=True, tag="rejected"):
+    """llama.cpp rejects the template, the conversation or the answer."""
+
+    reason: str
+
+
+FromHelper = Compiled | Prompt | Answer | Rejected
+
+
+frame: Callable[[ToHelper | FromHelper], bytes] = framing.frame
+decode_to_helper: Callable[[bytes], ToHelper] = msgpack.Decoder(ToHelper).decode
+decode_from_helper: Callable[[bytes], FromHelper] = msgpack.Decoder(FromHelper).decode
