@@ -15,7 +15,7 @@ MINILM = "sentence-transformers/all-minilm-l6-v2"
 LLM_DEFAULTS = {
     "eval_batch_size": 512,
     "physical_batch_size": 512,
-    "parallel": 1,
+    "parallel": 4,
     "flash_attention": True,
     "offload_kv_cache_to_gpu": True,
 }

@@ -1,0 +1,358 @@
+"""Rules of the engine loop's sequences: who starts where, what is shared, and what a step takes."""
+
+from __future__ import annotations
+
+import random
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.engine.job import Job
+from worker.engine.slots import (
+    LEAST_CHUNK,
+    RESERVED,
+    Admission,
+    Budget,
+    Change,
+    Copy,
+    Cut,
+    Drop,
+    Sequence,
+    Slots,
+    common_prefix,
+    retry_after_s,
+    shares,
+)
+
+
+def job(tokens: list[int], *, client: str = "a", choices: int = 1, max_tokens: int | None = None) -> Job:
+    return Job(client=client, tokens=tokens, choices=choices, max_tokens=max_tokens, arrived_at=0.0, deadline=1e9)
+
+
+def slots(
+    n_sequences: int = 4,
+    *,
+    parallel: int | None = None,
+    n_cells: int = 4096,
+    shared_prefixes: bool = False,
+    rewinds: bool = True,
+) -> Slots:
+    return Slots(
+        n_sequences=n_sequences,
+        parallel=parallel or n_sequences,
+        n_cells=n_cells,
+        context_length=n_cells,
+        shared_prefixes=shared_prefixes,
+        rewinds=rewinds,
+    )
+
+
+def started(slots: Slots) -> list[Admission]:
+    admissions = []
+    while admission := slots.admit():
+        admissions.append(admission)
+    return admissions
+
+
+def run(slots: Slots, tokens: list[int], answer: list[int], client: str = "a") -> Admission:
+    """Start a job, decode it, and end it."""
+    slots.add(job(tokens, client=client))
+    (admission,) = started(slots)
+    (sequence,) = admission.sequences
+    slots.extend(sequence, tokens[admission.n_cached :] + answer)
+    slots.finish(sequence, is_kept=True)
+    return admission
+
+
+class Memory:
+    """The engine's memory, by its documentation: which cell holds which token of which sequences."""
+
+    def __init__(self) -> None:
+        self.cells: dict[int, list[tuple[int, int]]] = {}  # of a sequence: each token and its cell
+        self._ids = count()
+
+    def apply(self, change: Change) -> None:
+        match change:
+            case Drop(sequence):
+                self.cells[sequence.id] = []
+            case Cut(sequence, n):
+                self.cells[sequence.id] = self.cells[sequence.id][:n]
+            case Copy(source, target, n):
+                assert not self.cells.get(target.id), "a copy into a sequence that has tokens"
+                self.cells[target.id] = self.cells[source.id][:n]
+
+    def decode(self, sequence: Sequence, tokens: list[int]) -> None:
+        self.cells.setdefault(sequence.id, []).extend((token, next(self._ids)) for token in tokens)
+
+    @property
+    def used(self) -> int:
+        return len({cell for cells in self.cells.values() for _, cell in cells})
+
+    def tokens(self, sequence: Sequence) -> list[int]:
+        return [token for token, _ in self.cells.get(sequence.id, [])]
+
+
+@given(seed=st.integers(0, 10**9), n_sequences=st.integers(1, 6), parallel=st.integers(1, 6), is_shared=st.booleans())
+def test_any_sequence_of_jobs_keeps_the_rules(seed: int, n_sequences: int, parallel: int, is_shared: bool) -> None:
+    """Random jobs arrive, decode, end and vanish.  The memory then has what the slots say, each job starts with a
+    beginning of its own prompt, clients share nothing, and everyone gets a turn."""
+    random_ = random.Random(seed)
+    parallel = min(parallel, n_sequences)
+    n_cells = 120
+    mine = slots(n_sequences, parallel=parallel, n_cells=n_cells, shared_prefixes=is_shared)
+    memory = Memory()
+    running: dict[Job, list[Sequence]] = {}
+    waiting: list[Job] = []
+    owners: dict[int, str] = {}
+
+    def check() -> None:
+        assert mine.cells.used == memory.used
+        for sequence in mine.sequences:
+            assert sequence.tokens == memory.tokens(sequence)
+            assert sum(stretch.length for stretch in sequence.stretches) == len(sequence.tokens)
+        assert mine.n_running == sum(map(len, running.values())) <= parallel
+
+    def arrive() -> None:
+        tokens = [random_.randrange(2) for _ in range(random_.randint(1, 60))]
+        new = job(tokens, client=random_.choice("ab"), choices=random_.randint(1, parallel), max_tokens=20)
+        mine.add(new)
+        waiting.append(new)
+
+    def admit() -> None:
+        for admission in started(mine):
+            now = admission.job
+            waiting.remove(now)
+            was_alone = not running
+            for change in admission.changes:
+                if isinstance(change, Copy):
+                    assert is_shared or owners[change.source.id] == now.client
+                memory.apply(change)
+            first, *others = admission.sequences
+            assert memory.tokens(first) == now.tokens[: admission.n_cached] != now.tokens
+            assert all(not memory.tokens(other) for other in others)
+            running[now] = admission.sequences
+            owners.update({sequence.id: now.client for sequence in admission.sequences})
+            if not was_alone:
+                assert mine.cells.used + sum(sequence.reserved for sequence in mine.sequences) <= n_cells
+
+    def decode() -> None:
+        for now, sequences in running.items():
+            first, *others = sequences
+            left = now.tokens[len(first.tokens) :]
+            if left:
+                part = left[: random_.randint(1, 20)]
+                mine.extend(first, part)
+                memory.decode(first, part)
+                if len(first.tokens) == len(now.tokens):
+                    for other in others:
+                        memory.apply(mine.fork(first, other))
+            else:
+                for sequence in sequences:
+                    mine.extend(sequence, [random_.randrange(2)])
+                    memory.decode(sequence, sequence.tokens[-1:])
+
+    def end(now: Job) -> None:
+        for sequence in running.pop(now):
+            if dropped := mine.finish(sequence, is_kept=random_.random() < 0.8):
+                memory.apply(dropped)
+
+    for _ in range(40):
+        match random_.randrange(5):
+            case 0:
+                arrive()
+            case 1 | 2:
+                decode()
+            case 3 if running:
+                end(random_.choice([*running]))
+            case 4 if waiting and random_.random() < 0.3:
+                gone = waiting.pop(random_.randrange(len(waiting)))
+                assert mine.withdraw(gone)
+        admit()
+        check()
+    while running or waiting:
+        decode()
+        if running:
+            end(next(iter(running)))
+        admit()
+        check()
+
+
+def test_a_prompt_continues_the_sequence_it_begins_with() -> None:
+    mine = slots()
+    run(mine, [1, 2, 3], [4, 5])
+    admission = run(mine, [1, 2, 3, 4, 5, 6, 7], [8])
+    assert (admission.n_cached, admission.changes) == (5, [])
+
+
+def test_the_last_token_of_a_prompt_is_always_decoded() -> None:
+    mine = slots()
+    run(mine, [1, 2, 3], [])
+    assert run(mine, [1, 2, 3], []).n_cached == 2
+
+
+def test_another_prompt_with_the_same_beginning_keeps_the_first() -> None:
+    mine = slots()
+    first = run(mine, [1, 2, 3, 4], [5])
+    run(mine, [1, 2, 9, 9], [9])
+    assert first.sequences[0].tokens == [1, 2, 3, 4, 5]
+    assert mine.cells.used == 5 + 3
+
+
+def test_a_running_sequence_shares_its_beginning() -> None:
+    mine = slots()
+    mine.add(job([1, 2, 3, 4]))
+    (first,) = started(mine)
+    mine.extend(first.sequences[0], [1, 2, 3, 4])
+    mine.add(job([1, 2, 3, 9]))
+    (second,) = started(mine)
+    assert second.changes == [Copy(first.sequences[0], second.sequences[0], 3)]
+
+
+def test_clients_share_no_beginning_unless_allowed() -> None:
+    for is_shared, n_cached in [(False, 0), (True, 2)]:
+        mine = slots(shared_prefixes=is_shared)
+        run(mine, [1, 2, 3], [], client="a")
+        assert run(mine, [1, 2, 3], [], client="b").n_cached == n_cached
+
+
+def test_nothing_is_kept_if_sequences_cannot_rewind() -> None:
+    mine = slots(rewinds=False)
+    first = run(mine, [1, 2, 3], [4])
+    assert not first.sequences[0].tokens
+    assert run(mine, [1, 2, 3, 4], []).n_cached == 0
+
+
+def test_equal_prompts_that_arrive_together_are_decoded_once() -> None:
+    mine = slots(20, n_cells=32768)
+    prompt = [*range(2000)]
+    for _ in range(20):
+        mine.add(job(prompt))
+    (leader,) = started(mine)
+    mine.extend(leader.sequences[0], prompt[:1000])
+    assert started(mine) == []
+    mine.extend(leader.sequences[0], prompt[1000:])
+    assert [admission.n_cached for admission in started(mine)] == [1999] * 19
+    assert mine.cells.used == 2000
+
+
+def test_a_job_that_waits_for_a_prompt_lets_others_pass() -> None:
+    mine = slots()
+    mine.add(job([*range(100)]))
+    mine.add(job([*range(100)]))
+    mine.add(job([7] * 100))
+    assert [admission.job.tokens[0] for admission in started(mine)] == [0, 7]
+
+
+def test_a_job_whose_leader_vanishes_starts_itself() -> None:
+    mine = slots()
+    mine.add(job([*range(100)]))
+    follower = job([*range(100)])
+    mine.add(follower)
+    (leader,) = started(mine)
+    mine.finish(leader.sequences[0], is_kept=True)
+    assert [admission.job for admission in started(mine)] == [follower]
+
+
+def test_clients_take_turns_and_keep_their_own_order() -> None:
+    mine = slots(1)
+    jobs = [job([i], client="a") for i in range(4)] + [job([9], client="b"), job([8], client="b")]
+    for each in jobs:
+        mine.add(each)
+    order = []
+    while admissions := started(mine):
+        (admission,) = admissions
+        order.append(admission.job.tokens[0])
+        mine.finish(admission.sequences[0], is_kept=False)
+    assert order == [0, 9, 1, 8, 2, 3]
+
+
+def test_a_large_job_is_not_passed_by_small_ones() -> None:
+    mine = slots(n_cells=1000)
+    mine.add(job([1] * 500))
+    (first,) = started(mine)
+    large, small = job([2] * 500), job([3], max_tokens=1)
+    mine.add(large)
+    mine.add(small)
+    assert started(mine) == []
+    mine.extend(first.sequences[0], [1] * 500)
+    mine.finish(first.sequences[0], is_kept=True)
+    assert [admission.job for admission in started(mine)] == [large, small]
+
+
+def test_a_job_starts_only_with_cells_for_its_answer() -> None:
+    mine = slots(n_cells=1000)
+    mine.add(job([1] * 400))
+    mine.add(job([2] * (1000 - 400 - 2 * RESERVED + 1)))
+    assert len(started(mine)) == 1
+    mine = slots(n_cells=1000)
+    mine.add(job([1] * 400))
+    mine.add(job([2] * (1000 - 400 - 2 * RESERVED)))
+    assert len(started(mine)) == 2
+
+
+def test_idle_sequences_make_room_least_recently_used_first() -> None:
+    mine = slots(n_cells=1000)
+    old = run(mine, [1] * 300, []).sequences[0]
+    new = run(mine, [2] * 300, []).sequences[0]
+    admission = run(mine, [3] * 300, [])
+    assert admission.changes == [Drop(old)]
+    assert len(new.tokens) == 300
+
+
+def test_the_last_arrivals_are_in_excess() -> None:
+    mine = slots(1)
+    jobs = [job([i]) for i in range(5)]
+    for i, each in enumerate(jobs):
+        each.arrived_at = float(i)
+        mine.add(each)
+    started(mine)
+    assert mine.excess(2) == jobs[3:]
+    assert [*mine.queue] == jobs[1:3]
+
+
+@given(st.lists(st.integers(0, 2), max_size=600), st.lists(st.integers(0, 2), max_size=600), st.integers(0, 600))
+def test_the_common_prefix_is_the_longest(one: list[int], other: list[int], n: int) -> None:
+    other = one[:n] + other
+    length = common_prefix(one, other)
+    assert one[:length] == other[:length]
+    assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+@given(st.lists(st.integers(1, 3000), max_size=20), st.integers(0, 2048))
+def test_prompts_divide_a_budget_without_loss(left: list[int], budget: int) -> None:
+    taken = shares(left, budget)
+    assert sum(taken) == min(budget, sum(left))
+    assert all(0 <= n <= most for n, most in zip(taken, left, strict=True))
+    if left and budget:
+        assert taken[0] >= min(left[0], budget / 2)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    assert shares([8000, 3000, 20], 100) == [50, 30, 20]
+
+
+@pytest.mark.parametrize(("token_s", "step_s"), [(0.001, 0.005), (0.02, 0.02), (1e-5, 0.001)])
+def test_a_budget_converges_to_the_target_time(token_s: float, step_s: float) -> None:
+    budget = Budget(0.1, 512)
+    for _ in range(30):
+        budget.learn(0, step_s)
+        budget.learn(budget.n_tokens, step_s + token_s * budget.n_tokens)
+    seconds = step_s + token_s * budget.n_tokens
+    assert seconds <= 0.1 * 1.01 or budget.n_tokens == LEAST_CHUNK
+    assert seconds > 0.08 or budget.n_tokens in (LEAST_CHUNK, 512)
+
+
+def test_a_slow_model_spends_half_its_time_on_prompts() -> None:
+    budget = Budget(0.1, 512)
+    for _ in range(30):
+        budget.learn(0, 1.0)
+        budget.learn(budget.n_tokens, 1.0 + 0.01 * budget.n_tokens)
+    assert 80 < budget.n_tokens <= 101
+
+
+def test_a_retry_is_proposed_within_a_minute() -> None:
+    assert retry_after_s(0, 4, 0.1) == 1
+    assert retry_after_s(64, 4, 2.0) == 33
+    assert retry_after_s(64, 1, 100.0) == 60
