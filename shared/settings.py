@@ -247,6 +247,28 @@ class Settings(Struct, frozen=True, kw_only=True):
             flags=("up", "worker"),
         ),
     ] = "off"
+    requests_waiting: Annotated[
+        int,
+        setting("maximum number of requests that wait for one instance", "an integer from 1 to 65536", ge=1, le=65536),
+    ] = 64
+    request_wait_s: Annotated[
+        float,
+        setting(
+            "maximum time for which a request waits for an instance, in seconds",
+            "a number greater than 0 and at most 86400",
+            gt=0,
+            le=86400,
+        ),
+    ] = 60.0
+    request_s: Annotated[
+        float,
+        setting(
+            "maximum duration of a request to an instance, in seconds",
+            "a number greater than 0 and at most 86400",
+            gt=0,
+            le=86400,
+        ),
+    ] = 600.0
     stall_limit_s: Annotated[
         float,
         setting(

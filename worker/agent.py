@@ -20,6 +20,7 @@ from shared.telemetry.tally import Tally, died
 from worker.crashes import Crashes
 from worker.desired import Desired
 from worker.instance import Resident, Services, has_changed
+from worker.listener.process import Listener
 from worker.memory.devices import Devices
 from worker.memory.dry_run import DryRun
 from worker.memory.nvml import Driver
@@ -92,6 +93,7 @@ class Agent:
             self.deliver,
             self.stop,
         )
+        self.listener = Listener(log_level=settings.log_level, log_format=settings.log_format)
         self._heartbeat = heartbeat
         self._digest = ""  # of the published catalog
         self._services = Services(
@@ -104,6 +106,7 @@ class Agent:
             instances=store.instances,
             placer=self.placer,
             runners=self.runners,
+            listener=self.listener,
             crashes=self.crashes,
             desired=self.desired,
             tally=self.tally,
@@ -172,6 +175,7 @@ class Agent:
             partly_on_cpu=self.settings.gpu_offload == "auto",
             lease_s=self.store.workers.lease_s,
             engine=self.runners.engine,
+            channels=self.listener.address,
         )
 
     async def announce_changes(self) -> None:
@@ -195,6 +199,7 @@ class Agent:
         while True:
             self._heartbeat()
             await self.runners.watch(self.timing.beat_s)
+            self.listener.watch(self.timing.beat_s)
             try:
                 if self.runners.silent_s < self.store.workers.lease_s:
                     await self.beat_once()

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from msgspec import Struct
+
 from shared import filelock
 from shared.lifecycle import State
 from shared.schema.model import Model
@@ -23,9 +25,16 @@ TEMPORARY = "loadstone-worker-"  # prefix of a worker's temporary directory
 _log = log.get("worker")
 
 
+class Owned(Struct, frozen=True):
+    """The name of a worker, as this process owns it."""
+
+    dead_epoch: str  # of the previous holder
+    directory: Path  # temporary, of this process alone
+
+
 @contextmanager
-def owned(settings: Settings, epoch: str) -> Iterator[str]:
-    """Hold the lock of this worker's name in the data directory.  Yields the epoch of the previous holder.
+def owned(settings: Settings, epoch: str) -> Iterator[Owned]:
+    """Hold the lock of this worker's name in the data directory.
 
     The lock file contains the holder's epoch and its temporary directory, in which multiprocessing puts its sockets.
     Removes the directory that a killed holder left behind.  Raises SettingsError if another process holds the lock, or
@@ -52,7 +61,7 @@ def owned(settings: Settings, epoch: str) -> Iterator[str]:
         file.write(f"{epoch} {temporary}")
         file.flush()
         place_sockets(temporary)
-        yield dead_epoch
+        yield Owned(dead_epoch, Path(temporary))
 
 
 async def take_lease(agent: Agent, models: list[Model], dead_epoch: str) -> None:

@@ -49,11 +49,13 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, on_signal)
     epoch = uuid.uuid4().hex
-    with owned(settings, epoch) as dead_epoch, ExitStack() as locks:
+    with owned(settings, epoch) as name, ExitStack() as stack:
         async with connected(redis_url(settings)) as redis:
             agent = Agent(settings, Store(redis, settings.lease_s, restores=settings.restore == "on"), epoch, heartbeat)
-            locks.enter_context(locked(settings.lock_dir or settings.data_dir / "devices", agent.devices.gpus))
-            work = asyncio.create_task(_work(settings, redis, agent, dead_epoch))
+            stack.enter_context(locked(settings.lock_dir or settings.data_dir / "devices", agent.devices.gpus))
+            sockets = settings.data_dir / f"worker-{agent.name}.sock", name.directory / "worker.sock"
+            stack.enter_context(agent.listener.bound(sockets))
+            work = asyncio.create_task(_work(settings, redis, agent, name.dead_epoch))
             stopping = asyncio.create_task(stop.wait())
             try:
                 await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -78,7 +80,8 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
         log_level=settings.log_level,
         log_format=settings.log_format,
     )
-    async with aclosing(scanned) as lists:
+    async with aclosing(scanned) as lists, asyncio.TaskGroup() as group:
+        group.create_task(agent.listener.run())
         try:
             async with asyncio.timeout(FIRST_CATALOG_S):
                 first = await anext(lists)
@@ -89,14 +92,16 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
         await take_lease(agent, first, dead_epoch)
         engine = msgspec.to_builtins(agent.runners.engine)
         _log.info("ready", action="ready", models=len(first), **engine)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(agent.beat())
-            group.create_task(agent.announce_changes())
-            group.create_task(take_deliveries(redis, agent))
-            group.create_task(agent.desired.keep())
-            group.create_task(agent.watch_files())
-            async for models in lists:
-                await _publish(agent, models)
+        for task in (
+            agent.beat(),
+            agent.announce_changes(),
+            take_deliveries(redis, agent),
+            agent.desired.keep(),
+            agent.watch_files(),
+        ):
+            group.create_task(task)
+        async for models in lists:
+            await _publish(agent, models)
 
 
 async def _publish(agent: Agent, models: list[Model]) -> None:

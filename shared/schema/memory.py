@@ -42,7 +42,7 @@ class Device(Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Holding(Struct, frozen=True, kw_only=True, gc=False):
-    """The memory that an instance uses on the devices of its worker."""
+    """The memory that an instance uses on the devices of its worker, and the numbers of its requests."""
 
     id: str = ""  # of the load; set only for loads that an API process has just placed
     instance_id: str
@@ -50,3 +50,6 @@ class Holding(Struct, frozen=True, kw_only=True, gc=False):
     devices: dict[str, int]  # bytes by device
     used_at: float  # last use, in seconds since the epoch; 0.0: not loaded yet
     is_evictable: bool  # may be unloaded to make room
+    running: int = 0
+    waiting: int = 0
+    cells: int = 0  # of the KV cache, in use

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from shared.channel.address import Address
 from shared.schema.http import EngineBuild, LoadRequest, WorkerState
 from shared.schema.memory import Device, Holding
 from shared.schema.model import Model
@@ -27,6 +28,7 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True, gc=False):
     partly_on_cpu: bool = False  # whether layers that do not fit on GPUs may go to the CPU
     lease_s: float = 0.0
     engine: EngineBuild | None = None
+    channels: Address | None = None  # where API processes reach its runners; it has a secret
 
 
 def short(id_: str) -> str:

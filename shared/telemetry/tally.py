@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 from msgspec import UNSET, Struct
 
+from shared.channel.messages import Usage
 from shared.errors import LoadFailure, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, State
@@ -93,6 +94,48 @@ FAMILIES = (
         labels=("method", "route", "status"),
     ),
     Family(
+        name="requests",
+        kind="counter",
+        help="Requests to loaded models that ended, by route and outcome: completed, cancelled, or an error code.",
+        labels=("route", "outcome"),
+    ),
+    Family(
+        name="prompt_tokens",
+        kind="counter",
+        help="Tokens of the prompts of completed requests.",
+        known=((),),
+    ),
+    Family(
+        name="cached_tokens",
+        kind="counter",
+        help="Tokens of these prompts that were not processed again, because their beginning was.",
+        known=((),),
+    ),
+    Family(
+        name="generated_tokens",
+        kind="counter",
+        help="Tokens that completed requests generated.",
+        known=((),),
+    ),
+    Family(
+        name="request_seconds",
+        kind="histogram",
+        help="Duration of completed requests to loaded models, until the last token.",
+        labels=("route",),
+    ),
+    Family(
+        name="time_to_first_token_seconds",
+        kind="histogram",
+        help="Time to the first token of completed requests, with their wait and their prompt.",
+        labels=("route",),
+    ),
+    Family(
+        name="time_per_output_token_seconds",
+        kind="histogram",
+        help="Time for each token after the first of completed requests, on average over an answer.",
+        labels=("route",),
+    ),
+    Family(
         name="load_phase_seconds",
         kind="histogram",
         help="Duration of each phase of successful loads, by size class of the model.",
@@ -162,6 +205,28 @@ def moved(old: Instance, new: Instance) -> dict[str, int]:
 def died(state: RunnerState) -> dict[str, int]:
     """Return the counts that an unexpected exit of a runner adds."""
     return {field("runner_deaths", state): 1}
+
+
+def answered(
+    route: str, outcome: str, seconds: float, *, first_token_s: float | None, usage: Usage | None, choices: int
+) -> dict[str, int]:
+    """Return the counts that a request to a loaded model adds.  `usage`: of a completed request, which alone counts in
+    the histograms; `first_token_s`: None if it has no token."""
+    counts = {field("requests", route, outcome): 1}
+    if usage is None:
+        return counts
+    counts |= {
+        field("prompt_tokens"): usage.prompt_tokens,
+        field("cached_tokens"): usage.cached_tokens,
+        field("generated_tokens"): usage.generated_tokens,
+    }
+    counts |= observed("request_seconds", seconds, route)
+    if first_token_s is not None:
+        counts |= observed("time_to_first_token_seconds", first_token_s, route)
+    if usage.generated_tokens > choices:
+        later = usage.generated_tokens / choices - 1  # of each answer, on average
+        counts |= observed("time_per_output_token_seconds", usage.generation_s / later, route)
+    return counts
 
 
 class Tally:

@@ -12,9 +12,9 @@ CODE = """
 import os
 from worker.engine.confine import confine
 
-below, channel, above = (os.open(os.devnull, os.O_RDONLY) for _ in range(3))
-assert below < channel < above
-confine(channel)
+below, channel, between, second, above = (os.open(os.devnull, os.O_RDONLY) for _ in range(5))
+assert below < channel < between < second < above
+confine(second, channel)
 kept = set()
 for fd in range(above + 1):
     try:
@@ -22,12 +22,12 @@ for fd in range(above + 1):
     except OSError:
         continue
     kept.add(fd)
-assert kept == {0, 1, 2, channel}, kept
+assert kept == {0, 1, 2, channel, second}, kept
 """
 
 
-def test_confined_process_keeps_only_its_channel_and_output() -> None:
-    """A runner of today has none above its channel, which a change of the order of its descriptors would break."""
+def test_confined_process_keeps_only_its_channels_and_output() -> None:
+    """A runner of today has none above its channels, which a change of the order of its descriptors would break."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environ = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(

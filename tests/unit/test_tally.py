@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.pool.metrics import cumulative, rendered
+from shared.channel.messages import Usage
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import Event
@@ -27,6 +28,7 @@ from shared.telemetry.tally import (
     PHASES,
     Family,
     accepted,
+    answered,
     bucket,
     died,
     moved,
@@ -205,3 +207,31 @@ def test_unknown_counts_of_another_version_are_left_out() -> None:
     text = rendered(msgspec.structs.replace(NOTHING, counters=counters, tallies=tallies)).decode()
     assert 'loadstone_loads_total{outcome="failed",reason="later"} 2.0' in text
     assert "evicted" not in text
+
+
+def test_a_completed_request_adds_its_tokens_and_times() -> None:
+    usage = Usage(
+        prompt_tokens=70,
+        cached_tokens=50,
+        generated_tokens=22,
+        reasoning_tokens=0,
+        wait_s=0.5,
+        prompt_s=0.25,
+        generation_s=0.2,
+    )
+    assert answered("/r", "completed", 1.0, first_token_s=0.8, usage=usage, choices=2) == {
+        "requests|/r|completed": 1,
+        "prompt_tokens": 70,
+        "cached_tokens": 50,
+        "generated_tokens": 22,
+        "request_seconds|/r|1.0": 1,
+        "request_seconds|/r|sum": 1_000_000,
+        "time_to_first_token_seconds|/r|1.0": 1,
+        "time_to_first_token_seconds|/r|sum": 800_000,
+        "time_per_output_token_seconds|/r|0.025": 1,  # ten tokens of each answer after its first
+        "time_per_output_token_seconds|/r|sum": 20_000,
+    }
+
+
+def test_a_request_without_an_answer_adds_its_outcome_only() -> None:
+    assert answered("/r", "cancelled", 1.0, first_token_s=0.8, usage=None, choices=1) == {"requests|/r|cancelled": 1}

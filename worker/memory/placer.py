@@ -6,7 +6,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from typing import Protocol, assert_never
+from typing import NamedTuple, Protocol, assert_never
 
 from msgspec import UNSET, structs
 
@@ -36,6 +36,14 @@ AMPLE = 2  # with room for this many times the estimate of an architecture in NE
 _log = log.get("worker")
 
 
+class Requests(NamedTuple):
+    """How many requests an instance has, and how many cells of its KV cache are in use."""
+
+    running: int = 0
+    waiting: int = 0
+    cells: int = 0
+
+
 class Holder(Protocol):
     """An instance that holds memory of this worker, or waits for it."""
 
@@ -48,6 +56,8 @@ class Holder(Protocol):
     def key(self) -> str: ...
     @property
     def instance(self) -> Instance | None: ...
+    @property
+    def requests(self) -> Requests: ...
 
 
 class Placer:
@@ -255,6 +265,9 @@ class Placer:
                 devices=reservation.bytes,
                 used_at=self._used_at(holder),
                 is_evictable=self._is_evictable(holder),
+                running=holder.requests.running,
+                waiting=holder.requests.waiting,
+                cells=holder.requests.cells,
             )
             for id_, reservation in self.ledger.reservations.items()
             if (holder := self._holders.get(id_)) is not None

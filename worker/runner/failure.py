@@ -18,7 +18,8 @@ MEMORY = re.compile(
 REQUESTED = re.compile(r"(?:of size|allocate|allocating)\s+(?P<number>[\d.]+)(?: ?(?P<unit>Mi?B))?")
 UNSUPPORTED = re.compile(
     r"(?:unknown|unsupported) model architecture|unknown tokenizer|unknown pre-tokenizer|cannot be used as main model"
-    r"|model type is not supported|does not support|type \d+ \([^)]*(?:REMOVED|DEPRECATED)|requires ctx_other",
+    r"|model type is not supported|does not support|type \d+ \([^)]*(?:REMOVED|DEPRECATED)|requires ctx_other"
+    r"|cache type \w+ with block size|quantized V cache",
     re.I,
 )
 PATH = re.compile(r"/(?<![\w.]/)(?:[^\s'\"(),:;/]+/)*([^\s'\"(),:;/]+)")

@@ -10,7 +10,7 @@ from shared.memory import plan as parameters
 from shared.schema.http import LoadRequest
 from shared.schema.model import Model
 from shared.settings import Settings
-from worker.runner.protocol import Load
+from worker.runner.protocol import Load, Serving
 
 
 def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[str], layers: list[int]) -> Load:
@@ -22,5 +22,10 @@ def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[s
         check_tensors=settings.check_tensors == "on",
         devices=devices,
         layers=layers,
+        serving=Serving(
+            requests_waiting=settings.requests_waiting,
+            request_wait_s=settings.request_wait_s,
+            request_s=settings.request_s,
+        ),
         **structs.asdict(parameters.plan(request, model, settings)),
     )

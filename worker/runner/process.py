@@ -11,7 +11,7 @@ from multiprocessing.context import ForkServerProcess
 
 import msgspec
 
-from worker import framing
+from shared import framing
 from worker.runner.output import Output
 from worker.runner.protocol import FromRunner, Ping, Pong, Stop, ToRunner, decode_from_runner, frame
 from worker.timing import Timing
@@ -47,10 +47,14 @@ class Runner:
         process: ForkServerProcess,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        hand_over: socket.socket,
         timing: Timing,
     ) -> None:
+        """`hand_over`: the worker's end of the socket on which the runner takes connections from the listener."""
         assert process.pid is not None
         self.pid: int = process.pid
+        self.hand_over = hand_over
+        self.load = Pong()  # its requests, as it reported them last
         self.output = Output()
         self.silent_s = 0.0  # for how long it has not answered a ping
         self.exited = asyncio.Event()
@@ -94,7 +98,9 @@ class Runner:
             while (data := await framing.read(self._reader)) is not None:
                 message = decode_from_runner(data)
                 self._awaits_pong, self.silent_s = False, 0.0  # any message proves that it is alive
-                if not isinstance(message, Pong):
+                if isinstance(message, Pong):
+                    self.load = message
+                else:
                     self._inbox.put_nowait(message)
         except msgspec.MsgspecError:
             self._inbox.put_nowait(Unreadable())
@@ -126,6 +132,7 @@ class Runner:
         self._listening.cancel()
         self._inbox.put_nowait(None)
         self._writer.close()
+        self.hand_over.close()
 
     def kill(self) -> None:
         """Send SIGKILL without waiting."""

@@ -1,4 +1,4 @@
-"""The messages between a worker and its runner: tagged structs, each in a frame of `worker.framing`."""
+"""The messages between a worker and its runner: tagged structs, each in a frame of `shared.framing`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ from collections.abc import Callable
 
 from msgspec import Struct, msgpack
 
+from shared import framing
 from shared.memory.plan import Plan
 from shared.schema.http import EngineBuild, LoadConfig, Phase
 from shared.schema.memory import Usage
 from shared.schema.model import FileStat
-from worker import framing
 
 NO_GPU = "-1"  # CUDA_VISIBLE_DEVICES ends before the first invalid index: CUDA C++ Programming Guide
 
 # ---- to the runner
+
+
+class Serving(Struct, frozen=True, kw_only=True):
+    """The limits of the requests of an instance; times in seconds."""
+
+    requests_waiting: int = 64
+    request_wait_s: float = 60.0
+    request_s: float = 600.0  # from its arrival to its last token
 
 
 class Load(Plan, frozen=True, kw_only=True, tag="load"):
@@ -26,6 +34,7 @@ class Load(Plan, frozen=True, kw_only=True, tag="load"):
     check_tensors: bool
     devices: list[str]  # UUIDs of GPUs, in the order in which they take layers; empty: the CPU only
     layers: list[int]  # number of layers per device; the model's first layers, beyond their sum, stay on the CPU
+    serving: Serving = Serving()
     traceparent: str = ""  # of the runner's own span (W3C Trace Context)
 
 
@@ -59,8 +68,12 @@ class Warm(Struct, frozen=True, tag="warm"):
     engine: EngineBuild
 
 
-class Pong(Struct, frozen=True, tag="pong"):
-    """The answer to a Ping, also while the engine is busy."""
+class Pong(Struct, frozen=True, omit_defaults=True, tag="pong"):
+    """The answer to a Ping, also while the engine is busy: the numbers of its requests, and the cells in use."""
+
+    running: int = 0
+    waiting: int = 0
+    cells: int = 0  # of the KV cache, with those that are kept for later requests
 
 
 class Progress(Struct, frozen=True, tag="progress"):

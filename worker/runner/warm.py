@@ -14,6 +14,7 @@ from typing import assert_never
 
 from shared.schema.http import EngineBuild
 from shared.telemetry import log
+from worker.listener.protocol import pair
 from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
 from worker.runner.protocol import NO_GPU, Failed, Measured, Pong, Progress, Ready, Warm
 from worker.timing import Timing
@@ -139,22 +140,22 @@ class Runners:
     async def _start(self) -> Runner:
         control, control_child = socket.socketpair()
         output, output_child = socket.socketpair()
+        hand_over, hand_over_child = pair()
         try:
-            with control_child, output_child:
-                process = self._context.Process(
-                    target=run_child, args=(control_child, output_child, self._visible), daemon=True
-                )
+            with control_child, output_child, hand_over_child:
+                arguments = (control_child, hand_over_child, output_child, self._visible)
+                process = self._context.Process(target=run_child, args=arguments, daemon=True)
                 starting = asyncio.ensure_future(asyncio.to_thread(process.start))
                 async with asyncio.timeout(self._timing.warm_s):  # the fork server may hang
                     await asyncio.shield(starting)
         except BaseException as e:
-            control.close()
-            output.close()
+            for end in (control, output, hand_over):
+                end.close()
             starting.add_done_callback(partial(_reap_late, process))
             if isinstance(e, (OSError, EOFError)):  # out of descriptors, processes or memory; or TimeoutError
                 raise RunnerDied(f"no runner could be started: {str(e) or 'the fork server timed out'}") from e
             raise
-        runner = Runner(process, *await asyncio.open_connection(sock=control), self._timing)
+        runner = Runner(process, *await asyncio.open_connection(sock=control), hand_over, self._timing)
         self._all.add(runner)
         runner.collect(output)
         try:
@@ -202,7 +203,7 @@ def _failed(start: asyncio.Future[Runner]) -> bool:
     return start.done() and (start.cancelled() or start.exception() is not None)
 
 
-def run_child(control: socket.socket, output: socket.socket, visible: str | None) -> None:
+def run_child(control: socket.socket, hand_over: socket.socket, output: socket.socket, visible: str | None) -> None:
     """Run a runner process until it exits.  Imports the engine by name: an import statement in this module would load
     the engine into the worker."""
-    importlib.import_module(ENGINE).main(control, output, visible)
+    importlib.import_module(ENGINE).main(control, hand_over, output, visible)

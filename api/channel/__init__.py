@@ -1,0 +1,1 @@
+"""The channels of this API process to the runners of loaded instances."""

@@ -1,0 +1,89 @@
+"""The messages between a worker, its listener and its runners, on Unix sockets that keep the bounds of messages.
+
+Worker and listener send one msgpack value a message.  The hand-over socket of a runner is a pair: the worker keeps one
+end and gives copies of it to its listener.  The listener sends a token with a connection, and the runner answers with
+the token once it has the connection.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from collections.abc import Callable
+
+from msgspec import Struct, msgpack
+
+MOST_BYTES = 4096  # of a message
+TOKEN_BYTES = 16
+
+# ---- to the listener
+
+
+class Offer(Struct, frozen=True, tag="offer"):
+    """Hand connections for this load to the runner whose hand-over socket comes with the message."""
+
+    load_id: str
+
+
+class Withdraw(Struct, frozen=True, tag="withdraw"):
+    """The load has no runner any more."""
+
+    load_id: str
+
+
+class Listen(Struct, frozen=True, tag="listen"):
+    """Accept connections from the socket that comes with the message, whose clients know the secret."""
+
+    secret: bytes
+
+
+class Ping(Struct, frozen=True, tag="ping"):
+    """Answer with a Pong."""
+
+
+ToListener = Offer | Withdraw | Listen | Ping
+
+# ---- from the listener
+
+
+class Pong(Struct, frozen=True, tag="pong"):
+    """The listener's loop runs."""
+
+
+encode: Callable[[ToListener | Pong], bytes] = msgpack.Encoder().encode
+decode_to_listener: Callable[[bytes], ToListener] = msgpack.Decoder(ToListener).decode
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a connection that keeps the bounds of messages and does not block."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        end.setblocking(False)
+    return ends
+
+
+def send(to: socket.socket, message: bytes, passed: socket.socket | None = None) -> None:
+    """Send a message, with a copy of a socket.  Raises OSError: BlockingIOError if the receiver is behind."""
+    if passed is None:
+        to.send(message)
+    else:
+        socket.send_fds(to, [message], [passed.fileno()])
+
+
+def receive(source: socket.socket) -> tuple[bytes, socket.socket | None]:
+    """Return the next message and the socket that came with it.  The message is empty at the end of the stream.
+
+    Raises BlockingIOError if there is none.
+    """
+    size = array.array("i").itemsize
+    try:
+        message, ancillary, _, _ = source.recvmsg(MOST_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC)
+    except ConnectionError:
+        return b"", None
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            (descriptor,) = array.array("i", data[:size])
+            passed = socket.socket(fileno=descriptor)
+            passed.setblocking(False)
+            return message, passed
+    return message, None
