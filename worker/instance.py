@@ -31,8 +31,9 @@ from shared.telemetry.tally import Tally, died
 from worker.crashes import Crashes
 from worker.desired import Desired
 from worker.engine_log import EngineLog
+from worker.listener.process import Listener
 from worker.memory.host import oom_kills
-from worker.memory.placer import Placer
+from worker.memory.placer import Placer, Requests
 from worker.outcome import Changed, Died, Ended, NoRoom, Stalled, Stopped, Unexpected
 from worker.record import Record
 from worker.runner.failure import from_exit, from_reason, needed_bytes
@@ -68,6 +69,7 @@ class Services:
     instances: Instances
     placer: Placer
     runners: Runners
+    listener: Listener
     crashes: Crashes
     desired: Desired
     tally: Tally
@@ -89,6 +91,7 @@ class Resident:
         self.files: list[tuple[str, FileStat]] = []  # of a loaded model: path, and state when it was opened
         self.claimed = False
         self._services = services
+        self._runner: Runner | None = None  # of a loaded model
         self._queued: Instance | None = None  # the record before the claim
         self._record = Record(services.instances, services.ending)
         self._engine_log = EngineLog(
@@ -114,6 +117,14 @@ class Resident:
             return ""
         model = of_instance(self._services.models, instance)
         return instance.key if model is None else model.key
+
+    @property
+    def requests(self) -> Requests:
+        """The numbers of its requests, as its runner reported them last."""
+        if self._runner is None:
+            return Requests()
+        last = self._runner.load
+        return Requests(last.running, last.waiting, last.cells)
 
     async def live(self) -> None:
         """Load the instance, hold it, and stop it.  Returns once its runner is reaped and its memory is released."""
@@ -144,6 +155,7 @@ class Resident:
         except Fenced:  # before the claim: cancelled, or assigned to another worker
             _log.info("delivery ignored: the record changed", action="delivery_void")
         finally:
+            self._services.listener.withdraw(self.id)
             self._engine_log.close()
             placer.forget(self)
 
@@ -297,6 +309,8 @@ class Resident:
                 # Before a client can read "loaded".
                 await self._services.crashes.forget(model, everywhere=instance.request.force)
                 await self._services.placer.settle(self.id, outcome.usage)
+                self._runner = runner
+                self._services.listener.offer(self.id, runner.hand_over)
                 self.files = [*zip(load.shards, outcome.files, strict=True)]
                 loaded = await self._loaded(instance, outcome)
                 if loaded is not None:

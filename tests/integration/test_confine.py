@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
+from shared.schema.snapshot import WorkerSnapshot
 from shared.synthetic import models as synthetic
 from tests.support.service import TINY, Process, Service, is_alive, until, up, wait_gone
 from worker.engine.confine import OPEN_FILES
@@ -41,11 +45,29 @@ def test_a_runner_has_no_new_privileges_and_no_core_dump(service: Service) -> No
 
 
 def test_a_runner_inherits_no_descriptor_of_its_worker(service: Service) -> None:
-    for runner in service.runners():
+    loaded, warm = service.runners()
+    # The control channel, the output (both stdout and stderr), the hand-over, two of its own event loop, the zygote,
+    # and, if it has a model, the helper.
+    for runner, sockets in ((loaded, 8), (warm, 7)):
         targets = sorted(str(entry.readlink()) for entry in Path(f"/proc/{runner.pid}/fd").iterdir())
         kinds = [name.partition(":")[0] for name in targets]
-        # The output socket is both stdout and stderr.
-        assert kinds == ["/dev/null", "socket", "socket", "socket"], targets
+        assert kinds == ["/dev/null", "anon_inode", *["socket"] * sockets], targets
+
+
+def test_the_secret_of_the_channels_is_shown_nowhere(service: Service) -> None:
+    with service.redis() as redis:
+        (key,) = redis.scan_iter("worker:*")
+        snapshot: Any = redis.get(key)
+    address = msgspec.msgpack.decode(snapshot, type=WorkerSnapshot).channels
+    assert address is not None
+    assert Path(address.path).stat().st_mode & 0o777 == 0o600
+    shown = service.send("GET", "/api/v1/workers").text + service.send("GET", "/metrics").text + service.stderr
+    assert address.path not in service.send("GET", "/api/v1/workers").text
+    for form in (address.secret.hex(), base64.b64encode(address.secret).decode(), repr(address.secret)):
+        assert form not in shown
+    for process in service.tree():
+        assert address.secret not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert address.secret not in Path(f"/proc/{process.pid}/environ").read_bytes()
 
 
 def test_readers_of_model_files_have_no_secrets(service: Service) -> None:

@@ -236,12 +236,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dense": {"file": "llama"},
     "long": {"file": "llama", "n_ctx": 3000, "n_batch": 2048, "n_ubatch": 512},
     "no flash attention": {"file": "llama", "n_ctx": 1024, "flash_attn": False},
-    "parallel": {"file": "llama", "n_ctx": 1024, "n_seq_max": 4},
+    "parallel": {"file": "llama", "n_ctx": 1024, "parallel": 4, "n_seq_max": 16, "n_outputs_max": 32},
+    "quantized cache": {"file": "llama", "n_ctx": 1024, "kv_type": "q8_0"},
     "kv on the host": {"file": "llama", "n_ctx": 1024, "offload_kqv": False},
     "moe": {"file": "moe", "moe": True, "expert_override": ("qwen3moe.expert_used_count", 3)},
     "sliding window": {"file": "gemma3", "n_ctx": 4096, "n_batch": 512, "n_ubatch": 512},
     "embedding": {"file": "embedding", "embedding": True},
-    "encoder": {"file": "bert", "embedding": True},
+    "encoder": {"file": "bert", "embedding": True, "n_seq_max": 32},
 }
 BLOCKS = {"llama": 4, "moe": 4, "gemma3": 12, "embedding": 2, "bert": 2}
 PLACES: dict[str, tuple[list[str], list[int]]] = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from worker.engine.chat import LIBRARY, ChatCode, ChatUnavailable
+from worker.chat.code import LIBRARY, ChatCode, ChatUnavailable
 from worker.runner.warm import Runners
 
 REGISTRY = """
@@ -27,7 +27,7 @@ registered = [ggml.ggml_backend_reg_get(i) for i in range(ggml.ggml_backend_reg_
 
 def ask(expression: str, before: str = "") -> Any:
     """Evaluate an expression in a process that has imported the engine."""
-    imports = "import ctypes, json\nfrom worker.engine import chat, llama"
+    imports = "import ctypes, json\nfrom worker.chat import code\nfrom worker.engine import llama"
     code = f"{imports}\n{before}\nprint(json.dumps({expression}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -43,7 +43,7 @@ async def test_a_warm_runner_describes_its_engine(forkserver: None) -> None:
     assert engine
     assert engine.llama_cpp_python == metadata.version("llama-cpp-python")
     assert re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?|unknown", engine.llama_cpp_commit)
-    assert [engine.backends, engine.chat_unavailable] == ask("[llama.backends(), chat.available()]")
+    assert [engine.backends, engine.chat_unavailable] == ask("[llama.backends(), code.available()]")
 
 
 def test_the_backends_are_those_that_ggml_registers() -> None:

@@ -12,6 +12,7 @@ import pytest
 from msgspec import msgpack
 
 import worker.runner.warm
+from shared.framing import LENGTH, frame
 from shared.instance import Instance
 from shared.lifecycle import State
 from shared.memory.placement import Placement
@@ -32,7 +33,6 @@ from tests.support.agents import (
 from tests.support.runners import is_gone
 from tests.support.waiting import until
 from worker.agent import Agent
-from worker.framing import LENGTH, frame
 from worker.runner.process import Received, Runner, Unreadable
 from worker.runner.protocol import Failed, FromRunner, Measured, Pong, Progress, Ready, Warm
 
@@ -156,7 +156,7 @@ async def test_a_dry_run_without_room_refuses_with_what_would_fit(
 # ---- frames that are not messages
 
 
-def garbled(control: socket.socket, output: socket.socket, visible: str | None) -> None:
+def garbled(control: socket.socket, hand_over: socket.socket, output: socket.socket, visible: str | None) -> None:
     """Run as a runner with corrupted memory: after Warm it sends a frame that is not a message."""
     control.sendall(frame(WARM))
     control.recv(LENGTH.size)  # a load

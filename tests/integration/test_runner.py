@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import worker.runner.warm
+from shared.framing import LENGTH
 from shared.schema.http import LoadConfig, LoadRequest, Phase
 from shared.schema.model import Model
 from shared.settings import Settings
@@ -25,10 +26,10 @@ from shared.telemetry.trace import root
 from tests.support import trimmed, waiting
 from tests.support.damaged import misaligned
 from tests.support.runners import freeze, has_variable, is_gone
-from tests.support.service import below, tiny_quantized, until
+from tests.support.service import Process, below, tiny_quantized, until, wait_gone
 from worker.engine.child import ORPHANED
 from worker.engine.prefetch import Ahead, Unreadable
-from worker.framing import LENGTH
+from worker.listener.protocol import pair
 from worker.runner.failure import from_exit, from_reason
 from worker.runner.parameters import plan
 from worker.runner.process import Received, Runner, RunnerDied
@@ -85,7 +86,9 @@ def given(*shards: Path, **changes: Any) -> Load:
         "n_ctx": 256,
         "n_batch": 256,
         "n_ubatch": 256,
+        "parallel": 1,
         "n_seq_max": 1,
+        "n_outputs_max": 256,
         "flash_attn": None,
         "offload_kqv": True,
         "expert_override": None,
@@ -113,6 +116,11 @@ async def ready(runner: Runner, load: Load) -> Ready:
     return message
 
 
+def maps(process: Process) -> str:
+    """Return what a process has mapped into its memory."""
+    return Path(f"/proc/{process.pid}/maps").read_text()
+
+
 async def ending(runner: Runner) -> int:
     """Wait until a runner ends by itself; return its exit status."""
     async with asyncio.timeout(DEADLINE_S):
@@ -133,7 +141,7 @@ async def ending(runner: Runner) -> int:
                 context_length=512,
                 eval_batch_size=512,
                 physical_batch_size=512,
-                parallel=1,
+                parallel=4,
                 flash_attention=True,
                 offload_kv_cache_to_gpu=True,
             ),
@@ -160,12 +168,25 @@ async def ending(runner: Runner) -> int:
             id="llm with everything",
         ),
         pytest.param(
+            LoadRequest(model="p/llama", parallel=64, kv_cache_type="q4_0"),
+            LoadConfig(
+                context_length=512,
+                eval_batch_size=512,
+                physical_batch_size=512,
+                parallel=64,
+                flash_attention=True,
+                offload_kv_cache_to_gpu=True,
+                kv_cache_type="q4_0",
+            ),
+            id="llm with a quantized cache",
+        ),
+        pytest.param(
             LoadRequest(model="p/moe", context_length=256, flash_attention=True, num_experts=3),
             LoadConfig(
                 context_length=256,
                 eval_batch_size=256,
                 physical_batch_size=256,
-                parallel=1,
+                parallel=4,
                 flash_attention=True,
                 offload_kv_cache_to_gpu=True,
                 num_experts=3,
@@ -268,6 +289,44 @@ async def test_a_file_that_cannot_be_mapped_is_read(runner: Runner, tmp_path: Pa
     assert next(step.phase for step in steps if step.loaded_bytes == load.total_bytes) == "weights"
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for %}", "the chat template is not valid: "),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{{ " + "(" * 50_000 + ")" * 50_000 + " }}", "the chat template cannot be used: its process was ended by SIG"),
+    ],
+    ids=["syntax", "rejection", "crash"],
+)
+async def test_a_broken_chat_template_fails_the_load(
+    runner: Runner, tmp_path: Path, template: str, reason: str
+) -> None:
+    file = tiny_llama(tmp_path / "m.gguf", metadata={"tokenizer.chat_template": template})
+    _, message = await answers(runner, given(file))
+    assert isinstance(message, Failed)
+    code, sentence = from_reason(message.reason)
+    assert code == "invalid_model_file"
+    assert reason in sentence
+    assert await ending(runner) == 0
+
+
+async def test_a_model_without_a_chat_template_loads(runner: Runner, tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "m.gguf", drop={"tokenizer.chat_template"})
+    await ready(runner, given(file))
+    until(lambda: not below(runner.pid), "its helper has ended")
+
+
+async def test_the_helper_of_a_runner_holds_no_model(runner: Runner, tmp_path: Path) -> None:
+    file = tiny_llama(tmp_path / "m.gguf")
+    await ready(runner, given(file))
+    processes = below(runner.pid)
+    assert len(processes) == 2, "the zygote and the helper"
+    for process in processes:
+        assert "m.gguf" not in maps(process)
+    await runner.stop()
+    wait_gone(processes)
+
+
 async def test_repacking_rearranges_weights_for_the_cpu(runners: Runners, tmp_path: Path) -> None:
     file = tiny_quantized(tmp_path / "m.gguf", "Q4_0")
     weights: list[int] = []
@@ -367,12 +426,13 @@ async def test_an_invalid_file_is_refused_and_the_runner_exits(
 async def ours() -> AsyncIterator[tuple[Runner, asyncio.StreamWriter]]:
     """A runner and the parent's end of its channel."""
     (control, control_child), (output, output_child) = socket.socketpair(), socket.socketpair()
-    with control_child, output_child:
-        arguments = (control_child, output_child, NO_GPU)
+    hand_over, hand_over_child = pair()
+    with control_child, output_child, hand_over_child:
+        arguments = (control_child, hand_over_child, output_child, NO_GPU)
         process = multiprocessing.get_context("forkserver").Process(target=run_child, args=arguments, daemon=True)
         await asyncio.to_thread(process.start)
     reader, writer = await asyncio.open_connection(sock=control)
-    runner = Runner(process, reader, writer, Timing())
+    runner = Runner(process, reader, writer, hand_over, Timing())
     runner.collect(output)
     assert isinstance(await runner.receive(), Warm)
     yield runner, writer

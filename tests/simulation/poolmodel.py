@@ -39,7 +39,7 @@ from shared.settings import Settings
 from shared.telemetry.tally import Tally
 from worker.memory.ledger import Ledger
 from worker.memory.nvml import Reading
-from worker.memory.placer import Placer
+from worker.memory.placer import Placer, Requests
 from worker.timing import Timing
 
 MIB = 1 << 20
@@ -427,6 +427,10 @@ class _Resident:
         self.pid = 0
         self.robbed: set[str] = set()  # cards on which a foreign program took reserved memory
         self.outcome = ""
+
+    @property
+    def requests(self) -> Requests:
+        return Requests()
 
     def may_be_unloaded(self) -> bool:
         return self.instance.state is State.LOADED and self.instance.request.ttl_seconds is not UNSET

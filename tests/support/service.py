@@ -164,7 +164,8 @@ class Running:
     def runners(self) -> list[Process]:
         """Return the processes that hold models and the warm one, oldest first."""
         tree = [process for process in self.tree() if any("multiprocessing.forkserver" in w for w in process.words)]
-        servers = {process.pid for process in tree}
+        pids = {process.pid for process in tree}
+        servers = {process.pid for process in tree if process.parent not in pids}  # a runner has children of its own
         return sorted((process for process in tree if process.parent in servers), key=lambda p: (p.started, p.pid))
 
     def warm_runner(self, loaded: int) -> Process:

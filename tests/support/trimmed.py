@@ -10,7 +10,7 @@ from shared import libc
 SAID = "the heap was trimmed"
 
 
-def run_child(control: socket.socket, output: socket.socket, visible: str | None) -> None:
+def run_child(control: socket.socket, hand_over: socket.socket, output: socket.socket, visible: str | None) -> None:
     """Run in the place of `worker.runner.warm.run_child`."""
     from worker.engine import child
 
@@ -21,4 +21,4 @@ def run_child(control: socket.socket, output: socket.socket, visible: str | None
         os.write(2, f"{SAID}\n".encode())
 
     libc.trim_heap = trim_and_say  # of this process alone
-    child.main(control, output, visible)
+    child.main(control, hand_over, output, visible)

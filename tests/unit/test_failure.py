@@ -61,6 +61,8 @@ UNSUPPORTED = [
     "llama_model_load: error loading model: error loading model vocabulary: unknown tokenizer: 'x'",
     "llama_model_load: error loading model: error loading model vocabulary: unknown pre-tokenizer type: 'x'",
     "llama_model_load: error loading model: CLIP cannot be used as main model, use it with --mmproj instead",
+    "llama_init_from_model: K cache type q8_0 with block size 32 does not divide n_embd_head_k=80",
+    "llama_init_from_model: quantized V cache requires flash_attn to be enabled",
     "load_backend_split: device RPC0 does not support split buffers",
 ]
 MEMORY = [

@@ -15,13 +15,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import assert_never
 
-from shared import libc
+from shared import framing, libc
 from shared.schema.http import EngineBuild
-from worker import framing
-from worker.engine import chat, llama
+from worker.chat import code
+from worker.chat.handle import Helper
+from worker.engine import llama
 from worker.engine.confine import confine
 from worker.engine.prewarm import prewarm
 from worker.engine.progress import Throttled
+from worker.engine.serving import Serving
 from worker.runner.protocol import (
     NO_GPU,
     Failed,
@@ -39,17 +41,19 @@ from worker.runner.protocol import (
 )
 
 ORPHANED = 3  # exit status
+CLOSING_S = 0.2  # for API processes to read that the instance is unloaded
 IDLE_S = 0.02  # without a message; then a runner for the CPU prewarms
 ENGINE = EngineBuild(  # found out in the server, once for all runners
     llama_cpp_python=llama.version,
     llama_cpp_commit=llama.commit(),
     backends=llama.backends(),
-    chat_unavailable=chat.available(),
+    chat_unavailable=code.available(),
 )
 
 
-def main(control: socket.socket, output: socket.socket, visible: str | None) -> None:
-    """Run the process.  `output` becomes stdout and stderr, to which the engine writes.
+def main(control: socket.socket, hand_over: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """Run the process.  `output` becomes stdout and stderr, to which the engine writes; on `hand_over` the listener
+    hands it the connections of API processes.
 
     `visible`: the value of CUDA_VISIBLE_DEVICES; None: the GPUs of the first Load or Measure.
     """
@@ -59,8 +63,9 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
     output.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    confine(control.fileno())
+    confine(control.fileno(), hand_over.fileno())
     os.environ["GGML_NO_BACKTRACE"] = "1"  # otherwise an abort forks a debugger
+    chat = Helper(confine) if ENGINE.chat_unavailable is None else None  # forks: before any thread, and any GPU
 
     inbox: queue.SimpleQueue[Load | Measure] = queue.SimpleQueue()
     sending = threading.Lock()
@@ -69,7 +74,8 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
         with sending:
             control.sendall(frame(message))
 
-    threading.Thread(target=read_channel, args=(control, inbox, send), daemon=True).start()
+    serving = Serving(hand_over)
+    threading.Thread(target=read_channel, args=(control, inbox, send, serving), daemon=True).start()
     log = None if visible is None else llama.initialise(visible)
     send(Warm(ENGINE))
     if visible == NO_GPU and log is not None:
@@ -89,15 +95,19 @@ def main(control: socket.socket, output: socket.socket, visible: str | None) -> 
             message = inbox.get()
         dry_runs.close()
         set_trace(message)
-        loaded = llama.Loaded(message, log, Throttled(send, message.total_bytes))
+        loaded = llama.Loaded(message, log, Throttled(send, message.total_bytes), chat)
     except llama.LoadError as e:
         log.write()
-        send(Failed(str(e)))
+        if chat is not None:
+            chat.close()
+        send(Failed(str(e)))  # last: the worker then closes the channel, to which a thread that reads the file reports
         return
     send(loaded.ready(message))
+    if chat is not None and loaded.capabilities is None:
+        chat.close()
     log.write()
     libc.trim_heap()  # frees 7 MB after a vocabulary of 150,000 tokens
-    threading.Event().wait()  # until the reader thread ends the process
+    serving.run(message, loaded, log, chat or ENGINE.chat_unavailable or "")
 
 
 def set_trace(load: Load) -> None:
@@ -107,7 +117,10 @@ def set_trace(load: Load) -> None:
 
 
 def read_channel(
-    control: socket.socket, inbox: queue.SimpleQueue[Load | Measure], send: Callable[[FromRunner], None]
+    control: socket.socket,
+    inbox: queue.SimpleQueue[Load | Measure],
+    send: Callable[[FromRunner], None],
+    serving: Serving,
 ) -> None:
     """Receive messages, in a separate thread.  Stop, the end of the stream, or an invalid message ends the process at
     once, whatever the main thread does."""
@@ -120,8 +133,10 @@ def read_channel(
                         inbox.put(message)
                     case Ping():
                         with suppress(OSError):  # the channel closed; the next read returns the end of the stream
-                            send(Pong())
+                            counters = serving.counters
+                            send(Pong(running=counters.running, waiting=counters.waiting, cells=counters.cells))
                     case Stop():
+                        serving.close(CLOSING_S)
                         os._exit(0)
                     case _:
                         assert_never(message)

@@ -11,16 +11,21 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from llama_cpp import __version__, llama_cpp
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType, structs
 
-from shared.schema.http import LoadConfig, Phase
+from shared.memory.estimate import CELLS, logits_bytes
+from shared.schema.http import KVCacheType, LoadConfig, Phase
 from shared.schema.memory import Usage
 from shared.schema.model import FileStat
+from worker.chat.code import ChatError
+from worker.chat.handle import Helper, HelperDied
+from worker.chat.protocol import Template
 from worker.engine.breakdown import breakdown
 from worker.engine.prefetch import Ahead, Unreadable, open_model
 from worker.runner.protocol import Load, Ready
@@ -40,6 +45,11 @@ BACKENDS = {  # by the names that they have in ggml's registry, in its order (gg
     "BLAS": "ggml_backend_blas_reg",
     "RPC": "ggml_backend_rpc_reg",
     "CPU": "ggml_backend_cpu_reg",
+}
+KV_TYPES: dict[KVCacheType, int] = {
+    "f16": lib.GGML_TYPE_F16,
+    "q8_0": lib.GGML_TYPE_Q8_0,
+    "q4_0": lib.GGML_TYPE_Q4_0,
 }
 GENERIC = re.compile(r"failed to load model|error loading model$")
 
@@ -177,10 +187,12 @@ def _model_params(load: Load, gpus: dict[int, str]) -> Any:
 
 def _context_params(load: Load) -> Any:
     params = lib.llama_context_default_params()
-    params.n_ctx = load.n_ctx
+    params.n_ctx = -(-load.n_ctx // CELLS) * CELLS  # as llama.cpp does, but only after it limited the batch to n_ctx
     params.n_batch = load.n_batch
     params.n_ubatch = load.n_ubatch
     params.n_seq_max = load.n_seq_max
+    params.n_outputs_max = load.n_outputs_max
+    params.type_k = params.type_v = KV_TYPES[load.kv_type]
     params.kv_unified = True  # sequences share n_ctx instead of dividing it
     params.offload_kqv = load.offload_kqv
     params.flash_attn_type = -1 if load.flash_attn is None else int(load.flash_attn)
@@ -196,6 +208,16 @@ def n_threads(n_bytes: int) -> int:
     bandwidth.  For a small model, starting threads takes longer (0.5 to 10 ms) than decoding.
     """
     return min(MOST_THREADS, len(os.sched_getaffinity(0))) if n_bytes >= MANY_BYTES else 1
+
+
+def _usage(load: Load, context: Any, gpus: dict[int, str]) -> list[Usage] | None:
+    """Return the memory on each device, then on the host; None if this build of the engine does not report it."""
+    usage = breakdown(lib._lib, version, context, gpus)
+    if usage is None:
+        return None
+    *on_gpus, host = usage
+    n_tokens = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(lib.llama_get_model(context)))
+    return [*on_gpus, structs.replace(host, compute_bytes=host.compute_bytes + logits_bytes(load, n_tokens))]
 
 
 class DryRuns:
@@ -229,7 +251,7 @@ class DryRuns:
             gpus = _gpus(load)
             context = _create_context(load, self._opened(load, gpus), log)
             try:
-                usage = breakdown(lib._lib, version, context, gpus)
+                usage = _usage(load, context, gpus)
             finally:
                 lib.llama_free(context)
             if usage is None:
@@ -286,9 +308,13 @@ def _create_context(load: Load, model: Any, log: Log) -> Any:
 class Loaded:
     """A model and its context in memory, with the duration of each phase in seconds."""
 
-    def __init__(self, load: Load, log: Log, report: Callable[[Phase, int], None]) -> None:
-        """Load the model, create the context, and decode one token.  Raises LoadError, after freeing all memory."""
+    def __init__(self, load: Load, log: Log, report: Callable[[Phase, int], None], chat: Helper | None = None) -> None:
+        """Load the model, create the context, and decode one token.  Raises LoadError, after freeing all memory.
+
+        `chat` tries the chat template at the same time; None: the model is loaded without chat.
+        """
         self.timing: dict[Phase, float] = {}
+        self.capabilities: dict[str, bool] | None = None  # of the chat template; None: there is no chat
         self.files: list[FileStat] = []  # when they were opened
         self._log = log
         log.write()
@@ -297,6 +323,8 @@ class Loaded:
         with ExitStack() as undo:
             self.model = self._load_model(load, report)
             undo.callback(lib.llama_model_free, self.model)
+            template = None if load.embedding else self._template()
+            trial = None if chat is None or template is None else chat.compile(template)
             log.write()
             report("context", load.total_bytes)
             with _timed(self.timing, "context"):
@@ -305,6 +333,8 @@ class Loaded:
             report("warmup", load.total_bytes)
             with _timed(self.timing, "warmup"):
                 self._warm_up()
+            if trial is not None:
+                self._await_template(trial)
             self._check_files(load)
             self.close = undo.pop_all().close
 
@@ -356,6 +386,43 @@ class Loaded:
         self.timing["weights"] = ended - tensors_at
         return model
 
+    def _template(self) -> Template | None:
+        """Return the model's chat template, and the tokens that it may write, as llama.cpp reads them
+        (common_chat_templates_init, common/chat.cpp)."""
+        source = lib.llama_model_chat_template(self.model, None)
+        if not source:
+            return None
+        vocabulary = lib.llama_model_get_vocab(self.model)
+        bos, eos = lib.llama_vocab_bos(vocabulary), lib.llama_vocab_eos(vocabulary)
+        return Template(source=source.decode("utf-8", "replace"), bos=self.text_of(bos), eos=self.text_of(eos))
+
+    def ends(self) -> tuple[str | None, str | None]:
+        """Return the texts of the control tokens with which every prompt begins and ends; None if it does not."""
+        vocabulary = lib.llama_model_get_vocab(self.model)
+        begin, end = lib.llama_vocab_get_add_bos(vocabulary), lib.llama_vocab_get_add_eos(vocabulary)
+        return (
+            self.text_of(lib.llama_vocab_bos(vocabulary)) if begin else None,
+            self.text_of(lib.llama_vocab_eos(vocabulary)) if end else None,
+        )
+
+    def _await_template(self, trial: Future[dict[str, bool]]) -> None:
+        """Wait for the trial of the chat template, which counts as metadata."""
+        started = time.monotonic()
+        try:
+            self.capabilities = trial.result()
+        except ChatError as e:
+            raise LoadError(f"the chat template is not valid: {e}") from None
+        except HelperDied as e:
+            raise LoadError(f"the chat template cannot be used: {e}") from None
+        self.timing["metadata"] += time.monotonic() - started
+
+    def text_of(self, token: int) -> str:
+        """Return the text of a token, also of a control token; "" if there is no such token (-1)."""
+        buffer = ctypes.create_string_buffer(512)  # the longest token of a vocabulary is far shorter
+        vocabulary = lib.llama_model_get_vocab(self.model)
+        length = lib.llama_token_to_piece(vocabulary, token, buffer, len(buffer), 0, True) if token >= 0 else 0
+        return buffer.raw[: max(length, 0)].decode("utf-8", "replace")
+
     def _warm_up(self) -> None:
         """Decode one token, so that the first request pays no cost of initialisation."""
         vocabulary = lib.llama_model_get_vocab(self.model)
@@ -392,7 +459,7 @@ class Loaded:
 
     def ready(self, load: Load) -> Ready:
         """Return the applied configuration and usage, read back from the model, the context and the engine's log."""
-        usage = breakdown(lib._lib, version, self.context, self._gpus) or []
+        usage = _usage(load, self.context, self._gpus) or []
         return Ready(config=self._config(load), timing=self.timing, files=self.files, usage=usage)
 
     def _config(self, load: Load) -> LoadConfig:
@@ -403,9 +470,10 @@ class Loaded:
             context_length=n_ctx,
             eval_batch_size=lib.llama_n_batch(self.context),
             physical_batch_size=lib.llama_n_ubatch(self.context),
-            parallel=lib.llama_n_seq_max(self.context),
+            parallel=min(load.parallel, lib.llama_n_seq_max(self.context)),
             flash_attention=self._flash_attention(),
             offload_kv_cache_to_gpu=self._kv_on_gpu(load),
+            kv_cache_type=self._kv_type(),
             num_experts=int(self._log.find("n_expert_used", r"= (\d+)")[-1]) if load.moe else UNSET,
         )
 
@@ -416,6 +484,11 @@ class Loaded:
         if requested == "auto":
             return bool(self._log.find("Flash Attention", r"(enabled)"))
         return requested == "enabled"
+
+    def _kv_type(self) -> KVCacheType | UnsetType:
+        """Return the type of the KV cache if it is quantized, from the log; a recurrent model has no such cache."""
+        types = self._log.find("llama_kv_cache: size", r"K \((\w+)\)")
+        return next((name for name in KV_TYPES if name in types and name != "f16"), UNSET)
 
     def _kv_on_gpu(self, load: Load) -> bool:
         """Return whether the KV cache is on a GPU, from the buffers in the log; without a GPU, the requested value."""

@@ -1,0 +1,149 @@
+"""Requests over a channel to a real runner with a tiny random model: the whole way but the HTTP edge."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from api.channel.channels import Channels
+from shared.channel.messages import Deltas, Ended, FromRunner, Generate, Queued, Refused, Started
+from shared.errors import InvalidRequest, ModelUnloaded, RunnerLost
+from shared.instance import Instance
+from shared.lifecycle import State
+from shared.schema.model import Model
+from shared.synthetic.models import tiny_embedding, tiny_llama
+from shared.telemetry.tally import Tally
+from tests.integration.conftest import catalog
+from tests.support.agents import Begin, delivered, reached, warm
+from tests.support.waiting import until
+from worker.agent import Agent
+from worker.runner.process import Runner
+
+pytestmark = pytest.mark.usefixtures("forkserver")
+
+DEADLINE_S = 60.0
+CONVERSATION = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny_llama(root / "p/llama/llama-f16.gguf", tokenizer="bpe")
+    tiny_embedding(root / "p/embedding/embedding-f16.gguf")
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
+
+
+class Loaded:
+    """A worker with loaded instances, and an API process's end of its channels."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.channels = Channels(lambda _: agent.snapshot(), Tally())
+        self.runners: dict[str, Runner] = {}
+
+    async def load(self, number: int = 1, key: str = "p/llama") -> Instance:
+        runner = await warm(self.agent)
+        instance = await reached(self.agent, await delivered(self.agent, number, key), State.LOADED)
+        self.runners[instance.id] = runner
+        return instance
+
+    async def ask(
+        self, instance: Instance, *, conversation: bytes = CONVERSATION, n: int | None = 5
+    ) -> list[FromRunner]:
+        request = Generate(id=0, client="c", conversation=conversation, max_tokens=n)
+        async with asyncio.timeout(DEADLINE_S), self.channels.answering(instance, request, "/test") as answer:
+            return [message async for message in answer]
+
+    async def running(self, instance: Instance) -> int:
+        """Return the number of running requests that the worker would publish at its next beat."""
+        runner = self.runners[instance.id]
+        runner.ping(1.0)
+        await until(lambda: runner.silent_s == 0.0 and not runner._awaits_pong, "pong")
+        (held,) = [one for one in self.agent.snapshot().held if one.instance_id == instance.instance_id]
+        return held.running
+
+
+@pytest.fixture
+async def loaded(begin: Begin, tmp_path: Path) -> AsyncIterator[Loaded]:
+    agent = await begin()
+    with agent.listener.bound([tmp_path / "worker.sock"]):
+        listening = asyncio.create_task(agent.listener.run())
+        one = Loaded(agent)
+        yield one
+        await one.channels.close()
+        listening.cancel()
+        await asyncio.wait([listening])
+
+
+async def test_a_conversation_is_answered(loaded: Loaded) -> None:
+    instance = await loaded.load()
+    messages = await loaded.ask(instance)
+    assert [type(message) for message in messages if not isinstance(message, Deltas)] == [Queued, Started, Ended]
+    last = messages[-1]
+    assert isinstance(last, Ended)
+    assert 1 <= last.usage.generated_tokens <= 5
+    again = (await loaded.ask(instance))[-1]
+    assert isinstance(again, Ended)
+    assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+
+
+async def test_a_long_prompt_is_refused_with_numbers(loaded: Loaded) -> None:
+    instance = await loaded.load()
+    long = json.dumps({"messages": [{"role": "user", "content": "hello " * 1000}]}).encode()
+    (refused,) = await loaded.ask(instance, conversation=long)
+    assert isinstance(refused, Refused)
+    assert refused.code == "context_length_exceeded"
+    assert refused.prompt_tokens > refused.context_length == 256
+
+
+async def test_a_client_that_leaves_ends_its_request(loaded: Loaded) -> None:
+    instance = await loaded.load()
+    request = Generate(id=0, client="c", conversation=CONVERSATION)
+    async with loaded.channels.answering(instance, request, "/test") as answer:
+        assert isinstance(await anext(answer), Queued)
+        assert isinstance(await anext(answer), Started)
+
+    async def is_idle() -> bool:
+        return await loaded.running(instance) == 0
+
+    await until(is_idle, "no request runs")
+
+
+async def test_a_runner_killed_in_the_middle_of_ten_answers(loaded: Loaded) -> None:
+    """The answers of another instance are not affected."""
+    one, other = await loaded.load(1), await loaded.load(2)
+    asked = [asyncio.create_task(loaded.ask(one, n=None)) for _ in range(10)]
+    await until(lambda: loaded.channels.busy(one) == 10, "ten requests")
+    os.kill(loaded.runners[one.id].pid, signal.SIGKILL)
+    ends = await asyncio.gather(*asked, return_exceptions=True)
+    assert RunnerLost in {type(end) for end in ends}
+    assert {type(end) for end in ends} <= {RunnerLost, list}  # a random model may have ended an answer before
+    assert isinstance((await loaded.ask(other))[-1], Ended)
+
+
+async def test_an_unload_in_the_middle_of_answers(loaded: Loaded) -> None:
+    instance = await loaded.load()
+    asked = [asyncio.create_task(loaded.ask(instance, n=None)) for _ in range(10)]
+    await until(lambda: loaded.channels.busy(instance) == 10, "ten requests")
+    loaded.agent.stop(instance.id)
+    ends = await asyncio.gather(*asked, return_exceptions=True)
+    assert ModelUnloaded in {type(end) for end in ends}
+    assert {type(end) for end in ends} <= {ModelUnloaded, list}
+    assert loaded.runners[instance.id].status == 0
+
+
+async def test_an_embedding_model_generates_no_text(loaded: Loaded) -> None:
+    instance = await loaded.load(key="p/embedding")
+    with pytest.raises(InvalidRequest):
+        await loaded.ask(instance)

@@ -1,0 +1,312 @@
+"""What the requests layer does with requests and outcomes.  The engine, the helper and the channel are recorders."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from shared.channel.messages import (
+    Cancel,
+    Delta,
+    Deltas,
+    Ended,
+    Failed,
+    FromRunner,
+    Generate,
+    Queued,
+    Refused,
+    Sampling,
+    Started,
+    ToRunner,
+)
+from worker.chat.code import ChatError, Message, ParserSource
+from worker.chat.handle import HelperDied
+from worker.chat.protocol import Prompt
+from worker.engine.job import Begun, Broken, Done, Job, Piece, Rejected, Waiting
+from worker.engine.requests import Ends, Requests
+
+BOS = 1
+SOURCE = ParserSource("format", "parser", "prompt")
+
+
+class Channel:
+    """A channel to which the test sends, and whose messages it reads."""
+
+    def __init__(self) -> None:
+        self.inbox: asyncio.Queue[ToRunner | None] = asyncio.Queue()
+        self.sent: list[FromRunner] = []
+
+    def send(self, message: FromRunner) -> None:
+        self.sent.append(message)
+
+    async def __aiter__(self) -> AsyncIterator[ToRunner]:
+        while (message := await self.inbox.get()) is not None:
+            yield message
+
+
+class Engine:
+    """An engine whose tokens are characters, after BOS."""
+
+    def __init__(self) -> None:
+        self.submitted: list[Job] = []
+        self.cancelled: list[Job] = []
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        return [BOS] * special + [ord(letter) for letter in text]
+
+    def submit(self, job: Job) -> None:
+        self.submitted.append(job)
+
+    def cancel(self, job: Job) -> None:
+        self.cancelled.append(job)
+
+
+class Chat:
+    """Renders a conversation as its own text, once it may."""
+
+    def __init__(self) -> None:
+        self.may_render = asyncio.Event()
+        self.may_render.set()
+        self.prompt = Prompt(text="", stops=[], shown=[], source=None)
+        self.error: Exception | None = None
+
+    async def render(self, conversation: bytes) -> Prompt:
+        await self.may_render.wait()
+        if self.error is not None:
+            raise self.error
+        prompt = self.prompt
+        return Prompt(
+            text=conversation.decode(), stops=prompt.stops, shown=prompt.shown, source=prompt.source, is_open=True
+        )
+
+    async def parse(self, source: ParserSource, answer: str, *, partial: bool) -> Message:
+        await asyncio.sleep(0)
+        reasoning, _, content = answer.partition("|")
+        return Message(reasoning_content=reasoning, content=content)
+
+
+class World:
+    """A requests layer between its recorders."""
+
+    def __init__(self) -> None:
+        self.engine, self.chat = Engine(), Chat()
+        self.requests = self.made(self.chat)
+        self.loops: list[tuple[Channel, asyncio.Task[None]]] = []
+
+    def made(self, chat: Chat | str) -> Requests:
+        return Requests(
+            self.engine,
+            chat,
+            asyncio.get_running_loop(),
+            ends=Ends("<s>", None),
+            context_length=20,
+            request_s=100.0,
+        )
+
+    @asynccontextmanager
+    async def channel(self, *messages: ToRunner) -> AsyncIterator[Channel]:
+        """Serve a channel with these messages."""
+        channel = Channel()
+        task = asyncio.create_task(self.requests.serve(channel))
+        try:
+            await self.send(channel, *messages)
+            yield channel
+        finally:
+            channel.inbox.put_nowait(None)
+            await task
+
+    async def send(self, channel: Channel, *messages: ToRunner) -> None:
+        for message in messages:
+            channel.inbox.put_nowait(message)
+        await settle()
+
+    async def hand_out(self, *outcomes: Waiting | Begun | Piece | Done | Rejected | Broken) -> None:
+        self.requests.hand_out([*outcomes])
+        await settle()
+
+
+async def settle() -> None:
+    """Let every task do what it can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def world() -> World:
+    return World()
+
+
+def generate(id_: int = 7, text: str = "Hello", choices: int = 1) -> Generate:
+    return Generate(id=id_, client="c", conversation=text.encode(), choices=choices, max_tokens=5, stop=["\n"])
+
+
+def piece(job: Job, text: str, choice: int = 0, **more: object) -> Piece:
+    return Piece(job=job, choice=choice, text=text, n_tokens=1, **more)  # type: ignore[arg-type]
+
+
+def done(job: Job) -> Done:
+    return Done(job=job, cached_tokens=2, generated_tokens=3, wait_s=0.1, prompt_s=0.2, generation_s=0.3)
+
+
+async def test_a_request_is_rendered_tokenized_and_submitted(world: World) -> None:
+    world.chat.prompt = Prompt(text="", stops=["<end>"], shown=["x", "xy"], source=None)
+    async with world.channel(generate()):
+        (job,) = world.engine.submitted
+        assert job.tokens == [BOS, *map(ord, "Hello")]
+        assert (job.client, job.max_tokens, job.stop) == ("c", 5, ["\n", "<end>"])
+        assert job.sampling == Sampling()
+        assert job.shown == {ord("x")}, "'xy' is two tokens"
+        assert job.deadline == job.arrived_at + 100.0
+
+
+async def test_a_first_token_that_the_template_writes_is_not_doubled(world: World) -> None:
+    async with world.channel(generate(text="<s>Hello")):
+        assert world.engine.submitted[0].tokens == [BOS, *map(ord, "Hello")]
+
+
+async def test_a_request_gets_its_messages_in_order(world: World) -> None:
+    async with world.channel(generate()) as channel:
+        (job,) = world.engine.submitted
+        await world.hand_out(Waiting(job=job, ahead=3))
+        await world.hand_out(Begun(job=job, cached_tokens=2), piece(job, "He"))
+        await world.hand_out(piece(job, "llo"), piece(job, "", finish="stop"), done(job))
+        queued, started, first, last, ended = channel.sent
+        assert queued == Queued(id=7, prompt_tokens=6, ahead=3)
+        assert started == Started(id=7, cached_tokens=2)
+        assert first == Deltas([Delta(id=7, text="He")])
+        assert last == Deltas([Delta(id=7, text="llo"), Delta(id=7, finish="stop")])
+        assert isinstance(ended, Ended)
+        assert (ended.usage.prompt_tokens, ended.usage.generated_tokens, ended.usage.reasoning_tokens) == (6, 3, 0)
+    assert world.engine.cancelled == []
+
+
+async def test_a_request_that_starts_at_once_was_queued(world: World) -> None:
+    async with world.channel(generate()) as channel:
+        (job,) = world.engine.submitted
+        await world.hand_out(Begun(job=job, cached_tokens=0))
+        assert channel.sent == [Queued(id=7, prompt_tokens=6, ahead=0), Started(id=7, cached_tokens=0)]
+
+
+async def test_a_step_is_one_message_for_each_channel(world: World) -> None:
+    async with world.channel(generate(1), generate(2)) as one, world.channel(generate(1)) as other:
+        jobs = world.engine.submitted
+        await world.hand_out(*(piece(job, "x") for job in jobs))
+        assert one.sent == [Deltas([Delta(id=1, text="x"), Delta(id=2, text="x")])]
+        assert other.sent == [Deltas([Delta(id=1, text="x")])]
+
+
+async def test_a_token_without_text_is_no_delta(world: World) -> None:
+    async with world.channel(generate()) as channel:
+        await world.hand_out(piece(world.engine.submitted[0], ""))
+        assert channel.sent == []
+
+
+async def test_reasoning_comes_before_the_end(world: World) -> None:
+    world.chat.prompt = Prompt(text="", stops=[], shown=[], source=SOURCE)
+    async with world.channel(generate(choices=2)) as channel:
+        (job,) = world.engine.submitted
+        pieces = [piece(job, "Hm", 0), piece(job, "|He", 0, finish="stop"), piece(job, "|x", 1, finish="length")]
+        await world.hand_out(*pieces, done(job))
+        *all_deltas, ended = channel.sent
+        deltas = [delta for message in all_deltas if isinstance(message, Deltas) for delta in message.deltas]
+        assert deltas == [
+            Delta(id=7, text="He", reasoning="Hm", finish="stop"),
+            Delta(id=7, choice=1, text="x", finish="length"),
+        ]
+        assert isinstance(ended, Ended)
+        assert ended.usage.reasoning_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ChatError("no such role"), "invalid_request"), (HelperDied("SIGSEGV"), "helper_crashed")]
+)
+async def test_a_conversation_that_is_not_rendered_is_refused(world: World, error: Exception, code: str) -> None:
+    world.chat.error = error
+    async with world.channel(generate()) as channel:
+        (refused,) = channel.sent
+        assert isinstance(refused, Refused)
+        assert (refused.id, refused.code, refused.param) == (7, code, "messages")
+        assert str(error) in refused.message
+    assert world.engine.submitted == []
+
+
+@pytest.mark.parametrize(("letters", "fits"), [(18, True), (19, False)])
+async def test_a_prompt_must_leave_room_for_a_token(world: World, letters: int, fits: bool) -> None:
+    async with world.channel(generate(text="x" * letters)) as channel:
+        assert len(world.engine.submitted) == fits
+        if not fits:
+            (refused,) = channel.sent
+            assert isinstance(refused, Refused)
+            assert refused.code == "context_length_exceeded"
+            assert (refused.prompt_tokens, refused.context_length) == (20, 20)
+
+
+async def test_without_chat_a_request_is_refused(world: World) -> None:
+    world.requests = world.made("The model has no chat template.")
+    async with world.channel(generate()) as channel:
+        assert channel.sent == [Refused(id=7, code="chat_unavailable", message="The model has no chat template.")]
+
+
+async def test_what_the_engine_refuses_or_breaks_ends_the_request(world: World) -> None:
+    async with world.channel(generate(1), generate(2)) as channel:
+        first, second = world.engine.submitted
+        await world.hand_out(
+            Rejected(job=first, code="queue_full", message="full", retry_after_s=3),
+            Broken(job=second, code="engine_failed", message="broken"),
+        )
+        assert channel.sent == [
+            Refused(id=1, code="queue_full", message="full", retry_after_s=3),
+            Failed(id=2, code="engine_failed", message="broken"),
+        ]
+    assert world.engine.cancelled == []
+
+
+async def test_a_cancelled_request_says_nothing_more(world: World) -> None:
+    async with world.channel(generate()) as channel:
+        (job,) = world.engine.submitted
+        await world.hand_out(Begun(job=job, cached_tokens=0))
+        before = [*channel.sent]
+        await world.send(channel, Cancel(7), Cancel(7), Cancel(8))
+        await world.hand_out(piece(job, "late", finish="stop"), done(job))
+        assert channel.sent == before
+    assert world.engine.cancelled == [job]
+
+
+async def test_a_request_is_cancelled_while_it_is_rendered(world: World) -> None:
+    world.chat.may_render.clear()
+    async with world.channel(generate(), Cancel(7)) as channel:
+        world.chat.may_render.set()
+        await settle()
+        assert channel.sent == []
+    assert world.engine.submitted == []
+
+
+async def test_a_cancelled_answer_is_not_parsed_any_more(world: World) -> None:
+    world.chat.prompt = Prompt(text="", stops=[], shown=[], source=SOURCE)
+    async with world.channel(generate()) as channel:
+        (job,) = world.engine.submitted
+        world.requests.hand_out([piece(job, "Hm")])
+        await asyncio.sleep(0)
+        await world.send(channel, Cancel(7))
+        assert channel.sent == []
+
+
+async def test_the_end_of_a_channel_cancels_its_requests(world: World) -> None:
+    async with world.channel(generate(1)) as other:
+        async with world.channel(generate(1), generate(2)):
+            world.chat.may_render.clear()
+        mine, *theirs = world.engine.submitted
+        assert world.engine.cancelled == theirs
+        await world.hand_out(piece(mine, "x"))
+        assert other.sent == [Deltas([Delta(id=1, text="x")])]
+
+
+async def test_a_fault_of_a_request_ends_its_channel(world: World) -> None:
+    """A request must not wait for ever for an answer that a fault of ours prevents."""
+    world.chat.error = ZeroDivisionError()
+    with pytest.raises(ExceptionGroup):
+        async with world.channel(generate()):
+            pass

@@ -1,0 +1,70 @@
+"""What a runner serves once its model is loaded: joins the channels, the requests and the engine loop."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import traceback
+
+from worker.chat.handle import Helper
+from worker.engine.channels import Channels
+from worker.engine.decode import Engine, decoding_threads
+from worker.engine.llama import Loaded, Log
+from worker.engine.loop import Counters, Loop
+from worker.engine.requests import Ends, Requests
+from worker.runner.protocol import Load
+
+BROKEN = 1  # exit status
+NO_TEMPLATE = "The model has no chat template."
+
+
+class Serving:
+    """What a runner serves: nothing, until `run`.  `counters` and `close` are for another thread."""
+
+    def __init__(self, hand_over: socket.socket) -> None:
+        self.counters = Counters()  # of the engine loop
+        self._channels = Channels(hand_over)
+
+    def run(self, load: Load, loaded: Loaded, log: Log, chat: Helper | str) -> None:
+        """Serve requests to the model, in this thread and that of the channels, until the process ends.
+
+        `chat`: a sentence that says why there is none, if so.
+        """
+        engine = None if load.embedding else self._engine(load, loaded, log)
+        if engine is None or not engine.can_generate:
+            self._channels.start(None)
+            threading.Event().wait()
+            return
+        loop = Loop(
+            engine,
+            lambda outcomes: requests.hand_out(outcomes),
+            context_length=load.n_ctx,
+            parallel=load.parallel,
+            on_gpu=bool(load.devices),
+            most_waiting=load.serving.requests_waiting,
+            most_wait_s=load.serving.request_wait_s,
+        )
+        requests = Requests(
+            loop,
+            NO_TEMPLATE if loaded.capabilities is None and isinstance(chat, Helper) else chat,
+            self._channels.loop,
+            ends=Ends(*loaded.ends()),
+            context_length=load.n_ctx,
+            request_s=load.serving.request_s,
+        )
+        self.counters = loop.counters
+        self._channels.start(requests.serve)
+        try:
+            loop.run()
+        finally:  # an exception: the state of the engine is unknown
+            traceback.print_exc()
+            os._exit(BROKEN)  # at once: an orderly exit would wait for the other threads
+
+    def _engine(self, load: Load, loaded: Loaded, log: Log) -> Engine:
+        n_threads = decoding_threads(load.total_bytes, on_gpu=bool(load.devices))
+        return Engine(loaded, log, n_outputs_max=load.n_outputs_max, n_threads=n_threads)
+
+    def close(self, within_s: float) -> None:
+        """Tell all API processes that the instance is unloaded, and wait until they know it, up to `within_s`."""
+        self._channels.close(within_s)
