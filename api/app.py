@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Auth
+from api.channel.channels import Channels
 from api.errors import HANDLERS
 from api.loads.departures import Departures
 from api.loads.follow import Follower
@@ -21,6 +22,7 @@ from api.loads.stop import Stopper
 from api.loads.submit import Intake
 from api.pool.ids import Ids
 from api.pool.listing import Listing
+from api.pool.loaded import Loaded
 from api.pool.metrics import Requests, hand_over
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
@@ -92,7 +94,19 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 lease_s=settings.lease_s,
                 load_attempts=settings.load_attempts,
             )
-            parts = (sweep.run(), follower.run(), departures.run(), hand_over(tally, store.counters))
+            channels = Channels(lambda name: roster.alive.get(name), tally)
+
+            async def close_channels() -> None:  # so that streams end with an error, not in the middle
+                await closing.wait()
+                await channels.close()
+
+            parts = (
+                sweep.run(),
+                follower.run(),
+                departures.run(),
+                hand_over(tally, store.counters),
+                close_channels(),
+            )
             tasks = [group.create_task(part) for part in parts]
             yield State(
                 intake=Intake(
@@ -109,7 +123,9 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 stopper=Stopper(store.instances, records, follower),
                 listing=Listing(roster, store.instances),
                 ids=Ids(roster, store.instances),
+                loaded=Loaded(roster, store.instances),
                 roster=roster,
+                channels=channels,
                 workers=store.workers,
                 queue=store.queue,
                 counters=store.counters,
@@ -118,6 +134,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 draining=draining,
                 closing=closing,
             )
+            await channels.close()
             for task in tasks:
                 task.cancel()
 

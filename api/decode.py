@@ -37,14 +37,22 @@ async def read_body(request: Request[Any]) -> bytes:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise UnsupportedMediaType(f"Content-Type must be application/json, not '{media_type}'.")
+    return await read_any(request, MAX_BODY_BYTES)
+
+
+async def read_any(request: Request[Any], most_bytes: int) -> bytes:
+    """Return the body of a request, whatever its type.
+
+    Raises UnsupportedEncoding, and BodyTooLarge without reading the rest.
+    """
     encodings = ", ".join(request.headers.getlist("content-encoding"))
     if {name.strip().lower() for name in encodings.split(",")} - {"", "identity"}:
         raise UnsupportedEncoding(f"The body must not be compressed: Content-Encoding is '{encodings}'.")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"The body exceeds the limit of {MAX_BODY_BYTES:,} bytes.")
+        if len(body) > most_bytes:
+            raise BodyTooLarge(f"The body exceeds the limit of {most_bytes:,} bytes.")
     return bytes(body)
 
 
@@ -55,9 +63,7 @@ def decode(body: bytes, kind: type[T], missing: str) -> T:
     invalid value.  `missing` is the message for a missing field, with `{}` for its name.  A float without a fraction is
     accepted as an integer, because JavaScript clients send these.
     """
-    value = _json(body.removeprefix(codecs.BOM_UTF8))
-    if not isinstance(value, dict):
-        raise InvalidType(f"The body must be a JSON object, not {_name(value)}.")
+    value = object_of(body)
     for name, field in _fields(kind).items():
         if field.required and name not in value:
             raise MissingParameter(missing.format(name), param=name)
@@ -68,6 +74,33 @@ def decode(body: bytes, kind: type[T], missing: str) -> T:
     if out_of_range:
         raise out_of_range[0]
     return made
+
+
+def object_of(body: bytes) -> dict[str, Any]:
+    """Decode a JSON object.  Raises InvalidJSON, and InvalidType if it is something else."""
+    value = _json(body.removeprefix(codecs.BOM_UTF8))
+    if not isinstance(value, dict):
+        raise InvalidType(f"The body must be a JSON object, not {_name(value)}.")
+    return value
+
+
+def converted(value: dict[str, Any], kind: type[T]) -> T:
+    """Convert an object of which unknown keys are ignored.  A float without a fraction is accepted as an integer.
+
+    Raises MissingParameter, InvalidType and InvalidValue, which name the place, such as "messages[0].role".
+    """
+    whole = {key: int(one) if isinstance(one, float) and one.is_integer() else one for key, one in value.items()}
+    try:
+        return msgspec.convert(whole, kind)
+    except msgspec.ValidationError as e:
+        problem, _, place = str(e).partition(" - at `$.")
+        path = place.removesuffix("`")
+        missing = re.fullmatch(r"Object missing required field `(\w+)`.*", problem)
+        if missing is not None:
+            path = f"{path}.{missing[1]}" if path else missing[1]
+            raise MissingParameter(f"'{path}' is required.", param=path) from None
+        error = InvalidType if ", got " in problem else InvalidValue
+        raise error(f"'{path}': {_plain(e)}.", param=path) from None
 
 
 def _json(body: bytes) -> Any:
@@ -180,7 +213,8 @@ def _plain(error: msgspec.ValidationError) -> str:
 def _in_json(types: str) -> str:
     """Translate a msgspec type expression, such as "float | str", into JSON terms."""
     names = {"int": "integer", "str": "string", "bool": "boolean", "float": "number"}
-    return " or ".join(names.get(name, name) for name in types.split(" | "))
+    kinds = types.split(" | ")
+    return " or ".join(names.get(name, name) for name in kinds if name != "null" or len(kinds) == 1)
 
 
 def _name(value: object) -> str:

@@ -14,7 +14,15 @@ from starlette.routing import Match
 from api.anthropic import errors as anthropic
 from api.openai import errors as openai
 from shared import paths
-from shared.errors import ErrorBody, MethodNotAllowed, NotFound, QueueUnavailable, ServiceError, UnsupportedEncoding
+from shared.errors import (
+    ErrorBody,
+    MethodNotAllowed,
+    NotFound,
+    QueueUnavailable,
+    RequestFailed,
+    ServiceError,
+    UnsupportedEncoding,
+)
 from shared.store.connection import UNAVAILABLE
 from shared.telemetry import log
 
@@ -88,7 +96,8 @@ def reply(error: ServiceError, path: str, headers: dict[str, str] | None = None)
     extra = dict(headers or {})
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
-    if status == 501:  # the client libraries of OpenAI and Anthropic repeat other requests with a status from 500 on
+    # The client libraries of OpenAI and Anthropic repeat other requests with a status from 500 on.
+    if status == 501 or isinstance(error, RequestFailed):
         extra["X-Should-Retry"] = "false"
     if isinstance(error, UnsupportedEncoding):
         extra["Accept-Encoding"] = "identity"

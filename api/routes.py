@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, AsyncExitStack
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -33,16 +33,17 @@ from api.headers import (
 from api.lmstudio import models as lmstudio
 from api.loads.follow import settled
 from api.loads.jobs import is_over, job
-from api.loads.stream import EventStream, events
+from api.loads.stream import events
 from api.openai import models as openai
+from api.openai.chat import chat_completions
 from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import estimated
 from api.pool.metrics import CONTENT_TYPE, scraped
 from api.state import State
+from api.waiting import EventStream, waited_for
 from shared import paths
 from shared.errors import JobNotFound, QueueUnavailable
 from shared.instance import Instance
-from shared.race import first, racing
 from shared.schema.http import JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
 from shared.store.connection import UNAVAILABLE
 
@@ -225,6 +226,7 @@ ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.JOB_EVENTS, job_events, methods=["GET"]),
     Route(paths.JOB_LOGS, job_logs, methods=["GET"]),
     Route(paths.UNLOAD, unload, methods=["POST"]),
+    Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
     Route(paths.V1_MODELS, v1_models, methods=["GET"]),
     _rest(paths.V1_MODEL, v1_model),
     Route(paths.V0_MODELS, v0_models, methods=["GET"]),
@@ -270,7 +272,7 @@ async def _stream(request: Request[State], find: Callable[[], Awaitable[Requeste
     ordinary error reply.
     """
     follower, closing = request.state["follower"], request.state["closing"]
-    with ExitStack() as undo:
+    async with AsyncExitStack() as undo:
         undo.enter_context(_place(request))
         instance, joined, left = await find()
         start = await follower.resumed(instance, after)
@@ -283,28 +285,6 @@ async def _stream(request: Request[State], find: Callable[[], Awaitable[Requeste
 def _accepted(instance: Instance, applied: dict[str, str]) -> Response:
     headers = {"Location": paths.JOB.format(job_id=instance.id), "Retry-After": "1", **applied}
     return _json(job(instance), 202, headers)
-
-
-async def waited_for(
-    request: Request[State], work: Coroutine[Any, Any, T], left: Callable[[], None] = lambda: None
-) -> T:
-    """Return the result of `work`; call `left` and stop waiting if the client disconnects or this process closes.
-
-    The load itself goes on, since its worker runs it.  Raises what `work` raises, and QueueUnavailable.
-    """
-    async with racing(work, request.state["closing"].wait(), _gone(request, left)) as (working, closing, gone):
-        await first((working, closing, gone))
-        if working.done():
-            return working.result()
-        if not gone.done():
-            left()
-        raise QueueUnavailable("The server is shutting down. Work that it has accepted continues.")
-
-
-async def _gone(request: Request[State], left: Callable[[], None]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    left()  # at once: the client may be sending its request again
 
 
 def server_timing(instance: Instance) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import NotRequired, TypedDict
 
+from api.channel.channels import Channels
 from api.loads.departures import Departures
 from api.loads.follow import Follower
 from api.loads.records import Records
@@ -12,6 +13,7 @@ from api.loads.stop import Stopper
 from api.loads.submit import Intake
 from api.pool.ids import Ids
 from api.pool.listing import Listing
+from api.pool.loaded import Loaded
 from api.pool.roster import Roster
 from api.replies import OpenReplies
 from shared.store.counters import Counters
@@ -30,7 +32,9 @@ class State(TypedDict):
     stopper: Stopper
     listing: Listing
     ids: Ids
+    loaded: Loaded
     roster: Roster
+    channels: Channels
     workers: Workers
     queue: Queue
     counters: Counters

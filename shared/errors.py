@@ -84,6 +84,18 @@ class InvalidValue(InvalidRequest):
     code = "invalid_value"
 
 
+class NotSupported(InvalidRequest):
+    """A field asks for something that this server does not do, and would change the answer if it were ignored."""
+
+    code = "not_supported"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt is longer than the context of the instance."""
+
+    code = "context_length_exceeded"
+
+
 class InvalidAPIKey(InvalidRequest):
     """The bearer token is missing or invalid."""
 
@@ -124,6 +136,12 @@ class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
 
 
+class ClientTooSlow(InvalidRequest):
+    """The client read the answer too slowly."""
+
+    code = "client_too_slow"
+
+
 class NotFound(ServiceError):
     """The path does not exist."""
 
@@ -142,10 +160,23 @@ class NotImplementedYet(ServiceError):
     type = "not_implemented"
 
 
+class ChatUnavailable(ServiceError):
+    """The worker's build of the engine has no chat code, so that it cannot render conversations."""
+
+    type = "not_implemented"
+    code = "chat_unavailable"
+
+
 class ModelNotFound(ServiceError):
     """There is no model with this key, or no instance with this id."""
 
     type = "model_not_found"
+
+
+class ModelNotLoaded(ModelNotFound):
+    """The model exists, but no instance of it is loaded."""
+
+    code = "model_not_loaded"
 
 
 class JobNotFound(ServiceError):
@@ -165,7 +196,7 @@ class TooManyRequests(ServiceError):
 
 
 class QueueFull(TooManyRequests):
-    """The load queue is full."""
+    """The queue is full: of loads, or of requests that wait for an instance."""
 
     code = "queue_full"
 
@@ -197,6 +228,18 @@ def crashed_recently(model_type: str, model: str, reason: str, left_s: int) -> L
     return LoadFailed("engine_crashed", model_type, model, sentence, retry_after_s=left_s)
 
 
+def context_length_exceeded(n_prompt_tokens: int, n_ctx: int, param: str) -> ContextLengthExceeded:
+    """Return the error for a prompt that does not fit.
+
+    Clients recognize it by its words: OpenAI's come first, then those of llama.cpp's server.
+    """
+    sentence = (
+        f"This model's maximum context length is {n_ctx} tokens. However, your messages resulted in {n_prompt_tokens} "
+        f"tokens. The request ({n_prompt_tokens} tokens) exceeds the available context size ({n_ctx} tokens)."
+    )
+    return ContextLengthExceeded(sentence, param=param, n_prompt_tokens=n_prompt_tokens, n_ctx=n_ctx)
+
+
 class ServiceUnavailable(ServiceError):
     """A required component is unavailable.  The same request may succeed later."""
 
@@ -214,3 +257,37 @@ class QueueUnavailable(ServiceUnavailable):
     """Redis is unavailable or lost the record, the server is shutting down, or a stop has not completed in time."""
 
     code = "queue_unavailable"
+
+
+class QueueTimeout(ServiceUnavailable):
+    """The request waited too long for its instance."""
+
+    code = "queue_timeout"
+
+
+class RequestFailed(ServiceError):
+    """The engine could not complete the request, or not in the time that it may take.  Do not repeat it."""
+
+
+class RequestCrashed(RequestFailed):
+    """Code that renders prompts crashed on the request, or took too long.  Do not repeat it."""
+
+    code = "helper_crashed"
+
+
+class NoRoute(ServiceUnavailable):
+    """The API process cannot reach the worker of the instance."""
+
+    code = "no_route"
+
+
+class ModelUnloaded(ServiceUnavailable):
+    """The instance was unloaded."""
+
+    code = "model_unloaded"
+
+
+class RunnerLost(ServiceUnavailable):
+    """The engine process of the instance ended, or does not answer."""
+
+    code = "runner_lost"

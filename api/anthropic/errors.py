@@ -39,5 +39,5 @@ def translated(body: ErrorBody, status: int) -> tuple[int, AnthropicErrorReply]:
     """Return an error in this form and its status, which is `status` elsewhere."""
     status = OVERLOADED if status == 503 else status
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    code = "not_implemented" if body.type == "not_implemented" else body.code
+    code = "not_implemented" if body.type == "not_implemented" and body.code is UNSET else body.code
     return status, AnthropicErrorReply(error=AnthropicError(type=kind, message=body.message, code=code))

@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AbstractContextManager, aclosing
-from types import MappingProxyType
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 import msgspec
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from api.loads.follow import Follower
 from api.loads.jobs import event, is_over
+from api.waiting import HEARTBEAT_S
 from shared.errors import QueueUnavailable
 from shared.instance import Instance
 from shared.race import first, racing
 from shared.schema.http import LoadError, LoadEvent
 from shared.store.connection import UNAVAILABLE
-
-HEARTBEAT_S = 10.0  # interval of comments, because proxies close silent connections
-LAST_WORDS_S = 0.5  # to send the last data when the process closes
-
-
-class EventStream(StreamingResponse):
-    """Sends the events of a load to one client and occupies `place` meanwhile.  Ends soon after `closing` is set.
-
-    Calls `left` if the client disconnects or `closing` is set before the end.
-
-    The kernel disconnects a client that does not read (`cli.listener`).
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        place: AbstractContextManager[object],
-        closing: asyncio.Event,
-        headers: Mapping[str, str] = MappingProxyType({}),
-        left: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
-        self.place, self.closing, self.left = place, closing, left
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream.  Starlette's method cancels repeatedly, which would interrupt the cleanup of `events`."""
-        with self.place:
-            async with racing(self.stream_response(send), self.closing.wait(), self._gone(receive)) as (
-                streaming,
-                closing,
-                gone,
-            ):
-                await first((streaming, closing, gone))
-                if self.closing.is_set():
-                    if not gone.done():
-                        self.left()
-                    await first((streaming,), LAST_WORDS_S)
-        if not streaming.cancelled():
-            streaming.result()
-
-    async def _gone(self, receive: Receive) -> None:
-        await self.listen_for_disconnect(receive)
-        self.left()
 
 
 async def events(

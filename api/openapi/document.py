@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse, Response
 from api.anthropic.models import AnthropicModel, AnthropicModelList
 from api.auth import OPEN_PATHS
 from api.errors import ErrorReply, shaped, status_of
+from api.openai.answer import Chunk
 from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
 from api.openapi import page
@@ -21,6 +22,7 @@ from api.openapi.operations import (
     EXAMPLES,
     HEADERS,
     JSON,
+    OPEN,
     OPERATIONS,
     PARAMETERS,
     REF,
@@ -54,7 +56,7 @@ def document() -> dict[str, Any]:
     for kind in get_args(LoadEvent):  # msgspec adds the field of the tag, without a description
         schemas[kind.__name__]["properties"]["type"]["description"] = "Name of the event."
     for kind, example in EXAMPLES.items():
-        schemas[kind.__name__] |= {"additionalProperties": False, "examples": [example]}
+        schemas[kind.__name__] |= {"additionalProperties": kind in OPEN, "examples": [example]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Loadstone", "version": __version__, "description": INTRO},
@@ -143,7 +145,7 @@ def _errors(kinds: Sequence[type[ServiceError]], status: int, path: str) -> dict
 def _types() -> list[Any]:
     replies = [reply for operation in OPERATIONS.values() for reply in operation.replies.values()]
     sent = [kind for reply in replies for kind in reply.content.values() if not isinstance(kind, dict)]
-    named = (OpenAIModel, OpenAIModelList, AnthropicModel, AnthropicModelList)  # in schemas of several types
+    named = (OpenAIModel, OpenAIModelList, AnthropicModel, AnthropicModelList, Chunk)  # in schemas of several types
     return [*EXAMPLES, *sent, *named, LoadEvent, ErrorReply, OpenAIErrorReply]
 
 

@@ -10,7 +10,10 @@ from msgspec import Struct
 from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
 from api.lmstudio.models import LegacyModel, LegacyModelList
+from api.openai.answer import Chunk, Completion
+from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
+from api.openai.request import ChatRequest
 from shared import errors, paths
 from shared.errors import ServiceError
 from shared.schema.http import (
@@ -140,10 +143,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
 }
 
+OPEN: frozenset[type[Struct]] = frozenset({ChatRequest})  # requests of which unknown fields are ignored
 EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
     GPURequest: {"offload": "max", "worker": "gpu-host-1", "split": "even"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
+    ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
 }
 
 HEADERS: dict[str, dict[str, Any]] = {
@@ -156,6 +161,10 @@ HEADERS: dict[str, dict[str, Any]] = {
     "Server-Timing": {
         "description": "Duration of each phase in milliseconds: `queue`, `spawn`, `metadata`, `weights`, `context`, "
         "`warmup`, and their sum, `total`.",
+        "schema": {"type": "string"},
+    },
+    "Loadstone-Instance": {
+        "description": "The id of the instance that answered.",
         "schema": {"type": "string"},
     },
     "Loadstone-Evicted": {
@@ -203,6 +212,19 @@ EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by 
         },
         "required": ["event", "data"],
     }
+}
+CHUNKS = {
+    "type": "object",
+    "description": "One event. The stream also contains comment lines. Its last event is either `[DONE]` or an error.",
+    "properties": {
+        "data": {
+            "type": "string",
+            "contentMediaType": JSON,
+            "contentSchema": either(Chunk, OpenAIErrorReply),
+            "description": "The chunk; `[DONE]` after the last one; or an error.",
+        },
+    },
+    "required": ["data"],
 }
 FOLLOWED = {
     name: {"operationId": name, "parameters": {"job_id": "$response.body#/job_id"}}
@@ -321,6 +343,37 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="List the available models and their loaded instances",
         replies={200: Reply(description="The models of all live workers.", content={JSON: ModelList})},
         errors=(errors.QueueUnavailable,),
+    ),
+    ("POST", paths.CHAT_COMPLETIONS): Operation(
+        name="create_chat_completion",
+        summary="Answer a conversation",
+        description="A loaded LLM answers, as in OpenAI's API. With `stream`, the reply is a stream of events: each "
+        "has a chunk as its data, and the last one has `[DONE]`. An error after the first byte is the data of the last "
+        "event. Disconnecting cancels the request.",
+        body=ChatRequest,
+        replies={
+            200: Reply(
+                description="The answers; or the event stream, if requested.",
+                content={JSON: Completion, SSE: CHUNKS},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(
+            *(one for one in IN_A_BODY if one is not errors.UnrecognizedKeys),
+            errors.NotSupported,
+            errors.ContextLengthExceeded,
+            errors.ModelNotFound,
+            errors.ModelNotLoaded,
+            errors.QueueFull,
+            errors.RequestFailed,
+            errors.RequestCrashed,
+            errors.ChatUnavailable,
+            errors.QueueTimeout,
+            errors.NoRoute,
+            errors.ModelUnloaded,
+            errors.RunnerLost,
+            errors.QueueUnavailable,
+        ),
     ),
     ("GET", paths.V1_MODELS): Operation(
         name="list_ids",

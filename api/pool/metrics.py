@@ -136,6 +136,7 @@ class Pool(Collector):
             yield from _workers(self.readings)
             yield from _devices(self.readings)
             yield from _instances(self.readings)
+            yield from _requests(self.readings)
             yield from _transitions(self.readings.counters)
             yield from _tallies(self.readings.tallies)
 
@@ -195,6 +196,18 @@ def _instances(readings: Readings) -> Iterator[Metric]:
     queued = {(name,): float(n) for name, n in readings.queued_at.items() if n or name in names}
     yield _gauge("worker_queue_depth", "Loads that wait for a worker to start them.", ("worker",), queued)
     yield _gauge("queue_depth", "Loads that wait in the whole pool.", (), {(): float(readings.queued)})
+
+
+def _requests(readings: Readings) -> Iterator[Metric]:
+    """Yield the requests of loaded instances, as their workers last reported them."""
+    snapshots = [worker.snapshot for worker in readings.workers if worker.snapshot is not None]
+    loaded = [held for snapshot in snapshots for held in snapshot.held if held.used_at]
+    running = {(held.instance_id,): float(held.running) for held in loaded}
+    waiting = {(held.instance_id,): float(held.waiting) for held in loaded}
+    yield _gauge("requests_running", "Requests that a loaded instance processes.", ("instance",), running)
+    cells = {(held.instance_id,): float(held.cells) for held in loaded}
+    yield _gauge("kv_cells_used", "Tokens in the KV cache of a loaded instance.", ("instance",), cells)
+    yield _gauge("requests_waiting", "Requests that wait for a loaded instance.", ("instance",), waiting)
 
 
 def _transitions(counters: Mapping[str, int]) -> Iterator[Metric]:

@@ -145,6 +145,16 @@ class Roster:
         names = self._names.get(instance.worker)
         return None if names is None else of_instance(names.models, instance)
 
+    def meant(self, name: str) -> dict[str, Model]:
+        """Return the models with a name, by worker, of all workers of the last day."""
+        return {worker: model for worker, names in self._names.items() if (model := names.models.get(name))}
+
+    def fingerprint(self, worker: str) -> str:
+        """Return what identifies the engine of a worker: "b" and the commit of llama.cpp."""
+        snapshot = self.alive.get(worker)
+        engine = None if snapshot is None else snapshot.engine
+        return "b" if engine is None else f"b{engine.llama_cpp_commit}"
+
     # ---- placing
 
     def named(self, request: LoadRequest) -> LoadRequest:

@@ -167,6 +167,8 @@ def test_load_sends_every_option_and_prints_the_reply(service: Service) -> None:
     }
     ids = {"model_instance_id": MOE, "instance_id": MOE}
     assert reply == {"type": "llm", **ids, "status": "loaded", "load_config": applied}
+    quantized = result(service, "load", MOE, "--kv-cache-type", "q8_0")
+    assert quantized["load_config"]["kv_cache_type"] == "q8_0"
 
 
 def test_the_same_idempotency_key_joins_the_load(service: Service) -> None:

@@ -202,7 +202,7 @@ def test_load_that_outlasts_the_drain_goes_on_without_it(start: Start, pool: Poo
         signalled_at = service.start_drain()
         found = error(reply.result(PATIENCE_S), 503, "service_unavailable", "queue_unavailable")
         assert time.monotonic() - signalled_at >= DRAIN_S
-        assert found["message"] == "The server is shutting down. Work that it has accepted continues."
+        assert found["message"] == "The server is shutting down. Loads that it has accepted continue."
         service.check_ended()
         assert pool.is_loading()
     until(lambda: TINY in pool.other.instances(), "loaded all the same")

@@ -229,6 +229,7 @@ def test_an_instance_id_must_be_a_string(service: Service, value: object) -> Non
         (MOE, "num_experts", 2**32 + 3, "2147483647"),
         (MOE, "parallel", 0, "1"),
         (MOE, "parallel", 65, "64"),
+        (MOE, "kv_cache_type", "q5_0", "q8_0"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_limit(

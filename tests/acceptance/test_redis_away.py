@@ -39,6 +39,7 @@ from tests.support.service import (
     Reply,
     Running,
     all_stopped,
+    below,
     error,
     is_alive,
     meanwhile,
@@ -254,10 +255,9 @@ class Pool:
         return [runner for runner in self.worker.runners() if runner != warm]
 
     def others(self) -> set[Process]:
-        """Return all processes but the runners."""
-        tree = [process for running in (self.worker, *self.apis) for process in running.tree()]
-        runners = self.worker.runners()
-        return {process for process in tree if process not in runners}
+        """Return all processes but the runners and their helpers."""
+        tree = {process for running in (self.worker, *self.apis) for process in running.tree()}
+        return tree.difference(*([runner, *below(runner.pid)] for runner in self.worker.runners()))
 
 
 @pytest.fixture(scope="module")

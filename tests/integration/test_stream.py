@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import pytest
 
 import api.loads.follow
-import api.loads.stream
+import api.waiting
 from api.loads.follow import Follower
-from api.loads.stream import EventStream, events
+from api.loads.stream import events
 from api.replies import OpenReplies
+from api.waiting import EventStream
 from shared.errors import TooManyWaiting
 from shared.instance import Instance
 from shared.lifecycle import Event
@@ -86,9 +87,9 @@ async def test_a_client_that_reads_nothing_does_not_block_shutdown(
     store: Store, record: Instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unread events stay in Redis: one event is being sent, and no event is read ahead."""
-    monkeypatch.setattr(api.loads.stream, "LAST_WORDS_S", 0.01)
+    monkeypatch.setattr(api.waiting, "LAST_WORDS_S", 0.01)
     replies, closing = OpenReplies(1), asyncio.Event()
-    with ExitStack() as undo:
+    async with AsyncExitStack() as undo:
         undo.enter_context(replies.place())
         place = undo.pop_all()
     sent: list[Any] = []
@@ -126,7 +127,7 @@ async def test_a_client_may_leave_at_any_moment(store: Store, record: Instance) 
             return {"type": "http.disconnect"}
 
         replies = OpenReplies(1)
-        with ExitStack() as undo:
+        async with AsyncExitStack() as undo:
             undo.enter_context(replies.place())
             place = undo.pop_all()
         stream = EventStream(events(follower, record, "0", asyncio.Event()), place, asyncio.Event())

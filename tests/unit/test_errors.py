@@ -31,7 +31,11 @@ CONTRACT = {
     ("invalid_request", "unsupported_media_type"): 415,
     ("invalid_request", "job_already_finished"): 409,
     ("invalid_request", "idempotency_key_reused"): 422,
+    ("invalid_request", "client_too_slow"): 400,
+    ("invalid_request", "not_supported"): 400,
+    ("invalid_request", "context_length_exceeded"): 400,
     ("model_not_found", None): 404,
+    ("model_not_found", "model_not_loaded"): 404,
     ("job_not_found", None): 404,
     ("too_many_requests", None): 429,
     ("too_many_requests", "queue_full"): 429,
@@ -48,8 +52,14 @@ CONTRACT = {
     ("service_unavailable", None): 503,
     ("service_unavailable", "no_worker"): 503,
     ("service_unavailable", "queue_unavailable"): 503,
+    ("service_unavailable", "queue_timeout"): 503,
+    ("service_unavailable", "no_route"): 503,
+    ("service_unavailable", "model_unloaded"): 503,
+    ("service_unavailable", "runner_lost"): 503,
     ("internal_error", None): 500,
+    ("internal_error", "helper_crashed"): 500,
     ("not_implemented", None): 501,
+    ("not_implemented", "chat_unavailable"): 501,
 }
 
 
@@ -127,7 +137,9 @@ OPENAI = {  # (status, type, code) of our errors; the first ones are those of th
     ("invalid_request", "invalid_value"): (400, "invalid_request_error", "invalid_value"),
     ("invalid_request", "invalid_api_key"): (401, "invalid_request_error", "invalid_api_key"),
     ("invalid_request", "forbidden_host"): (403, "permission_error", "forbidden_host"),
+    ("invalid_request", "context_length_exceeded"): (400, "exceed_context_size_error", "context_length_exceeded"),
     ("model_not_found", None): (404, "invalid_request_error", "model_not_found"),
+    ("model_not_found", "model_not_loaded"): (404, "invalid_request_error", "model_not_loaded"),
     ("not_found", None): (404, "invalid_request_error", None),
     ("method_not_allowed", None): (405, "invalid_request_error", "method_not_supported"),
     ("invalid_request", "body_too_large"): (413, "invalid_request_error", "request_too_large"),
@@ -181,7 +193,8 @@ def sent(error: ServiceError, path: str) -> tuple[int, dict[str, Any], Any]:
     body = msgspec.json.decode(response.body)
     assert ("retry-after" in response.headers) == (response.status_code in (429, 503, 529))
     assert ("www-authenticate" in response.headers) == (response.status_code == 401)
-    assert response.headers.get("x-should-retry") == ("false" if response.status_code == 501 else None)
+    is_final = response.status_code == 501 or isinstance(error, errors.RequestFailed)
+    assert response.headers.get("x-should-retry") == ("false" if is_final else None)
     return response.status_code, body["error"], body
 
 

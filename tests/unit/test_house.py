@@ -160,6 +160,7 @@ def test_make_and_ci_run_the_same_commands() -> None:
         "check",
         "test",
         "test-quality",
+        "test-clients",
     ]
 
 

@@ -1,0 +1,325 @@
+"""Requests for chat completions: what clients send, and what a runner gets.
+
+The fields are those of OpenAI's API and of llama.cpp's server.  As there, `null` means absent, and unknown keys are
+ignored: clients send many.  What would change the answer and is not served is refused, never dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from api.decode import converted, object_of
+from shared.channel.messages import Generate, Sampling
+from shared.errors import InvalidValue, NotSupported
+
+DEEPEST = 64  # nesting of a conversation: llama.cpp's template code recurses over it
+MOST_STOPS = 16
+MOST_ALTERNATIVES = 20  # `top_logprobs`, as OpenAI has it
+UNLIMITED = -1  # of `max_tokens`, as LM Studio's clients send it
+ROLES = {"developer": "system"}  # the others are their own
+TEXT_PARTS = frozenset({"text", "input_text", "refusal"})
+TEMPERATURES, PENALTIES, BIASES = (0.0, 2.0), (-2.0, 2.0), (-100.0, 100.0)
+
+Limit = Annotated[int, Meta(ge=UNLIMITED)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=PENALTIES[0], le=PENALTIES[1])]
+LARGEST = 2**31 - 1  # integer of llama.cpp
+
+
+class StreamOptions(Struct, frozen=True):
+    """Options of a streamed reply."""
+
+    include_usage: Annotated[bool | None, Meta(description="Send a last chunk with the tokens of the request.")] = None
+
+
+class Message(Struct, frozen=True):
+    """A message of a conversation."""
+
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool", "function"],
+        Meta(description="Who wrote it; `developer` means `system`. `tool` and `function` are not served yet."),
+    ]
+    content: Annotated[
+        str | list[dict[str, Any]] | None,
+        Meta(description='The text, or a list of parts such as `{"type": "text", "text": "Hello!"}`.'),
+    ] = None
+    name: Annotated[str | None, Meta(description="Name of the writer, for the model's chat template.")] = None
+    reasoning_content: Annotated[
+        str | None, Meta(description="The reasoning before an earlier answer, for the model's chat template.")
+    ] = None
+    reasoning: Annotated[str | None, Meta(description="The same under another name.")] = None
+    tool_calls: Annotated[list[Any] | None, Meta(description="Not served yet: must be empty.")] = None
+
+
+class ChatRequest(Struct, frozen=True, kw_only=True):
+    """A request for a chat completion.  Unknown fields are ignored, and `null` means absent."""
+
+    messages: Annotated[
+        list[Message],
+        Meta(
+            min_length=1,
+            description="The conversation, oldest message first. If the last one is the assistant's, the answer "
+            "continues it.",
+        ),
+    ]
+    model: Annotated[
+        str | None, Meta(description="A model key, or the id of a loaded instance. Absent: the only loaded LLM.")
+    ] = None
+    stream: Annotated[bool | None, Meta(description="Send the answer while it is generated, as events.")] = None
+    stream_options: Annotated[StreamOptions | None, Meta(description="Options of a streamed reply.")] = None
+    max_tokens: Annotated[
+        Limit | None, Meta(description="The most tokens of an answer. -1 or absent: up to the end of the context.")
+    ] = None
+    max_completion_tokens: Annotated[
+        Limit | None, Meta(description="The same under OpenAI's newer name, which wins over `max_tokens`.")
+    ] = None
+    temperature: Annotated[
+        Annotated[float, Meta(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None,
+        Meta(description="How far choices may stray from the most probable token, which 0 always takes. Default: 0.8."),
+    ] = None
+    top_k: Annotated[
+        Annotated[int, Meta(ge=0, le=LARGEST)] | None,
+        Meta(description="Consider this many of the most probable tokens, at most 256. 0: 256. Default: 40."),
+    ] = None
+    top_p: Annotated[
+        Share | None,
+        Meta(description="Consider the most probable tokens that have this probability together. Default: 0.95."),
+    ] = None
+    min_p: Annotated[
+        Share | None,
+        Meta(description="Consider tokens with at least this share of the highest probability. Default: 0.05."),
+    ] = None
+    typical_p: Annotated[Share | None, Meta(description="Locally typical sampling. Default: 1, which is off.")] = None
+    repeat_penalty: Annotated[
+        Annotated[float, Meta(gt=0, le=1e6)] | None,
+        Meta(description="Divide the logits of recent tokens by this. Default: 1, which is off."),
+    ] = None
+    repeat_last_n: Annotated[
+        Annotated[int, Meta(ge=-1, le=LARGEST)] | None,
+        Meta(description="How many recent tokens the penalties consider. -1: all. Default: 64."),
+    ] = None
+    presence_penalty: Annotated[
+        Penalty | None, Meta(description="Subtract this from the logits of recent tokens. Default: 0.")
+    ] = None
+    frequency_penalty: Annotated[
+        Penalty | None, Meta(description="Subtract this for each time that a token occurs among them. Default: 0.")
+    ] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None,
+        Meta(
+            description="The same seed gives the same draws; the text is the same only if the same requests are "
+            "processed beside it. -1 or absent: a random one.",
+        ),
+    ] = None
+    stop: Annotated[
+        str | list[str] | None,
+        Meta(description=f"Texts that end an answer, at most {MOST_STOPS}. The answer does not include them."),
+    ] = None
+    logit_bias: Annotated[
+        dict[str, float] | list[list[Any]] | None,
+        Meta(description="Numbers from -100 to 100, by token id, that are added to the logits of these tokens."),
+    ] = None
+    logprobs: Annotated[bool | None, Meta(description="Return the log probability of each token.")] = None
+    top_logprobs: Annotated[
+        Annotated[int, Meta(ge=0, le=MOST_ALTERNATIVES)] | None,
+        Meta(description="Return this many of the most probable tokens at each place; needs `logprobs`."),
+    ] = None
+    n: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="The number of answers, at most the `parallel` of the instance. Default: 1."),
+    ] = None
+    reasoning_effort: Annotated[
+        str | None,
+        Meta(description="`none` turns reasoning off; other values go to the model's chat template."),
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        Meta(description="Variables for the model's chat template, such as `enable_thinking`."),
+    ] = None
+    add_generation_prompt: Annotated[
+        bool | None, Meta(description="Begin an answer of the assistant. Default: unless the last message is its own.")
+    ] = None
+    continue_final_message: Annotated[
+        bool | None, Meta(description="Continue the last message. Default: if it is the assistant's.")
+    ] = None
+    response_format: Annotated[dict[str, Any] | None, Meta(description='Only `{"type": "text"}` is served yet.')] = None
+    tools: Annotated[list[Any] | None, Meta(description="Not served yet: must be empty.")] = None
+    tool_choice: Annotated[str | dict[str, Any] | None, Meta(description="Only `none` and `auto` are served yet.")] = (
+        None
+    )
+    functions: Annotated[list[Any] | None, Meta(description="Not served: must be empty.")] = None
+    modalities: Annotated[list[str] | None, Meta(description='Only `["text"]` is served.')] = None
+    audio: Annotated[Any, Meta(description="Not served.")] = None
+    grammar: Annotated[Any, Meta(description="Not served yet.")] = None
+    json_schema: Annotated[Any, Meta(description="Not served yet.")] = None
+
+
+def decoded(body: bytes) -> ChatRequest:
+    """Decode the body of a request.
+
+    Raises InvalidJSON, InvalidType, InvalidValue, MissingParameter, and NotSupported for what this server does not do.
+    """
+    value = object_of(body)
+    if _depth(value) > DEEPEST:
+        raise InvalidValue(f"The body is nested more than {DEEPEST} levels deep.")
+    request = converted(value, ChatRequest)
+    _check(request)
+    for i, message in enumerate(request.messages):
+        _check_message(message, f"messages[{i}]")
+    return request
+
+
+def generate(request: ChatRequest, client: str) -> Generate:
+    """Translate a request for a runner, without an id.  Raises InvalidValue."""
+    effort = request.reasoning_effort
+    variables = {**({"reasoning_effort": effort} if effort else {}), **(request.chat_template_kwargs or {})}
+    thinks = variables.pop("enable_thinking", False if effort == "none" else None)
+    conversation = {
+        "messages": [_rendered(message) for message in request.messages],
+        "add_generation_prompt": request.add_generation_prompt,
+        "continue_final_message": request.continue_final_message,
+        "enable_thinking": thinks,
+        "chat_template_kwargs": variables or None,
+    }
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    return Generate(
+        id=0,
+        client=client,
+        conversation=msgspec.json.encode({key: value for key, value in conversation.items() if value is not None}),
+        choices=request.n or 1,
+        max_tokens=None if limit == UNLIMITED else limit,
+        sampling=_sampling(request),
+        stop=_stops(request.stop),
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+
+
+def _check(request: ChatRequest) -> None:
+    if request.max_tokens == 0 or request.max_completion_tokens == 0:
+        param = "max_tokens" if request.max_tokens == 0 else "max_completion_tokens"
+        raise InvalidValue(f"'{param}': expected a number > 0, or -1 for no limit, got 0.", param=param)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidValue("'top_logprobs': it needs \"logprobs\": true.", param="top_logprobs")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise InvalidValue(
+            "'continue_final_message' and 'add_generation_prompt' exclude each other.", param="continue_final_message"
+        )
+    if request.continue_final_message and request.messages[-1].role != "assistant":
+        raise InvalidValue(
+            "'continue_final_message': the last message must be the assistant's.", param="continue_final_message"
+        )
+    for param, value in (
+        ("tools", request.tools),
+        ("functions", request.functions),
+        ("audio", request.audio),
+        ("grammar", request.grammar),
+        ("json_schema", request.json_schema),
+    ):
+        if value:
+            raise NotSupported(f"'{param}' is not supported by this server yet.", param=param)
+    if request.tool_choice not in (None, "none", "auto"):
+        raise NotSupported("'tool_choice': tools are not supported by this server yet.", param="tool_choice")
+    if set(request.modalities or ()) - {"text"}:
+        raise NotSupported("'modalities': only text is supported.", param="modalities")
+    kind = "text" if request.response_format is None else request.response_format.get("type")
+    if kind in ("json_object", "json_schema"):
+        raise NotSupported(f"'response_format': '{kind}' is not supported by this server yet.", param="response_format")
+    if kind != "text":
+        raise InvalidValue(
+            "'response_format.type': expected one of 'text', 'json_object', 'json_schema'.", param="response_format"
+        )
+
+
+def _check_message(message: Message, path: str) -> None:
+    """Check what the types do not say.  Images, audio, files and tool calls are refused."""
+    match message.role:
+        case "tool" | "function":
+            raise NotSupported(f"'{path}.role': tools are not supported by this server yet.", param=f"{path}.role")
+        case "assistant":
+            if message.tool_calls:
+                param = f"{path}.tool_calls"
+                raise NotSupported(f"'{param}': tools are not supported by this server yet.", param=param)
+        case "system" | "developer" | "user":
+            if message.content is None:
+                raise InvalidValue(f"'{path}.content' is required.", param=f"{path}.content")
+    for i, part in enumerate(message.content if isinstance(message.content, list) else []):
+        param, kind = f"{path}.content[{i}]", part.get("type")
+        match kind:
+            case "text" | "input_text" | "refusal":
+                name = "refusal" if kind == "refusal" else "text"
+                if not isinstance(part.get(name), str):
+                    raise InvalidValue(f"'{param}.{name}': expected a string.", param=f"{param}.{name}")
+            case "image_url" | "input_image":
+                raise NotSupported(f"'{param}': images are not supported by this server.", param=param)
+            case "input_audio" | "file" | "input_file" | "video_url":
+                raise NotSupported(f"'{param}': content of type '{kind}' is not supported.", param=param)
+            case _:
+                raise InvalidValue(f"'{param}.type': expected 'text', got {kind!r}.", param=f"{param}.type")
+
+
+def _rendered(message: Message) -> dict[str, Any]:
+    """Return a message as llama.cpp's chat code reads it (common_chat_msgs_parse_oaicompat, common/chat.cpp)."""
+    content: Any = message.content
+    if isinstance(content, list):
+        content = [{"type": "text", "text": part.get("text", part.get("refusal"))} for part in content]
+    rendered = {"role": ROLES.get(message.role, message.role), "content": "" if content is None else content}
+    if message.name is not None:
+        rendered["name"] = message.name
+    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    if reasoning:
+        rendered["reasoning_content"] = reasoning
+    return rendered
+
+
+def _sampling(request: ChatRequest) -> Sampling:
+    given = {name: value for name in Sampling.__struct_fields__ if (value := getattr(request, name)) is not None} | {
+        "logit_bias": _biases(request.logit_bias)
+    }
+    if given.get("seed") == UNLIMITED:
+        del given["seed"]
+    return Sampling(**given)
+
+
+def _biases(given: dict[str, float] | list[list[Any]] | None) -> dict[int, float]:
+    """Return the biases by token.  The runner checks the ids against its vocabulary."""
+    pairs = given.items() if isinstance(given, dict) else (given or [])
+    biases: dict[int, float] = {}
+    for pair in pairs:
+        try:
+            token, bias = pair
+            biases[int(token)] = float(bias)
+        except (TypeError, ValueError):
+            raise InvalidValue(
+                "'logit_bias': expected token ids with numbers, such as {\"42\": -100}.", param="logit_bias"
+            ) from None
+    if not all(0 <= token <= LARGEST for token in biases):
+        raise InvalidValue(f"'logit_bias': expected token ids from 0 to {LARGEST}.", param="logit_bias")
+    if not all(BIASES[0] <= bias <= BIASES[1] for bias in biases.values()):
+        raise InvalidValue("'logit_bias': expected numbers from -100 to 100.", param="logit_bias")
+    return biases
+
+
+def _stops(given: str | list[str] | None) -> list[str]:
+    stops = [given] if isinstance(given, str) else (given or [])
+    if len(stops) > MOST_STOPS:
+        raise InvalidValue(f"'stop': expected at most {MOST_STOPS} strings, got {len(stops)}.", param="stop")
+    if "" in stops:
+        raise InvalidValue("'stop': a string must not be empty.", param="stop")
+    return stops
+
+
+def _depth(value: Any) -> int:
+    """Return how deeply lists and objects are nested, without recursion."""
+    level, depth = [value], 0
+    while level:
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        depth += 1
+    return depth - 1

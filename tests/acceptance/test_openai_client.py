@@ -1,0 +1,90 @@
+"""OpenAI's own library for Python, against the whole service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionUserMessageParam
+
+from tests.support.chat import EOS
+from tests.support.service import TINY, Service
+
+HELLO: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "Hello"}]
+ENDLESS = {str(EOS): -100}
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    service.loaded(TINY)
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_a_whole_reply_is_read(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model=TINY, messages=HELLO, max_tokens=4, logit_bias=ENDLESS, logprobs=True, top_logprobs=2, n=2
+    )
+    assert [choice.index for choice in reply.choices] == [0, 1]
+    assert {choice.finish_reason for choice in reply.choices} == {"length"}
+    assert all(choice.message.role == "assistant" and choice.message.content for choice in reply.choices)
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None
+    assert [len(info.top_logprobs) for info in logprobs.content or ()] == [2] * 4
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 8
+
+
+def test_a_stream_is_read_raw(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model=TINY,
+            messages=HELLO,
+            max_tokens=4,
+            logit_bias=ENDLESS,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    *parts, last = chunks
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert any(part.choices[0].delta.content for part in parts)
+    assert parts[-1].choices[0].finish_reason == "length"
+    assert last.usage is not None
+    assert (last.choices, last.usage.completion_tokens) == ([], 4)
+
+
+def test_a_stream_is_read_by_the_helper(client: openai.OpenAI) -> None:
+    """The helper checks the form of each chunk, and puts the reply together."""
+    with client.chat.completions.stream(
+        model=TINY, messages=HELLO, temperature=0, n=2, logit_bias={str(EOS): 100}
+    ) as stream:
+        kinds = {event.type for event in stream}
+        reply = stream.get_final_completion()
+    assert {"chunk"} <= kinds
+    assert [choice.finish_reason for choice in reply.choices] == ["stop", "stop"]
+    with client.chat.completions.stream(model=TINY, messages=HELLO, temperature=0, max_tokens=8) as stream:
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+    whole = client.chat.completions.create(model=TINY, messages=HELLO, temperature=0, max_tokens=8)
+    assert text == whole.choices[0].message.content
+
+
+def test_errors_have_the_classes_of_the_library(client: openai.OpenAI, service: Service) -> None:
+    long: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "Hello " * 10_000}]
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.chat.completions.create(model=TINY, messages=long)
+    assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(model="acme/nothing", messages=HELLO, stream=True)
+    assert unknown.value.code == "model_not_found"
+
+
+def test_an_error_in_a_stream_is_raised(client: openai.OpenAI, service: Service) -> None:
+    stream = client.chat.completions.create(model=TINY, messages=HELLO, logit_bias=ENDLESS, stream=True)
+    next(stream)
+    service.unload_all()
+    with pytest.raises(openai.APIError) as ended:
+        for _ in stream:
+            pass
+    assert ended.value.code == "model_unloaded"

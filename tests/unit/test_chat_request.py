@@ -1,0 +1,209 @@
+"""What a request for a chat completion means, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from api.openai.request import DEEPEST, ChatRequest, decoded, generate
+from shared.channel.messages import Generate, Sampling
+from shared.errors import InvalidRequest, InvalidType, InvalidValue, MissingParameter, NotSupported
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def asked(**fields: Any) -> Generate:
+    body = json.dumps({"messages": HELLO, **fields}).encode()
+    return generate(decoded(body), "client")
+
+
+def conversation(**fields: Any) -> Any:
+    return json.loads(asked(**fields).conversation)
+
+
+def refused(**fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        asked(**fields)
+    return caught.value
+
+
+def test_a_plain_request_has_the_defaults() -> None:
+    assert asked() == Generate(id=0, client="client", conversation=b'{"messages":[{"role":"user","content":"Hello"}]}')
+    assert asked().sampling == Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0)
+
+
+def test_null_means_absent_for_every_optional_field() -> None:
+    names = [name for name in ChatRequest.__struct_fields__ if name != "messages"]
+    assert asked(**dict.fromkeys(names)) == asked()
+
+
+def test_unknown_keys_are_ignored() -> None:
+    assert asked(user="me", metadata={"a": 1}, store=True, service_tier="auto", draft_model="x") == asked()
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({"max_tokens": 5}, 5),
+        ({"max_tokens": 5, "max_completion_tokens": 9}, 9),
+        ({"max_tokens": -1}, None),
+        ({"max_tokens": 5.0}, 5),
+        ({"max_tokens": None, "max_completion_tokens": 3}, 3),
+        ({"max_tokens": 5, "max_completion_tokens": -1}, None),
+    ],
+)
+def test_the_newer_limit_of_tokens_wins(fields: dict[str, Any], limit: int | None) -> None:
+    assert asked(**fields).max_tokens == limit
+
+
+def test_sampling_is_taken_over() -> None:
+    given: dict[str, Any] = {
+        "temperature": 0,
+        "top_k": 7,
+        "top_p": 0.5,
+        "min_p": 0,
+        "typical_p": 0.9,
+        "repeat_penalty": 1.2,
+    }
+    more: dict[str, Any] = {"repeat_last_n": -1, "presence_penalty": -2, "frequency_penalty": 2, "seed": 12}
+    sampling = asked(**given, **more, logit_bias={"5": -100, "6": 1.5}).sampling
+    assert sampling == Sampling(**given, **more, logit_bias={5: -100.0, 6: 1.5})
+    assert asked(logit_bias=[[5, -100], ["6", 1.5]]).sampling.logit_bias == {5: -100.0, 6: 1.5}
+
+
+def test_the_seed_minus_one_is_a_random_one() -> None:
+    assert asked(seed=-1).sampling.seed is None
+    assert asked(seed=0).sampling.seed == 0
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert asked(stop="END").stop == ["END"]
+    assert asked(stop=["a", "b"]).stop == ["a", "b"]
+
+
+def test_log_probabilities_have_a_number_of_alternatives() -> None:
+    assert asked(logprobs=True).logprobs == 0
+    assert asked(logprobs=True, top_logprobs=3).logprobs == 3
+    assert asked(logprobs=False).logprobs is None
+
+
+def test_the_developer_is_the_system() -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, *HELLO]
+    assert conversation(messages=messages)["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_parts_of_text_stay_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    rendered = conversation(messages=[{"role": "user", "content": parts}])["messages"][0]["content"]
+    assert rendered == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
+def test_earlier_reasoning_goes_to_the_template_by_either_name() -> None:
+    for name in ("reasoning_content", "reasoning"):
+        messages = [*HELLO, {"role": "assistant", "content": "Hi", name: "Greet."}, *HELLO]
+        assert conversation(messages=messages)["messages"][1]["reasoning_content"] == "Greet."
+
+
+def test_reasoning_is_turned_off_by_effort_or_by_the_variable() -> None:
+    assert conversation(reasoning_effort="none")["enable_thinking"] is False
+    assert conversation(chat_template_kwargs={"enable_thinking": False})["enable_thinking"] is False
+    high = conversation(reasoning_effort="high", chat_template_kwargs={"x": 1})
+    assert "enable_thinking" not in high
+    assert high["chat_template_kwargs"] == {"reasoning_effort": "high", "x": 1}
+
+
+@pytest.mark.parametrize("messages", [[], {}, "x", None, 5, [5], ["x"], [None]])
+def test_messages_that_are_none_are_refused_by_name(messages: Any) -> None:
+    error = refused(messages=messages)
+    assert isinstance(error, (InvalidType, InvalidValue))
+    assert str(error.param).startswith("messages")
+
+
+def test_a_request_without_messages_names_them() -> None:
+    with pytest.raises(MissingParameter, match=r"^'messages' is required\.$"):
+        decoded(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [*HELLO, {"role": "wizard", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages[0].content[0].type"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"repeat_penalty": 0}, "repeat_penalty"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"n": 0}, "n"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"cat": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {str(2**70): 1}}, "logit_bias"),
+        ({"logit_bias": [[1, 2, 3]]}, "logit_bias"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {}}, "response_format"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"seed": 1.5}, "seed"),
+        ({"stream": "yes"}, "stream"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any], param: str) -> None:
+    error = refused(**fields)
+    assert error.param == param
+    assert f"'{param}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"grammar": 'root ::= "a"'}, "grammar"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
+    ],
+)
+def test_what_would_change_the_answer_is_not_dropped(fields: dict[str, Any], param: str) -> None:
+    error = refused(**fields)
+    assert isinstance(error, NotSupported)
+    assert error.param == param
+
+
+@pytest.mark.parametrize(
+    "fields", [{"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"response_format": {"type": "text"}}]
+)
+def test_what_asks_for_nothing_is_accepted(fields: dict[str, Any]) -> None:
+    assert asked(**fields) == asked()
+
+
+def test_a_deeply_nested_request_is_refused() -> None:
+    nested: Any = 1
+    for _ in range(DEEPEST):
+        nested = [nested]
+    assert "nested" in str(refused(chat_template_kwargs={"x": nested}))
