@@ -8,7 +8,7 @@ PEERS := bench/out/peers
 LLAMA_SERVER := $(PEERS)/build/bin/llama-server
 PEERS_STAMP := $(PEERS)/venv/.installed
 
-.PHONY: setup run test test-unit test-quality coverage mutants soak check image bench bench-peers setup-gpu test-gpu bench-gpu
+.PHONY: setup run test test-unit test-quality test-clients coverage mutants soak check image bench bench-peers bench-inference setup-gpu test-gpu bench-gpu
 
 setup: $(STAMP)
 
@@ -37,6 +37,10 @@ test-unit: $(DEV_STAMP)
 # Downloads 180 MB once, into ~/.cache/loadstone or $XDG_CACHE_HOME/loadstone.
 test-quality: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/quality
+
+# Needs Node; npm installs OpenAI's library once, into the same directory.
+test-clients: $(DEV_STAMP)
+	$(BIN)/python -m pytest tests/clients
 
 # Branches, also of the processes that the tests start.  A worker strips its environment, so that what it starts is
 # measured only where a test starts it directly.
@@ -69,6 +73,10 @@ bench: $(DEV_STAMP)
 # Compares Loadstone with llama_cpp.server and llama-server: 20 minutes, and as long for the first build.
 bench-peers: $(DEV_STAMP) $(LLAMA_SERVER) $(PEERS_STAMP)
 	$(BIN)/python -m bench.peers
+
+# Compares answers with llama-server's: 15 minutes, and as long for the first build.
+bench-inference: $(DEV_STAMP) $(LLAMA_SERVER)
+	$(BIN)/python -m bench.inference
 
 # Builds llama-server from the source in llama-cpp-python, with the same options: a release build with shared libraries
 # for this CPU, without the web UI (which would be downloaded) and TLS (which is not used).

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-TIMEOUTS_S = {"gpu": 600, "quality": 1200}  # of a test with its fixtures, such as a download; by ring
+TIMEOUTS_S = {"clients": 600, "gpu": 600, "quality": 1200}  # of a test with its fixtures, such as a download; by ring
 SETTLE_S = 20.0  # for processes to be reaped, and for descriptors to be closed by an event loop
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")  # one of each for the lifetime of pytest
 

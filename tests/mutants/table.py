@@ -67,7 +67,7 @@ MUTANTS = (
     Mutant(
         "a body has at most 1 MiB",
         "api/decode.py",
-        "if len(body) > MAX_BODY_BYTES:",
+        "if len(body) > most_bytes:",
         "if False:",
         (f"{ACCEPTANCE}errors.py",),
     ),
@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         "a retry joins the load that its client left",
-        "api/routes.py",
+        "api/waiting.py",
         "    left()  # at once: the client may be sending its request again",
         "",
         (f"{ACCEPTANCE}idempotency.py",),
@@ -507,7 +507,7 @@ MUTANTS = (
     ),
     Mutant(
         "chat code for another llama.cpp is not used",
-        "worker/engine/chat.py",
+        "worker/chat/code.py",
         "if built != present:",
         "if False:",
         (f"{INTEGRATION}chat.py",),
@@ -529,15 +529,15 @@ MUTANTS = (
     Mutant(
         "a runner has no descriptor of its worker's",
         "worker/engine/confine.py",
-        "    os.closerange(3, channel)",
-        "    pass",
+        "        os.closerange(below + 1, above)",
+        "        pass",
         (f"{UNIT}confine.py", f"{INTEGRATION}confine.py"),
     ),
     Mutant(
-        "a runner has no descriptor of its worker's above its channel",
+        "a runner has no descriptor of its worker's above its channels",
         "worker/engine/confine.py",
-        '    os.closerange(channel + 1, os.sysconf("SC_OPEN_MAX"))',
-        "    pass",
+        '[2, *sorted(kept), os.sysconf("SC_OPEN_MAX")]',
+        "[2, *sorted(kept)]",
         (f"{UNIT}confine.py",),
     ),
     Mutant(
@@ -567,6 +567,34 @@ MUTANTS = (
         "        os._exit(ORPHANED)",
         "        pass",
         (f"{INTEGRATION}runner.py",),
+    ),
+    Mutant(
+        "a channel needs the secret of the worker",
+        "worker/listener/server.py",
+        "hello if is_proven(hello, self._secret, nonce) else",
+        "hello if hello else",
+        (f"{INTEGRATION}channels.py",),
+    ),
+    Mutant(
+        "strangers that say nothing are bounded",
+        "worker/listener/server.py",
+        "oldest.cancel()",
+        "pass",
+        (f"{INTEGRATION}channels.py",),
+    ),
+    Mutant(
+        "an unload tells its requests why they end",
+        "worker/engine/child.py",
+        "serving.close(CLOSING_S)",
+        "pass",
+        (f"{INTEGRATION}channels.py",),
+    ),
+    Mutant(
+        "a client that leaves cancels its request",
+        "api/channel/connection.py",
+        "if answer is not None and not answer.is_complete:",
+        "if answer is None:",
+        (f"{INTEGRATION}channels.py",),
     ),
     Mutant(
         "the engine's log names no directory of the host",

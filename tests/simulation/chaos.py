@@ -35,6 +35,7 @@ from tests.support.service import (
     Process,
     RedisServer,
     Running,
+    below,
     check_keys,
     go_on,
     processes,
@@ -48,6 +49,8 @@ DEADLINE_S = 40.0  # of any request: far longer than any request may wait
 STABLE_S = 2.5
 QUIET_S = 60.0  # after the chaos, for every load to end
 MOST_LOADED = 12
+CHAT = "/v1/chat/completions"
+ANSWERED = (200, 404, 429, 500, 503)  # 500: what renders its prompt was killed
 DOCUMENTED = (
     "inst:",
     "insts:",
@@ -144,7 +147,9 @@ class Clients:
     def _run(self, dice: random.Random) -> None:
         with httpx.Client(trust_env=False, timeout=DEADLINE_S) as http:
             while not self.over.is_set():
-                action = dice.choice([self._load, self._load, self._unload, self._cancel, self._poll, self._follow])
+                action = dice.choice(
+                    [*[self._load] * 2, self._unload, self._cancel, self._poll, self._follow, *[self._chat] * 3]
+                )
                 try:
                     action(dice, http)
                 except AssertionError as e:
@@ -160,8 +165,8 @@ class Clients:
         self.replies[f"{method} {path.split('/')[-1] if 'load_' not in path else 'job'} {reply.status_code}"] += 1
         known = reply.status_code < 500 or "error" in reply.json()
         assert known, f"{reply.status_code} without an error: {reply.text[:200]}"
-        code = "" if reply.status_code < 500 else reply.json()["error"].get("code", reply.json()["error"]["type"])
-        assert code != "internal_error", reply.text
+        code = "" if reply.status_code < 500 else reply.json()["error"].get("code") or reply.json()["error"]["type"]
+        assert code not in ("internal_error", "server_error"), reply.text
         return reply
 
     def _load(self, dice: random.Random, http: httpx.Client) -> None:
@@ -229,6 +234,34 @@ class Clients:
         ends = [n for n, name in enumerate(names) if name in ("event: model_load.end", "event: error")]
         assert not ends or ends == [len(names) - 1], f"events after the last one: {names}"
 
+    def _chat(self, dice: random.Random, http: httpx.Client) -> None:
+        """Ask an instance, and read the answer to its end or leave it."""
+        instances = self._instances(dice, http)
+        if not instances:
+            return
+        messages = [{"role": "user", "content": "Hello " * dice.randrange(1, 9)}]
+        body = {"model": dice.choice(instances), "messages": messages, "max_tokens": dice.choice([1, 20, 150])}
+        if dice.random() < 0.3:
+            reply = self._ask(dice, http, "POST", CHAT, json=body)
+            assert reply.status_code in ANSWERED, reply.text
+            assert reply.status_code != 200 or reply.json()["choices"][0]["finish_reason"] in ("stop", "length")
+            return
+        data = []
+        leaves_after = dice.choice([1, 5, 1000])
+        with http.stream("POST", dice.choice(self.pool.urls) + CHAT, json={**body, "stream": True}) as reply:
+            assert reply.status_code in ANSWERED, reply.status_code
+            if reply.status_code != 200:
+                return
+            for line in reply.iter_lines():
+                if line.startswith("data: "):
+                    data.append(line)
+                if len(data) >= leaves_after:
+                    self.replies["answer left"] += 1
+                    return
+        ends = [n for n, line in enumerate(data) if line == "data: [DONE]" or line.startswith('data: {"error"')]
+        assert ends == [len(data) - 1], f"an answer has one end: {data[-3:]}"
+        self.replies["answer " + ("complete" if data[-1] == "data: [DONE]" else "broken")] += 1
+
 
 class Chaos:
     """The failures that happen to the pool."""
@@ -251,6 +284,8 @@ class Chaos:
             self.pause_api,
             self.kill_redis,
             self.pause_redis,
+            self.kill_listener,
+            self.kill_helper,
             *[self.cut_connections] * 2,
         ]
         end = time.monotonic() + seconds
@@ -289,6 +324,17 @@ class Chaos:
 
     def pause_runner(self) -> None:
         self._pause(self._some_runner(), 3.0)
+
+    def kill_listener(self) -> None:
+        tree = self.pool.workers[self._some_worker()].tree()
+        listeners = [process for process in tree if "worker.listener.server" in process.words]
+        self._signal(listeners[0] if listeners else None, signal.SIGKILL)
+
+    def kill_helper(self) -> None:
+        """Kill what renders the prompts of a runner, or what restarts it."""
+        runner = self._some_runner()
+        helpers = [] if runner is None else below(runner.pid)
+        self._signal(self.dice.choice(helpers) if helpers else None, signal.SIGKILL)
 
     def kill_worker(self) -> None:
         self._signal(self.pool.worker_process(self._some_worker()), signal.SIGKILL)
