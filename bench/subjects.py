@@ -63,11 +63,11 @@ class Service:
             "eval_batch_size": EVAL_BATCH_SIZE,
             "echo_load_config": True,
         }
-        seconds, reply, timing = self._post("/api/v1/models/load", body)
+        seconds, reply, timing = self.post("/api/v1/models/load", body)
         applied = reply["load_config"]
         if (applied["context_length"], applied["eval_batch_size"]) != (CONTEXT_LENGTH, EVAL_BATCH_SIZE):
             raise Failure(f"the service applied another config than the requested one: {applied}")
-        self._post("/api/v1/models/unload", {"instance_id": reply["instance_id"]})
+        self.post("/api/v1/models/unload", {"instance_id": reply["instance_id"]})
         phases = {name: float(ms) / 1000 for name, ms in re.findall(r"(\w+);dur=([\d.]+)", timing)}
         phases["model"] = phases["metadata"] + phases["weights"]
         return Load(total_s=seconds, load_s=reply["load_time_seconds"], phases_s=phases)
@@ -75,7 +75,7 @@ class Service:
     def close(self) -> None:
         self._connection.close()
 
-    def _post(self, path: str, body: dict[str, object]) -> tuple[float, dict[str, Any], str]:
+    def post(self, path: str, body: dict[str, object]) -> tuple[float, dict[str, Any], str]:
         """Return the duration in seconds, the reply, and its Server-Timing."""
         content = json.dumps(body).encode()
         started = time.monotonic()

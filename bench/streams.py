@@ -1,0 +1,93 @@
+"""Streams chat completions from a local server and notes when each piece of text arrives.
+
+`python -m bench.streams` answers each `Round` on stdin with a list of `Stream`, both as lines of JSON.  It is a process
+of its own, so that reading costs the measured servers nothing but CPU time, and each of them the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+import time
+
+import msgspec
+import uvloop
+from msgspec import Struct
+
+GENERATED, PROMPT, CACHED = (
+    re.compile(rb'"%b":(\d+)' % name) for name in (b"completion_tokens", b"prompt_tokens", b"cached_tokens")
+)
+TEXT = re.compile(rb'"content":"(?!")')
+
+
+class Round(Struct, frozen=True, kw_only=True):
+    """Send these bodies at the same time, each over a connection of its own."""
+
+    port: int
+    bodies: list[str]
+    within_s: float
+
+
+class Stream(Struct, frozen=True, kw_only=True):
+    """A streamed answer; times are in seconds since the first request of its round was written."""
+
+    sent_s: float
+    texts_s: list[float]  # of each piece of text
+    ended_s: float
+    tokens: int  # generated, by the server's own count
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt
+    error: str = ""
+
+    @property
+    def first_ms(self) -> float:
+        """Milliseconds to the first text; to the end if there is none."""
+        return ((self.texts_s[0] if self.texts_s else self.ended_s) - self.sent_s) * 1000
+
+
+async def stream(task: Round, body: str, started: float) -> Stream:
+    reader, writer = await asyncio.open_connection("127.0.0.1", task.port, limit=1 << 24)
+    content = body.encode()
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content)
+    )
+    sent_s = time.monotonic() - started
+    texts: list[float] = []
+    rest, everything = b"", []
+    while chunk := await reader.read(1 << 16):
+        now = time.monotonic() - started
+        everything.append(chunk)
+        complete, end, rest = (rest + chunk).rpartition(b"\n\n")
+        texts += [now] * len(TEXT.findall(complete + end))
+    writer.close()
+    reply = b"".join(everything)
+    counts = [pattern.search(reply) for pattern in (GENERATED, PROMPT, CACHED)]
+    tokens, prompt_tokens, cached_tokens = (int(count[1]) if count else 0 for count in counts)
+    return Stream(
+        sent_s=sent_s,
+        texts_s=texts,
+        ended_s=time.monotonic() - started,
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        error="" if b"data: [DONE]" in reply else reply[-500:].decode("utf-8", "replace"),
+    )
+
+
+async def streams(task: Round) -> list[Stream]:
+    started = time.monotonic()
+    async with asyncio.timeout(task.within_s):
+        return await asyncio.gather(*(stream(task, body, started) for body in task.bodies))
+
+
+def main() -> None:
+    for line in sys.stdin:
+        answers = uvloop.run(streams(msgspec.json.decode(line, type=Round)))
+        print(json.dumps(msgspec.to_builtins(answers)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
