@@ -114,8 +114,10 @@ async def loaded(agent: Agent, number: int = 1, key: str = "p/llama") -> tuple[s
 async def loading(agent: Agent, number: int = 1) -> tuple[str, Runner]:
     """Start a load that stays in progress; return its ID and its frozen runner."""
     runner = await frozen(agent)
+    warmed = agent.runners.next_runner
     id_ = await delivered(agent, number)
     await reached(agent, id_, State.LOADING)
+    await until(lambda: agent.runners.next_runner is not warmed, "the load has its runner")
     return id_, runner
 
 
