@@ -64,7 +64,8 @@ def is_idle(service: Service) -> bool:
 def ended(service: Service, outcome: str) -> float:
     """Return how many requests ended with an outcome."""
     text = service.send("GET", "/metrics").text
-    return service.metric("requests_total", outcome=outcome) if f'outcome="{outcome}"' in text else 0.0
+    is_counted = f'loadstone_requests_total{{outcome="{outcome}"' in text
+    return service.metric("requests_total", outcome=outcome) if is_counted else 0.0
 
 
 # ---- answers
