@@ -10,11 +10,10 @@ from typing import assert_never
 
 from msgspec import UNSET
 
-from shared.channel.messages import Delta, Deltas, Ended, Failed, FromRunner, Queued, Refused, Started, Usage
+from shared.channel.messages import Delta, Deltas, Ended, Failed, FromRunner, Queued, Refused, Started, Usage, size_of
 from shared.errors import ClientTooSlow, ServiceError
 
 MOST_BYTES = 1 << 20  # of deltas that the client has not read
-ITEM_BYTES = 48  # of a delta or a log probability, roughly
 
 
 class Answer(AsyncIterator[FromRunner]):
@@ -55,7 +54,7 @@ class Answer(AsyncIterator[FromRunner]):
         """
         if self.first_at is None:
             self.first_at = time.monotonic()
-        self._bytes += sum(map(_size_of, deltas))
+        self._bytes += sum(map(size_of, deltas))
         if self._bytes > MOST_BYTES:
             self._messages.clear()
             self.fail(ClientTooSlow(f"The client left more than {MOST_BYTES:,} bytes of the answer unread."))
@@ -87,8 +86,3 @@ class Answer(AsyncIterator[FromRunner]):
         if isinstance(message, Deltas):
             self._bytes = 0  # there is at most one of them
         return message
-
-
-def _size_of(delta: Delta) -> int:
-    logprobs = sum(1 + len(one.top) for one in delta.logprobs)
-    return len(delta.text) + len(delta.reasoning) + ITEM_BYTES * (1 + logprobs)

@@ -13,6 +13,7 @@ from msgspec import Struct, msgpack
 
 from shared import framing
 
+ITEM_BYTES = 48  # of a message, a delta or a log probability in memory, roughly
 Finish = Literal["stop", "length"]  # stop: an end-of-generation token or a stop string; length: a limit of tokens
 
 # ---- to the runner
@@ -122,6 +123,12 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = []
     finish: Finish | None = None
+
+
+def size_of(delta: Delta) -> int:
+    """Return roughly how many bytes of memory a delta holds."""
+    logprobs = sum(1 + len(one.top) for one in delta.logprobs)
+    return len(delta.text) + len(delta.reasoning) + ITEM_BYTES * (1 + logprobs)
 
 
 class Deltas(Struct, frozen=True, tag="deltas"):

@@ -23,10 +23,11 @@ from shared.channel.messages import (
     Started,
     TokenLogprobs,
     Usage,
+    size_of,
 )
 from shared.channel.trust import Hello, is_proven, proof
 from shared.errors import ClientTooSlow, ModelUnloaded, RunnerLost
-from worker.engine.channels import Backlog, size_of
+from worker.engine.channels import Backlog
 
 USAGE = Usage(
     prompt_tokens=7, cached_tokens=5, generated_tokens=3, reasoning_tokens=0, wait_s=0.5, prompt_s=0.25, generation_s=1

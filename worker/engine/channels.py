@@ -15,6 +15,7 @@ import msgspec
 
 from shared import framing
 from shared.channel.messages import (
+    ITEM_BYTES,
     MOST_BYTES,
     Closing,
     Delta,
@@ -30,6 +31,7 @@ from shared.channel.messages import (
     ToRunner,
     decode_to_runner,
     frame,
+    size_of,
 )
 from shared.channel.trust import Rejected, Welcome
 from worker.listener.protocol import receive, send
@@ -37,7 +39,6 @@ from worker.listener.protocol import receive, send
 BEHIND_BYTES = 4 << 20  # of messages that the API process has not taken; with more, its channel is closed
 BUFFER_BYTES = 256 << 10  # of these, in the buffer of the transport; beyond, deltas coalesce
 UNREAD = 256  # messages of the API process that may wait to be served; then its socket is not read
-ITEM_BYTES = 48  # of a message or a log probability, roughly
 
 Serve = Callable[["Channel"], Coroutine[Any, Any, None]]
 
@@ -179,12 +180,6 @@ class Backlog:
         self.n_bytes = 0
         self._before, self._joined, self._after = [], {}, []
         return messages
-
-
-def size_of(delta: Delta) -> int:
-    """Return roughly how many bytes a delta holds."""
-    logprobs = sum(1 + len(one.top) for one in delta.logprobs)
-    return len(delta.text) + len(delta.reasoning) + ITEM_BYTES * (1 + logprobs)
 
 
 class Channels:
