@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain, count
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET
 
 from api.pool.roster import Roster
 from api.single_flight import SingleFlight
@@ -44,16 +44,12 @@ class Listing:
         self._unloaded: list[ListedModel] = []  # of `_models`
         self._key_of: dict[str, str] = {}  # of the entry of each of `_models`, by `full_key`
 
-    async def entries(self) -> list[ListedModel]:
-        """Return all models that can be loaded, with their loaded instances, sorted by key.
+    async def models(self) -> bytes:
+        """Return all models that can be loaded, with their loaded instances, sorted by key: a ModelList as JSON.
 
         Each name that loads a model is the `key` of an entry or one of its `variants`.
         """
-        return (await self._flight(None)).entries
-
-    async def models(self) -> bytes:
-        """Return the entries as JSON: a ModelList."""
-        return (await self._flight(None)).encoded
+        return await self._flight(None)
 
     async def workers(self) -> list[ListedWorker]:
         """Return all live workers, with their instances in all states that are not terminal."""
@@ -84,7 +80,7 @@ class Listing:
             if (snapshot := worker.snapshot) is not None
         ]
 
-    async def _read(self, _keys: Sequence[None]) -> dict[None, Listed]:
+    async def _read(self, _keys: Sequence[None]) -> dict[None, bytes]:
         # Refresh first: a client that sees a ready worker must also see its models.
         _, live = await asyncio.gather(self._roster.refresh(), self._instances.live())
         unloaded = self._listed()
@@ -103,7 +99,7 @@ class Listing:
         ]
         if gone_models := gone.models():
             entries = sorted([*entries, *gone_models], key=_key)
-        return {None: Listed(entries, msgspec.json.encode(ModelList(models=entries)))}
+        return {None: msgspec.json.encode(ModelList(models=entries))}
 
     def _listed(self) -> list[ListedModel]:
         """Return the entries without instances, sorted by key, cached until the roster changes."""
@@ -113,13 +109,6 @@ class Listing:
             self._models, self._unloaded = models, [listed_group(key, groups[key]) for key in sorted(groups)]
             self._key_of = {model.full_key: key for key, group in groups.items() for model in group}
         return self._unloaded
-
-
-class Listed(Struct, frozen=True):
-    """The entries of the list, and as JSON."""
-
-    entries: list[ListedModel]
-    encoded: bytes
 
 
 def grouped(models: Iterable[Model]) -> dict[str, list[Model]]:

@@ -12,7 +12,7 @@ from api.pool.listing import Listing
 from api.pool.roster import PENDING_S, Roster
 from shared.errors import NoWorker
 from shared.instance import Instance
-from shared.schema.http import GPURequest, LoadRequest
+from shared.schema.http import GPURequest, ListedModel, LoadRequest, ModelList
 from shared.schema.memory import Device
 from shared.schema.model import Model
 from shared.schema.snapshot import WorkerSnapshot
@@ -159,9 +159,13 @@ async def test_a_plain_key_means_one_variant_in_the_pool(store: Store) -> None:
     assert workers("p/m") == [("has-both", "q4_0")]
     assert workers("p/m@q8_0") == [("has-both", "q8_0"), ("has-many", "q8_0")]
     assert workers("p/m", GPURequest(worker="has-many")) == [("has-many", "q8_0")]
-    (entry,) = await Listing(roster, store.instances).entries()
+    (entry,) = await entries_of(roster, store)
     assert (entry.key, entry.variants, entry.selected_variant) == ("p/m", ["p/m@q4_0", "p/m@q8_0"], "p/m@q4_0")
     assert (entry.size_bytes, entry.quantization.bits_per_weight) == (4500, 4)
+
+
+async def entries_of(roster: Roster, store: Store) -> list[ListedModel]:
+    return msgspec.json.decode(await Listing(roster, store.instances).models(), type=ModelList).models
 
 
 async def test_a_copy_whose_name_tells_no_variant_is_used_too(store: Store) -> None:
@@ -170,7 +174,7 @@ async def test_a_copy_whose_name_tells_no_variant_is_used_too(store: Store) -> N
     roster = await publish_models(store, {"named": [named], "renamed": [renamed]})
     candidates, _ = roster.candidates(LoadRequest(model="p/m"))
     assert sorted(one.worker for one in candidates) == ["named", "renamed"]
-    (entry,) = await Listing(roster, store.instances).entries()
+    (entry,) = await entries_of(roster, store)
     assert (entry.key, entry.variants, entry.selected_variant) == ("p/m", ["p/m@q4_0"], "p/m@q4_0")
 
 
@@ -179,7 +183,7 @@ async def test_other_models_of_a_folder_are_entries_of_their_own(store: Store) -
     mixed = [quantized("p/m", name, bits) for name, bits in (("a-q4_0", 4.5), ("a-q8_0", 8.5))]
     mixed.append(quantized("p/m", "b-q4_0", 4.6, architecture="bert"))
     roster = await publish_models(store, {"w": mixed})
-    entries = await Listing(roster, store.instances).entries()
+    entries = await entries_of(roster, store)
     assert {entry.key: (entry.architecture, entry.variants, entry.selected_variant) for entry in entries} == {
         "p/m": ("llama", ["p/m@a-q4_0", "p/m@a-q8_0"], "p/m@a-q4_0"),
         "p/m@b-q4_0": ("bert", ["p/m@b-q4_0"], "p/m@b-q4_0"),
