@@ -19,7 +19,7 @@ from api.openai.request import ChatRequest, decoded, generate
 from api.state import State
 from api.waiting import HEARTBEAT_S, EventStream, waited_for
 from shared import paths
-from shared.channel.messages import Deltas, Ended, Failed, Queued, Refused, Started
+from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Queued, Refused, Started
 from shared.errors import (
     ChatUnavailable,
     InvalidValue,
@@ -95,20 +95,14 @@ async def collected(answer: Answer, heading: Heading, choices: int) -> Completio
     """Return the whole reply to a request that was accepted.  Raises the error of one that fails."""
     collection = Collected(heading, choices)
     async for message in answer:
-        match message:
-            case Deltas():
-                for delta in message.deltas:
+        match told(message):
+            case Deltas(deltas):
+                for delta in deltas:
                     collection.add(delta)
-            case Ended():
-                return collection.completion(message.usage)
-            case Refused():
-                raise refusal(message)
-            case Failed():
-                raise RequestFailed(message.message)
-            case Queued() | Started():
+            case Ended(usage=usage):
+                return collection.completion(usage)
+            case None:
                 pass
-            case _:
-                assert_never(message)
     raise ServiceError("The answer has no end.")
 
 
@@ -126,24 +120,33 @@ async def streamed(answer: Answer, heading: Heading, choices: int, *, with_usage
             except TimeoutError:
                 yield HEARTBEAT
                 continue
-            match message:
-                case Deltas():
-                    yield b"".join(map(heading.added, message.deltas))
-                case Ended():
-                    yield (heading.usage(message.usage) if with_usage else b"") + DONE
+            match told(message):
+                case Deltas(deltas):
+                    yield b"".join(map(heading.added, deltas))
+                case Ended(usage=usage):
+                    yield (heading.usage(usage) if with_usage else b"") + DONE
                     return
-                case Refused():
-                    raise refusal(message)
-                case Failed():
-                    raise RequestFailed(message.message)
-                case Queued() | Started():
+                case None:
                     pass
-                case _:
-                    assert_never(message)
     except ServiceError as e:
         body = e.body()
         log.get("api").info("request failed", action="request_failed", type=body.type, reason=body.message)
         yield b"data: %b\n\n" % msgspec.json.encode(shaped(body, paths.CHAT_COMPLETIONS)[1])
+
+
+def told(message: FromRunner) -> Deltas | Ended | None:
+    """Return what of a message a client is told, None for nothing.  Raises the error that a message tells."""
+    match message:
+        case Deltas() | Ended():
+            return message
+        case Queued() | Started():
+            return None
+        case Refused():
+            raise refusal(message)
+        case Failed():
+            raise RequestFailed(message.message)
+        case _:
+            assert_never(message)
 
 
 def refusal(refused: Refused) -> ServiceError:
