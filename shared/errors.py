@@ -161,7 +161,8 @@ class NotImplementedYet(ServiceError):
 
 
 class ChatUnavailable(ServiceError):
-    """The worker's build of the engine has no chat code, so that it cannot render conversations."""
+    """Conversations cannot be rendered: the model has no chat template, or the worker's build of the engine no chat
+    code."""
 
     type = "not_implemented"
     code = "chat_unavailable"

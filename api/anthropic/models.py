@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from msgspec import UNSET, Meta, Struct
+from msgspec import Meta, Struct
 
 from api.openai.models import ListedId
 from api.pool.ids import Entry
@@ -41,7 +41,7 @@ def listed(entry: Entry) -> AnthropicModel:
         created=entry.created,
         state=entry.state,
         max_context_length=entry.model.max_context_length,
-        loaded_context_length=UNSET if entry.context_length is None else entry.context_length,
+        loaded_context_length=entry.context_length,
         display_name=entry.model.display_name,
         created_at=datetime.fromtimestamp(entry.created, UTC),
     )

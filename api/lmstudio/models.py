@@ -54,6 +54,6 @@ def listed(entry: Entry) -> LegacyModel:
         quantization=model.quantization or "",
         state=entry.state,
         max_context_length=model.max_context_length,
-        loaded_context_length=UNSET if entry.context_length is None else entry.context_length,
+        loaded_context_length=entry.context_length,
         capabilities=capabilities or UNSET,
     )

@@ -48,5 +48,5 @@ def listed(entry: Entry) -> OpenAIModel:
         state=entry.state,
         type=entry.kind,
         max_context_length=entry.model.max_context_length,
-        loaded_context_length=UNSET if entry.context_length is None else entry.context_length,
+        loaded_context_length=entry.context_length,
     )

@@ -20,7 +20,6 @@ MOST_STOPS = 16
 MOST_ALTERNATIVES = 20  # `top_logprobs`, as OpenAI has it
 UNLIMITED = -1  # of `max_tokens`, as LM Studio's clients send it
 ROLES = {"developer": "system"}  # the others are their own
-TEXT_PARTS = frozenset({"text", "input_text", "refusal"})
 TEMPERATURES, PENALTIES, BIASES = (0.0, 2.0), (-2.0, 2.0), (-100.0, 100.0)
 
 Limit = Annotated[int, Meta(ge=UNLIMITED)]

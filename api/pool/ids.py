@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, assert_never
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from api.pool.listing import is_usable, source_of
 from api.pool.roster import Roster
@@ -30,7 +30,7 @@ class Entry(Struct, frozen=True, kw_only=True, gc=False):
     id: str
     model: Model
     state: Loaded = "not-loaded"
-    context_length: int | None = None  # of a loaded instance
+    context_length: int | UnsetType = UNSET  # of a loaded instance
 
     @property
     def kind(self) -> Kind:
@@ -81,7 +81,7 @@ class Ids:
             match self._state(instance):
                 case "loaded":
                     model = self._roster.model_of(instance) or source_of(instance)
-                    context_length = None if instance.load_config is None else instance.load_config.context_length
+                    context_length = UNSET if instance.load_config is None else instance.load_config.context_length
                     entries[instance.instance_id] = Entry(
                         id=instance.instance_id, model=model, state="loaded", context_length=context_length
                     )
