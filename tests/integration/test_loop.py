@@ -398,6 +398,10 @@ def failing(root: Path) -> None:
     for sampling in (trial.endless(temperature=0), trial.endless()):
         (answered,) = trial.run(trial.job(prompt(300), sampling=sampling, client="b"))
         assert answered.code == "engine_failed"
+    calls = iter(range(100))
+    trial.engine.logits = lambda: broken() if next(calls) else logits()  # type: ignore[method-assign]
+    (answered,) = trial.run(trial.job(prompt(300), choices=2, sampling=trial.endless(), client="b"))
+    assert (answered.kinds.count("Broken"), answered.code) == (1, "engine_failed")
     trial.engine.logits = logits  # type: ignore[method-assign]
     (after,) = trial.run(
         trial.job(prompt(300), sampling=trial.endless(temperature=0), max_tokens=3, logprobs=10, client="c")

@@ -307,7 +307,8 @@ class Loop:
             self._draws.run([draw for _, draw in draws])
             now = time.monotonic()
             for part, draw in draws:
-                self._drawn(part, draw, now)
+                if part.running.job in self._running:  # else another answer of the job failed in this step
+                    self._drawn(part, draw, now)
             return
 
     def _make_room(self) -> None:
