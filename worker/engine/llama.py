@@ -372,7 +372,10 @@ class Loaded:
                 files.callback(os.close, fds[-1])
             self.files = [FileStat.of(os.fstat(fd)) for fd in fds]
             started = time.monotonic()
-            ahead = Ahead(fds, advanced) if is_mapped else None
+            ahead = None
+            if is_mapped:
+                ahead = Ahead(fds, advanced)
+                files.pop_all()
             model = _load_model(load, params, self._log)
             if ahead is not None:
                 try:

@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from shared import libc
 
@@ -70,7 +70,7 @@ class Ahead:
     """
 
     def __init__(self, fds: Sequence[int], advanced: Callable[[int], None]) -> None:
-        """`advanced` is called in that thread.  The caller keeps the descriptors open until `wait` returns.
+        """`advanced` is called in that thread, which also closes the descriptors: a load may fail before they are read.
 
         Raises OSError (ENOMEM) instead of waiting for ever: a thread that runs out of memory before it runs its target
         tells nobody, and `Thread.start` waits for it (CPython 3.11).
@@ -87,11 +87,14 @@ class Ahead:
             raise self._error
 
     def _read(self, fds: Sequence[int], advanced: Callable[[int], None]) -> None:
-        try:
+        with ExitStack() as files:
             for fd in fds:
-                prefetch(fd, advanced)
-        except Unreadable as e:
-            self._error = e
+                files.callback(os.close, fd)
+            try:
+                for fd in fds:
+                    prefetch(fd, advanced)
+            except Unreadable as e:
+                self._error = e
 
 
 def _cached(fd: int, at: int, length: int) -> bool:
