@@ -94,6 +94,37 @@ class CompletionUsage(Struct, frozen=True, kw_only=True):
         )
 
 
+class Timings(Struct, frozen=True, kw_only=True):
+    """Where the time of a request went, as llama-server reports it, and how long it waited."""
+
+    queued_ms: Annotated[float, Meta(description="Milliseconds from its arrival at the engine to its first step.")]
+    cache_n: Annotated[int, Meta(description="Tokens of the prompt that were not processed again.")]
+    prompt_n: Annotated[int, Meta(description="Tokens of the prompt that were processed.")]
+    prompt_ms: Annotated[float, Meta(description="Milliseconds from the first step to the first token.")]
+    prompt_per_second: Annotated[float, Meta(description="Processed tokens of the prompt per second.")]
+    predicted_n: Annotated[int, Meta(description="Generated tokens of all answers.")]
+    predicted_ms: Annotated[float, Meta(description="Milliseconds from the first token to the last one.")]
+    predicted_per_second: Annotated[float, Meta(description="Generated tokens per second.")]
+
+    @classmethod
+    def of(cls, usage: Usage) -> Timings:
+        processed = usage.prompt_tokens - usage.cached_tokens
+        return cls(
+            queued_ms=usage.wait_s * 1000,
+            cache_n=usage.cached_tokens,
+            prompt_n=processed,
+            prompt_ms=usage.prompt_s * 1000,
+            prompt_per_second=_rate(processed, usage.prompt_s),
+            predicted_n=usage.generated_tokens,
+            predicted_ms=usage.generation_s * 1000,
+            predicted_per_second=_rate(usage.generated_tokens, usage.generation_s),
+        )
+
+
+def _rate(n: int, seconds: float) -> float:
+    return n / seconds if seconds > 0 else 0.0
+
+
 class AnswerMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The message of an answer."""
 
@@ -126,6 +157,7 @@ class Completion(Struct, frozen=True, kw_only=True):
     system_fingerprint: Fingerprint
     choices: Annotated[list[Choice], Meta(description="The answers, `n` of them.")]
     usage: Annotated[CompletionUsage, Meta(description="The tokens of the request.")]
+    timings: Annotated[Timings, Meta(description="Where the time of the request went.")]
 
 
 class ChunkDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -164,6 +196,9 @@ class Chunk(Struct, frozen=True, kw_only=True):
         CompletionUsage | UnsetType,
         Meta(description="The tokens of the request, in the last chunk if `stream_options.include_usage` is set."),
     ] = UNSET
+    timings: Annotated[
+        Timings | UnsetType, Meta(description="Where the time of the request went, in the chunk with the usage.")
+    ] = UNSET
 
 
 class Heading:
@@ -175,7 +210,7 @@ class Heading:
         self.model = model
         self.fingerprint = fingerprint
 
-    def chunk(self, choices: list[ChunkChoice], usage: CompletionUsage | UnsetType = UNSET) -> bytes:
+    def chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> bytes:
         """Return a chunk as an event."""
         chunk = Chunk(
             id=self.id,
@@ -183,7 +218,8 @@ class Heading:
             model=self.model,
             system_fingerprint=self.fingerprint,
             choices=choices,
-            usage=usage,
+            usage=UNSET if usage is None else CompletionUsage.of(usage),
+            timings=UNSET if usage is None else Timings.of(usage),
         )
         return b"data: %b\n\n" % msgspec.json.encode(chunk)
 
@@ -211,7 +247,7 @@ class Heading:
 
     def usage(self, usage: Usage) -> bytes:
         """Return the chunk with the usage."""
-        return self.chunk([], CompletionUsage.of(usage))
+        return self.chunk([], usage)
 
 
 class Collected:
@@ -234,6 +270,7 @@ class Collected:
             system_fingerprint=heading.fingerprint,
             choices=[_choice(index, deltas) for index, deltas in enumerate(self._deltas)],
             usage=CompletionUsage.of(usage),
+            timings=Timings.of(usage),
         )
 
 

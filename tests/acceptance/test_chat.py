@@ -95,6 +95,18 @@ def test_a_stream_has_the_answer_of_a_whole_reply(service: Service, model: str, 
     assert {each["model"] for each in parts} == {whole["model"]} == {TINY}
 
 
+def test_timings_tell_where_the_time_went(service: Service, model: str) -> None:
+    whole = answered(service, model=model, max_tokens=5)
+    last = chunks(service, model=model, max_tokens=5, stream_options={"include_usage": True})[-1]
+    for reply in (whole, last):
+        usage, timings = reply["usage"], reply["timings"]
+        assert timings["predicted_n"] == usage["completion_tokens"]
+        assert timings["prompt_n"] + timings["cache_n"] == usage["prompt_tokens"]
+        assert timings["prompt_per_second"] == pytest.approx(1000 * timings["prompt_n"] / timings["prompt_ms"])
+        assert timings["predicted_per_second"] == pytest.approx(1000 * timings["predicted_n"] / timings["predicted_ms"])
+        assert timings["queued_ms"] >= 0
+
+
 def test_usage_is_sent_only_on_request(service: Service, model: str) -> None:
     for options in ({}, {"stream_options": {"include_usage": False}}, {"stream_options": None}):
         assert all("usage" not in each for each in chunks(service, max_tokens=2, **options))
