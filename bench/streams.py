@@ -19,6 +19,7 @@ from msgspec import Struct
 GENERATED, PROMPT, CACHED = (
     re.compile(rb'"%b":(\d+)' % name) for name in (b"completion_tokens", b"prompt_tokens", b"cached_tokens")
 )
+OWN = [re.compile(rb'"%b":([0-9.e+-]+)' % name) for name in (b"queued_ms", b"prompt_ms")]
 TEXT = re.compile(rb'"content":"(?!")')
 
 
@@ -39,6 +40,7 @@ class Stream(Struct, frozen=True, kw_only=True):
     tokens: int  # generated, by the server's own count
     prompt_tokens: int
     cached_tokens: int  # of the prompt
+    own_ms: float  # to the first token, by the server's own count
     error: str = ""
 
     @property
@@ -66,6 +68,7 @@ async def stream(task: Round, body: str, started: float) -> Stream:
     reply = b"".join(everything)
     counts = [pattern.search(reply) for pattern in (GENERATED, PROMPT, CACHED)]
     tokens, prompt_tokens, cached_tokens = (int(count[1]) if count else 0 for count in counts)
+    own = [pattern.search(reply) for pattern in OWN]
     return Stream(
         sent_s=sent_s,
         texts_s=texts,
@@ -73,6 +76,7 @@ async def stream(task: Round, body: str, started: float) -> Stream:
         tokens=tokens,
         prompt_tokens=prompt_tokens,
         cached_tokens=cached_tokens,
+        own_ms=sum(float(time_[1]) for time_ in own if time_),
         error="" if b"data: [DONE]" in reply else reply[-500:].decode("utf-8", "replace"),
     )
 
