@@ -108,6 +108,7 @@ class Agent:
             runners=self.runners,
             listener=self.listener,
             crashes=self.crashes,
+            templates={},
             desired=self.desired,
             tally=self.tally,
             placed=self.placed,

@@ -71,6 +71,7 @@ class Services:
     runners: Runners
     listener: Listener
     crashes: Crashes
+    templates: dict[str, dict[str, bool]]  # what the chat template of a model supports, by its fingerprint
     desired: Desired
     tally: Tally
     placed: deque[str]  # the ends (`short`) of the ids of loads that were placed or refused
@@ -306,6 +307,8 @@ class Resident:
                 await self._stop_runner(runner)
                 await self._fail(instance, "invalid_model_file", CHANGED)
             case Ready():
+                if outcome.capabilities is not None:
+                    self._services.templates[model.fingerprint] = outcome.capabilities
                 # Before a client can read "loaded".
                 await self._services.crashes.forget(model, everywhere=instance.request.force)
                 await self._services.placer.settle(self.id, outcome.usage)
@@ -364,7 +367,11 @@ class Resident:
 
     def _load_of(self, instance: Instance, model: Model, placed: Placement) -> Load:
         load = plan(instance.request, model, self._services.settings, placed.gpus, placed.layers)
-        return msgspec.structs.replace(load, traceparent=self._engine_log.traceparent)
+        return msgspec.structs.replace(
+            load,
+            traceparent=self._engine_log.traceparent,
+            capabilities=self._services.templates.get(model.fingerprint) if model.fingerprint else None,
+        )
 
     async def _loaded(self, instance: Instance, ready: Ready) -> Instance | None:
         """Write the record of a load that is ready, and return it; None if a stop was requested before."""

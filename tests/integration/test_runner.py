@@ -327,6 +327,18 @@ async def test_the_helper_of_a_runner_holds_no_model(runner: Runner, tmp_path: P
     wait_gone(processes)
 
 
+async def test_a_template_that_was_tried_before_is_not_tried_again(runners: Runners, tmp_path: Path) -> None:
+    """The worker knows by size and time that the files are the same; here they are not, so that it can be seen."""
+    good = tiny_llama(tmp_path / "good.gguf", metadata={"tokenizer.chat_template": "{{ messages[0].content }}"})
+    bad = tiny_llama(tmp_path / "bad.gguf", metadata={"tokenizer.chat_template": "{% for %}"})
+    async with taken(runners) as runner:
+        capabilities = (await ready(runner, given(good))).capabilities
+    assert capabilities is not None
+    async with taken(runners) as runner:
+        load = given(bad, capabilities=capabilities)
+        assert (await ready(runner, load)).capabilities == capabilities
+
+
 async def test_repacking_rearranges_weights_for_the_cpu(runners: Runners, tmp_path: Path) -> None:
     file = tiny_quantized(tmp_path / "m.gguf", "Q4_0")
     weights: list[int] = []

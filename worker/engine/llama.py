@@ -311,10 +311,12 @@ class Loaded:
     def __init__(self, load: Load, log: Log, report: Callable[[Phase, int], None], chat: Helper | None = None) -> None:
         """Load the model, create the context, and decode one token.  Raises LoadError, after freeing all memory.
 
-        `chat` tries the chat template at the same time; None: the model is loaded without chat.
+        `chat` tries the chat template at the same time, unless an earlier load did; None: the model is loaded without
+        chat.
         """
         self.timing: dict[Phase, float] = {}
         self.capabilities: dict[str, bool] | None = None  # of the chat template; None: there is no chat
+        self.untried: Template | None = None  # the chat template, if `chat` has not compiled it yet
         self.files: list[FileStat] = []  # when they were opened
         self._log = log
         log.write()
@@ -323,8 +325,12 @@ class Loaded:
         with ExitStack() as undo:
             self.model = self._load_model(load, report)
             undo.callback(lib.llama_model_free, self.model)
-            template = None if load.embedding else self._template()
-            trial = None if chat is None or template is None else chat.compile(template)
+            template = None if load.embedding or chat is None else self._template()
+            trial = None
+            if template is not None and load.capabilities is not None:
+                self.capabilities, self.untried = load.capabilities, template
+            elif template is not None and chat is not None:
+                trial = chat.compile(template)
             log.write()
             report("context", load.total_bytes)
             with _timed(self.timing, "context"):
@@ -463,7 +469,13 @@ class Loaded:
     def ready(self, load: Load) -> Ready:
         """Return the applied configuration and usage, read back from the model, the context and the engine's log."""
         usage = _usage(load, self.context, self._gpus) or []
-        return Ready(config=self._config(load), timing=self.timing, files=self.files, usage=usage)
+        return Ready(
+            config=self._config(load),
+            timing=self.timing,
+            files=self.files,
+            usage=usage,
+            capabilities=self.capabilities,
+        )
 
     def _config(self, load: Load) -> LoadConfig:
         n_ctx = min(load.n_ctx, lib.llama_n_ctx(self.context))  # llama.cpp pads up to a multiple of 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 import traceback
@@ -16,6 +17,7 @@ from worker.engine.requests import Ends, Requests
 from worker.runner.protocol import Load
 
 BROKEN = 1  # exit status
+LATEST_S = 0.05  # after Ready
 NO_TEMPLATE = "The model has no chat template."
 
 
@@ -24,13 +26,18 @@ class Serving:
 
     def __init__(self, hand_over: socket.socket) -> None:
         self.counters = Counters()  # of the engine loop
+        self._hand_over = hand_over
         self._channels = Channels(hand_over)
 
     def run(self, load: Load, loaded: Loaded, log: Log, chat: Helper | str) -> None:
         """Serve requests to the model, in this thread and that of the channels, until the process ends.
 
-        `chat`: a sentence that says why there is none, if so.
+        `chat`: a sentence that says why there is none, if so.  Starts at the first connection, or a little later: until
+        then the reply to the load is under way, which would wait for a core.
         """
+        select.select([self._hand_over], [], [], LATEST_S)
+        if isinstance(chat, Helper) and loaded.untried is not None:
+            chat.compile(loaded.untried)
         engine = None if load.embedding else self._engine(load, loaded, log)
         if engine is None or not engine.can_generate:
             self._channels.start(None)

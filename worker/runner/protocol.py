@@ -35,6 +35,7 @@ class Load(Plan, frozen=True, kw_only=True, tag="load"):
     devices: list[str]  # UUIDs of GPUs, in the order in which they take layers; empty: the CPU only
     layers: list[int]  # number of layers per device; the model's first layers, beyond their sum, stay on the CPU
     serving: Serving = Serving()
+    capabilities: dict[str, bool] | None = None  # of the chat template, if a load of these very files tried it before
     traceparent: str = ""  # of the runner's own span (W3C Trace Context)
 
 
@@ -90,6 +91,7 @@ class Ready(Struct, frozen=True, kw_only=True, tag="ready"):
     timing: dict[Phase, float]  # seconds, disjoint
     files: list[FileStat]  # of each shard, when it was opened and, unchanged, at the end of the load
     usage: list[Usage]  # by device, then of the host; empty if this build of the engine does not report it
+    capabilities: dict[str, bool] | None = None  # of the chat template; None: there is no chat
 
 
 class Measured(Struct, frozen=True, tag="measured"):
