@@ -20,8 +20,9 @@ from starlette.applications import Starlette
 
 from api.app import create_app
 from shared.heartbeat import heartbeat
-from shared.settings import SettingsError, check_exposure, from_environ, redis_url
+from shared.settings import SettingsError, from_environ, redis_url
 from shared.telemetry import log
+from shared.tokens import check_exposure
 
 GRACE_S = 2  # for replies that are still being sent when the drain ends
 TICKS = 10  # per second, of uvicorn

@@ -29,11 +29,12 @@ from api.pool.sweep import Sweep
 from api.replies import OpenReplies
 from api.routes import ROUTES
 from api.state import State
-from shared.settings import Settings, is_loopback, read_tokens, redis_url
+from shared.settings import Settings, is_loopback, redis_url
 from shared.store.connection import connected
 from shared.store.store import Store
 from shared.telemetry import log, trace
 from shared.telemetry.tally import Tally
+from shared.tokens import read_tokens
 
 
 class Traced:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
+from api.access import OPEN_PATHS
 from api.errors import is_below, reply
 from shared import paths
 from shared.errors import ForbiddenHost, InvalidAPIKey, InvalidRequest, InvalidValue
 from shared.settings import is_loopback
+from shared.tokens import Token, digest
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-# The page and the document say nothing of the pool; anybody can read them in the source.
-OPEN_PATHS = frozenset({paths.HEALTHZ, paths.READYZ, paths.ROOT, paths.DOCS, paths.OPENAPI})
 
 KEY_PATHS = (paths.MESSAGES, paths.V1_MODELS)  # where clients of Anthropic's API send the token as X-API-Key
 
@@ -31,24 +29,27 @@ class Auth:
     """Middleware that refuses requests without authorization.
 
     If tokens are configured, all paths except those in OPEN_PATHS require one.  Tokens are compared as digests in
-    constant time and never logged.  Without tokens, and if the API listens on loopback only, the Host header must name
-    loopback: otherwise a web page could make a browser send requests under the name of its own site (DNS rebinding).
+    constant time and never logged.  Whether the scope of a token suffices is for the route to say (`api.access`).
+    Without tokens, and if the API listens on loopback only, the Host header must name loopback: otherwise a web page
+    could make a browser send requests under the name of its own site (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, tokens: frozenset[bytes], loopback: bool) -> None:
+    def __init__(self, app: ASGIApp, tokens: Sequence[Token], loopback: bool) -> None:
         self.app = app
-        self.digests = [hashlib.sha256(token).digest() for token in tokens]
+        self.tokens = tokens
         self.check_host = loopback and not tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers, path = Headers(scope=scope), scope["path"]
-            known = [token for token in _sent(headers, path) if self._is_known(token)]
+            known = [token for sent in _sent(headers, path) if (token := self._known(sent)) is not None]
             error = self._refusal(headers, path, is_known=bool(known))
             if error is not None:
                 await reply(error, path)(scope, receive, send)
                 return
-            scope.setdefault("state", {})["caller"] = _digest(known[0]).hex() if known else ""
+            state = scope.setdefault("state", {})
+            state["caller"] = known[0].digest.hex() if known else ""
+            state["scope"] = known[0].scope if known else "manage"
         await self.app(scope, receive, send)
 
     def _refusal(self, headers: Headers, path: str, *, is_known: bool) -> InvalidRequest | None:
@@ -62,17 +63,17 @@ class Auth:
                 "The Host header must be a loopback name, such as localhost or 127.0.0.1. "
                 "To allow other names, configure API tokens."
             )
-        if is_open or not self.digests:
+        if is_open or not self.tokens:
             return None
         if not _sent(headers, path):
             also = " or 'X-API-Key: TOKEN'" if is_below(path, KEY_PATHS) else ""
             return InvalidAPIKey(f"A bearer token is required: send the header 'Authorization: Bearer TOKEN'{also}.")
         return None if is_known else InvalidAPIKey("The bearer token is invalid.")
 
-    def _is_known(self, token: str) -> bool:
-        digest = _digest(token)
-        matches = [hmac.compare_digest(digest, known) for known in self.digests]
-        return any(matches)
+    def _known(self, sent: str) -> Token | None:
+        its = digest(sent)
+        matches = [token for token in self.tokens if hmac.compare_digest(its, token.digest)]
+        return matches[0] if matches else None
 
 
 def _sent(headers: Headers, path: str) -> list[str]:
@@ -80,10 +81,6 @@ def _sent(headers: Headers, path: str) -> list[str]:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     key = headers.get("x-api-key", "") if is_below(path, KEY_PATHS) else ""
     return [sent for sent in (token.strip() if scheme.lower() == "bearer" else "", key.strip()) if sent]
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("latin-1")).digest()
 
 
 @lru_cache(maxsize=256)  # clients send few different ones

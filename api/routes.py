@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from api import unserved
+from api.access import guarded
 from api.anthropic import models as anthropic
 from api.decode import decode, read_body
 from api.headers import (
@@ -216,7 +217,7 @@ def _rest(path: str, endpoint: Callable[[Request[State]], Awaitable[Response]]) 
     return route
 
 
-ROUTES = [  # in order of matching: the most frequent come first
+_ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.JOB, one_job, methods=["GET"]),
     Route(paths.MODELS, models, methods=["GET"]),
     Route(paths.LOAD, load, methods=["POST"]),
@@ -240,6 +241,7 @@ ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.ROOT, root, methods=["GET"], include_in_schema=False),
     *unserved.ROUTES,
 ]
+ROUTES = [*map(guarded, _ROUTES)]
 
 
 def _job_id(request: Request[State]) -> str:

@@ -20,6 +20,7 @@ from shared.store.counters import Counters
 from shared.store.queue import Queue
 from shared.store.workers import Workers
 from shared.telemetry.tally import Tally
+from shared.tokens import Scope
 
 
 class State(TypedDict):
@@ -43,4 +44,5 @@ class State(TypedDict):
     draining: asyncio.Event
     closing: asyncio.Event
     caller: NotRequired[str]  # digest of the token, or ""; `api.auth.Auth` adds it
+    scope: NotRequired[Scope]  # of the token, `manage` if there are no tokens; `api.auth.Auth` adds it
     traceparent: NotRequired[str]  # of this request's span; `api.app.Traced` adds it

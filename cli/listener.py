@@ -14,7 +14,8 @@ from typing import Literal, assert_never
 
 import msgspec
 
-from shared.settings import Settings, SettingsError, check_exposure, variable
+from shared.settings import Settings, SettingsError, variable
+from shared.tokens import check_exposure
 
 BACKLOG = 2048
 ANSWER_S = 2.0

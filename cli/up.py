@@ -24,14 +24,13 @@ from shared.settings import (
     PREFIX,
     Settings,
     SettingsError,
-    check_exposure,
     from_environ,
-    read_tokens,
     redis_url,
     to_environ,
     variable,
 )
 from shared.telemetry import log
+from shared.tokens import check_exposure, read_tokens
 
 # `up` takes at most the sum of these to stop: 10 s, after which container runtimes send SIGKILL.
 UP_DRAIN_S = 1.0  # without a load balancer, the API exits once no request is in progress, and at the latest after this

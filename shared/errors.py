@@ -102,6 +102,12 @@ class InvalidAPIKey(InvalidRequest):
     code = "invalid_api_key"
 
 
+class InsufficientScope(InvalidRequest):
+    """The scope of the token does not allow the request."""
+
+    code = "insufficient_scope"
+
+
 class ForbiddenHost(InvalidRequest):
     """No tokens are configured, and the `Host` header is not a loopback name (protection against DNS rebinding)."""
 

@@ -103,7 +103,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     api_tokens_file: Annotated[
         Path | None,
         setting(
-            "file with the bearer tokens that the API accepts, one per line", "a readable file", flags=("up", "api")
+            "file with the bearer tokens that the API accepts, one per line, each optionally with a name and a scope",
+            "a readable file",
+            flags=("up", "api"),
         ),
     ] = None
     insecure: Annotated[
@@ -411,50 +413,6 @@ def _expand(field: str, path: Path) -> Path:
         raise SettingsError(
             f"{variable(field)} is '{path}': it must be {entry(field).allowed} (the home directory is unknown)."
         ) from None
-
-
-def read_tokens(settings: Settings) -> frozenset[bytes]:
-    """Return the configured bearer tokens, or an empty set if none are configured.
-
-    The file has one token per line, the variable is a comma-separated list.  Blank entries and surrounding white space
-    are ignored.  Raises SettingsError for a file that cannot be read, for a file or list without a token, and for a
-    token with characters other than visible ASCII (RFC 6750 allows fewer characters, but proxies pass these).
-    """
-    sources = []
-    if settings.api_tokens:
-        sources.append((variable("api_tokens"), settings.api_tokens.split(",")))
-    if settings.api_tokens_file is not None:
-        sources.append((variable("api_tokens_file"), _lines(settings.api_tokens_file)))
-    tokens = set()
-    for name, texts in sources:
-        listed = {text.strip() for text in texts} - {""}
-        if not listed:
-            raise SettingsError(f"{name} contains no token: add at least one, or unset it.")
-        if not all("!" <= c <= "~" for token in listed for c in token):
-            raise SettingsError(
-                f"{name} contains an invalid token: tokens must be visible ASCII (letters, digits, punctuation)."
-            )
-        tokens |= {token.encode() for token in listed}
-    return frozenset(tokens)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "not UTF-8 text"
-        raise SettingsError(
-            f"{variable('api_tokens_file')} is '{file}': it must be a readable file ({reason})."
-        ) from None
-
-
-def check_exposure(settings: Settings) -> None:
-    """Raise SettingsError if the API would listen on a non-loopback address without tokens and without --insecure."""
-    if not is_loopback(settings.host) and not settings.insecure and not read_tokens(settings):
-        raise SettingsError(
-            f"{variable('host')} is '{settings.host}', which other machines can reach, but no token is set: set "
-            f"{variable('api_tokens_file')} or {variable('api_tokens')}, listen on 127.0.0.1, or use --insecure."
-        )
 
 
 def is_loopback(host: str) -> bool:

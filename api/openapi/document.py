@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, get_args
+from typing import Any, assert_never, get_args
 
 import msgspec
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from api.access import ACCESS, Access
 from api.anthropic.models import AnthropicModel, AnthropicModelList
-from api.auth import OPEN_PATHS
 from api.errors import ErrorReply, shaped, status_of
 from api.openai.answer import Chunk
 from api.openai.errors import OpenAIErrorReply
@@ -44,14 +44,14 @@ WITH_RETRY_AFTER = {
     status_of(ErrorBody(type=kind.type, message="")) for kind in (errors.TooManyRequests, errors.ServiceUnavailable)
 }
 EVERY_PATH = "/api/v1"  # as an example of all
-EVERYWHERE = (errors.InvalidValue, errors.InvalidAPIKey, errors.ForbiddenHost, ServiceError)
+EVERYWHERE = (errors.InvalidValue, errors.ForbiddenHost, ServiceError)
 
 
 def document() -> dict[str, Any]:
     """Return the OpenAPI document."""
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), operation in OPERATIONS.items():
-        paths.setdefault(path, {})[method.lower()] = _operation(path, operation)
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation)
     schemas = msgspec.json.schema_components(_types(), schema_hook=anything, ref_template=REF)[1]
     for kind in get_args(LoadEvent):  # msgspec adds the field of the tag, without a description
         schemas[kind.__name__]["properties"]["type"]["description"] = "Name of the event."
@@ -61,7 +61,6 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Loadstone", "version": __version__, "description": INTRO},
         "servers": [{"url": "/"}],
-        "security": [{"bearer": []}],
         "paths": paths,
         "components": {
             "schemas": schemas,
@@ -74,27 +73,27 @@ def document() -> dict[str, Any]:
                 "bearer": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "An API token. Required if the operator has configured tokens.",
+                    "description": "An API token. Required if the operator has configured tokens. One of the scopes "
+                    "that an operation lists suffices; `manage` gives access to everything.",
                 }
             },
         },
     }
 
 
-def _operation(path: str, operation: Operation) -> dict[str, Any]:
+def _operation(method: str, path: str, operation: Operation) -> dict[str, Any]:
     described: dict[str, Any] = {"operationId": operation.name, "summary": operation.summary}
     if operation.description:
         described["description"] = operation.description
-    if path in OPEN_PATHS:
-        described["security"] = []
+    access = ACCESS[method, path]
+    described["security"] = _security(access)
     if operation.parameters:
         described["parameters"] = [{"name": name, **PARAMETERS[name]} for name in operation.parameters]
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": {JSON: {"schema": schema_of(operation.body)}}}
     replies = {status: _reply(reply) for status, reply in operation.replies.items()}
     by_status: dict[int, list[type[ServiceError]]] = {}
-    kinds = [kind for kind in EVERYWHERE if kind is not errors.InvalidAPIKey or path not in OPEN_PATHS]
-    for kind in (*operation.errors, *kinds):
+    for kind in (*operation.errors, *EVERYWHERE, *_refusals(access)):
         for body in bodies(kind):
             listed = by_status.setdefault(shaped(body, path)[0], [])
             if kind not in listed:
@@ -102,6 +101,32 @@ def _operation(path: str, operation: Operation) -> dict[str, Any]:
     replies |= {status: _errors(kinds, status, path) for status, kinds in by_status.items()}
     described["responses"] = {str(status): reply for status, reply in sorted(replies.items())}
     return described
+
+
+def _security(access: Access) -> list[dict[str, list[str]]]:
+    """Describe the tokens of which one is required: an http scheme may list roles since OpenAPI 3.1."""
+    match access:
+        case "open":
+            return []
+        case "infer":
+            return [{"bearer": ["infer"]}, {"bearer": ["manage"]}]
+        case "manage":
+            return [{"bearer": ["manage"]}]
+        case _:
+            assert_never(access)
+
+
+def _refusals(access: Access) -> tuple[type[ServiceError], ...]:
+    """Return the errors of a request without the right token."""
+    match access:
+        case "open":
+            return ()
+        case "infer":
+            return (errors.InvalidAPIKey,)
+        case "manage":
+            return (errors.InvalidAPIKey, errors.InsufficientScope)
+        case _:
+            assert_never(access)
 
 
 def _reply(reply: Reply) -> dict[str, Any]:

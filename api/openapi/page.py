@@ -36,7 +36,7 @@ def curl(document: dict[str, Any], path: str, method: str, operation: dict[str, 
         words.append(f"-X {method.upper()}")
     if [*operation["responses"]["200"]["content"]] == ["text/event-stream"]:
         words.append("--no-buffer")
-    if operation.get("security") != []:
+    if operation["security"]:
         words.append('-H "Authorization: Bearer $TOKEN"')
     for content in operation.get("requestBody", {}).get("content", {}).values():
         kind = content["schema"]["$ref"].rpartition("/")[2]

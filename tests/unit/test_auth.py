@@ -13,9 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api.access import ACCESS
 from api.app import create_app
 from api.auth import Auth
-from shared.settings import Settings, read_tokens
+from api.routes import ROUTES
+from shared.settings import Settings
+from shared.tokens import Token, digest
 
 LOOPBACK, EXPOSED = True, False
 PATH = "/api/v1/models"
@@ -42,7 +45,7 @@ async def call(
         sent.append(message)
 
     scope = {"type": kind, "method": "GET", "path": path, "headers": list(headers), "query_string": b""}
-    await Auth(app, tokens, loopback)(scope, receive, send)
+    await Auth(app, [Token(digest=digest(token.decode())) for token in tokens], loopback)(scope, receive, send)
     body = sent[1]["body"]
     return sent[0]["status"], msgspec.json.decode(body)["error"] if body else {}, dict(sent[0]["headers"])
 
@@ -153,12 +156,6 @@ async def test_a_token_is_accepted_with_any_host_name() -> None:
 
 async def test_lifespan_events_need_no_token() -> None:
     assert (await call(tokens=frozenset({b"secret"}), kind="lifespan"))[0] == 204
-
-
-def test_tokens_come_from_the_file_and_the_variable(tmp_path: Path) -> None:
-    (tmp_path / "tokens").write_text("id:one\n\n  two \n")
-    settings = Settings(api_tokens="three, id:one", api_tokens_file=tmp_path / "tokens")
-    assert read_tokens(settings) == {b"id:one", b"two", b"three"}
 
 
 # ---- the Host header
@@ -282,3 +279,51 @@ async def test_a_page_can_read_the_reason_of_a_refusal() -> None:
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, "*")
         options = await http.options(PATH)
         assert options.status_code == 401, "without the headers of a preflight, OPTIONS needs a token"
+
+
+# ---- scopes
+
+
+MANAGED = {  # by the documentation; all others are for either scope, or open
+    *(("POST", f"/api/v1/models/{verb}") for verb in ("load", "unload", "estimate", "download")),
+    *(("GET", f"/api/v1/models/load/status{rest}") for rest in ("", "/{job_id}", "/{job_id}/events", "/{job_id}/logs")),
+    ("DELETE", "/api/v1/models/load/status/{job_id}"),
+    ("GET", "/api/v1/models/download/status/{job_id}"),
+    ("GET", "/api/v1/workers"),
+    ("GET", "/metrics"),
+}
+ROUTED = [(min((route.methods or set()) - {"HEAD"}), route.path) for route in ROUTES]
+
+
+def test_the_table_of_access_has_exactly_the_routes() -> None:
+    assert sorted(ACCESS) == sorted(ROUTED)
+    assert {route for route, access in ACCESS.items() if access == "manage"} == MANAGED
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTED)
+async def test_a_scope_opens_its_routes_and_no_others(tmp_path: Path, method: str, path: str) -> None:
+    """What is not refused fails here, without Redis and a lifespan, or is answered."""
+    (tmp_path / "tokens").write_text("one\ntwo scope=manage\nthree scope=infer\n")
+    app = create_app(Settings(api_tokens_file=tmp_path / "tokens"), asyncio.Event())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:1234") as http:
+        for token, is_allowed in (("one", True), ("two", True), ("three", (method, path) not in MANAGED)):
+            for verb in {method, "HEAD"} if method == "GET" else {method}:
+                headers = {"Authorization": f"Bearer {token}"}
+                answer = await http.request(verb, path.replace("{job_id}", f"load_{32 * '0'}"), headers=headers)
+                assert (answer.status_code in (401, 403)) == (not is_allowed)
+                assert is_allowed or answer.status_code == 403
+    if not is_allowed and verb == method:
+        assert answer.json()["error"]["code"] == "insufficient_scope"
+        assert answer.json()["error"]["message"].startswith(f"{method} /")
+        assert answer.json()["error"]["message"].endswith(
+            "needs a token with the scope 'manage'; this one has 'infer'."
+        )
+
+
+async def test_a_path_or_method_that_does_not_exist_needs_no_scope(tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("three scope=infer\n")
+    async with client(Settings(api_tokens_file=tmp_path / "tokens")) as http:
+        http.headers["Authorization"] = "Bearer three"
+        assert (await http.get("/api/v1/nothing")).status_code == 404
+        assert (await http.get("/api/v1/models/unload")).status_code == 405

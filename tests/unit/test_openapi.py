@@ -13,7 +13,7 @@ import jsonschema_rs
 import pytest
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
-from api.auth import OPEN_PATHS
+from api.access import ACCESS, OPEN_PATHS
 from api.errors import STATUS, family_of
 from api.openai.request import ChatRequest
 from api.openapi import page
@@ -102,8 +102,12 @@ def test_the_document_has_openai_errors_where_they_are_sent(path: str) -> None:
 @pytest.mark.parametrize(("method", "path"), sorted(ROUTED))
 def test_an_operation_has_security_parameters_and_body(method: str, path: str) -> None:
     operation = DOCUMENT["paths"][path][method.lower()]
-    assert (operation.get("security") == []) == (path in OPEN_PATHS)
+    assert (operation["security"] == []) == (path in OPEN_PATHS)
     assert ("401" in operation["responses"]) == (path not in OPEN_PATHS)
+    scopes = [scope for one in operation["security"] for scope in one["bearer"]]
+    assert scopes == {"open": [], "infer": ["infer", "manage"], "manage": ["manage"]}[ACCESS[method, path]]
+    described = "insufficient_scope" in json.dumps(operation["responses"].get("403", {}))
+    assert described == (ACCESS[method, path] == "manage")
     in_path = {one["name"] for one in operation.get("parameters", []) if one["in"] == "path"}
     assert in_path == set(re.findall(r"{(\w+)}", path))
     assert ("requestBody" in operation) == (method == "POST")

@@ -15,11 +15,8 @@ from msgspec import Meta, to_builtins
 from shared.settings import (
     Settings,
     SettingsError,
-    check_exposure,
     entry,
     from_environ,
-    is_loopback,
-    read_tokens,
     redis_url,
     to_environ,
     variable,
@@ -168,63 +165,6 @@ def test_settings_survive_a_round_trip_through_variables(settings: Settings) -> 
     environ = to_environ(settings)
     assert from_environ(environ) == settings
     assert all(isinstance(value, str) for value in environ.values())
-
-
-def test_tokens_come_from_the_variable_and_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "tokens"
-    file.write_text("first:with:colons\n\n  second  \r\nwith,comma\n")
-    settings = from_environ({"LOADSTONE_API_TOKENS": "a, b:c,,", "LOADSTONE_API_TOKENS_FILE": str(file)})
-    assert read_tokens(settings) == {b"a", b"b:c", b"first:with:colons", b"second", b"with,comma"}
-
-
-def test_default_is_no_tokens() -> None:
-    assert read_tokens(Settings()) == frozenset()
-
-
-@pytest.mark.parametrize("text", ["gehe1m-ü", "two words", "nul\0", "\ufeffbom"])
-def test_unsendable_token_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "tokens"
-    file.write_text(f"fine\n{text}\n", "utf-8")
-    for settings in (Settings(api_tokens=f"fine,{text}"), Settings(api_tokens_file=file)):
-        with pytest.raises(SettingsError, match="LOADSTONE_API_TOKENS") as refused:
-            read_tokens(settings)
-        assert text not in str(refused.value)
-
-
-def test_empty_token_lists_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "tokens"
-    file.write_text("\n \n")
-    for settings in (Settings(api_tokens=" , "), Settings(api_tokens_file=file)):
-        with pytest.raises(SettingsError, match="contains no token"):
-            read_tokens(settings)
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"), [("absent", "No such file"), ("directory", "directory"), ("binary", "text")]
-)
-def test_unreadable_token_file_is_refused_with_a_sentence(tmp_path: Path, make: str, reason: str) -> None:
-    file = tmp_path / "tokens"
-    if make == "directory":
-        file.mkdir()
-    elif make == "binary":
-        file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SettingsError, match=f"LOADSTONE_API_TOKENS_FILE is .*{reason}"):
-        read_tokens(Settings(api_tokens_file=file))
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost", "LOCALHOST.", "a.localhost"])
-def test_loopback_address_needs_no_token(host: str) -> None:
-    assert is_loopback(host)
-    check_exposure(Settings(host=host))
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", "localhost.example.org", "0", ""])
-def test_reachable_address_needs_a_token_or_insecure(host: str) -> None:
-    assert not is_loopback(host)
-    with pytest.raises(SettingsError, match="no token is set"):
-        check_exposure(Settings(host=host))
-    check_exposure(Settings(host=host, insecure=True))
-    check_exposure(Settings(host=host, api_tokens="secret"))
 
 
 @pytest.mark.parametrize("variable", ["LOADSTONE_PORT", "LOADSTONE_EVICT", "LOADSTONE_DEVICE_RESERVE"])
