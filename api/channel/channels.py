@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -19,15 +19,20 @@ from shared.telemetry.tally import Tally, answered
 Key = tuple[str, str]  # epoch of the worker, id of the load
 
 CLOSED = "The server is shutting down."
+NO_NAMES: Mapping[str, str] = {}
 
 
 class Channels:
     """Sends requests to the runners of loaded instances."""
 
-    def __init__(self, worker: Callable[[str], WorkerSnapshot | None], tally: Tally) -> None:
-        """`worker` returns the last snapshot of a worker, None if it is not alive."""
+    def __init__(
+        self, worker: Callable[[str], WorkerSnapshot | None], tally: Tally, names: Mapping[str, str] = NO_NAMES
+    ) -> None:
+        """`worker` returns the last snapshot of a worker, None if it is not alive; `names` has those of clients, for
+        the metrics."""
         self._worker = worker
         self._tally = tally
+        self._names = names
         self._connections: dict[Key, asyncio.Task[Connection]] = {}
 
     @asynccontextmanager
@@ -55,6 +60,7 @@ class Channels:
                     route,
                     answer.outcome,
                     time.monotonic() - began,
+                    token=self._names.get(request.client, ""),
                     first_token_s=None if answer.first_at is None else answer.first_at - began,
                     usage=answer.usage,
                     choices=request.choices,

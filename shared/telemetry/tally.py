@@ -44,7 +44,7 @@ class Family(Struct, frozen=True, kw_only=True):
     """A family of metrics that processes count and Redis accumulates.
 
     `known` are the values of `labels` for which a counter is exported from 0 on: Prometheus cannot see the first
-    increase of a series that starts at 1.
+    increase of a series that starts at 1.  `named` does the same for the names of tokens, which are configured.
     """
 
     name: str
@@ -96,26 +96,30 @@ FAMILIES = (
     Family(
         name="requests",
         kind="counter",
-        help="Requests to loaded models that ended, by route and outcome: completed, cancelled, or an error code.",
-        labels=("route", "outcome"),
+        help="Requests to loaded models that ended, by route, outcome (completed, cancelled, or an error code) and "
+        "name of the token.",
+        labels=("route", "outcome", "token"),
     ),
     Family(
         name="prompt_tokens",
         kind="counter",
         help="Tokens of the prompts of completed requests.",
-        known=((),),
+        labels=("token",),
+        known=(("",),),
     ),
     Family(
         name="cached_tokens",
         kind="counter",
         help="Tokens of these prompts that were not processed again, because their beginning was.",
-        known=((),),
+        labels=("token",),
+        known=(("",),),
     ),
     Family(
         name="generated_tokens",
         kind="counter",
         help="Tokens that completed requests generated.",
-        known=((),),
+        labels=("token",),
+        known=(("",),),
     ),
     Family(
         name="request_seconds",
@@ -207,18 +211,32 @@ def died(state: RunnerState) -> dict[str, int]:
     return {field("runner_deaths", state): 1}
 
 
+def named(token: str) -> dict[str, int]:
+    """Return what exports the counters of a token's name from 0 on."""
+    return dict.fromkeys(
+        (field("prompt_tokens", token), field("cached_tokens", token), field("generated_tokens", token)), 0
+    )
+
+
 def answered(
-    route: str, outcome: str, seconds: float, *, first_token_s: float | None, usage: Usage | None, choices: int
+    route: str,
+    outcome: str,
+    seconds: float,
+    *,
+    token: str,
+    first_token_s: float | None,
+    usage: Usage | None,
+    choices: int,
 ) -> dict[str, int]:
-    """Return the counts that a request to a loaded model adds.  `usage`: of a completed request, which alone counts in
-    the histograms; `first_token_s`: None if it has no token."""
-    counts = {field("requests", route, outcome): 1}
+    """Return the counts that a request to a loaded model adds.  `token`: the name of the client's, "" if it has none;
+    `usage`: of a completed request, which alone counts in the histograms; `first_token_s`: None if it has no token."""
+    counts = {field("requests", route, outcome, token): 1}
     if usage is None:
         return counts
     counts |= {
-        field("prompt_tokens"): usage.prompt_tokens,
-        field("cached_tokens"): usage.cached_tokens,
-        field("generated_tokens"): usage.generated_tokens,
+        field("prompt_tokens", token): usage.prompt_tokens,
+        field("cached_tokens", token): usage.cached_tokens,
+        field("generated_tokens", token): usage.generated_tokens,
     }
     counts |= observed("request_seconds", seconds, route)
     if first_token_s is not None:

@@ -112,7 +112,7 @@ async def test_a_request_is_answered_in_order(served: Served) -> None:
     assert isinstance(messages[0], Queued)
     assert isinstance(messages[-1], Ended)
     assert text(messages) == "0123456789012345678901234"
-    assert "requests|/test|completed" in served.tally._counts
+    assert "requests|/test|completed|" in served.tally._counts
 
 
 async def test_concurrent_requests_share_one_channel(served: Served) -> None:
@@ -141,7 +141,7 @@ async def test_leaving_an_answer_cancels_its_request(served: Served) -> None:
     async with served.channels.answering(served.instance, request, "/test") as answer:
         assert isinstance(await anext(answer), Queued)
     await served.said("cancelled 1")
-    assert "requests|/test|cancelled" in served.tally._counts
+    assert "requests|/test|cancelled|" in served.tally._counts
     assert text(await served.answer()) == "012"
 
 

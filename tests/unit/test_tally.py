@@ -32,6 +32,7 @@ from shared.telemetry.tally import (
     bucket,
     died,
     moved,
+    named,
     observed,
     size_class,
 )
@@ -219,11 +220,11 @@ def test_a_completed_request_adds_its_tokens_and_times() -> None:
         prompt_s=0.25,
         generation_s=0.2,
     )
-    assert answered("/r", "completed", 1.0, first_token_s=0.8, usage=usage, choices=2) == {
-        "requests|/r|completed": 1,
-        "prompt_tokens": 70,
-        "cached_tokens": 50,
-        "generated_tokens": 22,
+    assert answered("/r", "completed", 1.0, token="alice", first_token_s=0.8, usage=usage, choices=2) == {
+        "requests|/r|completed|alice": 1,
+        "prompt_tokens|alice": 70,
+        "cached_tokens|alice": 50,
+        "generated_tokens|alice": 22,
         "request_seconds|/r|1.0": 1,
         "request_seconds|/r|sum": 1_000_000,
         "time_to_first_token_seconds|/r|1.0": 1,
@@ -234,4 +235,12 @@ def test_a_completed_request_adds_its_tokens_and_times() -> None:
 
 
 def test_a_request_without_an_answer_adds_its_outcome_only() -> None:
-    assert answered("/r", "cancelled", 1.0, first_token_s=0.8, usage=None, choices=1) == {"requests|/r|cancelled": 1}
+    counts = answered("/r", "cancelled", 1.0, token="", first_token_s=0.8, usage=None, choices=1)
+    assert counts == {"requests|/r|cancelled|": 1}
+
+
+def test_the_tokens_of_a_name_are_counted_from_0_on() -> None:
+    text = rendered(msgspec.structs.replace(NOTHING, tallies=named("alice"))).decode()
+    for family in ("prompt_tokens", "cached_tokens", "generated_tokens"):
+        assert f'loadstone_{family}_total{{token="alice"}} 0.0' in text
+        assert f'loadstone_{family}_total{{token=""}} 0.0' in text
