@@ -80,9 +80,7 @@ def guarded(route: Route) -> Route:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if not is_allowed(access, scope["state"]["scope"]):
-            raise InsufficientScope(
-                f"{scope['method']} {scope['path']} needs a token with the scope 'manage'; this one has 'infer'."
-            )
+            raise InsufficientScope("The request needs a token with the scope 'manage'; this one has 'infer'.")
         await inner(scope, receive, send)
 
     guard: ASGIApp = app

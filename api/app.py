@@ -33,7 +33,7 @@ from shared.settings import Settings, is_loopback, redis_url
 from shared.store.connection import connected
 from shared.store.store import Store
 from shared.telemetry import log, trace
-from shared.telemetry.tally import Tally
+from shared.telemetry.tally import Tally, named
 from shared.tokens import read_tokens
 
 
@@ -77,7 +77,11 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
     set at the end of the drain: replies that wait for something end at once.
     """
     draining = draining or asyncio.Event()
+    tokens = read_tokens(settings)
+    names = {token.client: token.name for token in tokens if token.name}
     tally = Tally()
+    for name in names.values():
+        tally.add(named(name))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[State]:
@@ -95,7 +99,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 lease_s=settings.lease_s,
                 load_attempts=settings.load_attempts,
             )
-            channels = Channels(lambda name: roster.alive.get(name), tally)
+            channels = Channels(lambda name: roster.alive.get(name), tally, names)
 
             async def close_channels() -> None:  # so that streams end with an error, not in the middle
                 await closing.wait()
@@ -140,7 +144,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 task.cancel()
 
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
-    middleware = [Middleware(Auth, read_tokens(settings), is_loopback(settings.host))]
+    middleware = [Middleware(Auth, tokens, is_loopback(settings.host))]
     if origins:  # outside of Auth: preflight requests of browsers carry no token
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

@@ -48,7 +48,7 @@ class Auth:
                 await reply(error, path)(scope, receive, send)
                 return
             state = scope.setdefault("state", {})
-            state["caller"] = known[0].digest.hex() if known else ""
+            state["caller"] = known[0].client if known else ""
             state["scope"] = known[0].scope if known else "manage"
         await self.app(scope, receive, send)
 

@@ -43,6 +43,6 @@ class State(TypedDict):
     replies: OpenReplies
     draining: asyncio.Event
     closing: asyncio.Event
-    caller: NotRequired[str]  # digest of the token, or ""; `api.auth.Auth` adds it
+    caller: NotRequired[str]  # the client of the token; `api.auth.Auth` adds it
     scope: NotRequired[Scope]  # of the token, `manage` if there are no tokens; `api.auth.Auth` adds it
     traceparent: NotRequired[str]  # of this request's span; `api.app.Traced` adds it

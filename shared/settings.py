@@ -271,6 +271,22 @@ class Settings(Struct, frozen=True, kw_only=True):
             le=86400,
         ),
     ] = 600.0
+    max_output_tokens: Annotated[
+        int,
+        setting(
+            "maximum number of tokens of an answer; a request for more gets that many; 0: up to the end of the context",
+            "an integer of at least 0",
+            ge=0,
+        ),
+    ] = 0
+    shared_prefixes: Annotated[
+        Literal["on", "off"],
+        setting(
+            "reuse the tokens of a prompt for the requests of all clients that begin with the same text, not only for "
+            "those with the same token; a client can then learn by the time of an answer what others sent",
+            "on or off",
+        ),
+    ] = "off"
     stall_limit_s: Annotated[
         float,
         setting(

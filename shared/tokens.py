@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal, TypeGuard, get_args
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from shared.settings import Settings, SettingsError, is_loopback, variable
 
@@ -23,6 +23,7 @@ class Token(Struct, frozen=True, kw_only=True):
     """A token that a client may send: its SHA-256 alone, so that it is in no traceback."""
 
     digest: bytes
+    client: str = ""  # tells its client from those with other tokens; "" if there is only one token
     name: str = ""  # for the metrics
     scope: Scope = "manage"
 
@@ -45,7 +46,9 @@ def read_tokens(settings: Settings) -> list[Token]:
         tokens = {token.digest: token for token in _listed(variable("api_tokens"), settings.api_tokens)}
     if settings.api_tokens_file is not None:
         tokens |= _in_file(settings.api_tokens_file, tokens)
-    return [*tokens.values()]
+    if len(tokens) == 1:
+        return [*tokens.values()]
+    return [structs.replace(token, client=token.digest.hex()) for token in tokens.values()]
 
 
 def _listed(name: str, text: str) -> list[Token]:

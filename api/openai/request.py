@@ -189,7 +189,7 @@ def generate(request: ChatRequest, client: str) -> Generate:
         client=client,
         conversation=msgspec.json.encode({key: value for key, value in conversation.items() if value is not None}),
         choices=request.n or 1,
-        max_tokens=None if limit == UNLIMITED else limit,
+        max_tokens=None if limit is None or limit == UNLIMITED else min(limit, LARGEST),
         sampling=_sampling(request),
         stop=_stops(request.stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,

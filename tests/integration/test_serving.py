@@ -59,9 +59,9 @@ class Loaded:
         return instance
 
     async def ask(
-        self, instance: Instance, *, conversation: bytes = CONVERSATION, n: int | None = 5
+        self, instance: Instance, *, conversation: bytes = CONVERSATION, n: int | None = 5, client: str = "c"
     ) -> list[FromRunner]:
-        request = Generate(id=0, client="c", conversation=conversation, max_tokens=n)
+        request = Generate(id=0, client=client, conversation=conversation, max_tokens=n)
         async with asyncio.timeout(DEADLINE_S), self.channels.answering(instance, request, "/test") as answer:
             return [message async for message in answer]
 
@@ -96,6 +96,9 @@ async def test_a_conversation_is_answered(loaded: Loaded) -> None:
     again = (await loaded.ask(instance))[-1]
     assert isinstance(again, Ended)
     assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+    others = (await loaded.ask(instance, client="d"))[-1]
+    assert isinstance(others, Ended)
+    assert others.usage.cached_tokens == 0, "another client would learn from the time what this one sent"
 
 
 async def test_a_long_prompt_is_refused_with_numbers(loaded: Loaded) -> None:

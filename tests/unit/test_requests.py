@@ -104,6 +104,7 @@ class World:
             ends=Ends("<s>", None),
             context_length=20,
             request_s=100.0,
+            max_output_tokens=12,
         )
 
     @asynccontextmanager
@@ -139,8 +140,8 @@ async def world() -> World:
     return World()
 
 
-def generate(id_: int = 7, text: str = "Hello", choices: int = 1) -> Generate:
-    return Generate(id=id_, client="c", conversation=text.encode(), choices=choices, max_tokens=5, stop=["\n"])
+def generate(id_: int = 7, text: str = "Hello", choices: int = 1, max_tokens: int | None = 5) -> Generate:
+    return Generate(id=id_, client="c", conversation=text.encode(), choices=choices, max_tokens=max_tokens, stop=["\n"])
 
 
 def piece(job: Job, text: str, choice: int = 0, **more: object) -> Piece:
@@ -188,6 +189,12 @@ async def test_a_request_that_starts_at_once_was_queued(world: World) -> None:
         (job,) = world.engine.submitted
         await world.hand_out(Begun(job=job, cached_tokens=0))
         assert channel.sent == [Queued(id=7, prompt_tokens=6, ahead=0), Started(id=7, cached_tokens=0)]
+
+
+@pytest.mark.parametrize(("asked", "most"), [(None, 12), (1, 1), (11, 11), (12, 12), (13, 12), (10**9, 12)])
+async def test_an_answer_has_at_most_the_configured_tokens(world: World, asked: int | None, most: int) -> None:
+    async with world.channel(generate(max_tokens=asked)):
+        assert world.engine.submitted[0].max_tokens == most
 
 
 async def test_a_step_is_one_message_for_each_channel(world: World) -> None:

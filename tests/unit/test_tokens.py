@@ -11,7 +11,8 @@ from shared.tokens import Scope, Token, check_exposure, digest, read_tokens
 
 
 def token(text: str, name: str = "", scope: Scope = "manage") -> Token:
-    return Token(digest=digest(text), name=name, scope=scope)
+    """Return one of several tokens."""
+    return Token(digest=digest(text), client=digest(text).hex(), name=name, scope=scope)
 
 
 @pytest.fixture
@@ -23,6 +24,12 @@ def test_tokens_come_from_the_variable_and_the_file(file: Path) -> None:
     file.write_text("first:with:colons\n\n  second  \r\nwith,comma\n")
     settings = from_environ({"LOADSTONE_API_TOKENS": "a, b:c,,a", "LOADSTONE_API_TOKENS_FILE": str(file)})
     assert read_tokens(settings) == [*map(token, ["a", "b:c", "first:with:colons", "second", "with,comma"])]
+
+
+def test_one_token_for_all_makes_them_one_client(file: Path) -> None:
+    file.write_text("one name=all\n")
+    assert read_tokens(Settings(api_tokens="two")) == [Token(digest=digest("two"))]
+    assert read_tokens(Settings(api_tokens_file=file)) == [Token(digest=digest("one"), name="all")]
 
 
 def test_default_is_no_tokens() -> None:

@@ -127,11 +127,13 @@ class Requests:
         ends: Ends,
         context_length: int,
         request_s: float,
+        max_output_tokens: int,
     ) -> None:
         """`chat`: a sentence that says why there is none, if so.  `request_s`: the longest time from the arrival of a
-        request to its last token."""
+        request to its last token.  `max_output_tokens`: the most tokens of an answer, whatever a request asks for."""
         self._engine, self._chat, self._loop = engine, chat, loop
         self._ends, self._context_length, self._request_s = ends, context_length, request_s
+        self._max_output_tokens = max_output_tokens
         self._requests: dict[Job, Request] = {}
 
     def hand_out(self, outcomes: list[Outcome]) -> None:
@@ -175,7 +177,7 @@ class Requests:
             client=generate.client,
             tokens=tokens,
             choices=generate.choices,
-            max_tokens=generate.max_tokens,
+            max_tokens=min(generate.max_tokens or self._max_output_tokens, self._max_output_tokens),
             sampling=generate.sampling,
             stop=[*generate.stop, *prompt.stops],
             logprobs=generate.logprobs,

@@ -51,6 +51,7 @@ class Serving:
             on_gpu=bool(load.devices),
             most_waiting=load.serving.requests_waiting,
             most_wait_s=load.serving.request_wait_s,
+            shared_prefixes=load.serving.shared_prefixes,
         )
         requests = Requests(
             loop,
@@ -59,6 +60,7 @@ class Serving:
             ends=Ends(*loaded.ends()),
             context_length=load.n_ctx,
             request_s=load.serving.request_s,
+            max_output_tokens=load.serving.max_output_tokens or load.n_ctx,
         )
         self.counters = loop.counters
         self._channels.start(requests.serve)

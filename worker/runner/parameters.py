@@ -26,6 +26,8 @@ def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[s
             requests_waiting=settings.requests_waiting,
             request_wait_s=settings.request_wait_s,
             request_s=settings.request_s,
+            max_output_tokens=settings.max_output_tokens,
+            shared_prefixes=settings.shared_prefixes == "on",
         ),
         **structs.asdict(parameters.plan(request, model, settings)),
     )

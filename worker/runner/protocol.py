@@ -23,6 +23,8 @@ class Serving(Struct, frozen=True, kw_only=True):
     requests_waiting: int = 64
     request_wait_s: float = 60.0
     request_s: float = 600.0  # from its arrival to its last token
+    max_output_tokens: int = 0  # of an answer; 0: up to the end of the context
+    shared_prefixes: bool = False  # between clients
 
 
 class Load(Plan, frozen=True, kw_only=True, tag="load"):

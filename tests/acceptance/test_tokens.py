@@ -1,0 +1,92 @@
+"""Several clients with tokens of their own: what each may do, and what is counted and logged of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from shared.synthetic import models as synthetic
+from tests.support.chat import ENDLESS, answered
+from tests.support.service import PATIENCE_S, TINY, Client, Running, Service, error, up
+
+MANAGE, ALICE, BOB, UNNAMED = "t-manage-61c0", "t-alice-9f2e", "t-bob-77aa", "t-unnamed-03d1"
+LINES = f"{MANAGE} name=deploy scope=manage\n{ALICE} name=alice scope=infer\n{BOB} scope=infer name=bob\n{UNNAMED}\n"
+NAMED = [("alice", ALICE), ("bob", BOB), ("", UNNAMED)]
+MOST_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("tokens")
+    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+    (home / "tokens").write_text(LINES)
+    with up(
+        home,
+        token=MANAGE,
+        LOADSTONE_API_TOKENS_FILE=str(home / "tokens"),
+        LOADSTONE_MAX_OUTPUT_TOKENS=str(MOST_TOKENS),
+        LOADSTONE_SHARED_PREFIXES="on",
+    ) as service:
+        yield service
+
+
+@pytest.fixture
+def model(service: Service) -> str:
+    return str(service.loaded(TINY)["instance_id"])
+
+
+def as_client(service: Service, token: str) -> Client:
+    return Client(service.url, token)
+
+
+def test_a_scope_allows_what_the_documentation_says(service: Service, model: str) -> None:
+    alice = as_client(service, ALICE)
+    assert answered(alice, model=model, max_tokens=1)["usage"]["completion_tokens"] == 1
+    assert alice.send("GET", "/v1/models").status == alice.send("GET", "/api/v1/models").status == 200
+    error(alice.unload(model), 403, "invalid_request", "insufficient_scope")
+    error(alice.load(TINY), 403, "invalid_request", "insufficient_scope")
+    error(alice.send("GET", "/metrics"), 403, "invalid_request", "insufficient_scope")
+    assert as_client(service, UNNAMED).unload(model).status == 200
+
+
+def test_the_command_line_says_what_a_token_lacks(service: Service, model: str) -> None:
+    def run(token: str, *words: str) -> Running:
+        command = Running(service.directory / "command", *words, environ={"LOADSTONE_TOKEN": token})
+        command.popen.wait(PATIENCE_S)
+        assert token not in command.stdout + command.stderr
+        return command
+
+    refused = run(ALICE, "unload", model, "--url", service.url)
+    assert (refused.popen.returncode, refused.stdout) == (1, "")
+    assert "needs a token with the scope 'manage'; this one has 'infer'" in refused.stderr
+    assert model in run(ALICE, "ls", "--url", service.url).stdout
+    assert run(MANAGE, "unload", model, "--url", service.url).popen.returncode == 0
+
+
+def test_tokens_are_counted_by_name(service: Service, model: str) -> None:
+    def counted(token: str) -> list[float]:
+        names = ("prompt_tokens_total", "cached_tokens_total", "generated_tokens_total")
+        return [service.metric(name, token=token) for name in names]
+
+    before = {name: counted(name) for name in ("alice", "bob", "deploy", "")}
+    assert before["deploy"] == [0, 0, 0], "a name is counted from 0 on"
+    usages = {name: answered(as_client(service, token), max_tokens=3, **ENDLESS)["usage"] for name, token in NAMED}
+    for name, usage in usages.items():
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        added = [usage["prompt_tokens"], cached, usage["completion_tokens"]]
+        assert counted(name) == [sum(pair) for pair in zip(before[name], added, strict=True)]
+    assert counted("deploy") == [0, 0, 0]
+    assert service.metric("requests_total", outcome="completed", token="bob") >= 1
+
+
+def test_an_answer_ends_at_the_configured_number_of_tokens(service: Service, model: str) -> None:
+    for fields in ({}, {"max_tokens": -1}, {"max_tokens": MOST_TOKENS + 1}, {"max_tokens": 10**30}):
+        reply = answered(service, **ENDLESS, **fields)
+        assert reply["choices"][0]["finish_reason"] == "length"
+        assert reply["usage"]["completion_tokens"] == MOST_TOKENS
+
+
+def test_clients_share_prompts_if_the_operator_allows_it(service: Service, model: str) -> None:
+    alice, bob = (answered(as_client(service, token), max_tokens=1)["usage"] for token in (ALICE, BOB))
+    assert bob["prompt_tokens_details"]["cached_tokens"] == alice["prompt_tokens"] - 1
