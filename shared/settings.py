@@ -251,7 +251,12 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = "off"
     requests_waiting: Annotated[
         int,
-        setting("maximum number of requests that wait for one instance", "an integer from 1 to 65536", ge=1, le=65536),
+        setting(
+            "maximum number of requests that wait for one instance; of one token, at most half",
+            "an integer from 1 to 65536",
+            ge=1,
+            le=65536,
+        ),
     ] = 64
     request_wait_s: Annotated[
         float,

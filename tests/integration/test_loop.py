@@ -18,7 +18,7 @@ from shared.synthetic.models import tiny_bert, tiny_gemma3, tiny_llama
 from tests.support import architectures
 from tests.support.child import in_child
 from tests.support.generation import Answered, Trial, ids_of
-from worker.engine.job import Waiting
+from worker.engine.job import Done, Waiting
 from worker.engine.slots import Cut
 
 NEAR = 0.05  # of log probabilities: batches of other sizes use other kernels
@@ -350,7 +350,7 @@ def test_an_aborted_batch_is_decoded_again(llama: Path) -> None:
 
 def limited(root: Path) -> None:
     trial = Trial(root, parallel=1, most_waiting=2, most_wait_s=30.0)
-    jobs = [trial.job(prompt(10, i), max_tokens=2) for i in range(5)]
+    jobs = [trial.job(prompt(10, i), max_tokens=2, client="") for i in range(5)]
     answers = trial.run(*jobs)
     assert [answered.kinds[-1] for answered in answers] == ["Done"] * 3 + ["Rejected"] * 2
     assert answers[3].code == "queue_full"
@@ -368,6 +368,27 @@ def limited(root: Path) -> None:
     trial.loop.step()
     assert trial.answered(running).code == "deadline"
     assert (trial.loop.counters.running, trial.loop.counters.waiting) == (0, 0)
+
+
+def crowded(root: Path) -> None:
+    trial = Trial(root, parallel=1, most_waiting=64)
+    greedy = [trial.job(prompt(10, i), client="greedy", max_tokens=2) for i in range(60)]
+    for job in greedy:
+        trial.loop.submit(job)
+    trial.loop.step()
+    other = trial.job(prompt(10, 99), client="other", max_tokens=2)
+    trial.loop.submit(other)
+    trial.loop.step()
+    trial.finish()
+    done = [outcome.job for outcome in trial.outcomes if isinstance(outcome, Done)]
+    assert done.index(other) <= 2, "after the one that ran, and at most one turn of the other client"
+    refused = [job for job in greedy if trial.answered(job).kinds == ["Rejected"]]
+    assert refused == greedy[1 + 32 :]
+    assert {trial.answered(job).code for job in refused} == {"queue_full"}
+
+
+def test_a_client_that_sends_much_does_not_delay_another(llama: Path) -> None:
+    in_child(crowded, llama)
 
 
 def test_a_request_ends_when_its_time_is_up(llama: Path) -> None:

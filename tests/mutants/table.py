@@ -520,6 +520,27 @@ MUTANTS = (
         (f"{INTEGRATION}confine.py",),
     ),
     Mutant(
+        "one client leaves places in the queue to others",
+        "worker/engine/slots.py",
+        "(not client or waiting[client] < free)",
+        "True",
+        (f"{UNIT}slots.py",),
+    ),
+    Mutant(
+        "a token without the scope is refused",
+        "api/access.py",
+        'return scope == "manage"',
+        "return True",
+        (f"{UNIT}auth.py",),
+    ),
+    Mutant(
+        "an answer has at most the configured tokens",
+        "worker/engine/requests.py",
+        "min(generate.max_tokens or self._max_output_tokens, self._max_output_tokens)",
+        "generate.max_tokens or self._max_output_tokens",
+        (f"{UNIT}requests.py",),
+    ),
+    Mutant(
         "a worker gets no tokens",
         "cli/up.py",
         'msgspec.structs.replace(settings, api_tokens="", api_tokens_file=None)',

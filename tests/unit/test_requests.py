@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from shared.channel.messages import (
@@ -105,6 +106,7 @@ class World:
             context_length=20,
             request_s=100.0,
             max_output_tokens=12,
+            most_waiting=6,
         )
 
     @asynccontextmanager
@@ -189,6 +191,24 @@ async def test_a_request_that_starts_at_once_was_queued(world: World) -> None:
         (job,) = world.engine.submitted
         await world.hand_out(Begun(job=job, cached_tokens=0))
         assert channel.sent == [Queued(id=7, prompt_tokens=6, ahead=0), Started(id=7, cached_tokens=0)]
+
+
+async def test_requests_wait_for_their_rendering_within_bounds(world: World) -> None:
+    """One is rendered at a time, so they wait; and one client leaves places to others."""
+    world.chat.may_render.clear()
+    async with world.channel(*(generate(i) for i in range(5))) as one:
+        full = "The queue is full: 6 requests may wait, and a client may not have more of them than places are free."
+        refused = [Refused(id=id_, code="queue_full", message=full, retry_after_s=1) for id_ in (3, 4)]
+        assert one.sent == refused
+        async with world.channel(msgspec.structs.replace(generate(), client="another")) as other:
+            await world.send(one, Cancel(0))
+            await world.send(one, generate(5))
+            assert (one.sent, other.sent) == (refused, [])
+            world.chat.may_render.set()
+            await settle()
+            assert len(world.engine.submitted) == 4
+            await world.send(one, *(generate(i) for i in range(6, 9)))
+            assert len(world.engine.submitted) == 7
 
 
 @pytest.mark.parametrize(("asked", "most"), [(None, 12), (1, 1), (11, 11), (12, 12), (13, 12), (10**9, 12)])

@@ -303,13 +303,39 @@ def test_idle_sequences_make_room_least_recently_used_first() -> None:
 
 def test_the_last_arrivals_are_in_excess() -> None:
     mine = slots(1)
-    jobs = [job([i]) for i in range(5)]
-    for i, each in enumerate(jobs):
-        each.arrived_at = float(i)
+    jobs = [job([i], client="") for i in range(5)]
+    for each in jobs:
         mine.add(each)
     started(mine)
-    assert mine.excess(2) == jobs[3:]
+    assert mine.excess(jobs, 2) == jobs[3:]
     assert [*mine.queue] == jobs[1:3]
+    late = job([9], client="")
+    late.arrived_at = -1.0  # it took longer to render than those that wait, and does not take the place of one
+    mine.add(late)
+    assert mine.excess([late], 2) == [late]
+
+
+@given(st.lists(st.sampled_from("aaaaabbc"), max_size=200), st.integers(1, 64), st.randoms())
+def test_a_full_queue_has_a_place_for_another_client(arrivals: list[str], most: int, random_: random.Random) -> None:
+    """Clients send as much as they like, and jobs start in between: nothing that was accepted is refused later."""
+    mine = slots(1)
+    mine.add(job([0]))
+    (running,) = started(mine)
+    for i, client in enumerate(arrivals):
+        before, new = [*mine.queue], job([i], client=client)
+        n_free, n_own = most - len(before), sum(each.client == client for each in before)
+        mine.add(new)
+        is_refused = mine.excess([new], most) == [new]
+        assert is_refused == (n_own >= n_free)
+        assert {*mine.queue} == {*before, *([] if is_refused else [new])}
+        if random_.random() < 0.2:
+            mine.finish(running.sequences[0], is_kept=False)
+            (running,) = started(mine) or [running]
+    clients = {each.client for each in mine.queue}
+    if most >= 2 ** len(clients):  # each leaves at least half of the places that the others left
+        newcomer = job([9], client="new")
+        mine.add(newcomer)
+        assert mine.excess([newcomer], most) == []
 
 
 @given(st.lists(st.integers(0, 2), max_size=600), st.lists(st.integers(0, 2), max_size=600), st.integers(0, 600))

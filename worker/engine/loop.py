@@ -16,7 +16,7 @@ from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, To
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.sample import Alternatives, BadRequest, Bias, Draw, Draws, Sampler, check
-from worker.engine.slots import Admission, Budget, Cut, Drop, Sequence, Slots, retry_after_s, shares
+from worker.engine.slots import Admission, Budget, Cut, Drop, Sequence, Slots, queue_full, retry_after_s, shares
 from worker.engine.text import Text
 
 CPU_STEP_S, GPU_STEP_S = 0.1, 0.02  # of a step with prompts beside running answers
@@ -206,10 +206,9 @@ class Loop:
         begun = []
         while admission := self._slots.admit():
             begun.append(self._begin(admission))
-        if len(self._slots.queue) > self._most_waiting:
-            for job in self._slots.excess(self._most_waiting):
-                self._reject(job, "queue_full", f"The queue is full (limit: {self._most_waiting} waiting requests).")
         if arrived:
+            for job in self._slots.excess(arrived, self._most_waiting):
+                self._reject(job, "queue_full", queue_full(self._most_waiting))
             ahead = {job: n for n, job in enumerate(self._slots.queue)}
             for job in arrived:
                 if job in self._running or job in ahead:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, assert_never
 
@@ -32,6 +34,7 @@ from worker.chat.handle import HelperDied
 from worker.chat.protocol import Prompt
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.reader import Reader
+from worker.engine.slots import has_place, queue_full
 
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
 
@@ -128,12 +131,15 @@ class Requests:
         context_length: int,
         request_s: float,
         max_output_tokens: int,
+        most_waiting: int,
     ) -> None:
         """`chat`: a sentence that says why there is none, if so.  `request_s`: the longest time from the arrival of a
-        request to its last token.  `max_output_tokens`: the most tokens of an answer, whatever a request asks for."""
+        request to its last token.  `max_output_tokens`: the most tokens of an answer, whatever a request asks for.
+        `most_waiting`: the most requests that wait to be rendered; the engine loop has a limit of its own."""
         self._engine, self._chat, self._loop = engine, chat, loop
         self._ends, self._context_length, self._request_s = ends, context_length, request_s
-        self._max_output_tokens = max_output_tokens
+        self._max_output_tokens, self._most_waiting = max_output_tokens, most_waiting
+        self._preparing: Counter[str] = Counter()  # requests that are rendered and tokenized, by client
         self._requests: dict[Job, Request] = {}
 
     def hand_out(self, outcomes: list[Outcome]) -> None:
@@ -164,8 +170,9 @@ class Requests:
     async def _begin(self, request: Request) -> None:
         generate = request.generate
         try:
-            async with asyncio.timeout(self._request_s):
-                prompt, tokens = await self._prepared(generate)
+            with self._place(generate):
+                async with asyncio.timeout(self._request_s):
+                    prompt, tokens = await self._prepared(generate)
         except Refusal as e:
             self._end(request, e.refused)
             return
@@ -197,6 +204,19 @@ class Requests:
         ]
         self._requests[job] = request
         self._engine.submit(job)
+
+    @contextmanager
+    def _place(self, generate: Generate) -> Iterator[None]:
+        """Occupy a place among the requests that are being prepared: one at a time is.  Raises Refusal."""
+        if not has_place(generate.client, self._preparing, self._most_waiting):
+            message = queue_full(self._most_waiting)
+            raise Refusal(Refused(id=generate.id, code="queue_full", message=message, retry_after_s=1))
+        self._preparing[generate.client] += 1
+        try:
+            yield
+        finally:
+            self._preparing[generate.client] -= 1
+            self._preparing += Counter()  # drops clients without one
 
     async def _prepared(self, generate: Generate) -> tuple[Prompt, list[int]]:
         """Render and tokenize the conversation.  Raises Refusal."""

@@ -61,6 +61,7 @@ class Serving:
             context_length=load.n_ctx,
             request_s=load.serving.request_s,
             max_output_tokens=load.serving.max_output_tokens or load.n_ctx,
+            most_waiting=load.serving.requests_waiting,
         )
         self.counters = loop.counters
         self._channels.start(requests.serve)

@@ -8,7 +8,7 @@ same beginning.  Sequences share the cells of a common beginning.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -229,12 +229,19 @@ class Slots:
         self._is_settled = False
         return self.queue.remove(job)
 
-    def excess(self, most: int) -> list[Job]:
-        """Remove the jobs beyond the `most` that may wait: the last to arrive."""
-        by_arrival = sorted(self.queue, key=lambda job: job.arrived_at)
-        for job in by_arrival[most:]:
-            self.queue.remove(job)
-        return by_arrival[most:]
+    def excess(self, arrived: list[Job], most: int) -> list[Job]:
+        """Remove those of the jobs that just arrived, in this order, for which no place is left: `most` may wait."""
+        waiting = Counter(job.client for job in self.queue)
+        new = [job for job in arrived if job in self.queue]
+        waiting.subtract(job.client for job in new)
+        excess = []
+        for job in new:
+            if has_place(job.client, waiting, most):
+                waiting[job.client] += 1
+            else:
+                self.queue.remove(job)
+                excess.append(job)
+        return excess
 
     # ---- starting
 
@@ -451,6 +458,21 @@ def shares(left: list[int], budget: int) -> list[int]:
     for i in sorted(range(len(left)), key=lambda i: left[i]):
         take(i, budget)
     return taken
+
+
+def has_place(client: str, waiting: Counter[str], most: int) -> bool:
+    """Return whether a client may have one more request among the `most` that wait; `waiting` has those of each.
+
+    It may not have more of them than places are free.  So half of the places that the others leave stay free, however
+    many it sends, and what was accepted is never taken back.  A client without a name is the only one.
+    """
+    free = most - waiting.total()
+    return free > 0 and (not client or waiting[client] < free)
+
+
+def queue_full(most: int) -> str:
+    """Return the message for a client that has no place."""
+    return f"The queue is full: {most} requests may wait, and a client may not have more of them than places are free."
 
 
 def retry_after_s(n_waiting: int, parallel: int, request_s: float) -> int:
