@@ -39,7 +39,7 @@ from worker.record import Record
 from worker.runner.failure import from_exit, from_reason, needed_bytes
 from worker.runner.parameters import plan
 from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
-from worker.runner.protocol import Failed, Load, Measure, Measured, Pong, Progress, Ready, Warm
+from worker.runner.protocol import Busy, Closed, Failed, Load, Measure, Measured, Pong, Progress, Ready, Warm
 from worker.runner.rate import Rate
 from worker.runner.warm import Runners
 from worker.timing import Timing
@@ -434,7 +434,7 @@ class Resident:
                             if message.phase != phase:
                                 timing = {**timing, phase: now - began}
                                 phase, began = message.phase, now
-                        case Progress() | Ready() | Measured() | Warm() | Pong() | Unreadable():
+                        case Progress() | Ready() | Measured() | Warm() | Pong() | Closed() | Busy() | Unreadable():
                             return so_far, Unexpected(tag(message))
                         case _:
                             assert_never(message)

@@ -13,6 +13,7 @@ class Timing(Struct, frozen=True, kw_only=True):
     beat_s: float = BEAT_S
     drain_s: float = 4.0  # timeout for stopping all runners when the worker ends
     commit_s: float = 0.5  # progress is recorded at least this often
+    answer_s: float = 5.0  # timeout of a runner that is asked whether it is idle; it then counts as busy
     silence_s: float = 5.0  # interval of checking whether the runner of a loaded model answers
     engine_log_s: float = 0.1  # the engine's log is recorded in batches, at this interval
     first_pause_s: float = 2.0  # before the second attempt of a restoration; doubles for each further one

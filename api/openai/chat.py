@@ -23,6 +23,7 @@ from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Queued, R
 from shared.errors import (
     ChatUnavailable,
     InvalidValue,
+    ModelUnloaded,
     QueueFull,
     QueueTimeout,
     QueueUnavailable,
@@ -163,6 +164,8 @@ def refusal(refused: Refused) -> ServiceError:
             return QueueTimeout(refused.message)
         case "chat_unavailable":
             return ChatUnavailable(refused.message)
+        case "closing":
+            return ModelUnloaded(refused.message)
         case "helper_crashed":
             return RequestCrashed(refused.message)
         case _:

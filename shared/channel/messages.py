@@ -64,6 +64,7 @@ RefusedCode = Literal[
     "queue_full",  # `retry_after_s` is set
     "queue_timeout",
     "chat_unavailable",  # this build of the engine has no chat code, or the model no template
+    "closing",  # the instance is being unloaded; another one may answer
     "helper_crashed",  # the template code crashed on this request, or took too long; a repeat is refused for a while
 ]
 FailedCode = Literal[

@@ -34,7 +34,7 @@ from tests.support.runners import is_gone
 from tests.support.waiting import until
 from worker.agent import Agent
 from worker.runner.process import Received, Runner, Unreadable
-from worker.runner.protocol import Failed, FromRunner, Measured, Pong, Progress, Ready, Warm
+from worker.runner.protocol import Busy, Closed, Failed, FromRunner, Measured, Pong, Progress, Ready, Warm
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -44,6 +44,8 @@ WARM = Warm(EngineBuild(llama_cpp_python="0", llama_cpp_commit="0", backends=["C
 MESSAGES: list[Received] = [
     WARM,
     Pong(),
+    Closed(1),
+    Busy(1),
     Progress("weights", 1),
     msgspec.convert({"config": {"context_length": 256}, "timing": {"weights": 0.5}, "files": [], "usage": []}, Ready),
     Measured([Usage(id=CPU, weights_bytes=1)]),

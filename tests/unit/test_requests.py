@@ -26,6 +26,7 @@ from shared.channel.messages import (
 from worker.chat.code import ChatError, Message, ParserSource
 from worker.chat.handle import HelperDied
 from worker.chat.protocol import Prompt
+from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Piece, Rejected, Waiting
 from worker.engine.requests import Ends, Requests
 
@@ -93,7 +94,7 @@ class World:
     """A requests layer between its recorders."""
 
     def __init__(self) -> None:
-        self.engine, self.chat = Engine(), Chat()
+        self.engine, self.chat, self.gate = Engine(), Chat(), Gate()
         self.requests = self.made(self.chat)
         self.loops: list[tuple[Channel, asyncio.Task[None]]] = []
 
@@ -102,6 +103,7 @@ class World:
             self.engine,
             chat,
             asyncio.get_running_loop(),
+            self.gate,
             ends=Ends("<s>", None),
             context_length=20,
             request_s=100.0,

@@ -76,8 +76,10 @@ class Channel(asyncio.Protocol):
             self._transport.abort()
 
     def close(self, last: Closing | Rejected) -> None:
-        """Send a last message, and close the channel."""
+        """Send a last message after those that wait, and close the channel."""
         if self._transport is not None:
+            for message in self._backlog.taken():
+                self._transport.write(frame(message))
             self._transport.write(framing.frame(last))
             self._transport.close()
 

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import assert_never
 
 from shared import framing, libc
@@ -26,13 +27,17 @@ from worker.engine.progress import Throttled
 from worker.engine.serving import Serving
 from worker.runner.protocol import (
     NO_GPU,
+    Busy,
+    Close,
+    Closed,
+    CloseIfUnused,
     Failed,
     FromRunner,
     Load,
     Measure,
     Measured,
+    Open,
     Ping,
-    Pong,
     Stop,
     ToRunner,
     Warm,
@@ -124,6 +129,11 @@ def read_channel(
 ) -> None:
     """Receive messages, in a separate thread.  Stop, the end of the stream, or an invalid message ends the process at
     once, whatever the main thread does."""
+
+    def tell(message: FromRunner) -> None:
+        with suppress(OSError):  # the channel closed; the next read returns the end of the stream
+            send(message)
+
     try:
         with control.makefile("rb") as stream:
             while (data := framing.read_blocking(stream)) is not None:
@@ -132,9 +142,13 @@ def read_channel(
                     case Load() | Measure():
                         inbox.put(message)
                     case Ping():
-                        with suppress(OSError):  # the channel closed; the next read returns the end of the stream
-                            counters = serving.counters
-                            send(Pong(running=counters.running, waiting=counters.waiting, cells=counters.cells))
+                        tell(serving.load())
+                    case CloseIfUnused(id=id_, since=since):
+                        tell(Closed(id_) if serving.gate.close_if_unused(since) else Busy(id_))
+                    case Close(id=id_):
+                        serving.gate.close(partial(tell, Closed(id_)))
+                    case Open():
+                        serving.gate.open()
                     case Stop():
                         serving.close(CLOSING_S)
                         os._exit(0)

@@ -32,10 +32,12 @@ from shared.channel.messages import (
 from worker.chat.code import ChatError, Message, ParserSource
 from worker.chat.handle import HelperDied
 from worker.chat.protocol import Prompt
+from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.reader import Reader
 from worker.engine.slots import has_place, queue_full
 
+CLOSING = "The model is being unloaded."
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
 
 
@@ -126,6 +128,7 @@ class Requests:
         engine: Engine,
         chat: Chat | str,
         loop: asyncio.AbstractEventLoop,
+        gate: Gate,
         *,
         ends: Ends,
         context_length: int,
@@ -136,7 +139,7 @@ class Requests:
         """`chat`: a sentence that says why there is none, if so.  `request_s`: the longest time from the arrival of a
         request to its last token.  `max_output_tokens`: the most tokens of an answer, whatever a request asks for.
         `most_waiting`: the most requests that wait to be rendered; the engine loop has a limit of its own."""
-        self._engine, self._chat, self._loop = engine, chat, loop
+        self._engine, self._chat, self._loop, self._gate = engine, chat, loop, gate
         self._ends, self._context_length, self._request_s = ends, context_length, request_s
         self._max_output_tokens, self._most_waiting = max_output_tokens, most_waiting
         self._preparing: Counter[str] = Counter()  # requests that are rendered and tokenized, by client
@@ -153,9 +156,11 @@ class Requests:
             async with asyncio.TaskGroup() as tasks:
                 async for message in channel:
                     match message:
-                        case Generate():
+                        case Generate() if self._gate.enter():
                             outbox.requests[message.id] = request = Request(outbox, message, tasks)
                             request.preparing = tasks.create_task(self._begin(request))
+                        case Generate():
+                            outbox.send(Refused(id=message.id, code="closing", message=CLOSING))
                         case Cancel():
                             if (cancelled := outbox.requests.get(message.id)) is not None:
                                 self._cancel(cancelled)
@@ -342,6 +347,7 @@ class Requests:
 
     def _forget(self, request: Request) -> None:
         request.channel.requests.pop(request.generate.id)
+        self._gate.leave()
         if request.job is not None:
             del self._requests[request.job]
         for reader in request.readers:

@@ -11,10 +11,11 @@ import traceback
 from worker.chat.handle import Helper
 from worker.engine.channels import Channels
 from worker.engine.decode import Engine, decoding_threads
+from worker.engine.gate import Gate
 from worker.engine.llama import Loaded, Log
 from worker.engine.loop import Counters, Loop
 from worker.engine.requests import Ends, Requests
-from worker.runner.protocol import Load
+from worker.runner.protocol import Load, Pong
 
 BROKEN = 1  # exit status
 LATEST_S = 0.05  # after Ready
@@ -22,10 +23,11 @@ NO_TEMPLATE = "The model has no chat template."
 
 
 class Serving:
-    """What a runner serves: nothing, until `run`.  `counters` and `close` are for another thread."""
+    """What a runner serves: nothing, until `run`.  `gate`, `load` and `close` are for another thread."""
 
     def __init__(self, hand_over: socket.socket) -> None:
-        self.counters = Counters()  # of the engine loop
+        self.gate = Gate()
+        self._counters = Counters()  # of the engine loop
         self._hand_over = hand_over
         self._channels = Channels(hand_over)
 
@@ -57,13 +59,14 @@ class Serving:
             loop,
             NO_TEMPLATE if loaded.capabilities is None and isinstance(chat, Helper) else chat,
             self._channels.loop,
+            self.gate,
             ends=Ends(*loaded.ends()),
             context_length=load.n_ctx,
             request_s=load.serving.request_s,
             max_output_tokens=load.serving.max_output_tokens or load.n_ctx,
             most_waiting=load.serving.requests_waiting,
         )
-        self.counters = loop.counters
+        self._counters = loop.counters
         self._channels.start(requests.serve)
         try:
             loop.run()
@@ -74,6 +77,12 @@ class Serving:
     def _engine(self, load: Load, loaded: Loaded, log: Log) -> Engine:
         n_threads = decoding_threads(load.total_bytes, on_gpu=bool(load.devices))
         return Engine(loaded, log, n_outputs_max=load.n_outputs_max, n_threads=n_threads)
+
+    def load(self) -> Pong:
+        """Return the numbers of the requests now."""
+        running = self._counters.running
+        waiting = max(self._counters.waiting, self.gate.n_requests - running)
+        return Pong(running=running, waiting=waiting, cells=self._counters.cells, used_at=self.gate.used_at)
 
     def close(self, within_s: float) -> None:
         """Tell all API processes that the instance is unloaded, and wait until they know it, up to `within_s`."""

@@ -17,7 +17,7 @@ from shared.telemetry import log
 from worker.memory.devices import Devices
 from worker.runner.parameters import plan
 from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
-from worker.runner.protocol import Failed, Load, Measure, Measured, Pong, Progress, Ready, Warm
+from worker.runner.protocol import Busy, Closed, Failed, Load, Measure, Measured, Pong, Progress, Ready, Warm
 from worker.runner.warm import Runners
 from worker.timing import Timing
 
@@ -95,7 +95,7 @@ class DryRun:
                             reason = "the runner died"
                         case Failed():
                             reason = message.reason
-                        case Warm() | Pong() | Progress() | Ready() | Unreadable():
+                        case Warm() | Pong() | Closed() | Busy() | Progress() | Ready() | Unreadable():
                             reason = f"the runner sent an unexpected message: '{tag(message)}'"
                         case _:
                             assert_never(message)

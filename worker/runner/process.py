@@ -7,13 +7,27 @@ import os
 import signal
 import socket
 from contextlib import suppress
+from itertools import count
 from multiprocessing.context import ForkServerProcess
 
 import msgspec
 
 from shared import framing
 from worker.runner.output import Output
-from worker.runner.protocol import FromRunner, Ping, Pong, Stop, ToRunner, decode_from_runner, frame
+from worker.runner.protocol import (
+    Busy,
+    Close,
+    Closed,
+    CloseIfUnused,
+    FromRunner,
+    Open,
+    Ping,
+    Pong,
+    Stop,
+    ToRunner,
+    decode_from_runner,
+    frame,
+)
 from worker.timing import Timing
 
 CHUNK_BYTES = 1 << 16
@@ -65,6 +79,8 @@ class Runner:
         self._inbox: asyncio.Queue[Received] = asyncio.Queue()
         self._listening = asyncio.create_task(self._listen())
         self._awaits_pong = False
+        self._ids = count(1)
+        self._questions: dict[int, asyncio.Future[bool]] = {}  # whether the runner is closed, by id
         self._collecting: asyncio.Task[None] | None = None
         asyncio.get_running_loop().add_reader(process.sentinel, self._on_exit)
 
@@ -90,20 +106,65 @@ class Runner:
             self.silent_s += since_s
             return
         self._awaits_pong = True
-        with suppress(ConnectionError, RuntimeError):
-            self._writer.write(frame(Ping()))
+        self._write(Ping())
+
+    async def close_if_unused(self, since: float) -> bool:
+        """Have the runner refuse requests from now on, if it had none since a time (seconds since the epoch).
+
+        Returns whether it does.  A runner that does not answer within `Timing.answer_s` counts as busy.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timing.answer_s):
+                return await self._asked(CloseIfUnused(next(self._ids), since))
+        self.open()
+        return False
+
+    async def close(self) -> None:
+        """Have the runner refuse requests from now on, and wait until its last one has ended, or the runner."""
+        await self._asked(Close(next(self._ids)))
+
+    def open(self) -> None:
+        """Have the runner take requests again, after `close_if_unused`."""
+        self._write(Open())
+
+    async def _asked(self, question: CloseIfUnused | Close) -> bool:
+        """Return whether the runner is closed.  False if it ends without an answer."""
+        if self._listening.done():
+            return False
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._questions[question.id] = answer
+        self._write(question)
+        try:
+            return await answer
+        finally:
+            del self._questions[question.id]
+
+    def _write(self, message: ToRunner) -> None:
+        with suppress(ConnectionError, RuntimeError):  # uvloop raises RuntimeError if the transport is closed
+            self._writer.write(frame(message))
+
+    def _answered(self, id_: int, *, is_closed: bool) -> None:
+        question = self._questions.get(id_)
+        if question is not None and not question.done():  # else nobody waits any more
+            question.set_result(is_closed)
 
     async def _listen(self) -> None:
         try:
             while (data := await framing.read(self._reader)) is not None:
                 message = decode_from_runner(data)
                 self._awaits_pong, self.silent_s = False, 0.0  # any message proves that it is alive
-                if isinstance(message, Pong):
-                    self.load = message
-                else:
-                    self._inbox.put_nowait(message)
+                match message:
+                    case Pong():
+                        self.load = message
+                    case Closed() | Busy():
+                        self._answered(message.id, is_closed=isinstance(message, Closed))
+                    case _:
+                        self._inbox.put_nowait(message)
         except msgspec.MsgspecError:
             self._inbox.put_nowait(Unreadable())
+        finally:
+            for id_ in self._questions:
+                self._answered(id_, is_closed=False)
         self._inbox.put_nowait(None)
 
     async def stop(self) -> None:

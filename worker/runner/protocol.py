@@ -56,11 +56,31 @@ class Ping(Struct, frozen=True, tag="ping"):
     """Answer with a Pong."""
 
 
+class CloseIfUnused(Struct, frozen=True, tag="close_if_unused"):
+    """Begin no more requests if there was none since a time (seconds since the epoch), in the runner's own judgement.
+
+    Answered with Closed or Busy.  A closed runner refuses requests until it gets an Open.
+    """
+
+    id: int  # of the answer
+    since: float
+
+
+class Close(Struct, frozen=True, tag="close"):
+    """Begin no more requests.  Answered with Closed once the last request has ended."""
+
+    id: int  # of the answer
+
+
+class Open(Struct, frozen=True, tag="open"):
+    """Begin requests again after a Close or a CloseIfUnused, which is not answered any more."""
+
+
 class Stop(Struct, frozen=True, tag="stop"):
     """Exit at once, which is how a runner frees its memory."""
 
 
-ToRunner = Load | Measure | Ping | Stop
+ToRunner = Load | Measure | Ping | CloseIfUnused | Close | Open | Stop
 
 # ---- from the runner
 
@@ -75,8 +95,21 @@ class Pong(Struct, frozen=True, omit_defaults=True, tag="pong"):
     """The answer to a Ping, also while the engine is busy: the numbers of its requests, and the cells in use."""
 
     running: int = 0
-    waiting: int = 0
+    waiting: int = 0  # with those that are being prepared
     cells: int = 0  # of the KV cache, with those that are kept for later requests
+    used_at: float = 0.0  # the end of the last request, in seconds since the epoch; now, while there is one; 0.0: never
+
+
+class Closed(Struct, frozen=True, tag="closed"):
+    """The runner begins no more requests, and has none."""
+
+    id: int
+
+
+class Busy(Struct, frozen=True, tag="busy"):
+    """The runner has requests, or had one since the time of the CloseIfUnused.  It stays open."""
+
+    id: int
 
 
 class Progress(Struct, frozen=True, tag="progress"):
@@ -108,7 +141,7 @@ class Failed(Struct, frozen=True, tag="failed"):
     reason: str
 
 
-FromRunner = Warm | Pong | Progress | Ready | Measured | Failed
+FromRunner = Warm | Pong | Closed | Busy | Progress | Ready | Measured | Failed
 
 
 frame: Callable[[ToRunner | FromRunner], bytes] = framing.frame

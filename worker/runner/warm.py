@@ -16,7 +16,7 @@ from shared.schema.http import EngineBuild
 from shared.telemetry import log
 from worker.listener.protocol import pair
 from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
-from worker.runner.protocol import NO_GPU, Failed, Measured, Pong, Progress, Ready, Warm
+from worker.runner.protocol import NO_GPU, Busy, Closed, Failed, Measured, Pong, Progress, Ready, Warm
 from worker.timing import Timing
 
 ENGINE = "worker.engine.child"  # imported by the fork server and the runners, never by the worker itself
@@ -178,7 +178,7 @@ class Runners:
                 reason = ""
             case Failed():
                 reason = message.reason
-            case Pong() | Progress() | Ready() | Measured() | Unreadable():
+            case Pong() | Closed() | Busy() | Progress() | Ready() | Measured() | Unreadable():
                 reason = f"it sent '{tag(message)}' before 'warm'"
             case _:
                 assert_never(message)
