@@ -125,7 +125,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 records=records,
                 departures=departures,
                 follower=follower,
-                stopper=Stopper(store.instances, records, follower),
+                stopper=Stopper(store.instances, records, follower, settings.unload_wait_s),
                 listing=Listing(roster, store.instances),
                 ids=Ids(roster, store.instances),
                 loaded=Loaded(roster, store.instances),

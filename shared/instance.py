@@ -47,6 +47,7 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     state: State = State.QUEUED
     epoch: str | None = None  # of the worker process that claimed the load
     attempt: int = 1  # number of this attempt, from 1
+    on_demand: bool = False  # a request for the model caused the load
     restoring: int = 0  # number of this attempt to restore the instance; 0: a client requested the load
     not_before: float = 0.0  # the worker does not start the load before this time
     phase: Phase | None = None
@@ -61,7 +62,7 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     refusal: ErrorBody | None = None  # the error of the last of these workers
     started_at: float | None = None
     loaded_at: float | None = None
-    # Last use; until models can be used: when the instance was loaded, unless it was restored.
+    # When it was loaded, or the last use before it was restored; `keys.used` has the later ones.
     used_at: float | None = None
     completed_at: float | None = None
     timing: dict[str, float] = {}

@@ -301,16 +301,25 @@ class Settings(Struct, frozen=True, kw_only=True):
             le=86400,
         ),
     ] = 300.0
-    drain_s: Annotated[
+    unload_wait_s: Annotated[
         float,
         setting(
-            "time for which an API process serves requests after a stop signal, in seconds; /readyz returns 503",
+            "time that requests get to end when their instance is unloaded, in seconds",
             "a number from 0 to 3600",
-            flags=("api",),
             ge=0,
             le=3600,
         ),
-    ] = 5.0
+    ] = 10.0
+    drain_s: Annotated[
+        float,
+        setting(
+            "time that requests get to end after a stop signal to an API process or a worker, in seconds",
+            "a number from 0 to 3600",
+            flags=("api", "worker"),
+            ge=0,
+            le=3600,
+        ),
+    ] = 20.0
     lease_s: Annotated[
         float,
         setting(

@@ -65,6 +65,7 @@ class Agent:
         self.residents: dict[str, Resident] = {}  # by id of the load
         self.tasks: dict[str, asyncio.Task[None]] = {}  # the tasks of `Resident.live`, by id of the load
         self.ending = asyncio.Event()  # set once the worker drains
+        self.out_of_time = asyncio.Event()  # set at the end of the drain, when requests must end
         self.changed = asyncio.Event()  # the snapshot's devices or instances changed
         self.placed: deque[str] = deque(maxlen=PLACED_N)  # loads that were placed or refused
         self.devices = Devices(settings, Driver())
@@ -114,6 +115,7 @@ class Agent:
             placed=self.placed,
             changed=self.changed,
             ending=self.ending,
+            out_of_time=self.out_of_time,
         )
 
     # ---- called by the worker's main
@@ -242,14 +244,28 @@ class Agent:
 
     # ---- the end
 
-    async def drain(self) -> None:
-        """Refuse new loads, requeue loads in progress, and stop all runners in parallel.
+    async def finish(self) -> None:
+        """Refuse new loads and requests, requeue loads in progress, and let the requests that run end within `drain_s`.
 
-        Queued loads stay queued, for another worker or for this worker's successor.
+        The agent beats meanwhile: its lease holds, and API processes send their requests elsewhere.
         """
+        self._begin_to_end()
+        if self.tasks:
+            await asyncio.wait(self.tasks.values(), timeout=self.settings.drain_s)
+
+    def _begin_to_end(self) -> None:
         self.ending.set()
         for resident in self.residents.values():
             resident.stop.set()
+        self.changed.set()  # its state is "draining"
+
+    async def drain(self) -> None:
+        """Refuse new loads, requeue loads in progress, and stop all runners in parallel, whatever they do.
+
+        Queued loads stay queued, for another worker or for this worker's successor.
+        """
+        self._begin_to_end()
+        self.out_of_time.set()
         draining = asyncio.create_task(self._wait_for_residents())
         with suppress(*UNAVAILABLE, TimeoutError):
             async with asyncio.timeout(self.timing.drain_s / 2):

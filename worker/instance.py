@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar, assert_never
 
 import msgspec
+from msgspec import UNSET
 
 from shared.errors import ErrorBody, LoadFailed, LoadFailure, crashed_recently
 from shared.instance import Instance
@@ -45,6 +47,7 @@ from worker.runner.warm import Runners
 from worker.timing import Timing
 
 FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP})  # not a crash
+MIN_CHECK_S = 0.05  # between two checks of an idle TTL
 COMMIT_FRACTION = 0.02  # progress is recorded after this fraction of the bytes
 CHANGED = "a file of the model changed while it was loaded"
 CHANGED_LATER = "a file of the model changed after it was loaded"
@@ -77,6 +80,7 @@ class Services:
     placed: deque[str]  # the ends (`short`) of the ids of loads that were placed or refused
     changed: asyncio.Event  # set when the worker's snapshot changed
     ending: asyncio.Event  # set once the worker drains
+    out_of_time: asyncio.Event  # set at the end of the drain, when requests must end
 
 
 class Resident:
@@ -124,8 +128,28 @@ class Resident:
         """The numbers of its requests, as its runner reported them last."""
         if self._runner is None:
             return Requests()
-        last = self._runner.load
-        return Requests(last.running, last.waiting, last.cells)
+        last, instance = self._runner.load, self._record.written
+        used_at = max(last.used_at, (instance and instance.used_at) or 0.0)
+        return Requests(last.running, last.waiting, last.cells, used_at)
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is only unloaded on request."""
+        instance = self._record.written
+        model = None if instance is None else of_instance(self._services.models, instance)
+        return model is not None and model.settings.pin
+
+    async def close_if_unused(self, since: float) -> bool:
+        """Have its runner refuse requests from now on, if it had none since a time (seconds since the epoch).
+
+        Returns whether it does: False also while the instance is not loaded.
+        """
+        return self._runner is not None and await self._runner.close_if_unused(since)
+
+    def open(self) -> None:
+        """Have its runner take requests again, after `close_if_unused`."""
+        if self._runner is not None:
+            self._runner.open()
 
     async def live(self) -> None:
         """Load the instance, hold it, and stop it.  Returns once its runner is reaped and its memory is released."""
@@ -133,9 +157,7 @@ class Resident:
         placer = self._services.placer
         try:
             await self._wait()
-            async with placer.placing:  # in the order of the deliveries
-                queued = None if self.stop.is_set() else await self._find()
-                placed = None if queued is None else await placer.place(*queued)
+            queued, placed = await self._place()
             self._services.placed.append(short(self.id))
             self._services.changed.set()
             if queued is None:
@@ -168,6 +190,30 @@ class Resident:
                     await self.stop.wait()
 
     # ---- before the load
+
+    async def _place(self) -> tuple[tuple[Instance, Model] | None, Placement | None]:
+        """Return the queued record and its model, and where the load goes; None if there is none, or no room.
+
+        While only busy instances prevent the load, waits up to `request_wait_s`; other loads go first meanwhile.
+        Raises Fenced and what UNAVAILABLE lists.
+        """
+        placer, settings, timing = self._services.placer, self._services.settings, self._services.timing
+        until = time.monotonic() + settings.request_wait_s
+        while True:
+            async with placer.placing:  # in the order of the deliveries
+                queued = None if self.stop.is_set() else await self._find()
+                placed = None if queued is None else await placer.place(*queued)
+            if queued is None or placed is not None:
+                return queued, placed
+            while True:
+                left_s = until - time.monotonic()
+                if left_s <= 0 or not placer.may_fit(queued[0]):
+                    return queued, None
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(left_s, timing.beat_s)):
+                        await self.stop.wait()
+                if self.stop.is_set() or placer.fits(queued[0]):
+                    break
 
     async def _find(self) -> tuple[Instance, Model] | None:
         """Return the queued record and its model.
@@ -467,6 +513,7 @@ class Resident:
         """Hold a loaded instance until its end: a stop, the idle TTL, a changed file, or a dead or silent runner."""
         try:
             outcome = await self._wait_for_end(instance, runner)
+            self.stop.set()  # for loads that wait for its memory
             match outcome:
                 case Stopped():
                     await self._unload(instance, runner)
@@ -499,7 +546,7 @@ class Resident:
         async with racing(*waits) as (stopping, exiting, changing, receiving):
             while not await first((stopping, exiting, changing, receiving), self._until_check_s(instance)):
                 self._oom_kills = oom_kills()  # the runner lives: OOM kills so far were of other processes
-                if instance.idle_at is not None and time.time() >= instance.idle_at:
+                if self._until_idle_s(instance) <= 0 and await self._has_expired(instance, runner):
                     _log.info("idle TTL expired", action="idle")
                     return Stopped()
                 if runner.silent_s >= self._services.settings.stall_limit_s:
@@ -515,23 +562,45 @@ class Resident:
 
     def _until_check_s(self, instance: Instance) -> float:
         """Return the seconds until a loaded instance is to be checked again."""
-        silence_s = self._services.timing.silence_s
-        return silence_s if instance.idle_at is None else min(silence_s, max(0.0, instance.idle_at - time.time()))
+        return min(self._services.timing.silence_s, max(MIN_CHECK_S, self._until_idle_s(instance)))
+
+    def _until_idle_s(self, instance: Instance) -> float:
+        """Return the seconds until the idle TTL of a loaded instance expires, by what its runner reported last."""
+        idle_at = msgspec.structs.replace(instance, used_at=self.requests.used_at).idle_at
+        return math.inf if idle_at is None or self.is_pinned else idle_at - time.time()
+
+    async def _has_expired(self, instance: Instance, runner: Runner) -> bool:
+        """Return whether the idle TTL has expired, by the runner's own judgement.  It refuses requests then."""
+        ttl_s = instance.request.ttl_seconds
+        assert ttl_s is not UNSET
+        return await runner.close_if_unused(time.time() - ttl_s)
 
     # ---- the end
 
     async def _unload(self, instance: Instance, runner: Runner | None) -> None:
-        """Stop a runner on request.
+        """Stop a runner on request, after its last answer.
 
         While the worker drains, there was no request: a loaded instance counts as lost, and a load is requeued.
         """
         if self._services.ending.is_set():
+            await self._finish()
             await self._stop_runner(runner)
             await self._record.abandon(instance, self._services.settings.load_attempts)
             return
         instance = await self._record.write(instance, Event.STOP)
+        await self._finish()
         await self._stop_runner(runner)
         self._services.desired.discard(await self._record.write(instance, Event.EXIT))
+
+    async def _finish(self) -> None:
+        """Let a loaded instance end its requests, and begin no others.
+
+        Waits up to `unload_wait_s`, while the worker drains as long as the drain takes.
+        """
+        if self._runner is None:
+            return
+        async with racing(self._runner.close(), self._services.out_of_time.wait()) as waits:
+            await first(waits, None if self._services.ending.is_set() else self._services.settings.unload_wait_s)
 
     async def _abandon(self, runner: Runner) -> None:
         """Drop an instance whose record another writer changed."""

@@ -12,6 +12,7 @@ from contextlib import ExitStack, aclosing, suppress
 import msgspec
 from redis.asyncio import Redis
 
+from shared.race import first, racing
 from shared.schema.model import Model
 from shared.settings import Settings, redis_url, variable
 from shared.store.connection import UNAVAILABLE, connected
@@ -59,6 +60,9 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
             stopping = asyncio.create_task(stop.wait())
             try:
                 await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    async with racing(agent.finish(), asyncio.shield(work)) as ends:
+                        await first(ends)
                 if work.done():
                     work.result()
             finally:

@@ -32,11 +32,13 @@ class Stopper:
     A stop and the wait for it are separate, so that a client that leaves ends the wait and does not interrupt a stop
     that is half done.
 
-    Every method raises what UNAVAILABLE lists if Redis does not answer.  The waits raise QueueUnavailable after
-    STOP_DEADLINE_S.
+    Every method raises what UNAVAILABLE lists if Redis does not answer.  The waits raise QueueUnavailable
+    STOP_DEADLINE_S after the requests of an instance had to end.
     """
 
-    def __init__(self, instances: Instances, records: Records, follower: Follower) -> None:
+    def __init__(self, instances: Instances, records: Records, follower: Follower, unload_wait_s: float) -> None:
+        """`unload_wait_s`: the time that requests get to end when their instance is unloaded."""
+        self._deadline_s = unload_wait_s + STOP_DEADLINE_S
         self._instances = instances
         self._records = records
         self._follower = follower
@@ -97,7 +99,7 @@ class Stopper:
         if is_stopped(instance):
             return instance
         with suppress(TimeoutError):
-            async with asyncio.timeout(STOP_DEADLINE_S):
+            async with asyncio.timeout(self._deadline_s):
                 return await self._follower.until(instance.id, is_stopped)
         raise QueueUnavailable(f"'{instance.instance_id}' is still stopping. Try again shortly.")
 

@@ -203,8 +203,8 @@ class Roster:
         """Choose the best candidate.  Returns it with the placement that its last snapshot allows.
 
         If the load fits on no candidate, returns the candidate with the most memory and None: its current state may
-        allow the load.  Workers that can read the file are preferred.  Raises InvalidValue if the request exceeds the
-        limits of the model.
+        allow the load, or its instances may become idle.  Workers that can read the file are preferred.  Raises
+        InvalidValue if the request exceeds the limits of the model.
         """
         # The roster may have been refreshed since it returned the candidates.
         readable = [one for one in candidates if one.model.problem is None and one.worker in self._hosts]
@@ -230,7 +230,7 @@ class Roster:
         if best is not None:
             return best
         loads = [self._hosts[one.worker] for one in readable]
-        ranks = [(-host.reach, host.worker.residents, host.worker.name, i) for i, host in enumerate(loads)]
+        ranks = [(-host.reach_later(), host.worker.residents, host.worker.name, i) for i, host in enumerate(loads)]
         return readable[min(ranks)[-1]], None
 
     def nowhere(self, request: LoadRequest, known: Model | None) -> ServiceError:

@@ -30,7 +30,7 @@ class Host:
             *accumulate(max(0, room) for room in reversed(self.rooms))
         ]  # of the largest GPU, of the two largest, ...
         self.cpu_room = next((device.available_bytes for device in worker.devices if device.id == CPU), None)
-        idle = [held for held in worker.held if held.is_evictable]
+        idle = [held for held in worker.held if held.is_victim]
         self.unused_since = min((held.used_at for held in idle), default=None)
         then = once_gone(available(worker.devices), idle)
         self.copies: dict[str, set[str]] = {}  # the devices that hold a model, by its key
@@ -39,6 +39,13 @@ class Host:
         self.rooms_then = [then[id_] for _, id_ in gpus]  # after all evictions that are possible
         self.cpu_reach = then.get(CPU, 0)
         self.reach = sum(max(0, room) for room in self.rooms_then) if self.rooms else self.cpu_reach
+
+    def reach_later(self) -> int:
+        """Return the room after all evictions that are possible once no instance is busy."""
+        evictable = [held for held in self.worker.held if held.is_evictable]
+        then = once_gone(available(self.worker.devices), evictable)
+        gpus = [device.id for device in self.worker.devices if device.kind == "gpu"]
+        return sum(max(0, then[id_]) for id_ in gpus or [CPU] if id_ in then)
 
     def holding(self, more: Sequence[Holding]) -> Host:
         """Return this host with less available memory, after loads were just placed here."""

@@ -7,7 +7,7 @@ among its devices, from its current state.  Both prefer, in this order:
 2. The smallest number of GPUs of one worker that have enough room together; each takes layers in proportion to its free
    memory.
 3. The same after evictions.  The instances that have been idle longest are evicted first, and only as many as
-   necessary.
+   necessary.  No instance is evicted while it is busy.
 4. As many layers as fit on GPUs, and the rest on the CPU, if the request and the worker allow it.
 5. The CPU, on a worker without GPUs, or on any worker if the request says so.  Here too, instances are evicted only if
    the load does not fit otherwise.
@@ -188,9 +188,7 @@ def place_evicting(demand: Demand, worker: WorkerSnapshot, search: Search = THOR
     Returns None if it does not fit even after evictions, or if there is nothing to evict.
     """
     free = available(worker.devices)
-    idle = sorted(
-        (held for held in worker.held if held.is_evictable), key=lambda held: (held.used_at, held.instance_id)
-    )
+    idle = sorted((held for held in worker.held if held.is_victim), key=lambda held: (held.used_at, held.instance_id))
 
     def without(victims: Sequence[Holding], search: Search) -> Placement | None:
         return _Attempt(demand, worker.devices, once_gone(free, victims), search).place()

@@ -49,7 +49,13 @@ class Holding(Struct, frozen=True, kw_only=True, gc=False):
     key: str
     devices: dict[str, int]  # bytes by device
     used_at: float  # last use, in seconds since the epoch; 0.0: not loaded yet
-    is_evictable: bool  # may be unloaded to make room
+    is_evictable: bool  # may be unloaded to make room, unless it is busy; or is being unloaded
+    is_busy: bool = False  # must not be evicted now: it answers requests, has just been loaded, or is being unloaded
     running: int = 0
     waiting: int = 0
     cells: int = 0  # of the KV cache, in use
+
+    @property
+    def is_victim(self) -> bool:
+        """Whether it may be evicted now."""
+        return self.is_evictable and not self.is_busy

@@ -116,6 +116,12 @@ class Weights(Struct, frozen=True, kw_only=True):
     block_bytes: list[int] = []  # of each block; for a whole model, [] if all blocks have the same size
 
 
+class ModelSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The settings of a model that an operator chose."""
+
+    pin: bool = False  # its instances are unloaded only on request
+
+
 class Model(Struct, frozen=True, kw_only=True, gc=False):
     """A GGUF model on a worker's disk, as its file header describes it.
 
@@ -148,6 +154,7 @@ class Model(Struct, frozen=True, kw_only=True, gc=False):
     can_map: bool = True  # the tensors are aligned as the engine needs them in a mapping of the file
     dimensions: Dimensions | None = None  # None: the header lacks a required one
     weights: Weights | None = None  # of all shards
+    settings: ModelSettings = ModelSettings()
 
     @property
     def full_key(self) -> str:

@@ -81,6 +81,12 @@ FAMILIES = (
         known=((),),
     ),
     Family(
+        name="evictions_refused",
+        kind="counter",
+        help="Instances that were to be evicted and turned out to be in use.",
+        known=((),),
+    ),
+    Family(
         name="runner_deaths",
         kind="counter",
         help="Runners that exited unexpectedly, by state: warm (no load yet), loading, loaded.",

@@ -11,24 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from api.channel.channels import Channels
-from shared.channel.messages import Deltas, Ended, FromRunner, Generate, Queued, Refused, Started
-from shared.errors import InvalidRequest, ModelUnloaded, RunnerLost
-from shared.instance import Instance
-from shared.lifecycle import State
+from shared.channel.messages import Deltas, Ended, Generate, Queued, Refused, Started
+from shared.errors import InvalidRequest, RunnerLost
 from shared.schema.model import Model
 from shared.synthetic.models import tiny_embedding, tiny_llama
-from shared.telemetry.tally import Tally
 from tests.integration.conftest import catalog
-from tests.support.agents import Begin, delivered, reached, warm
+from tests.support.agents import Begin
+from tests.support.loaded import CONVERSATION, Loaded
 from tests.support.waiting import until
-from worker.agent import Agent
-from worker.runner.process import Runner
 
 pytestmark = pytest.mark.usefixtures("forkserver")
-
-DEADLINE_S = 60.0
-CONVERSATION = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +34,6 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
-
-
-class Loaded:
-    """A worker with loaded instances, and an API process's end of its channels."""
-
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
-        self.channels = Channels(lambda _: agent.snapshot(), Tally())
-        self.runners: dict[str, Runner] = {}
-
-    async def load(self, number: int = 1, key: str = "p/llama") -> Instance:
-        runner = await warm(self.agent)
-        instance = await reached(self.agent, await delivered(self.agent, number, key), State.LOADED)
-        self.runners[instance.id] = runner
-        return instance
-
-    async def ask(
-        self, instance: Instance, *, conversation: bytes = CONVERSATION, n: int | None = 5, client: str = "c"
-    ) -> list[FromRunner]:
-        request = Generate(id=0, client=client, conversation=conversation, max_tokens=n)
-        async with asyncio.timeout(DEADLINE_S), self.channels.answering(instance, request, "/test") as answer:
-            return [message async for message in answer]
-
-    async def running(self, instance: Instance) -> int:
-        """Return the number of running requests that the worker would publish at its next beat."""
-        runner = self.runners[instance.id]
-        runner.ping(1.0)
-        await until(lambda: runner.silent_s == 0.0 and not runner._awaits_pong, "pong")
-        (held,) = [one for one in self.agent.snapshot().held if one.instance_id == instance.instance_id]
-        return held.running
 
 
 @pytest.fixture
@@ -133,17 +95,6 @@ async def test_a_runner_killed_in_the_middle_of_ten_answers(loaded: Loaded) -> N
     assert RunnerLost in {type(end) for end in ends}
     assert {type(end) for end in ends} <= {RunnerLost, list}  # a random model may have ended an answer before
     assert isinstance((await loaded.ask(other))[-1], Ended)
-
-
-async def test_an_unload_in_the_middle_of_answers(loaded: Loaded) -> None:
-    instance = await loaded.load()
-    asked = [asyncio.create_task(loaded.ask(instance, n=None)) for _ in range(10)]
-    await until(lambda: loaded.channels.busy(instance) == 10, "ten requests")
-    loaded.agent.stop(instance.id)
-    ends = await asyncio.gather(*asked, return_exceptions=True)
-    assert ModelUnloaded in {type(end) for end in ends}
-    assert {type(end) for end in ends} <= {ModelUnloaded, list}
-    assert loaded.runners[instance.id].status == 0
 
 
 async def test_an_embedding_model_generates_no_text(loaded: Loaded) -> None:

@@ -38,7 +38,7 @@ async def test_an_unload_is_never_half_done(store: Store, raw: redis.Redis) -> N
         return {"type": "http.disconnect"}
 
     state = {
-        "stopper": Stopper(store.instances, Records(store.instances), Follower(store.instances, store.listen)),
+        "stopper": Stopper(store.instances, Records(store.instances), Follower(store.instances, store.listen), 0.0),
         "closing": asyncio.Event(),
     }
     headers = [(b"content-type", b"application/json")]

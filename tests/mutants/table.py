@@ -232,9 +232,37 @@ MUTANTS = (
     Mutant(
         "an idle TTL unloads the instance",
         "worker/instance.py",
-        "if instance.idle_at is not None and time.time() >= instance.idle_at:",
+        "if self._until_idle_s(instance) <= 0 and await self._has_expired(instance, runner):",
         "if False:",
-        (f"{INTEGRATION}agent.py", f"{ACCEPTANCE}ttl.py"),
+        (f"{INTEGRATION}closing.py", f"{ACCEPTANCE}ttl.py"),
+    ),
+    Mutant(
+        "a model that answers does not expire",
+        "worker/instance.py",
+        "if self._until_idle_s(instance) <= 0 and await self._has_expired(instance, runner):",
+        "if self._until_idle_s(instance) <= 0:",
+        (f"{INTEGRATION}closing.py",),
+    ),
+    Mutant(
+        "an unload waits for the answers that run",
+        "worker/instance.py",
+        "        instance = await self._record.write(instance, Event.STOP)\n        await self._finish()",
+        "        instance = await self._record.write(instance, Event.STOP)",
+        (f"{INTEGRATION}closing.py",),
+    ),
+    Mutant(
+        "a runner with requests does not close",
+        "worker/engine/gate.py",
+        "            is_used = self._n > 0 or self._used_at > since",
+        "            is_used = False",
+        (f"{UNIT}gate.py", f"{INTEGRATION}closing.py"),
+    ),
+    Mutant(
+        "a busy instance is not evicted",
+        "worker/memory/placer.py",
+        "            if all(closed):",
+        "            if True:",
+        (f"{INTEGRATION}closing.py",),
     ),
     Mutant(
         "a crash of the engine is remembered",
@@ -374,8 +402,8 @@ MUTANTS = (
     Mutant(
         "a worker that is stopped hands its loads back",
         "worker/instance.py",
-        "        if self._services.ending.is_set():\n            await self._stop_runner(runner)",
-        "        if False:\n            await self._stop_runner(runner)",
+        "        if self._services.ending.is_set():\n            await self._finish()",
+        "        if False:\n            await self._finish()",
         (f"{INTEGRATION}agent.py",),
     ),
     Mutant(

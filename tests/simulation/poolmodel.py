@@ -430,7 +430,17 @@ class _Resident:
 
     @property
     def requests(self) -> Requests:
-        return Requests()
+        return Requests(used_at=self.instance.used_at or 0.0)
+
+    @property
+    def is_pinned(self) -> bool:
+        return False
+
+    async def close_if_unused(self, since: float) -> bool:
+        return True
+
+    def open(self) -> None:
+        pass
 
     def may_be_unloaded(self) -> bool:
         return self.instance.state is State.LOADED and self.instance.request.ttl_seconds is not UNSET

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -31,17 +32,19 @@ from worker.runner.failure import shortage
 from worker.timing import Timing
 
 TOO_LITTLE = "there is not enough memory"
+STAY_S = 30.0  # an instance that was loaded on demand is not evicted sooner: its client has not used it yet
 AMPLE = 2  # with room for this many times the estimate of an architecture in NEAR, no dry run is needed
 
 _log = log.get("worker")
 
 
 class Requests(NamedTuple):
-    """How many requests an instance has, and how many cells of its KV cache are in use."""
+    """How many requests an instance has, how many cells of its KV cache are in use, and when it was used last."""
 
     running: int = 0
     waiting: int = 0
     cells: int = 0
+    used_at: float = 0.0  # seconds since the epoch
 
 
 class Holder(Protocol):
@@ -58,6 +61,14 @@ class Holder(Protocol):
     def instance(self) -> Instance | None: ...
     @property
     def requests(self) -> Requests: ...
+    @property
+    def is_pinned(self) -> bool: ...
+
+    async def close_if_unused(self, since: float) -> bool:
+        """Have its runner refuse requests from now on, if it had none since a time.  Returns whether it does."""
+
+    def open(self) -> None:
+        """Have its runner take requests again."""
 
 
 class Placer:
@@ -134,8 +145,9 @@ class Placer:
     async def place(self, instance: Instance, model: Model) -> Placement | None:
         """Reserve memory for a load.  Returns None if it does not fit.  The caller holds `placing`.
 
-        Where the formula was not checked, the engine is asked first, unless there is ample room.  Victims are stopped
-        next.  Once their memory is free, the load is placed again, once.  A restoration evicts nothing.
+        Where the formula was not checked, the engine is asked first, unless there is ample room.  Victims are closed
+        next, and stopped once none of them is busy.  Once their memory is free, the load is placed again, once.  A
+        restoration evicts nothing.
         """
         await self.look()
         figures = self._figures(instance.request, model)
@@ -152,6 +164,7 @@ class Placer:
                 await self.look()
             placed = place(demand, self._snapshot_for(instance))
         self._demands[instance.id] = demand
+        placed = await self._without_busy(placed, demand, instance)
         if placed is not None and placed.evicts:
             await self._evict(placed.evicts, instance)
             await self.look()
@@ -184,11 +197,44 @@ class Placer:
         free = available(self.devices())
         return all(AMPLE * n_bytes <= free[id_] for id_, n_bytes in placed.bytes.items() if id_ in free)
 
+    def fits(self, instance: Instance) -> bool:
+        """Return whether a load that did not fit would fit now, after evictions."""
+        return place(self._demands[instance.id], self._snapshot_for(instance)) is not None
+
+    def may_fit(self, instance: Instance) -> bool:
+        """Return whether a load that did not fit would fit if no instance were busy."""
+        snapshot = self._snapshot_for(instance)
+        idle = [structs.replace(held, is_busy=False) for held in snapshot.held]
+        return place(self._demands[instance.id], structs.replace(snapshot, held=idle)) is not None
+
+    async def _without_busy(self, placed: Placement | None, demand: Demand, instance: Instance) -> Placement | None:
+        """Return a placement whose victims refuse requests from now on; None if there is none.
+
+        The snapshot says which instances were idle at the last beat; their runners decide.
+        """
+        busy: set[str] = set()
+        while placed is not None and placed.evicts:
+            victims, since = self._named(placed.evicts), time.time()
+            closed = await asyncio.gather(*(holder.close_if_unused(since) for holder in victims))
+            if all(closed):
+                break
+            for holder, is_closed in zip(victims, closed, strict=True):
+                if is_closed:
+                    holder.open()
+                else:
+                    busy.add(self._id_of(holder))
+                    self._tally.add({field("evictions_refused"): 1})
+            snapshot = self._snapshot_for(instance)
+            held = [structs.replace(one, is_busy=one.is_busy or one.instance_id in busy) for one in snapshot.held]
+            placed = place(demand, structs.replace(snapshot, held=held))
+        return placed
+
+    def _named(self, held: Sequence[Holding]) -> list[Holder]:
+        names = {one.instance_id for one in held}
+        return [holder for holder in self._holders.values() if self._id_of(holder) in names]
+
     async def _evict(self, victims: Sequence[Holding], instance: Instance) -> None:
-        names = {held.instance_id for held in victims}
-        evicted = [
-            holder for holder in self._holders.values() if holder.instance and holder.instance.instance_id in names
-        ]
+        evicted = self._named(victims)
         for holder in evicted:
             assert holder.instance is not None
             with log.about(holder.instance):
@@ -260,11 +306,12 @@ class Placer:
         """Return the memory that each instance here has reserved."""
         return [
             Holding(
-                instance_id="" if holder.instance is None else holder.instance.instance_id,
+                instance_id=self._id_of(holder),
                 key=holder.key,
                 devices=reservation.bytes,
                 used_at=self._used_at(holder),
                 is_evictable=self._is_evictable(holder),
+                is_busy=self._is_busy(holder),
                 running=holder.requests.running,
                 waiting=holder.requests.waiting,
                 cells=holder.requests.cells,
@@ -273,14 +320,25 @@ class Placer:
             if (holder := self._holders.get(id_)) is not None
         ]
 
+    def _id_of(self, holder: Holder) -> str:
+        return "" if holder.instance is None else holder.instance.instance_id
+
     def _used_at(self, holder: Holder) -> float:
         instance = holder.instance
-        return 0.0 if instance is None or instance.state is not State.LOADED else instance.used_at or 0.0
+        return 0.0 if instance is None or instance.state is not State.LOADED else holder.requests.used_at
+
+    def _is_busy(self, holder: Holder) -> bool:
+        """Return whether an instance must not be evicted now."""
+        instance, requests = holder.instance, holder.requests
+        is_new = instance is not None and instance.on_demand and time.time() < (instance.loaded_at or 0.0) + STAY_S
+        return is_new or holder.stop.is_set() or requests.running + requests.waiting > 0
 
     def _is_evictable(self, holder: Holder) -> bool:
-        """Return whether an instance may be evicted, by the setting `evict`."""
+        """Return whether an instance may be evicted, by the setting `evict`, or is being stopped."""
         instance, policy = holder.instance, self._settings.evict
-        if instance is None or instance.state is not State.LOADED or holder.stop.is_set():
+        if holder.stop.is_set():
+            return True
+        if instance is None or instance.state is not State.LOADED or holder.is_pinned:
             return False
         match policy:
             case "idle":
