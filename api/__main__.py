@@ -1,7 +1,7 @@
 """`python -m api --fd N`: runs one API process on an inherited listening socket.
 
-After a stop signal, the process drains (`Server`): `/readyz` fails first, so that load balancers stop sending requests,
-while waiting clients get more time.
+After a stop signal, the process drains (`Server`): `/readyz` fails, new requests for models are refused, and those in
+progress get more time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TICKS = 10  # per second, of uvicorn
 class Server(uvicorn.Server):
     """A uvicorn server that drains before it stops, and calls `beat` every second.
 
-    The first signal sets `draining`.  The server then continues for `drain_s[0]` seconds or, as long as requests are in
-    progress, for up to `drain_s[1]` seconds; then it sets `closing` and stops.  A second signal ends the drain at once.
+    The first signal sets `draining`.  The server then continues as long as requests are in progress, for up to
+    `drain_s` seconds; then it sets `closing` and stops.  A second signal ends the drain at once.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
         config: uvicorn.Config,
         draining: asyncio.Event,
         closing: asyncio.Event,
-        drain_s: tuple[float, float],
+        drain_s: float,
         beat: Callable[[], None],
     ) -> None:
         super().__init__(config)
@@ -74,16 +74,14 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
 
     def _is_drained(self) -> bool:
-        least_s, most_s = self.drain_s
         elapsed_s = time.monotonic() - self.stop_signal_at
-        is_busy = bool(self.server_state.tasks)
-        return self.force_exit or elapsed_s >= (most_s if is_busy else least_s)
+        return self.force_exit or not self.server_state.tasks or elapsed_s >= self.drain_s
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m api")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the listening socket")
-    parser.add_argument("--drain", type=float, nargs=2, default=(0.0, 0.0), metavar=("LEAST", "MOST"), help="seconds")
+    parser.add_argument("--drain", type=float, default=0.0, metavar="S", help="seconds for requests in progress")
     parser.add_argument("--beat-fd", type=int, help="file descriptor for heartbeats to the supervisor")
     arguments = parser.parse_args()
     listening = socket.socket(fileno=arguments.fd)
@@ -98,7 +96,7 @@ def main() -> int:
     except SettingsError as e:
         print(f"loadstone: {e}", file=sys.stderr)  # noqa: T201  the log is not set up yet
         return 2
-    Server(server_config(app), draining, closing, tuple(arguments.drain), beat).run(sockets=[listening])
+    Server(server_config(app), draining, closing, arguments.drain, beat).run(sockets=[listening])
     return 0
 
 

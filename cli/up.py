@@ -33,12 +33,12 @@ from shared.telemetry import log
 from shared.tokens import check_exposure, read_tokens
 
 # `up` takes at most the sum of these to stop: 10 s, after which container runtimes send SIGKILL.
-UP_DRAIN_S = 1.0  # without a load balancer, the API exits once no request is in progress, and at the latest after this
+UP_DRAIN_S = 1.0  # that requests in progress get to end
 API_GRACE_S = 3.0  # after its drain; longer than GRACE_S of the API
-WORKER_GRACE_S = 5.0
+WORKER_GRACE_S = 5.0  # without a drain: the API has ended before, and with it all requests
 REDIS_GRACE_S = 1.0
 
-LONE_WORKER_GRACE_S = 25.0  # for a worker of a pool, whose loads are requeued at other workers
+LONE_WORKER_GRACE_S = 10.0  # after its drain, for a worker of a pool, whose loads are requeued at other workers
 WATCHDOG_S = 30.0  # a beat may take about 15 s if Redis hangs
 
 
@@ -109,8 +109,8 @@ async def _supervise_all(settings: Settings, listening: socket.socket, redis: Se
             supervisor.start(command)
             await supervisor.until(partial(devredis.missing, redis.socket), "The embedded Redis")
             await devredis.forget_lease(redis.socket, settings.name)
-        supervisor.start(worker_command(settings, WORKER_GRACE_S))
-        supervisor.start(*[api_command(settings, listening, (0.0, UP_DRAIN_S))] * settings.api_workers)
+        supervisor.start(worker_command(msgspec.structs.replace(settings, drain_s=0.0), WORKER_GRACE_S))
+        supervisor.start(*[api_command(settings, listening, UP_DRAIN_S)] * settings.api_workers)
         await supervisor.until(partial(listener.missing, listening, paths.READYZ), "Loadstone")
         url = listener.url(settings.host, listening)
         click.echo(f"ready: {url}")
@@ -121,7 +121,7 @@ async def _supervise_all(settings: Settings, listening: socket.socket, redis: Se
 
 async def _supervise_api(settings: Settings, listening: socket.socket) -> None:
     async with Supervisor() as supervisor:
-        command = api_command(settings, listening, (settings.drain_s, settings.drain_s))
+        command = api_command(settings, listening, settings.drain_s)
         supervisor.start(*[command] * settings.api_workers)
         await supervisor.until(partial(listener.missing, listening, paths.HEALTHZ), "The API")
         click.echo(f"listening: {listener.url(settings.host, listening)}")
@@ -130,19 +130,19 @@ async def _supervise_api(settings: Settings, listening: socket.socket) -> None:
 
 async def _supervise_worker(settings: Settings) -> None:
     async with Supervisor() as supervisor:
-        supervisor.start(worker_command(settings, LONE_WORKER_GRACE_S))
+        supervisor.start(worker_command(settings, settings.drain_s + LONE_WORKER_GRACE_S))
         await supervisor.forever()
 
 
-def api_command(settings: Settings, listening: socket.socket, drain_s: tuple[float, float]) -> Command:
-    """Return the command of an API process.  `drain_s`: minimum drain, and maximum while requests are in progress."""
+def api_command(settings: Settings, listening: socket.socket, drain_s: float) -> Command:
+    """Return the command of an API process.  `drain_s`: the longest time that requests in progress get to end."""
     fd = listening.fileno()
     return Command(
         name="api",
-        argv=(*_module("api"), "--fd", str(fd), "--drain", *map(str, drain_s)),
+        argv=(*_module("api"), "--fd", str(fd), "--drain", str(drain_s)),
         environ=_environ(settings),
         pass_fds=(fd,),
-        grace_s=drain_s[1] + API_GRACE_S,
+        grace_s=drain_s + API_GRACE_S,
         watchdog_s=WATCHDOG_S,
     )
 

@@ -193,5 +193,5 @@ async def test_a_stopped_worker_is_replaced(settings: Settings, redis: RedisServ
 
 async def test_a_stopped_api_is_replaced(settings: Settings) -> None:
     with listener.bind(settings) as listening:
-        command = up.api_command(settings, listening, (0.0, 0.0))
+        command = up.api_command(settings, listening, 0.0)
         await check_replaced(command, partial(listener.missing, listening, "/healthz"))

@@ -26,6 +26,6 @@ def test_worker_gets_no_tokens() -> None:
 
 def test_api_gets_the_tokens() -> None:
     with socket.socket() as listening:
-        environ = up.api_command(SETTINGS, listening, (0.0, 0.0)).environ
+        environ = up.api_command(SETTINGS, listening, 0.0).environ
     assert environ["LOADSTONE_API_TOKENS"] == "hush"
     assert environ["LOADSTONE_API_TOKENS_FILE"] == "/run/secrets/hush"
