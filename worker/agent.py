@@ -97,6 +97,7 @@ class Agent:
         self.listener = Listener(log_level=settings.log_level, log_format=settings.log_format)
         self._heartbeat = heartbeat
         self._digest = ""  # of the published catalog
+        self._uses: dict[str, float] = {}  # as written last
         self._services = Services(
             name=self.name,
             epoch=epoch,
@@ -228,7 +229,19 @@ class Agent:
             await self.publish(list(self.models.values()))
         if not self.ending.is_set():
             await self.restorer.restore(self.residents.keys())
+        await self._write_uses(is_lost=lease == "no catalog")
         await self.tally.hand_over(self.store.counters.add)
+
+    async def _write_uses(self, *, is_lost: bool) -> None:
+        """Write the last uses of the desired instances, for the worker's next process, unless Redis has them.
+
+        Raises what UNAVAILABLE lists.
+        """
+        self.desired.use({id_: resident.requests.used_at for id_, resident in self.residents.items()})
+        used = self.desired.uses()
+        if used != self._uses or is_lost:
+            await self.store.instances.write_uses(self.name, used)
+            self._uses = used
 
     async def watch_files(self) -> None:
         """Set `changed` of each instance whose files changed.  Runs until cancelled.
@@ -270,6 +283,7 @@ class Agent:
         with suppress(*UNAVAILABLE, TimeoutError):
             async with asyncio.timeout(self.timing.drain_s / 2):
                 await self.store.workers.renew(self.snapshot())  # the state "draining": no API places a load here
+        self.desired.use({id_: resident.requests.used_at for id_, resident in self.residents.items()})
         await draining
         self.desired.flush()
         with suppress(*UNAVAILABLE, TimeoutError):

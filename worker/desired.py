@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,8 @@ _log = log.get("worker")
 
 
 class Desired:
-    """Desired instances by `instance_id`, as recorded when they were loaded or their restoration began."""
+    """Desired instances by `instance_id`, as recorded when they were loaded or their restoration began, with their last
+    use."""
 
     def __init__(self, path: Path, *, is_on: bool, timing: Timing | None = None) -> None:
         """`is_on`: whether the worker restores instances; if not, no instance is ever desired."""
@@ -60,6 +62,16 @@ class Desired:
         if desired is not None and desired.id == instance.id:
             del self.instances[instance.instance_id]
             self._changed.set()
+
+    def use(self, used: Mapping[str, float]) -> None:
+        """Take last uses: id of the load -> seconds since the epoch.  The file gets them with the next change."""
+        for instance_id, desired in self.instances.items():
+            if (used_at := used.get(desired.id, 0.0)) > (desired.used_at or 0.0):
+                self.instances[instance_id] = msgspec.structs.replace(desired, used_at=used_at)
+
+    def uses(self) -> dict[str, float]:
+        """Return the last use of each instance, by id of the load."""
+        return {desired.id: desired.used_at or 0.0 for desired in self.instances.values()}
 
     async def keep(self) -> None:
         """Write the file after each change.  Runs until cancelled."""

@@ -59,9 +59,10 @@ class Restorer:
 
         Raises what UNAVAILABLE lists.
         """
-        missing = [desired for desired in self._desired.instances.values() if desired.id not in held]
-        if not missing:
+        if self._desired.uses().keys() <= {*held}:
             return
+        self._desired.use(await self._instances.uses(self._name))  # as the worker's last process wrote them
+        missing = [desired for desired in self._desired.instances.values() if desired.id not in held]
         records = {record.id: record for record in await self._instances.many([desired.id for desired in missing])}
         known = await self._instances.desired(self._name)
         for desired in sorted(missing, key=lambda instance: instance.used_at or 0.0, reverse=True):

@@ -279,6 +279,20 @@ class Instances:
         """Remove all desired instances of a worker."""
         await self._redis.delete(keys.desired(worker))
 
+    async def write_uses(self, worker: str, used: Mapping[str, float]) -> None:
+        """Replace the last uses of the desired instances of a worker: id of the load -> seconds since the epoch."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(keys.used(worker))
+            if used:
+                pipe.hset(keys.used(worker), mapping={id_: repr(at) for id_, at in used.items()})
+                pipe.expire(keys.used(worker), RETAIN_S)
+            await pipe.execute()
+
+    async def uses(self, worker: str) -> dict[str, float]:
+        """Return the last uses of the desired instances of a worker, as written last."""
+        used: dict[bytes, bytes] = await self._redis.hgetall(keys.used(worker))  # type: ignore[misc]
+        return {id_.decode(): float(at) for id_, at in used.items()}
+
     # ---- models that crashed the engine
 
     async def remember_crash(self, fingerprint: str, reason: str) -> None:

@@ -19,6 +19,8 @@
   crashed:{digest}  string  why a model (Model.fingerprint) crashed the engine; expires after CRASH_MEMORY_S
   wanted:{worker}   hash    instance_id -> id: the desired instances of a worker
                                                               expires RETAIN_S after its last beat
+  used:{worker}     hash    id -> last use (seconds) of the desired instances of a worker
+                                                              expires RETAIN_S after its last beat
   workers           zset    name -> time of the last beat (seconds); removed after RETAIN_S
   lease:{worker}    string  epoch of its process               expires a lease after its last beat
   worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
@@ -73,6 +75,10 @@ def crash(fingerprint: str) -> str:
 
 def desired(worker: str) -> str:
     return f"wanted:{worker}"
+
+
+def used(worker: str) -> str:
+    return f"used:{worker}"
 
 
 def lease(worker: str) -> str:

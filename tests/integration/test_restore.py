@@ -22,6 +22,7 @@ from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema.http import LoadConfig, LoadRequest
 from shared.schema.model import FileStat, Model, Problem
+from shared.store.keys import RETAIN_S
 from shared.telemetry.trace import parse, root
 from tests.integration.conftest import hold
 from tests.support.agents import EPOCH, Begin, loaded, reached, record, released, submitted, sweep, warm
@@ -30,6 +31,7 @@ from tests.support.waiting import until
 from worker.agent import Agent
 from worker.desired import Desired
 from worker.restore import TRIES, Restorer, decide, restoration
+from worker.runner.protocol import Pong
 from worker.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("forkserver")
@@ -37,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 DEAD = "dead"  # the epoch of a process that has ended
 BAD = "p/bad"  # the key of a model that cannot be opened
 FILE = "wanted-w.json"
+LATER = 2e9 + 0.125  # a time of use, in seconds since the epoch
 FIRST_PAUSE_S = Timing().first_pause_s
 ERROR = ErrorBody(type="model_load_failed", code="engine_crashed", message="why")
 
@@ -421,6 +424,33 @@ async def test_last_used_instance_is_restored_first(agent: Agent) -> None:
     begun = [one.started_at or 0.0 for one in new]
     assert begun == sorted(begun)
     assert [one.created_at for one in new] == sorted(one.created_at for one in new)
+
+
+async def test_restoration_counts_from_the_last_use_in_redis(agent: Agent) -> None:
+    for number, key in ((1, "p/llama"), (2, "p/moe")):
+        await lost(agent, number, key, used_at=2.0)
+    await agent.store.instances.write_uses("w", {"load_2": 3.5, "load_7": 9.0})
+    await agent.restorer.restore(agent.residents)
+    new = [await restored(agent, key) for key in ("p/moe", "p/llama")]
+    assert [one.used_at for one in new] == [3.5, 2.0]
+    assert [one.created_at for one in new] == sorted(one.created_at for one in new)
+
+
+async def test_each_beat_writes_the_last_uses(agent: Agent, raw: redis.Redis, tmp_path: Path) -> None:
+    id_, runner = await loaded(agent)
+    await agent.beat_once()
+    before = await record(agent, id_)
+    assert await agent.store.instances.uses("w") == {id_: before.used_at}
+    runner.load = Pong(running=1, used_at=LATER)
+    await agent.beat_once()
+    assert await agent.store.instances.uses("w") == {id_: LATER}
+    raw.delete("used:w", "catalog:w")
+    await agent.beat_once()
+    assert await agent.store.instances.uses("w") == {id_: LATER}, "again after Redis lost it"
+    assert 0 < int(str(raw.ttl("used:w"))) <= RETAIN_S
+    assert await record(agent, id_) == before, "no commit"
+    agent.desired.flush()
+    assert [one.used_at for one in read(tmp_path / FILE).values()] == [LATER]
 
 
 async def test_restoration_waits_until_the_old_runner_is_gone(agent: Agent) -> None:
