@@ -136,6 +136,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 counters=store.counters,
                 tally=tally,
                 replies=OpenReplies(settings.waiting_limit),
+                max_body_bytes=settings.max_body_bytes,
                 draining=draining,
                 closing=closing,
             )

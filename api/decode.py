@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Callable, Collection
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -25,6 +26,8 @@ from shared.errors import (
 )
 
 MAX_BODY_BYTES = 1 << 20
+OUT_OF_RANGE = ("Number out of range", "Integer value out of range")  # what msgspec says
+NUMBER = re.compile(rb"-?\d{1,15}(\.\d{1,15})?([eE][-+]?\d{1,2})?")  # one that a float holds exactly enough
 
 T = TypeVar("T", bound=Struct)
 
@@ -84,38 +87,94 @@ def object_of(body: bytes) -> dict[str, Any]:
     return value
 
 
-def converted(value: dict[str, Any], kind: type[T]) -> T:
-    """Convert an object of which unknown keys are ignored.  A float without a fraction is accepted as an integer.
+def known(body: bytes, kind: type[T], large: Collection[str]) -> T:
+    """Decode a JSON object of which unknown keys are ignored, at any depth.  A float without a fraction is accepted as
+    an integer, at the top level.
 
-    Raises MissingParameter, InvalidType and InvalidValue, which name the place, such as "messages[0].role".
+    What is ignored is not kept, because millions of small values would occupy this process for seconds.  For the same
+    reason the fields that are not in `large` are bounded.  Raises InvalidJSON, BodyTooLarge, and MissingParameter,
+    InvalidType and InvalidValue, which name the place, such as "messages[0].role".
     """
-    whole = {key: int(one) if isinstance(one, float) and one.is_integer() else one for key, one in value.items()}
+    body = body.removeprefix(codecs.BOM_UTF8)
+    if len(body) > MAX_BODY_BYTES:
+        small = sum(len(raw) for name, raw in _raw(body).items() if name not in large and name in _fields(kind))
+        if small > MAX_BODY_BYTES:
+            names = " and ".join(f"'{name}'" for name in large)
+            raise BodyTooLarge(f"The fields other than {names} exceed the limit of {MAX_BODY_BYTES:,} bytes.")
+    problem = _problem(body, kind)
+    if isinstance(problem, str) and ", got `float`" in problem:
+        problem = _problem(_with_whole_numbers(body), kind)
+    if not isinstance(problem, str):
+        return problem
+    text, _, place = problem.partition(" - at `$.")
+    path = place.removesuffix("`")
+    missing = re.fullmatch(r"Object missing required field `(\w+)`.*", text)
+    if missing is not None:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+        raise MissingParameter(f"'{path}' is required.", param=path)
+    if not path:
+        raise InvalidType(f"The body must be a JSON object: {_plain(text)}.")
+    error = InvalidType if ", got " in text else InvalidValue
+    raise error(f"'{path}': {_plain(text)}.", param=path)
+
+
+def _problem(body: bytes, kind: type[T]) -> T | str:
+    """Decode JSON into a struct; return the message of msgspec if it does not fit.  Raises InvalidJSON."""
     try:
-        return msgspec.convert(whole, kind)
+        value: T = _decoder(kind)(body)
     except msgspec.ValidationError as e:
-        problem, _, place = str(e).partition(" - at `$.")
-        path = place.removesuffix("`")
-        missing = re.fullmatch(r"Object missing required field `(\w+)`.*", problem)
-        if missing is not None:
-            path = f"{path}.{missing[1]}" if path else missing[1]
-            raise MissingParameter(f"'{path}' is required.", param=path) from None
-        error = InvalidType if ", got " in problem else InvalidValue
-        raise error(f"'{path}': {_plain(e)}.", param=path) from None
+        if str(e).startswith(OUT_OF_RANGE):
+            raise _invalid_json(body, e) from None
+        return str(e)
+    except (UnicodeDecodeError, RecursionError, msgspec.DecodeError) as e:
+        raise _invalid_json(body, e) from None
+    else:
+        return value
+
+
+@cache
+def _decoder(kind: type[Any]) -> Callable[[bytes], Any]:
+    return msgspec.json.Decoder(kind).decode
+
+
+def _raw(body: bytes) -> dict[str, msgspec.Raw]:
+    """Return the values of a JSON object as they are; nothing if it is not one."""
+    try:
+        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (UnicodeDecodeError, RecursionError, msgspec.DecodeError):
+        return {}
+
+
+def _with_whole_numbers(body: bytes) -> bytes:
+    """Write numbers without a fraction as integers, at the top level of an object."""
+    values: dict[str, msgspec.Raw | int] = {**_raw(body)}
+    for name, raw in values.items():
+        text = bytes(raw) if isinstance(raw, msgspec.Raw) else b""
+        if NUMBER.fullmatch(text) and (number := float(text)).is_integer():
+            values[name] = int(number)
+    return msgspec.json.encode(values)
 
 
 def _json(body: bytes) -> Any:
-    """Decode JSON.  Raises InvalidJSON with the reason, which msgspec does not always know."""
+    """Decode JSON.  Raises InvalidJSON."""
     try:
         return msgspec.json.decode(body)
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, RecursionError, msgspec.DecodeError) as e:
+        raise _invalid_json(body, e) from None
+
+
+def _invalid_json(body: bytes, error: Exception) -> InvalidJSON:
+    """Return the error with the reason, which msgspec does not always know."""
+    if isinstance(error, msgspec.ValidationError):  # a float beyond a double, or an integer with thousands of digits
+        return InvalidJSON("A number in the body is out of range.")
+    why = str(error)
+    if isinstance(error, UnicodeDecodeError):
         why = _not_utf8(body)
-    except RecursionError:
+    elif isinstance(error, RecursionError):
         why = "it is nested too deeply"
-    except msgspec.ValidationError:  # of no schema: a float beyond a double, or an integer with thousands of digits
-        raise InvalidJSON("A number in the body is out of range.") from None
-    except msgspec.DecodeError as e:
-        why = "it has half of a surrogate pair" if _has_lone_surrogate(body) else str(e)
-    raise InvalidJSON(f"The body is not valid JSON: {why.removeprefix('JSON is malformed: ')}.")
+    elif len(body) <= MAX_BODY_BYTES and _has_lone_surrogate(body):
+        why = "it has half of a surrogate pair"
+    return InvalidJSON(f"The body is not valid JSON: {why.removeprefix('JSON is malformed: ')}.")
 
 
 def _not_utf8(body: bytes) -> str:
@@ -163,8 +222,8 @@ def _made(raw: dict[str, Any], kind: type[T], prefix: str, out_of_range: list[In
             values[key] = _convert(value, fields[key].type)
         except msgspec.ValidationError as e:
             if ", got " in str(e):
-                raise InvalidType(f"'{name}': {_plain(e)}.", param=name) from None
-            problem = _plain(e)
+                raise InvalidType(f"'{name}': {_plain(str(e))}.", param=name) from None
+            problem = _plain(str(e))
             if problem.startswith("Invalid enum value"):
                 problem = f"expected one of {', '.join(map(repr, _choices(fields[key].type)))}"
             out_of_range.append(InvalidValue(f"'{name}': {problem}, got {value!r}.", param=name))
@@ -204,9 +263,9 @@ def _convert(value: Any, kind: Any) -> Any:
         raise
 
 
-def _plain(error: msgspec.ValidationError) -> str:
-    """Translate a msgspec message, such as "Expected `int`, got `str`", into JSON terms."""
-    text = str(error).partition(" - at ")[0]
+def _plain(text: str) -> str:
+    """Translate a message of msgspec, such as "Expected `int`, got `str`", into JSON terms."""
+    text = text.partition(" - at ")[0]
     return re.sub(r"`([^`]*)`", lambda types: _in_json(types[1]), text).replace("Expected", "expected")
 
 

@@ -1,4 +1,4 @@
-"""A limit on the replies that this process holds open during loads."""
+"""A limit on the replies that this process holds open: for loads, and for requests to models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.errors import TooManyWaiting
 class OpenReplies:
     """Limits the number of replies that are open at the same time, since each occupies a connection.
 
-    A request beyond the limit is refused before its load is accepted.
+    A request beyond the limit is refused before its load, or its request to a model, is accepted.
     """
 
     def __init__(self, limit: int) -> None:
@@ -23,8 +23,8 @@ class OpenReplies:
         """Occupy one place.  Raises TooManyWaiting."""
         if self.count >= self.limit:
             raise TooManyWaiting(
-                f"Too many open replies (limit: {self.limit}). Send 'Prefer: respond-async' and poll the job, or try "
-                "again shortly."
+                f"Too many open replies (limit: {self.limit}). Try again shortly; for a load, send 'Prefer: "
+                "respond-async' and poll the job."
             )
         self.count += 1
         try:

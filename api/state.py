@@ -41,6 +41,7 @@ class State(TypedDict):
     counters: Counters
     tally: Tally
     replies: OpenReplies
+    max_body_bytes: int  # of a request to a model
     draining: asyncio.Event
     closing: asyncio.Event
     caller: NotRequired[str]  # the client of the token; `api.auth.Auth` adds it

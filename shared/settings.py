@@ -200,8 +200,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     waiting_limit: Annotated[
         int,
         setting(
-            "maximum number of replies that an API process holds open for loads: waiting requests, long polls and "
-            "event streams",
+            "maximum number of replies that an API process holds open: answers of models, and waiting requests, long "
+            "polls and event streams of loads",
             "an integer from 1 to 1000000",
             ge=1,
             le=1_000_000,
@@ -276,6 +276,16 @@ class Settings(Struct, frozen=True, kw_only=True):
             le=86400,
         ),
     ] = 600.0
+    max_body_bytes: Annotated[
+        int,
+        setting(
+            "maximum size of the body of a request to a model, in bytes; an API process answers no other request while "
+            "it decodes one",
+            "an integer from 1024 to 33554432",
+            ge=1024,
+            le=32 << 20,
+        ),
+    ] = 8 << 20
     max_output_tokens: Annotated[
         int,
         setting(

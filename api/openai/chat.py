@@ -35,7 +35,6 @@ from shared.errors import (
 from shared.instance import Instance
 from shared.telemetry import log
 
-MAX_BODY_BYTES = 32 << 20
 HEARTBEAT = b":\n\n"  # a bare comment: some clients take ": text" for the end of the stream
 MESSAGES = "messages"
 
@@ -47,7 +46,7 @@ async def chat_completions(request: Request[State]) -> Response:
     """
     if request.state["draining"].is_set():
         raise QueueUnavailable("The server is shutting down and accepts no new requests. Try again shortly.")
-    asked = decoded(await read_any(request, MAX_BODY_BYTES))
+    asked = decoded(await read_any(request, request.state["max_body_bytes"]))
     channels = request.state["channels"]
     instance = await request.state["loaded"].llm(asked.model, channels.busy)
     choices = _choices(asked, instance)
@@ -55,6 +54,7 @@ async def chat_completions(request: Request[State]) -> Response:
     headers = {"Loadstone-Instance": instance.instance_id}
     order = generate(asked, request.state["caller"])
     async with AsyncExitStack() as undo:
+        undo.enter_context(request.state["replies"].place())
         answer = await undo.enter_async_context(channels.answering(instance, order, paths.CHAT_COMPLETIONS))
         await waited_for(request, accepted(answer))
         if asked.stream:

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from api.decode import converted, object_of
+from api.decode import known
 from shared.channel.messages import Generate, Sampling
 from shared.errors import InvalidValue, NotSupported
 
 DEEPEST = 64  # nesting of a conversation: llama.cpp's template code recurses over it
+MOST_PIECES = 65_536  # messages of a conversation, and their parts: to check and to render each takes microseconds
 MOST_STOPS = 16
 MOST_ALTERNATIVES = 20  # `top_logprobs`, as OpenAI has it
 UNLIMITED = -1  # of `max_tokens`, as LM Studio's clients send it
@@ -34,6 +35,20 @@ class StreamOptions(Struct, frozen=True):
     include_usage: Annotated[bool | None, Meta(description="Send a last chunk with the tokens of the request.")] = None
 
 
+class Part(Struct, frozen=True):
+    """A part of a message."""
+
+    type: Annotated[str, Meta(description="`text`; also `input_text` and `refusal`. Others are not served.")]
+    text: Annotated[str | None, Meta(description="The text.")] = None
+    refusal: Annotated[str | None, Meta(description="The text of a `refusal`.")] = None
+
+
+class ToolCall(Struct, frozen=True):
+    """A call of a tool.  Not served yet."""
+
+    id: Annotated[str, Meta(description="The id of the call.")]
+
+
 class Message(Struct, frozen=True):
     """A message of a conversation."""
 
@@ -42,7 +57,7 @@ class Message(Struct, frozen=True):
         Meta(description="Who wrote it; `developer` means `system`. `tool` and `function` are not served yet."),
     ]
     content: Annotated[
-        str | list[dict[str, Any]] | None,
+        str | list[Part] | None,
         Meta(description='The text, or a list of parts such as `{"type": "text", "text": "Hello!"}`.'),
     ] = None
     name: Annotated[str | None, Meta(description="Name of the writer, for the model's chat template.")] = None
@@ -50,7 +65,7 @@ class Message(Struct, frozen=True):
         str | None, Meta(description="The reasoning before an earlier answer, for the model's chat template.")
     ] = None
     reasoning: Annotated[str | None, Meta(description="The same under another name.")] = None
-    tool_calls: Annotated[list[Any] | None, Meta(description="Not served yet: must be empty.")] = None
+    tool_calls: Annotated[list[ToolCall] | None, Meta(description="Not served yet: must be empty.")] = None
 
 
 class ChatRequest(Struct, frozen=True, kw_only=True):
@@ -161,11 +176,18 @@ def decoded(body: bytes) -> ChatRequest:
 
     Raises InvalidJSON, InvalidType, InvalidValue, MissingParameter, and NotSupported for what this server does not do.
     """
-    value = object_of(body)
-    if _depth(value) > DEEPEST:
-        raise InvalidValue(f"The body is nested more than {DEEPEST} levels deep.")
-    request = converted(value, ChatRequest)
+    request = known(body, ChatRequest, {"messages"})
+    if _depth(request.chat_template_kwargs) > DEEPEST - 2:  # those of the conversation and of this object
+        param = "chat_template_kwargs"
+        raise InvalidValue(f"'{param}': a conversation is nested at most {DEEPEST} levels deep.", param=param)
     _check(request)
+    n_pieces = len(request.messages) + sum(
+        len(one.content) for one in request.messages if isinstance(one.content, list)
+    )
+    if n_pieces > MOST_PIECES:
+        raise InvalidValue(
+            f"'messages': expected at most {MOST_PIECES:,} messages and parts, got {n_pieces:,}.", param="messages"
+        )
     for i, message in enumerate(request.messages):
         _check_message(message, f"messages[{i}]")
     return request
@@ -245,11 +267,11 @@ def _check_message(message: Message, path: str) -> None:
             if message.content is None:
                 raise InvalidValue(f"'{path}.content' is required.", param=f"{path}.content")
     for i, part in enumerate(message.content if isinstance(message.content, list) else []):
-        param, kind = f"{path}.content[{i}]", part.get("type")
+        param, kind = f"{path}.content[{i}]", part.type
         match kind:
             case "text" | "input_text" | "refusal":
                 name = "refusal" if kind == "refusal" else "text"
-                if not isinstance(part.get(name), str):
+                if (part.refusal if kind == "refusal" else part.text) is None:
                     raise InvalidValue(f"'{param}.{name}': expected a string.", param=f"{param}.{name}")
             case "image_url" | "input_image":
                 raise NotSupported(f"'{param}': images are not supported by this server.", param=param)
@@ -263,7 +285,7 @@ def _rendered(message: Message) -> dict[str, Any]:
     """Return a message as llama.cpp's chat code reads it (common_chat_msgs_parse_oaicompat, common/chat.cpp)."""
     content: Any = message.content
     if isinstance(content, list):
-        content = [{"type": "text", "text": part.get("text", part.get("refusal"))} for part in content]
+        content = [{"type": "text", "text": part.refusal if part.type == "refusal" else part.text} for part in content]
     rendered = {"role": ROLES.get(message.role, message.role), "content": "" if content is None else content}
     if message.name is not None:
         rendered["name"] = message.name

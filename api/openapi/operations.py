@@ -365,6 +365,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             errors.ModelNotFound,
             errors.ModelNotLoaded,
             errors.QueueFull,
+            errors.TooManyWaiting,
             errors.RequestFailed,
             errors.RequestCrashed,
             errors.ChatUnavailable,

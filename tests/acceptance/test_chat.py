@@ -256,7 +256,7 @@ def test_a_body_of_any_type_is_read_as_json(service: Service, model: str) -> Non
     assert service.send("POST", CHAT, content=content).status == 200
     assert service.send("POST", CHAT, content=content, headers={"Content-Type": "text/plain"}).status == 200
     openai_error(service.post(CHAT, b"{"), 400, "invalid_request_error", "invalid_json")
-    openai_error(service.post(CHAT, b" " * ((32 << 20) + 1)), 413, "invalid_request_error", "request_too_large")
+    openai_error(service.post(CHAT, b" " * ((8 << 20) + 1)), 413, "invalid_request_error", "request_too_large")
 
 
 def test_a_full_queue_refuses_with_a_time_to_retry(service: Service) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from tests.support.service import JSON, LOAD, STATUS, TINY, Reply, Running, Service, error, until
+from tests.support.chat import answered, ask
+from tests.support.service import JSON, LOAD, STATUS, TINY, Reply, Running, Service, error, openai_error, until
 
 VARIABLES = {"LOADSTONE_WORKER_QUEUE_LIMIT": "2", "LOADSTONE_WAITING_LIMIT": "3"}
 
@@ -65,6 +68,23 @@ def test_a_waiting_reply_over_the_limit_is_refused(service: Service) -> None:
     assert [*events][-1].name == "model_load.end"
     until(lambda: len(service.instances()) == 2, "the accepted loads are loaded")
     assert asked(service).status == 200
+
+
+def test_answers_of_models_are_open_replies_too(service: Service) -> None:
+    service.loaded(TINY)
+    answered(service, max_tokens=1)
+    runner = service.runners()[0]
+    with ThreadPoolExecutor(4) as pool:
+        os.kill(runner.pid, signal.SIGSTOP)
+        try:
+            asking = [pool.submit(ask, service, max_tokens=1, stream=i % 2 == 0) for i in range(4)]
+            over = next(as_completed(asking)).result()
+        finally:
+            os.kill(runner.pid, signal.SIGCONT)
+    sentence = openai_error(over, 429, "rate_limit_error", "too_many_waiting")
+    assert sentence.startswith("Too many open replies (limit: 3).")
+    assert int(over.headers["retry-after"]) >= 1
+    assert sorted(each.result().status for each in asking) == [200, 200, 200, 429]
 
 
 def refused_poll(service: Service) -> str:

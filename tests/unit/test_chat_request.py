@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
+import msgspec
 import pytest
 
-from api.openai.request import DEEPEST, ChatRequest, decoded, generate
-from shared.channel.messages import Generate, Sampling
-from shared.errors import InvalidRequest, InvalidType, InvalidValue, MissingParameter, NotSupported
+from api.openai.request import DEEPEST, MOST_PIECES, ChatRequest, decoded, generate
+from shared.channel.messages import Generate, Sampling, frame
+from shared.errors import (
+    BodyTooLarge,
+    InvalidJSON,
+    InvalidRequest,
+    InvalidType,
+    InvalidValue,
+    MissingParameter,
+    NotSupported,
+)
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -184,7 +194,10 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any
         ({"audio": {"voice": "x"}}, "audio"),
         ({"grammar": 'root ::= "a"'}, "grammar"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}]},
+            "messages[0].tool_calls",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
     ],
@@ -200,6 +213,57 @@ def test_what_would_change_the_answer_is_not_dropped(fields: dict[str, Any], par
 )
 def test_what_asks_for_nothing_is_accepted(fields: dict[str, Any]) -> None:
     assert asked(**fields) == asked()
+
+
+def test_ignored_values_are_not_kept() -> None:
+    """Millions of them would take seconds and gigabytes, in the process that answers all other requests."""
+    junk = b"[" + b",".join([b"[1]"] * 1_000_000) + b"]"
+    message = b'{"role": "user", "content": [{"type": "text", "text": "Hello", "x": %b}], "x": %b}' % (junk, junk)
+    body = b'{"messages": [%b], "x": %b}' % (message, junk)
+    tracemalloc.start()
+    request = decoded(body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert request == decoded(b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}')
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("field", ["tools", "stop", "chat_template_kwargs", "logit_bias", "audio"])
+def test_only_the_conversation_may_be_large(field: str) -> None:
+    large = b"[" + b",".join([b"[1]"] * 300_000) + b"]"
+    with pytest.raises(BodyTooLarge, match="The fields other than 'messages' exceed the limit of 1,048,576 bytes"):
+        decoded(b'{"messages": [{"role": "user", "content": "Hello"}], "%b": %b}' % (field.encode(), large))
+    text = "x" * 5_000_000
+    assert decoded(msgspec.json.encode({"messages": [{"role": "user", "content": text}]})).messages[0].content == text
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "x"}] * (MOST_PIECES + 1),
+        [{"role": "user", "content": [{"type": "text", "text": "x"}] * MOST_PIECES}],
+    ],
+)
+def test_a_conversation_has_a_limited_number_of_pieces(messages: Any) -> None:
+    assert "expected at most 65,536 messages and parts, got 65,537" in str(refused(messages=messages))
+
+
+def test_a_number_out_of_range_is_invalid_json() -> None:
+    for field in (b'"temperature": 1e400', b'"seed": ' + b"9" * 5000, b'"chat_template_kwargs": {"x": 1e400}'):
+        with pytest.raises(InvalidJSON, match=r"^A number in the body is out of range\.$"):
+            decoded(b'{"messages": [{"role": "user", "content": "x"}], %b}' % field)
+
+
+def test_a_whole_number_may_have_a_fraction_of_zero() -> None:
+    message = b'"messages": [{"role": "user", "content": "x"}]'
+    request = decoded(b'{"max_tokens": 5.0, "n": 2e0, %b, "seed": -1.0, "temperature": 1.0}' % message)
+    assert (request.max_tokens, request.n, request.seed, request.temperature) == (5, 2, -1, 1.0)
+    with pytest.raises(InvalidType, match="'max_tokens': expected integer, got number"):
+        decoded(b'{"max_tokens": 5.5, %b}' % message)
+
+
+def test_a_huge_limit_of_tokens_is_as_good_as_none() -> None:
+    frame(generate(decoded(b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1%b}' % (b"0" * 30)), ""))
 
 
 def test_a_deeply_nested_request_is_refused() -> None:
