@@ -26,7 +26,7 @@ from api.pool.loaded import Loaded
 from api.pool.metrics import Requests, hand_over
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
-from api.replies import OpenReplies
+from api.replies import OpenReplies, most_replies
 from api.routes import ROUTES
 from api.state import State
 from shared.settings import Settings, is_loopback, redis_url
@@ -135,7 +135,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 queue=store.queue,
                 counters=store.counters,
                 tally=tally,
-                replies=OpenReplies(settings.waiting_limit),
+                replies=OpenReplies(most_replies(settings.waiting_limit)),
                 max_body_bytes=settings.max_body_bytes,
                 draining=draining,
                 closing=closing,

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from shared.errors import TooManyWaiting
+
+RESERVED = 128  # descriptors for listening, Redis, channels to runners, and requests that do not wait
+
+
+def most_replies(configured: int) -> int:
+    """Return how many replies this process can hold open, at most as many as configured.
+
+    Raises its limit of descriptors as far as it may: many systems start processes with 1024, which 1024 replies use up.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return configured if most == resource.RLIM_INFINITY else max(1, min(configured, most - RESERVED))
 
 
 class OpenReplies:
