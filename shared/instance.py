@@ -112,6 +112,11 @@ class Instance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
                 assert_never(self.state)
 
     @property
+    def full_key(self) -> str:
+        """The full key of its model, as the catalog had it."""
+        return self.key if self.source is None else self.source.full_key
+
+    @property
     def ids(self) -> dict[str, str]:
         """The ids that log lines about this instance carry."""
         return {"job": self.id, "instance": self.instance_id, "worker": self.worker}

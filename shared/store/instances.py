@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, assert_never
 
 import msgspec
 from msgspec import Struct, msgpack
 from redis.asyncio import Redis
 
+from shared.errors import LoadFailed
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, State
 from shared.store import keys
-from shared.store.keys import CRASH_MEMORY_S, RETAIN_S
+from shared.store.keys import CRASH_MEMORY_S, FAILURE_MEMORY_S, RETAIN_S
 from shared.store.pages import pages
 from shared.store.queue import DELIVERY_S, delivery
 from shared.store.script import Script
@@ -27,7 +28,9 @@ NO_LIMITS = (2**53, 2**53)
 UNKNOWN_RATE_S, LONGEST_RETRY_S = 30, 300
 STATES: dict[bytes | None, State] = {state.value.encode(): state for state in State if state not in TERMINAL}
 
-Created = Literal["created", "remembered", "joined", "full", "crashed", "not desired", "name taken", "no lease"]
+Created = Literal[
+    "created", "remembered", "joined", "failed", "full", "crashed", "not desired", "name taken", "no lease"
+]
 Rewritten = Literal["written", "there", "newer", "name taken"]
 
 
@@ -63,6 +66,14 @@ class Crashed(Exception):
         self.reason, self.left_s = reason, left_s
 
 
+class FailedRecently(Exception):
+    """The last load of the model on demand failed.  The next one may begin in `left_s` seconds."""
+
+    def __init__(self, id_: str, left_s: int) -> None:
+        super().__init__(id_)
+        self.id, self.left_s = id_, left_s
+
+
 class StopRequested(Exception):
     """The instance cannot become loaded, because a stop was requested before."""
 
@@ -83,7 +94,8 @@ class KeyTaken(Exception):
 
 
 class Joined(Exception):
-    """The caller is now the requester of an identical load under way, whose requester had left."""
+    """Another load takes the place of this one: an identical one under way, whose requester had left, or for a load on
+    demand any instance of the model that is queued, loading or loaded."""
 
     def __init__(self, id_: str) -> None:
         super().__init__(id_)
@@ -128,6 +140,7 @@ class Instances:
         joins: str = "",
         fingerprint: str = "",
         restores: str = "",
+        without: Collection[str] = (),
         deliver: bool = False,
     ) -> Instance:
         """Write a queued record under its instance_id, or if that is "", the first free of `key`, `key:2`, `key:3`, ...
@@ -138,8 +151,11 @@ class Instances:
         then raises Joined, and the load has a requester again.  `fingerprint` is the model's, `restores` the id of the
         load to restore.  `deliver`: write a delivery too.
 
-        Raises NoLease if the worker holds no lease or Redis lost its catalog, Full, NameTaken, NotDesired, and, unless
-        the request has `force`, Crashed.
+        A load on demand joins the oldest instance of its model that is queued, loading or loaded, except those in
+        `without`, whose failure does not count either.
+
+        Raises FailedRecently if the last load on demand of the model failed, NoLease if the worker holds no lease or
+        Redis lost its catalog, Full, NameTaken, NotDesired, and, unless the request has `force`, Crashed.
         """
         worker_limit, limit = at_most
         rest: list[Any]
@@ -150,6 +166,8 @@ class Instances:
             keys.crash(fingerprint),
             keys.catalog(instance.worker),
             keys.left(joins),
+            keys.copies(instance.full_key),
+            keys.failure(fingerprint),
             id=instance.id,
             doc=pack(instance),
             worker=instance.worker,
@@ -157,6 +175,9 @@ class Instances:
             instance_id=instance.instance_id or None,
             digest=digest or None,
             joins=bool(joins),
+            of=instance.full_key,
+            on_demand=instance.on_demand,
+            without=[*without],
             worker_limit=worker_limit,
             limit=limit,
             ignore_crash=instance.request.force or not fingerprint,
@@ -176,6 +197,8 @@ class Instances:
                 raise KeyTaken(Remembered(rest[1].decode(), rest[0].decode()))
             case "joined":
                 raise Joined(rest[0].decode())
+            case "failed":
+                raise FailedRecently(rest[0].decode(), int(rest[1]))
             case "full":
                 most, departures, within_us = map(int, rest)
                 rate_s = within_us / 1e6 / departures if departures else UNKNOWN_RATE_S
@@ -221,6 +244,9 @@ class Instances:
             state=new.state.value if has_moved else None,
             ended=new.state in TERMINAL,
             requeued_at=new.worker if new.state is State.QUEUED else None,
+            failed=_failure(new) if has_moved else None,
+            forgets=new.state is State.LOADED,
+            remember_s=FAILURE_MEMORY_S,
             desired=_is_desired(new) if has_moved and self.restores else None,
             retain_s=RETAIN_S,
             counts=tally.moved(old, new),
@@ -237,6 +263,7 @@ class Instances:
             *_keys(instance.id)[:4],
             id=instance.id,
             instance_id=instance.instance_id,
+            of=instance.full_key,
             rev=instance.rev,
             worker=instance.worker,
             at=f"{instance.created_at * 1e6:.0f}",
@@ -419,6 +446,28 @@ class Instances:
 
 def _keys(id_: str) -> list[str]:
     return [keys.instance(id_), keys.log_of(id_), keys.NAMES, keys.INSTANCES, keys.COUNTERS]
+
+
+def _failure(new: Instance) -> str | None:
+    """Return the key that remembers a failure of the model, if an instance in a new state sets or deletes it.
+
+    A load on demand sets it by its failure, unless other workers or the next moment may have another outcome.
+    """
+    fingerprint = "" if new.source is None else new.source.fingerprint
+    match new.state:
+        case State.LOADED:
+            is_concerned = True
+        case State.FAILED:
+            is_load = new.on_demand and new.loaded_at is None
+            error = new.error
+            is_concerned = (
+                is_load and error is not None and error.type == LoadFailed.type and error.code != "worker_lost"
+            )
+        case State.QUEUED | State.LOADING | State.UNLOADING | State.UNLOADED | State.CANCELLED | State.LOST:
+            is_concerned = False
+        case _:
+            assert_never(new.state)
+    return keys.failure(fingerprint) if fingerprint and is_concerned else None
 
 
 def _is_desired(new: Instance) -> bool | None:

@@ -1,12 +1,14 @@
 """Every key in Redis: its type, its content and its expiry.
 
   inst:{id}         hash    rev, instance_id, worker, at (creation, Redis' clock, microseconds), doc (msgpack), state,
-                            epoch, stop (a stop was requested), engine (log lines)
+                            epoch, stop (a stop was requested), engine (log lines), of (the
+                            full key of the model)
                                                               expires RETAIN_S after a terminal state
   inst:{id}:log     stream  rev, doc: one entry a revision     expires with inst:{id}
   insts             set     ids of instances that are not terminal; insts:{worker} those of one worker
   logs              list    ids of instances with an engine log; of ended loads, the last ENGINE_LOGS_N keep theirs
                                                               expires RETAIN_S after the last write
+  copies:{key}      set     ids of the instances of the model with this full key that are not terminal
   names             hash    instance_id -> id, of instances that are not terminal
   queued            set     ids in state queued; queued:{worker} those of one worker
   pace              list    times (microseconds) at which the last 16 loads left the queue; pace:{worker} of one worker
@@ -17,6 +19,8 @@
                             once another request has joined the load, the id that its own load would have had
                                                               expires RETAIN_S after the last write
   crashed:{digest}  string  why a model (Model.fingerprint) crashed the engine; expires after CRASH_MEMORY_S
+  failed:{digest}   string  id of the last load on demand of a model (Model.fingerprint), if it failed
+                                                              expires after FAILURE_MEMORY_S
   wanted:{worker}   hash    instance_id -> id: the desired instances of a worker
                                                               expires RETAIN_S after its last beat
   used:{worker}     hash    id -> last use (seconds) of the desired instances of a worker
@@ -40,6 +44,7 @@ from __future__ import annotations
 
 RETAIN_S = 24 * 3600
 CRASH_MEMORY_S = 600
+FAILURE_MEMORY_S = 30
 INSTANCES, LOGS, NAMES, QUEUED, JOBS = "insts", "logs", "names", "queued", "jobs"
 WORKERS, COUNTERS, TALLIES = "workers", "counters", "tallies"
 NEWS, REQUEUED = "news", "requeued"  # channels
@@ -71,6 +76,14 @@ def left(digest: str) -> str:
 
 def crash(fingerprint: str) -> str:
     return f"crashed:{fingerprint}"
+
+
+def copies(key: str) -> str:
+    return f"copies:{key}"
+
+
+def failure(fingerprint: str) -> str:
+    return f"failed:{fingerprint}"
 
 
 def desired(worker: str) -> str:

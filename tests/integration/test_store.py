@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,15 +20,25 @@ from msgspec import msgpack
 
 import shared.store.instances
 import shared.store.pages
-from shared.errors import ErrorBody
+from shared.errors import ErrorBody, LoadFailure, NoWorker
 from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.schema.http import LoadConfig, LoadRequest
-from shared.schema.model import Model, Problem
+from shared.schema.model import FileStat, Model, Problem
 from shared.schema.snapshot import WorkerSnapshot
 from shared.store.connection import connected
-from shared.store.instances import Fenced, Full, Head, Joined, KeyTaken, NoLease, Remembered, StopRequested
-from shared.store.keys import NEWS, RETAIN_S, queue
+from shared.store.instances import (
+    FailedRecently,
+    Fenced,
+    Full,
+    Head,
+    Joined,
+    KeyTaken,
+    NoLease,
+    Remembered,
+    StopRequested,
+)
+from shared.store.keys import FAILURE_MEMORY_S, NEWS, RETAIN_S, queue
 from shared.store.queue import as_arq, pack_job, unpack_job
 from shared.store.steady import CHECKED_VERSION
 from shared.store.store import Store
@@ -324,6 +334,150 @@ async def test_only_documented_keys_have_no_expiry(store: Store, raw: redis.Redi
     assert len(left_s) > len(WITHOUT_EXPIRY)
     assert "insts" not in left_s
     assert "names" not in left_s
+
+
+# ---- loads on demand
+
+FILES = Model(key="p/m", base="p/m", variant="", shards=["m.gguf"], files=[FileStat(1, 2, 3)])
+
+
+def demanded(number: int, key: str = "p/m", worker: str = "w", **fields: Any) -> Instance:
+    fields = {"on_demand": True, "source": FILES, **fields}
+    return msgspec.structs.replace(queued(number, key, worker), **fields)
+
+
+async def demand(store: Store, number: int, without: Sequence[str] = (), **fields: Any) -> str:
+    """Load on demand; return the id of the load that was created or joined, or of the one that failed."""
+    record = demanded(number, **fields)
+    fingerprint = "" if record.source is None else record.source.fingerprint
+    try:
+        return (await store.instances.create(record, fingerprint=fingerprint, without=without)).id
+    except Joined as e:
+        return e.id
+    except FailedRecently as e:
+        return f"{e.id} failed"
+
+
+async def after(store: Store, record: Instance, event: Event, **changes: Any) -> Instance:
+    return (await store.instances.commit(record, record.after(event, **changes)))[0]
+
+
+async def failed(store: Store, number: int, error: ErrorBody, **fields: Any) -> Instance:
+    record = await store.instances.create(demanded(number, **fields), fingerprint=FILES.fingerprint)
+    return await after(store, record, Event.FAIL, error=error)
+
+
+async def test_a_thousand_demands_are_one_load(store: Store, raw: redis.Redis) -> None:
+    ids = await asyncio.gather(*(demand(store, n, worker=("w", "another")[n % 2]) for n in range(1000)))
+    assert len(set(ids)) == 1
+    assert raw.scard("insts") == 1
+    assert await demand(store, 1000, source=None, key="p/other") == "load_1000"
+
+
+@pytest.mark.parametrize("on_demand", [True, False])
+async def test_a_demand_joins_an_instance_until_it_ends(store: Store, raw: redis.Redis, on_demand: bool) -> None:
+    """Whatever created it: a load of a client under way is joined as well."""
+    first = msgspec.structs.replace(demanded(1), on_demand=on_demand, epoch="e")
+    record = await store.instances.create(first)
+    assert await demand(store, 2) == record.id
+    record = await after(store, record, Event.CLAIM, epoch="e")
+    assert await demand(store, 3) == record.id
+    record = await after(store, record, Event.LOAD, loaded_at=1.0)
+    assert await demand(store, 4) == record.id
+    assert await demand(store, 5, [record.id]) == "load_5", "the caller could not use it"
+    assert await demand(store, 6, [record.id]) == "load_5"
+    record = await after(store, record, Event.STOP)
+    assert await demand(store, 7) == "load_5"
+    await after(store, record, Event.EXIT)
+    assert raw.smembers("copies:p/m") == {b"load_5"}
+
+
+async def test_a_load_of_a_client_joins_nothing(store: Store) -> None:
+    assert await demand(store, 1) == "load_1"
+    assert (await store.instances.create(queued(2))).instance_id == "p/m:2"
+
+
+async def test_a_demand_does_not_join_what_is_being_stopped(store: Store) -> None:
+    record = await claimed(store)
+    assert await demand(store, 2) == record.id
+    await store.instances.request_stop(record.id)
+    assert await demand(store, 3) == "load_3"
+
+
+async def test_a_demand_joins_no_loaded_instance_of_a_dead_worker(store: Store, raw: redis.Redis) -> None:
+    record = await claimed(store)
+    raw.delete("lease:w")
+    assert await demand(store, 2) == record.id, "a load is requeued"
+    await after(store, record, Event.LOAD, loaded_at=1.0)
+    assert await demand(store, 3, worker="another") == "load_3"
+    raw.set("lease:another", "a later epoch")
+    assert await demand(store, 4, worker="another") == "load_3"
+
+
+async def test_a_failed_demand_is_remembered_for_a_while(store: Store, raw: redis.Redis) -> None:
+    record = await failed(store, 1, ERROR)
+    assert await demand(store, 2) == f"{record.id} failed"
+    with pytest.raises(FailedRecently) as recently:
+        await store.instances.create(demanded(2), fingerprint=FILES.fingerprint)
+    assert 0 < recently.value.left_s <= FAILURE_MEMORY_S
+    assert FAILURE_MEMORY_S - 5 <= int(raw.ttl(f"failed:{FILES.fingerprint}")) <= FAILURE_MEMORY_S  # type: ignore[arg-type]
+    assert await demand(store, 3, [record.id]) == "load_3", "the caller has waited for that failure"
+    raw.flushall()
+    hold(raw, "w")
+    record = await failed(store, 4, ERROR)
+    other = msgspec.structs.replace(FILES, files=[FileStat(1, 3, 3)])
+    assert await demand(store, 5, source=other) == "load_5", "the file was replaced"
+
+
+async def test_a_load_of_the_model_ends_the_memory_of_a_failure(store: Store, raw: redis.Redis) -> None:
+    await failed(store, 1, ERROR)
+    record = await store.instances.create(msgspec.structs.replace(queued(2), source=FILES))
+    record = await after(store, record, Event.CLAIM, epoch="e")
+    record = await after(store, record, Event.LOAD, loaded_at=1.0)
+    record = await after(store, record, Event.STOP)
+    await after(store, record, Event.EXIT)
+    assert await demand(store, 3) == "load_3"
+
+
+@pytest.mark.parametrize("code", ["insufficient_memory", "invalid_model_file", "load_stalled"])
+async def test_failures_of_the_load_itself_are_remembered(store: Store, code: LoadFailure) -> None:
+    await failed(store, 1, msgspec.structs.replace(ERROR, code=code))
+    assert await demand(store, 2) == "load_1 failed"
+
+
+@pytest.mark.parametrize(
+    "error", [msgspec.structs.replace(ERROR, code="worker_lost"), NoWorker("none").body()], ids=lambda e: str(e.code)
+)
+async def test_the_loss_of_a_worker_is_not_remembered(store: Store, error: ErrorBody) -> None:
+    await failed(store, 1, error)
+    assert await demand(store, 2) == "load_2"
+
+
+async def test_other_ends_are_not_remembered_as_failures(store: Store) -> None:
+    """A failed load of a client may have asked for what does not fit; a loaded instance may die of a request."""
+    await failed(store, 1, ERROR, on_demand=False)
+    cancelled = await store.instances.create(demanded(2), fingerprint=FILES.fingerprint)
+    await after(store, cancelled, Event.STOP)
+    died = await store.instances.create(demanded(3), fingerprint=FILES.fingerprint)
+    died = await after(store, died, Event.CLAIM, epoch="e")
+    died = await after(store, died, Event.LOAD, loaded_at=1.0)
+    await after(store, died, Event.FAIL, error=ERROR)
+    assert await demand(store, 4) == "load_4"
+
+
+async def test_a_repeated_demand_answers_as_before(store: Store) -> None:
+    created = await store.instances.create(demanded(1))
+    assert await store.instances.create(demanded(1)) == created
+    assert [await demand(store, 2) for _ in range(2)] == ["load_1", "load_1"]
+
+
+async def test_a_rewritten_instance_is_joined(store: Store, raw: redis.Redis) -> None:
+    record = await claimed(store)
+    loaded = await after(store, record, Event.LOAD, loaded_at=1.0)
+    raw.flushall()
+    hold(raw, "w")
+    assert await store.instances.rewrite(loaded) == "written"
+    assert await demand(store, 2) == record.id
 
 
 # ---- the worker of an instance

@@ -55,6 +55,8 @@ DOCUMENTED = (
     "inst:",
     "insts:",
     "idem:",
+    "copies:",
+    "failed:",
     "crashed:",
     "lease:",
     "worker:",

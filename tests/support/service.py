@@ -443,7 +443,7 @@ def check_keys(redis: Redis) -> None:
     live = {b"inst:" + id_ for id_ in redis.sscan_iter("insts")}
     known = WITHOUT_EXPIRY | live | {key + b":log" for key in live}
     forever = [key for key in redis.scan_iter() if redis.ttl(key) == -1]
-    queues = (b"arq:queue:", b"queued:", b"insts:")
+    queues = (b"arq:queue:", b"queued:", b"insts:", b"copies:")
     unknown = [key for key in forever if key not in known and not key.startswith(queues)]
     assert not unknown
 

@@ -3,6 +3,9 @@
 --   state          if it changed, else absent
 --   ended          whether that state is terminal
 --   requeued_at    if it was requeued, the worker in whose queue it is now
+--   failed         the key that remembers the last failure of a load of its model on demand, or absent
+--   forgets        whether to delete that key; else it is set
+--   remember_s     for how many seconds
 --   desired        true: add to the desired instances of its worker; false: remove; absent: no change
 --   retain_s       seconds
 --   counts         what to add to `tallies`
@@ -12,8 +15,8 @@ local a = cmsgpack.unpack(ARGV[1])
 local inst, log, names, insts, counters = unpack(KEYS)
 local next_rev = string.format('%d', a.rev + 1)
 
-local held = redis.call('HMGET', inst, 'rev', 'doc', 'instance_id', 'worker', 'stop')
-local rev, doc, name, worker, stop = unpack(held, 1, 5)
+local held = redis.call('HMGET', inst, 'rev', 'doc', 'instance_id', 'worker', 'stop', 'of')
+local rev, doc, name, worker, stop, of = unpack(held, 1, 6)
 local now = redis.call('TIME'); now = string.format('%.0f', now[1] * 1000000 + now[2])
 if rev == next_rev and doc == a.doc then return now end
 if rev ~= string.format('%d', a.rev) then return false end
@@ -53,7 +56,14 @@ elseif a.desired then
   redis.call('EXPIRE', desired, a.retain_s)
 end
 
+if a.failed and a.forgets then
+  redis.call('DEL', a.failed)
+elseif a.failed then
+  redis.call('SET', a.failed, a.id, 'EX', a.remember_s)
+end
+
 if a.ended then
+  if of then redis.call('SREM', 'copies:' .. of, a.id) end
   if redis.call('HGET', names, name) == a.id then redis.call('HDEL', names, name) end
   redis.call('SREM', insts, a.id)
   redis.call('SREM', 'insts:' .. worker, a.id)

@@ -4,6 +4,9 @@
 --   instance_id    the required name of the instance, or absent
 --   digest         of the request that came with an Idempotency-Key, or absent
 --   joins          whether to join the oldest identical load under way whose requester has left
+--   of             the full key of the model
+--   on_demand      whether to join the oldest instance of the model that is queued, loading or loaded
+--   without        ids of instances that are not joined, and whose failure does not count
 --   worker_limit, limit   maximum queue length of the worker, and of the whole pool
 --   ignore_crash   whether to accept a model that crashed the engine recently
 --   restores       the id of the load for which the instance must still be desired, or absent
@@ -11,7 +14,7 @@
 --   retain_s       seconds
 --   counts         what to add to `tallies`
 local a = cmsgpack.unpack(ARGV[1])
-local inst, log, names, insts, counters, lease, idem, crashed, catalog, left = unpack(KEYS)
+local inst, log, names, insts, counters, lease, idem, crashed, catalog, left, copies, failed = unpack(KEYS)
 
 local made = redis.call('HMGET', inst, 'instance_id', 'at')
 if made[1] then return {'created', made[1], made[2]} end
@@ -35,6 +38,24 @@ if a.joins then
     redis.call('HSET', left, oldest.id, a.id)
     return {'joined', oldest.id}
   end
+end
+if a.on_demand then
+  local without, oldest = {}, nil
+  for _, other in ipairs(a.without) do without[other] = true end
+  for _, other in ipairs(redis.call('SMEMBERS', copies)) do
+    local state, stop, at, worker, epoch =
+      unpack(redis.call('HMGET', 'inst:' .. other, 'state', 'stop', 'at', 'worker', 'epoch'), 1, 5)
+    local comes = state == 'queued' or state == 'loading'  -- also if its worker is gone: it is requeued
+    local is_there = state == 'loaded' and redis.call('GET', 'lease:' .. worker) == epoch
+    if not state then
+      redis.call('SREM', copies, other)
+    elseif (comes or is_there) and not stop and not without[other] and (not oldest or tonumber(at) < oldest.at) then
+      oldest = {id = other, at = tonumber(at)}
+    end
+  end
+  if oldest then return {'joined', oldest.id} end
+  local last = redis.call('GET', failed)
+  if last and not without[last] then return {'failed', last, redis.call('TTL', failed)} end
 end
 local reason = not a.ignore_crash and redis.call('GET', crashed)
 if reason then return {'crashed', reason, redis.call('TTL', crashed)} end
@@ -61,11 +82,13 @@ end
 while redis.call('HEXISTS', names, name) == 1 do n = n + 1; name = a.model .. ':' .. n end
 
 local since = string.format('(%.0f', now - a.retain_s * 1000000); now = string.format('%.0f', now)
-redis.call('HSET', inst, 'rev', 1, 'instance_id', name, 'worker', a.worker, 'at', now, 'doc', a.doc, 'state', 'queued')
+redis.call('HSET', inst, 'rev', 1, 'instance_id', name, 'worker', a.worker, 'at', now, 'doc', a.doc, 'state', 'queued',
+  'of', a.of)
 redis.call('XADD', log, '*', 'rev', 1, 'doc', a.doc)
 redis.call('HSET', names, name, a.id)
 redis.call('SADD', insts, a.id)
 redis.call('SADD', 'insts:' .. a.worker, a.id)
+redis.call('SADD', copies, a.id)
 redis.call('SADD', 'queued', a.id)
 redis.call('SADD', 'queued:' .. a.worker, a.id)
 redis.call('ZADD', 'jobs', now, a.id)
