@@ -12,9 +12,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.answering import Answering
 from api.auth import Auth
 from api.channel.channels import Channels
 from api.errors import HANDLERS
+from api.loads.demand import OnDemand
 from api.loads.departures import Departures
 from api.loads.follow import Follower
 from api.loads.records import Records
@@ -99,7 +101,22 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 lease_s=settings.lease_s,
                 load_attempts=settings.load_attempts,
             )
+            intake = Intake(
+                roster,
+                store.queue,
+                store.instances,
+                records,
+                departures,
+                at_most=(settings.worker_queue_limit, settings.queue_limit),
+            )
             channels = Channels(lambda name: roster.alive.get(name), tally, names)
+            on_demand = OnDemand(intake, records, follower, roster, store.queue, settings)
+            answering = Answering(
+                Loaded(roster, store.instances),
+                on_demand if settings.jit == "on" else None,
+                channels,
+                settings.request_wait_s,
+            )
 
             async def close_channels() -> None:  # so that streams end with an error, not in the middle
                 await closing.wait()
@@ -114,21 +131,14 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
             )
             tasks = [group.create_task(part) for part in parts]
             yield State(
-                intake=Intake(
-                    roster,
-                    store.queue,
-                    store.instances,
-                    records,
-                    departures,
-                    at_most=(settings.worker_queue_limit, settings.queue_limit),
-                ),
+                intake=intake,
                 records=records,
                 departures=departures,
                 follower=follower,
                 stopper=Stopper(store.instances, records, follower, settings.unload_wait_s),
                 listing=Listing(roster, store.instances),
                 ids=Ids(roster, store.instances),
-                loaded=Loaded(roster, store.instances),
+                answering=answering,
                 roster=roster,
                 channels=channels,
                 workers=store.workers,
@@ -140,6 +150,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 draining=draining,
                 closing=closing,
             )
+            await on_demand.close()
             await channels.close()
             for task in tasks:
                 task.cancel()

@@ -16,6 +16,7 @@ from api.openai import errors as openai
 from shared import paths
 from shared.errors import (
     ErrorBody,
+    LoadFailed,
     MethodNotAllowed,
     NotFound,
     QueueUnavailable,
@@ -70,7 +71,7 @@ def is_below(path: str, roots: tuple[str, ...]) -> bool:
 
 
 def status_of(body: ErrorBody) -> int:
-    """Return the status of an error.  Anthropic's form has another one for some."""
+    """Return the status of an error.  The forms of other APIs have another one for some."""
     specific = "" if body.code is UNSET else f"{body.type}/{body.code}"
     return STATUS.get(specific, STATUS[body.type])
 
@@ -79,30 +80,34 @@ def shaped(
     body: ErrorBody, path: str
 ) -> tuple[int, ErrorReply | openai.OpenAIErrorReply | anthropic.AnthropicErrorReply]:
     """Return the status and the body of the reply with an error at a path."""
-    status = status_of(body)
-    match family_of(path):
+    status, family = status_of(body), family_of(path)
+    if family != "native" and body.code == "insufficient_memory":
+        status = 503  # clients repeat such requests later; LM Studio's API has 500 for all failed loads
+    match family:
         case "native":
             return status, ErrorReply(body)
         case "openai":
             return status, openai.translated(body, status)
         case "anthropic":
             return anthropic.translated(body, status)
-        case family:
+        case _:
             assert_never(family)
 
 
 def reply(error: ServiceError, path: str, headers: dict[str, str] | None = None) -> Response:
     """Return the reply with an error at a path."""
-    status, body = shaped(error.body(), path)
+    ours = error.body()
+    status, body = shaped(ours, path)
     extra = dict(headers or {})
     if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
     # The client libraries of OpenAI and Anthropic repeat other requests with a status from 500 on.
-    if status == 501 or isinstance(error, RequestFailed):
+    failed_to_load = ours.type == LoadFailed.type and family_of(path) != "native"
+    if status == 501 or isinstance(error, RequestFailed) or (failed_to_load and status == 500):
         extra["X-Should-Retry"] = "false"
     if isinstance(error, UnsupportedEncoding):
         extra["Accept-Encoding"] = "identity"
-    if error.retry_after_s is not None:
+    if error.retry_after_s is not None and status != 500:
         extra["Retry-After"] = str(error.retry_after_s)
     return Response(msgspec.json.encode(body), status, extra, media_type="application/json")
 

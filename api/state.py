@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import NotRequired, TypedDict
 
+from api.answering import Answering
 from api.channel.channels import Channels
 from api.loads.departures import Departures
 from api.loads.follow import Follower
@@ -13,7 +14,6 @@ from api.loads.stop import Stopper
 from api.loads.submit import Intake
 from api.pool.ids import Ids
 from api.pool.listing import Listing
-from api.pool.loaded import Loaded
 from api.pool.roster import Roster
 from api.replies import OpenReplies
 from shared.store.counters import Counters
@@ -33,7 +33,7 @@ class State(TypedDict):
     stopper: Stopper
     listing: Listing
     ids: Ids
-    loaded: Loaded
+    answering: Answering
     roster: Roster
     channels: Channels
     workers: Workers

@@ -19,6 +19,8 @@ LoadFailure = Literal[
     "load_cancelled",
 ]
 
+MEMORY_RETRY_S = 30  # other models may be unused then
+
 
 class ErrorBody(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An error, as it is sent to clients and stored in the record of an instance."""
@@ -181,9 +183,14 @@ class ModelNotFound(ServiceError):
 
 
 class ModelNotLoaded(ModelNotFound):
-    """The model exists, but no instance of it is loaded."""
+    """The model exists, but no instance of it is loaded, and models are not loaded on demand."""
 
     code = "model_not_loaded"
+
+    def __init__(self, message: str, key: str = "", *, param: str | UnsetType = UNSET) -> None:
+        """`key`: the name of the model as the list has it."""
+        super().__init__(message, param=param)
+        self.key = key
 
 
 class JobNotFound(ServiceError):
@@ -224,6 +231,8 @@ class LoadFailed(ServiceError):
         super().__init__(f"Failed to load {noun} '{model}': Error: {reason}")
         self.detail = detail
         self.code: LoadFailure = code
+        if code == "insufficient_memory":
+            self.retry_after_s = MEMORY_RETRY_S
 
 
 def crashed_recently(model_type: str, model: str, reason: str, left_s: int) -> LoadFailed:
@@ -266,8 +275,14 @@ class QueueUnavailable(ServiceUnavailable):
     code = "queue_unavailable"
 
 
+class LoadInterrupted(ServiceUnavailable):
+    """The load that the request waited for was cancelled, or its worker was lost."""
+
+    code = "load_interrupted"
+
+
 class QueueTimeout(ServiceUnavailable):
-    """The request waited too long for its instance."""
+    """The request waited too long for its instance, or for its load."""
 
     code = "queue_timeout"
 

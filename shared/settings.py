@@ -249,6 +249,27 @@ class Settings(Struct, frozen=True, kw_only=True):
             flags=("up", "worker"),
         ),
     ] = "off"
+    jit: Annotated[
+        Literal["on", "off"],
+        setting("load a model when a request names it and it is not loaded", "on or off", flags=("up", "api")),
+    ] = "on"
+    jit_ttl_s: Annotated[
+        float,
+        setting(
+            "default time after which an unused model that was loaded on demand is unloaded, in seconds",
+            "a number greater than 0 and at most 316224000",
+            gt=0,
+            le=316_224_000,
+        ),
+    ] = 3600.0
+    jit_context: Annotated[
+        int,
+        setting(
+            "largest context of an LLM that is loaded on demand, in tokens; it gets less if more does not fit",
+            "an integer of at least 1",
+            ge=1,
+        ),
+    ] = 32768
     requests_waiting: Annotated[
         int,
         setting(

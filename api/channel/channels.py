@@ -76,6 +76,14 @@ class Channels:
         published = (one.running + one.waiting for one in held if one.instance_id == instance.instance_id)
         return max(ours, *published, 0)
 
+    async def reaches(self, instance: Instance) -> bool:
+        """Return whether the runner of an instance answers on a channel; opens one if there is none."""
+        try:
+            await self._connection(instance)
+        except ServiceError:
+            return False
+        return True
+
     async def close(self) -> None:
         """Close all channels, which cancels their requests."""
         for opening in [*self._connections.values()]:

@@ -27,11 +27,10 @@ AWAY = -1  # not a revision of any record
 class ReportedFailure(ServiceError):
     """A failure that a worker reported.  Its body is that of the record."""
 
-    def __init__(self, body: ErrorBody) -> None:
+    def __init__(self, body: ErrorBody, retry_after_s: int | None = None) -> None:
         super().__init__(body.message)
         self._body = body
-        if body.type == NoWorker.type:
-            self.retry_after_s = NoWorker.retry_after_s
+        self.retry_after_s = NoWorker.retry_after_s if body.type == NoWorker.type else retry_after_s
 
     def body(self) -> ErrorBody:
         return self._body

@@ -28,14 +28,17 @@ class Submission(Struct, frozen=True, kw_only=True):
     """A load request.
 
     `key` and `digest` are the digests of its Idempotency-Key and of the request; "" if it has no key.  `caller` is the
-    digest of the caller's API token; "" if the API has none.
+    digest of the caller's API token; "" if the API has none.  `without`: of a load on demand, ids of instances that it
+    does not join.
     """
 
     request: LoadRequest
     traceparent: str
-    key: str
-    digest: str
-    caller: str
+    key: str = ""
+    digest: str = ""
+    caller: str = ""
+    on_demand: bool = False
+    without: Collection[str] = ()
 
 
 class Intake:
@@ -83,11 +86,25 @@ class Intake:
         except Joined as e:
             return await self._taken_over(e.id)
 
+    async def submit_on_demand(self, request: LoadRequest, without: Collection[str], traceparent: str) -> Instance:
+        """Accept a load for requests that need the model; return an instance that is queued, loading or loaded.
+
+        That is the oldest of the model, whatever created it, except those in `without`.
+
+        Raises what `submit` raises without a key, and FailedRecently if the last load on demand of the model failed.
+        """
+        try:
+            return await self._accepted_now_or_refreshed(
+                Submission(request=request, traceparent=traceparent, on_demand=True, without=without)
+            )
+        except Joined as e:
+            return await self._taken_over(e.id)
+
     async def _accepted_now_or_refreshed(self, submission: Submission) -> Instance:
         """Offer a load to the workers in the roster; if none takes it, refresh the roster and try again.
 
-        The roster may be a beat old and lack a new worker, model or device.  Raises what `submit` raises, KeyTaken and
-        Joined.
+        The roster may be a beat old and lack a new worker, model or device.  Raises what `submit` raises, KeyTaken,
+        Joined and FailedRecently.
         """
         with suppress(InvalidValue):
             if (accepted := await self._offered(submission)) is not None:
@@ -102,7 +119,7 @@ class Intake:
         """Offer a load to the workers of the roster, the best first; return it once a worker takes it.
 
         None if no live worker has the model.  Raises QueueFull if no worker takes it and at least one queue is full,
-        InvalidValue, KeyTaken, Joined and LoadFailed.
+        InvalidValue, KeyTaken, Joined, FailedRecently and LoadFailed.
         """
         submission = msgspec.structs.replace(submission, request=self._roster.named(submission.request))
         full: Full | None = None
@@ -131,8 +148,8 @@ class Intake:
     async def _create(self, submission: Submission, candidate: Candidate, placement: Placement | None) -> Instance:
         """Write the record and its delivery atomically.
 
-        Raises NoLease if the worker has lost its lease, KeyTaken, Joined, Full, and LoadFailed if the file cannot be
-        read or crashed the engine recently.
+        Raises NoLease if the worker has lost its lease, KeyTaken, Joined, FailedRecently, Full, and LoadFailed if the
+        file cannot be read or crashed the engine recently.
         """
         model, request = candidate.model, submission.request
         if model.problem is not None:
@@ -147,13 +164,15 @@ class Intake:
                     type=model.type,
                     worker=candidate.worker,
                     request=request,
+                    on_demand=submission.on_demand,
                     traceparent=submission.traceparent,
                     total_size_bytes=model.size_bytes,
                 ),
                 at_most=self._at_most,
                 key=submission.key,
                 digest=submission.digest,
-                joins="" if submission.key else identity(request, submission.caller),
+                joins="" if submission.key or submission.on_demand else identity(request, submission.caller),
+                without=submission.without,
                 fingerprint=model.fingerprint,
                 deliver=True,
             )

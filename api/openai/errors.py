@@ -20,9 +20,13 @@ TYPES = {
 TYPES_OF_CODES = {"context_length_exceeded": "exceed_context_size_error"}  # llama.cpp's, by which clients know it
 CODES = {
     "body_too_large": "request_too_large",
+    "engine_crashed": "model_load_failed",
+    "invalid_model_file": "model_load_failed",
+    "load_stalled": "model_load_failed",
     "method_not_allowed": "method_not_supported",
     "model_not_found": "model_not_found",
     "not_implemented": "not_implemented",
+    "unsupported_model": "model_load_failed",
 }
 
 

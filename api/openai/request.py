@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from api.decode import known
 from shared.channel.messages import Generate, Sampling
 from shared.errors import InvalidValue, NotSupported
+from shared.schema.http import Seconds
 
 DEEPEST = 64  # nesting of a conversation: llama.cpp's template code recurses over it
 MOST_PIECES = 65_536  # messages of a conversation, and their parts: to check and to render each takes microseconds
@@ -159,6 +160,13 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     continue_final_message: Annotated[
         bool | None, Meta(description="Continue the last message. Default: if it is the assistant's.")
     ] = None
+    ttl: Annotated[
+        Any,
+        Meta(
+            description="Seconds after which the model is unloaded if it is not used, if this request loads it. "
+            "Default: that of the model, or of the operator; also if it is not a number of seconds."
+        ),
+    ] = None
     response_format: Annotated[dict[str, Any] | None, Meta(description='Only `{"type": "text"}` is served yet.')] = None
     tools: Annotated[list[Any] | None, Meta(description="Not served yet: must be empty.")] = None
     tool_choice: Annotated[str | dict[str, Any] | None, Meta(description="Only `none` and `auto` are served yet.")] = (
@@ -216,6 +224,14 @@ def generate(request: ChatRequest, client: str) -> Generate:
         stop=_stops(request.stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
+
+
+def ttl_s(request: ChatRequest) -> float | None:
+    """Return the TTL that a request has; None if it has none, or no valid one."""
+    try:
+        return msgspec.convert(request.ttl, Seconds)
+    except msgspec.ValidationError:
+        return None
 
 
 def _check(request: ChatRequest) -> None:

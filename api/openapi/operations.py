@@ -347,9 +347,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", paths.CHAT_COMPLETIONS): Operation(
         name="create_chat_completion",
         summary="Answer a conversation",
-        description="A loaded LLM answers, as in OpenAI's API. With `stream`, the reply is a stream of events: each "
-        "has a chunk as its data, and the last one has `[DONE]`. An error after the first byte is the data of the last "
-        "event. Disconnecting cancels the request.",
+        description="An LLM answers, as in OpenAI's API. If it is not loaded, the request loads it. With `stream`, the "
+        "reply is a stream of events: each has a chunk as its data, and the last one has `[DONE]`. An error after the "
+        "first byte is the data of the last event. Disconnecting cancels the request.",
         body=ChatRequest,
         replies={
             200: Reply(
@@ -368,7 +368,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             errors.TooManyWaiting,
             errors.RequestFailed,
             errors.RequestCrashed,
+            errors.LoadFailed,
             errors.ChatUnavailable,
+            errors.LoadInterrupted,
+            errors.NoWorker,
             errors.QueueTimeout,
             errors.NoRoute,
             errors.ModelUnloaded,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from api.pool.listing import is_usable, source_of
 from api.pool.roster import Roster
@@ -23,15 +23,16 @@ class Loaded:
         self._instances = instances
         self._flight = SingleFlight(self._read)
 
-    async def llm(self, name: str | None, busy: Callable[[Instance], int]) -> Instance:
+    async def llm(self, name: str | None, busy: Callable[[Instance], int], without: Collection[str] = ()) -> Instance:
         """Return the loaded LLM that `name` means: the id of an instance, or a key of its model.
 
         Of several instances of a key, returns the one for which `busy` is lowest, the oldest of these.  A plain key
-        also means a loaded variant that it does not select.  Without a name, returns the only loaded LLM.  Raises
+        also means a loaded variant that it does not select.  Without a name, returns the only loaded LLM.  `without`:
+        ids of loads whose instances do not count.  Raises
         ModelNotFound, ModelNotLoaded, MissingParameter, InvalidValue if the name is that of an embedding model, and
         what UNAVAILABLE lists.
         """
-        loaded = await self._flight(None)
+        loaded = [instance for instance in await self._flight(None) if instance.id not in without]
         if not name:
             llms = [instance for instance in loaded if instance.type == "llm"]
             if len(llms) != 1:
@@ -55,7 +56,8 @@ class Loaded:
         if not found and all(model.type == "embedding" for model in models.values()):
             raise _no_llm(name)
         if not found:
-            raise ModelNotLoaded(f"Model '{name}' is not loaded. Load it with POST {paths.LOAD}.", param="model")
+            message = f"Model '{name}' is not loaded. Load it with POST {paths.LOAD}."
+            raise ModelNotLoaded(message, request.model, param="model")
         return found
 
     async def _read(self, _keys: Sequence[None]) -> dict[None, list[Instance]]:

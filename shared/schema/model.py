@@ -79,6 +79,16 @@ class FileStat(NamedTuple):
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
+class ModelSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the operator set for a model.  None: not set."""
+
+    context_length: int | None = None
+    parallel: int | None = None
+    kv_cache_type: Literal["f16", "q8_0", "q4_0"] | None = None
+    ttl_seconds: float | None = None
+    pin: bool = False  # no TTL, and never evicted
+
+
 PerBlock = int | list[int]  # one value for all blocks, or one for each block
 
 
@@ -114,12 +124,6 @@ class Weights(Struct, frozen=True, kw_only=True):
     output_bytes: int  # the output matrix and other tensors outside blocks
     has_output: bool  # False: the token embeddings are also the output matrix
     block_bytes: list[int] = []  # of each block; for a whole model, [] if all blocks have the same size
-
-
-class ModelSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The settings of a model that an operator chose."""
-
-    pin: bool = False  # its instances are unloaded only on request
 
 
 class Model(Struct, frozen=True, kw_only=True, gc=False):

@@ -41,7 +41,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf", metadata=metadata)
     synthetic.tiny_llama(home / f"models/{BARE}/bare-f16.gguf", drop={"tokenizer.chat_template"})
     synthetic.tiny_bert(home / f"models/{VECTORS}/vectors-f32.gguf")
-    with up(home, LOADSTONE_REQUESTS_WAITING=str(MOST_WAITING)) as service:
+    with up(home, LOADSTONE_REQUESTS_WAITING=str(MOST_WAITING), LOADSTONE_JIT="off") as service:
         yield service
 
 
@@ -356,7 +356,7 @@ def test_an_unload_ends_answers_with_its_reason(service: Service, model: str) ->
 
 
 def test_a_service_that_stops_ends_streams_with_an_error(running: Service, tmp_path: Any) -> None:
-    with up(tmp_path, models=running.models_dir) as own:
+    with up(tmp_path, models=running.models_dir, LOADSTONE_JIT="off") as own:
         own.loaded(TINY, context_length=CONTEXT_LENGTH)
         with streaming(own, **ENDLESS) as received:
             begun(received)

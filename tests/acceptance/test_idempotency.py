@@ -9,12 +9,12 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.synthetic import models as synthetic
+from tests.support.pair import Pair, paired
 from tests.support.service import (
     JSON,
     LOAD,
@@ -22,55 +22,20 @@ from tests.support.service import (
     STATUS,
     TINY,
     Client,
-    RedisServer,
     Reply,
     Running,
-    check_keys,
     error,
     meanwhile,
     until,
 )
 
 
-class Pair:
-    """Two API processes and a worker on one Redis."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
-        self.redis = RedisServer(home / "redis")
-        # A frozen runner does not answer, but these loads stay where they are, however busy the machine is.
-        self.environ = environ = {
-            "LOADSTONE_REDIS_URL": self.redis.url,
-            "LOADSTONE_LEASE_S": "300",
-            "LOADSTONE_DRAIN_S": "0",
-        }
-        flags = ["--models-dir", str(home / "models"), "--data-dir", str(home / "data")]
-        self.worker = Running(home / "worker", "worker", *flags, environ=environ)
-        self.running = [Running(home / name, "api", "--port", "0", environ=environ) for name in ("one", "other")]
-        self.apis = [Client(api.first_line().removeprefix("listening: ")) for api in self.running]
-        for api in self.apis:
-            until(lambda api=api: TINY in api.models(), "the model is listed", 30)  # type: ignore[misc]
-
-    def close(self) -> None:
-        for api in self.apis:
-            api.close()
-        for running in (*self.running, self.worker):
-            running.kill()
-        self.redis.kill()
-
-
 @pytest.fixture(scope="module")
 def the_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    pair = Pair(tmp_path_factory.mktemp("pair"))
-    try:
+    home = tmp_path_factory.mktemp("pair")
+    synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+    with paired(home) as pair:
         yield pair
-        with pair.redis.client() as redis:
-            check_keys(redis)
-        for running in (*pair.running, pair.worker):
-            running.stop()
-    finally:
-        pair.close()
 
 
 @pytest.fixture

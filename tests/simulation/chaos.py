@@ -99,7 +99,9 @@ class Pool:
 
     def api(self, n: int) -> Running:
         words = ("--port", "0", "--redis-url", self.redis.url, "--drain-s", "0")
-        return Running(self.home / f"api{n}", "api", *words, environ={"LOADSTONE_LEASE_S": str(LEASE_S)})
+        return Running(
+            self.home / f"api{n}", "api", *words, environ={"LOADSTONE_LEASE_S": str(LEASE_S), "LOADSTONE_JIT": "off"}
+        )
 
     def wait_ready(self) -> None:
         with httpx.Client(trust_env=False, timeout=DEADLINE_S) as http:

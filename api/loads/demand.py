@@ -1,0 +1,166 @@
+"""Loads models on demand: a request names a model that is not loaded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from contextlib import aclosing
+from typing import Any
+
+from msgspec import UNSET, UnsetType, structs
+
+from api.loads.follow import NO_OUTCOME, Follower, ReportedFailure
+from api.loads.jobs import outcome
+from api.loads.records import Records
+from api.loads.submit import Intake
+from api.pool.roster import Roster
+from shared.errors import ErrorBody, LoadInterrupted, QueueTimeout, QueueUnavailable, ServiceError
+from shared.instance import Instance
+from shared.lifecycle import State
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model
+from shared.settings import Settings
+from shared.store.instances import FailedRecently
+from shared.store.keys import FAILURE_MEMORY_S
+from shared.store.queue import Queue
+
+CLOSED = "The server is shutting down. The load of the model continues."
+Key = tuple[str, frozenset[str]]  # name of the model, ids of instances that are not used
+
+
+class OnDemand:
+    """Loads models for requests.  Requests for one model wait for one load, whichever API process began it.
+
+    A request waits for a load as long as the load makes progress, and at most `stall_limit_s` seconds without.  The
+    load goes on when nobody waits for it any more.
+    """
+
+    def __init__(
+        self, intake: Intake, records: Records, follower: Follower, roster: Roster, queue: Queue, settings: Settings
+    ) -> None:
+        self._intake = intake
+        self._records = records
+        self._follower = follower
+        self._roster = roster
+        self._queue = queue
+        self._settings = settings
+        self._loading: dict[Key, asyncio.Task[Instance]] = {}
+
+    async def loaded(
+        self, name: str, ttl_s: float | None = None, without: Collection[str] = (), traceparent: str = ""
+    ) -> Instance:
+        """Return an instance of a model once it is loaded: the first one, if any is loaded or loading, else a new one.
+
+        `ttl_s` is the TTL of a new instance; None: the default.  `without`: ids of loads whose instances are not used.
+
+        Raises ReportedFailure, LoadFailed, LoadInterrupted, QueueTimeout, ModelNotFound, NoWorker, QueueFull and
+        InvalidValue, and what UNAVAILABLE lists.
+        """
+        key = self._roster.named(LoadRequest(model=name)).model, frozenset(without)
+        if (loading := self._loading.get(key)) is None:
+            loading = self._loading[key] = asyncio.create_task(self._loaded(name, ttl_s, without, traceparent))
+            loading.add_done_callback(lambda _: self._ended(key))
+        await asyncio.wait([loading])  # a client that leaves must not cancel it for the others
+        if loading.cancelled():
+            raise QueueUnavailable(CLOSED)
+        return loading.result()
+
+    async def close(self) -> None:
+        """Stop waiting for loads."""
+        for loading in [*self._loading.values()]:
+            loading.cancel()
+            await asyncio.wait([loading])
+
+    def _ended(self, key: Key) -> None:
+        loading = self._loading.pop(key)
+        if not loading.cancelled():
+            loading.exception()  # all who waited may have gone: asyncio would report it otherwise
+
+    async def _loaded(self, name: str, ttl_s: float | None, without: Collection[str], traceparent: str) -> Instance:
+        request = await self._request(name, ttl_s)
+        try:
+            instance = await self._intake.submit_on_demand(request, without, traceparent)
+        except FailedRecently as e:
+            record = await self._records.get(e.id)
+            raise _failure(outcome(record), e.left_s) from e
+        instance = await self._followed(instance)
+        snapshot = self._roster.alive.get(instance.worker)
+        if snapshot is None or snapshot.epoch != instance.epoch:  # another API process may have chosen a new worker
+            await self._roster.refresh()
+        return instance
+
+    async def _followed(self, instance: Instance) -> Instance:
+        """Return the revision of a load with which its instance was loaded."""
+        clock, stall_limit_s = asyncio.get_running_loop().time, self._settings.stall_limit_s
+        seen: tuple[Any, ...] = ()
+        try:
+            async with (
+                asyncio.timeout(stall_limit_s) as patience,
+                aclosing(self._follower.follow(instance)) as revisions,
+            ):
+                async for _, revision in revisions:
+                    if revision.state is State.LOADED:
+                        return revision
+                    if (error := outcome(revision)) is not None:
+                        raise _failure(error)
+                    if (now := (revision.state, revision.phase, revision.loaded_bytes)) != seen:
+                        seen = now
+                        patience.reschedule(clock() + stall_limit_s)
+        except TimeoutError:
+            raise QueueTimeout(
+                f"The load of '{instance.model}' made no progress for {stall_limit_s:g} s. It goes on; try again later."
+            ) from None
+        raise QueueUnavailable(NO_OUTCOME)
+
+    async def _request(self, name: str, ttl_s: float | None) -> LoadRequest:
+        """Return the request for a load: with the settings of the model, and for an LLM the largest context that fits.
+
+        Reads the roster anew: a model is loaded on demand when memory has changed.
+        """
+        await self._roster.refresh()
+        request = self._roster.named(LoadRequest(model=name))
+        candidates, _ = self._roster.candidates(request)
+        if not candidates:
+            return request  # the intake has the reason
+        model = candidates[0].model
+        request = self._with_settings(request, model, ttl_s)
+        if model.type != "llm" or model.problem is not None or request.context_length is not UNSET:
+            return request
+        most = structs.replace(request, context_length=min(self._settings.jit_context, model.max_context_length))
+        best, placed = await self._roster.choose_measured(candidates, most, self._queue)
+        if placed is not None:
+            return most
+        figures = self._roster.figures(candidates, best, most, self._queue)
+        has_room = self._roster.has_room(candidates, best.model, most, {})
+        largest = await figures.largest_context_length(has_room, fits=False)
+        # If none fits, the worker may still make room, or says what is missing.
+        return request if largest is None else structs.replace(request, context_length=largest)
+
+    def _with_settings(self, request: LoadRequest, model: Model, ttl_s: float | None) -> LoadRequest:
+        own = model.settings
+        ttls = (ttl_s, own.ttl_seconds, self._settings.jit_ttl_s)
+        is_llm = model.type == "llm"
+        return structs.replace(
+            request,
+            ttl_seconds=UNSET if own.pin else next(ttl for ttl in ttls if ttl is not None),
+            context_length=_or_unset(own.context_length),
+            parallel=_or_unset(own.parallel if is_llm else None),
+            kv_cache_type=_or_unset(own.kv_cache_type if is_llm else None),
+        )
+
+
+def _or_unset(value: Any) -> Any | UnsetType:
+    return UNSET if value is None else value
+
+
+def _failure(body: ErrorBody | None, left_s: int = FAILURE_MEMORY_S) -> ServiceError:
+    """Return the error for a request whose load failed.  `left_s`: until the next attempt."""
+    if body is None:
+        return QueueUnavailable(NO_OUTCOME)
+    match body.code:
+        case "load_cancelled" | "worker_lost":
+            return LoadInterrupted(f"{body.message}. Try again shortly.")
+        case "insufficient_memory":
+            return ReportedFailure(body, retry_after_s=left_s)
+        case _:
+            return ReportedFailure(body)
