@@ -107,8 +107,7 @@ class DryRun:
         else:
             return usages
         finally:
-            is_done = len(usages) == len(loads)
-            if runner is not None and not (is_done and self._runners.give_back(runner)):
+            if runner is not None:  # not for another model: it has parsed a file that may come from a stranger
                 await self._end(runner)
             self._runners.prepare()
 

@@ -16,7 +16,7 @@ from shared.schema.http import EngineBuild
 from shared.telemetry import log
 from worker.listener.protocol import pair
 from worker.runner.process import Runner, RunnerDied, RunnerStuck, Unreadable, tag
-from worker.runner.protocol import NO_GPU, Busy, Closed, Failed, Measured, Pong, Progress, Ready, Warm
+from worker.runner.protocol import Busy, Closed, Failed, Measured, Pong, Progress, Ready, Warm
 from worker.timing import Timing
 
 ENGINE = "worker.engine.child"  # imported by the fork server and the runners, never by the worker itself
@@ -112,18 +112,6 @@ class Runners:
             self._on_failure()
             log.get("worker").warning("warm runner died", action="warm_runner_died", status=runner.status)
             await runner.reaped()
-
-    def give_back(self, runner: Runner) -> bool:
-        """Take back a runner that did nothing but dry runs.
-
-        Returns False if there is a next runner already, or this one may not be used again: it has exited, or holds the
-        driver's memory of a GPU.  The caller then still owns it.
-        """
-        if self.next_runner is not None or self._visible != NO_GPU or runner.exited.is_set():
-            return False
-        self.next_runner = asyncio.get_running_loop().create_future()
-        self.next_runner.set_result(runner)
-        return True
 
     async def close(self) -> None:
         """Stop the warm runner.  The fork server exits with this process."""
