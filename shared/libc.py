@@ -10,10 +10,13 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_int, c_long, c_size_t, c_ulong, c_void_p
 from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # linux/prctl.h
+SYSCALL_ARGUMENTS = 6
 MADV_POPULATE_READ = 22  # asm-generic/mman-common.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MAP_FAILED = c_void_p(-1).value
@@ -36,6 +39,7 @@ def _missing(*_: object) -> int:
 
 
 _prctl = _declared("prctl", c_int, c_int, c_ulong, c_ulong, c_ulong, c_ulong)
+_syscall = _declared("syscall", c_long, c_long, *[c_long] * SYSCALL_ARGUMENTS)
 _mmap = _declared("mmap", c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_long)
 _munmap = _declared("munmap", c_int, c_void_p, c_size_t)
 _madvise = _declared("madvise", c_int, c_void_p, c_size_t, c_int)
@@ -48,6 +52,21 @@ _malloc_trim = _declared("malloc_trim", c_int, c_size_t)
 def prctl(option: int, value: int) -> None:
     """Set an attribute of this process or thread, see prctl(2).  Raises OSError."""
     _check(_prctl(option, value, 0, 0, 0))
+
+
+def syscall(number: int, *arguments: int) -> int:
+    """Make a system call, see syscall(2); an argument is a number or an address.  Raises OSError."""
+    result = _syscall(number, *arguments, *[0] * (SYSCALL_ARGUMENTS - len(arguments)))
+    if result == -1:
+        raise _error()
+    return int(result)
+
+
+@contextmanager
+def in_memory(data: bytes) -> Iterator[tuple[int, int]]:
+    """Keep a copy of `data` in memory during the block; yields its address and size."""
+    buffer = ctypes.create_string_buffer(data, len(data))
+    yield ctypes.addressof(buffer), len(data)
 
 
 def map_file(fd: int, size: int) -> int:

@@ -63,7 +63,6 @@ class Helper:
         self._thread = ThreadPoolExecutor(1, "chat")
         self._template: Template | None = None
         self._connection: socket.socket | None = None
-        self._pid = 0
         self._fatal: dict[bytes, float] = {}  # digests of conversations that killed a helper, until when
         self._fork()
 
@@ -129,10 +128,8 @@ class Helper:
             connection.sendall(frame(message))
             if (data := _receive(connection)) is not None:
                 reply = decode_from_helper(data)
-        except ConnectionError:
+        except (ConnectionError, TimeoutError, msgspec.MsgspecError):
             pass
-        except (TimeoutError, msgspec.MsgspecError):
-            os.kill(self._pid, signal.SIGKILL)  # it is not reaped: the end of its connection was not read
         match reply:
             case Rejected():
                 raise ChatError(reply.reason)
@@ -147,12 +144,11 @@ class Helper:
         if self._connection is not None and select.select([self._connection], [], [], 0)[0]:
             self._ended()  # the end of the stream: it was killed between two messages
         if self._connection is None:
-            number, descriptors = b"", list[int]()
+            descriptors = list[int]()
             with suppress(OSError):
-                number, descriptors, _, _ = socket.recv_fds(self._zygote, NUMBER.size, 1)
+                _, descriptors, _, _ = socket.recv_fds(self._zygote, len(FORK), 1)
             if not descriptors:
                 raise HelperDied("the process that starts helpers has ended")
-            (self._pid,) = NUMBER.unpack(number)
             self._connection = socket.socket(fileno=descriptors[0])
             self._connection.settimeout(SILENT_S)
             if self._template is not None:

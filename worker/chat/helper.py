@@ -39,14 +39,15 @@ from worker.chat.protocol import (
     decode_to_helper,
     frame,
 )
+from worker.sandbox import landlock, seccomp
 
 CPU_S = 5.0  # processor time for one message; a pause of the machine does not count
 MEMORY_BYTES = 3 << 30  # of address space, beyond what the process has at its start
 NO_MEMORY = 12  # exit status
 LARGE_BYTES = 1 << 20  # of a message; the memory that it took is given back
 PARSERS = 64  # that are kept compiled
-FORK = b"f"  # asks the zygote for a helper
-NUMBER = struct.Struct("<i")  # its answers: the pid of a helper with the helper's socket, and later its status
+FORK = b"f"  # asks the zygote for a helper; the same with the helper's socket is the answer
+NUMBER = struct.Struct("<i")  # and later the helper's exit status
 TRIAL = b'{"messages": [{"role": "user", "content": "Hello"}]}'
 FIXED = frozenset({"epsilon", "literal", "sequence", "end"})  # parsers that read a fixed text, and say nothing
 
@@ -59,6 +60,7 @@ def start(confine: Confine, cpu_s: float, memory_bytes: int) -> tuple[int, socke
     if (pid := os.fork()) == 0:
         try:
             _become("chat zygote", theirs, confine)
+            seccomp.outside(forks=True)
             _fork_helpers(theirs, confine, cpu_s, memory_bytes)
         finally:
             os._exit(1)
@@ -95,12 +97,12 @@ def _fork_helpers(control: socket.socket, confine: Confine, cpu_s: float, memory
             finally:
                 os._exit(1)
         helpers.close()
-        socket.send_fds(control, [NUMBER.pack(pid)], [theirs.fileno()])
+        socket.send_fds(control, [FORK], [theirs.fileno()])
         ends = select.poll()
         ends.register(theirs, 0)  # reports the end of the helper, but not its replies
         ends.register(control, select.POLLIN)  # the runner's end: it asks for nothing while there is a helper
-        if theirs.fileno() not in dict(ends.poll()):
-            os.kill(pid, signal.SIGKILL)
+        ends.poll()
+        os.kill(pid, signal.SIGKILL)  # the runner cannot; a helper that is exiting keeps its status
         theirs.close()
         _, status = os.waitpid(pid, 0)
         control.sendall(NUMBER.pack(os.waitstatus_to_exitcode(status)))
@@ -118,6 +120,9 @@ def _limit(memory_bytes: int) -> None:
 
 def _serve(connection: socket.socket, cpu_s: float) -> NoReturn:
     chat = Chat()
+    landlock.restrict_thread()
+    seccomp.outside()
+    seccomp.no_files()
     with connection.makefile("rb") as stream:
         while (data := framing.read_blocking(stream)) is not None:
             # The signal's default action ends the process, also within native code that runs for ever.

@@ -21,7 +21,7 @@ from shared.schema.http import EngineBuild
 from worker.chat import code
 from worker.chat.handle import Helper
 from worker.engine import llama
-from worker.engine.confine import confine
+from worker.engine.confine import ModelFiles, confine, restrict
 from worker.engine.prewarm import prewarm
 from worker.engine.progress import Throttled
 from worker.engine.serving import Serving
@@ -71,6 +71,8 @@ def main(control: socket.socket, hand_over: socket.socket, output: socket.socket
     confine(control.fileno(), hand_over.fileno())
     os.environ["GGML_NO_BACKTRACE"] = "1"  # otherwise an abort forks a debugger
     chat = Helper(confine) if ENGINE.chat_unavailable is None else None  # forks: before any thread, and any GPU
+    restrict(on_gpu=visible != NO_GPU)
+    files = ModelFiles(on_gpu=visible != NO_GPU)
 
     inbox: queue.SimpleQueue[Load | Measure] = queue.SimpleQueue()
     sending = threading.Lock()
@@ -80,7 +82,7 @@ def main(control: socket.socket, hand_over: socket.socket, output: socket.socket
             control.sendall(frame(message))
 
     serving = Serving(hand_over)
-    threading.Thread(target=read_channel, args=(control, inbox, send, serving), daemon=True).start()
+    threading.Thread(target=read_channel, args=(control, inbox, send, serving, files), daemon=True).start()
     log = None if visible is None else llama.initialise(visible)
     send(Warm(ENGINE))
     if visible == NO_GPU and log is not None:
@@ -89,6 +91,7 @@ def main(control: socket.socket, hand_over: socket.socket, output: socket.socket
         if inbox.empty():
             prewarm(log)
     message = inbox.get()
+    files.restrict_last_thread()
     load = message.load if isinstance(message, Measure) else message
     set_trace(load)
     if log is None:
@@ -126,6 +129,7 @@ def read_channel(
     inbox: queue.SimpleQueue[Load | Measure],
     send: Callable[[FromRunner], None],
     serving: Serving,
+    files: ModelFiles,
 ) -> None:
     """Receive messages, in a separate thread.  Stop, the end of the stream, or an invalid message ends the process at
     once, whatever the main thread does."""
@@ -140,6 +144,7 @@ def read_channel(
                 message: ToRunner = decode_to_runner(data)
                 match message:
                     case Load() | Measure():
+                        files.choose(message.shards if isinstance(message, Load) else message.load.shards)
                         inbox.put(message)
                     case Ping():
                         tell(serving.load())

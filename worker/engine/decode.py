@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.ctypeslib  # else numpy imports it at the first use, when the runner can open no file any more
 from numpy.typing import NDArray
 
 from worker.engine.llama import Loaded, Log, lib

@@ -10,6 +10,7 @@ import traceback
 
 from worker.chat.handle import Helper
 from worker.engine.channels import Channels
+from worker.engine.confine import seal
 from worker.engine.decode import Engine, decoding_threads
 from worker.engine.gate import Gate
 from worker.engine.llama import Loaded, Log
@@ -41,6 +42,8 @@ class Serving:
         if isinstance(chat, Helper) and loaded.untried is not None:
             chat.compile(loaded.untried)
         engine = None if load.embedding else self._engine(load, loaded, log)
+        if not load.devices:  # a driver opens files at any time
+            seal()
         if engine is None or not engine.can_generate:
             self._channels.start(None)
             threading.Event().wait()

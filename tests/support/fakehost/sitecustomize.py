@@ -6,6 +6,7 @@ import os
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +40,11 @@ def give_gpus(llama: Any) -> None:
             fakegpu.add(f"CUDA{i}", gpu.total_bytes, Shared(host, gpu.uuid))
         return log
 
+    from worker.engine import confine
+    from worker.sandbox.landlock import READ, TREE
+
+    # What this driver reads and writes.
+    confine.DRIVERS += ((Path(__file__).parents[2], READ), (os.environ["CUDA_FAKE_HOST"], TREE))
     llama.initialise = with_gpus
     llama.backends = lambda: ["CUDA", "CPU"]
 
