@@ -23,6 +23,7 @@ from worker.catalog.scanner import catalogs
 from worker.deliveries import take_deliveries
 from worker.lease import owned, take_lease
 from worker.memory.devices import locked
+from worker.sandbox import landlock, seccomp
 
 FIRST_CATALOG_S = 60.0
 END_S = 2.0
@@ -96,6 +97,7 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
         await take_lease(agent, first, dead_epoch)
         engine = msgspec.to_builtins(agent.runners.engine)
         _log.info("ready", action="ready", models=len(first), **engine)
+        _log_confinement()
         for task in (
             agent.beat(),
             agent.announce_changes(),
@@ -106,6 +108,13 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
             group.create_task(task)
         async for models in lists:
             await _publish(agent, models)
+
+
+def _log_confinement() -> None:
+    """Log which protections against an attacker in a runner are in force on this host."""
+    known, filters = landlock.version(), seccomp.is_available()
+    write = _log.info if known >= landlock.COMPLETE and filters else _log.warning
+    write("runners are confined", action="confined", landlock=known, seccomp=filters)
 
 
 async def _publish(agent: Agent, models: list[Model]) -> None:

@@ -39,7 +39,7 @@ from worker.chat.protocol import (
     decode_to_helper,
     frame,
 )
-from worker.sandbox import landlock, seccomp
+from worker.sandbox import capabilities, landlock, seccomp
 
 CPU_S = 5.0  # processor time for one message; a pause of the machine does not count
 MEMORY_BYTES = 3 << 30  # of address space, beyond what the process has at its start
@@ -120,6 +120,7 @@ def _limit(memory_bytes: int) -> None:
 
 def _serve(connection: socket.socket, cpu_s: float) -> NoReturn:
     chat = Chat()
+    capabilities.drop()
     landlock.restrict_thread()
     seccomp.outside()
     seccomp.no_files()

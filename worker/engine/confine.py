@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from shared import libc
-from worker.sandbox import landlock, seccomp
+from worker.sandbox import capabilities, landlock, seccomp
 from worker.sandbox.landlock import READ, Ruleset
 
 OPEN_FILES = 4096  # shards, libraries, and what a driver opens for each of its GPUs
@@ -57,6 +57,7 @@ def restrict(*, on_gpu: bool) -> None:
     Call it before the process has threads, and after it forked its last process.  `on_gpu`: its driver may still use
     devices, and write into its cache of compiled code.
     """
+    capabilities.drop(keep=capabilities.READ_SEARCH)  # as its worker, which has read the file's header
     landlock.restrict_thread([("/", READ), *(_of_drivers() if on_gpu else ())])
     seccomp.outside(on_gpu=on_gpu)
 

@@ -27,6 +27,7 @@ ALL = ((1, (1 << 13) - 1), (2, REFER), (3, TRUNCATE), (5, IOCTL_DEV))  # with th
 OF_A_FILE = WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # all that a rule for a file can have
 TCP = (4, 0b11)  # bind and connect
 SCOPES = (6, 0b11)  # abstract Unix sockets, and signals, of processes outside of the restriction
+COMPLETE = 6  # the version that has all of these, Linux 6.12
 
 READ = READ_FILE | READ_DIR
 WRITE = READ | WRITE_FILE | REMOVE_FILE | MAKE_REG | TRUNCATE

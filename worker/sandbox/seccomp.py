@@ -54,12 +54,15 @@ KERNEL = {
 }
 FILES = {  # by path; stat(2) stays, which the C library uses for open files too
     **{"open": 2, "creat": 85, "openat": 257, "openat2": 437, "truncate": 76, "readlink": 89, "readlinkat": 267},
-    **{"rename": 82, "mkdir": 83, "rmdir": 84, "link": 86, "unlink": 87, "symlink": 88, "chmod": 90, "chown": 92},
-    **{"lchown": 94, "utime": 132, "mknod": 133, "utimes": 235, "mkdirat": 258, "mknodat": 259, "fchownat": 260},
-    **{"futimesat": 261, "unlinkat": 263, "renameat": 264, "linkat": 265, "symlinkat": 266, "fchmodat": 268},
-    **{"utimensat": 280, "renameat2": 316, "fchmodat2": 452, "inotify_add_watch": 254},
-    **{"setxattr": 188, "lsetxattr": 189, "getxattr": 191, "lgetxattr": 192, "listxattr": 194, "llistxattr": 195},
-    **{"removexattr": 197, "lremovexattr": 198},
+    **{"rename": 82, "renameat": 264, "renameat2": 316, "mkdir": 83, "mkdirat": 258, "rmdir": 84, "link": 86},
+    **{"linkat": 265, "unlink": 87, "unlinkat": 263, "symlink": 88, "symlinkat": 266, "mknod": 133, "mknodat": 259},
+    **{"getxattr": 191, "lgetxattr": 192, "listxattr": 194, "llistxattr": 195, "inotify_add_watch": 254},
+}
+ATTRIBUTES = {  # which Landlock leaves alone
+    **{"chmod": 90, "fchmodat": 268, "fchmodat2": 452, "chown": 92, "lchown": 94, "fchownat": 260},
+    **{"utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280},
+    **{"setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198},
+    **{"fremovexattr": 199, "fchmod": 91, "fchown": 93},
 }
 CLONE, CLONE3, KILL, TGKILL, PRLIMIT64, SOCKET, SOCKETPAIR = 56, 435, 62, 234, 302, 41, 53
 FCNTL, IOCTL = 72, 16
@@ -133,8 +136,8 @@ def _step(code: int, k: int, if_true: int = 0, if_false: int = 0) -> bytes:
 
 
 def outside(*, forks: bool = False, accepts: bool = False, on_gpu: bool = False) -> None:
-    """Keep this process from the network, from programs and other processes, and from parts of the kernel that it does
-    not need.  Connected sockets that it is given go on working.
+    """Keep this process from the network, from programs and other processes, from the owners and rights of files, and
+    from parts of the kernel that it does not need.  Connected sockets that it is given go on working.
 
     It may signal only itself, and start no process, unless it `forks`.  `accepts`: it accepts connections from sockets
     that it is given.  `on_gpu`: CUDA listens on a Unix socket of its own.
@@ -142,7 +145,7 @@ def outside(*, forks: bool = False, accepts: bool = False, on_gpu: bool = False)
     if not is_available():
         return
     own = os.getpid()
-    refused = {**CONNECT, **PROGRAMS, **PROCESSES, **SIGNALS, **KERNEL}
+    refused = {**CONNECT, **PROGRAMS, **PROCESSES, **SIGNALS, **KERNEL, **ATTRIBUTES}
     conditions = [
         (SOCKETPAIR, If(0, [int(socket.AF_UNIX)])),
         (SOCKETPAIR, If(1, STREAMS, TYPE_MASK)),
@@ -154,6 +157,7 @@ def outside(*, forks: bool = False, accepts: bool = False, on_gpu: bool = False)
         conditions += [(CLONE, If(0, [CLONE_THREAD], CLONE_THREAD))]
         conditions += [(KILL, If(0, [own])), (TGKILL, If(0, [own])), (PRLIMIT64, If(0, [0, own]))]
     if on_gpu:
+        del refused["fchmod"]  # of files that the driver makes
         conditions += [(SOCKET, If(0, [int(socket.AF_UNIX)])), (SOCKET, If(1, STREAMS, TYPE_MASK))]
     else:
         refused |= {"socket": SOCKET, **LISTEN, **({} if accepts else ACCEPT)}

@@ -1,0 +1,158 @@
+"""An attacker's code in a runner and in a helper gets nothing but its model and its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from msgspec import json, structs
+
+import worker.runner.warm
+from shared.channel.messages import Ended
+from shared.schema.model import Model
+from shared.synthetic.models import tiny_llama
+from tests.integration.conftest import catalog
+from tests.support import attack
+from tests.support.agents import Begin, released
+from tests.support.attack import REFUSALS, SAID, Targets, When
+from tests.support.loaded import Loaded
+from tests.support.waiting import until
+from worker.chat import helper
+from worker.chat.code import ChatError, Message
+from worker.chat.handle import Helper
+from worker.chat.protocol import Prompt, Template
+from worker.engine.confine import confine
+from worker.runner.process import Runner
+from worker.sandbox import landlock, seccomp
+
+pytestmark = [
+    pytest.mark.usefixtures("forkserver"),
+    pytest.mark.skipif(
+        landlock.version() < 6 or not seccomp.is_available(), reason="this kernel does not have all of the protection"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tiny_llama(root / "p/llama/llama-f16.gguf", tokenizer="bpe")
+    tiny_llama(root / "p/other/other-f16.gguf")
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
+
+
+@pytest.fixture
+def targets(models_dir: Path, tmp_path: Path, redis_server: str) -> Iterator[Targets]:
+    """What is beside a runner: this process is its worker."""
+    (tmp_path / "victim").write_text("data of the worker")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind("")  # the kernel chooses a name
+        abstract.listen()
+        yield Targets(
+            worker=os.getpid(),
+            port=server.getsockname()[1],
+            sockets={"Redis": redis_server.removeprefix("unix://").partition("?")[0]},
+            abstract=abstract.getsockname()[1:].decode(),
+            readable={
+                "the users": "/etc/passwd",
+                "another model": str(models_dir / "p/other/other-f16.gguf"),
+                "the worker's data": str(tmp_path / "victim"),
+            },
+            listed={"the models": str(models_dir), "the worker's data": str(tmp_path)},
+            directory=str(tmp_path),
+        )
+
+
+@asynccontextmanager
+async def attacked(
+    when: When, targets: Targets, begin: Begin, tmp_path: Path, patched: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Loaded, Targets]]:
+    """Run a worker whose runners have an attacker in them, who knows where the worker's listener is."""
+    path = tmp_path / "worker.sock"
+    sockets = {**targets.sockets, "the listener": str(path)}
+    targets = structs.replace(targets, sockets=sockets)
+    patched.setattr(worker.runner.warm, "run_child", partial(attack.run_child, targets, when))
+    agent = await begin()
+    with agent.listener.bound([path]):
+        listening = asyncio.create_task(agent.listener.run())
+        loaded = Loaded(agent)
+        try:
+            yield loaded, targets
+        finally:
+            await loaded.channels.close()
+            listening.cancel()
+            await asyncio.wait([listening])
+
+
+async def reported(runner: Runner) -> dict[str, str]:
+    await until(lambda: any(line.startswith(SAID) for line in runner.output), "the attacker is done")
+    (line,) = [line for line in runner.output if line.startswith(SAID)]
+    return json.decode(line.removeprefix(SAID), type=dict[str, str])
+
+
+async def test_an_attacker_in_a_loaded_runner(
+    targets: Targets, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with attacked("loaded", targets, begin, tmp_path, monkeypatch) as (loaded, _):
+        instance = await loaded.load()
+        results = await reported(loaded.runners[instance.id])
+        assert {name: result for name, result in results.items() if result not in REFUSALS} == {}
+        assert isinstance((await loaded.ask(instance))[-1], Ended)
+        loaded.agent.stop(instance.id)
+        await released(loaded.agent, instance.id)
+    assert (tmp_path / "victim").read_text() == "data of the worker"
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "made").exists()
+
+
+async def test_an_attacker_in_the_parser_of_a_file(
+    targets: Targets, begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with attacked("loading", targets, begin, tmp_path, monkeypatch) as (loaded, _):
+        instance = await loaded.load()
+        results = await reported(loaded.runners[instance.id])
+        assert {name: result for name, result in results.items() if result not in REFUSALS} == {}
+        assert isinstance((await loaded.ask(instance))[-1], Ended)
+
+
+def test_an_attacker_in_a_helper(targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
+    def render(_: object, conversation: bytes) -> Prompt:
+        if conversation == helper.TRIAL:  # before the helper gives up what it needs to start
+            return Prompt(text="", stops=[], shown=[], source=None, is_open=False, before=Message())
+        results = attack.outcomes({**attack.attempts(targets), **attack.of_debuggers(targets)})
+        raise ChatError(json.encode(results).decode())
+
+    monkeypatch.setattr(helper.Chat, "_render", render)
+    running = Helper(confine)
+    try:
+        running.compile(Template(source="Hello")).result()
+        with pytest.raises(ChatError) as said:
+            asyncio.run(running.render(b"{}"))
+        results = json.decode(str(said.value), type=dict[str, str])
+        assert {name: result for name, result in results.items() if result not in REFUSALS} == {}
+        with pytest.raises(ChatError):  # the same helper answers
+            asyncio.run(running.render(b"{}"))
+    finally:
+        running.close()
+
+
+def test_the_attack_succeeds_elsewhere(targets: Targets) -> None:
+    """Otherwise its failure in a runner would say nothing."""
+    command = [sys.executable, "-m", "tests.support.attack", json.encode(targets).decode()]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    results = json.decode(done.stdout, type=dict[str, str])
+    assert {name: result for name, result in results.items() if result} == {}
