@@ -130,13 +130,7 @@ async def test_any_message_in_a_dry_run_leaves_nothing_behind(
     async with asyncio.timeout(DEADLINE_S):
         answer = msgpack.decode(await agent.dry_run.answer(msgpack.encode(question)), type=list[list[Usage]] | None)
     assert answer == ([message.usage] if isinstance(message, Measured) else None)
-    is_next = (
-        agent.runners.next_runner is not None
-        and agent.runners.next_runner.done()
-        and await agent.runners.next_runner is runner
-    )
-    assert is_next == isinstance(message, Measured), "after its answer it waits for the next load"
-    assert is_gone(runner.pid) == (not is_next)
+    assert is_gone(runner.pid), "it has read a file of a stranger: no other model is loaded in it"
 
 
 async def test_a_dry_run_without_room_refuses_with_what_would_fit(

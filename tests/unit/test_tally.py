@@ -203,11 +203,11 @@ def test_the_documents_have_the_labels_of_a_family(family: Family) -> None:
 
 
 def test_unknown_counts_of_another_version_are_left_out() -> None:
-    counters = {"requeued": 1, "evicted": 3}
-    tallies = {"evicted|a|b": 3, "loads|failed|later": 2, "loads|loaded||evicted": 3, "load_seconds|evicted|a|1.0": 3}
+    counters = {"requeued": 1, "outlived": 3}
+    tallies = {"outlived|a|b": 3, "loads|failed|later": 2, "loads|loaded||outlived": 3, "load_seconds|outlived|a|1": 3}
     text = rendered(msgspec.structs.replace(NOTHING, counters=counters, tallies=tallies)).decode()
     assert 'loadstone_loads_total{outcome="failed",reason="later"} 2.0' in text
-    assert "evicted" not in text
+    assert "outlived" not in text
 
 
 def test_a_completed_request_adds_its_tokens_and_times() -> None:
