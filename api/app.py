@@ -28,7 +28,7 @@ from api.pool.loaded import Loaded
 from api.pool.metrics import Requests, hand_over
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
-from api.replies import OpenReplies, most_replies
+from api.replies import Bodies, OpenReplies, most_replies
 from api.routes import ROUTES
 from api.state import State
 from shared.settings import Settings, is_loopback, redis_url
@@ -146,6 +146,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 counters=store.counters,
                 tally=tally,
                 replies=OpenReplies(most_replies(settings.waiting_limit)),
+                bodies=Bodies(),
                 max_body_bytes=settings.max_body_bytes,
                 draining=draining,
                 closing=closing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import json
 import re
@@ -16,6 +17,7 @@ from starlette.requests import Request
 
 from shared.errors import (
     BodyTooLarge,
+    BodyTooSlow,
     InvalidJSON,
     InvalidType,
     InvalidValue,
@@ -26,6 +28,7 @@ from shared.errors import (
 )
 
 MAX_BODY_BYTES = 1 << 20
+BODY_S = 120.0  # from the head of a request to the end of its body
 OUT_OF_RANGE = ("Number out of range", "Integer value out of range")  # what msgspec says
 NUMBER = re.compile(rb"-?\d{1,15}(\.\d{1,15})?([eE][-+]?\d{1,2})?")  # one that a float holds exactly enough
 
@@ -35,7 +38,7 @@ T = TypeVar("T", bound=Struct)
 async def read_body(request: Request[Any]) -> bytes:
     """Return the body of a JSON request.
 
-    Raises UnsupportedMediaType, UnsupportedEncoding, and BodyTooLarge without reading the rest.
+    Raises UnsupportedMediaType, UnsupportedEncoding, and what `read_any` raises without reading the rest.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
@@ -46,16 +49,22 @@ async def read_body(request: Request[Any]) -> bytes:
 async def read_any(request: Request[Any], most_bytes: int) -> bytes:
     """Return the body of a request, whatever its type.
 
-    Raises UnsupportedEncoding, and BodyTooLarge without reading the rest.
+    Raises UnsupportedEncoding, and BodyTooLarge, BodyTooSlow and TooManyWaiting without reading the rest.
     """
     encodings = ", ".join(request.headers.getlist("content-encoding"))
     if {name.strip().lower() for name in encodings.split(",")} - {"", "identity"}:
         raise UnsupportedEncoding(f"The body must not be compressed: Content-Encoding is '{encodings}'.")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > most_bytes:
-            raise BodyTooLarge(f"The body exceeds the limit of {most_bytes:,} bytes.")
+    try:
+        async with asyncio.timeout(BODY_S):
+            with request.state["bodies"].reading() as reserve:
+                async for chunk in request.stream():
+                    reserve(len(chunk))
+                    body += chunk
+                    if len(body) > most_bytes:
+                        raise BodyTooLarge(f"The body exceeds the limit of {most_bytes:,} bytes.")
+    except TimeoutError:
+        raise BodyTooSlow(f"The body did not arrive within {BODY_S:g} s.") from None
     return bytes(body)
 
 

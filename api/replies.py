@@ -1,13 +1,14 @@
-"""A limit on the replies that this process holds open: for loads, and for requests to models."""
+"""Limits on what this process holds for its clients at the same time: open replies, and bodies."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shared.errors import TooManyWaiting
 
+BODY_BYTES = 256 << 20  # of all bodies that are being read
 RESERVED = 128  # descriptors for listening, Redis, channels to runners, and requests that do not wait
 
 
@@ -44,3 +45,28 @@ class OpenReplies:
             yield
         finally:
             self.count -= 1
+
+
+class Bodies:
+    """Limits the bytes of the bodies that are being read, which clients may send as slowly as they like."""
+
+    def __init__(self, most_bytes: int = BODY_BYTES) -> None:
+        self.most_bytes = most_bytes
+        self.n_bytes = 0
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that reserves bytes for a body.  It raises TooManyWaiting if there is no room."""
+        reserved = 0
+
+        def reserve(n_bytes: int) -> None:
+            nonlocal reserved
+            if self.n_bytes + n_bytes > self.most_bytes:
+                raise TooManyWaiting("Clients are sending too many large bodies. Try again shortly.")
+            reserved += n_bytes
+            self.n_bytes += n_bytes
+
+        try:
+            yield reserve
+        finally:
+            self.n_bytes -= reserved

@@ -15,7 +15,7 @@ from api.loads.submit import Intake
 from api.pool.ids import Ids
 from api.pool.listing import Listing
 from api.pool.roster import Roster
-from api.replies import OpenReplies
+from api.replies import Bodies, OpenReplies
 from shared.store.counters import Counters
 from shared.store.queue import Queue
 from shared.store.workers import Workers
@@ -41,6 +41,7 @@ class State(TypedDict):
     counters: Counters
     tally: Tally
     replies: OpenReplies
+    bodies: Bodies
     max_body_bytes: int  # of a request to a model
     draining: asyncio.Event
     closing: asyncio.Event

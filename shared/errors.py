@@ -144,6 +144,12 @@ class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
 
 
+class BodyTooSlow(InvalidRequest):
+    """The request body did not arrive in time."""
+
+    code = "body_too_slow"
+
+
 class ClientTooSlow(InvalidRequest):
     """The client read the answer too slowly."""
 

@@ -187,6 +187,8 @@ IN_A_BODY = (
     errors.UnrecognizedKeys,
     errors.InvalidValue,
     errors.BodyTooLarge,
+    errors.BodyTooSlow,
+    errors.TooManyWaiting,
     errors.UnsupportedMediaType,
     errors.UnsupportedEncoding,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -13,14 +14,17 @@ from starlette.requests import Request
 
 from api.decode import MAX_BODY_BYTES, decode, read_body
 from api.errors import reply
+from api.replies import Bodies
 from shared import paths
 from shared.errors import (
     BodyTooLarge,
+    BodyTooSlow,
     InvalidJSON,
     InvalidRequest,
     InvalidType,
     InvalidValue,
     MissingParameter,
+    TooManyWaiting,
     UnrecognizedKeys,
     UnsupportedEncoding,
     UnsupportedMediaType,
@@ -324,7 +328,7 @@ def request(body: list[bytes], content_type: str | None, *encodings: str) -> tup
 
     headers = [] if content_type is None else [(b"content-type", content_type.encode("latin-1"))]
     headers += [(b"content-encoding", encoding.encode()) for encoding in encodings]
-    return Request({"type": "http", "method": "POST", "headers": headers}, receive), rest
+    return Request({"type": "http", "method": "POST", "headers": headers, "state": {"bodies": Bodies()}}, receive), rest
 
 
 @pytest.mark.parametrize(
@@ -365,3 +369,29 @@ async def test_a_body_is_read_up_to_its_limit() -> None:
     with pytest.raises(BodyTooLarge):
         await read_body(http_request)
     assert rest == [b"never read"]
+
+
+async def test_a_body_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.decode.BODY_S", 0.01)
+    http_request, _ = request([], "application/json")
+
+    async def receive() -> dict[str, Any]:
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    http_request._receive = receive
+    with pytest.raises(BodyTooSlow, match=r"did not arrive within 0\.01 s"):
+        await read_body(http_request)
+
+
+async def test_the_bodies_that_are_being_read_are_limited() -> None:
+    """A client may send many of them, and the last byte of none."""
+    bodies = Bodies(100)
+    with bodies.reading() as one, bodies.reading() as other:
+        one(60)
+        other(40)
+        http_request, rest = request([b"{}", b"never read"], "application/json")
+        http_request.scope["state"]["bodies"] = bodies
+        with pytest.raises(TooManyWaiting, match="too many large bodies"):
+            await read_body(http_request)
+        assert rest == [b"never read"]
+    assert bodies.n_bytes == 0

@@ -28,6 +28,7 @@ CONTRACT = {
     ("invalid_request", "invalid_api_key"): 401,
     ("invalid_request", "forbidden_host"): 403,
     ("invalid_request", "insufficient_scope"): 403,
+    ("invalid_request", "body_too_slow"): 408,
     ("invalid_request", "body_too_large"): 413,
     ("invalid_request", "unsupported_media_type"): 415,
     ("invalid_request", "job_already_finished"): 409,
