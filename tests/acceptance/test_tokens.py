@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from shared.synthetic import models as synthetic
-from tests.support.chat import ENDLESS, answered
-from tests.support.service import PATIENCE_S, TINY, Client, Running, Service, error, up
+from tests.support.chat import CHAT, ENDLESS, answered, ask, chunks
+from tests.support.service import PATIENCE_S, STATUS, TINY, Client, Reply, Running, Service, error, up
 
 MANAGE, ALICE, BOB, UNNAMED = "t-manage-61c0", "t-alice-9f2e", "t-bob-77aa", "t-unnamed-03d1"
 LINES = f"{MANAGE} name=deploy scope=manage\n{ALICE} name=alice scope=infer\n{BOB} scope=infer name=bob\n{UNNAMED}\n"
+TOKENS = (MANAGE, ALICE, BOB, UNNAMED)
 NAMED = [("alice", ALICE), ("bob", BOB), ("", UNNAMED)]
 MOST_TOKENS = 40
+STRICT, SECRET = "acme/strict", "swordfish-5f1d"
+TEMPLATE = """\
+{%- macro deeper() %}{{ deeper() }}{% endmacro %}
+{%- for message in messages %}
+    {%- if 'refuse' in message.content %}{{ raise_exception('no: ' ~ message.content) }}{% endif %}
+    {%- if 'crash' in message.content %}{{ deeper() }}{% endif %}
+    {{- message.content }}
+{%- endfor %}"""
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("tokens")
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+    synthetic.tiny_llama(home / f"models/{STRICT}/strict-f16.gguf", metadata={"tokenizer.chat_template": TEMPLATE})
     (home / "tokens").write_text(LINES)
     with up(
         home,
@@ -27,6 +39,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         LOADSTONE_API_TOKENS_FILE=str(home / "tokens"),
         LOADSTONE_MAX_OUTPUT_TOKENS=str(MOST_TOKENS),
         LOADSTONE_SHARED_PREFIXES="on",
+        LOADSTONE_LOG_LEVEL="debug",
     ) as service:
         yield service
 
@@ -90,3 +103,35 @@ def test_an_answer_ends_at_the_configured_number_of_tokens(service: Service, mod
 def test_clients_share_prompts_if_the_operator_allows_it(service: Service, model: str) -> None:
     alice, bob = (answered(as_client(service, token), max_tokens=1)["usage"] for token in (ALICE, BOB))
     assert bob["prompt_tokens_details"]["cached_tokens"] == alice["prompt_tokens"] - 1
+
+
+def test_nothing_that_a_client_sends_is_logged(service: Service) -> None:
+    """Neither the prompt, the answer nor the token, also where the request fails."""
+    strict = service.accepted(STRICT)["job_id"]
+    assert service.job(strict, wait_s=20)["status"] == "loaded"
+    alice = as_client(service, ALICE)
+
+    def say(text: str, **fields: Any) -> Reply:
+        return ask(alice, model=STRICT, **{"messages": [{"role": "user", "content": f"{text} {SECRET}"}], **fields})
+
+    texts = [say("hello", max_tokens=3).text]
+    texts += [str(chunks(alice, model=STRICT, messages=[{"role": "user", "content": SECRET}], max_tokens=3))]
+    failed = [
+        say("refuse"),
+        say("crash"),
+        say("long" * 10_000),
+        say("x", tools=[{"type": "function", "function": {"name": SECRET}}]),
+        say("x", temperature=SECRET),
+        say("x", messages=[{"role": SECRET, "content": SECRET}]),
+        say("x", chat_template_kwargs={SECRET: 1}, n=1000),
+        alice.post(CHAT, f'{{"messages": "{SECRET}'.encode()),
+        alice.post("/v1/completions", {"prompt": SECRET}),
+    ]
+    assert [reply.status for reply in failed] == [400, 500, 400, 400, 400, 400, 400, 400, 501]
+    log = service.send("GET", f"{STATUS}/{strict}/logs").text
+    shown = [service.send("GET", path).text for path in ("/api/v1/workers", "/metrics", STATUS)]
+    service.unload_all()
+    for text in (service.stderr, log, *shown):
+        for secret in (SECRET, *TOKENS, *(hashlib.sha256(token.encode()).hexdigest() for token in TOKENS)):
+            assert secret not in text
+    assert "/v1/chat/completions" in shown[1]
