@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from api.channel.channels import Channels
-from shared.channel.messages import Deltas, Ended, FromRunner, Generate, Queued, Refused, Sampling, Started
+from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Generate, Queued, Refused, Sampling, Started
 from shared.instance import Instance
 from shared.lifecycle import State
 from shared.telemetry.tally import Tally
@@ -51,8 +51,8 @@ class Served:
 
 
 @pytest.fixture
-async def served(begin: Begin, tmp_path: Path) -> AsyncIterator[Served]:
-    agent = await begin()
+async def served(request: pytest.FixtureRequest, begin: Begin, tmp_path: Path) -> AsyncIterator[Served]:
+    agent = await begin(**getattr(request, "param", {}))
     with agent.listener.bound([tmp_path / "worker.sock"]):
         listening = asyncio.create_task(agent.listener.run())
         runner = await warm(agent)
@@ -81,6 +81,28 @@ async def test_a_conversation_is_answered(served: Served) -> None:
     assert text(again) == text(deltas)
     assert isinstance(again[-1], Ended)
     assert again[-1].usage.cached_tokens == queued.prompt_tokens - 1
+
+
+@pytest.mark.parametrize("served", [{"request_wait_s": 1e-9}], indirect=True)
+async def test_a_request_waits_only_for_the_configured_time(served: Served) -> None:
+    (refused,) = await served.answer("Hello World")
+    assert isinstance(refused, Refused)
+    assert refused.code == "queue_timeout"
+    assert refused.retry_after_s >= 1
+
+
+@pytest.mark.parametrize("served", [{"request_s": 1e-9}], indirect=True)
+async def test_a_request_takes_only_the_configured_time(served: Served) -> None:
+    last = (await served.answer("Hello World", max_tokens=None))[-1]
+    assert isinstance(last, (Refused, Failed))
+    assert last.code == ("queue_timeout" if isinstance(last, Refused) else "deadline"), "it may still wait then"
+
+
+@pytest.mark.parametrize("served", [{"max_output_tokens": 3}], indirect=True)
+async def test_an_answer_has_only_the_configured_tokens(served: Served) -> None:
+    ended = (await served.answer("Hello World", max_tokens=None))[-1]
+    assert isinstance(ended, Ended)
+    assert ended.usage.generated_tokens <= 3
 
 
 async def test_a_conversation_that_is_too_long_is_refused(served: Served) -> None:
