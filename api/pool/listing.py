@@ -84,15 +84,18 @@ class Listing:
         # Refresh first: a client that sees a ready worker must also see its models.
         _, live = await asyncio.gather(self._roster.refresh(), self._instances.live())
         unloaded = self._listed()
+        used = {(name, held.instance_id): held.used_at for name, one in self._roster.alive.items() for held in one.held}
         loaded: dict[str, list[LoadedInstance]] = {}
         gone = Gone(chain(self._key_of.keys(), self._key_of.values()))
         for instance in _oldest_first(live):
             if is_usable(instance, self._roster) and instance.load_config is not None:
                 model = self._roster.model_of(instance)
+                used_at = used.get((instance.worker, instance.instance_id), 0.0)
+                entry = _loaded(instance, instance.load_config, model, used_at)
                 if model is None or (key := self._key_of.get(model.full_key)) is None:
-                    gone.add(instance, _loaded(instance, instance.load_config, model))
+                    gone.add(instance, entry)
                 else:
-                    loaded.setdefault(key, []).append(_loaded(instance, instance.load_config, model))
+                    loaded.setdefault(key, []).append(entry)
         entries = [
             msgspec.structs.replace(entry, loaded_instances=loaded[entry.key]) if entry.key in loaded else entry
             for entry in unloaded
@@ -159,9 +162,10 @@ class Gone:
 
 
 def is_usable(instance: Instance, roster: Roster) -> bool:
-    """Return whether an instance is loaded, by a worker that is alive."""
+    """Return whether an instance is loaded, by a worker that is alive and does not drain."""
     holder = roster.alive.get(instance.worker)
-    return instance.state is State.LOADED and holder is not None and holder.epoch == instance.epoch
+    is_there = holder is not None and holder.epoch == instance.epoch and holder.state == "ready"
+    return instance.state is State.LOADED and is_there
 
 
 def source_of(instance: Instance) -> Model:
@@ -177,14 +181,16 @@ def source_of(instance: Instance) -> Model:
     )
 
 
-def _loaded(instance: Instance, config: LoadConfig, model: Model | None) -> LoadedInstance:
+def _loaded(instance: Instance, config: LoadConfig, model: Model | None, used_at: float) -> LoadedInstance:
+    """Return the list entry of an instance.  `used_at`: its last use, as its worker published it."""
+    idle_at = msgspec.structs.replace(instance, used_at=max(instance.used_at or 0.0, used_at)).idle_at
     return LoadedInstance(
         id=instance.instance_id,
         config=config,
         variant=model.full_key if model is not None and model.variant else UNSET,
         worker=instance.worker,
         devices=instance.devices,
-        remaining_ttl_seconds=UNSET if instance.idle_at is None else round(max(0.0, instance.idle_at - time.time()), 3),
+        remaining_ttl_seconds=UNSET if idle_at is None else round(max(0.0, idle_at - time.time()), 3),
     )
 
 

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
+from tests.support.chat import answered
 from tests.support.service import LOADSTONE, PATIENCE_S, STATUS, TINY, Process, Service, error, until
 
 TTL_S = 1.5
+ROUNDED_S = 0.001  # of a remaining time
 LONG_S = 3600.0  # a TTL that no test waits for
 SLACK_S = 600.0  # more than any test takes
 SECOND, THIRD = f"{TINY}:2", f"{TINY}:3"
@@ -57,6 +60,33 @@ def test_instance_can_be_unloaded_before_it_expires(service: Service) -> None:
     remaining = remaining_s(service, TINY)
     assert remaining is not None
     assert LONG_S - SLACK_S < remaining <= LONG_S
+    assert service.unload(TINY).status == 200
+
+
+def last_use(service: Service) -> tuple[float, float]:
+    """Return the bounds of the time from which the TTL counts."""
+    asked_at = time.time()
+    remaining = remaining_s(service, TINY)
+    assert remaining is not None
+    return asked_at + remaining - LONG_S - ROUNDED_S, time.time() + remaining - LONG_S + ROUNDED_S
+
+
+def test_a_request_defers_the_expiry(service: Service) -> None:
+    service.loaded(TINY, ttl_seconds=LONG_S)
+    _, loaded_at = last_use(service)
+    until(lambda: time.time() > loaded_at, "some time later")
+    assert answered(service, model=TINY, max_tokens=1)["choices"]
+    until(lambda: last_use(service)[0] > loaded_at, "it counts from the request")
+    with service.redis() as redis:
+        (key,) = redis.scan_iter("used:*")
+        noted: Any = redis.hvals
+        until(lambda: max(map(float, noted(key))) > loaded_at, "the next process of the worker will know it")
+    worker, killed_at = service.worker(), time.time()
+    os.kill(worker.pid, signal.SIGKILL)
+    until(lambda: service.worker().pid != worker.pid, "another worker process")
+    until(lambda: TINY in service.instances(), "it is restored")
+    until(lambda: last_use(service)[0] > loaded_at, "it counts from the request, not from the load")
+    until(lambda: last_use(service)[1] < killed_at, "nor from the restoration")
     assert service.unload(TINY).status == 200
 
 

@@ -444,7 +444,7 @@ MUTANTS = (
     Mutant(
         "a loaded instance is listed until it is unloaded",
         "api/pool/listing.py",
-        "gone.add(instance, _loaded(instance, instance.load_config, model))",
+        "gone.add(instance, entry)",
         "pass",
         (f"{ACCEPTANCE}restore.py",),
     ),
