@@ -83,7 +83,7 @@ FAMILIES = (
     Family(
         name="evictions_refused",
         kind="counter",
-        help="Instances that were to be evicted and turned out to be in use.",
+        help="Evictions that were given up because the instance was in use.",
         known=((),),
     ),
     Family(

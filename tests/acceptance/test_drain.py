@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,6 +17,7 @@ from api.__main__ import GRACE_S
 from cli.up import API_GRACE_S, REDIS_GRACE_S, UP_DRAIN_S, WORKER_GRACE_S
 from shared.synthetic import models as synthetic
 from tests.support import service as support
+from tests.support.chat import DONE, ENDLESS, answered, ask, begun, rest, streaming
 from tests.support.service import (
     JSON,
     LOAD,
@@ -24,11 +27,13 @@ from tests.support.service import (
     Client,
     Process,
     RedisServer,
+    Reply,
     Running,
     Service,
     below,
     error,
     meanwhile,
+    openai_error,
     state,
     until,
     up,
@@ -36,6 +41,7 @@ from tests.support.service import (
 )
 
 DRAIN_S = 2.5  # of a drain that is waited for
+LONG_CONTEXT = 32_768  # for an answer that lasts as long as a test needs it
 LONG_S = 600.0  # of a drain that must not be waited for: no test lasts as long
 UNDER_WAY = ("queued", "loading")
 
@@ -78,14 +84,24 @@ class Pool:
 
     def __init__(self, home: Path) -> None:
         self.redis = RedisServer(home / "redis")
-        synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
+        synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf", metadata={"llama.context_length": LONG_CONTEXT})
         flags = ("--models-dir", str(home / "models"), "--data-dir", str(home / "data"), "--redis-url", self.redis.url)
-        self.worker = Running(home / "worker", "worker", *flags, environ={"LOADSTONE_LEASE_S": "3"})
+        self.worker = Running(
+            home / "worker", "worker", *flags, "--drain-s", str(LONG_S), environ={"LOADSTONE_LEASE_S": "3"}
+        )
         self.other = Api(home / "other", self.redis, drain_s=0)
 
     def is_loading(self) -> bool:
         with self.redis.client() as redis:
             return state(redis, TINY) == "loading"
+
+    @contextmanager
+    def held(self, service: Api, loaded: int = 0) -> Iterator[Future[Reply]]:
+        """Keep a request of an API in progress: a load that goes on after the block.  `loaded`: other instances."""
+        with self.worker.frozen(loaded), meanwhile(service.load, TINY) as reply:
+            loading = {"status": "loading"}
+            until(lambda: len(self.other.send("GET", STATUS, params=loading).json()["jobs"]) == 1, "loading")
+            yield reply
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +152,19 @@ def api_process(running: Running) -> Process:
 # ---- an API of a pool
 
 
-def test_draining_api_answers_everything_but_loads(start: Start) -> None:
+def test_draining_api_answers_everything_but_loads(start: Start, pool: Pool) -> None:
     service = start(LONG_S)
     instance_id = service.loaded(TINY)["instance_id"]
     job_id = service.send("GET", STATUS).json()["jobs"][0]["job_id"]
-    service.start_drain()
+    with pool.held(service, loaded=1):
+        service.start_drain()
+        check_answers(service, job_id)
+        assert service.unload(instance_id).status == 200
+        service.check_still_drains()
+
+
+def check_answers(service: Api, job_id: str) -> None:
+    """Check what a draining API answers; the job is that of a loaded instance."""
     ready = service.send("GET", "/readyz")
     assert (ready.status, ready.text) == (503, "shutting down\n")
     assert int(ready.headers["retry-after"]) > 0
@@ -160,25 +184,47 @@ def test_draining_api_answers_everything_but_loads(start: Start) -> None:
         "missing_required_parameter",
         "model",
     )
-    assert service.unload(instance_id).status == 200
-    service.check_still_drains()
 
 
-def test_draining_api_closes_kept_connections(start: Start) -> None:
+def test_draining_api_closes_kept_connections(start: Start, pool: Pool) -> None:
     service = start(LONG_S)
-    with httpx.Client(base_url=service.url, trust_env=False, timeout=PATIENCE_S) as kept:
+    with (
+        pool.held(service),
+        httpx.Client(base_url=service.url, trust_env=False, timeout=PATIENCE_S) as kept,
+    ):
         assert "connection" not in kept.get("/healthz").headers
         service.start_drain()
         for path in ("/healthz", "/readyz", STATUS, "/nowhere"):
             assert kept.get(path).headers["connection"] == "close"
-    service.check_still_drains()
+        service.check_still_drains()
 
 
-def test_idle_api_ends_when_its_drain_is_over(start: Start) -> None:
-    service = start(DRAIN_S)
-    signalled_at = service.start_drain()
+def test_idle_api_ends_at_once(start: Start) -> None:
+    service = start(LONG_S)
+    service.popen.send_signal(signal.SIGTERM)
     service.check_ended()
-    assert time.monotonic() - signalled_at >= DRAIN_S
+
+
+def test_answer_that_ends_within_the_drain_is_whole(start: Start, pool: Pool) -> None:
+    service = start(LONG_S)
+    pool.other.loaded(TINY)
+    with streaming(service, model=TINY, max_tokens=500, **ENDLESS) as received:
+        begun(received)
+        service.start_drain()
+        openai_error(ask(service, model=TINY), 503, "unavailable_error", "queue_unavailable")
+        assert [*received][-1] == DONE
+    service.check_ended()
+
+
+def test_answer_that_outlasts_the_drain_ends_with_an_error(start: Start, pool: Pool) -> None:
+    service = start(0.0)
+    pool.other.loaded(TINY, context_length=LONG_CONTEXT)
+    with streaming(service, model=TINY, **ENDLESS) as received:
+        begun(received)
+        service.popen.send_signal(signal.SIGTERM)
+        found = rest(received)
+    assert (found["type"], found["message"]) == ("unavailable_error", "The server is shutting down.")
+    service.check_ended()
 
 
 def test_load_that_ends_within_the_drain_gets_its_reply(start: Start, pool: Pool) -> None:
@@ -191,7 +237,7 @@ def test_load_that_ends_within_the_drain_gets_its_reply(start: Start, pool: Pool
         answer = reply.result(PATIENCE_S)
     assert (answer.status, answer.json()["instance_id"]) == (200, TINY)
     assert answer.headers["connection"] == "close"
-    service.check_still_drains()
+    service.check_ended()
 
 
 def test_load_that_outlasts_the_drain_goes_on_without_it(start: Start, pool: Pool) -> None:
@@ -238,13 +284,14 @@ def test_second_signal_ends_an_api_process_at_once(start: Start, pool: Pool) -> 
     assert "Traceback" not in service.stderr
 
 
-def test_second_signal_ends_loadstone_api_at_once(start: Start) -> None:
+def test_second_signal_ends_loadstone_api_at_once(start: Start, pool: Pool) -> None:
     service = start(LONG_S)
     tree = service.tree()
-    service.start_drain()
-    service.popen.send_signal(signal.SIGTERM)
-    assert service.popen.wait(PATIENCE_S) == 0
-    wait_gone(tree)
+    with pool.held(service):
+        service.start_drain()
+        service.popen.send_signal(signal.SIGTERM)
+        assert service.popen.wait(PATIENCE_S) == 0
+        wait_gone(tree)
 
 
 # ---- `loadstone up`
@@ -289,6 +336,21 @@ def test_stop_of_up_takes_at_most_ten_seconds() -> None:
 
 
 # ---- a worker
+
+
+def test_answer_of_a_worker_that_stops_is_whole(pool: Pool) -> None:
+    """The worker begins no other answer meanwhile, and its successor restores the instance."""
+    other = pool.other
+    other.loaded(TINY)
+    worker = pool.worker.worker()
+    with streaming(other, model=TINY, max_tokens=1000, **ENDLESS) as received:
+        begun(received)
+        os.kill(worker.pid, signal.SIGTERM)
+        until(lambda: TINY not in other.instances(), "the worker drains")
+        assert [*received][-1] == DONE
+    wait_gone([worker])
+    until(lambda: TINY in other.instances(), "its successor has restored it")
+    assert answered(other, model=TINY, max_tokens=1)["choices"]
 
 
 def test_second_signal_ends_a_worker_process_at_once(pool: Pool) -> None:

@@ -130,11 +130,13 @@ def test_workers_can_be_scaled(compose: dict[str, Any]) -> None:
 
 def test_every_service_has_the_grace_time_of_the_program(compose: dict[str, Any]) -> None:
     from cli import up
+    from shared.settings import Settings
 
     grace = {name: float(s.get("stop_grace_period", "10s").rstrip("s")) for name, s in compose["services"].items()}
-    assert grace["api"] > up.API_GRACE_S
-    assert grace["worker"] > up.LONE_WORKER_GRACE_S
-    assert grace["worker-gpu"] > up.LONE_WORKER_GRACE_S
+    drain_s = Settings().drain_s
+    assert grace["api"] > drain_s + up.API_GRACE_S
+    assert grace["worker"] > drain_s + up.LONE_WORKER_GRACE_S
+    assert grace["worker-gpu"] > drain_s + up.LONE_WORKER_GRACE_S
 
 
 def test_the_services_are_built_from_stages_that_exist(compose: dict[str, Any]) -> None:

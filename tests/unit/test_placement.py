@@ -123,6 +123,7 @@ held_ = st.builds(
     devices=st.dictionaries(st.sampled_from([*GPUS, CPU]), st.integers(0, 60), min_size=1, max_size=2),
     used_at=st.integers(0, 5).map(float),
     is_evictable=st.sampled_from([True, True, False]),
+    is_busy=st.sampled_from([False, False, False, True]),
 )
 
 
@@ -224,7 +225,7 @@ def without(there: WorkerSnapshot, victims: Collection[Holding]) -> dict[str, in
 
 
 def oldest_first(there: WorkerSnapshot) -> list[Holding]:
-    return sorted((held for held in there.held if held.is_evictable), key=lambda held: (held.used_at, held.instance_id))
+    return sorted((held for held in there.held if held.is_victim), key=lambda held: (held.used_at, held.instance_id))
 
 
 def victims_of(requirements: Requirements, constraints: Constraints, there: WorkerSnapshot) -> list[Holding] | None:
@@ -331,7 +332,7 @@ def test_no_victim_is_unnecessary(requirements: Requirements, constraints: Const
     placed = place(Demand(requirements, constraints), there)
     if placed is None or not placed.evicts:
         return
-    assert all(held.is_evictable and held in there.held for held in placed.evicts)
+    assert all(held.is_evictable and not held.is_busy and held in there.held for held in placed.evicts)
     assert has_room(requirements, constraints, there, without(there, placed.evicts))
     for held in placed.evicts:
         others = [one for one in placed.evicts if one is not held]
