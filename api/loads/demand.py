@@ -13,6 +13,7 @@ from api.loads.follow import NO_OUTCOME, Follower, ReportedFailure
 from api.loads.jobs import outcome
 from api.loads.records import Records
 from api.loads.submit import Intake
+from api.pool.listing import is_usable
 from api.pool.roster import Roster
 from shared.errors import ErrorBody, LoadInterrupted, QueueTimeout, QueueUnavailable, ServiceError
 from shared.instance import Instance
@@ -80,6 +81,9 @@ class OnDemand:
         request = await self._request(name, ttl_s)
         try:
             instance = await self._intake.submit_on_demand(request, without, traceparent)
+            while instance.state is State.LOADED and not is_usable(instance, self._roster):  # its worker drains
+                without = {*without, instance.id}
+                instance = await self._intake.submit_on_demand(request, without, traceparent)
         except FailedRecently as e:
             record = await self._records.get(e.id)
             raise _failure(outcome(record), e.left_s) from e

@@ -173,6 +173,22 @@ async def test_a_request_that_lost_its_instance_loads_another(store: Store, proc
     assert second.instance_id == "p/m:2"
 
 
+async def test_an_unusable_instance_is_not_joined(store: Store, process: Process, raw: redis.Redis) -> None:
+    """Its worker holds its lease, but publishes nothing."""
+    await alive(store)
+    async with racing(process.demand.loaded("p/m")) as (demanding,):
+        first = await succeed(store, await under_way(store))
+        assert await demanding == first
+    raw.delete("worker:w")
+    await alive(store, name="another")
+    async with racing(process.demand.loaded("p/m")) as (demanding,):
+        while len(live := await store.instances.live()) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        second = await succeed(store, live[1])
+        assert (await demanding).id == second.id
+    assert second.worker == "another"
+
+
 async def test_a_process_that_stops_does_not_stop_the_load(store: Store, process: Process) -> None:
     await alive(store)
     async with racing(process.demand.loaded("p/m")) as (demanding,):
