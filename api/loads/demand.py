@@ -79,6 +79,20 @@ class OnDemand:
 
     async def _loaded(self, name: str, ttl_s: float | None, without: Collection[str], traceparent: str) -> Instance:
         request = await self._request(name, ttl_s)
+        instance = await self._submitted(request, without, traceparent)
+        try:
+            instance = await self._followed(instance)
+        except ReportedFailure as e:
+            if (other := _other(request, instance, e.body())) is None:
+                raise
+            instance = await self._followed(await self._submitted(other, {*without, instance.id}, traceparent))
+        snapshot = self._roster.alive.get(instance.worker)
+        if snapshot is None or snapshot.epoch != instance.epoch:  # another API process may have chosen a new worker
+            await self._roster.refresh()
+        return instance
+
+    async def _submitted(self, request: LoadRequest, without: Collection[str], traceparent: str) -> Instance:
+        """Return an instance that is queued, loading or usable."""
         try:
             instance = await self._intake.submit_on_demand(request, without, traceparent)
             while instance.state is State.LOADED and not is_usable(instance, self._roster):  # its worker drains
@@ -87,10 +101,6 @@ class OnDemand:
         except FailedRecently as e:
             record = await self._records.get(e.id)
             raise _failure(outcome(record), e.left_s) from e
-        instance = await self._followed(instance)
-        snapshot = self._roster.alive.get(instance.worker)
-        if snapshot is None or snapshot.epoch != instance.epoch:  # another API process may have chosen a new worker
-            await self._roster.refresh()
         return instance
 
     async def _followed(self, instance: Instance) -> Instance:
@@ -151,6 +161,18 @@ class OnDemand:
             parallel=_or_unset(own.parallel if is_llm else None),
             kv_cache_type=_or_unset(own.kv_cache_type if is_llm else None),
         )
+
+
+def _other(request: LoadRequest, failed: Instance, body: ErrorBody) -> LoadRequest | None:
+    """Return the request for a second load after one that `request` made or joined failed; None if there is none.
+
+    It is made after the load of a client, which may have asked for what does not fit, and with less context if other
+    loads took the memory in the meantime.
+    """
+    if not failed.on_demand:
+        return request
+    largest = None if body.detail is UNSET else body.detail.get("largest_context_length")
+    return structs.replace(request, context_length=largest) if isinstance(largest, int) and largest > 0 else None
 
 
 def _or_unset(value: Any) -> Any | UnsetType:

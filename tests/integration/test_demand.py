@@ -268,6 +268,35 @@ async def test_a_shortage_of_memory_tells_when_to_retry(store: Store, process: P
     assert (await requested(store, process)).model == "p/m"
 
 
+async def test_a_load_is_repeated_with_the_context_that_still_fits(store: Store, process: Process) -> None:
+    """Two models that are loaded at once were both given the same free memory."""
+    await alive(store)
+    async with racing(process.demand.loaded("p/m")) as (demanding,):
+        first = await under_way(store)
+        error = LoadFailed("insufficient_memory", "llm", "p/m", "why", largest_context_length=512)
+        await after(store, first, Event.FAIL, error=error.body())
+        second = await under_way(store)
+        assert (first.request.context_length, second.request.context_length) == (Settings().jit_context, 512)
+        await after(store, second, Event.FAIL, error=error.body())
+        with pytest.raises(ReportedFailure):
+            await demanding
+    assert await store.instances.live() == [], "twice at most"
+
+
+async def test_a_load_of_a_client_that_fails_is_followed_by_another(store: Store, process: Process) -> None:
+    await alive(store)
+    asked = LoadRequest(model="p/m", context_length=99_999)
+    theirs = Instance(id="load_1", model="p/m", key="p/m", source=MODEL, type="llm", worker="w", request=asked)
+    record = await store.instances.create(theirs)
+    async with racing(process.demand.loaded("p/m")) as (demanding,):
+        while not process.follower.followed:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await after(store, record, Event.FAIL, error=LoadFailed("engine_crashed", "llm", "p/m", "why").body())
+        loaded = await succeed(store, await under_way(store))
+        assert await demanding == loaded
+    assert loaded.on_demand
+
+
 async def test_an_interrupted_load_may_be_repeated(store: Store, process: Process) -> None:
     await alive(store)
     async with racing(process.demand.loaded("p/m")) as (demanding,):
