@@ -21,10 +21,12 @@ def frame(message: object) -> bytes:
     return LENGTH.pack(len(data)) + data
 
 
-async def read(stream: asyncio.StreamReader) -> bytes | None:
-    """Read the msgpack value of the next message."""
+async def read(stream: asyncio.StreamReader, most_bytes: int | None = None) -> bytes | None:
+    """Read the msgpack value of the next message.  Raises TooLong if it has more than `most_bytes`."""
     try:
         (size,) = LENGTH.unpack(await stream.readexactly(LENGTH.size))
+        if most_bytes is not None and size > most_bytes:
+            raise TooLong
         return await stream.readexactly(size)
     except (asyncio.IncompleteReadError, ConnectionError):
         return None

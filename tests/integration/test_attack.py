@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,21 @@ from tests.support import attack
 from tests.support.agents import Begin, released
 from tests.support.attack import REFUSALS, SAID, Targets, When
 from tests.support.loaded import Loaded
+from tests.support.service import below
 from tests.support.waiting import until
 from worker.chat import helper
 from worker.chat.code import ChatError, Message
 from worker.chat.handle import Helper
 from worker.chat.protocol import Prompt, Template
 from worker.engine.confine import confine
-from worker.runner.process import Runner
+from worker.runner.process import MOST_UNREAD, Runner, Unreadable
+from worker.runner.protocol import NO_GPU
+from worker.runner.warm import Runners
 from worker.sandbox import landlock, seccomp
+from worker.timing import Timing
+
+DEADLINE_S = 60.0
+LISTENER = "worker.listener.server"
 
 pytestmark = [
     pytest.mark.usefixtures("forkserver"),
@@ -97,6 +104,10 @@ async def attacked(
             await asyncio.wait([listening])
 
 
+def descriptors(pid: int) -> str:
+    return " ".join(str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir() if int(entry.name) > 2)
+
+
 async def reported(runner: Runner) -> dict[str, str]:
     await until(lambda: any(line.startswith(SAID) for line in runner.output), "the attacker is done")
     (line,) = [line for line in runner.output if line.startswith(SAID)]
@@ -111,6 +122,9 @@ async def test_an_attacker_in_a_loaded_runner(
         results = await reported(loaded.runners[instance.id])
         assert {name: result for name, result in results.items() if result not in REFUSALS} == {}
         assert isinstance((await loaded.ask(instance))[-1], Ended)
+        (listener,) = [one for one in below(os.getpid()) if LISTENER in one.words]
+        await until(lambda: "pipe" not in descriptors(listener.pid), "the listener keeps nothing of what it sent")
+        assert [one for one in below(os.getpid()) if LISTENER in one.words] == [listener]
         loaded.agent.stop(instance.id)
         await released(loaded.agent, instance.id)
     assert (tmp_path / "victim").read_text() == "data of the worker"
@@ -126,6 +140,21 @@ async def test_an_attacker_in_the_parser_of_a_file(
         results = await reported(loaded.runners[instance.id])
         assert {name: result for name, result in results.items() if result not in REFUSALS} == {}
         assert isinstance((await loaded.ask(instance))[-1], Ended)
+
+
+@pytest.mark.parametrize("bad", [attack.flood, attack.boast])
+async def test_a_worker_bounds_what_it_reads(bad: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.runner.warm, "run_child", bad)
+    runners = Runners(10.0, visible=NO_GPU, timing=Timing(grace_s=0.1))
+    runner = await runners.take()
+    await until(runner._listening.done, "it is not read any more")
+    received = 1
+    async with asyncio.timeout(DEADLINE_S):
+        while not isinstance(await runner.receive(), Unreadable):
+            received += 1
+    assert received <= MOST_UNREAD + 2
+    await runner.stop()
+    await runners.close()
 
 
 def test_an_attacker_in_a_helper(targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,9 @@ from typing import Any, Literal
 from msgspec import Struct, json
 
 from shared import libc
-from worker.runner.protocol import Load
+from shared.framing import LENGTH
+from shared.schema.http import EngineBuild
+from worker.runner.protocol import Load, Progress, Warm, frame
 
 SAID = "attack: "
 REFUSALS = {"EPERM", "EACCES", "ENOSYS"}
@@ -119,6 +122,39 @@ def _fork() -> None:
 # ---- in a runner
 
 
+def disturb(hand_over: socket.socket) -> None:
+    """Send the listener what it did not ask for, with descriptors of all kinds."""
+    reading, writing = os.pipe()
+    for passed in ([reading, writing], [hand_over.fileno(), reading], [writing]) * 100:
+        with suppress(BlockingIOError):  # it has not read the last ones
+            socket.send_fds(hand_over, [b"a token of none"], passed)
+    os.close(reading)
+    os.close(writing)
+
+
+def flood(control: socket.socket, hand_over: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """Run in the place of `worker.runner.warm.run_child`: report progress without end."""
+    control.sendall(
+        frame(
+            Warm(EngineBuild(llama_cpp_python="", llama_cpp_commit="", backends=[], chat_unavailable="it is an attack"))
+        )
+    )
+    while True:
+        control.sendall(frame(Progress("weights", 1)) * 100)
+
+
+def boast(control: socket.socket, hand_over: socket.socket, output: socket.socket, visible: str | None) -> None:
+    """Run in the place of `worker.runner.warm.run_child`: announce a message that never ends."""
+    control.sendall(
+        frame(
+            Warm(EngineBuild(llama_cpp_python="", llama_cpp_commit="", backends=[], chat_unavailable="it is an attack"))
+        )
+    )
+    control.sendall(LENGTH.pack(0xFFFFFFFF))
+    while True:
+        control.sendall(bytes(1 << 16))
+
+
 def run_child(
     targets: Targets,
     when: When,
@@ -139,6 +175,7 @@ def run_child(
     is_loaded = threading.Event()
 
     def attack() -> None:
+        disturb(hand_over)
         results = outcomes({**attempts(targets), **of_debuggers(targets)})
         os.write(1, f"{SAID}{json.encode(results).decode()}\n".encode())
 

@@ -90,3 +90,11 @@ def test_a_splitter_refuses_a_long_message_at_its_head() -> None:
     assert len(splitter.feed(frame(b"x" * 62))) == 1  # two bytes are msgpack's own
     with pytest.raises(TooLong, match="65 bytes"):
         splitter.feed(LENGTH.pack(65))
+
+
+async def test_a_long_message_is_refused_at_its_head() -> None:
+    stream = asyncio.StreamReader()
+    stream.feed_data(frame(b"x" * 9) + frame(b"x" * 1000)[:10])
+    assert await read(stream, 16) is not None
+    with pytest.raises(TooLong):
+        await read(stream, 16)

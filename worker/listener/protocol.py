@@ -8,7 +8,9 @@ the token once it has the connection.
 from __future__ import annotations
 
 import array
+import os
 import socket
+import stat
 from collections.abc import Callable
 
 from msgspec import Struct, msgpack
@@ -73,17 +75,22 @@ def send(to: socket.socket, message: bytes, passed: socket.socket | None = None)
 def receive(source: socket.socket) -> tuple[bytes, socket.socket | None]:
     """Return the next message and the socket that came with it.  The message is empty at the end of the stream.
 
-    Raises BlockingIOError if there is none.
+    Closes all else that came with it: a runner that an attacker controls may send any descriptors.  Raises
+    BlockingIOError if there is none.
     """
     size = array.array("i").itemsize
     try:
         message, ancillary, _, _ = source.recvmsg(MOST_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
         return b"", None
+    passed = None
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            (descriptor,) = array.array("i", data[:size])
-            passed = socket.socket(fileno=descriptor)
-            passed.setblocking(False)
-            return message, passed
-    return message, None
+            # The alignment of the buffer leaves room for a second one.
+            for descriptor in array.array("i", data[: len(data) // size * size]):
+                if passed is None and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                    passed = socket.socket(fileno=descriptor)
+                    passed.setblocking(False)
+                else:
+                    os.close(descriptor)
+    return message, passed

@@ -48,6 +48,7 @@ from worker.listener.protocol import (
 GREETING_S = 5.0  # from the connection to a valid Hello
 HAND_OVER_S = 5.0  # until the runner has taken the connection
 MOST_GREETINGS = 64  # connections without a valid Hello; one more ends the oldest
+MOST_READ = 100  # messages of a runner at one time: a runner that an attacker controls may never stop
 RETRY_S = 0.5  # before the next attempt to accept, if this process has too many descriptors
 
 _log = log.get("listener")
@@ -80,8 +81,10 @@ class HandOver:
     def _read(self) -> None:
         """Read which connections the runner took.  Unknown tokens are those of a listener before this one."""
         with suppress(BlockingIOError):
-            while True:
-                token, _ = receive(self._runner)
+            for _ in range(MOST_READ):
+                token, passed = receive(self._runner)
+                if passed is not None:
+                    passed.close()
                 if not token:
                     self.close()
                     return

@@ -31,6 +31,8 @@ from worker.runner.protocol import (
 from worker.timing import Timing
 
 CHUNK_BYTES = 1 << 16
+MOST_BYTES = 1 << 20  # of a message
+MOST_UNREAD = 1000  # messages; a load has some 60, and they are read at once
 
 
 class RunnerDied(Exception):
@@ -42,7 +44,8 @@ class RunnerStuck(Exception):
 
 
 class Unreadable(msgspec.Struct, frozen=True, tag="unreadable"):
-    """A frame that is not a message of the protocol.  The rest of the stream is not read."""
+    """A frame that is not a message of the protocol, or more messages than a runner sends.  The rest of the stream is
+    not read."""
 
 
 Received = FromRunner | Unreadable | None  # None: the end of the stream
@@ -150,7 +153,7 @@ class Runner:
 
     async def _listen(self) -> None:
         try:
-            while (data := await framing.read(self._reader)) is not None:
+            while (data := await framing.read(self._reader, MOST_BYTES)) is not None:
                 message = decode_from_runner(data)
                 self._awaits_pong, self.silent_s = False, 0.0  # any message proves that it is alive
                 match message:
@@ -160,7 +163,10 @@ class Runner:
                         self._answered(message.id, is_closed=isinstance(message, Closed))
                     case _:
                         self._inbox.put_nowait(message)
-        except msgspec.MsgspecError:
+                if self._inbox.qsize() > MOST_UNREAD:
+                    self._inbox.put_nowait(Unreadable())
+                    break
+        except (framing.TooLong, msgspec.MsgspecError):
             self._inbox.put_nowait(Unreadable())
         finally:
             for id_ in self._questions:
