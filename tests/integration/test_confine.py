@@ -16,8 +16,9 @@ import pytest
 
 from shared.schema.snapshot import WorkerSnapshot
 from shared.synthetic import models as synthetic
-from tests.support.service import TINY, Process, Service, is_alive, until, up, wait_gone
+from tests.support.service import TINY, Process, Service, below, is_alive, until, up, wait_gone
 from worker.engine.confine import OPEN_FILES
+from worker.sandbox import landlock, seccomp
 
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "hush", "DATABASE_URL": "postgres://u:hush@h", "LOADSTONE_API_TOKENS": "hush"}
 
@@ -42,6 +43,27 @@ def test_a_runner_has_no_new_privileges_and_no_core_dump(service: Service) -> No
         assert re.search(r"^NoNewPrivs:\s+1$", proc(runner, "status"), re.M)
         assert re.search(r"^Max core file size\s+0\s+0 ", proc(runner, "limits"), re.M)
         assert re.search(rf"^Max open files\s+{OPEN_FILES}\s+{OPEN_FILES} ", proc(runner, "limits"), re.M)
+
+
+@pytest.mark.skipif(not seccomp.is_available(), reason="this kernel has no seccomp")
+def test_what_a_worker_starts_makes_fewer_system_calls(service: Service) -> None:
+    """All but the fork server of the runners, and its resource tracker: they only run code of ours and of Python."""
+    names = ("worker.listener.server", "worker.catalog.scanner")
+
+    def are_filtered() -> bool:
+        started = [one for one in service.tree() if any(name in one.words for name in names)]
+        for runner in service.runners():
+            started += [runner, *below(runner.pid)]  # its zygote and its helper
+        filtered = [one for one in started if re.search(r"^Seccomp:\s+2$", proc(one, "status"), re.M)]
+        return len(started) == len(filtered) == 2 + 2 * 3
+
+    until(are_filtered, "all are filtered")
+
+
+def test_a_worker_says_how_runners_are_confined(service: Service) -> None:
+    (line,) = [line for line in service.stderr.splitlines() if "action=confined" in line]
+    assert f"landlock={landlock.version()}" in line
+    assert f"seccomp={seccomp.is_available()}" in line
 
 
 def test_a_runner_inherits_no_descriptor_of_its_worker(service: Service) -> None:

@@ -21,11 +21,12 @@ from typing import Literal
 
 import msgspec
 
-from shared import framing
+from shared import framing, libc
 from shared.backoff import Backoff
 from shared.schema.model import Model, Problem
 from shared.telemetry import log
 from worker.catalog.catalog import Catalog
+from worker.sandbox import landlock, seccomp
 
 POLL_S = 1.0  # a stat of 200 files takes a millisecond or two
 SLICE_S = 0.5  # for reading whole headers between two scans of the directory
@@ -108,8 +109,18 @@ def main() -> None:
     log.configure(arguments.log_level, arguments.log_format, process="scanner")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the worker, which stops the scanner
     os.nice(NICENESS)
+    _restrict(arguments.cache_file.parent)
     with suppress(BrokenPipeError):
         _scan(Catalog(arguments.models_dir, arguments.cache_file), Publisher(), Reporter())
+
+
+def _restrict(cache: Path) -> None:
+    """Keep this process from the network, other processes, and all writes but those to the directory of the cache."""
+    with suppress(OSError):  # reported when the cache is written
+        cache.mkdir(parents=True, exist_ok=True)
+    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+    landlock.restrict_thread([("/", landlock.READ), (cache, landlock.WRITE)])
+    seccomp.outside()
 
 
 def _arguments() -> argparse.Namespace:

@@ -44,6 +44,7 @@ from worker.listener.protocol import (
     receive,
     send,
 )
+from worker.sandbox import seccomp
 
 GREETING_S = 5.0  # from the connection to a valid Hello
 HAND_OVER_S = 5.0  # until the runner has taken the connection
@@ -252,6 +253,7 @@ def main() -> None:
     libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGKILL)  # it also reaches a stopped process
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would have the secret
+    seccomp.outside(accepts=True)
     with socket.socket(fileno=sys.stdin.fileno()) as worker:
         worker.setblocking(False)  # libuv made it blocking
         asyncio.run(Server(worker).run())
