@@ -41,8 +41,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf", metadata=metadata)
     synthetic.tiny_llama(home / f"models/{BARE}/bare-f16.gguf", drop={"tokenizer.chat_template"})
     synthetic.tiny_bert(home / f"models/{VECTORS}/vectors-f32.gguf")
-    settings = {"LOADSTONE_REQUESTS_WAITING": str(MOST_WAITING), "LOADSTONE_JIT": "off", "LOADSTONE_UNLOAD_WAIT_S": "0.5"}
-    with up(home, **settings) as service:
+    with up(
+        home, LOADSTONE_REQUESTS_WAITING=str(MOST_WAITING), LOADSTONE_UNLOAD_WAIT_S="0.5", LOADSTONE_JIT="off"
+    ) as service:
         yield service
 
 

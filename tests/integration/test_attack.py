@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,7 +21,7 @@ from shared.synthetic.models import tiny_llama
 from tests.integration.conftest import catalog
 from tests.support import attack
 from tests.support.agents import Begin, released
-from tests.support.attack import REFUSALS, SAID, Targets, When
+from tests.support.attack import REFUSALS, Targets, When
 from tests.support.loaded import Loaded
 from tests.support.service import below
 from tests.support.waiting import until
@@ -34,18 +33,12 @@ from worker.engine.confine import confine
 from worker.runner.process import MOST_UNREAD, Runner, Unreadable
 from worker.runner.protocol import NO_GPU
 from worker.runner.warm import Runners
-from worker.sandbox import landlock, seccomp
 from worker.timing import Timing
 
 DEADLINE_S = 60.0
 LISTENER = "worker.listener.server"
 
-pytestmark = [
-    pytest.mark.usefixtures("forkserver"),
-    pytest.mark.skipif(
-        landlock.version() < 6 or not seccomp.is_available(), reason="this kernel does not have all of the protection"
-    ),
-]
+pytestmark = [pytest.mark.usefixtures("forkserver"), attack.NEEDED]
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +57,9 @@ def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.fixture
 def targets(models_dir: Path, tmp_path: Path, redis_server: str) -> Iterator[Targets]:
     """What is beside a runner: this process is its worker."""
-    (tmp_path / "victim").write_text("data of the worker")
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
-        abstract.bind("")  # the kernel chooses a name
-        abstract.listen()
-        yield Targets(
-            worker=os.getpid(),
-            port=server.getsockname()[1],
-            sockets={"Redis": redis_server.removeprefix("unix://").partition("?")[0]},
-            abstract=abstract.getsockname()[1:].decode(),
-            readable={
-                "the users": "/etc/passwd",
-                "another model": str(models_dir / "p/other/other-f16.gguf"),
-                "the worker's data": str(tmp_path / "victim"),
-            },
-            listed={"the models": str(models_dir), "the worker's data": str(tmp_path)},
-            directory=str(tmp_path),
-        )
+    redis = redis_server.removeprefix("unix://").partition("?")[0]
+    with attack.targets(tmp_path, models_dir / "p/other/other-f16.gguf", {"Redis": redis}) as made:
+        yield made
 
 
 @asynccontextmanager
@@ -109,9 +88,8 @@ def descriptors(pid: int) -> str:
 
 
 async def reported(runner: Runner) -> dict[str, str]:
-    await until(lambda: any(line.startswith(SAID) for line in runner.output), "the attacker is done")
-    (line,) = [line for line in runner.output if line.startswith(SAID)]
-    return json.decode(line.removeprefix(SAID), type=dict[str, str])
+    await until(lambda: attack.report(runner) is not None, "the attacker is done")
+    return attack.report(runner) or {}
 
 
 async def test_an_attacker_in_a_loaded_runner(

@@ -13,21 +13,27 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 from msgspec import Struct, json
 
 from shared import libc
 from shared.framing import LENGTH
 from shared.schema.http import EngineBuild
+from worker.runner.process import Runner
 from worker.runner.protocol import Load, Progress, Warm, frame
+from worker.sandbox import landlock, seccomp
 
 SAID = "attack: "
 REFUSALS = {"EPERM", "EACCES", "ENOSYS"}
+NEEDED = pytest.mark.skipif(
+    landlock.version() < landlock.COMPLETE or not seccomp.is_available(), reason="this kernel has not all protections"
+)
 When = Literal["loading", "loaded"]
 
 
@@ -41,6 +47,28 @@ class Targets(Struct, frozen=True):
     readable: dict[str, str]  # files, by what they are
     listed: dict[str, str]  # directories
     directory: str  # where it would write
+
+
+@contextmanager
+def targets(directory: Path, another_model: Path, sockets: dict[str, str]) -> Iterator[Targets]:
+    """Yield what is beside a runner of this process, with a file `victim` in this directory."""
+    (directory / "victim").write_text("data of the worker")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind("")  # the kernel chooses a name
+        abstract.listen()
+        yield Targets(
+            worker=os.getpid(),
+            port=server.getsockname()[1],
+            sockets=sockets,
+            abstract=abstract.getsockname()[1:].decode(),
+            readable={
+                "the users": "/etc/passwd",
+                "another model": str(another_model),
+                "the worker's data": str(directory / "victim"),
+            },
+            listed={"models": str(another_model.parent), "the worker's data": str(directory)},
+            directory=str(directory),
+        )
 
 
 def attempts(targets: Targets) -> dict[str, Callable[[], object]]:
@@ -117,6 +145,14 @@ def _fork() -> None:
     if (pid := os.fork()) == 0:
         os._exit(0)
     os.waitpid(pid, 0)
+
+
+def report(runner: Runner) -> dict[str, str] | None:
+    """Return the outcomes that the attacker in a runner has reported; None: not yet."""
+    for line in runner.output:
+        if line.startswith(SAID):
+            return json.decode(line.removeprefix(SAID), type=dict[str, str])
+    return None
 
 
 # ---- in a runner
