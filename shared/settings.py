@@ -28,6 +28,8 @@ SERVICE_LINK = re.compile(
     )""",
     re.VERBOSE,
 )
+_HOST = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)"
+_PORT = r"([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 PATHS = ("models_dir", "data_dir", "api_tokens_file", "lock_dir")
 
 
@@ -134,6 +136,26 @@ class Settings(Struct, frozen=True, kw_only=True):
             "1 to 64 letters, digits, dots, dashes or underscores",
             flags=("worker",),
             pattern=r"^[A-Za-z0-9._-]{0,64}\Z",
+        ),
+    ] = ""
+    worker_listen: Annotated[
+        str,
+        setting(
+            "address on which the worker accepts requests from API processes that cannot open its socket file, such as "
+            "those of other hosts; port 0 selects a free port; default: none",
+            "HOST:PORT, with an IPv6 address in brackets",
+            flags=("worker",),
+            pattern=rf"^({_HOST}:{_PORT})?\Z",
+        ),
+    ] = ""
+    worker_advertise: Annotated[
+        str,
+        setting(
+            "address at which API processes reach the worker if it is not the one that it listens on, as behind NAT; "
+            "default: the local address of its connection to Redis",
+            "HOST or HOST:PORT, with an IPv6 address in brackets",
+            flags=("worker",),
+            pattern=rf"^({_HOST}(:{_PORT})?)?\Z",
         ),
     ] = ""
     devices: Annotated[

@@ -8,6 +8,7 @@ import signal
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, aclosing, suppress
+from functools import partial
 
 import msgspec
 from redis.asyncio import Redis
@@ -15,13 +16,14 @@ from redis.asyncio import Redis
 from shared.race import first, racing
 from shared.schema.model import Model
 from shared.settings import Settings, redis_url, variable
-from shared.store.connection import UNAVAILABLE, connected
+from shared.store.connection import UNAVAILABLE, connected, local_host
 from shared.store.store import Store
 from shared.telemetry import log
 from worker.agent import Agent
 from worker.catalog.scanner import catalogs
 from worker.deliveries import take_deliveries
 from worker.lease import owned, take_lease
+from worker.listener.port import opened
 from worker.memory.devices import locked
 from worker.sandbox import landlock, seccomp
 
@@ -56,7 +58,8 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
             agent = Agent(settings, Store(redis, settings.lease_s, restores=settings.restore == "on"), epoch, heartbeat)
             stack.enter_context(locked(settings.lock_dir or settings.data_dir / "devices", agent.devices.gpus))
             sockets = settings.data_dir / f"worker-{agent.name}.sock", name.directory / "worker.sock"
-            stack.enter_context(agent.listener.bound(sockets))
+            port = stack.enter_context(opened(settings, partial(local_host, redis)))
+            stack.enter_context(agent.listener.bound(sockets, port))
             work = asyncio.create_task(_work(settings, redis, agent, name.dead_epoch))
             stopping = asyncio.create_task(stop.wait())
             try:

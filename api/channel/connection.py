@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from itertools import count
 from typing import assert_never, cast
 
@@ -13,7 +15,8 @@ from msgspec import msgpack, structs
 
 from api.channel.answer import Answer
 from shared import framing
-from shared.channel.address import Address, boot_id
+from shared.channel import tls
+from shared.channel.address import Address, Tcp, boot_id, route
 from shared.channel.messages import (
     MOST_BYTES,
     Cancel,
@@ -31,7 +34,9 @@ from shared.channel.messages import (
 )
 from shared.channel.trust import Challenge, Hello, Rejected, Welcome, has_our_user, proof
 from shared.errors import InvalidRequest, ModelUnloaded, NoRoute, RunnerLost, ServiceError
+from shared.settings import variable
 
+CONNECT_S = 5.0  # of GREETING_S, for a connection over TCP: a firewall may drop what is sent
 GREETING_S = 10.0  # from the connection to Welcome
 IDLE_S = 60.0  # without a request; then the channel is closed
 
@@ -43,11 +48,13 @@ _decode: Callable[[bytes], FromRunner | Closing | Challenge | Welcome | Rejected
 class Connection(asyncio.Protocol):
     """A channel.  Its end ends all its requests."""
 
-    def __init__(self, address: Address, load_id: str) -> None:
+    def __init__(self, load_id: str, secret: bytes, certificate: bytes = b"") -> None:
+        """`certificate`: the digest of the listener's, for a connection over TCP."""
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[ServiceError] = loop.create_future()  # why
         self._loop = loop
-        self._address = address
+        self._secret = secret
+        self._certificate = certificate
         self._load_id = load_id
         self._welcome: asyncio.Future[None] = loop.create_future()
         self._splitter = framing.Splitter(MOST_BYTES)
@@ -110,8 +117,16 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are not of that class
-        if not has_our_user(transport.get_extra_info("socket")):
-            self.end(NoRoute("The socket of the worker belongs to another user."))
+        connection = transport.get_extra_info("socket")
+        if not self._certificate:
+            if not has_our_user(connection):
+                self.end(NoRoute("The socket of the worker belongs to another user."))
+        elif tls.has_certificate(transport.get_extra_info("ssl_object"), self._certificate):
+            tls.notice_silence(connection)
+        else:  # nothing was sent yet
+            self.end(
+                NoRoute("The worker's address has another certificate than the worker published. Try again shortly.")
+            )
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -121,7 +136,8 @@ class Connection(asyncio.Protocol):
             self.end(RunnerLost("The engine process sent an invalid message."))
 
     def connection_lost(self, _: Exception | None) -> None:
-        self.end(RunnerLost("The engine process ended."))
+        what = "The connection to the engine process" if self._certificate else "The engine process"
+        self.end(RunnerLost(f"{what} ended."))
 
     def _received(self, message: FromRunner | Closing | Challenge | Welcome | Rejected) -> None:
         match message:
@@ -134,7 +150,7 @@ class Connection(asyncio.Protocol):
                 self.end(ModelUnloaded("The model was unloaded."))
             case Challenge():
                 assert self._transport is not None
-                proven = proof(self._address.secret, message.nonce, self._load_id)
+                proven = proof(self._secret, message.nonce, self._load_id, self._certificate)
                 self._transport.write(framing.frame(Hello(self._load_id, proven)))
             case Welcome():
                 if not self._welcome.done():
@@ -171,19 +187,48 @@ def _rejected(message: Rejected) -> ServiceError:
 
 async def connect(address: Address, load_id: str, worker: str) -> Connection:
     """Open a channel to the runner of a load.  Raises ServiceError."""
-    if address.boot_id != boot_id():
-        raise NoRoute(f"Worker '{worker}' is on another host, which this API process cannot reach.")
-    loop = asyncio.get_running_loop()
-    connection = Connection(address, load_id)
+    where = route(address)
+    if where is None:
+        what = "is on another host" if address.boot_id != boot_id() else "has a socket that is not in reach"
+        raise NoRoute(
+            f"Worker '{worker}' {what}, and accepts no connections over TCP: set {variable('worker_listen')} for it."
+        )
+    tcp = where if isinstance(where, Tcp) else None
+    connection = Connection(load_id, address.secret, b"" if tcp is None else tcp.certificate)
     try:
         async with asyncio.timeout(GREETING_S):
-            await loop.create_unix_connection(lambda: connection, address.path)
+            if isinstance(where, Tcp):
+                await _open_tls(connection, where)
+            else:
+                await asyncio.get_running_loop().create_unix_connection(lambda: connection, str(where))
             await connection.greeted()
     except OSError as e:  # also TimeoutError
-        reason = NoRoute(f"Worker '{worker}' cannot be reached: {e.strerror or 'it does not answer'}.")
+        reason = _unreachable(worker, tcp, e)
         connection.end(reason)
         raise reason from e
     except BaseException:
         connection.end(NoRoute("The attempt to connect was cancelled."))
         raise
     return connection
+
+
+async def _open_tls(connection: Connection, tcp: Tcp) -> None:
+    async with asyncio.timeout(CONNECT_S):
+        await asyncio.get_running_loop().create_connection(
+            lambda: connection, tcp.host, tcp.port, ssl=_context(), server_hostname=""
+        )
+
+
+@cache
+def _context() -> ssl.SSLContext:
+    return tls.context(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _unreachable(worker: str, tcp: Tcp | None, error: OSError) -> NoRoute:
+    reason = error.strerror or "it does not answer"
+    if tcp is None:
+        return NoRoute(f"Worker '{worker}' cannot be reached: {reason}.")
+    return NoRoute(
+        f"Worker '{worker}' cannot be reached at {tcp.host} port {tcp.port}: {reason}. "
+        f"{variable('worker_advertise')} sets the address of the worker for API processes."
+    )

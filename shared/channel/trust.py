@@ -2,6 +2,10 @@
 
 The listener sends a Challenge, the API a Hello.  Then either the runner has the connection and sends Welcome, or the
 listener sends Rejected and closes it.  The secret itself is never sent.
+
+Over TCP, all of that is in TLS 1.3.  The API compares the certificate with the digest that the worker published before
+it sends anything, so nobody between the two can read or relay the proof.  The digest is a part of the proof as well: a
+proof for one connection is none for a listener with another certificate.
 """
 
 from __future__ import annotations
@@ -54,13 +58,16 @@ def new_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
-def proof(secret: bytes, nonce: bytes, load_id: str) -> bytes:
-    """Return the proof that a Hello has to contain."""
-    return hmac.digest(secret, nonce + load_id.encode(), "sha256")
+def proof(secret: bytes, nonce: bytes, load_id: str, certificate: bytes = b"") -> bytes:
+    """Return the proof that a Hello has to contain.
+
+    `certificate`: the SHA-256 of the listener's certificate, empty for a Unix socket.
+    """
+    return hmac.digest(secret, nonce + certificate + load_id.encode(), "sha256")
 
 
-def is_proven(hello: Hello, secret: bytes, nonce: bytes) -> bool:
-    return hmac.compare_digest(hello.proof, proof(secret, nonce, hello.load_id))
+def is_proven(hello: Hello, secret: bytes, nonce: bytes, certificate: bytes = b"") -> bool:
+    return hmac.compare_digest(hello.proof, proof(secret, nonce, hello.load_id, certificate))
 
 
 def has_our_user(connection: socket.socket) -> bool:

@@ -10,6 +10,7 @@ They work around two faults, checked with redis-py 5.3.1 and uvloop 0.23.0:
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
@@ -23,6 +24,8 @@ class Steady(AbstractConnection):
     """Raises redis-py's ConnectionError if a connection is broken, or breaks while it is being established."""
 
     is_connecting = False
+    connected_at = 0.0  # by the monotonic clock
+    local_host = ""  # address of this host on the connection; empty for a Unix socket
 
     async def connect(self) -> None:
         if self.is_connected:
@@ -34,6 +37,9 @@ class Steady(AbstractConnection):
             await super().connect()  # type: ignore[no-untyped-call]
         finally:
             self.is_connecting = False
+        name = None if self._writer is None else self._writer.get_extra_info("sockname")
+        self.local_host = str(name[0]) if isinstance(name, tuple) else ""
+        self.connected_at = time.monotonic()
 
     async def send_packed_command(self, *args: Any, **options: Any) -> None:
         try:

@@ -5,38 +5,33 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import pytest
 import uvloop
-from msgspec import msgpack
 
 import worker.runner.warm
 from api.channel.channels import Channels
 from shared import framing
 from shared.channel.address import Address
-from shared.channel.messages import Deltas, Ended, FromRunner, Generate, Queued, Started
+from shared.channel.messages import Deltas, Ended, Generate, Queued, Started
 from shared.channel.trust import Challenge, Hello, Rejected, Welcome, proof
 from shared.errors import ClientTooSlow, InvalidRequest, ModelUnloaded, NoRoute, QueueUnavailable, RunnerLost
-from shared.instance import Instance
 from shared.lifecycle import State
 from shared.schema.snapshot import WorkerSnapshot
 from shared.telemetry.tally import Tally
 from tests.support import echo
 from tests.support.agents import Begin, delivered, reached, released, warm
+from tests.support.channels import DEADLINE_S, Served, Stranger, descriptors, serving, text
 from tests.support.runners import freeze
 from tests.support.service import below
 from tests.support.waiting import until
-from worker.agent import Agent
 from worker.listener import process as listener_process
 from worker.listener import server
 from worker.listener.protocol import Listen, encode, pair, send
-from worker.runner.process import Runner
 from worker.runner.protocol import Pong
 
 pytestmark = [
@@ -44,9 +39,6 @@ pytestmark = [
     # The hook that replaces this fixture would change the loop, and the name, of every test of the directory.
     pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture"),
 ]
-
-DEADLINE_S = 60.0
-GREETING: msgpack.Decoder[Challenge | Welcome | Rejected] = msgpack.Decoder(Challenge | Welcome | Rejected)
 
 
 @pytest.fixture(scope="module")
@@ -57,53 +49,11 @@ def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
     return policy
 
 
-@dataclass
-class Served:
-    """A worker with one loaded instance, and an API process's end of its channels."""
-
-    agent: Agent
-    runner: Runner
-    instance: Instance
-    channels: Channels
-    tally: Tally
-
-    @property
-    def address(self) -> Address:
-        assert self.agent.listener.address is not None
-        return self.agent.listener.address
-
-    def listener_pid(self) -> int:
-        (pid,) = [one.pid for one in below(os.getpid()) if "worker.listener.server" in one.words]
-        return pid
-
-    async def said(self, line: str, times: int = 1) -> None:
-        await until(lambda: [*self.runner.output].count(line) >= times, f"the runner says '{line}'")
-
-    async def answer(self, conversation: bytes = echo.ECHO, n: int = 3) -> list[FromRunner]:
-        request = Generate(id=0, client="c", conversation=conversation, max_tokens=n)
-        async with asyncio.timeout(DEADLINE_S), self.channels.answering(self.instance, request, "/test") as answer:
-            return [message async for message in answer]
-
-
 @pytest.fixture
 async def served(begin: Begin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[Served]:
     monkeypatch.setattr(worker.runner.warm, "run_child", echo.run_child)
-    agent = await begin()
-    with agent.listener.bound([tmp_path / "worker.sock"]):
-        listening = asyncio.create_task(agent.listener.run())
-        runner = await warm(agent)
-        id_ = await delivered(agent)
-        instance = await reached(agent, id_, State.LOADED)
-        tally = Tally()
-        channels = Channels(lambda _: agent.snapshot(), tally)
-        yield Served(agent, runner, instance, channels, tally)
-        await channels.close()
-        listening.cancel()
-        await asyncio.wait([listening])
-
-
-def text(messages: list[FromRunner]) -> str:
-    return "".join(delta.text for message in messages if isinstance(message, Deltas) for delta in message.deltas)
+    async with serving(await begin(), tmp_path / "worker.sock") as one:
+        yield one
 
 
 async def test_a_request_is_answered_in_order(served: Served) -> None:
@@ -289,7 +239,7 @@ async def test_a_worker_that_is_gone_has_no_route(served: Served) -> None:
         await served.answer()
     os.unlink(served.address.path)
     served.channels = Channels(lambda _: served.agent.snapshot(), Tally())
-    with pytest.raises(NoRoute, match="No such file"):
+    with pytest.raises(NoRoute, match="not in reach"):
         await served.answer()
 
 
@@ -307,35 +257,6 @@ async def test_an_embedding_model_refuses_requests(begin: Begin, tmp_path: Path)
 
 
 # ---- trust
-
-
-class Stranger:
-    """A client of the listener that speaks for itself."""
-
-    def __init__(self, address: Address) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(address.path)
-        self.stream = self.socket.makefile("rb")
-
-    def __enter__(self) -> Stranger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
-        self.socket.close()
-
-    def read(self) -> Challenge | Welcome | Rejected | None:
-        data = framing.read_blocking(self.stream)
-        return None if data is None else GREETING.decode(data)
-
-    def send(self, data: bytes) -> None:
-        with suppress(BrokenPipeError):
-            self.socket.sendall(data)
-
-
-def descriptors(pid: int) -> int:
-    return len([*Path(f"/proc/{pid}/fd").iterdir()])
 
 
 async def greeted(address: Address, secret: bytes, load_id: str, replayed: bytes = b"") -> list[object]:

@@ -662,9 +662,30 @@ MUTANTS = (
     Mutant(
         "a channel needs the secret of the worker",
         "worker/listener/server.py",
-        "hello if is_proven(hello, self._secret, nonce) else",
+        "hello if is_proven(hello, self._secret, nonce, self._certificate) else",
         "hello if hello else",
         (f"{INTEGRATION}channels.py",),
+    ),
+    Mutant(
+        "over TCP, an API process talks to the worker that published the certificate",
+        "shared/channel/tls.py",
+        "hashlib.sha256(certificate).digest() == digest",
+        "len(digest) == 32",
+        (f"{INTEGRATION}channels_tcp.py",),
+    ),
+    Mutant(
+        "a proof for one listener is none for another",
+        "shared/channel/trust.py",
+        "nonce + certificate + load_id.encode()",
+        "nonce + load_id.encode()",
+        (f"{INTEGRATION}channels_tcp.py",),
+    ),
+    Mutant(
+        "a client over TCP that is rejected leaves nothing",
+        "worker/listener/server.py",
+        "                pumped.abort()",
+        "                pass",
+        (f"{INTEGRATION}channels_tcp.py",),
     ),
     Mutant(
         "strangers that say nothing are bounded",

@@ -26,6 +26,7 @@ TOOLS = {"tests", "bench", "pytest", "hypothesis", "schemathesis", "yaml"}
 HOMES = {
     "arq": {"shared/store/queue.py", "worker/deliveries.py"},
     "click": {"cli/"},
+    "cryptography": {"worker/listener/certificate.py"},
     "gguf": {"shared/synthetic/models.py"},
     "httpcore": {"cli/client.py", "cli/environment.py"},
     "jinja2": {"api/openapi/page.py"},

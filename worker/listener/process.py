@@ -17,9 +17,9 @@ from typing import Literal
 from shared.backoff import Backoff
 from shared.channel.address import LONGEST_PATH, Address, boot_id
 from shared.telemetry import log
-from worker.listener.protocol import Listen, Offer, Ping, ToListener, Withdraw, encode, pair, receive, send
+from worker.listener.port import Port
+from worker.listener.protocol import BACKLOG, Listen, Offer, Ping, ToListener, Withdraw, encode, pair, receive, send
 
-BACKLOG = 128  # connections that wait while the listener is started again
 FIRST_PAUSE_S = 0.1  # before a listener that died is started again; doubles up to LAST_PAUSE_S
 LAST_PAUSE_S = 10.0
 STABLE_S = 60.0  # a listener that ran this long resets the pause
@@ -33,13 +33,12 @@ _log = log.get("worker")
 
 
 class Listener:
-    """The listener of a worker, and the runners to which it hands connections.
-
-    `address`: where it is reached; None until `bound`.
-    """
+    """The listener of a worker, and the runners to which it hands connections."""
 
     def __init__(self, *, log_level: LogLevel = "info", log_format: LogFormat = "console") -> None:
-        self.address: Address | None = None
+        self._secret = secrets.token_bytes(SECRET_BYTES)
+        self._path: Path | None = None
+        self._port: Port | None = None
         self._arguments = ("--log-level", log_level, "--log-format", log_format)
         self._listening: socket.socket | None = None
         self._offers: dict[str, socket.socket] = {}  # hand-over sockets, by id of the load
@@ -50,25 +49,36 @@ class Listener:
         self._silent_s = 0.0
 
     @contextmanager
-    def bound(self, paths: Iterable[Path]) -> Iterator[None]:
-        """Listen on a Unix socket at the first of these paths that is possible; remove it in the end.
+    def bound(self, paths: Iterable[Path], port: Port | None = None) -> Iterator[None]:
+        """Listen on a Unix socket at the first of these paths that is possible, and on a port; remove the path at last.
 
-        The caller owns the paths: what is there is a socket of a worker that was killed.  The socket is this process's,
-        so that clients wait while a listener is started again.  If no path is possible, there is no address: instances
-        are loaded all the same, but no API process has a route to them.
+        The caller owns the paths: what is there is a socket of a worker that was killed.  The sockets are this
+        process's, so that clients wait while a listener is started again.  If no path is possible and there is no port,
+        there is no address: instances are loaded all the same, but no API process has a route to them.
         """
+        self._port = port
         bound = _bind([path.absolute() for path in paths])
-        if bound is None:
-            yield
-            return
-        path, self._listening = bound
-        self.address = Address(path=str(path), boot_id=boot_id(), secret=secrets.token_bytes(SECRET_BYTES))
+        if bound is not None:
+            self._path, self._listening = bound
+        elif port is None:
+            _log.error("no socket: requests cannot reach this worker", action="no_route")
         try:
             yield
         finally:
-            self._listening.close()
-            self.address = self._listening = None
-            path.unlink(missing_ok=True)
+            if self._listening is not None:
+                self._listening.close()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+            self._path = self._listening = self._port = None
+
+    @property
+    def address(self) -> Address | None:
+        """Where the listener is reached, None if nowhere."""
+        if self._path is None and self._port is None:
+            return None
+        path = "" if self._path is None else str(self._path)
+        tcp = None if self._port is None else self._port.address
+        return Address(path=path, boot_id=boot_id(), secret=self._secret, tcp=tcp)
 
     def offer(self, load_id: str, hand_over: socket.socket) -> None:
         """Hand connections for a load to the runner at the other end of `hand_over`, until it is withdrawn."""
@@ -95,21 +105,26 @@ class Listener:
                 self._child.kill()
 
     async def run(self) -> None:
-        """Keep a listener running, if there is an address.  Returns once cancelled and the listener is reaped."""
-        if self._listening is None or self.address is None:
+        """Keep a listener running, if there is a socket.  Returns once cancelled and the listener is reaped."""
+        sockets: list[tuple[Listen, socket.socket]] = []
+        if self._listening is not None:
+            sockets.append((Listen(self._secret), self._listening))
+        if self._port is not None:
+            sockets.append((Listen(self._secret, self._port.identity), self._port.listening))
+        if not sockets:
             return
         backoff = Backoff(FIRST_PAUSE_S, LAST_PAUSE_S, STABLE_S)
         while True:
             started = time.monotonic()
             try:
-                reason = await self._run_once(self._listening, self.address.secret)
+                reason = await self._run_once(sockets)
             except OSError as e:
                 reason = f"it could not be started: {e.strerror}"
             pause_s = backoff.after(time.monotonic() - started)
             _log.error("listener exited", action="listener_ended", reason=reason, again_in_s=pause_s)
             await asyncio.sleep(pause_s)
 
-    async def _run_once(self, listening: socket.socket, secret: bytes) -> str:
+    async def _run_once(self, sockets: list[tuple[Listen, socket.socket]]) -> str:
         """Run a listener until it exits; return how it did."""
         control, theirs = pair()
         with control:
@@ -123,7 +138,8 @@ class Listener:
                 self._outbox.clear()
                 for load_id, hand_over in self._offers.items():
                     self._send(Offer(load_id), hand_over)
-                self._send(Listen(secret), listening)
+                for message, listening in sockets:
+                    self._send(message, listening)
                 return f"exit status {await child.wait()}"
             finally:
                 loop.remove_reader(control)
@@ -175,7 +191,6 @@ def _bind(paths: list[Path]) -> tuple[Path, socket.socket] | None:
             return path, _listen_at(path)
         except OSError as e:
             _log.warning("no socket", action="socket_failed", path=str(path), reason=e.strerror)
-    _log.error("no path for a socket: requests cannot reach this worker", action="no_route")
     return None
 
 

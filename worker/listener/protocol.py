@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from msgspec import Struct, msgpack
 
+BACKLOG = 128  # connections that wait while the listener is started again
 MOST_BYTES = 4096  # of a message
 TOKEN_BYTES = 16
 
@@ -33,10 +34,25 @@ class Withdraw(Struct, frozen=True, tag="withdraw"):
     load_id: str
 
 
+class Identity(Struct, frozen=True):
+    """What the listener proves to its clients over TCP."""
+
+    pem: bytes  # the private key and the certificate
+    digest: bytes  # SHA-256 of the certificate
+
+    def __repr__(self) -> str:
+        """Mask the key."""
+        return f"Identity(digest={self.digest!r})"
+
+
 class Listen(Struct, frozen=True, tag="listen"):
-    """Accept connections from the socket that comes with the message, whose clients know the secret."""
+    """Accept connections from the socket that comes with the message, whose clients know the secret.
+
+    A TCP socket has an identity, a Unix socket has none.
+    """
 
     secret: bytes
+    identity: Identity | None = None
 
 
 class Ping(Struct, frozen=True, tag="ping"):

@@ -1,7 +1,8 @@
 """The listener's process: `python -m worker.listener.server` accepts connections and hands each to its runner.
 
-Its stdin is a socket to the worker (`worker.listener.protocol`); it exits at the end of that.  It holds no connection
-for longer than the greeting: a runner that has a connection keeps it, also if the listener dies.
+Its stdin is a socket to the worker (`worker.listener.protocol`); it exits at the end of that.  Of Unix sockets it holds
+no connection for longer than the greeting: a runner that has one keeps it, also if the listener dies.  Of TCP it keeps
+the connection and takes off TLS (`worker.listener.pump`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import resource
 import secrets
 import signal
 import socket
+import ssl
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import assert_never
 
 import msgspec
@@ -32,6 +34,7 @@ from shared.channel.trust import (
     new_nonce,
 )
 from shared.telemetry import log
+from worker.listener import pump
 from worker.listener.protocol import (
     TOKEN_BYTES,
     Listen,
@@ -44,6 +47,7 @@ from worker.listener.protocol import (
     receive,
     send,
 )
+from worker.listener.pump import CLOSE_S, Pump
 from worker.sandbox import seccomp
 
 GREETING_S = 5.0  # from the connection to a valid Hello
@@ -103,24 +107,118 @@ class HandOver:
                     taken.set_result(False)
 
 
+class Door:
+    """A listening socket, and the clients that it has not handed to a runner yet."""
+
+    def __init__(self, socket_: socket.socket, greeting: Listen, runner_of: Callable[[str], HandOver | None]) -> None:
+        """`runner_of` returns the runner of a load, None if there is none."""
+        self._socket = socket_
+        self._secret = greeting.secret
+        self._runner_of = runner_of
+        identity = greeting.identity
+        self._context = None if identity is None else pump.context(identity.pem)
+        self._certificate = b"" if identity is None else identity.digest
+        self._serving: set[asyncio.Task[None]] = set()
+        self._greetings: dict[asyncio.Task[None], None] = {}  # those that wait for a valid Hello, oldest first
+
+    async def accept(self) -> None:
+        """Serve clients until cancelled."""
+        with self._socket:
+            while True:
+                try:
+                    connection, _ = await asyncio.get_running_loop().sock_accept(self._socket)
+                except OSError as e:
+                    _log.warning("no connection accepted", action="accept_failed", reason=e.strerror)
+                    await asyncio.sleep(RETRY_S)
+                else:
+                    self._greet_in_turn(connection)
+
+    def _greet_in_turn(self, connection: socket.socket) -> None:
+        """Serve a client.  Ends the oldest greeting if there are too many."""
+        if len(self._greetings) >= MOST_GREETINGS:
+            oldest = next(iter(self._greetings))
+            del self._greetings[oldest]
+            oldest.cancel()
+        serve = self._serve_local(connection) if self._context is None else self._serve_tls(connection, self._context)
+        serving = asyncio.create_task(serve)
+        self._serving.add(serving)
+        self._greetings[serving] = None
+        serving.add_done_callback(self._served)
+
+    def _served(self, serving: asyncio.Task[None]) -> None:
+        self._serving.discard(serving)
+        self._greetings.pop(serving, None)
+
+    async def _serve_local(self, connection: socket.socket) -> None:
+        """Serve a client of a Unix socket."""
+        with connection, suppress(OSError):  # the client is gone, or too slow (TimeoutError)
+            if has_our_user(connection):
+                async with asyncio.timeout(GREETING_S):
+                    hello = await self._greet(connection)
+                await self._answer(connection, hello)
+
+    async def _serve_tls(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        """Serve a client of a TCP socket.  It counts as a greeting until it is handed over or closed."""
+        pumped = Pump()
+        is_handed = False
+        try:
+            with pumped.plain as plain, suppress(OSError):
+                async with asyncio.timeout(GREETING_S):
+                    await pumped.begin(connection, context)
+                    hello = await self._greet(plain)
+                is_handed = await self._answer(plain, hello)
+            if not is_handed:
+                await asyncio.wait([pumped.ended], timeout=CLOSE_S)  # it may still read why it is rejected
+        finally:
+            if not is_handed:
+                pumped.abort()
+
+    async def _greet(self, connection: socket.socket) -> Hello | RejectedCode | None:
+        """Challenge a client.  Returns its Hello, or why it is rejected; None if it sent something else."""
+        nonce = new_nonce()
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(connection, framing.frame(Challenge(nonce)))
+        (size,) = framing.LENGTH.unpack(await _exactly(connection, framing.LENGTH.size))
+        if size > MOST_BYTES:
+            return None
+        try:
+            hello = _decode_hello(await _exactly(connection, size))
+        except msgspec.MsgspecError:
+            return None
+        return hello if is_proven(hello, self._secret, nonce, self._certificate) else "wrong_proof"
+
+    async def _answer(self, connection: socket.socket, hello: Hello | RejectedCode | None) -> bool:
+        """Hand a connection to the runner that its Hello names.  Returns False if it was rejected."""
+        if not isinstance(hello, Hello):
+            if hello is not None:
+                await _reject(connection, hello)
+            return False
+        serving = asyncio.current_task()
+        assert serving is not None
+        self._greetings.pop(serving, None)  # trusted from here on
+        runner = self._runner_of(hello.load_id)
+        if runner is None:
+            await _reject(connection, "unknown_instance")
+            return False
+        if not await runner.hand(connection):
+            await _reject(connection, "unknown_instance" if runner.is_closed else "runner_silent")
+            return False
+        return True
+
+
 class Server:
     """Accepts connections for the runners that the worker offers."""
 
     def __init__(self, worker: socket.socket) -> None:
         self._worker = worker
         self._runners: dict[str, HandOver] = {}  # by id of the load
-        self._secret = b""
-        self._serving: set[asyncio.Task[None]] = set()
-        self._greetings: dict[asyncio.Task[None], None] = {}  # those that wait for a valid Hello, oldest first
-        self._accepting: asyncio.Task[None] | None = None
+        self._accepting: list[asyncio.Task[None]] = []
         self._orphaned = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until the worker is gone."""
         asyncio.get_running_loop().add_reader(self._worker, self._read_worker)
         await self._orphaned.wait()
-
-    # ---- the worker
 
     def _read_worker(self) -> None:
         """Read all messages of the worker that are there."""
@@ -142,8 +240,8 @@ class Server:
                 self._forget(message.load_id)
             case Listen():
                 assert passed is not None
-                self._secret = message.secret
-                self._accepting = asyncio.create_task(self._accept(passed))
+                door = Door(passed, message, self._runner_of)
+                self._accepting.append(asyncio.create_task(door.accept()))
             case Ping():
                 with suppress(BlockingIOError):  # the worker does not read; it will see the silence
                     send(self._worker, encode(Pong()))
@@ -153,68 +251,6 @@ class Server:
     def _forget(self, load_id: str) -> None:
         if (runner := self._runners.pop(load_id, None)) is not None:
             runner.close()
-
-    # ---- the connections
-
-    async def _accept(self, listening: socket.socket) -> None:
-        with listening:
-            while True:
-                try:
-                    connection, _ = await asyncio.get_running_loop().sock_accept(listening)
-                except OSError as e:
-                    _log.warning("no connection accepted", action="accept_failed", reason=e.strerror)
-                    await asyncio.sleep(RETRY_S)
-                else:
-                    self._greet_in_turn(connection)
-
-    def _greet_in_turn(self, connection: socket.socket) -> None:
-        """Serve a client.  Ends the oldest greeting if there are too many."""
-        if len(self._greetings) >= MOST_GREETINGS:
-            oldest = next(iter(self._greetings))
-            del self._greetings[oldest]
-            oldest.cancel()
-        serving = asyncio.create_task(self._serve(connection))
-        self._serving.add(serving)
-        self._greetings[serving] = None
-        serving.add_done_callback(partial(self._served, connection))
-
-    def _served(self, connection: socket.socket, serving: asyncio.Task[None]) -> None:
-        connection.close()
-        self._serving.discard(serving)
-        self._greetings.pop(serving, None)
-
-    async def _serve(self, connection: socket.socket) -> None:
-        """Greet a client, and hand its connection to the runner that it names."""
-        with suppress(OSError):  # the client is gone, or too slow (TimeoutError)
-            if not has_our_user(connection):
-                return
-            async with asyncio.timeout(GREETING_S):
-                hello = await self._greet(connection)
-            if isinstance(hello, Hello):
-                serving = asyncio.current_task()
-                assert serving is not None
-                self._greetings.pop(serving, None)  # trusted from here on
-                runner = self._runner_of(hello.load_id)
-                if runner is None:
-                    await _reject(connection, "unknown_instance")
-                elif not await runner.hand(connection):
-                    await _reject(connection, "unknown_instance" if runner.is_closed else "runner_silent")
-            elif hello is not None:
-                await _reject(connection, hello)
-
-    async def _greet(self, connection: socket.socket) -> Hello | RejectedCode | None:
-        """Challenge a client.  Returns its Hello, or why it is rejected; None if it sent something else."""
-        nonce = new_nonce()
-        loop = asyncio.get_running_loop()
-        await loop.sock_sendall(connection, framing.frame(Challenge(nonce)))
-        (size,) = framing.LENGTH.unpack(await _exactly(connection, framing.LENGTH.size))
-        if size > MOST_BYTES:
-            return None
-        try:
-            hello = _decode_hello(await _exactly(connection, size))
-        except msgspec.MsgspecError:
-            return None
-        return hello if is_proven(hello, self._secret, nonce) else "wrong_proof"
 
     def _runner_of(self, load_id: str) -> HandOver | None:
         self._read_worker()  # a client may hear of a load before this process reads its offer
