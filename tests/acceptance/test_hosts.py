@@ -1,7 +1,12 @@
-"""A pool over several hosts: workers and APIs need only a connection to Redis, with a password over TLS."""
+"""A pool over several hosts, which know each other from Redis alone, with a password over TLS.
+
+For loads, workers and APIs need only a connection to Redis; for answers, a worker listens on a port, if it can.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from shared.synthetic import models as synthetic
+from tests.support.chat import DONE, answered, ask, events
 from tests.support.fakehosts import Device, FakeHost
 from tests.support.hosts import ClientOn, GuardedRedis, Host, Network, TlsProxy, certificate, network, open_ports
-from tests.support.service import Running, check_keys, error, until
+from tests.support.service import Running, check_keys, error, openai_error, until
 
 LEASE_S = 10.0  # the default
 START_S = 60.0
@@ -20,12 +26,17 @@ PASSWORD, TOKEN = "the-pools-password", "the-clients-token"
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # by the host of the worker that has it
     "alpha": ("acme/llama", synthetic.tiny_llama),
     "beta": ("acme/moe", synthetic.tiny_moe),
-    "gamma": ("acme/embedding", synthetic.tiny_embedding),
+    "gamma": ("acme/other", synthetic.tiny_llama),
 }
-VARIABLES: dict[str, dict[str, str]] = {  # of each worker; the first one gets no name
-    "alpha": {},
+NOWHERE = "192.0.2.1"  # an address for documentation, RFC 5737: as that of a worker behind NAT
+VARIABLES: dict[str, dict[str, str]] = {  # of each worker; the first one gets no name, the second one no port
+    "alpha": {"LOADSTONE_WORKER_LISTEN": "0.0.0.0:0"},
     "beta": {"LOADSTONE_WORKER_NAME": "second"},
-    "gamma": {"LOADSTONE_WORKER_NAME": "third"},
+    "gamma": {
+        "LOADSTONE_WORKER_NAME": "third",
+        "LOADSTONE_WORKER_LISTEN": "0.0.0.0:0",
+        "LOADSTONE_WORKER_ADVERTISE": NOWHERE,
+    },
 }
 GPUS = {"alpha": 2, "beta": 1, "gamma": 0}
 
@@ -113,6 +124,11 @@ def listed(client: ClientOn) -> set[str]:
     return {worker["name"] for worker in reply.json()["workers"]}
 
 
+def skip_unless_apart(pool: Pool) -> None:
+    if not pool.worker_hosts["alpha"].is_apart:
+        pytest.skip("hosts with their own boot id need root, namespaces and `ip`")
+
+
 @pytest.fixture(scope="module")
 def the_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     home = tmp_path_factory.mktemp("hosts")
@@ -167,11 +183,44 @@ def test_an_unnamed_worker_takes_the_name_of_its_host(pool: Pool) -> None:
     assert host.is_apart is (pool.names["alpha"] == "alpha")
 
 
-def test_a_worker_listens_on_no_port(pool: Pool) -> None:
-    pool.clients[0].loaded(MODELS["alpha"][0])
+def test_a_worker_listens_only_on_the_port_that_it_is_given(pool: Pool) -> None:
+    for on in ("alpha", "beta"):
+        pool.clients[0].loaded(MODELS[on][0])
     assert open_ports(pool.apis[0].tree()), "an API listens"
-    for worker in pool.workers.values():
-        assert open_ports(worker.tree()) == set()
+    assert open_ports(pool.workers["beta"].tree()) == set()
+    ports = open_ports(pool.workers["alpha"].tree())
+    assert len({port.split()[1] for port in ports}) == 1
+    assert all("worker" in port for port in ports), "a runner has no port"
+
+
+def test_answers_stream_from_a_worker_of_another_host(pool: Pool) -> None:
+    key, _ = MODELS["alpha"]
+    pool.clients[0].loaded(key)
+    whole = answered(pool.clients[0], model=key, max_tokens=20)
+    reply = ask(pool.clients[0], model=key, max_tokens=20, stream=True)
+    assert reply.status == 200, reply.text
+    *parts, done = events(iter(reply.text.splitlines()))
+    assert done == DONE
+    deltas = [json.loads(part)["choices"][0]["delta"].get("content", "") for part in parts]
+    assert "".join(deltas) == whole["choices"][0]["message"]["content"]
+    assert len(deltas) > 2
+
+
+@pytest.mark.parametrize("on", ["beta", "gamma"])
+def test_a_worker_out_of_reach_loads_and_says_what_is_missing(pool: Pool, on: str) -> None:
+    skip_unless_apart(pool)
+    key, _ = MODELS[on]
+    client = pool.clients[0]
+    instance_id = client.loaded(key)["instance_id"]
+    assert client.instances()[instance_id]["worker"] == pool.names[on]
+    what = {
+        "beta": r"is on another host.*set LOADSTONE_WORKER_LISTEN",
+        "gamma": rf"cannot be reached at {NOWHERE} port \d+: .*LOADSTONE_WORKER_ADVERTISE",
+    }[on]
+    message = openai_error(ask(client, model=key), 503, "unavailable_error", "no_route")
+    assert re.search(f"Worker '{pool.names[on]}' {what}", message)
+    assert client.unload(instance_id).status == 200
+    assert client.instances() == {}
 
 
 def test_a_worker_with_a_new_address_keeps_lease_and_instances(pool: Pool) -> None:
@@ -194,17 +243,32 @@ def test_a_worker_with_a_new_address_keeps_lease_and_instances(pool: Pool) -> No
     assert (worker.worker(), worker.runners()[0]) == (process, holder), "the processes were not restarted"
 
 
+def test_answers_come_from_the_new_address_of_a_worker(pool: Pool) -> None:
+    skip_unless_apart(pool)
+    key, _ = MODELS["alpha"]
+    client = pool.clients[1]  # it has no channel yet
+    client.loaded(key)
+    pool.hosts.move(pool.worker_hosts["alpha"], 121)
+    until(lambda: ask(client, model=key, max_tokens=2).status == 200, "the new address is published")
+
+
 def test_a_renamed_worker_replaces_the_old_one(pool: Pool) -> None:
+    """The new one's address is taken by a server in between, which has another certificate."""
     key, _ = MODELS["gamma"]
     first, second = pool.clients
     first.loaded(key)
     pool.workers["gamma"].stop()
-    pool.workers["gamma"] = pool.worker("gamma", LOADSTONE_WORKER_NAME="renamed")
+    between = f"{pool.hosts.server_address}:{pool.proxy.ports[1]}"
+    name = {"LOADSTONE_WORKER_NAME": "renamed"}
+    pool.workers["gamma"] = pool.worker("gamma", LOADSTONE_WORKER_ADVERTISE=between, **name)
     pool.names["gamma"] = "renamed"
     until(pool.is_whole, "each API lists the new name and not the old one", LEASE_S)
     assert second.instances() == {}, "a renamed worker does not restore instances of the old name"
     assert second.loaded(key)["instance_id"] == key
     assert first.instances()[key]["worker"] == "renamed"
+    if pool.worker_hosts["gamma"].is_apart:
+        message = openai_error(ask(first, model=key), 503, "unavailable_error", "no_route")
+        assert "another certificate" in message
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Several hosts of a pool on one machine, with TLS between them.
 
-If this machine allows it (root, a kernel with namespaces, and `ip`), each host has its own network, name and
+If this machine allows it (root, a kernel with namespaces, and `ip`), each host has its own network, name, boot id and
 /etc/hosts; otherwise hosts are loopback addresses.
 """
 
@@ -16,6 +16,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -139,6 +140,11 @@ class Switched(Network):
         self._switch.run("ip", "link", "add", link, *ends)
         self._switch.run("ip", "link", "set", link, "master", "switch", "up")
         host.run("mount", "--bind", str(self._names), "/etc/hosts")
+        boot_id = self._names.with_name(f"boot-id-{number}")
+        boot_id.write_text(f"{uuid.uuid4()}\n")
+        host.run(
+            "mount", "--bind", str(boot_id), "/proc/sys/kernel/random/boot_id"
+        )  # it is the kernel's, see random(4)
         host.run("ip", "link", "set", "eth0", "up")
         self.move(host, number)
         return host
