@@ -621,6 +621,9 @@ def workers(server: Client, as_json: bool) -> None:
         for device in worker.devices
     ]
     table(headings, rows)
+    for worker in listed.workers:
+        for problem in worker.problems:
+            click.echo(f"{worker.name}: {problem}", err=True)
 
 
 def built(engine: EngineBuild | None) -> tuple[str, str]:

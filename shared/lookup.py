@@ -46,6 +46,20 @@ def spelled(spellings: Mapping[str, str], name: str) -> str | None:
     return spellings.get(name.lower()) or spellings.get(folded(name))
 
 
+def further_names(models: Sequence[Model]) -> dict[str, str]:
+    """Map each alias of models, folded, to a name of its model, and "" to that of the default model.
+
+    The alias of all quantizations of a folder means its plain key, which selects one of them.
+    """
+    names = by_name(models)
+    found: dict[str, str] = {}
+    for model in sorted(models, key=_preference):
+        is_selected = names.get(model.base) is model
+        for alias in (*model.settings.aliases, *([""] if model.settings.is_default else [])):
+            found.setdefault(folded(alias), model.base if is_selected else model.full_key)
+    return found
+
+
 def similar(name: str, names: Iterable[str]) -> list[str]:
     """Return up to SIMILAR of `names` that contain a name or are nearly equal, the nearest first.
 

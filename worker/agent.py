@@ -62,6 +62,7 @@ class Agent:
         self.timing = timing
         self.tally = Tally()
         self.models: dict[str, Model] = {}  # the catalog, by key
+        self.problems: list[str] = []  # of the settings of the models
         self.residents: dict[str, Resident] = {}  # by id of the load
         self.tasks: dict[str, asyncio.Task[None]] = {}  # the tasks of `Resident.live`, by id of the load
         self.ending = asyncio.Event()  # set once the worker drains
@@ -180,6 +181,7 @@ class Agent:
             lease_s=self.store.workers.lease_s,
             engine=self.runners.engine,
             channels=self.listener.address,
+            problems=self.problems,
         )
 
     async def announce_changes(self) -> None:

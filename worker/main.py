@@ -97,9 +97,10 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
             where = f"{variable('models_dir')} is '{settings.models_dir}'"
             raise CatalogLate(f"{where}: it could not be read within {FIRST_CATALOG_S:g} s.") from None
         await agent.warm()
-        await take_lease(agent, first, dead_epoch)
+        agent.problems = first.problems
+        await take_lease(agent, first.models, dead_epoch)
         engine = msgspec.to_builtins(agent.runners.engine)
-        _log.info("ready", action="ready", models=len(first), **engine)
+        _log.info("ready", action="ready", models=len(first.models), **engine)
         _log_confinement()
         for task in (
             agent.beat(),
@@ -109,8 +110,9 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
             agent.watch_files(),
         ):
             group.create_task(task)
-        async for models in lists:
-            await _publish(agent, models)
+        async for listed in lists:
+            agent.problems = listed.problems
+            await _publish(agent, listed.models)
 
 
 def _log_confinement() -> None:

@@ -48,7 +48,8 @@ class Ids:
     """The ids of a roster's models and instances, in alphabetical order of the models.
 
     A folder with several quantizations has its plain key, and the key of each.  The id of an instance that is a key as
-    well stands for the instance.  Every method raises what UNAVAILABLE lists if Redis does not answer.
+    well stands for the instance.  An alias is listed like the key that it stands for.  Every method raises what
+    UNAVAILABLE lists if Redis does not answer.
     """
 
     def __init__(self, roster: Roster, instances: Instances) -> None:
@@ -58,6 +59,7 @@ class Ids:
         self._models: Sequence[Model] = ()
         self._names: dict[str, Model] = {}  # of `_models`
         self._unloaded: dict[str, Entry] = {}  # of `_models`
+        self._aliases: dict[str, str] = {}  # of `_models`: an alias, and the key that it stands for
 
     async def all(self) -> list[Entry]:
         return [*(await self._flight(None)).values()]
@@ -92,6 +94,8 @@ class Ids:
                     pass
                 case state:
                     assert_never(state)
+        for alias, key in self._aliases.items():
+            entries.setdefault(alias, msgspec.structs.replace(entries[key], id=alias))
         return {None: dict(sorted(entries.items(), key=lambda item: (item[1].model.base, item[0])))}
 
     def _state(self, instance: Instance) -> Loaded:
@@ -113,4 +117,7 @@ class Ids:
             bases = Counter(model.base for model in models)
             variants = [name for name, model in self._names.items() if bases[model.base] > 1]
             self._unloaded = {key: Entry(id=key, model=self._names[key]) for key in (*bases, *variants)}
+            aliases = {alias for model in models for alias in model.settings.aliases}
+            meant = {alias: self._roster.named(LoadRequest(model=alias)).model for alias in aliases}
+            self._aliases = {alias: key for alias, key in meant.items() if key in self._unloaded}
         return self._unloaded

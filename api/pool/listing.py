@@ -75,6 +75,7 @@ class Listing:
                 lease_age_seconds=round(max(0.0, snapshot.lease_s - worker.lease_left_s), 3),
                 version=snapshot.version,
                 engine=snapshot.engine,
+                problems=snapshot.problems,
             )
             for worker in self._roster.workers
             if (snapshot := worker.snapshot) is not None

@@ -11,7 +11,7 @@ from msgspec import UNSET, Struct, structs
 from api.pool.limits import check
 from shared.errors import InvalidValue, ModelNotFound, NoWorker, ServiceError
 from shared.instance import Instance
-from shared.lookup import by_name, of_instance, preferred, similar, spelled, spellings
+from shared.lookup import by_name, folded, further_names, of_instance, preferred, similar, spelled, spellings
 from shared.memory.choose import Host, choose
 from shared.memory.estimate import Requirements, requirements_of
 from shared.memory.figures import Figures
@@ -46,12 +46,13 @@ class Measured(Struct, frozen=True):
 
 
 class Names(Struct, frozen=True):
-    """The models of a catalog by all names that clients may use, the names by their spellings, and the unique number of
-    the catalog."""
+    """The models of a catalog by all names that clients may use, the names by their spellings, further names as
+    `shared.lookup.further_names` returns them, and the unique number of the catalog."""
 
     number: int
     models: Mapping[str, Model]
     spellings: Mapping[str, str]
+    further: Mapping[str, str]
 
 
 class Roster:
@@ -116,7 +117,7 @@ class Roster:
         else:
             self.catalogs[worker] = catalog
             models = by_name(catalog)
-            self._names[worker] = Names(next(self._numbers), models, spellings(models))
+            self._names[worker] = Names(next(self._numbers), models, spellings(models), further_names(catalog))
         self._digests[worker] = digest
 
     def absent_s(self, worker: str) -> float:
@@ -158,10 +159,16 @@ class Roster:
     # ---- placing
 
     def named(self, request: LoadRequest) -> LoadRequest:
-        """Return a request with the name of its model as the list has it; unchanged if no worker knows the name."""
+        """Return a request with the name of its model as the list has it; unchanged if no worker knows the name.
+
+        The name of a model has precedence over an alias.  Without a name, the default model is requested.
+        """
         for names in self._names.values():
             if (name := spelled(names.spellings, request.model)) is not None:
                 return request if name == request.model else structs.replace(request, model=name)
+        for names in self._names.values():
+            if (name := names.further.get(folded(request.model))) is not None:
+                return structs.replace(request, model=name)
         return request
 
     def candidates(self, request: LoadRequest, without: Collection[str] = ()) -> tuple[list[Candidate], Model | None]:

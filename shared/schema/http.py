@@ -438,6 +438,7 @@ class ListedWorker(Struct, frozen=True, kw_only=True, gc=False):
         EngineBuild | None,
         Meta(description="Its build of llama.cpp; null if the worker is of a version that does not report it."),
     ]
+    problems: Annotated[list[str], Meta(description="What is wrong in `models.toml` of its models directory.")] = []
 
 
 class WorkerList(Struct, frozen=True, kw_only=True):

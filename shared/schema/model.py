@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 ModelType = Literal["llm", "embedding"]
+MOST = 2**31 - 1  # of an int of llama.cpp
 
 
 # The architectures of llama.cpp with bidirectional attention, as embedding models use it.
@@ -79,13 +80,32 @@ class FileStat(NamedTuple):
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
+class SamplingSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Defaults of the requests to a model: how tokens are chosen, under llama.cpp's names.  None: not set."""
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=MOST)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    repeat_last_n: Annotated[int, Meta(ge=-1, le=MOST)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+
+
 class ModelSettings(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the operator set for a model.  None: not set."""
 
-    context_length: int | None = None
-    parallel: int | None = None
+    aliases: list[Annotated[str, Meta(min_length=1)]] = []  # further names of the model
+    is_default: bool = False  # answers requests that name no model
+    context_length: Annotated[int, Meta(ge=1, le=MOST)] | None = None
+    parallel: Annotated[int, Meta(ge=1, le=64)] | None = None
     kv_cache_type: Literal["f16", "q8_0", "q4_0"] | None = None
-    ttl_seconds: float | None = None
+    ttl_seconds: Annotated[float, Meta(gt=0, le=10 * 366 * 24 * 3600)] | None = None
+    sampling: SamplingSettings = SamplingSettings()
+    system_prompt: str | None = None
+    preload: bool = False  # loaded by its worker at its start
     pin: bool = False  # no TTL, and never evicted
 
 
@@ -167,8 +187,9 @@ class Model(Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def source(self) -> Model:
-        """This model as the record of an instance keeps it, without what only a load needs."""
-        return msgspec.structs.replace(self, description=None, dimensions=None, weights=None)
+        """This model as the record of an instance keeps it, without what only a load needs, and without settings, which
+        the catalog has as they are now."""
+        return msgspec.structs.replace(self, description=None, dimensions=None, weights=None, settings=ModelSettings())
 
     @property
     def fingerprint(self) -> str:

@@ -29,6 +29,7 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True, gc=False):
     lease_s: float = 0.0
     engine: EngineBuild | None = None
     channels: Address | None = None  # where API processes reach its runners; it has a secret
+    problems: list[str] = []  # of the settings of its models, for its operator
 
 
 def short(id_: str) -> str:

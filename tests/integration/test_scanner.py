@@ -22,6 +22,7 @@ from shared import framing
 from shared.schema.model import Model
 from tests.support.headers import vocabulary, write
 from tests.support.service import processes
+from worker.catalog.catalog import Listed
 from worker.catalog.scanner import FIRST_PAUSE_S, LAST_PAUSE_S, STABLE_S, catalogs
 
 DEADLINE_S = 60.0
@@ -39,16 +40,16 @@ def children() -> list[int]:
     return [one.pid for one in processes() if one.parent == os.getpid() and "worker.catalog.scanner" in one.words]
 
 
-def watch(root: Path) -> AsyncGenerator[list[Model], None]:
+def watch(root: Path) -> AsyncGenerator[Listed, None]:
     return catalogs(root, root.parent / "data" / "cache")
 
 
-async def until(stream: AsyncGenerator[list[Model], None], is_expected: Callable[[list[Model]], object]) -> list[Model]:
+async def until(stream: AsyncGenerator[Listed, None], is_expected: Callable[[list[Model]], object]) -> list[Model]:
     """Return the first catalog that meets the condition."""
     async with asyncio.timeout(DEADLINE_S):
-        async for models in stream:
-            if is_expected(models):
-                return models
+        async for listed in stream:
+            if is_expected(listed.models):
+                return listed.models
     raise AssertionError("the stream ended")
 
 
@@ -183,7 +184,7 @@ def frame(scanner: subprocess.Popen[bytes]) -> list[Model]:
     assert scanner.stdout is not None
     data = framing.read_blocking(scanner.stdout)
     assert data is not None
-    return msgspec.msgpack.decode(data, type=list[Model])
+    return msgspec.msgpack.decode(data, type=Listed).models
 
 
 def test_a_scanner_has_low_priority_and_ignores_interrupts(scanner: subprocess.Popen[bytes], root: Path) -> None:

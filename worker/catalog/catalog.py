@@ -26,6 +26,7 @@ from worker.catalog.gguf import InvalidGGUF
 from worker.catalog.keys import Home, Named, Place
 from worker.catalog.modelfile import ModelFile
 from worker.catalog.projectors import Described, Words
+from worker.catalog.settings import SettingsFile
 
 CACHE_VERSION = f"6 {shared.__version__}"  # the interpretation of a header may change with every release
 NAMED_SHARDS = 5  # how many missing files a message names
@@ -42,27 +43,35 @@ class CacheFile(Struct, frozen=True):
     files: dict[str, Entry]
 
 
+class Listed(Struct, frozen=True):
+    """The models of a directory, and the problems of its settings."""
+
+    models: list[Model]
+    problems: list[str] = []
+
+
 class Catalog:
     """The models under `models_dir`.
 
-    Call `look`, then `deepen` while `is_shallow` is true.  `models` returns the current state at any time.
+    Call `look`, then `deepen` while `is_shallow` is true.  `listed` returns the current state at any time.
     """
 
     def __init__(self, models_dir: Path, cache_file: Path) -> None:
         self._models_dir = models_dir
         self._cache_file = cache_file
+        self._settings = SettingsFile(models_dir)
         self._entries = _load(cache_file)
         self._candidates: list[Candidate] = []
         self._unsaved = False
 
     def look(self) -> bool:
-        """List the directory and read the start of new files.  Returns whether anything changed.
+        """List the directory, and read the settings and the start of new files.  Returns whether anything changed.
 
         Raises OSError if the models directory cannot be listed; the catalog is empty then.
         """
         before, self._candidates = self._candidates, []
         self._candidates = walk(self._models_dir)
-        changed = before != self._candidates
+        changed = self._settings.look() | (before != self._candidates)
         for candidate in self._candidates:
             known = self._entries.get(candidate.path)
             if candidate.refusal or (known and known.stat == candidate.stat and known.file.lasting):
@@ -85,7 +94,11 @@ class Catalog:
                     return
 
     def models(self) -> list[Model]:
-        return assemble(self._candidates, {path: entry.file for path, entry in self._entries.items()})
+        return self.listed().models
+
+    def listed(self) -> Listed:
+        models = assemble(self._candidates, {path: entry.file for path, entry in self._entries.items()})
+        return Listed(*self._settings.applied(models))
 
     def save(self) -> None:
         """Write the cache if it changed, so that a restart need not read the files again.  Raises OSError."""

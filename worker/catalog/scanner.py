@@ -1,8 +1,8 @@
 """The scanner: a separate process that watches the models directory and sends the catalog to the worker.
 
 Reading headers keeps a Python interpreter busy and would delay a worker's traffic with runners and Redis.
-`python -m worker.catalog.scanner MODELS_DIR CACHE_FILE` writes each catalog, a `list[Model]`, to its stdout in a frame
-of `shared.framing`.  Its stdin carries no data; the scanner exits at the end of its stdin.
+`python -m worker.catalog.scanner MODELS_DIR CACHE_FILE` writes each catalog, a `Listed`, to its stdout in a frame of
+`shared.framing`.  Its stdin carries no data; the scanner exits at the end of its stdin.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shared import framing, libc
 from shared.backoff import Backoff
 from shared.schema.model import Model, Problem
 from shared.telemetry import log
-from worker.catalog.catalog import Catalog
+from worker.catalog.catalog import Catalog, Listed
 from worker.sandbox import landlock, seccomp
 
 POLL_S = 1.0  # a stat of 200 files takes a millisecond or two
@@ -40,7 +40,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 
 _log = log.get(__name__)
-_decode = msgspec.msgpack.Decoder(list[Model]).decode
+_decode = msgspec.msgpack.Decoder(Listed).decode
 
 
 # ---- in the worker
@@ -48,7 +48,7 @@ _decode = msgspec.msgpack.Decoder(list[Model]).decode
 
 async def catalogs(
     models_dir: Path, cache_file: Path, *, log_level: LogLevel = "info", log_format: LogFormat = "console"
-) -> AsyncGenerator[list[Model], None]:
+) -> AsyncGenerator[Listed, None]:
     """Yield the catalog at once and whenever it changes.  Restarts the scanner if it exits.
 
     May yield the same catalog twice in a row.  Ends only when closed or cancelled; the scanner is reaped by then.  Use
@@ -66,8 +66,8 @@ async def catalogs(
             why = f"it could not be started: {e.strerror}"
         else:
             try:
-                while (models := await _next(child)) is not None:
-                    yield models
+                while (listed := await _next(child)) is not None:
+                    yield listed
                 with suppress(TimeoutError):  # an exit status of its own explains more than SIGKILL
                     await asyncio.wait_for(child.wait(), LAST_WORDS_S)
             finally:
@@ -78,7 +78,7 @@ async def catalogs(
         await asyncio.sleep(pause_s)
 
 
-async def _next(child: asyncio.subprocess.Process) -> list[Model] | None:
+async def _next(child: asyncio.subprocess.Process) -> Listed | None:
     """Read the next catalog from a scanner.  Returns None if its stream ends or cannot be decoded."""
     assert child.stdout is not None
     data = await framing.read(child.stdout)
@@ -160,9 +160,10 @@ def _publish(catalog: Catalog, publisher: Publisher, reporter: Reporter) -> None
         reporter.cache(e.strerror)
     else:
         reporter.cache(None)
-    models = catalog.models()
-    publisher.publish(models)
-    reporter.models(models)
+    listed = catalog.listed()
+    publisher.publish(listed)
+    reporter.models(listed.models)
+    reporter.settings(listed.problems)
 
 
 def _worker_is_gone(wait_s: float) -> bool:
@@ -174,17 +175,17 @@ class Publisher:
     """Writes a catalog to stdout if it differs from the last one."""
 
     def __init__(self) -> None:
-        self._last: list[Model] | None = None
+        self._last: Listed | None = None
 
     @property
     def has_published(self) -> bool:
         return self._last is not None
 
-    def publish(self, models: list[Model]) -> None:
-        if models == self._last:
+    def publish(self, listed: Listed) -> None:
+        if listed == self._last:
             return
-        self._last = models
-        rest = memoryview(framing.frame(models))
+        self._last = listed
+        rest = memoryview(framing.frame(listed))
         while rest:  # unbuffered: at exit the interpreter would flush a buffer into a closed pipe
             rest = rest[os.write(sys.stdout.fileno(), rest) :]
 
@@ -194,6 +195,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self._problems: dict[str, Problem] = {}
+        self._settings: list[str] = []
         self._directory: str | None = None
         self._cache: str | None = None
 
@@ -208,6 +210,12 @@ class Reporter:
                 facts = {"model": model.key, "file": model.shards[0], "reason": problem.message}
                 write("file is not a usable model", action="unreadable_model", **facts)
         self._problems = problems
+
+    def settings(self, problems: list[str]) -> None:
+        for problem in problems:
+            if problem not in self._settings:
+                _log.error("settings of models are wrong", action="wrong_model_settings", reason=problem)
+        self._settings = problems
 
     def directory(self, reason: str | None) -> None:
         if reason and reason != self._directory:
