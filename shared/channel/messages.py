@@ -63,7 +63,6 @@ RefusedCode = Literal[
     "context_length_exceeded",  # `prompt_tokens` and `context_length` are set
     "queue_full",  # `retry_after_s` is set
     "queue_timeout",
-    "closing",  # the instance is about to be unloaded
     "chat_unavailable",  # this build of the engine has no chat code, or the model no template
     "closing",  # the instance is being unloaded; another one may answer
     "helper_crashed",  # the template code crashed on this request, or took too long; a repeat is refused for a while
