@@ -55,7 +55,6 @@ DOCUMENTED = (
     "inst:",
     "insts:",
     "idem:",
-    "copies:",
     "failed:",
     "crashed:",
     "lease:",
