@@ -4,7 +4,7 @@ Every service of docker-compose.yml runs as a local process with the command, en
 Only what containers would provide is translated:
 
   an image's program        the embedded Redis's binary; `loadstone` of this environment
-  host names of services    127.0.0.1, with a free port in place of 6379 and 1234
+  host names of services    127.0.0.1, with a free port in place of 6379, 1234 and 1235
   /models, /data, /locks    directories of the test; /run/secrets/NAME is the secret's file
   NVIDIA's GPUs             a host of `tests.support.fakehosts` that has two
   valkey-cli ping           PING over the same TCP port
@@ -73,6 +73,7 @@ class Stack:
         for old, new in {
             "redis:6379": f"127.0.0.1:{self.ports['6379']}",
             "127.0.0.1:1234": f"127.0.0.1:{self.ports['1234']}",
+            "0.0.0.0:1235": "127.0.0.1:0",
             "/run/secrets": str(self.directory / "secrets"),
             "/models": str(self.directory / "models"),
             "/locks": str(self.directory / "locks"),
@@ -202,6 +203,19 @@ def test_compose_services_become_healthy_and_stop_cleanly(stack: Stack) -> None:
     assert stack.get("/api/v1/models") == 401
     assert stack.get("/api/v1/models", stack.token) == 200
     assert [stack.stop(name) for name in ("api", "worker-2", "worker-1", "redis")] == [0, 0, 0, 0]
+
+
+def test_the_api_reaches_workers_without_a_shared_directory(stack: Stack) -> None:
+    for name, instance in (("redis", "redis"), ("worker", "worker-1"), ("api", "api")):
+        stack.start(name, instance)
+    stack.wait_until_healthy("api")
+    for path in (stack.directory / "worker-1").glob("worker-*.sock"):
+        path.unlink()
+    model = "loadstone/demo-llm"
+    stack.ask("/api/v1/models/load", {"model": model})
+    request = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    assert stack.ask("/v1/chat/completions", request)["usage"]["completion_tokens"] > 0
+    assert [stack.stop(name) for name in ("api", "worker-1", "redis")] == [0, 0, 0]
 
 
 def test_a_stopping_api_is_unhealthy_first_and_has_time_to_drain(stack: Stack) -> None:

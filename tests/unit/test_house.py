@@ -126,6 +126,9 @@ def test_workers_can_be_scaled(compose: dict[str, Any]) -> None:
         assert models["read_only"]
         assert data == "/data", "an anonymous volume per container"
         assert service["init"]
+        assert service["environment"]["LOADSTONE_WORKER_LISTEN"].startswith("0.0.0.0:"), (
+            "the API is in another container"
+        )
 
 
 def test_every_service_has_the_grace_time_of_the_program(compose: dict[str, Any]) -> None:
