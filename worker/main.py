@@ -16,7 +16,8 @@ from redis.asyncio import Redis
 from shared.race import first, racing
 from shared.schema.model import Model
 from shared.settings import Settings, redis_url, variable
-from shared.store.connection import UNAVAILABLE, connected, local_host
+from shared.store.connection import UNAVAILABLE, connected
+from shared.store.steady import local_host
 from shared.store.store import Store
 from shared.telemetry import log
 from worker.agent import Agent

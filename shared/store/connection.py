@@ -13,7 +13,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from shared.store.steady import STEADY, Steady
+from shared.store.steady import STEADY
 
 UNAVAILABLE = (RedisError, OSError)  # redis-py does not wrap the OSError of a refused connection
 Listen = Callable[[str, Callable[[bytes], None]], Awaitable[None]]  # `listen`, bound to a client
@@ -65,14 +65,6 @@ async def connected(url: str) -> AsyncIterator[Redis]:
     finally:
         with suppress(*UNAVAILABLE):  # a hanging server does not answer the TLS shutdown
             await redis.aclose(close_connection_pool=True)
-
-
-def local_host(redis: Redis) -> str:
-    """Return the address of this host on its newest connection to Redis; empty if none is over TCP."""
-    pool = redis.connection_pool
-    every = (*pool._available_connections, *pool._in_use_connections)
-    ours = [one for one in every if isinstance(one, Steady) and one.is_connected and one.local_host]
-    return max(ours, key=lambda one: one.connected_at).local_host if ours else ""
 
 
 async def listen(redis: Redis, channel: str, on_message: Callable[[bytes], None]) -> None:

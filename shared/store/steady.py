@@ -1,6 +1,6 @@
 """Connections for redis-py that raise its own ConnectionError if a connection is broken.
 
-They work around two faults, checked with redis-py 5.3.1 and uvloop 0.23.0:
+A worker also learns its address from them.  They work around two faults, checked with redis-py 5.3.1 and uvloop 0.23.0:
 
 - Writing to a closed connection raises an OSError on asyncio's loop, but a RuntimeError on uvloop ("the handler is
   closed", uvloop/handles/handle.pyx), which would look like a fault in Loadstone.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio import Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -65,3 +65,11 @@ STEADY: dict[type[AbstractConnection], type[Steady]] = {
     SSLConnection: SteadySSLConnection,
     UnixDomainSocketConnection: SteadyUnixDomainSocketConnection,
 }
+
+
+def local_host(redis: Redis) -> str:
+    """Return the address of this host on its newest connection to Redis; empty if none is over TCP."""
+    pool = redis.connection_pool
+    every = (*pool._available_connections, *pool._in_use_connections)
+    ours = [one for one in every if isinstance(one, Steady) and one.is_connected and one.local_host]
+    return max(ours, key=lambda one: one.connected_at).local_host if ours else ""

@@ -169,6 +169,21 @@ async def test_the_end_of_the_api_ends_its_channel(served: Served) -> None:
     await served.said("channel ended")
 
 
+async def test_a_half_closed_connection_is_an_end(served: Served) -> None:
+    def talk() -> object:
+        with TlsStranger(served.address) as stranger:
+            greet(stranger, served)
+            assert isinstance(stranger.read(), Welcome)
+            stranger.send(framing.frame(Generate(id=1, client="c", conversation=echo.FLOOD)))
+            stranger.socket.shutdown(socket.SHUT_WR)
+            while stranger.stream.read(1 << 16):
+                pass
+            return None
+
+    assert await asyncio.to_thread(talk) is None
+    await served.said("channel ended")
+
+
 # ---- routes
 
 
@@ -210,6 +225,25 @@ async def test_another_certificate_has_no_route(served: Served) -> None:
     with pytest.raises(NoRoute, match="another certificate"):
         await served.answer()
     assert "channel begun" not in [*served.runner.output]
+
+
+@pytest.mark.parametrize(
+    ("listen", "advertise", "local", "host", "port"),
+    [
+        ("127.0.0.1:0", "", "10.0.0.7", "127.0.0.1", 0),
+        ("0.0.0.0:0", "", "10.0.0.7", "10.0.0.7", 0),
+        ("0.0.0.0:0", "", "", "127.0.0.1", 0),
+        ("0.0.0.0:0", "gpu.example", "10.0.0.7", "gpu.example", 0),
+        ("127.0.0.1:0", "gpu.example:99", "10.0.0.7", "gpu.example", 99),
+        ("localhost:0", "[2001:db8::1]:99", "10.0.0.7", "2001:db8::1", 99),
+    ],
+)
+def test_a_worker_advertises_where_it_is_reached(listen: str, advertise: str, local: str, host: str, port: int) -> None:
+    """`port` 0: the one that it listens on."""
+    with opened(Settings(worker_listen=listen, worker_advertise=advertise), lambda: local) as opened_port:
+        assert opened_port is not None
+        bound = opened_port.listening.getsockname()[1]
+        assert (opened_port.address.host, opened_port.address.port) == (host, port or bound)
 
 
 def test_a_port_that_is_taken_stops_the_start() -> None:
