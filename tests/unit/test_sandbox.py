@@ -46,6 +46,33 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.skipif(not seccomp.is_available(), reason="this kernel has no seccomp")
+def test_no_file_is_changed_without_landlock_either(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("x")
+    code = """
+refusals = []
+for change in (
+    lambda: open(sys.argv[1], "w"),
+    lambda: open(sys.argv[1], "a"),
+    lambda: open(sys.argv[1], "r+"),
+    lambda: os.open(sys.argv[1], os.O_RDONLY | os.O_TRUNC),
+    lambda: os.truncate(sys.argv[1], 0),
+    lambda: os.unlink(sys.argv[1]),
+    lambda: os.mkdir(sys.argv[1] + "x"),
+    lambda: libc.syscall(seccomp.OPENAT2, 0, 0, 0, 0),
+):
+    try:
+        change()
+    except PermissionError:
+        refusals.append(change)
+print(len(refusals))
+"""
+    done = run(f"MISSING, VERSION = {{444, 445, 446}}, 0\n{OLD}{code}", str(path))
+    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
+    assert path.read_text() == "x"
+
+
 @pytest.mark.parametrize(
     ("missing", "version"),
     [

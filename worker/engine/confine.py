@@ -60,6 +60,8 @@ def restrict(*, on_gpu: bool) -> None:
     capabilities.drop(keep=capabilities.READ_SEARCH)  # as its worker, which has read the file's header
     landlock.restrict_thread([("/", READ), *(_of_drivers() if on_gpu else ())])
     seccomp.outside(on_gpu=on_gpu)
+    if not on_gpu:
+        seccomp.read_only()  # also where there is no Landlock
 
 
 class ModelFiles:

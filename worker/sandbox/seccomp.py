@@ -52,11 +52,20 @@ KERNEL = {
     **{"uselib": 134, "ustat": 136, "sysfs": 139, "lookup_dcookie": 212},
     **{"name_to_handle_at": 303, "open_by_handle_at": 304, "fanotify_init": 300, "fanotify_mark": 301},
 }
-FILES = {  # by path; stat(2) stays, which the C library uses for open files too
-    **{"open": 2, "creat": 85, "openat": 257, "openat2": 437, "truncate": 76, "readlink": 89, "readlinkat": 267},
-    **{"rename": 82, "renameat": 264, "renameat2": 316, "mkdir": 83, "mkdirat": 258, "rmdir": 84, "link": 86},
+OPENS = {"open": 2, "openat": 257, "readlink": 89, "readlinkat": 267, "inotify_add_watch": 254}
+CHANGES = {  # of files, by their paths
+    **{
+        "creat": 85,
+        "truncate": 76,
+        "rename": 82,
+        "renameat": 264,
+        "renameat2": 316,
+        "mkdir": 83,
+        "mkdirat": 258,
+        "rmdir": 84,
+        "link": 86,
+    },
     **{"linkat": 265, "unlink": 87, "unlinkat": 263, "symlink": 88, "symlinkat": 266, "mknod": 133, "mknodat": 259},
-    **{"getxattr": 191, "lgetxattr": 192, "listxattr": 194, "llistxattr": 195, "inotify_add_watch": 254},
 }
 ATTRIBUTES = {  # which Landlock leaves alone
     **{"chmod": 90, "fchmodat": 268, "fchmodat2": 452, "chown": 92, "lchown": 94, "fchownat": 260},
@@ -64,9 +73,11 @@ ATTRIBUTES = {  # which Landlock leaves alone
     **{"setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198},
     **{"fremovexattr": 199, "fchmod": 91, "fchown": 93},
 }
+OPENAT2 = 437
 CLONE, CLONE3, KILL, TGKILL, PRLIMIT64, SOCKET, SOCKETPAIR = 56, 435, 62, 234, 302, 41, 53
 FCNTL, IOCTL = 72, 16
 CLONE_THREAD = 0x10000
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 TYPE_MASK = 0xF  # of a socket, without SOCK_CLOEXEC and SOCK_NONBLOCK
 STREAMS = (int(socket.SOCK_STREAM), int(socket.SOCK_SEQPACKET))  # a datagram socket reaches any address
 SIGIO = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: the kernel then sends signals to any process
@@ -164,7 +175,19 @@ def outside(*, forks: bool = False, accepts: bool = False, on_gpu: bool = False)
     apply(compiled(refused.values(), conditions))
 
 
-NO_FILES = compiled(FILES.values())
+READ_ONLY = compiled(
+    [*CHANGES.values(), OPENAT2],  # the flags of openat2 are in memory
+    [(OPENS["open"], If(1, [0], WRITING)), (OPENS["openat"], If(2, [0], WRITING))],
+)
+NO_FILES = compiled(
+    [*OPENS.values(), *CHANGES.values(), OPENAT2]
+)  # stat(2) stays: the C library uses it for open files
+
+
+def read_only() -> None:
+    """Keep all threads of this process from changing files, and from opening them for writing."""
+    if is_available():
+        apply(READ_ONLY)
 
 
 def no_files() -> None:
