@@ -57,7 +57,7 @@ async def read_any(request: Request[Any], most_bytes: int) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
-            with request.state["bodies"].reading() as reserve:
+            with request.state["bodies"].reading(request.state["caller"]) as reserve:
                 async for chunk in request.stream():
                     reserve(len(chunk))
                     body += chunk

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shared.errors import TooManyWaiting
+from shared.places import has_place
 
 BODY_BYTES = 256 << 20  # of all bodies that are being read
 RESERVED = 128  # descriptors for listening, Redis, channels to runners, and requests that do not wait
@@ -30,21 +32,21 @@ class OpenReplies:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.count = 0
+        self.taken: Counter[str] = Counter()  # by client
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Occupy one place.  Raises TooManyWaiting."""
-        if self.count >= self.limit:
+    def place(self, client: str) -> Iterator[None]:
+        """Occupy one place for a client.  Raises TooManyWaiting."""
+        if not has_place(client, self.taken, self.limit):
             raise TooManyWaiting(
                 f"Too many open replies (limit: {self.limit}). Try again shortly; for a load, send 'Prefer: "
                 "respond-async' and poll the job."
             )
-        self.count += 1
+        self.taken[client] += 1
         try:
             yield
         finally:
-            self.count -= 1
+            self.taken[client] -= 1
 
 
 class Bodies:
@@ -52,21 +54,21 @@ class Bodies:
 
     def __init__(self, most_bytes: int = BODY_BYTES) -> None:
         self.most_bytes = most_bytes
-        self.n_bytes = 0
+        self.taken: Counter[str] = Counter()  # bytes, by client
 
     @contextmanager
-    def reading(self) -> Iterator[Callable[[int], None]]:
+    def reading(self, client: str) -> Iterator[Callable[[int], None]]:
         """Yield a function that reserves bytes for a body.  It raises TooManyWaiting if there is no room."""
         reserved = 0
 
         def reserve(n_bytes: int) -> None:
             nonlocal reserved
-            if self.n_bytes + n_bytes > self.most_bytes:
+            if not has_place(client, self.taken, self.most_bytes, n_bytes):
                 raise TooManyWaiting("Clients are sending too many large bodies. Try again shortly.")
             reserved += n_bytes
-            self.n_bytes += n_bytes
+            self.taken[client] += n_bytes
 
         try:
             yield reserve
         finally:
-            self.n_bytes -= reserved
+            self.taken[client] -= reserved

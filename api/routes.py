@@ -253,7 +253,7 @@ def _job_id(request: Request[State]) -> str:
 
 
 def _place(request: Request[State]) -> AbstractContextManager[None]:
-    return request.state["replies"].place()
+    return request.state["replies"].place(request.state["caller"])
 
 
 async def _submitted(request: Request[State], body: LoadRequest, key: str) -> Requested:

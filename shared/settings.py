@@ -223,7 +223,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         int,
         setting(
             "maximum number of replies that an API process holds open: answers of models, and waiting requests, long "
-            "polls and event streams of loads",
+            "polls and event streams of loads; of one token, at most half",
             "an integer from 1 to 1000000",
             ge=1,
             le=1_000_000,

@@ -47,7 +47,7 @@ async def chat_completions(request: Request[State]) -> Response:
         traceparent=request.state["traceparent"],
     )
     async with AsyncExitStack() as undo:
-        undo.enter_context(request.state["replies"].place())
+        undo.enter_context(request.state["replies"].place(request.state["caller"]))
         instance, answer = await waited_for(request, request.state["answering"].begin(ask, undo))
         heading = Heading(instance.instance_id, request.state["roster"].fingerprint(instance.worker))
         headers = {"Loadstone-Instance": instance.instance_id}

@@ -90,7 +90,7 @@ async def test_a_client_that_reads_nothing_does_not_block_shutdown(
     monkeypatch.setattr(api.waiting, "LAST_WORDS_S", 0.01)
     replies, closing = OpenReplies(1), asyncio.Event()
     async with AsyncExitStack() as undo:
-        undo.enter_context(replies.place())
+        undo.enter_context(replies.place(""))
         place = undo.pop_all()
     sent: list[Any] = []
 
@@ -104,12 +104,12 @@ async def test_a_client_that_reads_nothing_does_not_block_shutdown(
         await asyncio.Event().wait()
 
     stream = EventStream(events(Follower(store.instances, store.listen), record, "0", closing), place, closing)
-    with pytest.raises(TooManyWaiting), replies.place():
+    with pytest.raises(TooManyWaiting), replies.place(""):
         pass
     async with asyncio.timeout(DEADLINE_S):
         await stream({"type": "http"}, receive, send)
     assert len(sent) == 2
-    with replies.place():
+    with replies.place(""):
         pass
 
 
@@ -128,7 +128,7 @@ async def test_a_client_may_leave_at_any_moment(store: Store, record: Instance) 
 
         replies = OpenReplies(1)
         async with AsyncExitStack() as undo:
-            undo.enter_context(replies.place())
+            undo.enter_context(replies.place(""))
             place = undo.pop_all()
         stream = EventStream(events(follower, record, "0", asyncio.Event()), place, asyncio.Event())
         async with asyncio.timeout(DEADLINE_S):
@@ -137,7 +137,7 @@ async def test_a_client_may_leave_at_any_moment(store: Store, record: Instance) 
                 await asyncio.sleep(0)
             gone.set()
             await streaming
-        assert replies.count == 0
+        assert replies.taken.total() == 0
     left = asyncio.all_tasks() - before  # a shared read continues to its end
     if left:
         _, late = await asyncio.wait(left, timeout=DEADLINE_S)

@@ -186,7 +186,7 @@ MUTANTS = (
     Mutant(
         "replies that are held open have a limit",
         "api/replies.py",
-        "if self.count >= self.limit:",
+        "if not has_place(client, self.taken, self.limit):",
         "if False:",
         (f"{ACCEPTANCE}limits.py",),
     ),
@@ -591,10 +591,10 @@ MUTANTS = (
     ),
     Mutant(
         "one client leaves places in the queue to others",
-        "worker/engine/slots.py",
-        "(not client or waiting[client] < free)",
-        "True",
-        (f"{UNIT}slots.py",),
+        "shared/places.py",
+        "(taken[client] + n if client else n) <= free",
+        "n <= free",
+        (f"{UNIT}slots.py", f"{UNIT}replies.py"),
     ),
     Mutant(
         "a token without the scope is refused",

@@ -328,7 +328,9 @@ def request(body: list[bytes], content_type: str | None, *encodings: str) -> tup
 
     headers = [] if content_type is None else [(b"content-type", content_type.encode("latin-1"))]
     headers += [(b"content-encoding", encoding.encode()) for encoding in encodings]
-    return Request({"type": "http", "method": "POST", "headers": headers, "state": {"bodies": Bodies()}}, receive), rest
+    return Request(
+        {"type": "http", "method": "POST", "headers": headers, "state": {"bodies": Bodies(), "caller": ""}}, receive
+    ), rest
 
 
 @pytest.mark.parametrize(
@@ -386,7 +388,7 @@ async def test_a_body_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPa
 async def test_the_bodies_that_are_being_read_are_limited() -> None:
     """A client may send many of them, and the last byte of none."""
     bodies = Bodies(100)
-    with bodies.reading() as one, bodies.reading() as other:
+    with bodies.reading("") as one, bodies.reading("") as other:
         one(60)
         other(40)
         http_request, rest = request([b"{}", b"never read"], "application/json")
@@ -394,4 +396,4 @@ async def test_the_bodies_that_are_being_read_are_limited() -> None:
         with pytest.raises(TooManyWaiting, match="too many large bodies"):
             await read_body(http_request)
         assert rest == [b"never read"]
-    assert bodies.n_bytes == 0
+    assert bodies.taken.total() == 0

@@ -29,13 +29,14 @@ from shared.channel.messages import (
     ToRunner,
     Usage,
 )
+from shared.places import has_place
 from worker.chat.code import ChatError, Message, ParserSource
 from worker.chat.handle import HelperDied
 from worker.chat.protocol import Prompt
 from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.reader import Reader
-from worker.engine.slots import has_place, queue_full
+from worker.engine.slots import queue_full
 
 CLOSING = "The model is being unloaded."
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread

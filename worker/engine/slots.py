@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from shared.places import has_place
 from worker.engine.job import Job
 
 RESERVED = 256  # cells of an answer that must be there at its start
@@ -458,16 +459,6 @@ def shares(left: list[int], budget: int) -> list[int]:
     for i in sorted(range(len(left)), key=lambda i: left[i]):
         take(i, budget)
     return taken
-
-
-def has_place(client: str, waiting: Counter[str], most: int) -> bool:
-    """Return whether a client may have one more request among the `most` that wait; `waiting` has those of each.
-
-    It may not have more of them than places are free.  So half of the places that the others leave stay free, however
-    many it sends, and what was accepted is never taken back.  A client without a name is the only one.
-    """
-    free = most - waiting.total()
-    return free > 0 and (not client or waiting[client] < free)
 
 
 def queue_full(most: int) -> str:
