@@ -84,7 +84,9 @@ class Agent:
             settings.data_dir / f"wanted-{self.name}.json", is_on=settings.restore == "on", timing=timing
         )
         self.crashes = Crashes(store.instances)
-        self.restorer = Restorer(self.name, store.instances, self.desired, self.deliver, self._has_files, timing)
+        self.restorer = Restorer(
+            self.name, store.instances, self.desired, self.deliver, self._has_files, self.models, timing
+        )
         self.reconciler = Reconciler(
             self.name,
             epoch,
@@ -231,6 +233,7 @@ class Agent:
             await self.publish(list(self.models.values()))
         if not self.ending.is_set():
             await self.restorer.restore(self.residents.keys())
+            await self.restorer.preload()
         await self._write_uses(is_lost=lease == "no catalog")
         await self.tally.hand_over(self.store.counters.add)
 

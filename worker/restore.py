@@ -1,15 +1,19 @@
-"""Restores the desired instances that a worker does not hold."""
+"""Restores the desired instances that a worker does not hold, and preloads models."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, assert_never
 
 from shared.instance import Instance
 from shared.lifecycle import State
-from shared.store.instances import Instances, NameTaken, NoLease, NotDesired
+from shared.lookup import by_name, of_instance
+from shared.memory.plan import with_settings
+from shared.schema.http import LoadRequest
+from shared.schema.model import Model
+from shared.store.instances import Crashed, Instances, NameTaken, NoLease, NotDesired
 from shared.telemetry import log, trace
 from worker.desired import Desired
 from worker.timing import Timing
@@ -29,17 +33,20 @@ class Restorer:
         desired: Desired,
         deliver: Callable[[str, float], None],
         has_files: Callable[[Instance], bool],
+        models: Mapping[str, Model],
         timing: Timing,
     ) -> None:
         """`deliver` takes the id of a load and its earliest start, in seconds since the epoch.
 
-        `has_files` returns whether the files of an instance can be loaded now.
+        `has_files` returns whether the files of an instance can be loaded now.  `models` is the catalog, by key.
         """
         self._name = name
         self._instances = instances
         self._desired = desired
         self._deliver = deliver
         self._has_files = has_files
+        self._models = models
+        self._preloaded: set[str] = set()  # models that were considered
         self._timing = timing
 
     async def recall(self) -> None:
@@ -87,6 +94,38 @@ class Restorer:
                 self._desired.add(new)
                 self._deliver(new.id, new.not_before)
 
+    async def preload(self) -> None:
+        """Load each model with the setting `preload` of which the worker has no instance, once in the life of a worker.
+
+        Raises what UNAVAILABLE lists.
+        """
+        wanted = [
+            model
+            for model in self._models.values()
+            if model.settings.preload and model.problem is None and model.full_key not in self._preloaded
+        ]
+        if not wanted:
+            return
+        records = [*await self._instances.live_at(self._name), *self._desired.instances.values()]
+        present = [of_instance(self._models, record) for record in records]
+        names = by_name([*self._models.values()])
+        for model in wanted:
+            if not any(one is model for one in present):
+                name = model.base if names[model.base] is model else model.full_key
+                try:
+                    new = await self._instances.create(
+                        preloading(model, name, self._name), fingerprint=model.fingerprint
+                    )
+                except NoLease:
+                    return
+                except Crashed as e:
+                    _log.error("model not preloaded", action="not_preloaded", model=name, reason=e.reason)
+                else:
+                    with log.about(new):
+                        _log.info("preloading", action="preloading", model=name)
+                    self._deliver(new.id, new.not_before)
+            self._preloaded.add(model.full_key)
+
     async def _forget(self, desired: Instance, record: Instance | None) -> None:
         await self._instances.forget_desired(desired)
         self._desired.discard(desired)
@@ -129,6 +168,21 @@ def decide(
             return "drop"
         case _:
             assert_never(record.state)
+
+
+def preloading(model: Model, name: str, worker: str) -> Instance:
+    """Return the record of a load of a model that its worker begins by itself."""
+    return Instance(
+        id=f"load_{uuid.uuid4().hex}",
+        model=name,
+        key=model.key,
+        source=model.source,
+        type=model.type,
+        worker=worker,
+        request=with_settings(LoadRequest(model=name), model),
+        traceparent=str(trace.root()),
+        total_size_bytes=model.size_bytes,
+    )
 
 
 def restoration(desired: Instance, id_: str, number: int, first_pause_s: float) -> Instance:

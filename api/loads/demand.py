@@ -7,7 +7,7 @@ from collections.abc import Collection
 from contextlib import aclosing
 from typing import Any
 
-from msgspec import UNSET, UnsetType, structs
+from msgspec import UNSET, structs
 
 from api.loads.follow import NO_OUTCOME, Follower, ReportedFailure
 from api.loads.jobs import outcome
@@ -18,8 +18,8 @@ from api.pool.roster import Roster
 from shared.errors import ErrorBody, LoadInterrupted, QueueTimeout, QueueUnavailable, ServiceError
 from shared.instance import Instance
 from shared.lifecycle import State
+from shared.memory.plan import with_settings
 from shared.schema.http import LoadRequest
-from shared.schema.model import Model
 from shared.settings import Settings
 from shared.store.instances import FailedRecently
 from shared.store.keys import FAILURE_MEMORY_S
@@ -137,7 +137,11 @@ class OnDemand:
         if not candidates:
             return request  # the intake has the reason
         model = candidates[0].model
-        request = self._with_settings(request, model, ttl_s)
+        if ttl_s is not None and not model.settings.pin:
+            request = structs.replace(request, ttl_seconds=ttl_s)
+        request = with_settings(request, model)
+        if request.ttl_seconds is UNSET and not model.settings.pin:
+            request = structs.replace(request, ttl_seconds=self._settings.jit_ttl_s)
         if model.type != "llm" or model.problem is not None or request.context_length is not UNSET:
             return request
         most = structs.replace(request, context_length=min(self._settings.jit_context, model.max_context_length))
@@ -150,18 +154,6 @@ class OnDemand:
         # If none fits, the worker may still make room, or says what is missing.
         return request if largest is None else structs.replace(request, context_length=largest)
 
-    def _with_settings(self, request: LoadRequest, model: Model, ttl_s: float | None) -> LoadRequest:
-        own = model.settings
-        ttls = (ttl_s, own.ttl_seconds, self._settings.jit_ttl_s)
-        is_llm = model.type == "llm"
-        return structs.replace(
-            request,
-            ttl_seconds=UNSET if own.pin else next(ttl for ttl in ttls if ttl is not None),
-            context_length=_or_unset(own.context_length),
-            parallel=_or_unset(own.parallel if is_llm else None),
-            kv_cache_type=_or_unset(own.kv_cache_type if is_llm else None),
-        )
-
 
 def _other(request: LoadRequest, failed: Instance, body: ErrorBody) -> LoadRequest | None:
     """Return the request for a second load after one that `request` made or joined failed; None if there is none.
@@ -173,10 +165,6 @@ def _other(request: LoadRequest, failed: Instance, body: ErrorBody) -> LoadReque
         return request
     largest = None if body.detail is UNSET else body.detail.get("largest_context_length")
     return structs.replace(request, context_length=largest) if isinstance(largest, int) and largest > 0 else None
-
-
-def _or_unset(value: Any) -> Any | UnsetType:
-    return UNSET if value is None else value
 
 
 def _failure(body: ErrorBody | None, left_s: int = FAILURE_MEMORY_S) -> ServiceError:

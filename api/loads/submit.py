@@ -16,6 +16,7 @@ from api.pool.roster import Candidate, Roster
 from shared.errors import IdempotencyKeyReused, InvalidValue, LoadFailed, QueueFull, crashed_recently
 from shared.instance import Instance
 from shared.memory.placement import Placement
+from shared.memory.plan import with_settings
 from shared.schema.http import LoadRequest
 from shared.store.instances import Crashed, Full, Instances, Joined, KeyTaken, NoLease, Remembered
 from shared.store.queue import Queue
@@ -141,6 +142,8 @@ class Intake:
     ) -> tuple[Candidate, Placement | None] | None:
         """Choose a worker for a load, except those in `without`; None if none is left.  Raises InvalidValue."""
         candidates, _ = self._roster.candidates(request, without)
+        if candidates:  # the chosen one may have other settings; it reserves memory by these
+            request = with_settings(request, candidates[0].model)
         if len(candidates) <= 1:  # it asks its engine itself
             return self._roster.choose(candidates, request) if candidates else None
         return await self._roster.choose_measured(candidates, request, self._queue)
@@ -151,7 +154,8 @@ class Intake:
         Raises NoLease if the worker has lost its lease, KeyTaken, Joined, FailedRecently, Full, and LoadFailed if the
         file cannot be read or crashed the engine recently.
         """
-        model, request = candidate.model, submission.request
+        model = candidate.model
+        request = with_settings(submission.request, model)
         if model.problem is not None:
             raise LoadFailed(model.problem.code, model.type, request.model, model.problem.message)
         try:

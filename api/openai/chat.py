@@ -16,13 +16,15 @@ from api.channel.answer import Answer
 from api.decode import read_any
 from api.errors import shaped
 from api.openai.answer import DONE, Collected, Completion, Heading
-from api.openai.request import decoded, generate, ttl_s
+from api.openai.request import ChatRequest, decoded, generate, ttl_s
+from api.pool.roster import Roster
 from api.state import State
 from api.waiting import HEARTBEAT_S, EventStream, waited_for
 from shared import paths
 from shared.channel.messages import Deltas, Ended, Generate
 from shared.errors import InvalidValue, QueueUnavailable, ServiceError
 from shared.instance import Instance
+from shared.schema.model import ModelSettings
 from shared.telemetry import log
 
 HEARTBEAT = b":\n\n"  # a bare comment: some clients take ": text" for the end of the stream
@@ -40,7 +42,7 @@ async def chat_completions(request: Request[State]) -> Response:
     choices = asked.n or 1
     ask = Ask(
         model=asked.model,
-        order=partial(_order, generate(asked, request.state["caller"])),
+        order=partial(_order, asked, generate(asked, request.state["caller"]), request.state["roster"]),
         route=paths.CHAT_COMPLETIONS,
         prompt=MESSAGES,
         ttl_s=ttl_s(asked),
@@ -59,15 +61,19 @@ async def chat_completions(request: Request[State]) -> Response:
     return Response(msgspec.json.encode(completion), headers=headers, media_type="application/json")
 
 
-def _order(order: Generate, instance: Instance) -> Generate:
-    """Return the order for an instance.  Raises InvalidValue if it cannot generate so many answers at once."""
+def _order(asked: ChatRequest, order: Generate, roster: Roster, instance: Instance) -> Generate:
+    """Return the order for an instance, with the settings of its model.
+
+    Raises InvalidValue if it cannot generate so many answers at once.
+    """
     config = instance.load_config
     parallel = config.parallel if config is not None and config.parallel is not msgspec.UNSET else 1
     if order.choices > parallel:
         raise InvalidValue(
             f"'n': expected at most {parallel}, the 'parallel' of the instance, got {order.choices}.", param="n"
         )
-    return order
+    settings = roster.settings_of(instance)
+    return order if settings == ModelSettings() else generate(asked, order.client, settings)
 
 
 async def collected(answer: Answer, heading: Heading, choices: int) -> Completion:

@@ -15,6 +15,7 @@ from api.decode import known
 from shared.channel.messages import Generate, Sampling
 from shared.errors import InvalidValue, NotSupported
 from shared.schema.http import Seconds
+from shared.schema.model import ModelSettings, SamplingSettings
 
 DEEPEST = 64  # nesting of a conversation: llama.cpp's template code recurses over it
 MOST_PIECES = 65_536  # messages of a conversation, and their parts: to check and to render each takes microseconds
@@ -23,6 +24,8 @@ MOST_ALTERNATIVES = 20  # `top_logprobs`, as OpenAI has it
 UNLIMITED = -1  # of `max_tokens`, as LM Studio's clients send it
 ROLES = {"developer": "system"}  # the others are their own
 TEMPERATURES, PENALTIES, BIASES = (0.0, 2.0), (-2.0, 2.0), (-100.0, 100.0)
+
+UNSET_SETTINGS = ModelSettings()
 
 Limit = Annotated[int, Meta(ge=UNLIMITED)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -201,13 +204,13 @@ def decoded(body: bytes) -> ChatRequest:
     return request
 
 
-def generate(request: ChatRequest, client: str) -> Generate:
-    """Translate a request for a runner, without an id.  Raises InvalidValue."""
+def generate(request: ChatRequest, client: str, settings: ModelSettings = UNSET_SETTINGS) -> Generate:
+    """Translate a request for a runner, without an id.  `settings` are those of the model.  Raises InvalidValue."""
     effort = request.reasoning_effort
     variables = {**({"reasoning_effort": effort} if effort else {}), **(request.chat_template_kwargs or {})}
     thinks = variables.pop("enable_thinking", False if effort == "none" else None)
     conversation = {
-        "messages": [_rendered(message) for message in request.messages],
+        "messages": [*_prompted(request, settings), *(_rendered(message) for message in request.messages)],
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": request.continue_final_message,
         "enable_thinking": thinks,
@@ -220,7 +223,7 @@ def generate(request: ChatRequest, client: str) -> Generate:
         conversation=msgspec.json.encode({key: value for key, value in conversation.items() if value is not None}),
         choices=request.n or 1,
         max_tokens=None if limit is None or limit == UNLIMITED else min(limit, LARGEST),
-        sampling=_sampling(request),
+        sampling=_sampling(request, settings.sampling),
         stop=_stops(request.stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
@@ -311,10 +314,17 @@ def _rendered(message: Message) -> dict[str, Any]:
     return rendered
 
 
-def _sampling(request: ChatRequest) -> Sampling:
-    given = {name: value for name in Sampling.__struct_fields__ if (value := getattr(request, name)) is not None} | {
-        "logit_bias": _biases(request.logit_bias)
-    }
+def _prompted(request: ChatRequest, settings: ModelSettings) -> list[dict[str, Any]]:
+    """Return the system prompt of the model for a conversation that has none of its own."""
+    if settings.system_prompt is None or any(message.role in ("system", "developer") for message in request.messages):
+        return []
+    return [{"role": "system", "content": settings.system_prompt}]
+
+
+def _sampling(request: ChatRequest, settings: SamplingSettings) -> Sampling:
+    given = {name: value for name in Sampling.__struct_fields__ if (value := getattr(request, name)) is not None}
+    of_model = {name: value for name, value in msgspec.structs.asdict(settings).items() if value is not None}
+    given = {**of_model, **given, "logit_bias": _biases(request.logit_bias)}
     if given.get("seed") == UNLIMITED:
         del given["seed"]
     return Sampling(**given)

@@ -8,6 +8,7 @@ from api.pool.roster import Candidate, Measured, Roster, is_same
 from shared.errors import LoadFailed
 from shared.memory.estimate import MOST_BYTES
 from shared.memory.placement import DRY_RUNS, Constraints, Demand, Placement, available, once_gone, place, place_now
+from shared.memory.plan import with_settings
 from shared.schema.http import EstimatedDevice, EstimateResult, LoadRequest
 from shared.schema.memory import CPU, Holding
 from shared.schema.snapshot import Sizing, WorkerSnapshot
@@ -29,6 +30,7 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
     candidates, known = roster.candidates(request)
     if not candidates:
         raise roster.nowhere(request, known)
+    request = with_settings(request, candidates[0].model)
     best, placed = roster.choose(candidates, request)
     model = best.model
     if model.problem is not None:

@@ -27,12 +27,14 @@ class Loaded:
         """Return the loaded LLM that `name` means: the id of an instance, or a key of its model.
 
         Of several instances of a key, returns the one for which `busy` is lowest, the oldest of these.  A plain key
-        also means a loaded variant that it does not select.  Without a name, returns the only loaded LLM.  `without`:
+        also means a loaded variant that it does not select.  Without a name, returns
+        that of the default model, or else the only loaded LLM.  `without`:
         ids of loads whose instances do not count.  Raises
         ModelNotFound, ModelNotLoaded, MissingParameter, InvalidValue if the name is that of an embedding model, and
         what UNAVAILABLE lists.
         """
         loaded = [instance for instance in await self._flight(None) if instance.id not in without]
+        name = name or self._roster.named(LoadRequest(model="")).model  # the default model
         if not name:
             llms = [instance for instance in loaded if instance.type == "llm"]
             if len(llms) != 1:

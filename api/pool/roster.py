@@ -19,7 +19,7 @@ from shared.memory.placement import Constraints, Demand, Placement, place
 from shared.memory.plan import plan
 from shared.schema.http import GPURequest, LoadRequest
 from shared.schema.memory import Holding, Usage
-from shared.schema.model import Model
+from shared.schema.model import Model, ModelSettings
 from shared.schema.snapshot import Sizing, WorkerSnapshot, short
 from shared.settings import Settings
 from shared.store.keys import RETAIN_S
@@ -145,6 +145,11 @@ class Roster:
         """Return the model of a loaded instance as its worker lists it now; None if its files are gone."""
         names = self._names.get(instance.worker)
         return None if names is None else of_instance(names.models, instance)
+
+    def settings_of(self, instance: Instance) -> ModelSettings:
+        """Return the settings of the model of a loaded instance as its worker has them now."""
+        model = self.model_of(instance)
+        return ModelSettings() if model is None else model.settings
 
     def meant(self, name: str) -> dict[str, Model]:
         """Return the models with a name, by worker, of all workers of the last day."""

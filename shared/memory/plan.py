@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from msgspec import UNSET, Struct
+from typing import Any
+
+from msgspec import UNSET, Struct, structs
 
 from shared.schema.http import KVCacheType, LoadRequest
 from shared.schema.model import RECURRENT, Model
@@ -36,6 +38,24 @@ class Plan(Struct, frozen=True, kw_only=True):
     repack: bool = False  # rearrange the weights on the CPU for faster decoding (use_extra_bufts)
     expert_override: tuple[str, int] | None  # metadata key and value: the number of experts per token
     moe: bool
+
+
+def with_settings(request: LoadRequest, model: Model) -> LoadRequest:
+    """Return a request with the settings of its model for what it leaves out, as far as the rest of it allows."""
+    own = model.settings
+    ours: dict[str, Any] = {
+        "context_length": own.context_length,
+        "ttl_seconds": None if own.pin else own.ttl_seconds,
+    }
+    if model.type == "llm":
+        context_length = own.context_length if request.context_length is UNSET else request.context_length
+        limits = (own.parallel, context_length, request.eval_batch_size, request.physical_batch_size)
+        if own.parallel is not None:
+            ours["parallel"] = min(limit for limit in limits if limit is not None and limit is not UNSET)
+        if request.flash_attention is not False:
+            ours["kv_cache_type"] = own.kv_cache_type
+    missing = {name: value for name, value in ours.items() if value is not None and getattr(request, name) is UNSET}
+    return structs.replace(request, **missing)
 
 
 def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:

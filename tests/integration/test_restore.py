@@ -21,7 +21,7 @@ from shared.errors import ErrorBody
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, Event, State
 from shared.schema.http import LoadConfig, LoadRequest
-from shared.schema.model import FileStat, Model, Problem
+from shared.schema.model import FileStat, Model, ModelSettings, Problem
 from shared.store.keys import RETAIN_S
 from shared.telemetry.trace import parse, root
 from tests.integration.conftest import hold
@@ -760,7 +760,9 @@ async def test_instance_of_another_worker_is_not_recalled(agent: Agent) -> None:
     left = await left_loaded(agent)
     agent.desired.instances.clear()
     assert await agent.store.instances.desired("another") == {}
-    restorer = Restorer("another", agent.store.instances, agent.desired, agent.deliver, lambda _: True, agent.timing)
+    restorer = Restorer(
+        "another", agent.store.instances, agent.desired, agent.deliver, lambda _: True, agent.models, agent.timing
+    )
     await restorer.recall()
     assert agent.desired.instances == {}
     assert await agent.store.instances.desired("w") == {"p/llama": left.id}
@@ -774,6 +776,52 @@ async def test_restore_off_clears_redis(agent: Agent) -> None:
     assert agent.desired.instances == {}
     await agent.restorer.restore(agent.residents)
     assert len(await jobs(agent)) == 1
+
+
+# ---- preloading
+
+
+def preloading(agent: Agent) -> None:
+    settings = ModelSettings(preload=True, context_length=256)
+    agent.models["p/llama"] = msgspec.structs.replace(agent.models["p/llama"], settings=settings)
+
+
+async def test_a_model_is_preloaded_once(agent: Agent) -> None:
+    await agent.restorer.preload()
+    assert await jobs(agent) == []
+    preloading(agent)
+    await agent.restorer.preload()
+    loaded = await restored(agent, "p/llama")
+    assert (loaded.key, loaded.restoring, loaded.request.context_length) == ("p/llama", 0, 256)
+    await agent.store.instances.request_stop(loaded.id)
+    agent.stop(loaded.id)
+    await until(lambda: loaded.id not in agent.residents, "it is unloaded")
+    await agent.restorer.preload()
+    assert len(await jobs(agent)) == 1, "what a client unloads stays unloaded"
+
+
+async def test_a_model_that_is_desired_is_not_preloaded(agent: Agent) -> None:
+    preloading(agent)
+    agent.desired.add(await lost(agent))
+    await agent.restorer.preload()
+    assert len(await jobs(agent)) == 1
+
+
+async def test_a_model_that_is_queued_is_not_preloaded(agent: Agent) -> None:
+    preloading(agent)
+    await submitted(agent)
+    await agent.restorer.preload()
+    assert len(await jobs(agent)) == 1
+
+
+async def test_a_model_is_preloaded_once_the_lease_is_held(agent: Agent) -> None:
+    preloading(agent)
+    await agent.store.workers.release("w", agent.epoch)
+    await agent.restorer.preload()
+    assert await jobs(agent) == []
+    assert await agent.store.workers.renew(agent.snapshot()) == "held"
+    await agent.restorer.preload()
+    await restored(agent, "p/llama")
 
 
 # ---- giving up the loads of a dead process

@@ -13,9 +13,9 @@ from msgspec import UNSET, structs
 
 from api.pool.limits import check
 from shared.errors import InvalidValue
-from shared.memory.plan import ENCODED, IDLE, MEAN, MOST_SEQUENCES, OUTPUT_BYTES, UBATCH
+from shared.memory.plan import ENCODED, IDLE, MEAN, MOST_SEQUENCES, OUTPUT_BYTES, UBATCH, with_settings
 from shared.schema.http import LoadRequest
-from shared.schema.model import RECURRENT, Dimensions, Model
+from shared.schema.model import RECURRENT, Dimensions, Model, ModelSettings
 from shared.settings import Settings
 from worker.runner.parameters import plan
 from worker.runner.protocol import Load
@@ -317,3 +317,36 @@ def test_a_quantized_cache_the_engine_would_refuse_is_refused(
 )
 def test_a_field_without_effect_is_not_refused(fields: dict[str, Any], of: dict[str, Any]) -> None:
     check(request(**fields), model(**of))
+
+
+# ---- the settings of the model
+
+
+OWN = ModelSettings(context_length=2048, parallel=8, kv_cache_type="q8_0", ttl_seconds=60)
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({}, {"context_length": 2048, "parallel": 8, "kv_cache_type": "q8_0", "ttl_seconds": 60}),
+        ({"parallel": 1, "ttl_seconds": 5}, {"parallel": 1, "ttl_seconds": 5}),
+        ({"context_length": 4}, {"context_length": 4, "parallel": 4}),
+        ({"physical_batch_size": 2}, {"parallel": 2}),
+        ({"flash_attention": False}, {"kv_cache_type": UNSET}),
+        ({"kv_cache_type": "f16"}, {"kv_cache_type": "f16"}),
+    ],
+)
+def test_a_request_gets_the_settings_that_it_leaves_out(request_: dict[str, Any], expected: dict[str, Any]) -> None:
+    settled = with_settings(LoadRequest(model="p/m", **request_), model(settings=OWN))
+    assert {name: getattr(settled, name) for name in expected} == expected
+    check(settled, model(settings=OWN))
+
+
+def test_only_what_an_embedding_model_has_is_set() -> None:
+    settled = with_settings(LoadRequest(model="p/m"), model(type="embedding", settings=OWN))
+    assert settled == LoadRequest(model="p/m", context_length=2048, ttl_seconds=60)
+
+
+def test_a_pinned_model_has_no_ttl() -> None:
+    pinned = structs.replace(OWN, pin=True)
+    assert with_settings(LoadRequest(model="p/m"), model(settings=pinned)).ttl_seconds is UNSET

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from shared.lookup import by_name, folded, spelled, spellings
+from shared.memory.estimate import BLOCK
 from shared.schema.model import FileStat, Model, ModelSettings, SamplingSettings
 
 FILE = "models.toml"
@@ -164,6 +165,12 @@ def applied(settings: Settings, models: Sequence[Model]) -> tuple[list[Model], l
                 f'{MODELS}."{model.key}".context_length: the maximum of the model is {model.max_context_length}'
             )
             del merged["context_length"]
+        heads = model.dimensions
+        if merged.get("kv_cache_type", "f16") != "f16" and heads and (heads.key_length | heads.value_length) % BLOCK:
+            problems.append(
+                f'{MODELS}."{model.key}".kv_cache_type: heads of {heads.key_length} elements cannot be quantized'
+            )
+            del merged["kv_cache_type"]
         chosen = msgspec.convert({**merged, "is_default": default in of_model}, ModelSettings)
         found.append(model if chosen == model.settings else msgspec.structs.replace(model, settings=chosen))
     return found, problems
