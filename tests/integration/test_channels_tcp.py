@@ -246,6 +246,13 @@ def test_a_worker_advertises_where_it_is_reached(listen: str, advertise: str, lo
         assert (opened_port.address.host, opened_port.address.port) == (host, port or bound)
 
 
+def test_an_advertised_address_outlasts_a_connection_to_redis() -> None:
+    local = ["10.0.0.8", "", "10.0.0.7"]
+    with opened(Settings(worker_listen="0.0.0.0:0"), local.pop) as port:
+        assert port is not None
+        assert [port.address.host for _ in range(3)] == ["10.0.0.7", "10.0.0.7", "10.0.0.8"]
+
+
 def test_a_port_that_is_taken_stops_the_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"

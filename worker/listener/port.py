@@ -11,7 +11,10 @@ from contextlib import contextmanager
 
 from shared.channel.address import Tcp
 from shared.settings import Settings, SettingsError, variable
+from shared.telemetry import log
 from worker.listener.protocol import BACKLOG, Identity
+
+_log = log.get("worker")
 
 
 class Port:
@@ -22,7 +25,7 @@ class Port:
     ) -> None:
         """`host` and `port`: what to advertise instead of the bound address; empty and None if nothing.
 
-        `local_host` returns the address of this host on the network of Redis.
+        `local_host` returns the address of this host on the network of Redis, empty if there is no connection.
         """
         self.listening = listening
         self.identity = identity
@@ -30,12 +33,15 @@ class Port:
         self._host = host or ("" if ipaddress.ip_address(bound_host).is_unspecified else bound_host)
         self._port = port
         self._local_host = local_host
+        self._last_local = "127.0.0.1"  # all that is known with a Redis on a Unix socket
 
     @property
     def address(self) -> Tcp:
         """Where clients reach the port now: the address of this host may change."""
-        host = self._host or self._local_host() or "127.0.0.1"  # the last: a Redis on a Unix socket
-        return Tcp(host=host, port=self._port or self._bound_port, certificate=self.identity.digest)
+        self._last_local = self._local_host() or self._last_local
+        return Tcp(
+            host=self._host or self._last_local, port=self._port or self._bound_port, certificate=self.identity.digest
+        )
 
 
 @contextmanager
@@ -48,6 +54,8 @@ def opened(settings: Settings, local_host: Callable[[], str]) -> Iterator[Port |
 
     host, number = _split(settings.worker_listen)
     with _listening(settings, host, number or 0) as listening:
+        bound = listening.getsockname()
+        _log.info("listening for channels", action="port_opened", host=bound[0], port=bound[1])
         yield Port(listening, self_signed(), *_split(settings.worker_advertise), local_host)
 
 
