@@ -16,6 +16,7 @@ import pytest
 
 from shared.schema.snapshot import WorkerSnapshot
 from shared.synthetic import models as synthetic
+from tests.support.runners import holds
 from tests.support.service import TINY, Process, Service, below, is_alive, until, up, wait_gone
 from worker.engine.confine import OPEN_FILES
 from worker.sandbox import landlock, seccomp
@@ -100,6 +101,15 @@ def test_readers_of_model_files_have_no_secrets(service: Service) -> None:
         assert "hush" not in proc(process, "environ")
         assert {"PATH", "CUDA_VISIBLE_DEVICES"} <= names
         assert not any(name.startswith("LOADSTONE_") for name in names)
+
+
+def test_no_secret_is_in_the_memory_of_a_runner(service: Service) -> None:
+    """A runner has a copy of the memory of the process that it was forked from."""
+    redis = str(service.data_dir / "redis/redis.sock").encode()
+    assert holds(service.worker().pid, redis)
+    runner = service.runners()[0]
+    assert not holds(runner.pid, redis)
+    assert not holds(runner.pid, b"u:hush@h"), "a variable of another service"
 
 
 def test_a_stopped_runner_dies_with_its_worker(tmp_path: Path) -> None:

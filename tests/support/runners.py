@@ -45,12 +45,17 @@ def has_variable(pid: int, variable: str) -> bool:
 
     /proc/PID/environ shows only the initial environment; the argument of putenv is in the memory of the process.
     """
+    return holds(pid, variable.encode() + b"\0")
+
+
+def holds(pid: int, data: bytes) -> bool:
+    """Return whether a process has these bytes in its memory, outside of files."""
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb") as memory:
         for line in maps:
             place, rights, _, _, inode, *_ = line.split()
             if rights.startswith("rw") and inode == "0":
                 start, end = (int(bound, 16) for bound in place.split("-"))
                 memory.seek(start)
-                if variable.encode() + b"\0" in memory.read(end - start):
+                if data in memory.read(end - start):
                     return True
     return False
