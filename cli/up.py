@@ -38,7 +38,7 @@ API_GRACE_S = 3.0  # after its drain; longer than GRACE_S of the API
 WORKER_GRACE_S = 5.0  # without a drain: the API has ended before, and with it all requests
 REDIS_GRACE_S = 1.0
 
-LONE_WORKER_GRACE_S = 10.0  # after its drain, for a worker of a pool, whose loads are requeued at other workers
+LONE_WORKER_GRACE_S = 15.0  # after its drain, for a worker of a pool, whose loads are requeued at other workers
 WATCHDOG_S = 30.0  # a beat may take about 15 s if Redis hangs
 
 

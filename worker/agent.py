@@ -263,13 +263,17 @@ class Agent:
     # ---- the end
 
     async def finish(self) -> None:
-        """Refuse new loads and requests, requeue loads in progress, and let the requests that run end within `drain_s`.
+        """Refuse new loads and requests, requeue loads in progress, and stop each runner after its last request, or all
+        after `drain_s`.
 
-        The agent beats meanwhile: its lease holds, and API processes send their requests elsewhere.
+        The agent beats meanwhile, so that its lease holds and API processes send their requests elsewhere, and the
+        listener carries the last answers.
         """
         self._begin_to_end()
         if self.tasks:
             await asyncio.wait(self.tasks.values(), timeout=self.settings.drain_s)
+        self.out_of_time.set()
+        await self._wait_for_residents()
 
     def _begin_to_end(self) -> None:
         self.ending.set()
