@@ -56,6 +56,7 @@ DOCUMENTED = (
     "insts:",
     "idem:",
     "failed:",
+    "left:",
     "crashed:",
     "lease:",
     "worker:",
@@ -67,7 +68,7 @@ DOCUMENTED = (
     "arq:",
 )
 NAMES = {"insts", "names", "queued", "pace", "jobs", "workers", "counters", "tallies", "logs"}
-KEPT = ("catalog-", "worker-", "wanted-")  # what a worker's data directory may contain
+KEPT = ("catalog-", "devices", "worker-", "wanted-")  # what a worker's data directory may contain
 
 
 class Paused(NamedTuple):
@@ -78,10 +79,10 @@ class Paused(NamedTuple):
 class Pool:
     """Two workers with the same models, two APIs and a Redis."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, n_models: int = N_MODELS) -> None:
         self.home = home
         self.tmp = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: the path of a socket has at most 107 bytes
-        for n in range(N_MODELS):
+        for n in range(n_models):
             synthetic.tiny_llama(home / f"models/acme/m{n}/m{n}-f16.gguf")
         self.redis = RedisServer(home / "redis")
         self.workers = {name: self.worker(name, 0) for name in ("w1", "w2")}
@@ -274,9 +275,7 @@ class Chaos:
         self.dice = random.Random(seed)
         self.paused: list[Paused] = []
         self.done: Counter[str] = Counter()
-
-    def rage(self, seconds: float) -> None:
-        deeds: list[Callable[[], None]] = [
+        self.deeds: list[Callable[[], None]] = [
             *[self.kill_runner] * 3,
             *[self.pause_runner] * 2,
             self.kill_worker,
@@ -291,9 +290,10 @@ class Chaos:
             self.kill_helper,
             *[self.cut_connections] * 2,
         ]
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            deed = self.dice.choice(deeds)
+
+    def rage(self, goes_on: Callable[[], bool]) -> None:
+        while goes_on():
+            deed = self.dice.choice(self.deeds)
             self.done[deed.__name__] += 1
             deed()
             self._resume(time.monotonic())
@@ -513,7 +513,8 @@ def run(home: Path, seconds: float, seed: int) -> None:
         clients, chaos = Clients(pool, seed), Chaos(pool, seed)
         clients.start()
         try:
-            chaos.rage(seconds)
+            end = time.monotonic() + seconds
+            chaos.rage(lambda: time.monotonic() < end)
         finally:
             chaos._resume(float("inf"))
             clients.stop()

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -127,14 +127,16 @@ def wait_gone(group: list[Process], within_s: float = PATIENCE_S) -> None:
 class Running:
     """A `loadstone` command in the background, with its output in files."""
 
-    def __init__(self, directory: Path, *words: str, environ: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, directory: Path, *words: str, environ: Mapping[str, str] = {}, prefix: Sequence[str] = ()
+    ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._out, self._err = directory / "stdout", directory / "stderr"
         ours = {"HOME": str(directory), **NO_INDEX, **environ}
         with self._out.open("w") as out, self._err.open("w") as err:
             self.popen = subprocess.Popen(
-                [str(LOADSTONE), *words],
+                [*prefix, str(LOADSTONE), *words],
                 env={name: value for name, value in os.environ.items() if not name.startswith("LOADSTONE_")} | ours,
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
