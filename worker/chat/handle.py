@@ -50,6 +50,10 @@ class HelperDied(Exception):
     """The helper died of a message; the message of the exception says how."""
 
 
+class HelpersEnded(HelperDied):
+    """The process that starts helpers has ended: this process can render and parse nothing any more."""
+
+
 class Helper:
     """Starts helpers, and asks them.  All methods may be called from any thread, except `close`."""
 
@@ -148,7 +152,7 @@ class Helper:
             with suppress(OSError):
                 _, descriptors, _, _ = socket.recv_fds(self._zygote, len(FORK), 1)
             if not descriptors:
-                raise HelperDied("the process that starts helpers has ended")
+                raise HelpersEnded("the process that starts helpers has ended")
             self._connection = socket.socket(fileno=descriptors[0])
             self._connection.settimeout(SILENT_S)
             if self._template is not None:

@@ -6,6 +6,8 @@ All of it runs in the thread of one asyncio loop, except `hand_out`.
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -31,7 +33,7 @@ from shared.channel.messages import (
 )
 from shared.places import has_place
 from worker.chat.code import ChatError, Message, ParserSource
-from worker.chat.handle import HelperDied
+from worker.chat.handle import HelperDied, HelpersEnded
 from worker.chat.protocol import Prompt
 from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
@@ -39,6 +41,7 @@ from worker.engine.reader import Reader
 from worker.engine.slots import queue_full
 
 CLOSING = "The model is being unloaded."
+BROKEN = 1  # exit status of a runner that cannot answer any more
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
 
 
@@ -234,6 +237,9 @@ class Requests:
         except ChatError as e:
             message = f"The model's chat template rejects the conversation: {e}"
             raise Refusal(refused(code="invalid_request", message=message, param="messages")) from None
+        except HelpersEnded as e:
+            sys.stderr.write(f"error: {e}\n")
+            os._exit(BROKEN)  # else the instance would stay, and refuse every conversation
         except HelperDied as e:
             message = f"The model's chat template cannot render this conversation: {e}."
             raise Refusal(refused(code="helper_crashed", message=message, param="messages")) from None

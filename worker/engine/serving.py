@@ -15,10 +15,9 @@ from worker.engine.decode import Engine, decoding_threads
 from worker.engine.gate import Gate
 from worker.engine.llama import Loaded, Log
 from worker.engine.loop import Counters, Loop
-from worker.engine.requests import Ends, Requests
+from worker.engine.requests import BROKEN, Ends, Requests
 from worker.runner.protocol import Load, Pong
 
-BROKEN = 1  # exit status
 LATEST_S = 0.05  # after Ready
 NO_TEMPLATE = "The model has no chat template."
 
