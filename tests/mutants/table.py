@@ -829,9 +829,9 @@ MUTANTS = (
     ),
     Mutant(
         "what can be refused is refused with its status",
-        "api/openai/chat.py",
-        "        await waited_for(request, accepted(answer))\n",
-        "",
+        "api/answering.py",
+        "                    raise refusal(message, ask.prompt)",
+        "                    return answer",
         (f"{ACCEPTANCE}chat.py",),
     ),
     Mutant(
