@@ -36,15 +36,16 @@ pytestmark = pytest.mark.usefixtures("forkserver")
 
 KEYS = ("p/a", "p/b")
 LATER_S = 7200.0
+LONG = 32_768  # tokens
 ROUNDS = 4
 
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of the same size."""
+    """Two models of the same size, with a context for an answer that lasts as long as a test needs it."""
     root = tmp_path_factory.mktemp("models")
     for key in KEYS:
-        tiny_llama(root / key / "m-f16.gguf", tokenizer="bpe")
+        tiny_llama(root / key / "m-f16.gguf", tokenizer="bpe", metadata={"llama.context_length": LONG})
     return root
 
 
@@ -83,8 +84,25 @@ async def start(begin: Begin, tmp_path: Path) -> AsyncIterator[Start]:
 
 @asynccontextmanager
 async def answering(loaded: Loaded, instance: Instance) -> AsyncIterator[asyncio.Task[list[FromRunner]]]:
+    """Begin an answer up to the end of the context before the block, and wait for its end after it."""
+    asking = await begun(loaded, instance)
+    yield asking
+    await asyncio.wait([asking])
+
+
+@asynccontextmanager
+async def busy(loaded: Loaded, instance: Instance) -> AsyncIterator[None]:
+    """Keep an instance busy for the block.  At its end the client leaves."""
+    asking = await begun(loaded, instance)
+    yield
+    assert not asking.done()
+    asking.cancel()
+    await asyncio.wait([asking])
+
+
+async def begun(loaded: Loaded, instance: Instance) -> asyncio.Task[list[FromRunner]]:
     """Ask for an answer up to the end of the context, and wait until it has begun."""
-    begun = asyncio.Event()
+    is_begun = asyncio.Event()
     request = Generate(id=0, client="c", conversation=CONVERSATION, sampling=ENDLESS)
 
     async def ask() -> list[FromRunner]:
@@ -93,13 +111,12 @@ async def answering(loaded: Loaded, instance: Instance) -> AsyncIterator[asyncio
             async for message in answer:
                 messages.append(message)
                 if isinstance(message, Started):
-                    begun.set()
+                    is_begun.set()
         return messages
 
     asking = asyncio.create_task(ask())
-    await until(lambda: begun.is_set() or asking.done(), "the answer has begun")
-    yield asking
-    await asyncio.wait([asking])
+    await until(is_begun.is_set, "the answer has begun")
+    return asking
 
 
 def is_whole(messages: list[FromRunner]) -> bool:
@@ -153,25 +170,35 @@ async def test_a_runner_that_dies_is_not_waited_for(start: Start) -> None:
 # ---- unload
 
 
-async def test_an_unload_lets_answers_end_and_begins_no_others(start: Start) -> None:
+async def test_an_unload_lets_answers_end(start: Start) -> None:
     loaded = await start(unload_wait_s=LATER_S)
-    instance = await loaded.load(key=KEYS[0], context_length=1024)
+    instance = await loaded.load(key=KEYS[0])
     async with answering(loaded, instance) as answer:
         loaded.agent.stop(instance.id)
-        refused = False
-        while not refused and not answer.done():
-            refused = is_refused(await loaded.ask(instance))
-        assert refused
-        assert (await record(loaded.agent, instance.id)).state is State.UNLOADING
     assert is_whole(answer.result())
     await released(loaded.agent, instance.id)
     assert (await states(loaded.agent, instance.id))[-2:] == [State.UNLOADING, State.UNLOADED]
     assert loaded.runners[instance.id].status == 0
 
 
+async def test_an_unload_begins_no_other_answer(start: Start) -> None:
+    loaded = await start(unload_wait_s=LATER_S)
+    instance = await loaded.load(key=KEYS[0], context_length=LONG)
+    async with busy(loaded, instance):
+        loaded.agent.stop(instance.id)
+
+        async def refuses() -> bool:
+            return is_refused(await loaded.ask(instance))
+
+        await until(refuses, "requests are refused")
+        assert (await record(loaded.agent, instance.id)).state is State.UNLOADING
+    await released(loaded.agent, instance.id)
+    assert (await record(loaded.agent, instance.id)).state is State.UNLOADED
+
+
 async def test_an_unload_ends_answers_when_its_wait_is_over(start: Start) -> None:
     loaded = await start(unload_wait_s=0.0)
-    instance = await loaded.load(key=KEYS[0])
+    instance = await loaded.load(key=KEYS[0], context_length=LONG)
     asked = [asyncio.create_task(loaded.ask(instance, n=None)) for _ in range(10)]
     await until(lambda: loaded.channels.busy(instance) == 10, "ten requests")
     loaded.agent.stop(instance.id)
@@ -201,7 +228,7 @@ async def test_a_drain_lets_answers_end(start: Start) -> None:
 
 async def test_a_drain_that_is_over_ends_an_unload_that_waits(start: Start) -> None:
     loaded = await start(unload_wait_s=LATER_S, drain_s=0.0)
-    instance = await loaded.load(key=KEYS[0])
+    instance = await loaded.load(key=KEYS[0], context_length=LONG)
     asked = [asyncio.create_task(loaded.ask(instance, n=None)) for _ in range(10)]
     await until(lambda: loaded.channels.busy(instance) == 10, "ten requests")
     loaded.agent.stop(instance.id)
@@ -219,11 +246,21 @@ async def test_a_drain_that_is_over_ends_an_unload_that_waits(start: Start) -> N
 async def test_a_ttl_counts_from_the_last_answer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of the worker shows hours later while an answer is under way."""
     loaded = await start(Timing(silence_s=0.02))
-    instance = await loaded.load(key=KEYS[0], ttl_s=LATER_S / 2)
-    async with answering(loaded, instance) as answer:
+    instance = await loaded.load(key=KEYS[0], ttl_s=LATER_S / 2, context_length=LONG)
+    runner, closed = loaded.runners[instance.id], list[bool]()
+    close_if_unused = runner.close_if_unused
+
+    async def noted(since: float) -> bool:
+        closed.append(await close_if_unused(since))
+        return closed[-1]
+
+    async with busy(loaded, instance):
+        monkeypatch.setattr(runner, "close_if_unused", noted)
         later = SimpleNamespace(time=lambda: time.time() + LATER_S, monotonic=time.monotonic)
         monkeypatch.setattr(worker.instance, "time", later)
-    assert is_whole(answer.result())
+        await until(lambda: len(closed) > 1, "the runner was asked twice")
+        assert closed[:2] == [False, False]
+        assert (await record(loaded.agent, instance.id)).state is State.LOADED
     await released(loaded.agent, instance.id)
     assert (await record(loaded.agent, instance.id)).state is State.UNLOADED
 
@@ -247,7 +284,7 @@ async def test_a_request_after_the_load_defers_the_ttl(start: Start, monkeypatch
 async def tight(start: Start, monkeypatch: pytest.MonkeyPatch) -> Loaded:
     """A worker with room for one of the models, and the first of them loaded."""
     loaded = await start(Timing(beat_s=0.02), evict="any", device_reserve="0", request_wait_s=LATER_S)
-    instance = await loaded.load(1, KEYS[0])
+    instance = await loaded.load(1, KEYS[0], context_length=LONG)
     n_bytes = loaded.agent.placer.ledger.reservations[instance.id].bytes[CPU] * 3 // 2
     reading = Reading(id=CPU, is_gpu=False, name="CPU", total_bytes=n_bytes, free_bytes=n_bytes)
     monkeypatch.setattr(loaded.agent.devices, "read", lambda: [reading])
@@ -260,26 +297,25 @@ async def first(loaded: Loaded) -> Instance:
 
 
 async def test_an_idle_instance_is_evicted(tight: Loaded) -> None:
-    second = await tight.load(2, KEYS[1])
+    second = await tight.load(2, KEYS[1], context_length=LONG)
     assert second.evicted == [KEYS[0]]
     assert (await first(tight)).state is State.UNLOADED
 
 
 async def test_a_load_waits_for_a_busy_instance(tight: Loaded) -> None:
     """Its runner decides: the worker has not heard of the answer."""
-    async with answering(tight, await first(tight)) as answer:
-        second = await tight.begun(KEYS[1], number=2)
+    async with busy(tight, await first(tight)):
+        second = await tight.begun(KEYS[1], number=2, context_length=LONG)
         await tight.refused_eviction()
         assert (await record(tight.agent, second.id)).state is State.QUEUED
-    assert is_whole(answer.result())
     assert (await tight.reached(second.id, State.LOADED)).evicted == [KEYS[0]]
 
 
 async def test_a_load_that_waits_for_a_busy_instance_can_be_cancelled(
     tight: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    busy(tight, monkeypatch)
-    second = await tight.begun(KEYS[1], number=2)
+    report_busy(tight, monkeypatch)
+    second = await tight.begun(KEYS[1], number=2, context_length=LONG)
     await until(lambda: second.id in tight.agent.placer._demands, "it waits")
     await tight.agent.store.instances.request_stop(second.id)
     tight.agent.stop(second.id)
@@ -287,7 +323,7 @@ async def test_a_load_that_waits_for_a_busy_instance_can_be_cancelled(
     assert (await first(tight)).state is State.LOADED
 
 
-def busy(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def report_busy(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the first instance report a request that runs."""
     resident = type(loaded.agent.residents["load_1"])
     reported = property(lambda self: Requests(int(self.id == "load_1"), 0, 0, time.time()))
@@ -295,10 +331,10 @@ def busy(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_load_waits_for_busy_instances_only_so_long(tight: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    busy(tight, monkeypatch)
+    report_busy(tight, monkeypatch)
     settings = msgspec.structs.replace(tight.agent.settings, request_wait_s=0.1)
     object.__setattr__(tight.agent._services, "settings", settings)
-    second = await tight.begun(KEYS[1], number=2)
+    second = await tight.begun(KEYS[1], number=2, context_length=LONG)
     await released(tight.agent, second.id)
     refused = await record(tight.agent, second.id)
     assert refused.refused == ["w"]
@@ -311,7 +347,7 @@ async def test_a_pinned_instance_is_not_evicted(tight: Loaded) -> None:
     model = tight.agent.models[KEYS[0]]
     pinned = msgspec.structs.replace(model, settings=ModelSettings(pin=True))
     await tight.agent.publish([pinned, tight.agent.models[KEYS[1]]])
-    second = await tight.begun(KEYS[1], number=2)
+    second = await tight.begun(KEYS[1], number=2, context_length=LONG)
     await released(tight.agent, second.id)
     assert (await record(tight.agent, second.id)).refused == ["w"]
     assert is_whole(await tight.ask(await first(tight)))
@@ -321,7 +357,7 @@ async def test_an_instance_loaded_on_demand_stays_for_a_while(tight: Loaded, mon
     holder = tight.agent.residents["load_1"]
     on_demand = msgspec.structs.replace(await first(tight), on_demand=True)
     monkeypatch.setattr(holder._record, "written", on_demand)
-    second = await tight.begun(KEYS[1], number=2)
+    second = await tight.begun(KEYS[1], number=2, context_length=LONG)
     await until(lambda: second.id in tight.agent.placer._demands, "it waits")
     assert (await record(tight.agent, second.id)).state is State.QUEUED
     monkeypatch.setattr("worker.memory.placer.STAY_S", 0.0)
@@ -348,7 +384,7 @@ async def test_an_eviction_ends_no_answer(tight: Loaded) -> None:
     current = await first(tight)
     for number in range(2, ROUNDS + 2):
         assert await outcome(tight, current)
-        new = await tight.begun(KEYS[number % 2 == 0], number=number)
+        new = await tight.begun(KEYS[number % 2 == 0], number=number, context_length=LONG)
         over = asyncio.create_task(tight.reached(new.id, State.LOADED))
         while not over.done():
             await asyncio.gather(*(outcome(tight, current) for _ in range(3)))
