@@ -43,6 +43,7 @@ class Ask(Struct, frozen=True, kw_only=True):
     order: Callable[[Instance], Generate]  # translates the request for an instance; raises InvalidValue
     route: str
     prompt: str  # the field with the prompt, for errors about it
+    beginning: bytes = b""  # of the conversation, for the choice among instances; none if it has none
     ttl_s: float | None = None  # of the instance, if it is loaded for the request; None: the default
     traceparent: str = ""
 
@@ -69,7 +70,7 @@ class Answering:
         Raises the reason why there is no answer, and what UNAVAILABLE lists.
         """
         try:
-            instance = await self._loaded.llm(ask.model, self._channels.busy)
+            instance = await self._loaded.llm(ask.model, self._channels.busy, beginning=ask.beginning)
         except ModelNotLoaded as e:
             if self._on_demand is None:
                 raise
@@ -114,7 +115,7 @@ class Answering:
         """
         without = {failed.id}
         try:
-            return await self._loaded.llm(ask.model, self._channels.busy, without=without)
+            return await self._loaded.llm(ask.model, self._channels.busy, without, ask.beginning)
         except (ModelNotFound, MissingParameter) as e:  # the second: the only LLM, which the request did not name
             if isinstance(error, RunnerLost) and await self._channels.reaches(failed):
                 return failed

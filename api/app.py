@@ -28,6 +28,7 @@ from api.pool.loaded import Loaded
 from api.pool.metrics import Requests, hand_over
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
+from api.pool.view import View
 from api.replies import Bodies, OpenReplies, most_replies
 from api.routes import ROUTES
 from api.state import State
@@ -92,9 +93,11 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
             roster = Roster(store.workers, settings)
             records = Records(store.instances)
             departures = Departures(store.instances)
-            follower = Follower(store.instances, store.listen)
+            view = View(roster, store.instances)
+            follower = Follower(store.instances, store.listen, view.changed)
             sweep = Sweep(
                 roster,
+                view,
                 store.instances,
                 store.queue,
                 store.listen,
@@ -109,10 +112,10 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 departures,
                 at_most=(settings.worker_queue_limit, settings.queue_limit),
             )
-            channels = Channels(lambda name: roster.alive.get(name), tally, names)
+            channels = Channels(roster.last_seen, tally, names)
             on_demand = OnDemand(intake, records, follower, roster, store.queue, settings)
             answering = Answering(
-                Loaded(roster, store.instances),
+                Loaded(roster, view),
                 on_demand if settings.jit == "on" else None,
                 channels,
                 settings.request_wait_s,

@@ -24,6 +24,7 @@ from msgspec import Struct, structs
 
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
+from api.pool.view import View
 from bench.processes import cpu_s
 from bench.subjects import Failure
 from cli import devredis
@@ -170,6 +171,7 @@ class Pool:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.roster = Roster(store.workers, Settings())
+        self.view = View(self.roster, store.instances)
         self.chance = random.Random(1)  # fixed seed: the same pool in every run
         self.snapshots: list[WorkerSnapshot] = []
 
@@ -304,6 +306,7 @@ class Pool:
         """Measure what each worker and each API process does once a second."""
         sweep = Sweep(
             self.roster,
+            self.view,
             self.store.instances,
             self.store.queue,
             self.store.listen,

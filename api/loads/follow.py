@@ -44,7 +44,9 @@ class Follower:
     Every method but `run` raises what UNAVAILABLE lists if Redis does not answer.
     """
 
-    def __init__(self, instances: Instances, listen: Listen) -> None:
+    def __init__(self, instances: Instances, listen: Listen, changed: Callable[[str], None] = lambda _: None) -> None:
+        """`changed` is called with the id of each record that changes."""
+        self._changed = changed
         self._instances = instances
         self._listen = listen
         self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
@@ -58,7 +60,7 @@ class Follower:
     async def run(self) -> None:
         """Run the subscription and the recheck until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(subscribed(self._listen, NEWS, lambda data: self._wake(data.decode())))
+            group.create_task(subscribed(self._listen, NEWS, lambda data: self._heard(data.decode())))
             group.create_task(self._recheck())
 
     async def follow(self, instance: Instance, after: str = "0") -> AsyncGenerator[tuple[str, Instance], None]:
@@ -157,6 +159,10 @@ class Follower:
             self._waiting[id_].discard(woken)
             if not self._waiting[id_]:
                 del self._waiting[id_]
+
+    def _heard(self, id_: str) -> None:
+        self._changed(id_)
+        self._wake(id_)
 
     def _wake(self, id_: str) -> None:
         for woken in self._waiting.get(id_, ()):

@@ -16,7 +16,7 @@ from api.channel.answer import Answer
 from api.decode import read_any
 from api.errors import shaped
 from api.openai.answer import DONE, Collected, Completion, Heading
-from api.openai.request import ChatRequest, decoded, generate, ttl_s
+from api.openai.request import ChatRequest, beginning, decoded, generate, ttl_s
 from api.pool.roster import Roster
 from api.state import State
 from api.waiting import HEARTBEAT_S, EventStream, waited_for
@@ -45,6 +45,7 @@ async def chat_completions(request: Request[State]) -> Response:
         order=partial(_order, asked, generate(asked, request.state["caller"]), request.state["roster"]),
         route=paths.CHAT_COMPLETIONS,
         prompt=MESSAGES,
+        beginning=beginning(asked, request.state["caller"]),
         ttl_s=ttl_s(asked),
         traceparent=request.state["traceparent"],
     )

@@ -237,6 +237,16 @@ def ttl_s(request: ChatRequest) -> float | None:
         return None
 
 
+def beginning(request: ChatRequest, client: str) -> bytes:
+    """Return what all requests of a conversation have in common: its client, and its messages up to the user's first.
+
+    Prefixes are shared between requests of one client only.
+    """
+    messages = request.messages
+    first = next((i for i, message in enumerate(messages) if message.role == "user"), len(messages))
+    return client.encode() + msgspec.json.encode(messages[: first + 1])
+
+
 def _check(request: ChatRequest) -> None:
     if request.max_tokens == 0 or request.max_completion_tokens == 0:
         param = "max_tokens" if request.max_tokens == 0 else "max_completion_tokens"

@@ -66,6 +66,9 @@ class Roster:
         self._settings = settings
         self.workers: list[Worker] = []
         self.alive: dict[str, WorkerSnapshot] = {}
+        self.refreshes = 0  # number of times that this was read
+        self.version = 0  # number of times that a catalog was other than before
+        self._last: dict[str, WorkerSnapshot] = {}  # those in `alive`, and of workers that were there a lease ago
         self.catalogs: dict[str, list[Model]] = {}  # of all workers of the last day, alive or not
         self._absent_since: dict[str, float] = {}  # worker -> time at which its lease was first missing
         self._hosts: dict[str, Host] = {}  # of workers that accept loads
@@ -99,11 +102,15 @@ class Roster:
         self._hosts = {name: Host(snapshot) for name, snapshot in self.alive.items() if snapshot.state == "ready"}
         self._published = dict(self._hosts)
         self._hold_pending()
+        absent = {name: one for name, one in self._last.items() if self.absent_s(name) <= self._store.lease_s}
+        self._last = {**absent, **self.alive}
+        self.refreshes += 1
         known = {worker.name for worker in workers}
         # These were not seen for a day, or Redis was emptied, in which case the worker is back within a beat.
         for name in self.catalogs.keys() - known:
             if now - self._absent_since.setdefault(name, now) > self._store.lease_s:
                 del self.catalogs[name], self._digests[name], self._names[name], self._absent_since[name]
+                self.version += 1
         for name in self._absent_since.keys() - known - self.catalogs.keys():  # the sweep may still use it
             if now - self._absent_since[name] > RETAIN_S:
                 del self._absent_since[name]
@@ -119,11 +126,19 @@ class Roster:
             models = by_name(catalog)
             self._names[worker] = Names(next(self._numbers), models, spellings(models), further_names(catalog))
         self._digests[worker] = digest
+        self.version += 1
 
     def absent_s(self, worker: str) -> float:
         """Return the seconds for which this process has seen no lease of a worker."""
         now = time.monotonic()
         return now - self._absent_since.setdefault(worker, now)
+
+    def last_seen(self, worker: str) -> WorkerSnapshot | None:
+        """Return the last snapshot of a worker that holds its lease, or held it a lease ago.
+
+        A worker keeps its runners, and its address, when Redis was away for longer than a lease or lost everything.
+        """
+        return self._last.get(worker)
 
     def models(self) -> list[Model]:
         """Return all models of the live workers that can be loaded, once each, sorted by `full_key`.

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, assert_never
 
 from api.pool.roster import Candidate, Roster
+from api.pool.view import View
 from api.subscription import subscribed
 from shared.beat import BEAT_S
 from shared.errors import InvalidValue, NoWorker
@@ -29,9 +30,18 @@ class Sweep:
     """
 
     def __init__(
-        self, roster: Roster, instances: Instances, queue: Queue, listen: Listen, *, lease_s: float, load_attempts: int
+        self,
+        roster: Roster,
+        view: View,
+        instances: Instances,
+        queue: Queue,
+        listen: Listen,
+        *,
+        lease_s: float,
+        load_attempts: int,
     ) -> None:
         self._roster = roster
+        self._view = view
         self._instances = instances
         self._queue = queue
         self._listen = listen
@@ -41,7 +51,7 @@ class Sweep:
         self._requeued = asyncio.Event()
 
     async def run(self) -> None:
-        """Refresh the roster and sweep at every beat, and when a load is requeued.  Runs until cancelled."""
+        """Refresh roster and view, and sweep, at every beat, and when a load is requeued.  Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(subscribed(self._listen, REQUEUED, lambda _: self._requeued.set()))
             while True:
@@ -53,14 +63,16 @@ class Sweep:
                         await self._requeued.wait()
 
     async def beat(self) -> None:
-        """Refresh the roster and sweep once.  Logs a warning if Redis does not answer."""
+        """Refresh roster and view, and sweep once.  Logs a warning if Redis does not answer."""
         started = time.monotonic()
         try:
             epochs = await self._roster.refresh()
             if self._from is None or time.monotonic() - started > 1.0:  # a pause of Redis does not break connections
                 self._from = time.monotonic() + self._lease_s
             is_time = time.monotonic() >= self._from
-            for instance in await self._instances.live(doubtful(await self._instances.heads(), epochs)):
+            heads = await self._instances.heads()
+            await self._view.follow(heads)
+            for instance in await self._instances.live(doubtful(heads, epochs)):
                 if is_time or _is_refused(instance):
                     with suppress(Fenced), log.about(instance):  # its worker or another API process was faster
                         await self._handle(instance, epochs)

@@ -392,6 +392,10 @@ class Instances:
         live = [instance for instance in records if instance.state not in TERMINAL]  # some ended during the read
         return sorted(live, key=lambda instance: instance.created_at)
 
+    async def ids(self) -> set[str]:
+        """Return the ids of all instances that are not in a terminal state."""
+        return {*await self._members(keys.INSTANCES)}
+
     async def live_at(self, worker: str, ids: Iterable[str] = ()) -> list[Instance]:
         """Return the live instances of a worker, in the order accepted.  `ids` are further instances to consider."""
         records = await self.live([*{*await self._members(keys.instances_at(worker)), *ids}])

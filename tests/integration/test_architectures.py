@@ -15,6 +15,7 @@ from api.loads.submit import Intake
 from api.pool.estimate import estimated
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
+from api.pool.view import View
 from shared.errors import LoadFailed
 from shared.instance import Instance
 from shared.lifecycle import Event, State
@@ -322,7 +323,15 @@ async def test_a_refused_load_goes_where_the_engine_says_it_fits(models: dict[st
         claimed, _ = await store.instances.commit(made, made.after(Event.CLAIM, epoch=EPOCH))
         refusal = LoadFailed("insufficient_memory", "llm", model.key, "no room").body()
         await store.instances.commit(claimed, claimed.after(Event.REQUEUE, refused=["another"], refusal=refusal))
-        sweep = Sweep(host.roster, store.instances, store.queue, store.listen, lease_s=0.0, load_attempts=3)
+        sweep = Sweep(
+            host.roster,
+            View(host.roster, store.instances),
+            store.instances,
+            store.queue,
+            store.listen,
+            lease_s=0.0,
+            load_attempts=3,
+        )
         await sweep.beat()
         record = await store.instances.get(made.id)
         assert record is not None

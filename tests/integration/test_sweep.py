@@ -12,6 +12,7 @@ from msgspec import msgpack
 import api.pool.sweep
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep, doubtful
+from api.pool.view import View
 from shared.instance import Instance
 from shared.lifecycle import Event, State
 from shared.schema.http import LoadRequest
@@ -31,7 +32,9 @@ async def roster(store: Store) -> Roster:
 @pytest.fixture
 def sweep(store: Store, roster: Roster) -> Sweep:
     """A sweep that does not wait for leases to expire."""
-    return Sweep(roster, store.instances, store.queue, store.listen, lease_s=0.0, load_attempts=3)
+    return Sweep(
+        roster, View(roster, store.instances), store.instances, store.queue, store.listen, lease_s=0.0, load_attempts=3
+    )
 
 
 async def doubted(store: Store, roster: Roster) -> list[str]:
@@ -103,7 +106,9 @@ async def test_sweep_waits_for_a_lease_after_an_outage(
     clock: Any = SimpleNamespace(now_s=100.0)
     clock.monotonic = lambda: clock.now_s
     monkeypatch.setattr(api.pool.sweep, "time", clock)
-    sweep = Sweep(roster, store.instances, store.queue, store.listen, lease_s=10.0, load_attempts=3)
+    sweep = Sweep(
+        roster, View(roster, store.instances), store.instances, store.queue, store.listen, lease_s=10.0, load_attempts=3
+    )
     made = await loaded(store, 1)
     await store.workers.release("w", "e")
 

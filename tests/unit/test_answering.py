@@ -51,7 +51,9 @@ class Pool:
         self.loads: list[tuple[str, float | None, set[str]]] = []
         self.open = 0
 
-    async def llm(self, name: str | None, busy: Callable[[Instance], int], without: Collection[str] = ()) -> Instance:
+    async def llm(
+        self, name: str | None, busy: Callable[[Instance], int], without: Collection[str] = (), beginning: bytes = b""
+    ) -> Instance:
         for id_ in self.reactions:
             if id_ not in without:
                 return instance(id_)
