@@ -28,6 +28,7 @@ from redis.exceptions import ResponseError
 from shared.instance import Instance
 from shared.lifecycle import State
 from shared.synthetic import models as synthetic
+from tests.support.chat import answered, ask
 from tests.support.service import (
     JSON,
     LOAD,
@@ -43,6 +44,7 @@ from tests.support.service import (
     error,
     is_alive,
     meanwhile,
+    openai_error,
     state,
     until,
     wait_gone,
@@ -307,6 +309,36 @@ def load_with_key(model: str, key: str, api: Client) -> Reply:
 def instances(listed: Reply) -> list[str]:
     """Return the instance ids in a model list."""
     return [instance["id"] for model in listed.json()["models"] for instance in model["loaded_instances"]]
+
+
+def not_loading(reply: Reply) -> None:
+    openai_error(reply, 503, "unavailable_error", "queue_unavailable")
+
+
+# ---- requests to models
+
+
+@pytest.mark.parametrize("failure", ["gone", "hanging"])
+def test_a_loaded_model_answers_without_redis(pool: Pool, failure: str) -> None:
+    pool.apis[0].loaded(TINY)
+    for api in pool.apis:
+        assert answered(api, model=TINY, max_tokens=1)["model"] == TINY
+    with pool.redis.gone() if failure == "gone" else pool.redis.hanging():
+        for api in pool.apis:
+            for name in (TINY, TINY.upper(), None):
+                assert answered(api, model=name, max_tokens=4)["model"] == TINY
+        not_loading(ask(pool.apis[0], model=OTHER))
+        unavailable(pool.apis[1].send("GET", LIST))
+
+
+def test_a_loaded_model_answers_while_redis_is_back_empty(pool: Pool) -> None:
+    pool.apis[0].loaded(TINY)
+    for api in pool.apis:
+        assert answered(api, model=TINY, max_tokens=1)["model"] == TINY
+    pool.redis.empty()
+    for api in pool.apis * 3:
+        assert answered(api, model=TINY, max_tokens=1)["model"] == TINY
+    pool.wait_listed(TINY)
 
 
 # ---- restarted
