@@ -22,12 +22,15 @@ from pathlib import Path
 import uvloop
 from msgspec import Struct, structs
 
+from api.channel.channels import Channels
+from api.pool.loaded import Loaded
 from api.pool.roster import Roster
 from api.pool.sweep import Sweep
 from api.pool.view import View
 from bench.processes import cpu_s
 from bench.subjects import Failure
 from cli import devredis
+from shared.channel.address import Address, boot_id
 from shared.instance import Instance
 from shared.lifecycle import Event
 from shared.schema.http import LoadConfig, LoadRequest
@@ -37,6 +40,7 @@ from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import PREFIX, Settings, variable
 from shared.store.connection import connected
 from shared.store.store import Store
+from shared.telemetry.tally import Tally
 
 WORKERS = (10, 30, 100, 300, 1000)
 GPUS, INSTANCES = 8, 10  # of each worker
@@ -57,8 +61,10 @@ SITUATIONS = {
 }
 BLOCKS = 80
 BEAT, REFRESH, SWEEP = "a worker's beat", "an API's reading of all workers", "an API's sweep"
+ROUTE, FIRST_ROUTE = "of a model", "of a model, the first after a beat"
+FOLLOW = "an API's view of the loaded instances"
 PATHS = ("/api/v1/workers", "/api/v1/models", "/metrics")
-N_PLACED, N_BEATS, N_READ = 100, 200, 7
+N_PLACED, N_BEATS, N_READ, N_ROUTED = 100, 200, 7, 2000
 
 
 class Size(Struct, frozen=True, kw_only=True):
@@ -72,6 +78,7 @@ class Size(Struct, frozen=True, kw_only=True):
     placing_s: dict[str, list[float]]
     placing_cpu_s: dict[str, list[float]]
     beating_s: dict[str, list[float]]
+    routing_s: dict[str, list[float]]
     redis_s: dict[str, float]
     reading_s: dict[str, list[float]]
     reply_bytes: dict[str, int]
@@ -110,6 +117,7 @@ async def _measure(url: str, redis_pid: int, out: Path, say: Callable[[str], Non
             await pool.grow(n)
             placing_s, placing_cpu_s = await pool.placing()
             beating_s, redis_s = await pool.beating(lambda: cpu_s(redis_pid))
+            routing_s = await pool.routing()
             reading_s, reply_bytes = await asyncio.to_thread(_reading, url, out)
             sizes.append(
                 Size(
@@ -117,6 +125,7 @@ async def _measure(url: str, redis_pid: int, out: Path, say: Callable[[str], Non
                     placing_s=placing_s,
                     placing_cpu_s=placing_cpu_s,
                     beating_s=beating_s,
+                    routing_s=routing_s,
                     redis_s=redis_s,
                     reading_s=reading_s,
                     reply_bytes=reply_bytes,
@@ -231,6 +240,7 @@ class Pool:
             devices=[*devices, host],
             held=held,
             lease_s=LEASE_S,
+            channels=Address(path="", boot_id=boot_id(), secret=b""),
         )
 
     async def _load(self, worker: WorkerSnapshot, held: Holding) -> None:
@@ -323,10 +333,14 @@ class Pool:
         async def refresh() -> None:
             await self.roster.refresh()
 
+        async def follow() -> None:
+            await self.view.follow(await self.store.instances.heads())
+
         parts: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
             BEAT: (N_BEATS, beat),
             REFRESH: (N_READ, refresh),
             SWEEP: (N_READ, sweep.beat),
+            FOLLOW: (N_READ, follow),
         }
         seconds: dict[str, list[float]] = {}
         redis_s: dict[str, float] = {}
@@ -339,6 +353,20 @@ class Pool:
                 seconds[name].append(time.perf_counter() - started)
             redis_s[name] = (redis_cpu_s() - before) / n
         return seconds, redis_s
+
+    async def routing(self) -> dict[str, list[float]]:
+        """Find the instance for requests to the models with the most copies, as an API process does."""
+        loaded = Loaded(self.roster, self.view)
+        channels = Channels(self.roster.last_seen, Tally())
+        seconds: dict[str, list[float]] = {ROUTE: [], FIRST_ROUTE: []}
+        for i in range(N_ROUTED):
+            if is_first := i % (N_ROUTED // N_READ) == 0:
+                await self.roster.refresh()
+            name, beginning = MODELS[i % 2].key, str(self.chance.random()).encode()
+            started = time.perf_counter()
+            await loaded.llm(name, channels.busy, beginning=beginning)
+            seconds[FIRST_ROUTE if is_first else ROUTE].append(time.perf_counter() - started)
+        return seconds
 
 
 # ---- an API process
