@@ -34,6 +34,8 @@ class Channels:
         self._tally = tally
         self._names = names
         self._connections: dict[Key, asyncio.Task[Connection]] = {}
+        # A snapshot, and the number of requests when it was first looked at.
+        self._then: dict[Key, tuple[WorkerSnapshot | None, int]] = {}
 
     @asynccontextmanager
     async def answering(self, instance: Instance, request: Generate, route: str) -> AsyncIterator[Answer]:
@@ -68,13 +70,18 @@ class Channels:
             )
 
     def busy(self, instance: Instance) -> int:
-        """Return how many requests an instance has: as its worker published, or at least those of this process."""
+        """Return how many requests an instance has: as its worker published, and those that this process sent since."""
         opening = self._connections.get(_key(instance))
         ours = 0 if opening is None or _has_ended(opening) or not opening.done() else opening.result().n_requests
         snapshot = self._worker(instance.worker)
         held = [] if snapshot is None else snapshot.held
-        published = (one.running + one.waiting for one in held if one.instance_id == instance.instance_id)
-        return max(ours, *published, 0)
+        published = sum(one.running + one.waiting for one in held if one.instance_id == instance.instance_id)
+        if not ours:
+            return published
+        known = self._then.get(_key(instance))
+        if known is None or known[0] is not snapshot:
+            known = self._then[_key(instance)] = snapshot, ours
+        return max(ours, published + ours - known[1])
 
     async def reaches(self, instance: Instance) -> bool:
         """Return whether the runner of an instance answers on a channel; opens one if there is none."""
@@ -120,6 +127,7 @@ class Channels:
     def _forget(self, key: Key, opening: asyncio.Task[Connection]) -> None:
         if self._connections.get(key) is opening:
             del self._connections[key]
+            self._then.pop(key, None)
 
 
 def _key(instance: Instance) -> Key:

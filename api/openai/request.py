@@ -84,7 +84,12 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
         ),
     ]
     model: Annotated[
-        str | None, Meta(description="A model key, or the id of a loaded instance. Absent: the only loaded LLM.")
+        str | None,
+        Meta(
+            description="A model key or alias, or the id of a loaded instance. Absent: the default model, or else the "
+            "only loaded LLM. A key means any of its instances, if possible the one that answered the "
+            "conversation before."
+        ),
     ] = None
     stream: Annotated[bool | None, Meta(description="Send the answer while it is generated, as events.")] = None
     stream_options: Annotated[StreamOptions | None, Meta(description="Options of a streamed reply.")] = None
