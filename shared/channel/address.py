@@ -54,11 +54,6 @@ def _is_our_socket(path: Path) -> bool:
     return stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid()
 
 
-def reachable(address: Address) -> bool:
-    """Return whether this process can connect to a listener, by what the address says."""
-    return address.boot_id == boot_id()
-
-
 @cache
 def boot_id() -> str:
     """Return the id of this boot of this host, see random(4).  Containers of a host share it."""
