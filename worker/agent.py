@@ -16,7 +16,7 @@ from shared.settings import Settings
 from shared.store.connection import UNAVAILABLE, check_cancelled
 from shared.store.store import Store
 from shared.telemetry import log
-from shared.telemetry.tally import Tally, died
+from shared.telemetry.tally import Tally, died, field
 from worker.crashes import Crashes
 from worker.desired import Desired
 from worker.instance import Resident, Services, has_changed
@@ -234,6 +234,9 @@ class Agent:
         if not self.ending.is_set():
             await self.restorer.restore(self.residents.keys())
             await self.restorer.preload()
+        for resident in self.residents.values():
+            if n := resident.new_preemptions():
+                self.tally.add({field("preemptions"): n})
         await self._write_uses(is_lost=lease == "no catalog")
         await self.tally.hand_over(self.store.counters.add)
 

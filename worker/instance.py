@@ -108,6 +108,7 @@ class Resident:
         )
         self._claimed_at = 0.0
         self._oom_kills = 0
+        self._preemptions = 0
 
     @property
     def instance(self) -> Instance | None:
@@ -150,6 +151,12 @@ class Resident:
         """Have its runner take requests again, after `close_if_unused`."""
         if self._runner is not None:
             self._runner.open()
+
+    def new_preemptions(self) -> int:
+        """Return the number of preemptions since the last call."""
+        total = 0 if self._runner is None else self._runner.load.preemptions
+        new, self._preemptions = max(0, total - self._preemptions), total
+        return new
 
     async def live(self) -> None:
         """Load the instance, hold it, and stop it.  Returns once its runner is reaped and its memory is released."""

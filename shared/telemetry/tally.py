@@ -128,6 +128,12 @@ FAMILIES = (
         known=(("",),),
     ),
     Family(
+        name="preemptions",
+        kind="counter",
+        help="Requests that were set back, and went on later, because the context of their instance was full.",
+        known=((),),
+    ),
+    Family(
         name="request_seconds",
         kind="histogram",
         help="Duration of completed requests to loaded models, until the last token.",

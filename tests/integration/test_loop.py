@@ -18,6 +18,7 @@ from shared.synthetic.models import tiny_bert, tiny_gemma3, tiny_llama
 from tests.support import architectures
 from tests.support.child import in_child
 from tests.support.generation import Answered, Trial, ids_of
+from worker.engine import slots
 from worker.engine.job import Done, Waiting
 from worker.engine.slots import Cut
 
@@ -49,9 +50,13 @@ def top(answered: Answered) -> list[TokenLogprobs]:
 
 def is_near(one: Answered, other: Answered) -> bool:
     """Return whether the first tokens of two answers have the same log probabilities."""
-    first, second = top(one)[0], top(other)[0]
-    mine = {each.token: each.logprob for each in first.top}
-    theirs = {each.token: each.logprob for each in second.top}
+    return is_close(top(one)[0], top(other)[0])
+
+
+def is_close(one: TokenLogprobs, other: TokenLogprobs) -> bool:
+    """Return whether two tokens have the same log probabilities."""
+    mine = {each.token: each.logprob for each in one.top}
+    theirs = {each.token: each.logprob for each in other.top}
     return len({*mine} & {*theirs}) >= 8 and all(abs(mine[t] - theirs[t]) < NEAR for t in {*mine} & {*theirs})
 
 
@@ -260,20 +265,97 @@ def test_an_answer_ends_at_a_stop_a_limit_or_the_context(llama: Path) -> None:
     in_child(ended, llama)
 
 
+def certain(trial: Trial, **options: Any) -> dict[str, Any]:
+    """Return options of answers in which batches of another size choose the same tokens: random ones with a
+    penalty for each repetition, of probabilities that the model hardly changes."""
+    ids = [trial.loop.tokenize(f"{letter}", True)[-1] for letter in "abcdefgh"]
+    bias = {token: 1000.0 - 10 * n for n, token in enumerate(ids)}
+    sampling = trial.endless(logit_bias=bias, temperature=100.0, top_k=8, frequency_penalty=7.0, seed=5)
+    return {"sampling": sampling, "logprobs": 10, "stop": ["abababab"], **options}
+
+
+def preempted(root: Path) -> None:
+    slots.RESERVED = 64
+    trial = Trial(root, context_length=512)
+    several = {"choices": 2, "max_tokens": 160}
+    described: list[tuple[int, dict[str, Any]]] = [(20, {}), (30, {}), (40, several)]
+    alone = [trial.run(trial.job(prompt(n, n), **certain(trial, **options)))[0] for n, options in described]
+    assert trial.loop.counters.preemptions == 0
+    jobs = [trial.job(prompt(n, n), **certain(trial, **options), client="b") for n, options in described]
+    answers = trial.run(*jobs)
+    assert trial.loop.counters.preemptions > 1
+    for one, other in zip(answers, alone, strict=True):
+        assert one.kinds == ["Waiting", "Begun", "Done"]
+        assert one.finishes == other.finishes
+        assert one.texts == other.texts
+        assert one.last.generated_tokens == one.n_tokens == other.n_tokens
+        assert one.last.cached_tokens == one.cached_tokens == 0
+        for choice, reported in one.logprobs.items():
+            expected = other.logprobs[choice]
+            assert all(is_close(mine, theirs) for mine, theirs in zip(reported, expected, strict=True))
+    assert [answered.n_tokens for answered in answers] == [492, 482, 320]
+
+
+def test_without_cells_the_youngest_request_goes_on_later(llama: Path) -> None:
+    """With its random numbers, its penalties and its text as they were."""
+    in_child(preempted, llama)
+
+
 def full_context(root: Path) -> None:
-    trial = Trial(root, parallel=3, context_length=512)
-    answers = trial.run(
-        *[trial.job(prompt(n, n), sampling=trial.endless(temperature=0), client=str(n)) for n in (20, 30, 40)]
-    )
-    assert [answered.finishes for answered in answers] == [{0: "length"}] * 3
-    assert [answered.kinds for answered in answers] == [["Waiting", "Begun", "Done"]] * 3
-    oldest, *_, youngest = answers
-    assert oldest.n_tokens > youngest.n_tokens
-    assert trial.loop.counters.cells <= 512
+    trial = Trial(root, context_length=512)
+    (lone,) = trial.run(trial.job(prompt(200), choices=4, sampling=trial.endless(temperature=0)))
+    assert lone.kinds == ["Waiting", "Begun", "Done"]
+    assert set(lone.finishes.values()) == {"length"}
+    assert lone.n_tokens < 4 * 312
+    assert trial.loop.counters.preemptions == 0
 
 
-def test_without_cells_the_youngest_answer_ends_and_none_fails(llama: Path) -> None:
+def test_a_lone_request_without_cells_ends(llama: Path) -> None:
     in_child(full_context, llama)
+
+
+def ended_while_preempted(root: Path) -> None:
+    slots.RESERVED = 64
+    trial = Trial(root, context_length=512, most_wait_s=30.0, most_waiting=1)
+    loop = trial.loop
+    options: dict[str, Any] = {"sampling": trial.endless(temperature=0, presence_penalty=0.5)}
+    for end in ("cancel", "deadline", "wait"):
+        old, young = (trial.job(prompt(n, n), client=end, **options) for n in (150, 50))
+        n = loop.counters.preemptions
+        for job in (old, young):
+            loop.submit(job)
+        loop.step()
+        while loop.counters.running == 2:
+            loop.step()
+        assert loop.counters.preemptions == n + 1
+        assert (loop.counters.running, loop.counters.waiting) == (1, 1)
+        n_tokens = trial.answered(young).n_tokens
+        match end:
+            case "cancel":
+                loop.cancel(young)
+            case "deadline":
+                young.deadline = time.monotonic()
+            case "wait":
+                young.arrived_at -= 31
+                late = [trial.job(prompt(9), client=end, max_tokens=1) for _ in range(2)]
+                for job in late:
+                    loop.submit(job)
+        loop.step()
+        trial.finish()
+        answered = trial.answered(young)
+        assert trial.answered(old).kinds == ["Waiting", "Begun", "Done"]
+        if end == "wait":
+            assert answered.kinds == ["Waiting", "Begun", "Done"]
+            assert [trial.answered(job).kinds[-1] for job in late] == ["Done", "Rejected"]
+        else:
+            assert answered.n_tokens == n_tokens
+            assert answered.kinds == ["Waiting", "Begun"] + ["Broken"] * (end == "deadline")
+        assert loop._preempted == {}
+
+
+def test_a_preempted_request_ends_by_its_client_and_its_deadline(llama: Path) -> None:
+    """The limits of the queue do not hold for it: it was begun."""
+    in_child(ended_while_preempted, llama)
 
 
 def cancelled(root: Path) -> None:

@@ -19,6 +19,7 @@ from tests.integration.conftest import catalog
 from tests.support.agents import Begin
 from tests.support.loaded import CONVERSATION, Loaded
 from tests.support.waiting import until
+from worker.runner.protocol import Pong
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -95,6 +96,15 @@ async def test_a_runner_killed_in_the_middle_of_ten_answers(loaded: Loaded) -> N
     assert RunnerLost in {type(end) for end in ends}
     assert {type(end) for end in ends} <= {RunnerLost, list}  # a random model may have ended an answer before
     assert isinstance((await loaded.ask(other))[-1], Ended)
+
+
+async def test_preemptions_are_counted_once(loaded: Loaded) -> None:
+    instance = await loaded.load()
+    store = loaded.agent.store
+    for total in (3, 3, 5):
+        loaded.runners[instance.id].load = Pong(preemptions=total)
+        await loaded.agent.beat_once()
+        assert (await store.counters.read()).tallies["preemptions"] == total
 
 
 async def test_an_embedding_model_generates_no_text(loaded: Loaded) -> None:

@@ -774,7 +774,7 @@ MUTANTS = (
     Mutant(
         "the next turn is another client's",
         "worker/engine/slots.py",
-        "            self._clients[job.client] = self._clients.pop(job.client)",
+        "            self._clients[client] = self._clients.pop(client)",
         "            pass",
         (f"{UNIT}slots.py",),
     ),
@@ -788,8 +788,22 @@ MUTANTS = (
     Mutant(
         "an answer ends at its deadline",
         "worker/engine/loop.py",
-        "if now >= running.job.deadline",
+        "if now >= begun.job.deadline",
         "if False",
+        (f"{INTEGRATION}loop.py",),
+    ),
+    Mutant(
+        "nothing starts between a preemption and the next end",
+        "worker/engine/slots.py",
+        "if self._is_settled or self._is_full:",
+        "if self._is_settled:",
+        (f"{UNIT}slots.py",),
+    ),
+    Mutant(
+        "a preempted answer goes on after its own tokens",
+        "worker/engine/loop.py",
+        "tokens = tokens + self.answer.tokens[",
+        "tokens = tokens + self.answer.tokens[::-1][",
         (f"{INTEGRATION}loop.py",),
     ),
     Mutant(

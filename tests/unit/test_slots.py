@@ -26,6 +26,8 @@ from worker.engine.slots import (
     shares,
 )
 
+END = 2  # a token that ends an answer
+
 
 def job(tokens: list[int], *, client: str = "a", choices: int = 1, max_tokens: int | None = None) -> Job:
     return Job(client=client, tokens=tokens, choices=choices, max_tokens=max_tokens, arrived_at=0.0, deadline=1e9)
@@ -94,89 +96,257 @@ class Memory:
         return [token for token, _ in self.cells.get(sequence.id, [])]
 
 
-@given(seed=st.integers(0, 10**9), n_sequences=st.integers(1, 6), parallel=st.integers(1, 6), is_shared=st.booleans())
-def test_any_sequence_of_jobs_keeps_the_rules(seed: int, n_sequences: int, parallel: int, is_shared: bool) -> None:
-    """Random jobs arrive, decode, end and vanish.  The memory then has what the slots say, each job starts with a
-    beginning of its own prompt, clients share nothing, and everyone gets a turn."""
-    random_ = random.Random(seed)
-    parallel = min(parallel, n_sequences)
-    n_cells = 120
-    mine = slots(n_sequences, parallel=parallel, n_cells=n_cells, shared_prefixes=is_shared)
-    memory = Memory()
-    running: dict[Job, list[Sequence]] = {}
-    waiting: list[Job] = []
-    owners: dict[int, str] = {}
+class Run:
+    """Random jobs in the sequences of a small context."""
 
-    def check() -> None:
-        assert mine.cells.used == memory.used
-        for sequence in mine.sequences:
-            assert sequence.tokens == memory.tokens(sequence)
-            assert sum(stretch.length for stretch in sequence.stretches) == len(sequence.tokens)
-        assert mine.n_running == sum(map(len, running.values())) <= parallel
+    def __init__(self, seed: int, n_sequences: int, parallel: int, *, is_shared: bool) -> None:
+        self.random = random.Random(seed)
+        self.is_shared, self.parallel, self.n_cells = is_shared, parallel, 120
+        self.slots = slots(n_sequences, parallel=parallel, n_cells=self.n_cells, shared_prefixes=is_shared)
+        self.memory = Memory()
+        self.waiting: list[Job] = []
+        self.running: dict[Job, dict[int, Sequence]] = {}  # the sequence of each answer that has not ended
+        self.answers: dict[Job, list[list[int]]] = {}  # of jobs that began, in this order
+        self.preempted: list[Job] = []
+        self.ended: list[Job] = []
+        self.owners: dict[int, str] = {}
+        self.may_start = True
 
-    def arrive() -> None:
-        tokens = [random_.randrange(2) for _ in range(random_.randint(1, 60))]
-        new = job(tokens, client=random_.choice("ab"), choices=random_.randint(1, parallel), max_tokens=20)
-        mine.add(new)
-        waiting.append(new)
+    def arrive(self) -> None:
+        tokens = [self.random.randrange(2) for _ in range(self.random.randint(1, 60))]
+        client, choices = self.random.choice("ab"), self.random.randint(1, self.parallel)
+        new = job(tokens, client=client, choices=choices, max_tokens=self.random.choice([5, 40, None]))
+        self.slots.add(new)
+        self.waiting.append(new)
 
-    def admit() -> None:
-        for admission in started(mine):
+    def withdraw(self, job: Job) -> None:
+        for jobs in (self.waiting, self.preempted):
+            if job in jobs:
+                jobs.remove(job)
+        assert self.slots.withdraw(job)
+        assert not self.slots.withdraw(job)
+
+    def admit(self) -> None:
+        for admission in started(self.slots):
             now = admission.job
-            waiting.remove(now)
-            was_alone = not running
+            assert self.may_start, "a job started between a preemption and the next end"
+            was_alone = not self.running
+            tokens = now.tokens
+            if now in self.preempted:
+                self.preempted.remove(now)
+                unfinished = [i for i in range(now.choices) if not self.is_over(now, i)]
+                if len(unfinished) == 1:
+                    tokens = tokens + self.answers[now][unfinished[0]]
+            else:
+                self.waiting.remove(now)
+                unfinished = [*range(now.choices)]
+                self.answers[now] = [[] for _ in unfinished]
             for change in admission.changes:
                 if isinstance(change, Copy):
-                    assert is_shared or owners[change.source.id] == now.client
-                memory.apply(change)
+                    assert self.is_shared or self.owners[change.source.id] == now.client
+                self.memory.apply(change)
             first, *others = admission.sequences
-            assert memory.tokens(first) == now.tokens[: admission.n_cached] != now.tokens
-            assert all(not memory.tokens(other) for other in others)
-            running[now] = admission.sequences
-            owners.update({sequence.id: now.client for sequence in admission.sequences})
+            assert self.memory.tokens(first) == tokens[: admission.n_cached] != tokens
+            assert all(not self.memory.tokens(other) for other in others)
+            self.running[now] = dict(zip(unfinished, admission.sequences, strict=True))
+            self.owners.update({sequence.id: now.client for sequence in admission.sequences})
             if not was_alone:
-                assert mine.cells.used + sum(sequence.reserved for sequence in mine.sequences) <= n_cells
+                promised = sum(sequence.reserved for sequence in self.slots.sequences)
+                assert self.slots.cells.used + promised <= self.n_cells
 
-    def decode() -> None:
-        for now, sequences in running.items():
-            first, *others = sequences
-            left = now.tokens[len(first.tokens) :]
-            if left:
-                part = left[: random_.randint(1, 20)]
-                mine.extend(first, part)
-                memory.decode(first, part)
-                if len(first.tokens) == len(now.tokens):
-                    for other in others:
-                        memory.apply(mine.fork(first, other))
-            else:
-                for sequence in sequences:
-                    mine.extend(sequence, [random_.randrange(2)])
-                    memory.decode(sequence, sequence.tokens[-1:])
+    def is_over(self, job: Job, choice: int) -> bool:
+        return self.answers[job][choice][-1:] == [END]
 
-    def end(now: Job) -> None:
-        for sequence in running.pop(now):
-            if dropped := mine.finish(sequence, is_kept=random_.random() < 0.8):
-                memory.apply(dropped)
+    def parts(self) -> list[tuple[Job, int, list[int]]]:
+        """Return what the running answers decode in a step: the job, the answer, and its tokens."""
+        parts = []
+        for now, sequences in self.running.items():
+            first = next(iter(sequences.values()))
+            has_prompt = len(first.tokens) >= len(now.tokens)
+            for choice, sequence in sequences.items():
+                goal = now.tokens if len(sequences) > 1 and not has_prompt else now.tokens + self.answers[now][choice]
+                if sequence is first or has_prompt:
+                    parts.append((now, choice, goal[len(sequence.tokens) :][: self.random.randint(1, 20)]))
+        return parts
 
-    for _ in range(40):
-        match random_.randrange(5):
-            case 0:
-                arrive()
-            case 1 | 2:
-                decode()
-            case 3 if running:
-                end(random_.choice([*running]))
-            case 4 if waiting and random_.random() < 0.3:
-                gone = waiting.pop(random_.randrange(len(waiting)))
-                assert mine.withdraw(gone)
-        admit()
-        check()
-    while running or waiting:
-        decode()
-        if running:
-            end(next(iter(running)))
-        admit()
-        check()
+    def decode(self) -> None:
+        parts = self.parts()
+        while self.slots.cells.used + sum(len(tokens) for _, _, tokens in parts) > self.n_cells:
+            self.make_room()
+            parts = self.parts()
+        for now, choice, tokens in parts:
+            sequences = self.running[now]
+            sequence = sequences[choice]
+            assert tokens
+            self.slots.extend(sequence, tokens)
+            self.memory.decode(sequence, tokens)
+            if len(sequence.tokens) == len(now.tokens):
+                for other in sequences.values():
+                    if not other.tokens:
+                        self.memory.apply(self.slots.fork(sequence, other))
+                if not any(self.answers[now]):
+                    for answer in self.answers[now]:
+                        answer.append(self.random.randrange(2))
+                    continue
+            if len(sequence.tokens) == len(now.tokens) + len(self.answers[now][choice]):
+                self.answers[now][choice].append(self.random.randrange(2))
+        for now, sequences in [*self.running.items()]:
+            for choice, sequence in [*sequences.items()]:
+                if len(self.answers[now][choice]) == now.max_tokens or len(sequence.tokens) + 1 >= self.n_cells:
+                    self.end(now, choice)
+
+    def make_room(self) -> None:
+        if dropped := self.slots.drop_idle():
+            self.memory.apply(dropped)
+            return
+        victim = self.slots.victim()
+        if victim is None:
+            (now,) = self.running
+            self.end(now, [*self.running[now]][-1])
+            return
+        began = [job for job in self.answers if job in self.running]
+        assert victim is not began[0], "the oldest job was preempted"
+        sequences = self.running.pop(victim)
+        used = self.memory.used
+        for dropped in self.slots.put_back(victim, [self.answers[victim][choice] for choice in sequences]):
+            self.memory.apply(dropped)
+        assert victim is began[-1] or self.memory.used < used
+        self.preempted.append(victim)
+        self.may_start = False
+
+    def end(self, job: Job, choice: int) -> None:
+        """End an answer, and the job with its last one."""
+        sequence = self.running[job].pop(choice)
+        self.answers[job][choice].append(END)
+        if not self.running[job]:
+            del self.running[job]
+            self.ended.append(job)
+            self.may_start = True
+        if dropped := self.slots.finish(sequence, is_kept=self.random.random() < 0.8):
+            self.memory.apply(dropped)
+
+    def check(self) -> None:
+        mine = self.slots
+        assert mine.cells.used == self.memory.used <= self.n_cells
+        for sequence in mine.sequences:
+            assert sequence.tokens == self.memory.tokens(sequence)
+            assert sum(stretch.length for stretch in sequence.stretches) == len(sequence.tokens)
+        assert mine.n_running == sum(map(len, self.running.values())) <= self.parallel
+        assert {*mine.queue} == {*self.waiting, *self.preempted}
+        assert [*mine.queue][: len(self.preempted)] == [job for job in self.answers if job in self.preempted]
+
+
+@given(seed=st.integers(0, 10**9), n_sequences=st.integers(1, 6), parallel=st.integers(1, 6), is_shared=st.booleans())
+def test_any_sequence_of_jobs_keeps_the_rules(seed: int, n_sequences: int, parallel: int, is_shared: bool) -> None:
+    """Random jobs arrive, decode, run out of cells, end and vanish.  The memory then has what the slots say, each job
+    starts with a beginning of its own tokens, clients share nothing, preempted jobs return in their order, and every
+    job ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.engine.slots.RESERVED", 8)
+        run = Run(seed, n_sequences, min(parallel, n_sequences), is_shared=is_shared)
+        for _ in range(60):
+            match run.random.randrange(6):
+                case 0:
+                    run.arrive()
+                case 1 | 2 | 3 if run.running:
+                    run.decode()
+                case 4 if run.running and run.random.random() < 0.5:
+                    now = run.random.choice([*run.running])
+                    for choice in [*run.running[now]]:
+                        run.end(now, choice)
+                case 5 if (waiting := run.waiting + run.preempted) and run.random.random() < 0.3:
+                    run.withdraw(run.random.choice(waiting))
+            run.admit()
+            run.check()
+        answers = sum(job.choices + 1 for job in [*run.running, *run.waiting, *run.preempted])
+        for _ in range(answers * run.n_cells):  # the oldest job gets a token in each step
+            if not run.running:
+                break
+            run.decode()
+            run.admit()
+            run.check()
+        assert not run.running
+        assert not len(run.slots.queue)
+
+
+def full() -> tuple[Slots, Job]:
+    """Return the slots of a full context, and the younger one of its two jobs.  The older one is in the first
+    sequence."""
+    mine = slots(n_cells=1000)
+    jobs = [job([1] * 100), job([2] * 100)]
+    for each in jobs:
+        mine.add(each)
+    for admission, n in zip(started(mine), (800, 200), strict=True):
+        mine.extend(admission.sequences[0], admission.job.tokens + [7] * (n - 100))
+    return mine, jobs[1]
+
+
+def test_the_youngest_job_gives_its_cells_back() -> None:
+    mine, young = full()
+    assert mine.victim() is young
+    mine.put_back(young, [[7] * 101])
+    assert mine.cells.used == 800
+    assert mine.victim() is None, "a job that runs alone"
+
+
+def test_a_job_that_would_free_nothing_is_not_preempted() -> None:
+    mine = slots(n_cells=1000, shared_prefixes=True)
+    jobs = [job([1] * 100), job([2] * 100), job([1] * 100)]
+    for each, n in zip(jobs, (100, 100, 0), strict=True):
+        mine.add(each)
+        for admission in started(mine):
+            mine.extend(admission.sequences[0], admission.job.tokens[:n])
+    assert mine.sequences[2].job is jobs[2]
+    assert mine.victim() is jobs[1]
+
+
+def test_nothing_starts_between_a_preemption_and_the_next_end() -> None:
+    mine, young = full()
+    mine.put_back(young, [[7] * 101])
+    small = job([3], max_tokens=1)
+    mine.add(small)
+    assert started(mine) == []
+    assert [*mine.queue] == [young, small]
+    mine.finish(mine.sequences[0], is_kept=True)
+    assert [admission.job for admission in started(mine)] == [young, small]
+
+
+def test_a_preempted_job_starts_with_all_its_tokens() -> None:
+    mine, young = full()
+    mine.put_back(young, [[7] * 101])
+    mine.finish(mine.sequences[0], is_kept=False)
+    (again,) = started(mine)
+    assert (again.job, again.n_cached) == (young, 0)
+    assert again.sequences[0].prompt == [2] * 100 + [7] * 101
+    assert again.sequences[0].reserved == 201 + RESERVED
+    mine.extend(again.sequences[0], again.sequences[0].prompt)
+    mine.finish(again.sequences[0], is_kept=True)
+    assert run(mine, [2] * 100 + [7] * 101 + [9], []).n_cached == 201
+
+
+def test_the_answers_of_a_preempted_job_share_its_prompt_again() -> None:
+    mine = slots(n_cells=1000)
+    old, several = job([1] * 100), job([2] * 100, choices=3, max_tokens=30)
+    mine.add(old)
+    mine.add(several)
+    started(mine)
+    mine.put_back(several, [[7] * 10, [8] * 20])
+    mine.finish(mine.sequences[0], is_kept=False)
+    (again,) = started(mine)
+    first, second = again.sequences
+    assert first.prompt == several.tokens
+    assert (first.reserved, second.reserved) == (100 + 30, 30)
+
+
+def test_jobs_in_excess_are_never_preempted_ones() -> None:
+    mine, young = full()
+    mine.put_back(young, [[7] * 101])
+    jobs = [job([i]) for i in range(3)]
+    for each in jobs:
+        mine.add(each)
+    assert mine.excess(jobs, 1) == jobs[1:]
+    assert mine.withdraw(young)
+    assert [*mine.queue] == jobs[:1]
 
 
 def test_a_prompt_continues_the_sequence_it_begins_with() -> None:

@@ -10,7 +10,7 @@ import queue
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, TokenLogprobs
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError
@@ -31,14 +31,13 @@ class _Answer:
     sequence: Sequence
     sampler: Sampler
     text: Text
-    next: int | None = None  # the last token, which is not decoded yet; None: the prompt is not decoded
-    n_tokens: int = 0
+    tokens: list[int] = field(default_factory=list)  # the last one is not decoded yet
     is_finished: bool = False
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class _Running:
-    """A job that has its sequences."""
+    """A job that has its sequences, or had them when it was preempted."""
 
     job: Job
     answers: list[_Answer]
@@ -48,23 +47,45 @@ class _Running:
     first_at: float = 0.0  # the time of the first token; 0: none yet
 
     @property
-    def leader(self) -> _Answer:
-        return self.answers[0]
+    def unfinished(self) -> list[_Answer]:
+        """The answers that go on.  The first one decodes the prompt; the others then begin with its cells."""
+        return [answer for answer in self.answers if not answer.is_finished]
 
     @property
     def is_in_prompt(self) -> bool:
-        return self.leader.next is None and not self.leader.is_finished
+        return not self.answers[0].tokens
 
 
 @dataclass(eq=False, slots=True)
 class _Part:
-    """What a job has in a batch: a piece of its prompt, or the last token of an answer."""
+    """What an answer has in a batch: its last token, or a piece of what it has to decode before, which is its prompt
+    and, if its job was preempted, its own tokens."""
 
     running: _Running
     answer: _Answer
     tokens: list[int]
     has_output: bool
+    is_prompt: bool
     index: int = -1  # of the last token in the batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """What an answer has to decode before it goes on."""
+
+    running: _Running
+    answer: _Answer
+    n: int  # number of these tokens
+    is_last: bool  # the last of them gets logits
+
+    def part(self, n: int) -> _Part:
+        """Return the first `n` of these tokens."""
+        prompt, start = self.running.job.tokens, len(self.answer.sequence.tokens)
+        tokens = prompt[start : start + n]
+        if start + n > len(prompt):
+            tokens = tokens + self.answer.tokens[max(0, start - len(prompt)) : start + n - len(prompt)]
+        has_output = self.is_last and n == self.n
+        return _Part(self.running, self.answer, tokens, has_output, is_prompt=True)
 
 
 @dataclass(eq=False, slots=True)
@@ -74,8 +95,9 @@ class Counters:
     running: int = 0  # jobs
     waiting: int = 0  # jobs
     cells: int = 0  # in use, those of idle sequences included
-    prompt_tokens: int = 0  # decoded since the start
+    prompt_tokens: int = 0  # decoded since the start, with all that were decoded again after a preemption
     generated_tokens: int = 0  # since the start
+    preemptions: int = 0  # since the start
 
 
 class Loop:
@@ -116,6 +138,7 @@ class Loop:
             rewinds=engine.rewinds,
         )
         self._running: dict[Job, _Running] = {}  # oldest first
+        self._preempted: dict[Job, _Running] = {}  # and waiting for another start
         self._budget = Budget(GPU_STEP_S if on_gpu else CPU_STEP_S, engine.batch.n_batch)
         self._draws = Draws(engine.context, engine.vocabulary.n_tokens)
         self._suppressed = engine.vocabulary.suppressed()
@@ -166,6 +189,8 @@ class Loop:
             if is_cancelled:
                 if not self._slots.withdraw(job) and job in self._running:
                     self._end(self._running[job])
+                elif (preempted := self._preempted.pop(job, None)) is not None:
+                    self._close(preempted)
             elif rejected := self._rejected(job):
                 self._out.append(rejected)
             else:
@@ -194,18 +219,25 @@ class Loop:
         check(job.sampling, n_vocab)
 
     def _expire(self, now: float) -> None:
-        """End what has waited or run for too long."""
+        """End what has waited for its first start, or taken, for too long."""
         for job in [job for job in self._slots.queue if now >= min(job.deadline, job.arrived_at + self._most_wait_s)]:
-            self._slots.withdraw(job)
-            self._reject(job, "queue_timeout", f"The request waited for {now - job.arrived_at:.0f} s.")
-        for running in [running for running in self._running.values() if now >= running.job.deadline]:
-            self._break(running, "deadline", f"The request took {now - running.job.arrived_at:.0f} s.")
+            if job not in self._preempted:
+                self._slots.withdraw(job)
+                self._reject(job, "queue_timeout", f"The request waited for {now - job.arrived_at:.0f} s.")
+        for begun in [*self._running.values(), *self._preempted.values()]:
+            if now >= begun.job.deadline:
+                self._break(begun, "deadline", f"The request took {now - begun.job.arrived_at:.0f} s.")
 
     def _start(self, arrived: list[Job]) -> None:
         """Start the jobs that fit, refuse those that no place is left for, and tell the new ones that they wait."""
         begun = []
         while admission := self._slots.admit():
-            begun.append(self._begin(admission))
+            n_cached = self._apply(admission)
+            preempted = self._preempted.pop(admission.job, None)
+            if preempted is None:
+                begun.append(self._begin(admission, n_cached))
+            else:
+                self._resume(preempted, admission.sequences)
         if arrived:
             for job in self._slots.excess(arrived, self._most_waiting):
                 self._reject(job, "queue_full", queue_full(self._most_waiting))
@@ -219,8 +251,9 @@ class Loop:
         after_s = retry_after_s(len(self._slots.queue), self._parallel, self._job_s)
         self._out.append(Rejected(job=job, code=code, message=message, retry_after_s=after_s))
 
-    def _begin(self, admission: Admission) -> Begun:
-        job, n_cached = admission.job, admission.n_cached
+    def _apply(self, admission: Admission) -> int:
+        """Change the context for a job that starts, and return the number of tokens that it does not have to decode."""
+        n_cached = admission.n_cached
         for change in admission.changes:
             if not self._engine.apply(change):  # a sequence that cannot return to an earlier token
                 assert isinstance(change, Cut)
@@ -228,6 +261,10 @@ class Loop:
                 self._slots.lost(change.sequence)
                 self._engine.apply(Drop(change.sequence))
                 n_cached = 0
+        return n_cached
+
+    def _begin(self, admission: Admission, n_cached: int) -> Begun:
+        job = admission.job
         n_vocab, n_ctx = self._engine.vocabulary.n_tokens, self._context_length
         seed = secrets.randbits(32) if job.sampling.seed is None else job.sampling.seed
         answers = [
@@ -248,27 +285,36 @@ class Loop:
         )
         return Begun(job=job, cached_tokens=n_cached)
 
+    def _resume(self, preempted: _Running, sequences: list[Sequence]) -> None:
+        """Let a job go on that was preempted."""
+        for answer, sequence in zip(preempted.unfinished, sequences, strict=True):
+            answer.sequence = sequence
+        self._running[preempted.job] = preempted
+        self._running = dict(sorted(self._running.items(), key=lambda item: item[1].began_at))
+
     # ---- a batch
 
     def _fill(self) -> list[_Part]:
         """Fill the batch: a token of each running answer first, then prompts."""
         batch = self._engine.batch
         batch.clear()
-        parts = [
-            _Part(running, answer, [answer.next], has_output=True)
-            for running in self._running.values()
-            for answer in running.answers
-            if answer.next is not None and not answer.is_finished
-        ]
-        in_prompt = [running for running in self._running.values() if running.is_in_prompt]
+        parts: list[_Part] = []
+        left: list[_Left] = []
+        for running in self._running.values():
+            n_prompt = len(running.job.tokens)
+            leader, *others = unfinished = running.unfinished
+            if len(leader.sequence.tokens) < n_prompt and others:
+                left.append(_Left(running, leader, n_prompt - len(leader.sequence.tokens), running.is_in_prompt))
+                continue
+            for answer in unfinished:
+                n = n_prompt + len(answer.tokens) - len(answer.sequence.tokens)
+                if n == 1 and answer.tokens:
+                    parts.append(_Part(running, answer, answer.tokens[-1:], has_output=True, is_prompt=False))
+                else:
+                    left.append(_Left(running, answer, n, is_last=True))
         room = batch.n_batch - len(parts)
         budget = min(room, self._budget.n_tokens) if parts else room
-        left = [len(running.job.tokens) - len(running.leader.sequence.tokens) for running in in_prompt]
-        for running, n_left, n in zip(in_prompt, left, shares(left, budget), strict=True):
-            if n:
-                start = len(running.leader.sequence.tokens)
-                tokens = running.job.tokens[start : start + n]
-                parts.append(_Part(running, running.leader, tokens, has_output=n == n_left))
+        parts += [each.part(n) for each, n in zip(left, shares([each.n for each in left], budget), strict=True) if n]
         for part in parts:
             sequence = part.answer.sequence
             part.index = batch.add(part.tokens, len(sequence.tokens), sequence.id, has_output=part.has_output)
@@ -278,7 +324,7 @@ class Loop:
         """Decode one batch, and sample."""
         while self._running:
             parts = self._fill()
-            prompts = [part for part in parts if part.running.is_in_prompt]
+            prompts = [part for part in parts if part.is_prompt]
             if self._engine.rewinds:
                 self._in_batch = frozenset(part.running.job for part in prompts)
             started = time.monotonic()
@@ -311,25 +357,37 @@ class Loop:
             return
 
     def _make_room(self) -> None:
-        """Free cells: those of an idle sequence, or else those of the youngest answer, which ends."""
+        """Free cells: those of an idle sequence, or else those of a running job, which starts again later.  If only one
+        runs, an answer of it ends."""
         dropped = self._slots.drop_idle()
         if dropped is not None:
             self._engine.apply(dropped)
             return
-        generating = [running for running in self._running.values() if not running.is_in_prompt]
-        youngest = (generating or [*self._running.values()])[-1]
-        answer = next(answer for answer in reversed(youngest.answers) if not answer.is_finished)
-        self._engine.note(f"The context is full: an answer ends after {answer.n_tokens} tokens.")
-        if youngest.is_in_prompt:
-            for answer in youngest.answers:
-                self._hand_over(youngest, answer, "", 0, [], "length")
-        else:
-            self._hand_over(youngest, answer, answer.text.end(), 0, [], "length")
+        victim = self._slots.victim()
+        if victim is not None:
+            self._preempt(self._running.pop(victim))
+            return
+        (running,) = self._running.values()
+        for answer in running.unfinished if running.is_in_prompt else running.unfinished[-1:]:
+            self._engine.note(f"The context is full: an answer ends after {len(answer.tokens)} tokens.")
+            self._hand_over(running, answer, answer.text.end(), 0, [], "length")
+
+    def _preempt(self, running: _Running) -> None:
+        """Let a job wait, with all its state, until it can start again."""
+        self._preempted[running.job] = running
+        for dropped in self._slots.put_back(running.job, [answer.tokens for answer in running.unfinished]):
+            self._engine.apply(dropped)
+        self.counters.preemptions += 1
 
     def _draw(self, parts: list[_Part]) -> list[tuple[_Part, Draw]]:
         """Record what was decoded, and return the draws for the batch's outputs, once they are computed."""
         for part in parts:
-            self._slots.extend(part.answer.sequence, part.tokens)
+            sequence = part.answer.sequence
+            self._slots.extend(sequence, part.tokens)
+            if part.is_prompt and len(sequence.tokens) == len(part.running.job.tokens):
+                for other in part.running.unfinished:
+                    if not other.sequence.tokens:
+                        self._engine.apply(self._slots.fork(sequence, other.sequence))
         with_output = [part for part in parts if part.has_output]
         rows = self._engine.logits()
         return [
@@ -338,7 +396,7 @@ class Loop:
                 Draw(
                     row=row,
                     index=part.index,
-                    samplers=[a.sampler for a in (part.running.answers if part.answer.next is None else [part.answer])],
+                    samplers=[answer.sampler for answer in _drawing(part)],
                     bias=part.running.bias,
                     logprobs=part.running.job.logprobs,
                 ),
@@ -352,21 +410,16 @@ class Loop:
         if not draw.tokens:
             self._break(running, "engine_failed", "The engine computed logits that are not numbers.")
             return
-        answers = [part.answer]
-        if part.answer.next is None:
+        if running.is_in_prompt:
             running.first_at = now
-            answers = running.answers
-            for answer in answers[1:]:
-                self._engine.apply(self._slots.fork(part.answer.sequence, answer.sequence))
-        for i, (answer, token) in enumerate(zip(answers, draw.tokens, strict=True)):
+        for i, (answer, token) in enumerate(zip(_drawing(part), draw.tokens, strict=True)):
             self._add(running, answer, token, draw.alternatives[i] if draw.alternatives else None)
 
     def _add(self, running: _Running, answer: _Answer, token: int, alternatives: Alternatives | None) -> None:
         """Add a token to an answer."""
         vocabulary, job = self._engine.vocabulary, running.job
         self.counters.generated_tokens += 1
-        answer.n_tokens += 1
-        answer.next = token
+        answer.tokens.append(token)
         finish: Finish | None = None
         logprobs: list[TokenLogprobs] = []
         if vocabulary.is_end(token):
@@ -374,7 +427,7 @@ class Loop:
         else:
             text = answer.text.feed(vocabulary.piece(token, is_shown=token in job.shown))
             is_full = len(answer.sequence.tokens) + 1 >= self._context_length
-            if not answer.text.is_stopped and (is_full or answer.n_tokens == job.max_tokens):
+            if not answer.text.is_stopped and (is_full or len(answer.tokens) == job.max_tokens):
                 text += answer.text.end()
                 finish = "length"
             if answer.text.is_stopped:
@@ -416,7 +469,7 @@ class Loop:
                 Done(
                     job=job,
                     cached_tokens=running.n_cached,
-                    generated_tokens=sum(answer.n_tokens for answer in running.answers),
+                    generated_tokens=sum(len(answer.tokens) for answer in running.answers),
                     wait_s=running.began_at - job.arrived_at,
                     prompt_s=first_at - running.began_at,
                     generation_s=now - first_at,
@@ -425,15 +478,24 @@ class Loop:
 
     def _break(self, running: _Running, code: FailedCode, message: str) -> None:
         """End a job that failed."""
-        self._end(running, is_kept=code == "deadline")
+        if self._preempted.pop(running.job, None) is not None:
+            self._slots.withdraw(running.job)
+            self._close(running)
+        else:
+            self._end(running, is_kept=code == "deadline")
         self._out.append(Broken(job=running.job, code=code, message=message))
 
     def _end(self, running: _Running, *, is_kept: bool = True) -> None:
         """End a job without an outcome."""
         del self._running[running.job]
-        for answer in running.answers:
-            if not answer.is_finished:
-                self._finish(answer, is_kept=is_kept)
+        for answer in running.unfinished:
+            self._finish(answer, is_kept=is_kept)
+
+    @staticmethod
+    def _close(preempted: _Running) -> None:
+        """Free the samplers of a job that has no sequences."""
+        for answer in preempted.unfinished:
+            answer.sampler.close()
 
     def _finish(self, answer: _Answer, *, is_kept: bool) -> None:
         answer.is_finished = True
@@ -446,3 +508,8 @@ class Loop:
         self.counters.running = len(self._running)
         self.counters.waiting = len(self._slots.queue)
         self.counters.cells = self._slots.cells.used
+
+
+def _drawing(part: _Part) -> list[_Answer]:
+    """Return the answers that take a token from the output of a part: all of the job, at the end of its prompt."""
+    return part.running.answers if part.running.is_in_prompt else [part.answer]

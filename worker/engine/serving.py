@@ -82,9 +82,14 @@ class Serving:
 
     def load(self) -> Pong:
         """Return the numbers of the requests now."""
-        running = self._counters.running
-        waiting = max(self._counters.waiting, self.gate.n_requests - running)
-        return Pong(running=running, waiting=waiting, cells=self._counters.cells, used_at=self.gate.used_at)
+        counters = self._counters
+        return Pong(
+            running=counters.running,
+            waiting=max(counters.waiting, self.gate.n_requests - counters.running),
+            cells=counters.cells,
+            preemptions=counters.preemptions,
+            used_at=self.gate.used_at,
+        )
 
     def close(self, within_s: float) -> None:
         """Tell all API processes that the instance is unloaded, and wait until they know it, up to `within_s`."""

@@ -2,7 +2,8 @@
 clock.
 
 A sequence is free, running (a job decodes in it), or idle: it keeps the tokens of a finished job, for a job with the
-same beginning.  Sequences share the cells of a common beginning.
+same beginning.  Sequences share the cells of a common beginning.  If cells run out, a job is preempted: it gives its
+sequences back, and starts again once another job has ended.
 """
 
 from __future__ import annotations
@@ -46,11 +47,16 @@ class Sequence:
     id: int
     tokens: list[int] = field(default_factory=list)  # in the context
     stretches: list[Stretch] = field(default_factory=list)  # their cells
-    is_running: bool = False
-    client: str = ""
+    job: Job | None = None  # that decodes in it
+    client: str = ""  # of that job, or of the last one
+    began: int = 0  # orders jobs by their first start
     prompt: list[int] = field(default_factory=list)  # of the running job, if this sequence decodes it
     reserved: int = 0  # cells that a running job may still take without asking
     used_at: int = 0  # orders sequences by their last use
+
+    @property
+    def is_running(self) -> bool:
+        return self.job is not None
 
     @property
     def is_idle(self) -> bool:
@@ -131,7 +137,10 @@ Change = Drop | Cut | Copy
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A job may start: in these sequences, one for each answer, after these changes of the context, in order."""
+    """A job may start: in these sequences, one for each answer, after these changes of the context, in order.
+
+    A job that was preempted has sequences for the answers that had not ended.
+    """
 
     job: Job
     sequences: list[Sequence]  # the first one decodes the prompt
@@ -142,45 +151,60 @@ class Admission:
 @dataclass(eq=False, slots=True)
 class _Waiter:
     job: Job
+    tokens: list[int]  # its prompt; if it was preempted and has one answer left, with the tokens of that
+    generated: list[int]  # number of tokens of each answer
+    began: int = 0  # as `Sequence.began`; 0: the job was not preempted
     leader: Sequence | None = None  # decodes a prompt with the same beginning
     prompt: list[int] = field(default_factory=list)  # that prompt
     n_shared: int = 0  # length of that beginning
 
 
 class Queue:
-    """Jobs that wait.  Clients take turns; the jobs of one client keep their order."""
+    """Jobs that wait.  Clients take turns; the jobs of one client keep their order.  Preempted jobs come first, in the
+    order of their first start."""
 
     def __init__(self) -> None:
+        self._preempted: list[_Waiter] = []
         self._clients: dict[str, deque[_Waiter]] = {}  # in the order of their turns
 
     def __len__(self) -> int:
-        return sum(map(len, self._clients.values()))
+        return len(self._preempted) + sum(map(len, self._clients.values()))
 
     def __iter__(self) -> Iterator[Job]:
         return (waiter.job for waiter in self.in_turn())
 
     def add(self, job: Job) -> None:
-        self._clients.setdefault(job.client, deque()).append(_Waiter(job))
+        self._clients.setdefault(job.client, deque()).append(_Waiter(job, job.tokens, [0] * job.choices))
+
+    def put_back(self, job: Job, answers: list[list[int]], began: int) -> None:
+        """Add a job that was preempted, with the tokens of the answers that it has not ended."""
+        tokens = job.tokens + answers[0] if len(answers) == 1 else job.tokens
+        self._preempted.append(_Waiter(job, tokens, [*map(len, answers)], began))
+        self._preempted.sort(key=lambda waiter: waiter.began)
 
     def remove(self, job: Job) -> bool:
         """Remove a job and return whether it was there."""
-        waiters = self._clients.get(job.client, ())
-        waiter = next((waiter for waiter in waiters if waiter.job is job), None)
+        waiter = next((waiter for waiter in self.in_turn() if waiter.job is job), None)
         if waiter is None:
             return False
+        if waiter.began:
+            self._preempted.remove(waiter)
+            return True
         self._clients[job.client].remove(waiter)
         if not self._clients[job.client]:
             del self._clients[job.client]
         return True
 
-    def take(self, job: Job) -> None:
+    def take(self, waiter: _Waiter) -> None:
         """Remove a job that starts; its client's next turn comes after those of the others."""
-        self.remove(job)
-        if job.client in self._clients:
-            self._clients[job.client] = self._clients.pop(job.client)
+        client = waiter.job.client
+        self.remove(waiter.job)
+        if client in self._clients and not waiter.began:
+            self._clients[client] = self._clients.pop(client)
 
     def in_turn(self) -> Iterator[_Waiter]:
         """Yield the jobs in the order in which they would start: one of each client, then the next one of each."""
+        yield from [*self._preempted]
         left = [iter([*waiters]) for waiters in self._clients.values()]
         while left:
             remaining = []
@@ -213,8 +237,9 @@ class Slots:
         self._context_length = context_length
         self._shared_prefixes = shared_prefixes
         self._rewinds = rewinds
-        self._uses = 0
+        self._uses = self._starts = 0
         self._is_settled = True  # no job that waits can start before something changes
+        self._is_full = False  # cells ran out, and no job has ended since
 
     @property
     def n_running(self) -> int:
@@ -231,8 +256,9 @@ class Slots:
         return self.queue.remove(job)
 
     def excess(self, arrived: list[Job], most: int) -> list[Job]:
-        """Remove those of the jobs that just arrived, in this order, for which no place is left: `most` may wait."""
-        waiting = Counter(job.client for job in self.queue)
+        """Remove those of the jobs that just arrived, in this order, for which no place is left: `most` may wait.
+        Preempted ones do not count."""
+        waiting = Counter(waiter.job.client for waiter in self.queue.in_turn() if not waiter.began)
         new = [job for job in arrived if job in self.queue]
         waiting.subtract(job.client for job in new)
         excess = []
@@ -250,18 +276,19 @@ class Slots:
         """Start the next job, if one can: returns None if none can.
 
         A job that waits for another's prompt lets others pass; one that waits for a sequence or for cells does not.
+        Once a job was preempted, none starts before another has ended.
         """
-        if self._is_settled:
+        if self._is_settled or self._is_full:
             return None
         self._is_settled = True
         n_running = self.n_running
         for waiter in self.queue.in_turn():
-            if n_running + waiter.job.choices > self._parallel:
+            if n_running + len(waiter.generated) > self._parallel:
                 return None
             if self._follows(waiter):
                 self._is_settled = False
             else:
-                return self._start(waiter.job, is_alone=n_running == 0)
+                return self._start(waiter, is_alone=n_running == 0)
         return None
 
     def _follows(self, waiter: _Waiter) -> bool:
@@ -270,13 +297,13 @@ class Slots:
         if leader is not None and leader.prompt is waiter.prompt and len(leader.tokens) < waiter.n_shared:
             return True
         waiter.leader = None
-        job = waiter.job
-        candidates = [s for s in self.sequences if _is_in_prompt(s) and self._may_share(s, job)]
+        tokens = waiter.tokens
+        candidates = [s for s in self.sequences if _is_in_prompt(s) and self._may_share(s, waiter.job)]
         if not candidates:
             return False
-        longest = {id(s): min(common_prefix(job.tokens, s.prompt), len(job.tokens) - 1) for s in candidates}
+        longest = {id(s): min(common_prefix(tokens, s.prompt), len(tokens) - 1) for s in candidates}
         leader = max(candidates, key=lambda s: longest[id(s)])
-        n_shared, n_cached = longest[id(leader)], self._source(job)[1]
+        n_shared, n_cached = longest[id(leader)], self._source(waiter)[1]
         if n_shared < n_cached + WORTH_WAITING:
             return False
         waiter.leader, waiter.prompt, waiter.n_shared = leader, leader.prompt, n_shared
@@ -285,27 +312,29 @@ class Slots:
     def _may_share(self, sequence: Sequence, job: Job) -> bool:
         return self._rewinds and (self._shared_prefixes or sequence.client == job.client)
 
-    def _source(self, job: Job) -> tuple[Sequence | None, int]:
+    def _source(self, waiter: _Waiter) -> tuple[Sequence | None, int]:
         """Return the sequence with the longest beginning of a job's prompt, and that length.  The last token of a
         prompt is always decoded again, for its logits."""
         best, n_best = None, 0
         for sequence in self.sequences:
-            if sequence.tokens and self._may_share(sequence, job):
-                n = min(common_prefix(job.tokens, sequence.tokens), len(job.tokens) - 1)
+            if sequence.tokens and self._may_share(sequence, waiter.job):
+                n = min(common_prefix(waiter.tokens, sequence.tokens), len(waiter.tokens) - 1)
                 if n > n_best or (n == n_best and best is not None and not best.is_idle and sequence.is_idle):
                     best, n_best = sequence, n
         return (best, n_best) if n_best else (None, 0)
 
-    def _start(self, job: Job, *, is_alone: bool) -> Admission | None:
-        source, n_cached = self._source(job)
-        reserve = min(RESERVED, self._context_length - len(job.tokens), job.max_tokens or RESERVED)
-        needed = len(job.tokens) - n_cached + job.choices * reserve
+    def _start(self, waiter: _Waiter, *, is_alone: bool) -> Admission | None:
+        job = waiter.job
+        source, n_cached = self._source(waiter)
+        n_prompt = len(waiter.tokens) - n_cached
+        reserves = self._reserves(waiter)
+        needed = n_prompt + sum(reserves)
         kept = self._cells_of_running() + self._cells_outside_running(source, n_cached)
         if not is_alone and kept + self._promised() + needed > self._n_cells:
             return None
 
         changes: list[Change] = []
-        targets = self._targets(job, source, n_cached)
+        targets = self._targets(len(reserves), source, n_cached)
         for target in targets:
             if target.tokens and target is not source:
                 changes.append(self._drop(target))
@@ -316,20 +345,32 @@ class Slots:
         elif source is not None:
             changes.append(self._copy(source, first, n_cached))
             source.used_at = self._tick()
-        for target in targets:
-            target.is_running = True
+        if not waiter.began:
+            self._starts += 1
+        for target, reserve in zip(targets, reserves, strict=True):
+            target.job = job
             target.client = job.client
+            target.began = waiter.began or self._starts
             target.reserved = reserve
-        first.prompt = job.tokens
-        first.reserved += len(job.tokens) - n_cached
+        first.prompt = waiter.tokens
+        first.reserved += n_prompt
         while self.cells.used + self._promised() > self._n_cells and (victim := self.drop_idle()) is not None:
             changes.append(victim)
-        self.queue.take(job)
+        self.queue.take(waiter)
         self._is_settled = False
         return Admission(job, targets, changes, n_cached)
 
-    def _targets(self, job: Job, source: Sequence | None, n_cached: int) -> list[Sequence]:
-        """Choose the sequences of a job: free ones, then idle ones, least recently used first.
+    def _reserves(self, waiter: _Waiter) -> list[int]:
+        """Return the cells that each answer needs beside the tokens of the waiter: for what it has, if they have not,
+        and for what it may add."""
+        most = self._context_length - len(waiter.job.tokens)
+        if waiter.job.max_tokens is not None:
+            most = min(most, waiter.job.max_tokens)
+        is_lone = len(waiter.generated) == 1
+        return [(0 if is_lone else n) + min(RESERVED, most - n) for n in waiter.generated]
+
+    def _targets(self, n: int, source: Sequence | None, n_cached: int) -> list[Sequence]:
+        """Choose `n` sequences for a job: free ones, then idle ones, least recently used first.
 
         The source itself is the first of them if all its tokens are a beginning of the prompt, so that nothing of it is
         lost, or if there is no other.
@@ -337,9 +378,9 @@ class Slots:
         available = [s for s in self.sequences if not s.is_running and s is not source]
         available.sort(key=lambda s: (bool(s.tokens), s.used_at))
         is_idle = source is not None and source.is_idle
-        if source is not None and is_idle and (n_cached == len(source.tokens) or len(available) < job.choices):
+        if source is not None and is_idle and (n_cached == len(source.tokens) or len(available) < n):
             available.insert(0, source)
-        return available[: job.choices]
+        return available[:n]
 
     def _cells_of_running(self) -> int:
         stretches = {id(stretch): stretch for s in self.sequences if s.is_running for stretch in s.stretches}
@@ -374,14 +415,45 @@ class Slots:
 
     def finish(self, sequence: Sequence, *, is_kept: bool) -> Drop | None:
         """End the job of a sequence, which becomes idle, or free if its tokens are not kept."""
-        sequence.is_running = False
+        job = sequence.job
+        self._release(sequence)
+        if not any(other.job is job for other in self.sequences):
+            self._is_full = False
+        if sequence.tokens and not (is_kept and self._rewinds):
+            return self._drop(sequence)
+        return None
+
+    def victim(self) -> Job | None:
+        """Return the job to preempt when cells ran out; None if only one runs.
+
+        It is the youngest with cells of its own: a job whose cells are all shared would free none.  The oldest job is
+        never preempted, so that each becomes the oldest, and ends.
+        """
+        began = {sequence.job: sequence.began for sequence in self.sequences if sequence.job is not None}
+        _, *younger = sorted(began, key=lambda job: began[job])
+        owners = {job for job in younger if self._has_own_cells(job)}
+        return max(younger, key=lambda job: (job in owners, began[job]), default=None)
+
+    def _has_own_cells(self, job: Job) -> bool:
+        stretches = (stretch for s in self.sequences if s.job is job for stretch in s.stretches)
+        return any(all(user.job is job for user in stretch.users) for stretch in stretches)
+
+    def put_back(self, job: Job, answers: list[list[int]]) -> list[Drop]:
+        """Preempt a job, which waits from then on.  `answers`: the tokens of each answer that has not ended, those that
+        were not decoded too."""
+        sequences = [sequence for sequence in self.sequences if sequence.job is job]
+        self.queue.put_back(job, answers, sequences[0].began)
+        self._is_full = True
+        for sequence in sequences:
+            self._release(sequence)
+        return [self._drop(sequence) for sequence in sequences]
+
+    def _release(self, sequence: Sequence) -> None:
+        sequence.job = None
         sequence.prompt = []
         sequence.reserved = 0
         sequence.used_at = self._tick()
         self._is_settled = False
-        if sequence.tokens and not (is_kept and self._rewinds):
-            return self._drop(sequence)
-        return None
 
     def drop_idle(self) -> Drop | None:
         """Drop the least recently used of the idle sequences, if there is one."""
