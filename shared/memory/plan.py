@@ -69,8 +69,8 @@ def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
 
     llama.cpp keeps the logits of max(n_outputs, n_seq_max) tokens, and its compute buffer has those of n_outputs_max.
     An embedding model outputs every token; with mean pooling, llama.cpp aborts if the physical batch is not a multiple
-    of n_seq_max.  A recurrent model cannot go back to an earlier token, so that its idle sequences would be of no use,
-    and each sequence has a state of its own.
+    of n_seq_max.  A recurrent model has a state for each sequence, which may be as large as the cache of thousands of
+    tokens: it gets no more sequences than may run.
     """
     asked = request.context_length
     n_rows = _rows(model)

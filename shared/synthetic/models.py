@@ -30,6 +30,7 @@ from shared.synthetic.architectures import LLAMA2_7B, SHAPES, TINY, Model, Shape
 from shared.synthetic.tokenizers import Metadata, Value
 
 TILE_ELEMENTS = 1 << 22  # maximum number of random values per file and tensor type; larger tensors repeat them
+DECAY = -0.01  # of the state of recurrent layers
 WEIGHT_DEVIATION = 0.05  # standard deviation of the normally distributed weights
 SPLIT_KINDS = {"split.no": Kind.UINT16, "split.count": Kind.UINT16, "split.tensors.count": Kind.INT32}
 
@@ -181,6 +182,12 @@ def sparse(path: Path, model: Model) -> Path:
     return path
 
 
+def dense(path: Path, model: Model) -> Path:
+    """Write a model that the caller describes, with random weights."""
+    _write_file(path, model, is_sparse=False)
+    return path
+
+
 def write_demo(directory: Path) -> list[str]:
     """Write the models of --demo below `directory`: an LLM, a MoE and an embedding model.  Returns their model keys."""
 
@@ -286,8 +293,8 @@ def _kind(key: str, value: Value) -> tuple[Kind, Kind | None]:
 def _weights(tensors: list[Tensor]) -> Iterator[Bytes]:
     """Yield the data of all tensors in order, each padded to the alignment, in chunks of some megabytes.
 
-    Norms are ones.  All other tensors repeat a tile of random values, one per tensor type, each from a different
-    position.
+    Norms are ones, and recurrent layers forget slowly.  All other tensors repeat a tile of random values, one
+    per tensor type, each from a different position.
     """
     tiles: dict[str, Bytes] = {}
     n_elements = min(TILE_ELEMENTS, max((math.prod(tensor.shape) for tensor in tensors), default=0))
@@ -296,6 +303,8 @@ def _weights(tensors: list[Tensor]) -> Iterator[Bytes]:
         padding = np.zeros(_padding(left), np.uint8)
         if tensor.name.endswith("norm.weight"):
             yield np.ones(tensor.shape, np.float32).view(np.uint8)
+        elif tensor.name.endswith(".ssm_a"):
+            yield np.full(math.prod(tensor.shape), DECAY, np.float32).view(np.uint8)
         else:
             tensor_type = TensorType[tensor.type]
             if tensor.type not in tiles:

@@ -20,7 +20,7 @@ from tests.support.child import in_child
 from tests.support.generation import Answered, Trial, ids_of
 from worker.engine import slots
 from worker.engine.job import Done, Waiting
-from worker.engine.slots import Cut
+from worker.engine.slots import Cut, Restore
 
 NEAR = 0.05  # of log probabilities: batches of other sizes use other kernels
 
@@ -518,19 +518,69 @@ def test_an_error_of_the_engine_ends_its_requests_only(llama: Path) -> None:
     in_child(failing, llama)
 
 
+def restored(root: Path) -> None:
+    trial = Trial(root, parallel=8)
+    first = trial.job(prompt(300), max_tokens=8)
+    trial.run(first)
+    answer = next(sequence.tokens[300:] for sequence in trial.loop._slots.sequences if sequence.tokens)
+    cases = [
+        ("the whole sequence", [*first.tokens, *answer, *prompt(40, 5)], 307),
+        ("the same prompt", first.tokens, 300 - slots.LAST),
+        ("the next turn", [*first.tokens, *prompt(60, 7)], 300 - slots.LAST),
+        ("half of the prompt", [*prompt(150), *prompt(70, 9)], 0),
+        ("the same half", [*prompt(150), *prompt(70, 11)], 150),
+    ]
+    for name, tokens, n_cached in cases:
+        before = trial.loop.counters.prompt_tokens
+        again, fresh = (
+            trial.run(
+                trial.job(tokens, sampling=trial.endless(temperature=0), max_tokens=2, logprobs=10, client=client)
+            )[0]
+            for client in ("a", name)
+        )
+        assert (again.cached_tokens, fresh.cached_tokens) == (n_cached, 0), name
+        assert trial.loop.counters.prompt_tokens == before + 2 * len(tokens) - n_cached
+        assert is_near(again, fresh), name
+        for sequence in trial.loop._slots.sequences:  # of the client that shares nothing: room for the next case
+            if sequence.client == name:
+                trial.engine.apply(trial.loop._slots._drop(sequence))
+    sizes = {each.state.nbytes for sequence in trial.loop._slots.sequences for each in sequence.checkpoints}
+    assert all(abs(size / trial.loaded.state_bytes - 1) < 0.03 for size in sizes)
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "jamba", "granitehybrid"])
+def test_a_recurrent_model_goes_on_from_a_checkpoint(architecture: str, tmp_path: Path) -> None:
+    """It computes what a fresh sequence computes."""
+    architectures.write_random(tmp_path / "models/p/m/m.gguf", architecture)
+    in_child(restored, tmp_path / "models")
+
+
+def not_restored(root: Path) -> None:
+    trial = Trial(root)
+    first = prompt(60)
+    options: dict[str, Any] = {"sampling": trial.endless(temperature=0), "max_tokens": 2, "logprobs": 10}
+    (one,) = trial.run(trial.job(first, **options))
+    apply = trial.engine.apply
+    trial.engine.apply = lambda change: not isinstance(change, Restore) and apply(change)  # type: ignore[method-assign]
+    others = [trial.run(trial.job(first, **options))[0] for _ in range(2)]
+    assert [other.cached_tokens for other in others] == [0, 0]
+    assert all(is_near(one, other) for other in others)
+
+
 def without_rewind(root: Path) -> None:
     trial = Trial(root)
     tokens = prompt(40)
     first = trial.run(trial.job(tokens, choices=2, max_tokens=4), trial.job(tokens, max_tokens=4))
-    second = trial.run(trial.job(tokens, max_tokens=4))
-    assert [answered.cached_tokens for answered in (*first, *second)] == [0, 0, 0]
-    assert [answered.n_tokens for answered in (*first, *second)] == [8, 4, 4]
-    assert trial.loop.counters.cells == 0
+    second = trial.run(trial.job(tokens, choices=3, max_tokens=4))
+    assert [answered.cached_tokens for answered in (*first, *second)] == [0, 0, 40 - slots.LAST]
+    assert [answered.n_tokens for answered in (*first, *second)] == [8, 4, 12]
+    not_restored(root)
 
 
-@pytest.mark.parametrize("architecture", ["mamba", "jamba", "falcon-h1", "lfm2"])
-def test_a_recurrent_model_keeps_no_tokens(architecture: str, tmp_path: Path) -> None:
-    architectures.write(tmp_path / "models/p/m/m.gguf", architecture)
+@pytest.mark.parametrize("architecture", ["qwen3next", "lfm2"])
+def test_a_hybrid_model_gives_several_answers(architecture: str, tmp_path: Path) -> None:
+    """And starts anew if the engine cannot restore a checkpoint."""
+    architectures.write_random(tmp_path / "models/p/m/m.gguf", architecture)
     in_child(without_rewind, tmp_path / "models")
 
 

@@ -767,8 +767,8 @@ MUTANTS = (
     Mutant(
         "clients do not share the beginnings of their prompts",
         "worker/engine/slots.py",
-        "(self._shared_prefixes or sequence.client == job.client)",
-        "True",
+        "return self._shared_prefixes or sequence.client == job.client",
+        "return True",
         (f"{UNIT}slots.py",),
     ),
     Mutant(
@@ -791,6 +791,13 @@ MUTANTS = (
         "if now >= begun.job.deadline",
         "if False",
         (f"{INTEGRATION}loop.py",),
+    ),
+    Mutant(
+        "a recurrent model returns to the state of a checkpoint",
+        "worker/engine/slots.py",
+        "return [Restore(target, checkpoint)]",
+        "return []",
+        (f"{UNIT}slots.py",),
     ),
     Mutant(
         "nothing starts between a preemption and the next end",

@@ -31,7 +31,17 @@ DESCRIBED: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_
 
 
 def write(path: Path, architecture: str, **metadata: object) -> Path:
-    """Write a model of an architecture.  `metadata` replaces values; its names have `__` instead of a dot."""
+    """Write a model of an architecture, with zeros as weights.  `metadata` replaces values; its names have `__` instead
+    of a dot."""
+    return models.sparse(path, _described(architecture, metadata))
+
+
+def write_random(path: Path, architecture: str) -> Path:
+    """Write a model of an architecture, with random weights."""
+    return models.dense(path, _described(architecture, {}))
+
+
+def _described(architecture: str, metadata: dict[str, object]) -> Model:
     described = DESCRIBED[architecture]
     given = {name.replace("__", "."): value for name, value in metadata.items()}
     merged = {**USUAL, **described["metadata"], **given}
@@ -44,8 +54,7 @@ def write(path: Path, architecture: str, **metadata: object) -> Path:
     tensors = [
         tensor for name, size in described["tensors"].items() for tensor in _tensors(name, size, merged["block_count"])
     ]
-    models.sparse(path, Model({**general, **keys, **tokenizers.spm(N_TOKENS)}, tensors))
-    return path
+    return Model({**general, **keys, **tokenizers.spm(N_TOKENS)}, tensors)
 
 
 def _tensors(name: str, size: str, block_count: int) -> Iterator[Tensor]:

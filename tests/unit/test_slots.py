@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from worker.engine.job import Job
 from worker.engine.slots import (
+    LAST,
     LEAST_CHUNK,
     RESERVED,
     Admission,
@@ -19,6 +20,7 @@ from worker.engine.slots import (
     Copy,
     Cut,
     Drop,
+    Restore,
     Sequence,
     Slots,
     common_prefix,
@@ -40,6 +42,7 @@ def slots(
     n_cells: int = 4096,
     shared_prefixes: bool = False,
     rewinds: bool = True,
+    n_checkpoints: int = 0,
 ) -> Slots:
     return Slots(
         n_sequences=n_sequences,
@@ -48,6 +51,7 @@ def slots(
         context_length=n_cells,
         shared_prefixes=shared_prefixes,
         rewinds=rewinds,
+        n_checkpoints=n_checkpoints,
     )
 
 
@@ -63,29 +67,44 @@ def run(slots: Slots, tokens: list[int], answer: list[int], client: str = "a") -
     slots.add(job(tokens, client=client))
     (admission,) = started(slots)
     (sequence,) = admission.sequences
-    slots.extend(sequence, tokens[admission.n_cached :] + answer)
+    for end in [*sequence.marks, len(tokens)]:
+        slots.extend(sequence, tokens[len(sequence.tokens) : end])
+        slots.checkpoint(sequence)
+    slots.extend(sequence, answer)
     slots.finish(sequence, is_kept=True)
     return admission
 
 
 class Memory:
-    """The engine's memory, by its documentation: which cell holds which token of which sequences."""
+    """The engine's memory, by its documentation: which cell holds which token of which sequences, and, if it cannot
+    rewind, after which tokens the model's state is."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, rewinds: bool) -> None:
+        self.rewinds = rewinds
+        self.states: dict[int, list[int]] = {}  # of each sequence
         self.cells: dict[int, list[tuple[int, int]]] = {}  # of a sequence: each token and its cell
         self._ids = count()
 
     def apply(self, change: Change) -> None:
         match change:
             case Drop(sequence):
-                self.cells[sequence.id] = []
+                self.cells[sequence.id], self.states[sequence.id] = [], []
             case Cut(sequence, n):
                 self.cells[sequence.id] = self.cells[sequence.id][:n]
+                if self.rewinds:
+                    self.states[sequence.id] = self.tokens(sequence)
+                assert self.states[sequence.id] == self.tokens(sequence)
             case Copy(source, target, n):
                 assert not self.cells.get(target.id), "a copy into a sequence that has tokens"
                 self.cells[target.id] = self.cells[source.id][:n]
+                self.states[target.id] = self.tokens(target) if self.rewinds else self.states[source.id]
+            case Restore(sequence, checkpoint):
+                assert not self.rewinds
+                self.states[sequence.id] = checkpoint.state
 
     def decode(self, sequence: Sequence, tokens: list[int]) -> None:
+        assert self.states.get(sequence.id, []) == self.tokens(sequence)
+        self.states[sequence.id] = self.tokens(sequence) + tokens
         self.cells.setdefault(sequence.id, []).extend((token, next(self._ids)) for token in tokens)
 
     @property
@@ -99,11 +118,18 @@ class Memory:
 class Run:
     """Random jobs in the sequences of a small context."""
 
-    def __init__(self, seed: int, n_sequences: int, parallel: int, *, is_shared: bool) -> None:
+    def __init__(self, seed: int, n_sequences: int, parallel: int, *, is_shared: bool, rewinds: bool) -> None:
         self.random = random.Random(seed)
         self.is_shared, self.parallel, self.n_cells = is_shared, parallel, 120
-        self.slots = slots(n_sequences, parallel=parallel, n_cells=self.n_cells, shared_prefixes=is_shared)
-        self.memory = Memory()
+        self.slots = slots(
+            n_sequences,
+            parallel=parallel,
+            n_cells=self.n_cells,
+            shared_prefixes=is_shared,
+            rewinds=rewinds,
+            n_checkpoints=3,
+        )
+        self.memory = Memory(rewinds=rewinds)
         self.waiting: list[Job] = []
         self.running: dict[Job, dict[int, Sequence]] = {}  # the sequence of each answer that has not ended
         self.answers: dict[Job, list[list[int]]] = {}  # of jobs that began, in this order
@@ -165,8 +191,10 @@ class Run:
             has_prompt = len(first.tokens) >= len(now.tokens)
             for choice, sequence in sequences.items():
                 goal = now.tokens if len(sequences) > 1 and not has_prompt else now.tokens + self.answers[now][choice]
+                start = len(sequence.tokens)
+                end = min([mark for mark in sequence.marks if mark > start] + [start + self.random.randint(1, 20)])
                 if sequence is first or has_prompt:
-                    parts.append((now, choice, goal[len(sequence.tokens) :][: self.random.randint(1, 20)]))
+                    parts.append((now, choice, goal[start:end]))
         return parts
 
     def decode(self) -> None:
@@ -180,6 +208,8 @@ class Run:
             assert tokens
             self.slots.extend(sequence, tokens)
             self.memory.decode(sequence, tokens)
+            if checkpoint := self.slots.checkpoint(sequence):
+                checkpoint.state = self.memory.tokens(sequence)
             if len(sequence.tokens) == len(now.tokens):
                 for other in sequences.values():
                     if not other.tokens:
@@ -231,19 +261,29 @@ class Run:
         for sequence in mine.sequences:
             assert sequence.tokens == self.memory.tokens(sequence)
             assert sum(stretch.length for stretch in sequence.stretches) == len(sequence.tokens)
+        assert len({id(checkpoint) for sequence in mine.sequences for checkpoint in sequence.checkpoints}) <= 3
         assert mine.n_running == sum(map(len, self.running.values())) <= self.parallel
         assert {*mine.queue} == {*self.waiting, *self.preempted}
         assert [*mine.queue][: len(self.preempted)] == [job for job in self.answers if job in self.preempted]
 
 
-@given(seed=st.integers(0, 10**9), n_sequences=st.integers(1, 6), parallel=st.integers(1, 6), is_shared=st.booleans())
-def test_any_sequence_of_jobs_keeps_the_rules(seed: int, n_sequences: int, parallel: int, is_shared: bool) -> None:
+@given(
+    seed=st.integers(0, 10**9),
+    n_sequences=st.integers(1, 6),
+    parallel=st.integers(1, 6),
+    is_shared=st.booleans(),
+    rewinds=st.booleans(),
+)
+def test_any_sequence_of_jobs_keeps_the_rules(
+    seed: int, n_sequences: int, parallel: int, is_shared: bool, rewinds: bool
+) -> None:
     """Random jobs arrive, decode, run out of cells, end and vanish.  The memory then has what the slots say, each job
-    starts with a beginning of its own tokens, clients share nothing, preempted jobs return in their order, and every
-    job ends."""
+    starts with a beginning of its own tokens and in the state of the model after it, clients share nothing, preempted
+    jobs return in their order, and every job ends."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("worker.engine.slots.RESERVED", 8)
-        run = Run(seed, n_sequences, min(parallel, n_sequences), is_shared=is_shared)
+        patch.setattr("worker.engine.slots.WORTH_WAITING", 4)
+        run = Run(seed, n_sequences, min(parallel, n_sequences), is_shared=is_shared, rewinds=rewinds)
         for _ in range(60):
             match run.random.randrange(6):
                 case 0:
@@ -387,7 +427,44 @@ def test_clients_share_no_beginning_unless_allowed() -> None:
         assert run(mine, [1, 2, 3], [], client="b").n_cached == n_cached
 
 
-def test_nothing_is_kept_if_sequences_cannot_rewind() -> None:
+def test_without_rewinding_a_sequence_continues_as_a_whole() -> None:
+    mine = slots(rewinds=False, n_checkpoints=4)
+    run(mine, [1] * 50, [2, 3])
+    admission = run(mine, [1] * 50 + [2, 3, 4], [])
+    assert (admission.n_cached, admission.changes) == (52, [])
+
+
+def test_without_rewinding_a_prompt_begins_at_a_checkpoint() -> None:
+    mine = slots(rewinds=False, n_checkpoints=4)
+    (first,) = run(mine, [1] * 50, [2, 3]).sequences
+    (checkpoint,) = first.checkpoints
+    assert checkpoint.n == 50 - LAST
+    admission = run(mine, [1] * 50 + [9], [])
+    (second,) = admission.sequences
+    assert admission.n_cached == checkpoint.n
+    assert admission.changes == [Copy(first, second, checkpoint.n), Restore(second, checkpoint)]
+    assert len(first.tokens) == 52
+    assert run(mine, [1] * 10, []).n_cached == 0
+
+
+def test_a_checkpoint_is_taken_where_two_prompts_part() -> None:
+    mine = slots(8, rewinds=False, n_checkpoints=4)
+    run(mine, [1] * 100 + [2] * 60, [])
+    assert run(mine, [1] * 100 + [3] * 60, []).n_cached == 0
+    assert run(mine, [1] * 100 + [4] * 60, []).n_cached == 100
+    assert run(mine, [1] * 100 + [5] * 60, [], client="b").n_cached == 0
+
+
+def test_the_least_recently_used_checkpoint_makes_room() -> None:
+    mine = slots(8, rewinds=False, n_checkpoints=2)
+    run(mine, [1] * 50, [])
+    run(mine, [2] * 50, [])
+    assert run(mine, [1] * 50, []).n_cached == 46
+    run(mine, [3] * 50, [])
+    assert [run(mine, [n] * 50, []).n_cached for n in (1, 3, 2)] == [46, 46, 0]
+
+
+def test_nothing_is_kept_without_rewinding_and_checkpoints() -> None:
     mine = slots(rewinds=False)
     first = run(mine, [1, 2, 3], [4])
     assert not first.sequences[0].tokens

@@ -16,11 +16,12 @@ import numpy.ctypeslib  # else numpy imports it at the first use, when the runne
 from numpy.typing import NDArray
 
 from worker.engine.llama import Loaded, Log, lib
-from worker.engine.slots import Change, Copy, Cut, Drop
+from worker.engine.slots import Change, Copy, Cut, Drop, Restore, Sequence, most_checkpoints
 
 Logits = NDArray[np.float32]
 
 NO_CELLS, ABORTED = 1, 2  # results of llama_decode
+PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 SMALL_BYTES = 16 << 20  # of weights; below, several threads take longer than one
 PIECE_BYTES = 256
 FEW_THREADS = 4
@@ -132,6 +133,10 @@ class Batch:
         return self._struct
 
 
+def _state(state: NDArray[np.uint8]) -> tuple[Any, int]:
+    return ctypes.cast(_address(state), ctypes.POINTER(ctypes.c_uint8)), state.size
+
+
 def _address(array: NDArray[Any]) -> int:
     return int(array.ctypes.data)
 
@@ -149,6 +154,7 @@ class Engine:
         self.n_sequences: int = lib.llama_n_seq_max(self.context)
         self.batch = Batch(lib.llama_n_batch(self.context), n_outputs_max)
         self.rewinds = not (lib.llama_model_is_recurrent(loaded.model) or lib.llama_model_is_hybrid(loaded.model))
+        self.n_checkpoints = most_checkpoints(self.n_sequences) if loaded.state_bytes else 0
         self.can_generate = bool(
             self._memory
             and lib.llama_model_has_decoder(loaded.model)
@@ -200,6 +206,17 @@ class Engine:
                     self._memory, source.id, target.id, -1 if is_whole else 0, -1 if is_whole else n
                 )
                 return True
+            case Restore(sequence, checkpoint):
+                state: NDArray[np.uint8] = checkpoint.state
+                return bool(lib.llama_state_seq_set_data_ext(self.context, *_state(state), sequence.id, PARTIAL))
+
+    def state(self, sequence: Sequence) -> NDArray[np.uint8]:
+        """Return what a sequence of a model with recurrent layers cannot return to by itself: the state of these
+        layers.  Its size does not depend on the number of tokens."""
+        size = lib.llama_state_seq_get_size_ext(self.context, sequence.id, PARTIAL)
+        state = np.empty(size, np.uint8)
+        lib.llama_state_seq_get_data_ext(self.context, *_state(state), sequence.id, PARTIAL)
+        return state
 
     @staticmethod
     def note(text: str) -> None:

@@ -7,6 +7,7 @@ contains.  Names in this module are llama.cpp's.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import time
@@ -28,6 +29,7 @@ from worker.chat.handle import Helper, HelperDied
 from worker.chat.protocol import Template
 from worker.engine.breakdown import breakdown
 from worker.engine.prefetch import Ahead, Unreadable, open_model
+from worker.engine.slots import most_checkpoints
 from worker.runner.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: untyped
@@ -36,6 +38,7 @@ version = str(__version__)
 ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's table is outdated
 TENSORS = "load_tensors: "  # prefix of the first line about the weights (src/llama-model.cpp)
 MANY_BYTES, MOST_THREADS = 128 << 20, 8
+LEAST_MIB = 0.01  # the smallest size in the log that is not 0
 BACKENDS = {  # by the names that they have in ggml's registry, in its order (ggml-backend-reg.cpp)
     "CUDA": "ggml_backend_cuda_reg",
     "SYCL": "ggml_backend_sycl_reg",
@@ -210,14 +213,27 @@ def n_threads(n_bytes: int) -> int:
     return min(MOST_THREADS, len(os.sched_getaffinity(0))) if n_bytes >= MANY_BYTES else 1
 
 
-def _usage(load: Load, context: Any, gpus: dict[int, str]) -> list[Usage] | None:
-    """Return the memory on each device, then on the host; None if this build of the engine does not report it."""
+def _usage(load: Load, context: Any, gpus: dict[int, str], state_bytes: int) -> list[Usage] | None:
+    """Return the memory on each device, then on the host, with that of checkpoints; None if this build of the engine
+    does not report it."""
     usage = breakdown(lib._lib, version, context, gpus)
     if usage is None:
         return None
     *on_gpus, host = usage
     n_tokens = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(lib.llama_get_model(context)))
-    return [*on_gpus, structs.replace(host, compute_bytes=host.compute_bytes + logits_bytes(load, n_tokens))]
+    context_bytes = host.context_bytes
+    if not load.embedding:
+        context_bytes += state_bytes * most_checkpoints(lib.llama_n_seq_max(context))
+    compute_bytes = host.compute_bytes + logits_bytes(load, n_tokens)
+    return [*on_gpus, structs.replace(host, context_bytes=context_bytes, compute_bytes=compute_bytes)]
+
+
+def _state_bytes(context: Any, log: Log) -> int:
+    """Return the size of the state that recurrent layers have of a sequence, from the log; 0 if there are none."""
+    sizes = log.find("llama_memory_recurrent: size", r"size = +([\d.]+) MiB")
+    n_mib = max(LEAST_MIB, *map(float, sizes)) if sizes else 0.0
+    n_sequences: int = lib.llama_n_seq_max(context)
+    return math.ceil(n_mib * 2**20 / n_sequences)
 
 
 class DryRuns:
@@ -251,7 +267,7 @@ class DryRuns:
             gpus = _gpus(load)
             context = _create_context(load, self._opened(load, gpus), log)
             try:
-                usage = _usage(load, context, gpus)
+                usage = _usage(load, context, gpus, _state_bytes(context, log))
             finally:
                 lib.llama_free(context)
             if usage is None:
@@ -336,6 +352,7 @@ class Loaded:
             with _timed(self.timing, "context"):
                 self.context = _create_context(load, self.model, log)
             undo.callback(lib.llama_free, self.context)
+            self.state_bytes = _state_bytes(self.context, log)
             report("warmup", load.total_bytes)
             with _timed(self.timing, "warmup"):
                 self._warm_up()
@@ -468,7 +485,7 @@ class Loaded:
 
     def ready(self, load: Load) -> Ready:
         """Return the applied configuration and usage, read back from the model, the context and the engine's log."""
-        usage = _usage(load, self.context, self._gpus) or []
+        usage = _usage(load, self.context, self._gpus, self.state_bytes) or []
         return Ready(
             config=self._config(load),
             timing=self.timing,

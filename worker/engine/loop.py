@@ -16,7 +16,18 @@ from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, To
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.sample import Alternatives, BadRequest, Bias, Draw, Draws, Sampler, check
-from worker.engine.slots import Admission, Budget, Cut, Drop, Sequence, Slots, queue_full, retry_after_s, shares
+from worker.engine.slots import (
+    Admission,
+    Budget,
+    Cut,
+    Drop,
+    Restore,
+    Sequence,
+    Slots,
+    queue_full,
+    retry_after_s,
+    shares,
+)
 from worker.engine.text import Text
 
 CPU_STEP_S, GPU_STEP_S = 0.1, 0.02  # of a step with prompts beside running answers
@@ -136,6 +147,7 @@ class Loop:
             context_length=context_length,
             shared_prefixes=shared_prefixes,
             rewinds=engine.rewinds,
+            n_checkpoints=engine.n_checkpoints,
         )
         self._running: dict[Job, _Running] = {}  # oldest first
         self._preempted: dict[Job, _Running] = {}  # and waiting for another start
@@ -256,7 +268,7 @@ class Loop:
         n_cached = admission.n_cached
         for change in admission.changes:
             if not self._engine.apply(change):  # a sequence that cannot return to an earlier token
-                assert isinstance(change, Cut)
+                assert isinstance(change, Cut | Restore)
                 self._engine.rewinds = False
                 self._slots.lost(change.sequence)
                 self._engine.apply(Drop(change.sequence))
@@ -304,14 +316,14 @@ class Loop:
             n_prompt = len(running.job.tokens)
             leader, *others = unfinished = running.unfinished
             if len(leader.sequence.tokens) < n_prompt and others:
-                left.append(_Left(running, leader, n_prompt - len(leader.sequence.tokens), running.is_in_prompt))
+                left.append(_left(running, leader, n_prompt, is_last=running.is_in_prompt))
                 continue
             for answer in unfinished:
-                n = n_prompt + len(answer.tokens) - len(answer.sequence.tokens)
-                if n == 1 and answer.tokens:
+                n = n_prompt + len(answer.tokens)
+                if len(answer.sequence.tokens) == n - 1 and answer.tokens:
                     parts.append(_Part(running, answer, answer.tokens[-1:], has_output=True, is_prompt=False))
                 else:
-                    left.append(_Left(running, answer, n, is_last=True))
+                    left.append(_left(running, answer, n, is_last=True))
         room = batch.n_batch - len(parts)
         budget = min(room, self._budget.n_tokens) if parts else room
         parts += [each.part(n) for each, n in zip(left, shares([each.n for each in left], budget), strict=True) if n]
@@ -384,6 +396,8 @@ class Loop:
         for part in parts:
             sequence = part.answer.sequence
             self._slots.extend(sequence, part.tokens)
+            if (checkpoint := self._slots.checkpoint(sequence)) is not None:
+                checkpoint.state = self._engine.state(sequence)
             if part.is_prompt and len(sequence.tokens) == len(part.running.job.tokens):
                 for other in part.running.unfinished:
                     if not other.sequence.tokens:
@@ -508,6 +522,13 @@ class Loop:
         self.counters.running = len(self._running)
         self.counters.waiting = len(self._slots.queue)
         self.counters.cells = self._slots.cells.used
+
+
+def _left(running: _Running, answer: _Answer, end: int, *, is_last: bool) -> _Left:
+    """Return what an answer has to decode to have `end` tokens, up to the next checkpoint."""
+    start = len(answer.sequence.tokens)
+    until = next((mark for mark in answer.sequence.marks if start < mark < end), end)
+    return _Left(running, answer, until - start, is_last=is_last and until == end)
 
 
 def _drawing(part: _Part) -> list[_Answer]:

@@ -4,6 +4,9 @@ clock.
 A sequence is free, running (a job decodes in it), or idle: it keeps the tokens of a finished job, for a job with the
 same beginning.  Sequences share the cells of a common beginning.  If cells run out, a job is preempted: it gives its
 sequences back, and starts again once another job has ended.
+
+Some models cannot return to an earlier token of a sequence.  They return to a checkpoint: the state that the model had
+after so many tokens, which the caller keeps.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from shared.places import has_place
 from worker.engine.job import Job
@@ -20,6 +24,8 @@ RESERVED = 256  # cells of an answer that must be there at its start
 WORTH_WAITING = 32  # tokens; a job waits for another to decode as many of its own prompt
 LEAST_CHUNK = 8  # tokens of prompts in a step
 CHUNK = 32  # the same, before any step was timed
+LEAST_CHECKPOINTS = 4
+LAST = 4  # tokens of a prompt after its checkpoint; the next prompt of a conversation may have others there
 
 
 def common_prefix(one: list[int], other: list[int]) -> int:
@@ -41,6 +47,15 @@ class Stretch:
 
 
 @dataclass(eq=False, slots=True)
+class Checkpoint:
+    """The state of a model after the first `n` tokens of a sequence, and of sequences that were copied from it."""
+
+    n: int
+    used_at: int  # as `Sequence.used_at`
+    state: Any = None  # the engine's
+
+
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A sequence of the engine's context."""
 
@@ -53,6 +68,8 @@ class Sequence:
     prompt: list[int] = field(default_factory=list)  # of the running job, if this sequence decodes it
     reserved: int = 0  # cells that a running job may still take without asking
     used_at: int = 0  # orders sequences by their last use
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)  # numbers of tokens after which to take one, ascending
 
     @property
     def is_running(self) -> bool:
@@ -132,7 +149,15 @@ class Copy:
     n: int
 
 
-Change = Drop | Cut | Copy
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Return to a checkpoint.  What a sequence has beyond it is cut, or was not copied."""
+
+    sequence: Sequence
+    checkpoint: Checkpoint
+
+
+Change = Drop | Cut | Copy | Restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +252,10 @@ class Slots:
         context_length: int,
         shared_prefixes: bool,
         rewinds: bool,
+        n_checkpoints: int = 0,
     ) -> None:
-        """`rewinds`: a sequence can return to an earlier token; otherwise no tokens are kept and none are shared."""
+        """`rewinds`: a sequence can return to any earlier token.  Otherwise it can return to a checkpoint, of which
+        there are `n_checkpoints` at most; without them, no tokens are kept and none are shared."""
         self.sequences = [Sequence(id_) for id_ in range(n_sequences)]
         self.queue = Queue()
         self.cells = Cells()
@@ -237,6 +264,7 @@ class Slots:
         self._context_length = context_length
         self._shared_prefixes = shared_prefixes
         self._rewinds = rewinds
+        self._n_checkpoints = 0 if rewinds else n_checkpoints
         self._uses = self._starts = 0
         self._is_settled = True  # no job that waits can start before something changes
         self._is_full = False  # cells ran out, and no job has ended since
@@ -299,7 +327,7 @@ class Slots:
         waiter.leader = None
         tokens = waiter.tokens
         candidates = [s for s in self.sequences if _is_in_prompt(s) and self._may_share(s, waiter.job)]
-        if not candidates:
+        if not candidates or not self._rewinds:
             return False
         longest = {id(s): min(common_prefix(tokens, s.prompt), len(tokens) - 1) for s in candidates}
         leader = max(candidates, key=lambda s: longest[id(s)])
@@ -310,7 +338,7 @@ class Slots:
         return True
 
     def _may_share(self, sequence: Sequence, job: Job) -> bool:
-        return self._rewinds and (self._shared_prefixes or sequence.client == job.client)
+        return self._shared_prefixes or sequence.client == job.client
 
     def _source(self, waiter: _Waiter) -> tuple[Sequence | None, int]:
         """Return the sequence with the longest beginning of a job's prompt, and that length.  The last token of a
@@ -318,10 +346,28 @@ class Slots:
         best, n_best = None, 0
         for sequence in self.sequences:
             if sequence.tokens and self._may_share(sequence, waiter.job):
-                n = min(common_prefix(waiter.tokens, sequence.tokens), len(waiter.tokens) - 1)
+                n = self._reusable(sequence, min(common_prefix(waiter.tokens, sequence.tokens), len(waiter.tokens) - 1))
                 if n > n_best or (n == n_best and best is not None and not best.is_idle and sequence.is_idle):
                     best, n_best = sequence, n
         return (best, n_best) if n_best else (None, 0)
+
+    def _reusable(self, sequence: Sequence, n: int) -> int:
+        """Return how many of the first `n` tokens of a sequence another one can begin with."""
+        if self._rewinds or n == len(sequence.tokens):
+            return n
+        return max((checkpoint.n for checkpoint in sequence.checkpoints if checkpoint.n <= n), default=0)
+
+    def _marks(self, waiter: _Waiter, n_cached: int) -> list[int]:
+        """Return where to take checkpoints in a prompt: near its end, for the next one of the conversation, and where
+        it leaves another prompt, for a third one that begins like both."""
+        if not self._n_checkpoints:
+            return []
+        tokens = waiter.tokens
+        sharable = [s for s in self.sequences if s.tokens and self._may_share(s, waiter.job)]
+        end = len(tokens) - LAST
+        fork = max((common_prefix(tokens, sequence.tokens) for sequence in sharable), default=0)
+        marks = [fork, end] if fork + WORTH_WAITING <= end else [end]
+        return [mark for mark in marks if mark >= n_cached + WORTH_WAITING]
 
     def _start(self, waiter: _Waiter, *, is_alone: bool) -> Admission | None:
         job = waiter.job
@@ -334,6 +380,7 @@ class Slots:
             return None
 
         changes: list[Change] = []
+        marks = self._marks(waiter, n_cached)
         targets = self._targets(len(reserves), source, n_cached)
         for target in targets:
             if target.tokens and target is not source:
@@ -341,9 +388,12 @@ class Slots:
         first = targets[0]
         if source is first:
             if n_cached < len(source.tokens):
+                changes += self._restored(source, first, n_cached)
                 changes.append(self._cut(source, n_cached))
         elif source is not None:
             changes.append(self._copy(source, first, n_cached))
+            if n_cached < len(source.tokens):
+                changes += self._restored(source, first, n_cached)
             source.used_at = self._tick()
         if not waiter.began:
             self._starts += 1
@@ -353,12 +403,21 @@ class Slots:
             target.began = waiter.began or self._starts
             target.reserved = reserve
         first.prompt = waiter.tokens
+        first.marks = marks
         first.reserved += n_prompt
         while self.cells.used + self._promised() > self._n_cells and (victim := self.drop_idle()) is not None:
             changes.append(victim)
         self.queue.take(waiter)
         self._is_settled = False
         return Admission(job, targets, changes, n_cached)
+
+    def _restored(self, source: Sequence, target: Sequence, n: int) -> list[Change]:
+        """Return the change that lets a sequence return to the first `n` tokens of another, if it takes one."""
+        if self._rewinds:
+            return []
+        checkpoint = next(checkpoint for checkpoint in source.checkpoints if checkpoint.n == n)
+        checkpoint.used_at = self._tick()
+        return [Restore(target, checkpoint)]
 
     def _reserves(self, waiter: _Waiter) -> list[int]:
         """Return the cells that each answer needs beside the tokens of the waiter: for what it has, if they have not,
@@ -409,6 +468,22 @@ class Slots:
         sequence.reserved = max(0, sequence.reserved - len(tokens))
         self.cells.append(sequence, len(tokens))
 
+    def checkpoint(self, sequence: Sequence) -> Checkpoint | None:
+        """Return a checkpoint to be filled in, if one is to be taken of the tokens that a sequence has.  It replaces
+        the least recently used one if there are as many as may be."""
+        if len(sequence.tokens) not in sequence.marks:
+            return None
+        sequence.marks.remove(len(sequence.tokens))
+        kept = {id(each): each for other in self.sequences for each in other.checkpoints}
+        if len(kept) >= self._n_checkpoints:
+            oldest = min(kept.values(), key=lambda each: each.used_at)
+            for other in self.sequences:
+                if oldest in other.checkpoints:
+                    other.checkpoints.remove(oldest)
+        checkpoint = Checkpoint(len(sequence.tokens), self._tick())
+        sequence.checkpoints.append(checkpoint)
+        return checkpoint
+
     def fork(self, source: Sequence, target: Sequence) -> Copy:
         """Let another answer of the same job begin with the whole prompt."""
         return self._copy(source, target, len(source.tokens))
@@ -419,7 +494,7 @@ class Slots:
         self._release(sequence)
         if not any(other.job is job for other in self.sequences):
             self._is_full = False
-        if sequence.tokens and not (is_kept and self._rewinds):
+        if sequence.tokens and not (is_kept and (self._rewinds or self._n_checkpoints)):
             return self._drop(sequence)
         return None
 
@@ -451,6 +526,7 @@ class Slots:
     def _release(self, sequence: Sequence) -> None:
         sequence.job = None
         sequence.prompt = []
+        sequence.marks = []
         sequence.reserved = 0
         sequence.used_at = self._tick()
         self._is_settled = False
@@ -461,9 +537,13 @@ class Slots:
         return self._drop(min(idle, key=lambda sequence: sequence.used_at)) if idle else None
 
     def lost(self, sequence: Sequence) -> None:
-        """Record that a sequence lost its tokens, and that sequences cannot return to an earlier token after all."""
+        """Record that a sequence lost its tokens, and that none can return to an earlier token after all."""
         self._drop(sequence)
         self._rewinds = False
+        self._n_checkpoints = 0
+        for each in self.sequences:
+            each.checkpoints = []
+            each.marks = []
 
     def _tick(self) -> int:
         self._uses += 1
@@ -476,12 +556,19 @@ class Slots:
     def _cut(self, sequence: Sequence, n: int) -> Cut:
         self.cells.truncate(sequence, n)
         sequence.tokens = sequence.tokens[:n]
+        sequence.checkpoints = [checkpoint for checkpoint in sequence.checkpoints if checkpoint.n <= n]
         return Cut(sequence, n)
 
     def _copy(self, source: Sequence, target: Sequence, n: int) -> Copy:
         self.cells.share(source, target, n)
         target.tokens = source.tokens[:n]
+        target.checkpoints = [checkpoint for checkpoint in source.checkpoints if checkpoint.n <= n]
         return Copy(source, target, n)
+
+
+def most_checkpoints(n_sequences: int) -> int:
+    """Return the number of checkpoints of a context whose sequences cannot return to an earlier token."""
+    return max(LEAST_CHECKPOINTS, n_sequences)
 
 
 def _is_in_prompt(sequence: Sequence) -> bool:
