@@ -361,10 +361,6 @@ def at_rest(pool: chaos.Pool, client: Client) -> Callable[[], bool]:
     return has_been
 
 
-def sockets(pool: chaos.Pool, n: int) -> int:
-    return chaos.open_descriptors(pool.api_process(n))["socket"]
-
-
 def run(home: Path, n_requests: int, seed: int) -> None:
     """Send so many requests amid chaos, and check them and the pool; raise AssertionError on a violation."""
     print(f"requests: REQUESTS_SEED={seed} REQUESTS={n_requests}")
