@@ -13,6 +13,7 @@ from api import routes
 from api.loads.follow import Follower
 from api.loads.records import Records
 from api.loads.stop import Stopper
+from api.replies import Bodies
 from shared.instance import Instance
 from shared.lifecycle import Event
 from shared.schema.http import LoadRequest
@@ -40,6 +41,8 @@ async def test_an_unload_is_never_half_done(store: Store, raw: redis.Redis) -> N
     state = {
         "stopper": Stopper(store.instances, Records(store.instances), Follower(store.instances, store.listen), 0.0),
         "closing": asyncio.Event(),
+        "bodies": Bodies(),
+        "caller": "",
     }
     headers = [(b"content-type", b"application/json")]
     request: Request[Any] = Request({"type": "http", "method": "POST", "headers": headers, "state": state}, receive)

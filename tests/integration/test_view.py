@@ -8,7 +8,7 @@ import redis as blocking
 from api.pool.loaded import Loaded
 from api.pool.roster import Roster
 from api.pool.view import View
-from shared.channel.address import Address, boot_id
+from shared.channel.address import Address, Tcp
 from shared.errors import ModelNotLoaded
 from shared.instance import Instance
 from shared.lifecycle import Event
@@ -41,10 +41,12 @@ class Process:
         return (await self.loaded.llm(name, lambda _: 0, without)).instance_id
 
 
-async def alive(store: Store, name: str = "w", host: str = "", held: str = "", *models: Model) -> None:
+async def alive(store: Store, name: str = "w", held: str = "", *models: Model, has_port: bool = True) -> None:
+    """Publish a worker.  `has_port`: this process can reach it."""
     digest = await store.workers.publish_catalog(name, [*(models or (MODEL,))], "e")
     holdings = [Holding(instance_id=held, key="p/m", devices={}, used_at=1.0, is_evictable=True)] if held else []
-    address = Address(path=f"/{name}", boot_id=host or boot_id(), secret=b"")
+    port = Tcp(host=name, port=1, certificate=b"") if has_port else None
+    address = Address(path="/on/its/own/host", boot_id="another", secret=b"", tcp=port)
     await store.workers.renew(
         WorkerSnapshot(
             name=name, epoch="e", version="0", catalog=digest or "", residents=0, channels=address, held=holdings
@@ -103,7 +105,7 @@ async def test_a_beat_notices_what_was_missed(process: Process) -> None:
 
 
 async def test_only_copies_in_reach_are_asked_while_there_is_one(process: Process) -> None:
-    await alive(process.store, "far", "another host")
+    await alive(process.store, "far", has_port=False)
     await load(process.store, 1)
     far = await load(process.store, 2, "far")
     await process.beat()
