@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cli.demo import REAL as SMOLLM2
-from tests.support.service import Process, Service
+from tests.support.service import Process, Service, until
 
 MINILM = "sentence-transformers/all-minilm-l6-v2"
 LLM_DEFAULTS = {
@@ -51,6 +51,8 @@ ECHOES = [
 
 @pytest.mark.parametrize("key", LISTED)
 def test_the_list_describes_a_real_model(service: Service, key: str) -> None:
+    # The vocabulary, and what follows it in the file, is read after the start.
+    until(lambda: service.models()[key]["quantization"]["bits_per_weight"], "the whole header is read")
     listed = service.models()[key]
     assert {name: listed[name] for name in LISTED[key]} == LISTED[key]
 
