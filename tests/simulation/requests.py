@@ -386,7 +386,9 @@ def run(home: Path, n_requests: int, seed: int) -> None:
             check_contexts(pool, clients.short)
             evictions = sum(len(one.evicted) for one in chaos.records(pool).values())
             print(f"requests: {check_one_load_for_all(pool)} loads on demand, {evictions} evictions")
-            client.loaded(COPIED, context_length=CONTEXT_LENGTH)
+            again = partial(client.load, COPIED, context_length=CONTEXT_LENGTH)
+            # What was loaded on demand just now gives its memory to no other load for half a minute.
+            until(lambda: again().status == 200, "a model is loaded", QUIET_S)
             for url in pool.urls:
                 reply = httpx.post(url + CHAT, json={"model": COPIED, "messages": [], **ENDLESS}, trust_env=False)
                 assert reply.status_code in (200, 400), reply.text
