@@ -37,7 +37,8 @@ class Steady(AbstractConnection):
             await super().connect()  # type: ignore[no-untyped-call]
         finally:
             self.is_connecting = False
-        name = None if self._writer is None else self._writer.get_extra_info("sockname")
+        writer = self._writer  # uvloop has forgotten the socket of one that was closed meanwhile
+        name = None if writer is None or writer.is_closing() else writer.get_extra_info("sockname")
         self.local_host = str(name[0]) if isinstance(name, tuple) else ""
         self.connected_at = time.monotonic()
 

@@ -97,6 +97,7 @@ def test_an_answer_goes_on_while_redis_is_silent(service: Service, model: str) -
         finally:
             go_on(redis_of(service))
     until(lambda: ask(service, model=model, max_tokens=1).status == 200, "the next one is answered")
+    until(lambda: service.send("GET", "/api/v1/models").status == 200, "Redis is back")
 
 
 def test_an_answer_goes_on_when_redis_dies(service: Service, model: str) -> None:
@@ -106,6 +107,7 @@ def test_an_answer_goes_on_when_redis_dies(service: Service, model: str) -> None
             os.kill(redis.pid, signal.SIGKILL)
         assert is_whole(received)
     until(lambda: ask(service, model=model, max_tokens=1).status == 200, "the next one is answered")
+    until(lambda: service.send("GET", "/api/v1/models").status == 200, "Redis is back")
 
 
 def test_an_answer_goes_on_when_redis_is_emptied(service: Service, model: str) -> None:
@@ -169,7 +171,7 @@ def test_a_runner_that_can_start_no_helper_ends(service: Service, model: str) ->
 
 
 def test_an_api_process_that_dies_ends_its_answers_in_the_runner(service: Service, model: str) -> None:
-    with answering(service) as received:
+    with answering(service) as received, paused(service.runners()[0]):
         os.kill(process_of(service, "api").pid, signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             list(received)
