@@ -62,6 +62,7 @@ DOCUMENTED = (
     "worker:",
     "catalog:",
     "wanted:",
+    "used:",
     "queued:",
     "pace:",
     "tallied:",
