@@ -24,7 +24,6 @@ from shared import paths
 from shared.channel.messages import Deltas, Ended, Generate
 from shared.errors import InvalidValue, QueueUnavailable, ServiceError
 from shared.instance import Instance
-from shared.schema.model import ModelSettings
 from shared.telemetry import log
 
 HEARTBEAT = b":\n\n"  # a bare comment: some clients take ": text" for the end of the stream
@@ -39,20 +38,20 @@ async def chat_completions(request: Request[State]) -> Response:
     if request.state["draining"].is_set():
         raise QueueUnavailable("The server is shutting down and accepts no new requests. Try again shortly.")
     asked = decoded(await read_any(request, request.state["max_body_bytes"]))
-    choices = asked.n or 1
+    choices, caller, roster = asked.n or 1, request.state["caller"], request.state["roster"]
     ask = Ask(
         model=asked.model,
-        order=partial(_order, asked, generate(asked, request.state["caller"]), request.state["roster"]),
+        order=partial(_order, asked, caller, roster),
         route=paths.CHAT_COMPLETIONS,
         prompt=MESSAGES,
-        beginning=beginning(asked, request.state["caller"]),
+        beginning=beginning(asked, caller),
         ttl_s=ttl_s(asked),
         traceparent=request.state["traceparent"],
     )
     async with AsyncExitStack() as undo:
-        undo.enter_context(request.state["replies"].place(request.state["caller"]))
+        undo.enter_context(request.state["replies"].place(caller))
         instance, answer = await waited_for(request, request.state["answering"].begin(ask, undo))
-        heading = Heading(instance.instance_id, request.state["roster"].fingerprint(instance.worker))
+        heading = Heading(instance.instance_id, roster.fingerprint(instance.worker))
         headers = {"Loadstone-Instance": instance.instance_id}
         if asked.stream:
             with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
@@ -62,19 +61,18 @@ async def chat_completions(request: Request[State]) -> Response:
     return Response(msgspec.json.encode(completion), headers=headers, media_type="application/json")
 
 
-def _order(asked: ChatRequest, order: Generate, roster: Roster, instance: Instance) -> Generate:
+def _order(asked: ChatRequest, client: str, roster: Roster, instance: Instance) -> Generate:
     """Return the order for an instance, with the settings of its model.
 
     Raises InvalidValue if it cannot generate so many answers at once.
     """
     config = instance.load_config
     parallel = config.parallel if config is not None and config.parallel is not msgspec.UNSET else 1
-    if order.choices > parallel:
+    if asked.n is not None and asked.n > parallel:
         raise InvalidValue(
-            f"'n': expected at most {parallel}, the 'parallel' of the instance, got {order.choices}.", param="n"
+            f"'n': expected at most {parallel}, the 'parallel' of the instance, got {asked.n}.", param="n"
         )
-    settings = roster.settings_of(instance)
-    return order if settings == ModelSettings() else generate(asked, order.client, settings)
+    return generate(asked, client, roster.settings_of(instance))
 
 
 async def collected(answer: Answer, heading: Heading, choices: int) -> Completion:

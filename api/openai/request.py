@@ -25,7 +25,6 @@ UNLIMITED = -1  # of `max_tokens`, as LM Studio's clients send it
 ROLES = {"developer": "system"}  # the others are their own
 TEMPERATURES, PENALTIES, BIASES = (0.0, 2.0), (-2.0, 2.0), (-100.0, 100.0)
 
-UNSET_SETTINGS = ModelSettings()
 
 Limit = Annotated[int, Meta(ge=UNLIMITED)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -206,11 +205,13 @@ def decoded(body: bytes) -> ChatRequest:
         )
     for i, message in enumerate(request.messages):
         _check_message(message, f"messages[{i}]")
+    _stops(request.stop)
+    _biases(request.logit_bias)
     return request
 
 
-def generate(request: ChatRequest, client: str, settings: ModelSettings = UNSET_SETTINGS) -> Generate:
-    """Translate a request for a runner, without an id.  `settings` are those of the model.  Raises InvalidValue."""
+def generate(request: ChatRequest, client: str, settings: ModelSettings) -> Generate:
+    """Translate a decoded request for a runner, without an id.  `settings` are those of the model."""
     effort = request.reasoning_effort
     variables = {**({"reasoning_effort": effort} if effort else {}), **(request.chat_template_kwargs or {})}
     thinks = variables.pop("enable_thinking", False if effort == "none" else None)

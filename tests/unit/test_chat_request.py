@@ -20,13 +20,14 @@ from shared.errors import (
     MissingParameter,
     NotSupported,
 )
+from shared.schema.model import ModelSettings
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def asked(**fields: Any) -> Generate:
     body = json.dumps({"messages": HELLO, **fields}).encode()
-    return generate(decoded(body), "client")
+    return generate(decoded(body), "client", ModelSettings())
 
 
 def conversation(**fields: Any) -> Any:
@@ -263,7 +264,8 @@ def test_a_whole_number_may_have_a_fraction_of_zero() -> None:
 
 
 def test_a_huge_limit_of_tokens_is_as_good_as_none() -> None:
-    frame(generate(decoded(b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1%b}' % (b"0" * 30)), ""))
+    body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1%b}' % (b"0" * 30)
+    frame(generate(decoded(body), "", ModelSettings()))
 
 
 def test_a_deeply_nested_request_is_refused() -> None:
