@@ -16,9 +16,7 @@ from msgspec import json, structs
 
 import worker.runner.warm
 from shared.channel.messages import Ended
-from shared.schema.model import Model
 from shared.synthetic.models import tiny_llama
-from tests.integration.conftest import catalog
 from tests.support import attack
 from tests.support.agents import Begin, released
 from tests.support.attack import REFUSALS, Targets, When
@@ -47,11 +45,6 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(root / "p/llama/llama-f16.gguf", tokenizer="bpe")
     tiny_llama(root / "p/other/other-f16.gguf")
     return root
-
-
-@pytest.fixture(scope="module")
-def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import uvloop
 
 import worker.runner.warm
 from api.channel.channels import Channels
@@ -25,7 +24,16 @@ from shared.schema.snapshot import WorkerSnapshot
 from shared.telemetry.tally import Tally
 from tests.support import echo
 from tests.support.agents import Begin, delivered, reached, released, warm
-from tests.support.channels import DEADLINE_S, Served, Stranger, descriptors, serving, text
+from tests.support.channels import (
+    DEADLINE_S,
+    MAY_CHOOSE_LOOP,
+    Served,
+    Stranger,
+    descriptors,
+    serving,
+    text,
+    uvloop_policy,
+)
 from tests.support.runners import freeze
 from tests.support.service import below
 from tests.support.waiting import until
@@ -34,19 +42,8 @@ from worker.listener import server
 from worker.listener.protocol import Listen, encode, pair, send
 from worker.runner.protocol import Pong
 
-pytestmark = [
-    pytest.mark.usefixtures("forkserver"),
-    # The hook that replaces this fixture would change the loop, and the name, of every test of the directory.
-    pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture"),
-]
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    """The loop of API processes and workers: its transports and sockets are not those of asyncio."""
-    uvloop.run(asyncio.sleep(0))  # its lasting state exists before the first test
-    policy: asyncio.AbstractEventLoopPolicy = uvloop.EventLoopPolicy()
-    return policy
+pytestmark = [pytest.mark.usefixtures("forkserver"), MAY_CHOOSE_LOOP]
+event_loop_policy = uvloop_policy
 
 
 @pytest.fixture

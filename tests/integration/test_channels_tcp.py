@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import uvloop
 
 import worker.runner.warm
 from api.channel.channels import Channels
@@ -28,6 +27,7 @@ from tests.support import echo
 from tests.support.agents import Begin, released
 from tests.support.channels import (
     DEADLINE_S,
+    MAY_CHOOSE_LOOP,
     PlainStranger,
     Served,
     Stranger,
@@ -35,26 +35,16 @@ from tests.support.channels import (
     descriptors,
     serving,
     text,
+    uvloop_policy,
 )
 from tests.support.waiting import until
 from worker.listener import pump, server
 from worker.listener.port import opened
 from worker.listener.protocol import Listen, encode, pair, send
 
-pytestmark = [
-    pytest.mark.usefixtures("forkserver"),
-    # The hook that replaces this fixture would change the loop, and the name, of every test of the directory.
-    pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture"),
-]
+pytestmark = [pytest.mark.usefixtures("forkserver"), MAY_CHOOSE_LOOP]
+event_loop_policy = uvloop_policy
 LARGE_BYTES = 30 << 20  # more than all buffers between the two
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    """The loop of API processes and workers: its transports and sockets are not those of asyncio."""
-    uvloop.run(asyncio.sleep(0))  # its lasting state exists before the first test
-    policy: asyncio.AbstractEventLoopPolicy = uvloop.EventLoopPolicy()
-    return policy
 
 
 @pytest.fixture

@@ -21,9 +21,8 @@ from shared.errors import ModelUnloaded, RunnerLost
 from shared.instance import Instance
 from shared.lifecycle import State
 from shared.schema.memory import CPU
-from shared.schema.model import Model, ModelSettings
+from shared.schema.model import ModelSettings
 from shared.synthetic.models import tiny_llama
-from tests.integration.conftest import catalog
 from tests.support.agents import Begin, record, released, states
 from tests.support.loaded import CONVERSATION, ENDLESS, Loaded
 from tests.support.runners import freeze
@@ -47,11 +46,6 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for key in KEYS:
         tiny_llama(root / key / "m-f16.gguf", tokenizer="bpe", metadata={"llama.context_length": LONG})
     return root
-
-
-@pytest.fixture(scope="module")
-def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
 
 
 Start = Callable[..., Awaitable[Loaded]]

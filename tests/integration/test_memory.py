@@ -26,7 +26,6 @@ from shared.settings import Settings
 from shared.store.store import Store
 from shared.synthetic.architectures import TINY
 from shared.synthetic.models import tiny_llama
-from tests.integration.conftest import catalog
 from tests.support import gpus, waiting
 from tests.support.fakehosts import FakeHost
 from tests.support.runners import freeze, is_gone, slept
@@ -54,11 +53,6 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(root / f"{LONG}/m.gguf", metadata={"llama.context_length": LONG_TOKENS})
     tiny_llama(root / f"{WIDE}/m.gguf", shape=replace(TINY, embedding_length=256, feed_forward_length=1024))
     return root
-
-
-@pytest.fixture(scope="module")
-def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
 
 
 @pytest.fixture

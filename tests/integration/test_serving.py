@@ -13,9 +13,7 @@ import pytest
 
 from shared.channel.messages import Deltas, Ended, Generate, Queued, Refused, Started
 from shared.errors import InvalidRequest, RunnerLost
-from shared.schema.model import Model
 from shared.synthetic.models import tiny_embedding, tiny_llama
-from tests.integration.conftest import catalog
 from tests.support.agents import Begin
 from tests.support.loaded import CONVERSATION, Loaded
 from tests.support.waiting import until
@@ -30,11 +28,6 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(root / "p/llama/llama-f16.gguf", tokenizer="bpe")
     tiny_embedding(root / "p/embedding/embedding-f16.gguf")
     return root
-
-
-@pytest.fixture(scope="module")
-def models(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return catalog(models_dir, tmp_path_factory.mktemp("catalog"))
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import pytest
+import uvloop
 from msgspec import msgpack
 
 from api.channel.channels import Channels
@@ -32,7 +34,18 @@ from worker.listener.port import Port
 from worker.runner.process import Runner
 
 DEADLINE_S = 60.0
+# For a module that overrides `event_loop_policy` by `uvloop_policy`: the hook that replaces the fixture would change
+# the loop, and the name, of every test of the directory.
+MAY_CHOOSE_LOOP = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
 GREETING: msgpack.Decoder[Challenge | Welcome | Rejected] = msgpack.Decoder(Challenge | Welcome | Rejected)
+
+
+@pytest.fixture(scope="module")
+def uvloop_policy() -> asyncio.AbstractEventLoopPolicy:
+    """The loop of API processes and workers: its transports and sockets are not those of asyncio."""
+    uvloop.run(asyncio.sleep(0))  # its lasting state exists before the first test
+    policy: asyncio.AbstractEventLoopPolicy = uvloop.EventLoopPolicy()
+    return policy
 
 
 @dataclass
