@@ -141,7 +141,7 @@ async def test_an_unload_ends_requests_with_its_reason(served: Served) -> None:
 
 async def test_a_deaf_runner_does_not_delay_its_unload_for_long(served: Served) -> None:
     deaf = asyncio.create_task(served.answer(echo.DEAF))
-    await served.said("channel begun")
+    await served.said("deaf")
     served.agent.stop(served.instance.id)
     await released(served.agent, served.instance.id)
     assert served.runner.status == 0, "it exited at the first rung of the stop ladder"

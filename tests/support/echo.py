@@ -58,6 +58,7 @@ def run_child(control: socket.socket, hand_over: socket.socket, output: socket.s
                     elif message.conversation == CRASH:
                         os.abort()
                     elif message.conversation == DEAF:
+                        say("deaf")
                         threading.Event().wait()
                 case Cancel(id=id_):
                     say(f"cancelled {id_}")
