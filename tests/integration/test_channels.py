@@ -119,7 +119,7 @@ async def test_a_channel_that_is_too_far_behind_is_closed(served: Served) -> Non
 
 async def test_a_crashed_runner_ends_its_requests(served: Served) -> None:
     hanging = [asyncio.create_task(served.answer(echo.HANG)) for _ in range(10)]
-    await served.said("channel begun")
+    await served.said("hanging", times=10)
     os.kill(served.runner.pid, signal.SIGKILL)
     async with asyncio.timeout(DEADLINE_S):
         ends = await asyncio.gather(*hanging, return_exceptions=True)
@@ -129,7 +129,7 @@ async def test_a_crashed_runner_ends_its_requests(served: Served) -> None:
 
 async def test_an_unload_ends_requests_with_its_reason(served: Served) -> None:
     hanging = [asyncio.create_task(served.answer(echo.HANG)) for _ in range(10)]
-    await served.said("channel begun")
+    await served.said("hanging", times=10)
     served.agent.stop(served.instance.id)
     async with asyncio.timeout(DEADLINE_S):
         ends = await asyncio.gather(*hanging, return_exceptions=True)
@@ -188,7 +188,7 @@ async def test_an_answering_listener_is_kept(served: Served) -> None:
 
 async def test_the_end_of_the_api_ends_its_channel(served: Served) -> None:
     hanging = asyncio.create_task(served.answer(echo.HANG))
-    await served.said("channel begun")
+    await served.said("hanging")
     await served.channels.close()
     with pytest.raises(QueueUnavailable):
         await hanging

@@ -19,7 +19,7 @@ from shared import framing
 from shared.channel.address import Address, Tcp
 from shared.channel.messages import Deltas, Ended, Generate, Queued, Started
 from shared.channel.trust import Challenge, Hello, Rejected, Welcome, proof
-from shared.errors import ClientTooSlow, ModelUnloaded, NoRoute, RunnerLost
+from shared.errors import ClientTooSlow, ModelUnloaded, NoRoute, QueueUnavailable, RunnerLost
 from shared.schema.snapshot import WorkerSnapshot
 from shared.settings import Settings, SettingsError
 from shared.telemetry.tally import Tally
@@ -119,7 +119,7 @@ async def test_an_api_process_that_does_not_read_is_cut_off(served: Served) -> N
 
 async def test_a_runner_that_ends_ends_its_requests(served: Served) -> None:
     hanging = [asyncio.create_task(served.answer(echo.HANG)) for _ in range(10)]
-    await served.said("channel begun")
+    await served.said("hanging", times=10)
     os.kill(served.runner.pid, signal.SIGKILL)
     async with asyncio.timeout(DEADLINE_S):
         ends = await asyncio.gather(*hanging, return_exceptions=True)
@@ -128,7 +128,7 @@ async def test_a_runner_that_ends_ends_its_requests(served: Served) -> None:
 
 async def test_the_reason_of_an_unload_reaches_the_api(served: Served) -> None:
     hanging = asyncio.create_task(served.answer(echo.HANG))
-    await served.said("channel begun")
+    await served.said("hanging")
     served.agent.stop(served.instance.id)
     with pytest.raises(ModelUnloaded):
         await hanging
@@ -140,7 +140,7 @@ async def test_the_reason_of_an_unload_reaches_the_api(served: Served) -> None:
 async def test_a_listener_that_dies_ends_its_channels(served: Served) -> None:
     """The next one has the same port and certificate."""
     hanging = asyncio.create_task(served.answer(echo.HANG))
-    await served.said("channel begun")
+    await served.said("hanging")
     first, tcp = served.listener_pid(), tcp_of(served)
     os.kill(first, signal.SIGKILL)
     with pytest.raises(RunnerLost, match="connection"):
@@ -153,9 +153,10 @@ async def test_a_listener_that_dies_ends_its_channels(served: Served) -> None:
 
 async def test_the_end_of_the_api_ends_its_channel(served: Served) -> None:
     hanging = asyncio.create_task(served.answer(echo.HANG))
-    await served.said("channel begun")
+    await served.said("hanging")
     await served.channels.close()
-    await asyncio.wait([hanging])
+    with pytest.raises(QueueUnavailable):
+        await hanging
     await served.said("channel ended")
 
 

@@ -57,6 +57,8 @@ def run_child(control: socket.socket, hand_over: socket.socket, output: socket.s
                             channel.send(Deltas([Delta(id=id_, text=PIECE)]))
                     elif message.conversation == CRASH:
                         os.abort()
+                    elif message.conversation == HANG:
+                        say("hanging")
                     elif message.conversation == DEAF:
                         say("deaf")
                         threading.Event().wait()
