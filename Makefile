@@ -38,7 +38,7 @@ test-unit: $(DEV_STAMP)
 test-quality: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/quality
 
-# Needs Node; npm installs OpenAI's library once, into the same directory.
+# Installs published clients once, into the same directory; those for Node are skipped where there is none.
 test-clients: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/clients
 
