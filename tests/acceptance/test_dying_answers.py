@@ -21,7 +21,7 @@ from tests.support.relay import cutting, with_a_small_buffer
 from tests.support.service import TINY, Process, Service, all_stopped, below, go_on, is_alive, openai_error, until, up
 
 CONTEXT_LENGTH = 32_768
-LONG = 300  # tokens of an answer
+LONG = 2000  # tokens of an answer: seconds, in which a test can stop its runner
 CUT_S = 0.03
 N_REQUESTS, N_CLIENTS = 40, 4
 SPARE = 2  # descriptors that a process still gets
