@@ -207,8 +207,8 @@ def test_idle_api_ends_at_once(start: Start) -> None:
 
 def test_answer_that_ends_within_the_drain_is_whole(start: Start, pool: Pool) -> None:
     service = start(LONG_S)
-    pool.other.loaded(TINY)
-    with streaming(service, model=TINY, max_tokens=500, **ENDLESS) as received:
+    pool.other.loaded(TINY, context_length=LONG_CONTEXT)
+    with streaming(service, model=TINY, max_tokens=3000, **ENDLESS) as received:
         begun(received)
         service.start_drain()
         openai_error(ask(service, model=TINY), 503, "unavailable_error", "queue_unavailable")
