@@ -14,4 +14,4 @@ R = TypeVar("R")
 def in_child(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call `function` in a new process.  Raises BrokenProcessPool if that process crashes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args, **kwargs).result(timeout=60)
+        return pool.submit(function, *args, **kwargs).result(timeout=300)
