@@ -137,6 +137,7 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = []
+    skipped: int = 0  # characters with which the tokens of a prompt begin, and the text of this delta does not
     finish: Finish | None = None
 
 

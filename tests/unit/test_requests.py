@@ -63,8 +63,8 @@ class Engine:
     def tokenize(self, text: str, special: bool) -> list[int]:
         return [BOS] * special + [ord(letter) for letter in text]
 
-    def text(self, tokens: list[int]) -> str:
-        return "".join(map(chr, tokens))
+    def pieces(self, tokens: list[int]) -> list[bytes]:
+        return [b"<s>" if token == BOS else bytes([token]) for token in tokens]
 
     def infill(self, before: list[int], after: list[int]) -> list[int] | None:
         return [BOS, 2, *before, 3, *after, 4] if ord("?") not in after else None
@@ -431,15 +431,17 @@ async def test_a_cancelled_request_cancels_all_its_prompts(world: World) -> None
         assert len(world.engine.cancelled) == 2
 
 
-@pytest.mark.parametrize(("prompt", "echo"), [("<s>Hi", "<s>Hi"), ([72, 105], "Hi")])
-async def test_an_answer_begins_with_its_prompt_on_request(world: World, prompt: Any, echo: str) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "echo", "skipped"), [("Hi", "Hi", 3), ("<s>Hi", "<s>Hi", 0), ("", "", 3), ([72, 105], "Hi", 0)]
+)
+async def test_an_answer_begins_with_its_prompt_on_request(world: World, prompt: Any, echo: str, skipped: int) -> None:
     async with world.channel(complete(prompt, choices=2, echo=True, logprobs=1)) as channel:
         (job,) = world.engine.submitted
         assert job.scores_prompt
         await world.hand_out(Begun(job=job, cached_tokens=0), piece(job, "!", 1))
         assert deltas(channel) == [
-            Delta(id=7, choice=0, text=echo),
-            Delta(id=7, choice=1, text=echo),
+            Delta(id=7, choice=0, text=echo, skipped=skipped),
+            Delta(id=7, choice=1, text=echo, skipped=skipped),
             Delta(id=7, choice=1, text="!"),
         ]
 

@@ -60,26 +60,21 @@ class Vocabulary:
         """Return the text of a token, which may be part of a character.  `is_shown`: also that of a control token."""
         piece = self._pieces.get((token, is_shown))
         if piece is None:
-            n = lib.llama_token_to_piece(self._vocab, token, self._buffer, PIECE_BYTES, 0, is_shown)
-            if n < 0:
-                buffer = ctypes.create_string_buffer(-n)
-                n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
-                piece = buffer.raw[:n]
-            else:
-                piece = self._buffer.raw[:n]
-            self._pieces[token, is_shown] = piece
+            piece = self._pieces[token, is_shown] = self._piece(token, self._buffer, is_shown=is_shown)
         return piece
 
-    def text(self, tokens: list[int]) -> str:
-        """Return the text of a prompt, in which control tokens are spelled.  May be called from any thread."""
-        given = (lib.llama_token * len(tokens))(*tokens)
-        n = PIECE_BYTES + 8 * len(tokens)
-        while True:
-            buffer = ctypes.create_string_buffer(n)
-            count = lib.llama_detokenize(self._vocab, given, len(tokens), buffer, n, False, True)
-            if count >= 0:
-                return buffer.raw[:count].decode("utf-8", "replace")
-            n = -count
+    def _piece(self, token: int, buffer: Any, *, is_shown: bool) -> bytes:
+        n = lib.llama_token_to_piece(self._vocab, token, buffer, PIECE_BYTES, 0, is_shown)
+        if n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
+        piece: bytes = buffer[:n]
+        return piece
+
+    def pieces(self, tokens: list[int]) -> list[bytes]:
+        """Return the texts of tokens, with those of control tokens.  May be called from any thread."""
+        buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        return [self._piece(token, buffer, is_shown=True) for token in tokens]
 
     def infill(self, before: list[int], after: list[int]) -> list[int] | None:
         """Return the prompt for a text between two others; None if the model has no tokens for that.  May be called

@@ -144,7 +144,7 @@ class Loop:
         """
         self.counters = Counters()
         vocabulary = engine.vocabulary
-        self.tokenize, self.text, self.infill = vocabulary.tokenize, vocabulary.text, vocabulary.infill
+        self.tokenize, self.pieces, self.infill = vocabulary.tokenize, vocabulary.pieces, vocabulary.infill
         self.n_vocab = vocabulary.n_tokens
         self._engine = engine
         self._hand_out = hand_out

@@ -64,7 +64,7 @@ class Engine(Protocol):
 
     def tokenize(self, text: str, special: bool) -> list[int]: ...
 
-    def text(self, tokens: list[int]) -> str: ...
+    def pieces(self, tokens: list[int]) -> list[bytes]: ...
 
     def infill(self, before: list[int], after: list[int]) -> list[int] | None: ...
 
@@ -100,7 +100,7 @@ class Prepared(Struct, frozen=True):
     """A prompt for the engine."""
 
     tokens: list[int]
-    echo: str = ""  # the text with which its answers begin
+    echo: Delta | None = None  # with which its answers begin, but for the ids
     prompt: Prompt = AS_IT_IS  # how its answers are read
 
 
@@ -262,7 +262,11 @@ class Requests:
             )
             for each in empty
         ]
-        echo = [structs.replace(each, text=prepared.echo) for each in empty] if prepared.echo else []
+        echo = (
+            []
+            if prepared.echo is None
+            else [structs.replace(prepared.echo, id=each.id, choice=each.choice) for each in empty]
+        )
         return _Answers(echo, readers)
 
     def _submit(self, request: Request) -> None:
@@ -344,11 +348,16 @@ class Requests:
             if not tokens:
                 message = "'prompt': it is empty, and the model has no token with which every prompt begins."
                 raise Refusal(refused(code="invalid_request", message=message))
-            echo = ""
-            if complete.echo:
-                echo = self._engine.text(prompt) if isinstance(prompt, list) else prompt
-            prepared.append(Prepared(tokens, echo))
+            prepared.append(Prepared(tokens, self._echo(prompt, tokens) if complete.echo else None))
         return prepared
+
+    def _echo(self, prompt: str | list[int], tokens: list[int]) -> Delta:
+        """Return a prompt as the beginning of an answer.  Its tokens may begin with one of which the prompt knows
+        nothing, and with a space."""
+        text = b"".join(self._engine.pieces(tokens)).decode("utf-8", "replace")
+        if isinstance(prompt, list):
+            return Delta(id=0, text=text)
+        return Delta(id=0, text=prompt, skipped=max(0, len(text) - len(prompt)))
 
     def _check_tokens(self, tokens: list[int], refused: Callable[..., Refused]) -> None:
         """Raise Refusal for tokens that the model does not have: the engine would read beyond its tables."""
