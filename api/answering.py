@@ -13,7 +13,7 @@ from api.channel.answer import Answer
 from api.channel.channels import Channels
 from api.loads.demand import OnDemand
 from api.pool.loaded import Loaded
-from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Generate, Queued, Refused, Started
+from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Queued, Refused, Started, ToModel
 from shared.errors import (
     ChatUnavailable,
     InvalidValue,
@@ -40,7 +40,7 @@ class Ask(Struct, frozen=True, kw_only=True):
     """A request to a model."""
 
     model: str | None  # as the client wrote it
-    order: Callable[[Instance], Generate]  # translates the request for an instance; raises InvalidValue
+    order: Callable[[Instance], ToModel]  # translates the request for an instance; raises InvalidValue
     route: str
     prompt: str  # the field with the prompt, for errors about it
     beginning: bytes = b""  # of the conversation, for the choice among instances; none if it has none

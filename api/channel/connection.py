@@ -26,10 +26,10 @@ from shared.channel.messages import (
     Ended,
     Failed,
     FromRunner,
-    Generate,
     Queued,
     Refused,
     Started,
+    ToModel,
     frame,
 )
 from shared.channel.trust import Challenge, Hello, Rejected, Welcome, has_our_user, proof
@@ -70,7 +70,7 @@ class Connection(asyncio.Protocol):
             raise self.ended.result()
         self._keep_for(IDLE_S)
 
-    def ask(self, request: Generate, answer: Answer) -> int:
+    def ask(self, request: ToModel, answer: Answer) -> int:
         """Send a request, whose messages go to `answer`; return its id on this connection.  Raises ServiceError."""
         if self.ended.done():
             raise self.ended.result()

@@ -32,7 +32,7 @@ class EngineError(Exception):
 
 
 class Vocabulary:
-    """The tokens of a model.  `tokenize` may be called from any thread, the rest from one."""
+    """The tokens of a model.  What may be called from any thread says so; the rest from one."""
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
@@ -42,7 +42,7 @@ class Vocabulary:
         self._ends: dict[int, bool] = {}
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        """Return the tokens of a text.
+        """Return the tokens of a text.  May be called from any thread.
 
         `special`: the text is a whole prompt.  Control tokens that it spells become tokens, and the model's first token
         is put before it if the model wants one.
@@ -60,15 +60,35 @@ class Vocabulary:
         """Return the text of a token, which may be part of a character.  `is_shown`: also that of a control token."""
         piece = self._pieces.get((token, is_shown))
         if piece is None:
-            n = lib.llama_token_to_piece(self._vocab, token, self._buffer, PIECE_BYTES, 0, is_shown)
-            if n < 0:
-                buffer = ctypes.create_string_buffer(-n)
-                n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
-                piece = buffer.raw[:n]
-            else:
-                piece = self._buffer.raw[:n]
-            self._pieces[token, is_shown] = piece
+            piece = self._pieces[token, is_shown] = self._piece(token, self._buffer, is_shown=is_shown)
         return piece
+
+    def _piece(self, token: int, buffer: Any, *, is_shown: bool) -> bytes:
+        n = lib.llama_token_to_piece(self._vocab, token, buffer, PIECE_BYTES, 0, is_shown)
+        if n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
+        piece: bytes = buffer[:n]
+        return piece
+
+    def pieces(self, tokens: list[int]) -> list[bytes]:
+        """Return the texts of tokens, with those of control tokens.  May be called from any thread."""
+        buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        return [self._piece(token, buffer, is_shown=True) for token in tokens]
+
+    def infill(self, before: list[int], after: list[int]) -> list[int] | None:
+        """Return the prompt for a text between two others; None if the model has no tokens for that.  May be called
+        from any thread.
+
+        It is that of llama-server (format_prompt_infill, tools/server/server-common.cpp) without names of files.
+        """
+        marks = [
+            fim(self._vocab) for fim in (lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)
+        ]
+        if min(marks) < 0:
+            return None
+        first = [lib.llama_vocab_bos(self._vocab)] if lib.llama_vocab_get_add_bos(self._vocab) else []
+        return [*first, marks[0], *before, marks[1], *after, marks[2]]
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends an answer."""
@@ -113,17 +133,17 @@ class Batch:
     def clear(self) -> None:
         self.n_tokens = self.n_outputs = 0
 
-    def add(self, tokens: list[int], pos: int, seq_id: int, *, has_output: bool) -> int:
-        """Append tokens of one sequence.  `has_output`: the last one gets logits.  Returns its index in the batch."""
+    def add(self, tokens: list[int], pos: int, seq_id: int, *, n_outputs: int) -> int:
+        """Append tokens of one sequence, of which the last `n_outputs` get logits.  Returns the index of the last one
+        in the batch."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._token[start:end] = tokens
         self._pos[start:end] = np.arange(pos, pos + len(tokens))
         self._seq[start:end] = seq_id
         self._output[start:end] = 0
         self.n_tokens = end
-        if has_output:
-            self._output[end - 1] = 1
-            self.n_outputs += 1
+        self._output[end - n_outputs : end] = 1
+        self.n_outputs += n_outputs
         return end - 1
 
     def struct(self) -> Any:
