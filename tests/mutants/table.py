@@ -23,6 +23,13 @@ class Mutant(NamedTuple):
 MUTANTS = (
     # ---- clients
     Mutant(
+        "the log says how each answer ended",
+        "api/channel/channels.py",
+        "current().answered(instance, answer)",
+        "pass",
+        (f"{ACCEPTANCE}request_log.py",),
+    ),
+    Mutant(
         "a wrong token is refused",
         "api/auth.py",
         "return matches[0] if matches else None",
