@@ -27,6 +27,7 @@ from shared.schema.http import (
     EngineBuild,
     EstimateResult,
     GPURequest,
+    HeldInstance,
     Job,
     JobStatus,
     KVCacheType,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 FAILED, CANCELLED = 1, interrupt.STATUS
 USUAL_JOBS, MOST_JOBS = 20, 1000  # the most that a server lists
 JOB_ID = re.compile(r"load_[0-9a-f]{32}")
+WORK = ("kv_cells_used", "requests_running", "requests_waiting", "generated_tokens_per_second")  # of a HeldInstance
 VISIBLE = {chr(code) for code in range(0x21, 0x7F)}
 
 
@@ -163,6 +165,7 @@ def ps(server: Client, as_json: bool) -> None:
                 "state": "loaded",
                 "job_id": held[i.id].job_id if i.id in held else None,  # it was unloaded meanwhile
                 "size_bytes": held[i.id].size_bytes if i.id in held else None,
+                **{name: getattr(held[i.id], name) if i.id in held else None for name in WORK},
                 **msgspec.to_builtins(i),
             }
             for key, i in instances
@@ -177,7 +180,7 @@ def ps(server: Client, as_json: bool) -> None:
             i.worker,
             ", ".join(i.devices),
             size(held[i.id].size_bytes) if i.id in held else "-",
-            str(i.config.context_length),
+            *work(i.config.context_length, held.get(i.id)),
             "100%",
             left(i.remaining_ttl_seconds),
             held[i.id].job_id if i.id in held else "-",
@@ -192,15 +195,31 @@ def ps(server: Client, as_json: bool) -> None:
             job.worker,
             ", ".join(job.devices) or "-",
             size(job.total_size_bytes),
-            "-",
+            *("-", "-", "-", "-"),
             percent(job.progress),
             "-",
             job.job_id,
         )
         for job in jobs
     ]
-    headings = ("INSTANCE", "MODEL", "STATE", "WORKER", "DEVICE", "SIZE", "CONTEXT", "PROGRESS", "TTL", "JOB")
+    headings = (
+        *("INSTANCE", "MODEL", "STATE", "WORKER", "DEVICE", "SIZE"),
+        *("CONTEXT", "RUNNING", "WAITING", "TOKENS/S"),
+        *("PROGRESS", "TTL", "JOB"),
+    )
     table(headings, rows)
+
+
+def work(context_length: int, held: HeldInstance | None) -> tuple[str, str, str, str]:
+    """Format what an instance does: the context in use, its requests, and the tokens that it generates."""
+    if held is None:
+        return str(context_length), "-", "-", "-"
+    return (
+        f"{held.kv_cells_used}/{context_length}",
+        str(held.requests_running),
+        str(held.requests_waiting),
+        f"{held.generated_tokens_per_second:.1f}",
+    )
 
 
 @functools.cache

@@ -17,12 +17,14 @@ import pytest
 
 from shared.synthetic import models as synthetic
 from shared.units import size
+from tests.support.chat import ENDLESS, begun, streaming
 from tests.support.service import LOADSTONE, Running, Service, is_alive, tiny_quantized, until, up
 
 TINY, MOE, BERT, PAIR = "acme/tiny", "acme/moe", "nomic/bert", "acme/pair"
 LONG, BROKEN = "acme/long", "acme/broken"
 TOKEN = "t0ken-of-the-test"
 ENDS_S = 60.0
+ENDLESS_CONTEXT = 131_072  # long enough for an answer that lasts as long as a test needs it
 # The stages of a load with a frozen runner: after a while the worker reports a phase.
 FIRST_STAGES = ("starting", "metadata")
 
@@ -199,14 +201,44 @@ def test_ps_shows_loaded_instances_and_running_jobs(service: Service) -> None:
     sizes = {key: size(model["size_bytes"]) for key, model in service.models().items()}
     (loaded, loading) = done.rows()
     jobs = {job["instance_id"]: job["job_id"] for job in reversed(shown_jobs)}
-    assert (loaded[:3], loaded[4:]) == ([BERT, BERT, "loaded"], ["CPU", sizes[BERT], "512", "100%", "-", jobs[BERT]])
-    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["CPU", sizes[TINY], "-", "0%", "-", jobs[TINY]])
+    assert (loaded[:3], loaded[4:]) == (
+        [BERT, BERT, "loaded"],
+        ["CPU", sizes[BERT], "0/512", "0", "0", "0.0", "100%", "-", jobs[BERT]],
+    )
+    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["CPU", sizes[TINY], "-", "-", "-", "-", "0%", "-", jobs[TINY]])
     assert loading[2] in FIRST_STAGES
     (instance,), (job,) = shown["instances"], shown["jobs"]
     assert (instance["id"], instance["model"], instance["state"]) == (BERT, BERT, "loaded")
     assert (instance["job_id"], instance["size_bytes"]) == (jobs[BERT], service.models()[BERT]["size_bytes"])
     assert (job["instance_id"], job["status"]) == (TINY, "loading")
     until(lambda: TINY in service.instances(), "the model is loaded")
+
+
+def test_ps_and_workers_show_what_an_instance_does(service: Service) -> None:
+    service.loaded(LONG, context_length=ENDLESS_CONTEXT, parallel=1)
+    with streaming(service, **ENDLESS) as first, streaming(service, **ENDLESS) as second:
+        begun(first)
+        next(second)  # it is accepted, and waits
+
+        def shown() -> Any:
+            ((_, _, _, _, _, _, context, running, waiting, rate, *_),) = run(service, "ps").rows()
+            used, _, n_cells = context.partition("/")
+            is_busy = (n_cells, running, waiting) == (str(ENDLESS_CONTEXT), "1", "1") and int(used) > 0
+            return is_busy and float(rate) > 0
+
+        until(shown, "the table shows both requests, and that tokens are generated")
+        (instance,) = result(service, "ps")["instances"]
+        (worker,) = service.send("GET", "/api/v1/workers").json()["workers"]
+        for one in (instance, worker["instances"][0]):
+            assert (one["requests_running"], one["requests_waiting"]) == (1, 1)
+            assert 0 < one["kv_cells_used"] <= ENDLESS_CONTEXT
+            assert one["generated_tokens_per_second"] > 0
+
+    def is_idle() -> bool:
+        (one,) = service.send("GET", "/api/v1/workers").json()["workers"][0]["instances"]
+        return (one["requests_running"], one["requests_waiting"], one["generated_tokens_per_second"]) == (0, 0, 0)
+
+    until(is_idle, "the instance is idle again")
 
 
 def test_ps_tells_which_of_several_variants_is_loaded(service: Service) -> None:
