@@ -17,7 +17,7 @@ import shared
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})  # of write(2)
 SERVERS = ("up", "api", "worker")  # of cli.servers
 ALIASES = {"list": "ls"}
-CLIENTS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs", "workers")  # of cli.commands
+CLIENTS = ("ls", "ps", "load", "unload", "chat", "jobs", "cancel", "logs", "workers")  # of cli.commands, and cli.chat
 
 
 class Program(click.Group):
@@ -46,6 +46,10 @@ class Program(click.Group):
             from cli.servers import servers
 
             return servers.get_command(ctx, cmd_name)
+        if cmd_name == "chat":
+            from cli.chat import chat
+
+            return chat
         if cmd_name in CLIENTS:
             from cli.commands import client
 
