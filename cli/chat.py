@@ -13,6 +13,7 @@ import click
 
 from cli import interrupt
 from cli.commands import CANCELLED, command, document, following, say
+from cli.completion import completing, llms
 from cli.display import clean
 from cli.failure import Failure
 from shared.schema.http import Job
@@ -80,7 +81,7 @@ class Conversation:
 
 
 @command
-@click.argument("model")
+@click.argument("model", shell_complete=completing(llms))
 @click.option("--system", metavar="TEXT", help="System prompt of the conversation.")
 def chat(server: Client, as_json: bool, model: str, system: str | None) -> None:
     """Talk to a model.  A model that is not loaded is loaded.

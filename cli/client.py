@@ -86,9 +86,16 @@ class Patience:
 class Client:
     """A client of one server.  Every method raises Failure.  `note` is called with the reason of each delay."""
 
-    def __init__(self, url: str, token: str = "", note: Callable[[str], None] = lambda sentence: None) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str = "",
+        note: Callable[[str], None] = lambda sentence: None,
+        answer_s: float = ANSWER_S,
+    ) -> None:
         self.url = url
         self.note = note
+        self._answer_s = answer_s
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._path = parts.path
@@ -264,12 +271,13 @@ class Client:
         *,
         headers: Mapping[str, str] = NO_HEADERS,
         content: bytes | None = None,
-        timeout: float = ANSWER_S,
+        timeout: float | None = None,
     ) -> Iterator[httpcore.Response]:
         """Yield the response to one request; read its body within the block.  Raises Failure for error statuses."""
         url = self._url(target=self._path + path)
         fields = [*self._headers.items(), *headers.items()]
-        limits = {"connect": CONNECT_S, "read": timeout, "write": timeout, "pool": timeout}
+        within_s = timeout or self._answer_s
+        limits = {"connect": min(CONNECT_S, within_s), "read": within_s, "write": within_s, "pool": within_s}
         try:
             with self._http.stream(
                 method, url, headers=fields, content=content, extensions={"timeout": limits}

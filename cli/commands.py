@@ -18,7 +18,8 @@ import click
 import msgspec
 from msgspec import UNSET, Meta, Struct
 
-from cli import address, interrupt
+from cli import address, completion, interrupt
+from cli.completion import completing
 from cli.display import Lines, clean, left, percent, stage, table, when
 from cli.failure import Failure, Interrupted, cancelled, error
 from cli.names import Load, meant
@@ -262,7 +263,7 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
 
 
 @command
-@click.argument("model", metavar="KEY")
+@click.argument("model", metavar="KEY", shell_complete=completing(completion.models))
 @field_option(LoadRequest, "context_length", "-c", "--context-length", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "eval_batch_size", "--eval-batch-size", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "physical_batch_size", "--physical-batch-size", type=click.IntRange(1), metavar="N")
@@ -273,8 +274,16 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
 @field_option(LoadRequest, "parallel", "--parallel", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "ttl_seconds", "--ttl", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS")
 @field_option(GPURequest, "offload", "--gpu-offload", callback=offload_of, metavar="SHARE")
-@field_option(GPURequest, "worker", "--gpu-worker", metavar="NAME")
-@field_option(GPURequest, "devices", "--gpu-device", note=" May be repeated.", multiple=True, metavar="ID")
+@field_option(GPURequest, "worker", "--gpu-worker", metavar="NAME", shell_complete=completing(completion.workers))
+@field_option(
+    GPURequest,
+    "devices",
+    "--gpu-device",
+    note=" May be repeated.",
+    multiple=True,
+    metavar="ID",
+    shell_complete=completing(completion.devices),
+)
 @field_option(GPURequest, "split", "--gpu-split", callback=split_of, metavar="even|priority|N,N...")
 @click.option("--copies", type=click.IntRange(1), default=1, metavar="N", help="Number of instances to load.")
 @field_option(LoadRequest, "force", "--force", is_flag=True, default=None)
@@ -481,7 +490,7 @@ def describe(config: LoadConfig) -> str:
 
 
 @command
-@click.argument("instances", nargs=-1, metavar="[INSTANCE]...")
+@click.argument("instances", nargs=-1, metavar="[INSTANCE]...", shell_complete=completing(completion.instances))
 @click.option("--all", "everything", is_flag=True, help="Unload all loaded instances.")
 def unload(server: Client, as_json: bool, instances: tuple[str, ...], everything: bool) -> None:
     """Unload instances, and wait until their memory is free.  Loads in progress are cancelled."""
@@ -565,7 +574,7 @@ def found(server: Client, word: str, *, in_progress: bool = False) -> str:
 
 
 @command
-@click.argument("word", metavar="JOB|INSTANCE")
+@click.argument("word", metavar="JOB|INSTANCE", shell_complete=completing(completion.loads))
 def cancel(server: Client, as_json: bool, word: str) -> None:
     """Cancel a load, and wait until its memory is free.
 
@@ -579,7 +588,7 @@ def cancel(server: Client, as_json: bool, word: str) -> None:
 
 
 @command
-@click.argument("word", metavar="JOB|INSTANCE")
+@click.argument("word", metavar="JOB|INSTANCE", shell_complete=completing(completion.loads))
 @click.option("-f", "--follow", is_flag=True, help="Write new lines until the instance ends.")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Begin with the last N lines.")
 def logs(server: Client, as_json: bool, word: str, follow: bool, tail: int | None) -> None:

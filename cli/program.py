@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ import shared
 
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})  # of write(2)
 SERVERS = ("up", "api", "worker")  # of cli.servers
+COMPLETE = "_LOADSTONE_COMPLETE"  # the variable by which a shell asks for completions
 ALIASES = {"list": "ls"}
 CLIENTS = ("ls", "ps", "load", "unload", "chat", "jobs", "cancel", "logs", "workers")  # of cli.commands, and cli.chat
 
@@ -28,6 +30,10 @@ class Program(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        if COMPLETE in os.environ:
+            from cli import completion
+
+            completion.register()
         try:
             return super().main(*args, **kwargs)
         except OSError as e:

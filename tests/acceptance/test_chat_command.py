@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
-import select
 import subprocess
-import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import pytest
 
 from shared.synthetic import models as synthetic
 from tests.support.chat import answered, busy
 from tests.support.service import LOADSTONE, TINY, Service, until, up
+from tests.support.terminal import Terminal, terminal
 
 LONG = "acme/long"
 CONTEXT_LENGTH, ENDLESS_CONTEXT = 256, 131_072  # the second: for an answer that lasts as long as a test needs it
@@ -68,48 +65,8 @@ def piped(service: Service, question: str, *words: str, token: str = MANAGE) -> 
     )
 
 
-class Terminal:
-    """A conversation on a terminal."""
-
-    def __init__(self, command: subprocess.Popen[bytes], master: int) -> None:
-        self.command, self._master = command, master
-        self.shown = ""  # since the last `send`
-
-    def send(self, text: str) -> None:
-        self.shown = ""
-        os.write(self._master, text.encode())
-
-    def wait(self, text: str) -> str:
-        """Wait until the terminal shows a text after what was sent last; return all that it shows then."""
-
-        def has_come() -> bool:
-            while select.select([self._master], [], [], 0)[0]:
-                self.shown += os.read(self._master, 1 << 16).decode(errors="replace")
-            return text in self.shown
-
-        until(has_come, f"the terminal shows {text!r}")
-        return self.shown
-
-
-@contextmanager
-def conversation(service: Service, *words: str) -> Iterator[Terminal]:
-    master, slave = pty.openpty()
-    command = subprocess.Popen(
-        [str(LOADSTONE), "chat", *words],
-        env=environ(service),
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C reaches it
-    )
-    try:
-        yield Terminal(command, master)
-    finally:
-        command.kill()
-        command.wait(ENDS_S)
-        os.close(slave)
-        os.close(master)
+def conversation(service: Service, *words: str) -> AbstractContextManager[Terminal]:
+    return terminal(str(LOADSTONE), "chat", *words, environ=environ(service))
 
 
 # ---- a pipe
@@ -178,56 +135,56 @@ def test_a_question_without_an_answer_fails(
 
 
 def test_a_terminal_holds_a_conversation(service: Service) -> None:
-    with conversation(service, TINY) as terminal:
-        terminal.wait("> ")
-        terminal.send("/stats\n")
-        terminal.wait("There is no answer yet.")
-        terminal.send("Hello\n")
+    with conversation(service, TINY) as screen:
+        screen.wait("> ")
+        screen.send("/stats\n")
+        screen.wait("There is no answer yet.")
+        screen.send("Hello\n")
         until(lambda: TINY in service.instances(), "the question loads the model")
-        terminal.wait("\n> ")
-        terminal.send("/stats\n")
-        assert " 0 of them kept" in terminal.wait("per second")
-        terminal.send("/clear\n")
-        terminal.wait("> ")
-        terminal.send("\x04")
-        assert terminal.command.wait(ENDS_S) == 0
+        screen.wait("\n> ")
+        screen.send("/stats\n")
+        assert " 0 of them kept" in screen.wait("per second")
+        screen.send("/clear\n")
+        screen.wait("> ")
+        screen.send("\x04")
+        assert screen.command.wait(ENDS_S) == 0
 
 
 def test_a_question_that_is_too_long_costs_nothing(service: Service) -> None:
     service.loaded(TINY)
-    with conversation(service, TINY) as terminal:
-        terminal.wait("> ")
-        terminal.send("Hello " * 400 + "\n")
-        shown = terminal.wait("exceeds the available context size")
+    with conversation(service, TINY) as screen:
+        screen.wait("> ")
+        screen.send("Hello " * 400 + "\n")
+        shown = screen.wait("exceeds the available context size")
         assert f"maximum context length is {CONTEXT_LENGTH} tokens" in shown
-        terminal.wait("\n> ")
-        terminal.send("Hello\n")
-        terminal.wait("\n> ")
-        terminal.send("/stats\n")
-        terminal.wait("per second")
+        screen.wait("\n> ")
+        screen.send("Hello\n")
+        screen.wait("\n> ")
+        screen.send("/stats\n")
+        screen.wait("per second")
 
 
 def test_ctrl_c_stops_the_answer_and_twice_the_program(service: Service) -> None:
     service.loaded(LONG, context_length=ENDLESS_CONTEXT)
-    with conversation(service, LONG) as terminal:
-        terminal.wait("> ")
-        terminal.send("Hello\n")
+    with conversation(service, LONG) as screen:
+        screen.wait("> ")
+        screen.send("Hello\n")
         until(lambda: busy(service, LONG) == (1, 0), "the answer runs")
-        terminal.send("\x03")
-        terminal.wait("The answer was stopped.")
+        screen.send("\x03")
+        screen.wait("The answer was stopped.")
         until(lambda: busy(service, LONG) == (0, 0), "the server stopped it too")
-        terminal.wait("> ")
-        terminal.send("/stats\n")
-        terminal.wait("There is no answer yet.")
-        terminal.send("\x03")
-        terminal.wait("Press Ctrl-C again")
-        terminal.wait("> ")
-        terminal.send("\x03")
-        assert terminal.command.wait(ENDS_S) == 130
-        assert "Traceback" not in terminal.shown
+        screen.wait("> ")
+        screen.send("/stats\n")
+        screen.wait("There is no answer yet.")
+        screen.send("\x03")
+        screen.wait("Press Ctrl-C again")
+        screen.wait("> ")
+        screen.send("\x03")
+        assert screen.command.wait(ENDS_S) == 130
+        assert "Traceback" not in screen.shown
 
 
 def test_an_unknown_model_ends_a_conversation_before_it(service: Service) -> None:
-    with conversation(service, "acme/nothing") as terminal:
-        terminal.wait("acme/nothing")
-        assert terminal.command.wait(ENDS_S) == 1
+    with conversation(service, "acme/nothing") as screen:
+        screen.wait("acme/nothing")
+        assert screen.command.wait(ENDS_S) == 1

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from shared.synthetic import models as synthetic
 from shared.units import size
 from tests.support.chat import ENDLESS, begun, streaming
 from tests.support.service import LOADSTONE, Running, Service, is_alive, tiny_quantized, until, up
+from tests.support.terminal import terminal as terminal_of
 
 TINY, MOE, BERT, PAIR = "acme/tiny", "acme/moe", "nomic/bert", "acme/pair"
 LONG, BROKEN = "acme/long", "acme/broken"
@@ -392,6 +394,70 @@ def test_a_second_ctrl_c_exits_without_waiting(service: Service) -> None:
         until(lambda: last_job(service)["status"] == "cancelled", "the load is cancelled")
     assert (done.status, done.out) == (130, "")
     assert done.err.splitlines()[-1].startswith("loadstone: Not waiting.")
+
+
+# ---- completion
+
+
+def completed(service: Service, line: str, token: str = TOKEN, url: str = "") -> set[str]:
+    """Return what a shell offers for the end of a line."""
+    environ = {"LOADSTONE_URL": url or service.url, "LOADSTONE_TOKEN": token, "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [str(LOADSTONE)],
+        env={**environ, "_LOADSTONE_COMPLETE": "bash_complete", "COMP_WORDS": line},
+        capture_output=True,
+        text=True,
+        timeout=ENDS_S,
+        check=True,
+    )
+    assert done.stderr == ""
+    return {each.removeprefix("plain,") for each in done.stdout.splitlines() if each}
+
+
+def test_names_that_the_server_knows_are_completed(service: Service) -> None:
+    job_id = service.accepted(TINY)["job_id"]
+    until(lambda: TINY in service.instances(), "the model is loaded")
+    service.loaded(TINY)
+    (worker,) = service.send("GET", "/api/v1/workers").json()["workers"]
+    for line, names in (
+        ("loadstone load acme/p", {PAIR}),
+        (f"loadstone load {PAIR}@", {f"{PAIR}@q4_0", f"{PAIR}@q8_0"}),
+        ("loadstone chat ", {TINY, f"{TINY}:2", MOE, PAIR, LONG, BROKEN}),
+        ("loadstone unload ", {TINY, f"{TINY}:2"}),
+        (f"loadstone logs {job_id[:12]}", {job_id}),
+        ("loadstone load x --gpu-worker ", {worker["name"]}),
+        ("loadstone load x --gpu-device=", {"CPU"}),
+    ):
+        assert completed(service, line) == names, line
+
+
+@pytest.mark.parametrize(("token", "url"), [("wrong", ""), (TOKEN, "http://127.0.0.1:1"), (TOKEN, "ftp://nowhere")])
+def test_without_an_answer_nothing_is_completed(service: Service, token: str, url: str) -> None:
+    assert completed(service, "loadstone load ", token, url) == set()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_a_name_with_a_colon(service: Service) -> None:
+    for _ in range(2):
+        service.loaded(TINY)
+    environ = {
+        "PATH": f"{LOADSTONE.parent}:{os.environ['PATH']}",
+        "TERM": "dumb",
+        "COLUMNS": "200",
+        "PS1": "$ ",
+        "LOADSTONE_URL": service.url,
+        "LOADSTONE_TOKEN": TOKEN,
+    }
+    with terminal_of("bash", "--norc", "--noprofile", "-i", environ=environ) as screen:
+        screen.wait("$ ")
+        screen.send('eval "$(_LOADSTONE_COMPLETE=bash_source loadstone)"; echo do""ne\n')
+        screen.wait("done\r\n")
+        screen.send("loadstone unl\t")
+        screen.wait("loadstone unload ")
+        screen.send("acme\t")
+        screen.wait("/tiny")  # what both ids have in common
+        screen.send(":\t")
+        screen.wait(":2")
 
 
 # ---- the terminal

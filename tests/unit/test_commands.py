@@ -233,6 +233,7 @@ def test_control_characters_of_a_name_are_replaced() -> None:
 
 
 def test_the_program_lists_every_command() -> None:
+    assert all(program.get_command(click.Context(program), name) for name in CLIENTS)  # imports all their modules
     assert set(CLIENTS) == set(commands.client.commands)
     assert set(SERVERS) == set(servers.servers.commands)
 
