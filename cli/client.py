@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -15,7 +15,7 @@ import msgspec
 
 from cli import address
 from cli.failure import Failure, Unreachable, error
-from cli.openai import DONE, Chunk
+from cli.openai import DONE, Chunk, Embedding, Embeddings
 from shared import __version__, paths
 from shared.errors import ErrorBody
 from shared.lifecycle import TERMINAL
@@ -44,6 +44,7 @@ MODEL_ANSWER_S = 1800.0  # of a model, which may have to be loaded first
 LOG_PAUSE_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
+EMBEDDINGS = "/v1/embeddings"
 JSON = {"Content-Type": "application/json"}
 NO_HEADERS: Mapping[str, str] = {}
 
@@ -243,10 +244,16 @@ class Client:
 
     def chat_reply(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the whole reply to a conversation, as the server sends it."""
+        return self._ask_model(dict[str, Any], paths.CHAT_COMPLETIONS, request)
+
+    def embed(self, model: str, texts: Sequence[str]) -> list[Embedding]:
+        """Return the embeddings of texts, in their order."""
+        request = {"model": model, "input": texts, "encoding_format": "float"}
+        return self._ask_model(Embeddings, EMBEDDINGS, request).data
+
+    def _ask_model(self, kind: type[T], path: str, request: Mapping[str, Any]) -> T:
         body = msgspec.json.encode(request)
-        return self._ask(
-            dict[str, Any], "POST", paths.CHAT_COMPLETIONS, content=body, headers=JSON, timeout=MODEL_ANSWER_S
-        )
+        return self._ask(kind, "POST", path, content=body, headers=JSON, timeout=MODEL_ANSWER_S)
 
     def _events(self, job_id: str, after: str, patience: Patience) -> Iterator[tuple[str, LoadEvent]]:
         """Yield the events of one connection, with their ids."""

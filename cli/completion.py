@@ -88,6 +88,13 @@ def llms(server: Client, typed: str) -> Iterable[str]:
             yield from (instance.id for instance in model.loaded_instances)
 
 
+def embedding_models(server: Client, typed: str) -> Iterable[str]:
+    for model in server.models().models:
+        if model.type == "embedding":
+            yield from _keys(model, typed)
+            yield from (instance.id for instance in model.loaded_instances)
+
+
 def _keys(model: ListedModel, typed: str) -> Iterable[str]:
     """Yield the key of a model, and with an @ those of its quantizations."""
     yield model.key

@@ -54,3 +54,16 @@ class Chunk(Struct, frozen=True):
     usage: Usage | None = None
     timings: Timings | None = None
     error: dict[str, Any] | None = None
+
+
+class Embedding(Struct, frozen=True):
+    """The embedding of a text."""
+
+    index: int
+    embedding: list[float]
+
+
+class Embeddings(Struct, frozen=True):
+    """The embeddings of the texts of a request."""
+
+    data: list[Embedding]

@@ -19,7 +19,7 @@ UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errn
 SERVERS = ("up", "api", "worker")  # of cli.servers
 COMPLETE = "_LOADSTONE_COMPLETE"  # the variable by which a shell asks for completions
 ALIASES = {"list": "ls"}
-CLIENTS = ("ls", "ps", "load", "unload", "chat", "jobs", "cancel", "logs", "workers")  # of cli.commands, and cli.chat
+CLIENTS = ("ls", "ps", "load", "unload", "chat", "embed", "jobs", "cancel", "logs", "workers")
 
 
 class Program(click.Group):
@@ -56,6 +56,10 @@ class Program(click.Group):
             from cli.chat import chat
 
             return chat
+        if cmd_name == "embed":
+            from cli.embed import embed
+
+            return embed
         if cmd_name in CLIENTS:
             from cli.commands import client
 

@@ -12,6 +12,7 @@ import pytest
 from cli.chat import Conversation, Printed, answer, obeyed
 from cli.failure import Failure, error
 from cli.openai import Choice, Chunk, Delta, Timings, Usage
+from shared.schema.http import JobList
 
 MODEL = "p/m"
 
@@ -27,7 +28,7 @@ def server_of(*chunks: Chunk | Failure) -> Any:
                 raise chunk
             yield chunk
 
-    return SimpleNamespace(chat=chat)
+    return SimpleNamespace(chat=chat, jobs=lambda **_: JobList(jobs=[]))
 
 
 def printed(*chunks: Chunk, is_terminal: bool = True) -> tuple[Conversation, Printed]:
