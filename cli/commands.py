@@ -309,9 +309,10 @@ def load(
     idempotency_key: str | None,
     **fields: Any,
 ) -> None:
-    """Load a model, and write the id of the instance to stdout once it is in memory.
+    """Load a model.
 
-    Ctrl-C cancels the load and waits until it has ended; a second Ctrl-C exits at once.
+    Writes the id of the instance to stdout once it is in memory. Ctrl-C cancels the load and waits until it has ended;
+    a second Ctrl-C exits at once.
     """
     gpu = {name: fields.pop(name) for name in ("offload", "worker", "devices", "split")}
     gpu = {name: value for name, value in gpu.items() if value not in (None, ())}
@@ -614,7 +615,7 @@ def logs(server: Client, as_json: bool, word: str, follow: bool, tail: int | Non
 
 @command
 def workers(server: Client, as_json: bool) -> None:
-    """List the live workers: their devices, and the number of instances on each device."""
+    """List the live workers, their devices, and their instances."""
     listed = server.workers()
     if as_json:
         document(listed)

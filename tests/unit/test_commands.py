@@ -331,6 +331,8 @@ def test_h_is_help_and_list_is_ls() -> None:
     for words in ([], ["ls"], ["load"], ["up"]):
         short, long = (CliRunner().invoke(program, [*words, flag]) for flag in ("-h", "--help"))
         assert (short.exit_code, short.stdout) == (0, long.stdout)
+    commands_shown = CliRunner().invoke(program, ["-h"]).stdout.partition("Commands:")[2]
+    assert "..." not in commands_shown, "a sentence is cut"
     assert "List the models." in CliRunner().invoke(program, ["list", "-h"]).stdout
 
 
