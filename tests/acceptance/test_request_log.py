@@ -117,6 +117,7 @@ def test_a_refused_request_has_the_code_of_its_error(
     line = line_after(service, n)
     assert (line["status"], line["outcome"]) == (status, outcome)
     assert "generated_tokens" not in line
+    assert (line.get("prompt_tokens", 0) > 1000) == (outcome == "context_length_exceeded")
 
 
 def test_a_request_without_a_token_is_logged(service: Service) -> None:
