@@ -88,14 +88,14 @@ def chat(server: Client, as_json: bool, model: str, system: str | None) -> None:
     only the answer.
     """
     conversation = Conversation(model, system)
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         if as_json:
             raise click.UsageError("--json needs the question on stdin.")
         server.has_model(model)
         with interrupt.Raising():
             converse(server, conversation)
         return
-    question = sys.stdin.read().rstrip("\n")
+    question = "" if sys.stdin is None else sys.stdin.read().rstrip("\n")
     if not question.strip():
         raise click.UsageError("There is no question on stdin.")
     with waiting(server, model) as arrived:
@@ -116,9 +116,13 @@ def converse(server: Client, conversation: Conversation) -> None:
     while True:
         try:
             line = input("> " if sys.stdout.isatty() else "").strip()
+            line.encode()  # some locales let bytes through that are not UTF-8
         except EOFError:
             click.echo()
             return
+        except UnicodeError:
+            say("The line is not UTF-8.")
+            continue
         except KeyboardInterrupt:
             click.echo()
             if was_interrupted:

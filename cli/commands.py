@@ -109,8 +109,8 @@ def command(function: Callable[..., None]) -> click.Command:
             sys.exit(CANCELLED if is_cancelled else FAILED)
         except KeyboardInterrupt:
             sys.exit(CANCELLED)
-        except UnicodeEncodeError:
-            raise click.UsageError("The arguments must be UTF-8.") from None
+        except UnicodeError:
+            raise click.UsageError("The arguments and stdin must be UTF-8.") from None
 
     made = client.command(function.__name__)(run)
     made.params += OPTIONS

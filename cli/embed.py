@@ -29,7 +29,7 @@ def embed(server: Client, as_json: bool, model: str, texts: tuple[str, ...]) -> 
 
     Each is one line of JSON on stdout: {"index", "embedding"}. With --json they are one document.
     """
-    lines = texts or (line.rstrip("\n") for line in sys.stdin)
+    lines = texts or (line.rstrip("\n") for line in sys.stdin or ())
     made = embedded(server, model, lines)
     if as_json:
         document({"data": [*made]})

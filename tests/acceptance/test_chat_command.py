@@ -139,6 +139,8 @@ def test_a_terminal_holds_a_conversation(service: Service) -> None:
         screen.wait("> ")
         screen.send("/stats\n")
         screen.wait("There is no answer yet.")
+        screen.send("\udcff\n")  # a byte that begins no character
+        screen.wait("The line is not UTF-8.")
         screen.send("Hello\n")
         until(lambda: TINY in service.instances(), "the question loads the model")
         screen.wait("\n> ")

@@ -23,6 +23,13 @@ class Mutant(NamedTuple):
 MUTANTS = (
     # ---- clients
     Mutant(
+        "a pipe gets only the answer",
+        "cli/chat.py",
+        "if text and self._is_terminal:",
+        "if text:",
+        (f"{UNIT}conversation.py",),
+    ),
+    Mutant(
         "the log says how each answer ended",
         "api/channel/channels.py",
         "current().answered(instance, answer)",

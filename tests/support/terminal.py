@@ -23,7 +23,7 @@ class Terminal:
 
     def send(self, text: str) -> None:
         self.shown = ""
-        os.write(self._master, text.encode())
+        os.write(self._master, text.encode(errors="surrogateescape"))
 
     def wait(self, text: str) -> str:
         """Wait until the terminal shows a text after what was sent last; return all that it shows then."""

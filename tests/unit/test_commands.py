@@ -411,6 +411,13 @@ def test_arguments_that_are_not_utf_8_are_wrong_usage() -> None:
 # ---- the output
 
 
+@pytest.mark.parametrize("words", [("chat", "p/m"), ("embed", "p/m")])
+def test_input_that_is_not_utf_8_is_wrong_usage(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(program, words, input=b"\xff")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "must be UTF-8" in done.stderr
+
+
 def run(program: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *words]
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False, **options)
