@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cli.client import Client
     from shared.schema.http import ListedModel
 
-ANSWER_S = 2.0  # a person waits
+ANSWER_S = 5.0  # a person waits
 NEWEST_JOBS = 20
 
 Read = Callable[["Client", str], Iterable[str]]  # of what was typed so far

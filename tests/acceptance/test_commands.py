@@ -11,15 +11,17 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 
+from cli.completion import ANSWER_S
 from shared.synthetic import models as synthetic
 from shared.units import size
 from tests.support.chat import ENDLESS, begun, streaming
 from tests.support.service import LOADSTONE, Running, Service, is_alive, tiny_quantized, until, up
+from tests.support.terminal import Terminal
 from tests.support.terminal import terminal as terminal_of
 
 TINY, MOE, BERT, PAIR = "acme/tiny", "acme/moe", "nomic/bert", "acme/pair"
@@ -414,6 +416,11 @@ def completed(service: Service, line: str, token: str = TOKEN, url: str = "") ->
     return {each.removeprefix("plain,") for each in done.stdout.splitlines() if each}
 
 
+def wait_until_completed(service: Service, line: str, names: set[str]) -> None:
+    """Complete a line, again if the server did not answer in time."""
+    until(lambda: completed(service, line) == names, f"{line!r} is completed with {names}")
+
+
 def test_names_that_the_server_knows_are_completed(service: Service) -> None:
     job_id = service.accepted(TINY)["job_id"]
     until(lambda: TINY in service.instances(), "the model is loaded")
@@ -428,12 +435,25 @@ def test_names_that_the_server_knows_are_completed(service: Service) -> None:
         ("loadstone load x --gpu-worker ", {worker["name"]}),
         ("loadstone load x --gpu-device=", {"CPU"}),
     ):
-        assert completed(service, line) == names, line
+        wait_until_completed(service, line, names)
 
 
 @pytest.mark.parametrize(("token", "url"), [("wrong", ""), (TOKEN, "http://127.0.0.1:1"), (TOKEN, "ftp://nowhere")])
 def test_without_an_answer_nothing_is_completed(service: Service, token: str, url: str) -> None:
     assert completed(service, "loadstone load ", token, url) == set()
+
+
+def tabbed(screen: Terminal, typed: str, added: str) -> None:
+    """Type the beginning of a word, and wait until the tabulator adds the rest."""
+    screen.send(typed)
+
+    def is_added() -> bool:
+        screen.send("\t")  # again if the server did not answer in time
+        with suppress(AssertionError):
+            return bool(screen.wait(added, within_s=2 * ANSWER_S))
+        return False
+
+    until(is_added, f"{added!r} is added to {typed!r}")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
@@ -452,12 +472,9 @@ def test_bash_completes_a_name_with_a_colon(service: Service) -> None:
         screen.wait("$ ")
         screen.send('eval "$(_LOADSTONE_COMPLETE=bash_source loadstone)"; echo do""ne\n')
         screen.wait("done\r\n")
-        screen.send("loadstone unl\t")
-        screen.wait("loadstone unload ")
-        screen.send("acme\t")
-        screen.wait("/tiny")  # what both ids have in common
-        screen.send(":\t")
-        screen.wait(":2")
+        tabbed(screen, "loadstone unl", "oad ")
+        tabbed(screen, "acme", "/tiny")  # what both ids have in common
+        tabbed(screen, ":", "2")
 
 
 # ---- the terminal

@@ -11,7 +11,7 @@ import termios
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from tests.support.service import STOP_S, until
+from tests.support.service import PATIENCE_S, STOP_S, until
 
 
 class Terminal:
@@ -25,7 +25,7 @@ class Terminal:
         self.shown = ""
         os.write(self._master, text.encode(errors="surrogateescape"))
 
-    def wait(self, text: str) -> str:
+    def wait(self, text: str, within_s: float = PATIENCE_S) -> str:
         """Wait until the terminal shows a text after what was sent last; return all that it shows then."""
 
         def has_come() -> bool:
@@ -33,7 +33,7 @@ class Terminal:
                 self.shown += os.read(self._master, 1 << 16).decode(errors="replace")
             return text in self.shown
 
-        until(has_come, f"the terminal shows {text!r}")
+        until(has_come, f"the terminal shows {text!r}", within_s)
         return self.shown
 
 
