@@ -94,7 +94,8 @@ class Logged:
         try:
             await self.app(scope, receive, watched_send)
         except Exception:
-            outcome.name = "internal_error"
+            outcome.name = ServiceError.type
+            status = status or 500  # of the reply that is sent further out
             raise
         finally:
             token = self.names.get(scope["state"].get("caller", ""))
