@@ -22,6 +22,7 @@ from api.loads.follow import Follower
 from api.loads.records import Records
 from api.loads.stop import Stopper
 from api.loads.submit import Intake
+from api.outcome import Logged
 from api.pool.ids import Ids
 from api.pool.listing import Listing
 from api.pool.loaded import Loaded
@@ -43,7 +44,8 @@ from shared.tokens import read_tokens
 class Traced:
     """Middleware: starts a span for every request, in the trace of the client or in a new one.
 
-    All log lines of the request carry the ids.  They stay bound, because uvicorn logs an exception afterwards.
+    All log lines of the request carry the ids.  They stay bound, because uvicorn logs an exception afterwards, and are
+    replaced by those of the next request, which uvicorn may start in this one's context.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -52,7 +54,7 @@ class Traced:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             span = trace.continued(Headers(scope=scope).getlist("traceparent"))
-            log.bind(**span.ids)
+            log.begin(**span.ids)
             scope.setdefault("state", {})["traceparent"] = str(span)
         await self.app(scope, receive, send)
 
@@ -165,7 +167,12 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
         middleware.insert(
             0, Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
         )
-    middleware[:0] = [Middleware(Traced), Middleware(Requests, tally), Middleware(LastReplies, draining)]
+    middleware[:0] = [
+        Middleware(Traced),
+        Middleware(Logged, names),
+        Middleware(Requests, tally),
+        Middleware(LastReplies, draining),
+    ]
     app = Starlette(routes=ROUTES, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False  # an unknown path is an error, not a redirect
     return app

@@ -13,6 +13,7 @@ from starlette.routing import Match
 
 from api.anthropic import errors as anthropic
 from api.openai import errors as openai
+from api.outcome import current
 from shared import paths
 from shared.errors import (
     ErrorBody,
@@ -98,6 +99,7 @@ def shaped(
 def reply(error: ServiceError, path: str, headers: dict[str, str] | None = None) -> Response:
     """Return the reply with an error at a path."""
     ours = error.body()
+    current().refused(ours)
     status, body = shaped(ours, path)
     extra = dict(headers or {})
     if status == 401:
@@ -137,6 +139,7 @@ async def on_http_exception(request: Request, exc: Exception) -> Response:
 
 async def on_disconnect(request: Request, exc: Exception) -> Response:
     """End the request of a client that left before the end of its body.  Nobody reads this reply."""
+    current().name = "cancelled"
     return Response(status_code=400)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -15,6 +15,7 @@ import msgspec
 
 from cli import address
 from cli.failure import Failure, Unreachable, error
+from cli.openai import DONE, Chunk, Embedding, Embeddings
 from shared import __version__, paths
 from shared.errors import ErrorBody
 from shared.lifecycle import TERMINAL
@@ -39,9 +40,11 @@ SILENCE_S = 20.0  # an event stream sends something at least every 15 s
 CONNECT_S = 5.0
 ANSWER_S = 30.0
 STOP_ANSWER_S = 90.0  # unload and cancel reply once the memory is free; the server waits up to 60 s
+MODEL_ANSWER_S = 1800.0  # of a model, which may have to be loaded first
 LOG_PAUSE_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
+EMBEDDINGS = "/v1/embeddings"
 JSON = {"Content-Type": "application/json"}
 NO_HEADERS: Mapping[str, str] = {}
 
@@ -84,9 +87,16 @@ class Patience:
 class Client:
     """A client of one server.  Every method raises Failure.  `note` is called with the reason of each delay."""
 
-    def __init__(self, url: str, token: str = "", note: Callable[[str], None] = lambda sentence: None) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str = "",
+        note: Callable[[str], None] = lambda sentence: None,
+        answer_s: float = ANSWER_S,
+    ) -> None:
         self.url = url
         self.note = note
+        self._answer_s = answer_s
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._path = parts.path
@@ -127,15 +137,15 @@ class Client:
         return self._ask(JobList, "GET", f"{paths.JOBS}?{query}" if query else paths.JOBS)
 
     def job(self, job_id: str) -> Job:
-        return self._ask(Job, "GET", _path(paths.JOB, job_id))
+        return self._ask(Job, "GET", _path(paths.JOB, job_id=job_id))
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a load; return its job once it has ended and its memory is free."""
-        return self._ask(Job, "DELETE", _path(paths.JOB, job_id), timeout=STOP_ANSWER_S)
+        return self._ask(Job, "DELETE", _path(paths.JOB, job_id=job_id), timeout=STOP_ANSWER_S)
 
     def logs(self, job_id: str) -> list[str]:
         """Return the lines of the log of a load."""
-        with self._answer("GET", _path(paths.JOB_LOGS, job_id)) as answer:
+        with self._answer("GET", _path(paths.JOB_LOGS, job_id=job_id)) as answer:
             lines = answer.read().decode(errors="replace").split("\n")
             return lines if lines[-1] else lines[:-1]
 
@@ -214,12 +224,43 @@ class Client:
                             assert_never(event)
                 patience.wait(failure)
 
+    def has_model(self, name: str) -> None:
+        """Raise Failure if a name is that of no model and of no instance."""
+        self._ask(object, "GET", _path(paths.V1_MODEL, model_id=name))
+
+    def chat(self, request: Mapping[str, Any]) -> Generator[Chunk, None, None]:
+        """Yield the chunks of an answer to a conversation.  Closing the generator early cancels the request."""
+        body = msgspec.json.encode({**request, "stream": True, "stream_options": {"include_usage": True}})
+        route, wait_s = paths.CHAT_COMPLETIONS, MODEL_ANSWER_S
+        with self._answer("POST", route, content=body, headers=JSON, timeout=wait_s) as answer:
+            for _, data in events(_lines(answer)):
+                if data == DONE:
+                    return
+                chunk = self._decode(data, Chunk)
+                if chunk.error is not None:
+                    raise Failure(_error_of(chunk.error))
+                yield chunk
+        raise self._broken()
+
+    def chat_reply(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the whole reply to a conversation, as the server sends it."""
+        return self._ask_model(dict[str, Any], paths.CHAT_COMPLETIONS, request)
+
+    def embed(self, model: str, texts: Sequence[str]) -> list[Embedding]:
+        """Return the embeddings of texts, in their order."""
+        request = {"model": model, "input": texts, "encoding_format": "float"}
+        return self._ask_model(Embeddings, EMBEDDINGS, request).data
+
+    def _ask_model(self, kind: type[T], path: str, request: Mapping[str, Any]) -> T:
+        body = msgspec.json.encode(request)
+        return self._ask(kind, "POST", path, content=body, headers=JSON, timeout=MODEL_ANSWER_S)
+
     def _events(self, job_id: str, after: str, patience: Patience) -> Iterator[tuple[str, LoadEvent]]:
         """Yield the events of one connection, with their ids."""
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
-        with self._answer("GET", _path(paths.JOB_EVENTS, job_id), headers=headers, timeout=SILENCE_S) as answer:
+        with self._answer("GET", _path(paths.JOB_EVENTS, job_id=job_id), headers=headers, timeout=SILENCE_S) as answer:
             if answer.status != 204:
-                for id_, data in events(_lines(answer, patience)):
+                for id_, data in events(_lines(answer, patience.reset)):
                     yield id_, self._decode(data, LoadEvent)
                 return
         yield after, self.job(job_id).event()  # there are no events after that id
@@ -237,12 +278,13 @@ class Client:
         *,
         headers: Mapping[str, str] = NO_HEADERS,
         content: bytes | None = None,
-        timeout: float = ANSWER_S,
+        timeout: float | None = None,
     ) -> Iterator[httpcore.Response]:
         """Yield the response to one request; read its body within the block.  Raises Failure for error statuses."""
         url = self._url(target=self._path + path)
         fields = [*self._headers.items(), *headers.items()]
-        limits = {"connect": CONNECT_S, "read": timeout, "write": timeout, "pool": timeout}
+        within_s = timeout or self._answer_s
+        limits = {"connect": min(CONNECT_S, within_s), "read": within_s, "write": within_s, "pool": within_s}
         try:
             with self._http.stream(
                 method, url, headers=fields, content=content, extensions={"timeout": limits}
@@ -265,8 +307,8 @@ class Client:
         after = next((value for name, value in answer.headers if name.lower() == b"retry-after"), b"")
         wait = (float(after) if after.isdigit() else 0.0) if answer.status in PASSING else None
         try:
-            return Failure(msgspec.json.decode(answer.content, type=dict[str, ErrorBody])["error"], wait)
-        except (msgspec.DecodeError, KeyError):
+            return Failure(_error_of(msgspec.json.decode(answer.content, type=dict[str, Any])["error"]), wait)
+        except (msgspec.DecodeError, msgspec.ValidationError, KeyError, AttributeError):
             return Failure(error("unexpected_reply", f"{self.url} returned HTTP status {answer.status}."), wait)
 
     def _broken(self) -> Failure:
@@ -279,6 +321,14 @@ class Client:
             raise Failure(
                 error("unexpected_reply", f"{self.url} returned an unexpected response. Is it a Loadstone server?")
             ) from None
+
+
+def _error_of(body: dict[str, Any]) -> ErrorBody:
+    """Return an error that has the form of any API.  That of OpenAI's has null for what does not apply.
+
+    Raises ValidationError and AttributeError.
+    """
+    return msgspec.convert({name: value for name, value in body.items() if value is not None}, ErrorBody)
 
 
 def _ended(reason: ErrorBody) -> Failure:
@@ -307,15 +357,15 @@ def new_lines(seen: list[str], lines: list[str]) -> list[str]:
     return lines[len(seen) :] if lines[: len(seen)] == seen else lines[1 + overlap :] if overlap else lines
 
 
-def _lines(answer: httpcore.Response, patience: Patience) -> Iterator[bytes]:
-    """Split a body into lines."""
+def _lines(answer: httpcore.Response, received: Callable[[], None] = lambda: None) -> Iterator[bytes]:
+    """Split a body into lines.  Calls `received` for each part that arrives."""
     rest = b""
     for chunk in answer.iter_stream():
-        patience.reset()
+        received()
         *lines, rest = (rest + chunk).split(b"\n")
         yield from (line.removesuffix(b"\r") for line in lines)
 
 
-def _path(template: str, job_id: str) -> str:
-    """Insert a job id into a path as a single segment; dots are encoded, because dot segments name other paths."""
-    return template.format(job_id=quote(job_id, safe="").replace(".", "%2E"))
+def _path(template: str, **ids: str) -> str:
+    """Insert ids into a path, each as a single segment; dots are encoded, because dot segments name other paths."""
+    return template.format(**{name: quote(id_, safe="").replace(".", "%2E") for name, id_ in ids.items()})

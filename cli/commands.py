@@ -18,7 +18,8 @@ import click
 import msgspec
 from msgspec import UNSET, Meta, Struct
 
-from cli import address, interrupt
+from cli import address, completion, interrupt
+from cli.completion import completing
 from cli.display import Lines, clean, left, percent, stage, table, when
 from cli.failure import Failure, Interrupted, cancelled, error
 from cli.names import Load, meant
@@ -27,6 +28,7 @@ from shared.schema.http import (
     EngineBuild,
     EstimateResult,
     GPURequest,
+    HeldInstance,
     Job,
     JobStatus,
     KVCacheType,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 FAILED, CANCELLED = 1, interrupt.STATUS
 USUAL_JOBS, MOST_JOBS = 20, 1000  # the most that a server lists
 JOB_ID = re.compile(r"load_[0-9a-f]{32}")
+WORK = ("kv_cells_used", "requests_running", "requests_waiting", "generated_tokens_per_second")  # of a HeldInstance
 VISIBLE = {chr(code) for code in range(0x21, 0x7F)}
 
 
@@ -106,8 +109,8 @@ def command(function: Callable[..., None]) -> click.Command:
             sys.exit(CANCELLED if is_cancelled else FAILED)
         except KeyboardInterrupt:
             sys.exit(CANCELLED)
-        except UnicodeEncodeError:
-            raise click.UsageError("The arguments must be UTF-8.") from None
+        except UnicodeError:
+            raise click.UsageError("The arguments and stdin must be UTF-8.") from None
 
     made = client.command(function.__name__)(run)
     made.params += OPTIONS
@@ -163,6 +166,7 @@ def ps(server: Client, as_json: bool) -> None:
                 "state": "loaded",
                 "job_id": held[i.id].job_id if i.id in held else None,  # it was unloaded meanwhile
                 "size_bytes": held[i.id].size_bytes if i.id in held else None,
+                **{name: getattr(held[i.id], name) if i.id in held else None for name in WORK},
                 **msgspec.to_builtins(i),
             }
             for key, i in instances
@@ -177,7 +181,7 @@ def ps(server: Client, as_json: bool) -> None:
             i.worker,
             ", ".join(i.devices),
             size(held[i.id].size_bytes) if i.id in held else "-",
-            str(i.config.context_length),
+            *work(i.config.context_length, held.get(i.id)),
             "100%",
             left(i.remaining_ttl_seconds),
             held[i.id].job_id if i.id in held else "-",
@@ -192,15 +196,31 @@ def ps(server: Client, as_json: bool) -> None:
             job.worker,
             ", ".join(job.devices) or "-",
             size(job.total_size_bytes),
-            "-",
+            *("-", "-", "-", "-"),
             percent(job.progress),
             "-",
             job.job_id,
         )
         for job in jobs
     ]
-    headings = ("INSTANCE", "MODEL", "STATE", "WORKER", "DEVICE", "SIZE", "CONTEXT", "PROGRESS", "TTL", "JOB")
+    headings = (
+        *("INSTANCE", "MODEL", "STATE", "WORKER", "DEVICE", "SIZE"),
+        *("CONTEXT", "RUNNING", "WAITING", "TOKENS/S"),
+        *("PROGRESS", "TTL", "JOB"),
+    )
     table(headings, rows)
+
+
+def work(context_length: int, held: HeldInstance | None) -> tuple[str, str, str, str]:
+    """Format what an instance does: the context in use, its requests, and the tokens that it generates."""
+    if held is None:
+        return str(context_length), "-", "-", "-"
+    return (
+        f"{held.kv_cells_used}/{context_length}",
+        str(held.requests_running),
+        str(held.requests_waiting),
+        f"{held.generated_tokens_per_second:.1f}",
+    )
 
 
 @functools.cache
@@ -243,7 +263,7 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
 
 
 @command
-@click.argument("model", metavar="KEY")
+@click.argument("model", metavar="KEY", shell_complete=completing(completion.models))
 @field_option(LoadRequest, "context_length", "-c", "--context-length", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "eval_batch_size", "--eval-batch-size", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "physical_batch_size", "--physical-batch-size", type=click.IntRange(1), metavar="N")
@@ -254,8 +274,16 @@ def split_of(context: click.Context, option: click.Parameter, text: str | None) 
 @field_option(LoadRequest, "parallel", "--parallel", type=click.IntRange(1), metavar="N")
 @field_option(LoadRequest, "ttl_seconds", "--ttl", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS")
 @field_option(GPURequest, "offload", "--gpu-offload", callback=offload_of, metavar="SHARE")
-@field_option(GPURequest, "worker", "--gpu-worker", metavar="NAME")
-@field_option(GPURequest, "devices", "--gpu-device", note=" May be repeated.", multiple=True, metavar="ID")
+@field_option(GPURequest, "worker", "--gpu-worker", metavar="NAME", shell_complete=completing(completion.workers))
+@field_option(
+    GPURequest,
+    "devices",
+    "--gpu-device",
+    note=" May be repeated.",
+    multiple=True,
+    metavar="ID",
+    shell_complete=completing(completion.devices),
+)
 @field_option(GPURequest, "split", "--gpu-split", callback=split_of, metavar="even|priority|N,N...")
 @click.option("--copies", type=click.IntRange(1), default=1, metavar="N", help="Number of instances to load.")
 @field_option(LoadRequest, "force", "--force", is_flag=True, default=None)
@@ -281,9 +309,10 @@ def load(
     idempotency_key: str | None,
     **fields: Any,
 ) -> None:
-    """Load a model, and write the id of the instance to stdout once it is in memory.
+    """Load a model.
 
-    Ctrl-C cancels the load and waits until it has ended; a second Ctrl-C exits at once.
+    Writes the id of the instance to stdout once it is in memory. Ctrl-C cancels the load and waits until it has ended;
+    a second Ctrl-C exits at once.
     """
     gpu = {name: fields.pop(name) for name in ("offload", "worker", "devices", "split")}
     gpu = {name: value for name, value in gpu.items() if value not in (None, ())}
@@ -462,7 +491,7 @@ def describe(config: LoadConfig) -> str:
 
 
 @command
-@click.argument("instances", nargs=-1, metavar="[INSTANCE]...")
+@click.argument("instances", nargs=-1, metavar="[INSTANCE]...", shell_complete=completing(completion.instances))
 @click.option("--all", "everything", is_flag=True, help="Unload all loaded instances.")
 def unload(server: Client, as_json: bool, instances: tuple[str, ...], everything: bool) -> None:
     """Unload instances, and wait until their memory is free.  Loads in progress are cancelled."""
@@ -546,7 +575,7 @@ def found(server: Client, word: str, *, in_progress: bool = False) -> str:
 
 
 @command
-@click.argument("word", metavar="JOB|INSTANCE")
+@click.argument("word", metavar="JOB|INSTANCE", shell_complete=completing(completion.loads))
 def cancel(server: Client, as_json: bool, word: str) -> None:
     """Cancel a load, and wait until its memory is free.
 
@@ -560,7 +589,7 @@ def cancel(server: Client, as_json: bool, word: str) -> None:
 
 
 @command
-@click.argument("word", metavar="JOB|INSTANCE")
+@click.argument("word", metavar="JOB|INSTANCE", shell_complete=completing(completion.loads))
 @click.option("-f", "--follow", is_flag=True, help="Write new lines until the instance ends.")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Begin with the last N lines.")
 def logs(server: Client, as_json: bool, word: str, follow: bool, tail: int | None) -> None:
@@ -586,7 +615,7 @@ def logs(server: Client, as_json: bool, word: str, follow: bool, tail: int | Non
 
 @command
 def workers(server: Client, as_json: bool) -> None:
-    """List the live workers: their devices, and the number of instances on each device."""
+    """List the live workers, their devices, and their instances."""
     listed = server.workers()
     if as_json:
         document(listed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from typing import Any
 
@@ -16,8 +17,9 @@ import shared
 
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})  # of write(2)
 SERVERS = ("up", "api", "worker")  # of cli.servers
+COMPLETE = "_LOADSTONE_COMPLETE"  # the variable by which a shell asks for completions
 ALIASES = {"list": "ls"}
-CLIENTS = ("ls", "ps", "load", "unload", "jobs", "cancel", "logs", "workers")  # of cli.commands
+CLIENTS = ("ls", "ps", "load", "unload", "chat", "embed", "jobs", "cancel", "logs", "workers")
 
 
 class Program(click.Group):
@@ -28,6 +30,10 @@ class Program(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        if COMPLETE in os.environ:
+            from cli import completion
+
+            completion.register()
         try:
             return super().main(*args, **kwargs)
         except OSError as e:
@@ -46,6 +52,14 @@ class Program(click.Group):
             from cli.servers import servers
 
             return servers.get_command(ctx, cmd_name)
+        if cmd_name == "chat":
+            from cli.chat import chat
+
+            return chat
+        if cmd_name == "embed":
+            from cli.embed import embed
+
+            return embed
         if cmd_name in CLIENTS:
             from cli.commands import client
 

@@ -53,7 +53,10 @@ def _metavar(kind: Any) -> str:
     help="Write tiny demo models and download a small real one first, if the models directory has no other files.",
 )
 def up(demo: bool, **flags: str | None) -> None:
-    """Run an API, a worker and, unless a Redis server is configured, an embedded Redis on this machine."""
+    """Run a whole server on this machine: API, worker and Redis.
+
+    Without a Redis server that is configured, an embedded one is run.
+    """
     from cli.up import run_up
 
     run_up(flags, demo=demo)
@@ -71,7 +74,7 @@ def api(**flags: str | None) -> None:
 @servers.command()
 @options("worker")
 def worker(**flags: str | None) -> None:
-    """Run a worker of a pool, which loads models onto the devices of this machine."""
+    """Run a worker of a pool.  It loads models onto the devices of this machine."""
     from cli.up import run_worker
 
     run_worker(flags)

@@ -131,7 +131,7 @@ class Resident:
             return Requests()
         last, instance = self._runner.load, self._record.written
         used_at = max(last.used_at, (instance and instance.used_at) or 0.0)
-        return Requests(last.running, last.waiting, last.cells, used_at)
+        return Requests(last.running, last.waiting, last.cells, used_at, self._runner.tokens_per_second)
 
     @property
     def is_pinned(self) -> bool:
@@ -498,7 +498,7 @@ class Resident:
                 changed = phase != instance.phase or progress >= instance.progress + COMMIT_FRACTION
                 if changed or not is_done or now - committed_at >= commit_s:  # a timer may fire slightly early
                     committed_at = now
-                    bytes_per_second = rate.bytes_per_second()
+                    bytes_per_second = rate.per_second()
                     left_bytes = max(0, instance.total_size_bytes - loaded_bytes)
                     new = msgspec.structs.replace(
                         instance,

@@ -32,16 +32,23 @@ class Answer(AsyncIterator[FromRunner]):
         self.first_at: float | None = None  # when the first delta arrived, by the monotonic clock
         self.outcome = "cancelled"  # for the metrics: "completed" or why there is no complete answer
         self.usage: Usage | None = None
+        self.prompt_tokens: int | None = None  # once they are counted
+        self.cached_tokens: int | None = None  # once it has begun
 
     def put(self, message: Refused | Queued | Started | Ended | Failed) -> None:
         """Add a message of the runner."""
         match message:
-            case Refused() | Failed():
+            case Refused():
+                self.is_complete, self.outcome = True, message.code
+                self.prompt_tokens = message.prompt_tokens or None
+            case Failed():
                 self.is_complete, self.outcome = True, message.code
             case Ended():
                 self.is_complete, self.outcome, self.usage = True, "completed", message.usage
-            case Queued() | Started():
-                pass
+            case Queued():
+                self.prompt_tokens = message.prompt_tokens
+            case Started():
+                self.cached_tokens = message.cached_tokens
             case _:
                 assert_never(message)
         self._messages.append(message)

@@ -10,6 +10,7 @@ from functools import partial
 
 from api.channel.answer import Answer
 from api.channel.connection import Connection, connect
+from api.outcome import current
 from shared.channel.messages import Complete, ToModel
 from shared.errors import NoRoute, QueueUnavailable, ServiceError
 from shared.instance import Instance
@@ -57,6 +58,7 @@ class Channels:
             answer.fail(e)
             raise
         finally:
+            current().answered(instance, answer)
             self._tally.add(
                 answered(
                     route,

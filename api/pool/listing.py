@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from itertools import chain, count
+from typing import Any
 
 import msgspec
 from msgspec import UNSET
@@ -26,6 +27,7 @@ from shared.schema.http import (
     ModelList,
     Quantization,
 )
+from shared.schema.memory import Holding
 from shared.schema.model import Model
 from shared.store.instances import Instances
 
@@ -55,6 +57,7 @@ class Listing:
         """Return all live workers, with their instances in all states that are not terminal."""
         await self._roster.refresh()  # so that a listed worker accepts loads
         held: dict[str, list[HeldInstance]] = {}
+        holdings = {(name, one.instance_id): one for name, worker in self._roster.alive.items() for one in worker.held}
         for instance in _oldest_first(await self._instances.live()):
             held.setdefault(instance.worker, []).append(
                 HeldInstance(
@@ -64,6 +67,7 @@ class Listing:
                     model=instance.model,
                     devices=instance.devices,
                     size_bytes=instance.total_size_bytes,
+                    **_work(holdings.get((instance.worker, instance.instance_id))),
                 )
             )
         return [
@@ -233,6 +237,18 @@ def listed(model: Model) -> ListedModel:
         else UNSET,
         description=model.description if is_llm else UNSET,
     )
+
+
+def _work(held: Holding | None) -> dict[str, Any]:
+    """Return what an instance does, as its worker published it; nothing if it has not."""
+    if held is None:
+        return {}
+    return {
+        "requests_running": held.running,
+        "requests_waiting": held.waiting,
+        "kv_cells_used": held.cells,
+        "generated_tokens_per_second": round(held.tokens_per_second, 1),
+    }
 
 
 def _oldest_first(instances: Iterable[Instance]) -> list[Instance]:

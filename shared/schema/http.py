@@ -414,6 +414,14 @@ class HeldInstance(Struct, frozen=True, kw_only=True, gc=False):
     model: Annotated[str, Meta(description="Key of the model, as requested.")]
     devices: Annotated[list[str], Meta(description="Ids of the devices that the instance uses or will use.")]
     size_bytes: Annotated[int, Meta(description="Size of the files of the model.")]
+    requests_running: Annotated[int, Meta(description="Requests that it processes.")] = 0
+    requests_waiting: Annotated[int, Meta(description="Requests that wait for it.")] = 0
+    kv_cells_used: Annotated[
+        int, Meta(description="Tokens in its KV cache, with those that are kept for later requests.")
+    ] = 0
+    generated_tokens_per_second: Annotated[
+        float, Meta(description="Tokens that it generated per second, in the last seconds.")
+    ] = 0.0
 
 
 class EngineBuild(Struct, frozen=True, kw_only=True):

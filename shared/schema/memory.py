@@ -54,6 +54,7 @@ class Holding(Struct, frozen=True, kw_only=True, gc=False):
     running: int = 0
     waiting: int = 0
     cells: int = 0  # of the KV cache, in use
+    tokens_per_second: float = 0.0  # generated in the last seconds
 
     @property
     def is_victim(self) -> bool:

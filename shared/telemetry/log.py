@@ -59,6 +59,12 @@ def _renderer(form: Literal["console", "json"]) -> structlog.typing.Processor:
             assert_never(form)
 
 
+def begin(**ids: str) -> None:
+    """Give all further lines of the current task these ids, and no others, as `bind` does."""
+    structlog.contextvars.clear_contextvars()
+    bind(**ids)
+
+
 def bind(**ids: str) -> None:
     """Add ids to all further lines of the current task, and of the tasks that it starts from now on."""
     structlog.contextvars.bind_contextvars(**ids)

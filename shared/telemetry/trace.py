@@ -21,15 +21,17 @@ class Trace(Struct, frozen=True):
     trace_id: str
     span_id: str
     is_sampled: bool = False  # traces that start here are not sampled: no spans are recorded
+    parent_id: str = ""  # of the span, "" if it is not known
 
     def child(self) -> Trace:
         """Return the same trace with a new span."""
-        return msgspec.structs.replace(self, span_id=secrets.token_hex(8))
+        return msgspec.structs.replace(self, span_id=secrets.token_hex(8), parent_id=self.span_id)
 
     @property
     def ids(self) -> dict[str, str]:
         """The ids for log lines, under their OpenTelemetry names ("Trace Context in non-OTLP Log Formats")."""
-        return {"trace_id": self.trace_id, "span_id": self.span_id}
+        parent = {"parent_span_id": self.parent_id} if self.parent_id else {}
+        return {"trace_id": self.trace_id, "span_id": self.span_id, **parent}
 
     def __str__(self) -> str:
         """Return the value of a `traceparent` header."""

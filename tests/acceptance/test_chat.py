@@ -22,6 +22,7 @@ from tests.support.chat import (
     answered,
     ask,
     begun,
+    busy,
     chunks,
     connected,
     rest,
@@ -51,14 +52,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def model(service: Service) -> str:
     """Load the tiny model with its whole context; return its id."""
     return str(service.loaded(TINY, context_length=CONTEXT_LENGTH)["instance_id"])
-
-
-def busy(service: Service, instance: str = TINY) -> tuple[float, float]:
-    """Return how many requests of an instance run and wait, as the worker published them last, if it did."""
-    if f'loadstone_requests_waiting{{instance="{instance}"' not in service.send("GET", "/metrics").text:
-        return 0, 0
-    labels = {"instance": instance}
-    return service.metric("requests_running", **labels), service.metric("requests_waiting", **labels)
 
 
 def is_idle(service: Service) -> bool:

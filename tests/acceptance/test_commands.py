@@ -6,23 +6,29 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 
+from cli.completion import ANSWER_S
 from shared.synthetic import models as synthetic
 from shared.units import size
+from tests.support.chat import ENDLESS, begun, streaming
 from tests.support.service import LOADSTONE, Running, Service, is_alive, tiny_quantized, until, up
+from tests.support.terminal import Terminal
+from tests.support.terminal import terminal as terminal_of
 
 TINY, MOE, BERT, PAIR = "acme/tiny", "acme/moe", "nomic/bert", "acme/pair"
 LONG, BROKEN = "acme/long", "acme/broken"
 TOKEN = "t0ken-of-the-test"
 ENDS_S = 60.0
+ENDLESS_CONTEXT = 131_072  # long enough for an answer that lasts as long as a test needs it
 # The stages of a load with a frozen runner: after a while the worker reports a phase.
 FIRST_STAGES = ("starting", "metadata")
 
@@ -199,14 +205,44 @@ def test_ps_shows_loaded_instances_and_running_jobs(service: Service) -> None:
     sizes = {key: size(model["size_bytes"]) for key, model in service.models().items()}
     (loaded, loading) = done.rows()
     jobs = {job["instance_id"]: job["job_id"] for job in reversed(shown_jobs)}
-    assert (loaded[:3], loaded[4:]) == ([BERT, BERT, "loaded"], ["CPU", sizes[BERT], "512", "100%", "-", jobs[BERT]])
-    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["CPU", sizes[TINY], "-", "0%", "-", jobs[TINY]])
+    assert (loaded[:3], loaded[4:]) == (
+        [BERT, BERT, "loaded"],
+        ["CPU", sizes[BERT], "0/512", "0", "0", "0.0", "100%", "-", jobs[BERT]],
+    )
+    assert (loading[:2], loading[4:]) == ([TINY, TINY], ["CPU", sizes[TINY], "-", "-", "-", "-", "0%", "-", jobs[TINY]])
     assert loading[2] in FIRST_STAGES
     (instance,), (job,) = shown["instances"], shown["jobs"]
     assert (instance["id"], instance["model"], instance["state"]) == (BERT, BERT, "loaded")
     assert (instance["job_id"], instance["size_bytes"]) == (jobs[BERT], service.models()[BERT]["size_bytes"])
     assert (job["instance_id"], job["status"]) == (TINY, "loading")
     until(lambda: TINY in service.instances(), "the model is loaded")
+
+
+def test_ps_and_workers_show_what_an_instance_does(service: Service) -> None:
+    service.loaded(LONG, context_length=ENDLESS_CONTEXT, parallel=1)
+    with streaming(service, **ENDLESS) as first, streaming(service, **ENDLESS) as second:
+        begun(first)
+        next(second)  # it is accepted, and waits
+
+        def shown() -> Any:
+            ((_, _, _, _, _, _, context, running, waiting, rate, *_),) = run(service, "ps").rows()
+            used, _, n_cells = context.partition("/")
+            is_busy = (n_cells, running, waiting) == (str(ENDLESS_CONTEXT), "1", "1") and int(used) > 0
+            return is_busy and float(rate) > 0
+
+        until(shown, "the table shows both requests, and that tokens are generated")
+        (instance,) = result(service, "ps")["instances"]
+        (worker,) = service.send("GET", "/api/v1/workers").json()["workers"]
+        for one in (instance, worker["instances"][0]):
+            assert (one["requests_running"], one["requests_waiting"]) == (1, 1)
+            assert 0 < one["kv_cells_used"] <= ENDLESS_CONTEXT
+            assert one["generated_tokens_per_second"] > 0
+
+    def is_idle() -> bool:
+        (one,) = service.send("GET", "/api/v1/workers").json()["workers"][0]["instances"]
+        return (one["requests_running"], one["requests_waiting"], one["generated_tokens_per_second"]) == (0, 0, 0)
+
+    until(is_idle, "the instance is idle again")
 
 
 def test_ps_tells_which_of_several_variants_is_loaded(service: Service) -> None:
@@ -360,6 +396,85 @@ def test_a_second_ctrl_c_exits_without_waiting(service: Service) -> None:
         until(lambda: last_job(service)["status"] == "cancelled", "the load is cancelled")
     assert (done.status, done.out) == (130, "")
     assert done.err.splitlines()[-1].startswith("loadstone: Not waiting.")
+
+
+# ---- completion
+
+
+def completed(service: Service, line: str, token: str = TOKEN, url: str = "") -> set[str]:
+    """Return what a shell offers for the end of a line."""
+    environ = {"LOADSTONE_URL": url or service.url, "LOADSTONE_TOKEN": token, "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [str(LOADSTONE)],
+        env={**environ, "_LOADSTONE_COMPLETE": "bash_complete", "COMP_WORDS": line},
+        capture_output=True,
+        text=True,
+        timeout=ENDS_S,
+        check=True,
+    )
+    assert done.stderr == ""
+    return {each.removeprefix("plain,") for each in done.stdout.splitlines() if each}
+
+
+def wait_until_completed(service: Service, line: str, names: set[str]) -> None:
+    """Complete a line, again if the server did not answer in time."""
+    until(lambda: completed(service, line) == names, f"{line!r} is completed with {names}")
+
+
+def test_names_that_the_server_knows_are_completed(service: Service) -> None:
+    job_id = service.accepted(TINY)["job_id"]
+    until(lambda: TINY in service.instances(), "the model is loaded")
+    service.loaded(TINY)
+    (worker,) = service.send("GET", "/api/v1/workers").json()["workers"]
+    for line, names in (
+        ("loadstone load acme/p", {PAIR}),
+        (f"loadstone load {PAIR}@", {f"{PAIR}@q4_0", f"{PAIR}@q8_0"}),
+        ("loadstone chat ", {TINY, f"{TINY}:2", MOE, PAIR, LONG, BROKEN}),
+        ("loadstone unload ", {TINY, f"{TINY}:2"}),
+        (f"loadstone logs {job_id[:12]}", {job_id}),
+        ("loadstone load x --gpu-worker ", {worker["name"]}),
+        ("loadstone load x --gpu-device=", {"CPU"}),
+    ):
+        wait_until_completed(service, line, names)
+
+
+@pytest.mark.parametrize(("token", "url"), [("wrong", ""), (TOKEN, "http://127.0.0.1:1"), (TOKEN, "ftp://nowhere")])
+def test_without_an_answer_nothing_is_completed(service: Service, token: str, url: str) -> None:
+    assert completed(service, "loadstone load ", token, url) == set()
+
+
+def tabbed(screen: Terminal, typed: str, added: str) -> None:
+    """Type the beginning of a word, and wait until the tabulator adds the rest."""
+    screen.send(typed)
+
+    def is_added() -> bool:
+        screen.send("\t")  # again if the server did not answer in time
+        with suppress(AssertionError):
+            return bool(screen.wait(added, within_s=2 * ANSWER_S))
+        return False
+
+    until(is_added, f"{added!r} is added to {typed!r}")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_bash_completes_a_name_with_a_colon(service: Service) -> None:
+    for _ in range(2):
+        service.loaded(TINY)
+    environ = {
+        "PATH": f"{LOADSTONE.parent}:{os.environ['PATH']}",
+        "TERM": "dumb",
+        "COLUMNS": "200",
+        "PS1": "$ ",
+        "LOADSTONE_URL": service.url,
+        "LOADSTONE_TOKEN": TOKEN,
+    }
+    with terminal_of("bash", "--norc", "--noprofile", "-i", environ=environ) as screen:
+        screen.wait("$ ")
+        screen.send('eval "$(_LOADSTONE_COMPLETE=bash_source loadstone)"; echo do""ne\n')
+        screen.wait("done\r\n")
+        tabbed(screen, "loadstone unl", "oad ")
+        tabbed(screen, "acme", "/tiny")  # what both ids have in common
+        tabbed(screen, ":", "2")
 
 
 # ---- the terminal

@@ -23,6 +23,20 @@ class Mutant(NamedTuple):
 MUTANTS = (
     # ---- clients
     Mutant(
+        "a pipe gets only the answer",
+        "cli/chat.py",
+        "if text and self._is_terminal:",
+        "if text:",
+        (f"{UNIT}conversation.py",),
+    ),
+    Mutant(
+        "the log says how each answer ended",
+        "api/channel/channels.py",
+        "current().answered(instance, answer)",
+        "pass",
+        (f"{ACCEPTANCE}request_log.py",),
+    ),
+    Mutant(
         "a wrong token is refused",
         "api/auth.py",
         "return matches[0] if matches else None",

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tests.support.service import PATIENCE_S, Client, Reply
+from tests.support.service import PATIENCE_S, TINY, Client, Reply
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -82,6 +82,15 @@ def connected(client: Client, **fields: Any) -> socket.socket:
     """Send a request on a connection of its own, and read nothing."""
     content = json.dumps(body(**fields)).encode()
     connection = socket.create_connection(("127.0.0.1", client.port), timeout=PATIENCE_S)
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
-    connection.sendall(head.encode() + content)
+    head = [f"POST {CHAT} HTTP/1.1", "Host: localhost", f"Content-Length: {len(content)}"]
+    head += [f"Authorization: Bearer {client.token}"] if client.token else []
+    connection.sendall("\r\n".join([*head, "", ""]).encode() + content)
     return connection
+
+
+def busy(client: Client, instance: str = TINY) -> tuple[float, float]:
+    """Return how many requests of an instance run and wait, as the worker published them last, if it did."""
+    if f'loadstone_requests_waiting{{instance="{instance}"' not in client.send("GET", "/metrics").text:
+        return 0, 0
+    labels = {"instance": instance}
+    return client.metric("requests_running", **labels), client.metric("requests_waiting", **labels)

@@ -233,6 +233,7 @@ def test_control_characters_of_a_name_are_replaced() -> None:
 
 
 def test_the_program_lists_every_command() -> None:
+    assert all(program.get_command(click.Context(program), name) for name in CLIENTS)  # imports all their modules
     assert set(CLIENTS) == set(commands.client.commands)
     assert set(SERVERS) == set(servers.servers.commands)
 
@@ -330,6 +331,8 @@ def test_h_is_help_and_list_is_ls() -> None:
     for words in ([], ["ls"], ["load"], ["up"]):
         short, long = (CliRunner().invoke(program, [*words, flag]) for flag in ("-h", "--help"))
         assert (short.exit_code, short.stdout) == (0, long.stdout)
+    commands_shown = CliRunner().invoke(program, ["-h"]).stdout.partition("Commands:")[2]
+    assert "..." not in commands_shown, "a sentence is cut"
     assert "List the models." in CliRunner().invoke(program, ["list", "-h"]).stdout
 
 
@@ -406,6 +409,13 @@ def test_arguments_that_are_not_utf_8_are_wrong_usage() -> None:
 
 
 # ---- the output
+
+
+@pytest.mark.parametrize("words", [("chat", "p/m"), ("embed", "p/m")])
+def test_input_that_is_not_utf_8_is_wrong_usage(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(program, words, input=b"\xff")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "must be UTF-8" in done.stderr
 
 
 def run(program: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:

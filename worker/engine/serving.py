@@ -89,6 +89,7 @@ class Serving:
             waiting=max(counters.waiting, self.gate.n_requests - counters.running),
             cells=counters.cells,
             preemptions=counters.preemptions,
+            generated_tokens=counters.generated_tokens,
             used_at=self.gate.used_at,
         )
 

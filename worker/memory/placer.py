@@ -39,12 +39,13 @@ _log = log.get("worker")
 
 
 class Requests(NamedTuple):
-    """How many requests an instance has, how many cells of its KV cache are in use, and when it was used last."""
+    """How many requests an instance has, how many cells of its KV cache are in use, and what it did last."""
 
     running: int = 0
     waiting: int = 0
     cells: int = 0
     used_at: float = 0.0  # seconds since the epoch
+    tokens_per_second: float = 0.0  # generated in the last seconds
 
 
 class Holder(Protocol):
@@ -315,6 +316,7 @@ class Placer:
                 running=holder.requests.running,
                 waiting=holder.requests.waiting,
                 cells=holder.requests.cells,
+                tokens_per_second=holder.requests.tokens_per_second,
             )
             for id_, reservation in self.ledger.reservations.items()
             if (holder := self._holders.get(id_)) is not None

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from contextlib import suppress
 from itertools import count
 from multiprocessing.context import ForkServerProcess
@@ -28,6 +29,7 @@ from worker.runner.protocol import (
     decode_from_runner,
     frame,
 )
+from worker.runner.rate import Rate
 from worker.timing import Timing
 
 CHUNK_BYTES = 1 << 16
@@ -72,6 +74,7 @@ class Runner:
         self.pid: int = process.pid
         self.hand_over = hand_over
         self.load = Pong()  # its requests, as it reported them last
+        self._tokens = Rate(time.monotonic())
         self.output = Output()
         self.silent_s = 0.0  # for how long it has not answered a ping
         self.exited = asyncio.Event()
@@ -99,6 +102,11 @@ class Runner:
         if message is None:
             self._inbox.put_nowait(None)
         return message
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate at which it generated tokens in the last seconds."""
+        return self._tokens.per_second() or 0.0
 
     def ping(self, since_s: float) -> None:
         """Send a ping, or count `since_s`, the time since the last call, as silence if the last one is unanswered.
@@ -159,6 +167,7 @@ class Runner:
                 match message:
                     case Pong():
                         self.load = message
+                        self._tokens.add(time.monotonic(), message.generated_tokens)
                     case Closed() | Busy():
                         self._answered(message.id, is_closed=isinstance(message, Closed))
                     case _:

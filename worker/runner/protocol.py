@@ -98,6 +98,7 @@ class Pong(Struct, frozen=True, omit_defaults=True, tag="pong"):
     waiting: int = 0  # with those that are being prepared
     cells: int = 0  # of the KV cache, with those that are kept for later requests
     preemptions: int = 0  # since the load
+    generated_tokens: int = 0  # since the load
     used_at: float = 0.0  # the end of the last request, in seconds since the epoch; now, while there is one; 0.0: never
 
 
