@@ -35,6 +35,18 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}  # by token
 
 
+class Schema(Struct, frozen=True, tag="schema"):
+    """An answer is JSON that a schema describes."""
+
+    schema: bytes  # JSON
+
+
+class Grammar(Struct, frozen=True, tag="gbnf"):
+    """An answer is a text of a grammar."""
+
+    text: str  # GBNF, as llama.cpp has it
+
+
 class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
     """Answer a conversation."""
 
@@ -46,6 +58,7 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="gener
     sampling: Sampling = Sampling()
     stop: list[str] = []
     logprobs: int | None = None  # how many alternatives to report for each token; None: no log probabilities
+    output: Schema | Grammar | None = None  # the form of each answer; None: any text
 
 
 class Cancel(Struct, frozen=True, tag="cancel"):

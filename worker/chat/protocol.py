@@ -6,11 +6,13 @@ The helper answers each message of the runner with one of its own, in order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from msgspec import Struct, msgpack
 
 from shared import framing
-from worker.chat.code import Message, ParserSource
+from shared.channel.messages import Grammar, Schema
+from worker.chat.code import Message, ParserSource, Trigger
 
 # ---- to the helper
 
@@ -27,6 +29,7 @@ class Render(Struct, frozen=True, tag="render"):
     """Render a conversation.  Answered with Prompt."""
 
     conversation: bytes  # as `worker.chat.code.Templates.render` takes it
+    output: Schema | Grammar | None = None  # the form of the answers
 
 
 class Parse(Struct, frozen=True, tag="parse"):
@@ -48,6 +51,22 @@ class Compiled(Struct, frozen=True, tag="compiled"):
     capabilities: dict[str, bool]
 
 
+class Constraint(Struct, frozen=True, kw_only=True):
+    """What the text of an answer must match, to its end.
+
+    Reasoning is free: an answer that begins with `thinking_start`, or whose prompt ends within reasoning, is matched
+    only after one of `thinking_ends`.
+    """
+
+    kind: Literal["json_schema", "gbnf", "lark"]
+    text: str
+    lazy: bool = False  # it applies only to what follows a trigger, as llama.cpp's lazy grammars do
+    triggers: list[Trigger] = []
+    is_thinking: bool = False  # the prompt ends within reasoning
+    thinking_start: str = ""  # empty: the model does not reason
+    thinking_ends: list[str] = []
+
+
 class Prompt(Struct, frozen=True, kw_only=True, tag="prompt"):
     """A rendered conversation, and how an answer to it is read."""
 
@@ -57,6 +76,7 @@ class Prompt(Struct, frozen=True, kw_only=True, tag="prompt"):
     source: ParserSource | None  # of the answers' parser; None: an answer is content, as it is
     is_open: bool = False  # content that has begun extends to the end of the answer
     before: Message = Message()  # what the parser makes of the prompt's end alone: it is not part of the answer
+    constraint: Constraint | None = None  # None: an answer is any text
 
 
 class Answer(Struct, frozen=True, tag="answer"):
