@@ -52,7 +52,7 @@ def test_a_streamed_answer_is_json_of_its_schema(service: Service, model: str) -
     ],
     ids=["keyword", "format", "empty", "hostile"],
 )
-def test_a_schema_that_cannot_be_enforced_is_refused_with_the_reason(
+def test_what_cannot_be_enforced_is_refused_with_the_reason(
     service: Service, model: str, schema: dict[str, Any], reason: str
 ) -> None:
     reply = ask(service, json_schema=schema)
