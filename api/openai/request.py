@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from api.decode import known
+from api.decode import depth, known
 from api.openai.fields import Limit, TextRequest, check_sampling, limit, sampling, stops
+from api.openai.output import output
 from shared.channel.messages import Generate
 from shared.errors import InvalidValue, NotSupported
 from shared.schema.model import ModelSettings
@@ -89,7 +90,13 @@ class ChatRequest(TextRequest, frozen=True, kw_only=True):
     continue_final_message: Annotated[
         bool | None, Meta(description="Continue the last message. Default: if it is the assistant's.")
     ] = None
-    response_format: Annotated[dict[str, Any] | None, Meta(description='Only `{"type": "text"}` is served yet.')] = None
+    response_format: Annotated[
+        dict[str, Any] | None,
+        Meta(
+            description='`{"type": "json_schema", "json_schema": {"schema": {...}}}`: JSON that the schema describes. '
+            '`{"type": "json_object"}`: a JSON object, of its `schema` if it has one. `{"type": "text"}`: any text.'
+        ),
+    ] = None
     tools: Annotated[list[Any] | None, Meta(description="Not served yet: must be empty.")] = None
     tool_choice: Annotated[str | dict[str, Any] | None, Meta(description="Only `none` and `auto` are served yet.")] = (
         None
@@ -97,8 +104,10 @@ class ChatRequest(TextRequest, frozen=True, kw_only=True):
     functions: Annotated[list[Any] | None, Meta(description="Not served: must be empty.")] = None
     modalities: Annotated[list[str] | None, Meta(description='Only `["text"]` is served.')] = None
     audio: Annotated[Any, Meta(description="Not served.")] = None
-    grammar: Annotated[Any, Meta(description="Not served yet.")] = None
-    json_schema: Annotated[Any, Meta(description="Not served yet.")] = None
+    grammar: Annotated[
+        Any, Meta(description="A grammar in GBNF, as llama.cpp has it, that answers follow; its first rule is `root`.")
+    ] = None
+    json_schema: Annotated[Any, Meta(description="A JSON schema that answers follow.")] = None
 
 
 def decoded(body: bytes) -> ChatRequest:
@@ -107,7 +116,7 @@ def decoded(body: bytes) -> ChatRequest:
     Raises InvalidJSON, InvalidType, InvalidValue, MissingParameter, and NotSupported for what this server does not do.
     """
     request = known(body, ChatRequest, {"messages"})
-    if _depth(request.chat_template_kwargs) > DEEPEST - 2:  # those of the conversation and of this object
+    if depth(request.chat_template_kwargs) > DEEPEST - 2:  # those of the conversation and of this object
         param = "chat_template_kwargs"
         raise InvalidValue(f"'{param}': a conversation is nested at most {DEEPEST} levels deep.", param=param)
     _check(request)
@@ -147,6 +156,7 @@ def generate(request: ChatRequest, client: str, settings: ModelSettings) -> Gene
         sampling=sampling(request, settings.sampling),
         stop=stops(request.stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        output=output(request.response_format, request.grammar, request.json_schema),
     )
 
 
@@ -178,8 +188,6 @@ def _check(request: ChatRequest) -> None:
         ("tools", request.tools),
         ("functions", request.functions),
         ("audio", request.audio),
-        ("grammar", request.grammar),
-        ("json_schema", request.json_schema),
     ):
         if value:
             raise NotSupported(f"'{param}' is not supported by this server yet.", param=param)
@@ -187,13 +195,15 @@ def _check(request: ChatRequest) -> None:
         raise NotSupported("'tool_choice': tools are not supported by this server yet.", param="tool_choice")
     if set(request.modalities or ()) - {"text"}:
         raise NotSupported("'modalities': only text is supported.", param="modalities")
-    kind = "text" if request.response_format is None else request.response_format.get("type")
-    if kind in ("json_object", "json_schema"):
-        raise NotSupported(f"'response_format': '{kind}' is not supported by this server yet.", param="response_format")
-    if kind != "text":
-        raise InvalidValue(
-            "'response_format.type': expected one of 'text', 'json_object', 'json_schema'.", param="response_format"
+    if output(request.response_format, request.grammar, request.json_schema) is not None and _continues(request):
+        raise NotSupported(
+            "'response_format': an answer that continues a message cannot have a form.", param="response_format"
         )
+
+
+def _continues(request: ChatRequest) -> bool:
+    """Return whether the answer continues the last message."""
+    return request.messages[-1].role == "assistant" and not request.add_generation_prompt
 
 
 def _check_message(message: Message, path: str) -> None:
@@ -242,17 +252,3 @@ def _prompted(request: ChatRequest, settings: ModelSettings) -> list[dict[str, A
     if settings.system_prompt is None or any(message.role in ("system", "developer") for message in request.messages):
         return []
     return [{"role": "system", "content": settings.system_prompt}]
-
-
-def _depth(value: Any) -> int:
-    """Return how deeply lists and objects are nested, without recursion."""
-    level, depth = [value], 0
-    while level:
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        depth += 1
-    return depth - 1

@@ -35,6 +35,18 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}  # by token
 
 
+class Schema(Struct, frozen=True, tag="schema"):
+    """An answer is JSON that a schema describes."""
+
+    schema: bytes  # JSON
+
+
+class Grammar(Struct, frozen=True, tag="gbnf"):
+    """An answer is a text of a grammar."""
+
+    text: str  # GBNF, as llama.cpp has it
+
+
 class Order(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What requests for text have in common."""
 
@@ -51,6 +63,7 @@ class Generate(Order, frozen=True, kw_only=True, omit_defaults=True, tag="genera
     """Answer a conversation."""
 
     conversation: bytes  # a JSON object, as `worker.chat.code.Templates.render` takes it
+    output: Schema | Grammar | None = None  # the form of each answer; None: any text
 
 
 class Complete(Order, frozen=True, kw_only=True, omit_defaults=True, tag="complete"):

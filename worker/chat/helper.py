@@ -25,10 +25,15 @@ import msgspec
 from msgspec import json
 
 from shared import framing, libc
-from worker.chat.code import ChatCode, ChatError, ParserSource, Templates
+from shared.channel.messages import Grammar, Schema
+from worker.chat.code import ChatCode, ChatError, ParserSource, Rendered, Templates
+from worker.chat.constraint import ConstraintError, check
 from worker.chat.protocol import (
     Answer,
+    Check,
+    Checked,
     Compiled,
+    Constraint,
     FromHelper,
     Parse,
     Prompt,
@@ -36,6 +41,7 @@ from worker.chat.protocol import (
     Render,
     Template,
     ToHelper,
+    Unenforceable,
     decode_to_helper,
     frame,
 )
@@ -49,6 +55,7 @@ PARSERS = 64  # that are kept compiled
 FORK = b"f"  # asks the zygote for a helper; the same with the helper's socket is the answer
 NUMBER = struct.Struct("<i")  # and later the helper's exit status
 TRIAL = b'{"messages": [{"role": "user", "content": "Hello"}]}'
+HARMONY_CHANNEL, HARMONY_FINAL = "<|channel|>", "<|channel|>final<|message|>"  # of gpt-oss
 FIXED = frozenset({"epsilon", "literal", "sequence", "end"})  # parsers that read a fixed text, and say nothing
 
 Confine = Callable[[int], None]  # restricts a process, and closes all its descriptors but this one
@@ -140,11 +147,12 @@ class Chat:
     """Answers messages."""
 
     def __init__(self) -> None:
-        """Load the library, and use it once: a process faults in its code at first use, which takes 10 ms."""
+        """Load the libraries, and use them once: a process faults in its code at first use, which takes 10 ms."""
         self._code = ChatCode()
         self._templates: Templates | None = None
         self._parser = lru_cache(PARSERS)(self._code.parser)
         self._compile(Template(source="chatml"))
+        check(Constraint(kind="json_schema", text="{}"))
 
     def answer(self, message: ToHelper) -> FromHelper:
         try:
@@ -152,16 +160,21 @@ class Chat:
                 case Template():
                     return self._compile(message)
                 case Render():
-                    return self._render(message.conversation)
+                    return self._render(message.conversation, message.output)
                 case Parse():
                     parser = self._parser(message.source)
                     return Answer(parser.parse(message.answer.encode(), partial=message.partial))
+                case Check():
+                    check(message.constraint)
+                    return Checked()
                 case _:
                     assert_never(message)
         except ChatError as e:
             if "std::bad_alloc" in str(e):  # llama.cpp adds where in the template it was
                 raise MemoryError from e
             return Rejected(str(e))
+        except ConstraintError as e:
+            return Unenforceable(str(e))
         except (msgspec.MsgspecError, RecursionError) as e:
             return Rejected(f"the request is not valid: {e}")
 
@@ -170,7 +183,7 @@ class Chat:
         self._render(TRIAL)
         return Compiled(self._templates.capabilities)
 
-    def _render(self, conversation: bytes) -> Prompt:
+    def _render(self, conversation: bytes, output: Schema | Grammar | None = None) -> Prompt:
         assert self._templates is not None
         thinks = self._templates.capabilities["supports_thinking"]
         rendered = self._templates.render(with_defaults(conversation, thinks))
@@ -183,7 +196,24 @@ class Chat:
             source=None if says_all else source,
             is_open=is_open,
             before=self._parser(source).parse(b"", partial=True),
+            constraint=None if output is None else constrained(output, rendered),
         )
+
+
+def constrained(output: Schema | Grammar, rendered: Rendered) -> Constraint:
+    """Return the constraint that answers to a prompt have a form, after any reasoning."""
+    starts, ends = rendered.thinking_start, rendered.thinking_ends
+    _, begun, thought = rendered.generation_prompt.rpartition(starts) if starts and ends else ("", "", "")
+    is_thinking, may_think = bool(begun) and not any(end in thought for end in ends), not begun
+    if starts.startswith(HARMONY_CHANNEL):  # each part of an answer is in a channel, and the last one is the answer
+        is_thinking, ends = True, [HARMONY_FINAL]
+    return Constraint(
+        kind="gbnf" if isinstance(output, Grammar) else "json_schema",
+        text=output.text if isinstance(output, Grammar) else output.schema.decode(),
+        is_thinking=is_thinking,
+        thinking_start=starts if may_think and ends and not is_thinking else "",
+        thinking_ends=ends,
+    )
 
 
 def with_defaults(conversation: bytes, thinks: bool) -> bytes:

@@ -6,11 +6,31 @@ The helper answers each message of the runner with one of its own, in order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from msgspec import Struct, msgpack
 
 from shared import framing
-from worker.chat.code import Message, ParserSource
+from shared.channel.messages import Grammar, Schema
+from worker.chat.code import Message, ParserSource, Trigger
+
+
+class Constraint(Struct, frozen=True, kw_only=True):
+    """What the text of an answer must match, to its end.
+
+    Reasoning is free: an answer that begins with `thinking_start`, or whose prompt ends within reasoning, is matched
+    only after one of `thinking_ends`.
+    """
+
+    kind: Literal["json_schema", "gbnf", "lark"]
+    text: str
+    lazy: bool = False  # it applies only to what follows a trigger, as llama.cpp's lazy grammars do
+    triggers: list[Trigger] = []
+    is_thinking: bool = False  # the prompt ends within reasoning
+    thinking_start: str = ""  # empty: the model does not reason
+    thinking_ends: list[str] = []
+    shown: list[str] = []  # control tokens that GBNF means by their text
+
 
 # ---- to the helper
 
@@ -27,6 +47,7 @@ class Render(Struct, frozen=True, tag="render"):
     """Render a conversation.  Answered with Prompt."""
 
     conversation: bytes  # as `worker.chat.code.Templates.render` takes it
+    output: Schema | Grammar | None = None  # the form of the answers
 
 
 class Parse(Struct, frozen=True, tag="parse"):
@@ -37,7 +58,13 @@ class Parse(Struct, frozen=True, tag="parse"):
     partial: bool
 
 
-ToHelper = Template | Render | Parse
+class Check(Struct, frozen=True, tag="check"):
+    """Compile a constraint.  Answered with Checked."""
+
+    constraint: Constraint
+
+
+ToHelper = Template | Render | Parse | Check
 
 # ---- from the helper
 
@@ -57,6 +84,7 @@ class Prompt(Struct, frozen=True, kw_only=True, tag="prompt"):
     source: ParserSource | None  # of the answers' parser; None: an answer is content, as it is
     is_open: bool = False  # content that has begun extends to the end of the answer
     before: Message = Message()  # what the parser makes of the prompt's end alone: it is not part of the answer
+    constraint: Constraint | None = None  # None: an answer is any text
 
 
 class Answer(Struct, frozen=True, tag="answer"):
@@ -71,7 +99,17 @@ class Rejected(Struct, frozen=True, tag="rejected"):
     reason: str
 
 
-FromHelper = Compiled | Prompt | Answer | Rejected
+class Checked(Struct, frozen=True, tag="checked"):
+    """The constraint can be enforced."""
+
+
+class Unenforceable(Struct, frozen=True, tag="unenforceable"):
+    """The constraint cannot be enforced."""
+
+    reason: str
+
+
+FromHelper = Compiled | Prompt | Answer | Checked | Rejected | Unenforceable
 
 
 frame: Callable[[ToHelper | FromHelper], bytes] = framing.frame

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, TokenLogprobs
+from worker.engine.constrain import Compiled
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class Job:
     logprobs: int | None = None
     scores_prompt: bool = False  # with `logprobs`: answers begin with the log probabilities of the prompt
     is_accepted: bool = False  # a part of a request that has begun: it is not refused for its wait
+    constraint: Compiled | None = None  # on the text of each answer
     shown: frozenset[int] = frozenset()  # control tokens whose text is part of the answer
     arrived_at: float  # by the monotonic clock
     deadline: float  # by the monotonic clock

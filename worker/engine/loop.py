@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, TokenLogprobs
+from worker.chat.constraint import ConstraintError
+from worker.engine.constrain import Constrained, Constraints
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError, Logits
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.sample import Alternatives, BadLogits, BadRequest, Bias, Draw, Draws, Sampler, alternatives, check
@@ -32,7 +34,6 @@ from worker.engine.slots import (
 from worker.engine.text import Text
 
 CPU_STEP_S, GPU_STEP_S = 0.1, 0.02  # of a step with prompts beside running answers
-NOT_NUMBERS = "The engine computed logits that are not numbers."
 WEIGHT = 0.2  # of the last job in the mean time of a job
 
 
@@ -44,6 +45,7 @@ class _Answer:
     sequence: Sequence
     sampler: Sampler
     text: Text
+    constrained: Constrained | None
     tokens: list[int] = field(default_factory=list)  # the last one is not decoded yet
     is_finished: bool = False
 
@@ -145,6 +147,7 @@ class Loop:
         self.counters = Counters()
         vocabulary = engine.vocabulary
         self.tokenize, self.pieces, self.infill = vocabulary.tokenize, vocabulary.pieces, vocabulary.infill
+        self.constrain = Constraints(vocabulary).compile
         self.n_vocab = vocabulary.n_tokens
         self._engine = engine
         self._hand_out = hand_out
@@ -299,6 +302,7 @@ class Loop:
                 sequence=sequence,
                 sampler=Sampler(job.sampling, job.tokens, seed + choice, n_tokens=n_vocab, context_length=n_ctx),
                 text=Text(job.stop),
+                constrained=None if job.constraint is None else job.constraint.begin(),
             )
             for choice, sequence in enumerate(admission.sequences)
         ]
@@ -430,6 +434,7 @@ class Loop:
                     samplers=[answer.sampler for answer in _drawing(part)],
                     bias=part.running.bias,
                     logprobs=part.running.job.logprobs,
+                    constrained=part.answer.constrained,
                 )
                 draws.append((part, draw))
         return draws
@@ -443,8 +448,8 @@ class Loop:
                 self._logprobs(token, *alternatives(row, [token], job.logprobs or 0))
                 for token, row in zip(job.tokens[start + 1 : start + 1 + len(rows)], rows, strict=False)
             ]
-        except BadLogits:
-            self._break(running, "engine_failed", NOT_NUMBERS)
+        except BadLogits as e:
+            self._break(running, "engine_failed", str(e))
             return False
         running.n_scored += len(rows)
         for answer in running.unfinished:
@@ -456,7 +461,7 @@ class Loop:
         """Give the tokens of a draw to their answers."""
         running = part.running
         if not draw.tokens:
-            self._break(running, "engine_failed", NOT_NUMBERS)
+            self._break(running, "engine_failed", draw.failure)
             return
         if running.is_in_prompt:
             running.first_at = now
@@ -464,11 +469,14 @@ class Loop:
             for answer in running.answers:
                 self._hand_over(running, answer, "", 0, [], "length")
             return
-        for i, (answer, token) in enumerate(zip(_drawing(part), draw.tokens, strict=True)):
-            self._add(running, answer, token, draw.alternatives[i] if draw.alternatives else None)
+        try:
+            for i, (answer, token) in enumerate(zip(_drawing(part), draw.tokens, strict=True)):
+                self._add(running, answer, token, draw.alternatives[i] if draw.alternatives else None)
+        except ConstraintError as e:
+            self._break(running, "engine_failed", str(e))
 
     def _add(self, running: _Running, answer: _Answer, token: int, alternatives: Alternatives | None) -> None:
-        """Add a token to an answer."""
+        """Add a token to an answer.  Raises ConstraintError."""
         vocabulary, job = self._engine.vocabulary, running.job
         self.counters.generated_tokens += 1
         answer.tokens.append(token)
@@ -479,9 +487,12 @@ class Loop:
         else:
             text = answer.text.feed(vocabulary.piece(token, is_shown=token in job.shown))
             is_full = len(answer.sequence.tokens) + 1 >= self._context_length
-            if not answer.text.is_stopped and (is_full or len(answer.tokens) == job.max_tokens):
+            if answer.constrained is not None:
+                answer.constrained.accept(token)
+            is_complete = answer.constrained is not None and answer.constrained.is_complete
+            if not answer.text.is_stopped and (is_complete or is_full or len(answer.tokens) == job.max_tokens):
                 text += answer.text.end()
-                finish = "length"
+                finish = "stop" if is_complete else "length"
             if answer.text.is_stopped:
                 finish = "stop"
             if alternatives is not None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +28,10 @@ from shared.channel.messages import (
     Failed,
     FromRunner,
     Generate,
+    Grammar,
     Queued,
     Refused,
+    Schema,
     Started,
     ToModel,
     ToRunner,
@@ -36,8 +39,10 @@ from shared.channel.messages import (
 )
 from shared.places import has_place
 from worker.chat.code import ChatError, Message, ParserSource
+from worker.chat.constraint import ConstraintError
 from worker.chat.handle import HelperDied, HelpersEnded
-from worker.chat.protocol import Prompt
+from worker.chat.protocol import Constraint, Prompt
+from worker.engine.constrain import Compiled
 from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.reader import Reader
@@ -67,6 +72,7 @@ class Engine(Protocol):
     def pieces(self, tokens: list[int]) -> list[bytes]: ...
 
     def infill(self, before: list[int], after: list[int]) -> list[int] | None: ...
+    def constrain(self, constraint: Constraint) -> Future[Compiled]: ...
 
     def submit(self, job: Job) -> None: ...
 
@@ -76,7 +82,7 @@ class Engine(Protocol):
 class Chat(Protocol):
     """The helper, with the template of the model."""
 
-    async def render(self, conversation: bytes) -> Prompt: ...
+    async def render(self, conversation: bytes, output: Schema | Grammar | None) -> Prompt: ...
 
     async def parse(self, source: ParserSource, answer: str, *, partial: bool) -> Message: ...
 
@@ -102,6 +108,7 @@ class Prepared(Struct, frozen=True):
     tokens: list[int]
     echo: Delta | None = None  # with which its answers begin, but for the ids
     prompt: Prompt = AS_IT_IS  # how its answers are read
+    constraint: Compiled | None = None  # on its answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +251,7 @@ class Requests:
             logprobs=order.logprobs,
             scores_prompt=isinstance(order, Complete) and order.echo and order.logprobs is not None,
             is_accepted=bool(request.answers),
+            constraint=prepared.constraint,
             shown=frozenset(token for text in prompt.shown if (token := self._token(text)) is not None),
             arrived_at=request.arrived_at,
             deadline=request.arrived_at + self._request_s,
@@ -307,7 +315,9 @@ class Requests:
         if isinstance(self._chat, str):
             raise Refusal(Refused(id=generate.id, code="chat_unavailable", message=self._chat))
         try:
-            prompt = await self._chat.render(generate.conversation)
+            prompt = await self._chat.render(generate.conversation, generate.output)
+        except ConstraintError as e:
+            raise Refusal(_unenforceable(generate, e)) from None
         except ChatError as e:
             message = f"The model's chat template rejects the conversation: {e}"
             raise Refusal(refused(code="invalid_request", message=message)) from None
@@ -325,7 +335,7 @@ class Requests:
         if not tokens:
             message = "The model's chat template renders the conversation to an empty prompt."
             raise Refusal(refused(code="invalid_request", message=message))
-        return Prepared(tokens, prompt=prompt)
+        return Prepared(tokens, prompt=prompt, constraint=await self._constrained(generate, prompt))
 
     def _continued(self, complete: Complete) -> list[Prepared]:
         """Tokenize prompts without a template.  Raises Refusal."""
@@ -373,6 +383,16 @@ class Requests:
             message = f"The prompt has {len(tokens)} tokens; the context is for {self._context_length}."
             numbers = {"prompt_tokens": len(tokens), "context_length": self._context_length}
             raise Refusal(refused(code="context_length_exceeded", message=message, **numbers))
+
+    async def _constrained(self, generate: Generate, prompt: Prompt) -> Compiled | None:
+        """Compile the constraint on the answers.  Raises Refusal."""
+        if prompt.constraint is None:
+            return None
+        try:
+            constraint = structs.replace(prompt.constraint, shown=prompt.shown)
+            return await asyncio.wrap_future(self._engine.constrain(constraint))
+        except ConstraintError as e:
+            raise Refusal(_unenforceable(generate, e)) from None
 
     def _tokens(self, text: str) -> list[int]:
         """Tokenize a prompt.  Tokens that begin and end every prompt are not doubled if it spells them, as in
@@ -508,3 +528,18 @@ class Requests:
     def _cancel_all(self, outbox: Outbox) -> None:
         for request in [*outbox.requests.values()]:
             self._cancel(request)
+
+
+def _unenforceable(generate: Generate, error: ConstraintError) -> Refused:
+    """Return the refusal of a request whose answers cannot have the form that it asks for."""
+    match generate.output:
+        case Schema():
+            what, param = "schema", "response_format"
+        case Grammar():
+            what, param = "grammar", "grammar"
+        case None:
+            what, param = "tools", "tools"
+        case _:
+            assert_never(generate.output)
+    message = f"This server cannot enforce the {what}: {error}."
+    return Refused(id=generate.id, code="invalid_request", message=message, param=param)

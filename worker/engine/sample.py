@@ -1,11 +1,12 @@
 """Chooses tokens from logits, with llama.cpp's samplers.
 
-The order is logit bias, penalties, top_k, typical_p, top_p, min_p, temperature, draw.  Penalties see the end of the
-prompt too, as in llama-server.
+The order is logit bias, the mask of a constraint, penalties, top_k, typical_p, top_p, min_p, temperature, draw.
+Penalties see the end of the prompt too, as in llama-server.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.channel.messages import Sampling
+from worker.chat.constraint import ConstraintError
+from worker.engine.constrain import Constrained
 from worker.engine.decode import Logits
 from worker.engine.llama import lib
 
@@ -26,6 +29,9 @@ MOST_THREADS = 16
 TOKENS_OF_A_THREAD = 200_000  # of vocabularies to look through, for which a thread pays
 BLOCK, PIECE = 256, 16_384  # tokens of a row that are looked at together
 SEEDS = 0xFFFFFFFF  # this one itself would mean a random seed to llama.cpp
+
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
 class BadRequest(Exception):
@@ -38,6 +44,9 @@ class BadRequest(Exception):
 
 class BadLogits(Exception):
     """The engine computed something that is not a number."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine computed logits that are not numbers.")
 
 
 def check(sampling: Sampling, n_tokens: int) -> None:
@@ -123,6 +132,24 @@ class Sampler:
             raise BadLogits
         return token if self._chain is None else int(lib.llama_sampler_sample(self._chain, context, index))
 
+    def draw(self, row: Logits) -> int:
+        """Choose a token that may still be rejected.  Raises BadLogits."""
+        if self._chain is None or not np.isfinite(row.max()):
+            return self.sample(row, None, 0)
+        candidates = np.zeros(row.size, CANDIDATE)
+        candidates["id"] = np.arange(row.size)
+        candidates["logit"] = row
+        array = lib.llama_token_data_array(
+            data=ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p), size=row.size, selected=-1, sorted=False
+        )
+        lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def accept(self, token: int) -> None:
+        """Take a token that `draw` returned."""
+        if self._chain is not None:
+            lib.llama_sampler_accept(self._chain, token)
+
     def close(self) -> None:
         """Free the samplers."""
         if self._chain is not None:
@@ -186,23 +213,43 @@ class Draw:
     samplers: list[Sampler]
     bias: Bias
     logprobs: int | None
-    tokens: list[int] = field(default_factory=list)  # the result; empty: BadLogits
+    constrained: Constrained | None  # at the end of a prompt, that of any of its answers
+    tokens: list[int] = field(default_factory=list)  # the result; empty: none could be chosen
+    failure: str = ""  # why not
     alternatives: list[Alternatives] = field(default_factory=list)  # of each token, if `logprobs` is set
 
     @property
     def is_quick(self) -> bool:
-        return self.logprobs is None and all(sampler.is_quick for sampler in self.samplers)
+        return self.logprobs is None and self.constrained is None and all(sampler.is_quick for sampler in self.samplers)
 
     def run(self, context: Any) -> None:
         """Choose the tokens."""
-        raw = self.row if self.logprobs is None or self.bias.is_empty else self.row.copy()
+        is_changed = not self.bias.is_empty or self.constrained is not None
+        raw = self.row.copy() if is_changed and self.logprobs is not None else self.row
         self.bias.add(self.row)
         try:
-            self.tokens = [sampler.sample(self.row, context, self.index) for sampler in self.samplers]
+            self._choose(context)
             if self.logprobs is not None:
                 self.alternatives = alternatives(raw, self.tokens, self.logprobs)
-        except BadLogits:
-            self.tokens = []
+        except (BadLogits, ConstraintError) as e:
+            self.tokens, self.failure = [], str(e)
+
+    def _choose(self, context: Any) -> None:
+        """Choose the tokens.  The row is masked at the first token that a constraint rejects, or before."""
+        constrained = self.constrained
+        checks = constrained is not None and constrained.checks_first
+        if constrained is not None and not checks:
+            constrained.mask(self.row)
+        for sampler in self.samplers:
+            if constrained is not None and checks:
+                token = sampler.draw(self.row)
+                if constrained.allows(token):
+                    sampler.accept(token)
+                    self.tokens.append(token)
+                    continue
+                constrained.mask(self.row)
+                checks = False
+            self.tokens.append(sampler.sample(self.row, context, self.index))
 
 
 class Draws:
