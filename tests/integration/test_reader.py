@@ -77,7 +77,7 @@ async def read(
     """Return the deltas of an answer that arrives in pieces of a token each."""
     deltas: list[Delta] = []
     async with asyncio.TaskGroup() as tasks:
-        reader = Reader(Delta(id=1), prompt(source), parse or parsing(source), deltas.append, tasks.create_task)
+        reader = Reader(Delta(id=1), prompt(source), parse or parsing(source), deltas.extend, tasks.create_task)
         for i, text in enumerate(pieces):
             logprobs = [TokenLogprobs(text.encode(), -1.0)]
             end = finish if i == len(pieces) - 1 else None

@@ -197,6 +197,7 @@ class Requests:
             sampling=generate.sampling,
             stop=[*generate.stop, *prompt.stops],
             logprobs=generate.logprobs,
+            constraint=prompt.constraint,
             shown=frozenset(token for text in prompt.shown if (token := self._token(text)) is not None),
             arrived_at=request.arrived_at,
             deadline=request.arrived_at + self._request_s,
@@ -322,10 +323,10 @@ class Requests:
         assert source is not None
         return await self._chat.parse(source, text, partial=is_partial)
 
-    def _read(self, request: Request, delta: Delta) -> None:
-        """Send a delta that a reader found out."""
-        request.channel.send(Deltas([delta]))
-        self._finished(request, delta)
+    def _read(self, request: Request, deltas: list[Delta]) -> None:
+        """Send deltas that a reader found out."""
+        request.channel.send(Deltas(deltas))
+        self._finished(request, deltas[-1])
 
     def _finished(self, request: Request, delta: Delta) -> None:
         if delta.finish is not None:
