@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, assert_never
 
+import msgspec
 from msgspec import structs
 
 from shared.channel.messages import Delta, Finish, TokenLogprobs, ToolDelta
@@ -101,6 +102,14 @@ def _continues(sent: Call, now: ToolCall) -> bool:
     return now.function.name == sent.name and now.function.arguments.startswith(sent.arguments)
 
 
+def _is_complete(call: ToolCall) -> bool:
+    try:
+        msgspec.json.decode(call.function.arguments, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return True
+
+
 class Calls:
     """Says which calls of an answer can be sent."""
 
@@ -113,7 +122,9 @@ class Calls:
         named = [call for call in message.tool_calls if call.function.name][: self._most]
         if named and not self._is_certain:
             self._is_certain = self._constraint is not None and applies(self._constraint, text)
-        return named if self._is_certain or is_whole else []
+        if is_whole:
+            return named if all(map(_is_complete, named)) else []
+        return named if self._is_certain else []
 
 
 def applies(constraint: Constraint, text: str) -> bool:
