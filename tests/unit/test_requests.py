@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -17,15 +18,18 @@ from shared.channel.messages import (
     Failed,
     FromRunner,
     Generate,
+    Grammar,
     Queued,
     Refused,
     Sampling,
+    Schema,
     Started,
     ToRunner,
 )
 from worker.chat.code import ChatError, Message, ParserSource
 from worker.chat.handle import HelperDied
-from worker.chat.protocol import Prompt
+from worker.chat.protocol import Constraint, Prompt
+from worker.engine.constrain import Compiled
 from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Piece, Rejected, Waiting
 from worker.engine.requests import Ends, Requests
@@ -59,6 +63,9 @@ class Engine:
     def tokenize(self, text: str, special: bool) -> list[int]:
         return [BOS] * special + [ord(letter) for letter in text]
 
+    def constrain(self, constraint: Constraint) -> Future[Compiled]:
+        raise AssertionError
+
     def submit(self, job: Job) -> None:
         self.submitted.append(job)
 
@@ -75,7 +82,7 @@ class Chat:
         self.prompt = Prompt(text="", stops=[], shown=[], source=None)
         self.error: Exception | None = None
 
-    async def render(self, conversation: bytes) -> Prompt:
+    async def render(self, conversation: bytes, output: Schema | Grammar | None) -> Prompt:
         await self.may_render.wait()
         if self.error is not None:
             raise self.error

@@ -20,11 +20,15 @@ from typing import TypeVar
 import msgspec
 
 from shared import framing
+from shared.channel.messages import Grammar, Schema
 from worker.chat import helper
 from worker.chat.code import ChatError, Message, ParserSource
+from worker.chat.constraint import ConstraintError
 from worker.chat.helper import CPU_S, FORK, MEMORY_BYTES, NO_MEMORY, NUMBER, Confine
 from worker.chat.protocol import (
     Answer,
+    Check,
+    Checked,
     Compiled,
     FromHelper,
     Parse,
@@ -33,6 +37,7 @@ from worker.chat.protocol import (
     Render,
     Template,
     ToHelper,
+    Unenforceable,
     decode_from_helper,
     frame,
 )
@@ -40,10 +45,10 @@ from worker.chat.protocol import (
 SILENT_S = 60.0  # then the helper is killed; its own limit, in processor time, is far below
 CLOSING_S = 5.0  # for the zygote to kill the helper
 REPLY_BYTES = 256 << 20  # a longer reply is not read
-FATAL_S = 600.0  # for so long, a conversation that killed a helper is not tried again
+FATAL_S = 600.0  # for so long, a request that killed a helper is not tried again
 FATAL_MOST = 1000  # of these are known
 
-Reply = TypeVar("Reply", Compiled, Prompt, Answer)
+Reply = TypeVar("Reply", Compiled, Prompt, Answer, Checked)
 
 
 class HelperDied(Exception):
@@ -67,7 +72,7 @@ class Helper:
         self._thread = ThreadPoolExecutor(1, "chat")
         self._template: Template | None = None
         self._connection: socket.socket | None = None
-        self._fatal: dict[bytes, float] = {}  # digests of conversations that killed a helper, until when
+        self._fatal: dict[bytes, float] = {}  # digests of requests that killed a helper, until when
         self._fork()
 
     def compile(self, template: Template) -> Future[dict[str, bool]]:
@@ -77,9 +82,13 @@ class Helper:
         """
         return self._thread.submit(self._compile, template)
 
-    async def render(self, conversation: bytes) -> Prompt:
-        """Render a conversation.  Raises ChatError and HelperDied, the latter at once if it killed a helper before."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, conversation)
+    async def render(self, conversation: bytes, output: Schema | Grammar | None = None) -> Prompt:
+        """Render a conversation whose answers have a form.
+
+        Raises ChatError, ConstraintError and HelperDied, the latter at once if it killed a helper before.
+        """
+        request = Render(conversation, output)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._render, request)
 
     async def parse(self, source: ParserSource, answer: str, *, partial: bool) -> Message:
         """Parse an answer, or the beginning of one.  Raises ChatError and HelperDied."""
@@ -111,13 +120,25 @@ class Helper:
         self._template = template
         return capabilities
 
-    def _render(self, conversation: bytes) -> Prompt:
-        digest = hashlib.blake2b(conversation).digest()
+    def _render(self, request: Render) -> Prompt:
+        prompt = self._ask_once(request, Prompt, "chat template's process")
+        if prompt.constraint is not None:
+            try:
+                self._ask_once(Check(prompt.constraint), Checked, "process that compiles it")
+            except HelpersEnded:
+                raise
+            except HelperDied as e:
+                raise ConstraintError(str(e)) from None
+        return prompt
+
+    def _ask_once(self, request: Render | Check, expected: type[Reply], process: str) -> Reply:
+        """Ask the helper, unless it died of the same request lately.  Raises the same as `_ask`."""
+        digest = hashlib.blake2b(frame(request)).digest()
         if time.monotonic() < self._fatal.get(digest, 0):
-            raise HelperDied("the same request ended the chat template's process before")
+            raise HelperDied(f"the same request ended the {process} before")
         self._started()
         try:
-            return self._ask(Render(conversation), Prompt)
+            return self._ask(request, expected)
         except HelperDied:
             if len(self._fatal) == FATAL_MOST:
                 del self._fatal[next(iter(self._fatal))]  # the oldest
@@ -125,7 +146,7 @@ class Helper:
             raise
 
     def _ask(self, message: ToHelper, expected: type[Reply]) -> Reply:
-        """Ask the helper, and start one if there is none.  Raises ChatError and HelperDied."""
+        """Ask the helper, and start one if there is none.  Raises ChatError, ConstraintError and HelperDied."""
         connection = self._started()
         reply: FromHelper | None = None
         try:
@@ -137,6 +158,8 @@ class Helper:
         match reply:
             case Rejected():
                 raise ChatError(reply.reason)
+            case Unenforceable():
+                raise ConstraintError(reply.reason)
             case None:
                 raise HelperDied(self._ended())
             case _:

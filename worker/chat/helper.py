@@ -26,10 +26,14 @@ from msgspec import json
 from msgspec.structs import replace
 
 from shared import framing, libc
+from shared.channel.messages import Grammar, Schema
 from worker.chat import tools
 from worker.chat.code import ChatCode, ChatError, ParserSource, Rendered, Templates
+from worker.chat.constraint import ConstraintError, check
 from worker.chat.protocol import (
     Answer,
+    Check,
+    Checked,
     Compiled,
     Constraint,
     FromHelper,
@@ -39,6 +43,7 @@ from worker.chat.protocol import (
     Render,
     Template,
     ToHelper,
+    Unenforceable,
     decode_to_helper,
     frame,
 )
@@ -52,6 +57,7 @@ PARSERS = 64  # that are kept compiled
 FORK = b"f"  # asks the zygote for a helper; the same with the helper's socket is the answer
 NUMBER = struct.Struct("<i")  # and later the helper's exit status
 TRIAL = b'{"messages": [{"role": "user", "content": "Hello"}]}'
+HARMONY_CHANNEL, HARMONY_FINAL = "<|channel|>", "<|channel|>final<|message|>"  # of gpt-oss
 FIXED = frozenset({"epsilon", "literal", "sequence", "end"})  # parsers that read a fixed text, and say nothing
 
 Confine = Callable[[int], None]  # restricts a process, and closes all its descriptors but this one
@@ -143,12 +149,13 @@ class Chat:
     """Answers messages."""
 
     def __init__(self) -> None:
-        """Load the library, and use it once: a process faults in its code at first use, which takes 10 ms."""
+        """Load the libraries, and use them once: a process faults in its code at first use, which takes 10 ms."""
         self._code = ChatCode()
         self._templates: Templates | None = None
         self._source = ""  # of the template
         self._parser = lru_cache(PARSERS)(self._code.parser)
         self._compile(Template(source="chatml"))
+        check(Constraint(kind="json_schema", text="{}"))
 
     def answer(self, message: ToHelper) -> FromHelper:
         try:
@@ -156,18 +163,23 @@ class Chat:
                 case Template():
                     return self._compile(message)
                 case Render():
-                    return self._render(message.conversation)
+                    return self._render(message.conversation, message.output)
                 case Parse():
                     parser = self._parser(message.source)
                     parsed = parser.parse(message.answer.encode(), partial=message.partial)
                     is_generic = message.source.is_generic
                     return Answer(tools.read(parsed, partial=message.partial) if is_generic else parsed)
+                case Check():
+                    check(message.constraint)
+                    return Checked()
                 case _:
                     assert_never(message)
         except ChatError as e:
             if "std::bad_alloc" in str(e):  # llama.cpp adds where in the template it was
                 raise MemoryError from e
             return Rejected(str(e))
+        except ConstraintError as e:
+            return Unenforceable(str(e))
         except (msgspec.MsgspecError, RecursionError) as e:
             return Rejected(f"the request is not valid: {e}")
 
@@ -177,11 +189,12 @@ class Chat:
         self._render(TRIAL)
         return Compiled(self._templates.capabilities)
 
-    def _render(self, conversation: bytes) -> Prompt:
+    def _render(self, conversation: bytes, output: Schema | Grammar | None = None) -> Prompt:
         assert self._templates is not None
         if tools.mentions_tools(conversation):
-            return self._with_tools(json.decode(conversation))
-        return self._prompt(self._templates.render(self._with_defaults(conversation)))
+            return self._with_tools(json.decode(conversation), output)
+        rendered = self._templates.render(self._with_defaults(conversation))
+        return self._prompt(rendered, constrained(output, rendered))
 
     def _prompt(self, rendered: Rendered, constraint: Constraint | None = None) -> Prompt:
         says_all, is_open = reading(rendered.parser)
@@ -196,20 +209,23 @@ class Chat:
             constraint=constraint,
         )
 
-    def _with_tools(self, conversation: dict[str, Any]) -> Prompt:
+    def _with_tools(self, conversation: dict[str, Any], output: Schema | Grammar | None) -> Prompt:
         """Render a conversation that has tools, calls or results: with the template's own form of calls if llama.cpp
         can read it, or else with the generic one."""
         assert self._templates is not None
         capabilities = self._templates.capabilities
         asked = msgspec.convert(conversation, tools.Asked)
+        if asked.tools and output is not None:
+            raise ChatError("answers with tools cannot have another form")
         most = None if asked.parallel_tool_calls else 1
         if capabilities["supports_tools"] or capabilities["supports_tool_calls"]:
             rendered = self._rendered(tools.fitted(conversation, asked, capabilities, self._source))
             if tools.has_form(rendered, asked, capabilities):
-                return replace(self._prompt(rendered, tools.constraint(rendered)), most_calls=most)
+                constraint = tools.constraint(rendered) or constrained(output, rendered)
+                return replace(self._prompt(rendered, constraint), most_calls=most)
         rendered = self._rendered(tools.generic(conversation, asked))
         if not asked.tools:
-            return self._prompt(rendered)
+            return self._prompt(rendered, constrained(output, rendered))
         prompt = self._prompt(rendered, tools.grammar(asked, rendered))
         source = ParserSource(rendered.format, rendered.parser, rendered.generation_prompt, is_generic=True)
         return replace(prompt, source=source, is_open=False, most_calls=most)
@@ -228,6 +244,24 @@ class Chat:
     def _with_defaults(self, conversation: bytes) -> bytes:
         assert self._templates is not None
         return with_defaults(conversation, self._templates.capabilities["supports_thinking"])
+
+
+def constrained(output: Schema | Grammar | None, rendered: Rendered) -> Constraint | None:
+    """Return the constraint that answers to a prompt have a form, after any reasoning."""
+    if output is None:
+        return None
+    starts, ends = rendered.thinking_start, rendered.thinking_ends
+    _, begun, thought = rendered.generation_prompt.rpartition(starts) if starts and ends else ("", "", "")
+    is_thinking, may_think = bool(begun) and not any(end in thought for end in ends), not begun
+    if starts.startswith(HARMONY_CHANNEL):  # each part of an answer is in a channel, and the last one is the answer
+        is_thinking, ends = True, [HARMONY_FINAL]
+    return Constraint(
+        kind="gbnf" if isinstance(output, Grammar) else "json_schema",
+        text=output.text if isinstance(output, Grammar) else output.schema.decode(),
+        is_thinking=is_thinking,
+        thinking_start=starts if may_think and ends and not is_thinking else "",
+        thinking_ends=ends,
+    )
 
 
 def with_defaults(conversation: bytes, thinks: bool) -> bytes:

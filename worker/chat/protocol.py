@@ -14,6 +14,24 @@ from shared import framing
 from shared.channel.messages import Grammar, Schema
 from worker.chat.code import Message, ParserSource, Trigger
 
+
+class Constraint(Struct, frozen=True, kw_only=True):
+    """What the text of an answer must match, to its end.
+
+    Reasoning is free: an answer that begins with `thinking_start`, or whose prompt ends within reasoning, is matched
+    only after one of `thinking_ends`.
+    """
+
+    kind: Literal["json_schema", "gbnf", "lark"]
+    text: str
+    prefix: str = ""  # the end of the prompt, which the grammar matches before the answer
+    lazy: bool = False  # it applies only to what follows a trigger, as llama.cpp's lazy grammars do
+    triggers: list[Trigger] = []
+    is_thinking: bool = False  # the prompt ends within reasoning
+    thinking_start: str = ""  # empty: the model does not reason
+    thinking_ends: list[str] = []
+
+
 # ---- to the helper
 
 
@@ -40,7 +58,13 @@ class Parse(Struct, frozen=True, tag="parse"):
     partial: bool
 
 
-ToHelper = Template | Render | Parse
+class Check(Struct, frozen=True, tag="check"):
+    """Compile a constraint.  Answered with Checked."""
+
+    constraint: Constraint
+
+
+ToHelper = Template | Render | Parse | Check
 
 # ---- from the helper
 
@@ -49,23 +73,6 @@ class Compiled(Struct, frozen=True, tag="compiled"):
     """What the template supports."""
 
     capabilities: dict[str, bool]
-
-
-class Constraint(Struct, frozen=True, kw_only=True):
-    """What the text of an answer must match, to its end.
-
-    Reasoning is free: an answer that begins with `thinking_start`, or whose prompt ends within reasoning, is matched
-    only after one of `thinking_ends`.
-    """
-
-    kind: Literal["json_schema", "gbnf", "lark"]
-    text: str
-    prefix: str = ""  # the end of the prompt, which the grammar matches before the answer
-    lazy: bool = False  # it applies only to what follows a trigger, as llama.cpp's lazy grammars do
-    triggers: list[Trigger] = []
-    is_thinking: bool = False  # the prompt ends within reasoning
-    thinking_start: str = ""  # empty: the model does not reason
-    thinking_ends: list[str] = []
 
 
 class Prompt(Struct, frozen=True, kw_only=True, tag="prompt"):
@@ -93,7 +100,17 @@ class Rejected(Struct, frozen=True, tag="rejected"):
     reason: str
 
 
-FromHelper = Compiled | Prompt | Answer | Rejected
+class Checked(Struct, frozen=True, tag="checked"):
+    """The constraint can be enforced."""
+
+
+class Unenforceable(Struct, frozen=True, tag="unenforceable"):
+    """The constraint cannot be enforced."""
+
+    reason: str
+
+
+FromHelper = Compiled | Prompt | Answer | Checked | Rejected | Unenforceable
 
 
 frame: Callable[[ToHelper | FromHelper], bytes] = framing.frame

@@ -17,6 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from worker.chat.code import Function, Message, Rendered, ToolCall, Trigger
+from worker.chat.constraint import OPTIONS, trim
 from worker.chat.protocol import Constraint
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -28,7 +29,6 @@ HOW = (
 )
 BEGUN = re.compile(r'\s*\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 ENDED = re.compile(rf"\}}\s*{CLOSE}")
-EXACT = {"whitespace_flexible": False, "json_allow_general_unicode_escapes": False}  # of llguidance
 KIMI = "<|tool_call_argument_begin|>"  # in templates whose models count their calls
 
 Conversation = dict[str, Any]  # its messages decoded, its other fields as they are
@@ -130,14 +130,18 @@ def told(conversation: Conversation) -> Conversation:
 
 
 def grammar(asked: Asked, rendered: Rendered) -> Constraint:
-    """Return the constraint on an answer in the generic form: on calls once one has begun, or on all of it."""
+    """Return the constraint on an answer in the generic form: on calls once one has begun, or on all of it.
+
+    Raises ConstraintError.
+    """
     again = "" if not asked.parallel_tool_calls else ' ("\\n" call)*'
     rules = [f"start: call{again}"]
     calls = []
     for i, tool in enumerate(asked.tools):
         function = tool["function"]
         beginning = f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": '
-        schema = {**function["parameters"], "x-guidance": EXACT}
+        trim(function["parameters"])
+        schema = {**function["parameters"], "x-guidance": OPTIONS}
         rules += [f"arguments_{i}: %json {json.dumps(schema)}"]
         calls.append(f"{json.dumps(beginning)} arguments_{i} {json.dumps('}' + chr(10) + CLOSE)}")
     rules.append("call: " + "\n  | ".join(calls))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class EngineError(Exception):
 
 
 class Vocabulary:
-    """The tokens of a model.  `tokenize` may be called from any thread, the rest from one."""
+    """The tokens of a model.  Only from one thread, unless said otherwise."""
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
@@ -42,7 +42,7 @@ class Vocabulary:
         self._ends: dict[int, bool] = {}
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        """Return the tokens of a text.
+        """Return the tokens of a text.  May be called from any thread.
 
         `special`: the text is a whole prompt.  Control tokens that it spells become tokens, and the model's first token
         is put before it if the model wants one.
@@ -76,6 +76,38 @@ class Vocabulary:
         if is_end is None:
             is_end = self._ends[token] = bool(lib.llama_vocab_is_eog(self._vocab, token))
         return is_end
+
+    def text(self, token: int) -> bytes:
+        """Return the text of a token, also of a control token."""
+        return self.piece(token, is_shown=True)
+
+    def ends(self) -> list[int]:
+        """Return the tokens that end an answer.  May be called from any thread."""
+        return [token for token in range(self.n_tokens) if lib.llama_vocab_is_eog(self._vocab, token)]
+
+    def spelled(self, text: str) -> list[int]:
+        """Return the tokens of a text within a prompt.  May be called from any thread."""
+        data = text.encode()
+        tokens = (lib.llama_token * len(data))()
+        count = lib.llama_tokenize(self._vocab, data, len(data), tokens, len(data), False, True)
+        return list(tokens[: max(0, count)])
+
+    def texts(self) -> Iterator[tuple[bytes, bool]]:
+        """Yield the text of each token, and whether it is a control token.  May be called from any thread."""
+        buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        for token in range(self.n_tokens):
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, PIECE_BYTES, 0, True)
+            if n < 0:
+                buffer = ctypes.create_string_buffer(-n)
+                n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, True)
+            is_control = lib.llama_token_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_CONTROL
+            yield buffer.raw[:n], bool(is_control)
+
+    def addresses(self) -> tuple[int, int]:
+        """Return the addresses of the vocabulary and of llama_tokenize."""
+        tokenize = ctypes.cast(lib._lib.llama_tokenize, ctypes.c_void_p).value
+        assert tokenize is not None
+        return self._vocab, tokenize
 
     def suppressed(self) -> NDArray[np.int32]:
         """Return the tokens that the model must not generate."""

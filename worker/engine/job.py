@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, TokenLogprobs
-from worker.chat.protocol import Constraint
+from worker.engine.constrain import Compiled
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
     logprobs: int | None = None
-    constraint: Constraint | None = None
+    constraint: Compiled | None = None  # on the text of each answer
     shown: frozenset[int] = frozenset()  # control tokens whose text is part of the answer
     arrived_at: float  # by the monotonic clock
     deadline: float  # by the monotonic clock

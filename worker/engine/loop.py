@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, TokenLogprobs
+from worker.chat.constraint import ConstraintError
+from worker.engine.constrain import Constrained, Constraints
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.sample import Alternatives, BadRequest, Bias, Draw, Draws, Sampler, check
@@ -42,6 +44,7 @@ class _Answer:
     sequence: Sequence
     sampler: Sampler
     text: Text
+    constrained: Constrained | None
     tokens: list[int] = field(default_factory=list)  # the last one is not decoded yet
     is_finished: bool = False
 
@@ -112,7 +115,7 @@ class Counters:
 
 
 class Loop:
-    """Decodes jobs.  `submit`, `cancel`, `tokenize` and `counters` are for other threads."""
+    """Decodes jobs.  `submit`, `cancel`, `tokenize`, `constrain` and `counters` are for other threads."""
 
     def __init__(
         self,
@@ -133,6 +136,7 @@ class Loop:
         """
         self.counters = Counters()
         self.tokenize = engine.vocabulary.tokenize
+        self.constrain = Constraints(engine.vocabulary).compile
         self._engine = engine
         self._hand_out = hand_out
         self._context_length = context_length
@@ -285,6 +289,7 @@ class Loop:
                 sequence=sequence,
                 sampler=Sampler(job.sampling, job.tokens, seed + choice, n_tokens=n_vocab, context_length=n_ctx),
                 text=Text(job.stop),
+                constrained=None if job.constraint is None else job.constraint.begin(),
             )
             for choice, sequence in enumerate(admission.sequences)
         ]
@@ -413,6 +418,7 @@ class Loop:
                     samplers=[answer.sampler for answer in _drawing(part)],
                     bias=part.running.bias,
                     logprobs=part.running.job.logprobs,
+                    constrained=part.answer.constrained,
                 ),
             )
             for part, row in zip(with_output, rows, strict=True)
@@ -422,15 +428,18 @@ class Loop:
         """Give the tokens of a draw to their answers."""
         running = part.running
         if not draw.tokens:
-            self._break(running, "engine_failed", "The engine computed logits that are not numbers.")
+            self._break(running, "engine_failed", draw.failure)
             return
         if running.is_in_prompt:
             running.first_at = now
-        for i, (answer, token) in enumerate(zip(_drawing(part), draw.tokens, strict=True)):
-            self._add(running, answer, token, draw.alternatives[i] if draw.alternatives else None)
+        try:
+            for i, (answer, token) in enumerate(zip(_drawing(part), draw.tokens, strict=True)):
+                self._add(running, answer, token, draw.alternatives[i] if draw.alternatives else None)
+        except ConstraintError as e:
+            self._break(running, "engine_failed", str(e))
 
     def _add(self, running: _Running, answer: _Answer, token: int, alternatives: Alternatives | None) -> None:
-        """Add a token to an answer."""
+        """Add a token to an answer.  Raises ConstraintError."""
         vocabulary, job = self._engine.vocabulary, running.job
         self.counters.generated_tokens += 1
         answer.tokens.append(token)
@@ -441,9 +450,12 @@ class Loop:
         else:
             text = answer.text.feed(vocabulary.piece(token, is_shown=token in job.shown))
             is_full = len(answer.sequence.tokens) + 1 >= self._context_length
-            if not answer.text.is_stopped and (is_full or len(answer.tokens) == job.max_tokens):
+            if answer.constrained is not None:
+                answer.constrained.accept(token)
+            is_complete = answer.constrained is not None and answer.constrained.is_complete
+            if not answer.text.is_stopped and (is_complete or is_full or len(answer.tokens) == job.max_tokens):
                 text += answer.text.end()
-                finish = "length"
+                finish = "stop" if is_complete else "length"
             if answer.text.is_stopped:
                 finish = "stop"
             if alternatives is not None:

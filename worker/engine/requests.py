@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, assert_never
@@ -25,16 +26,20 @@ from shared.channel.messages import (
     Failed,
     FromRunner,
     Generate,
+    Grammar,
     Queued,
     Refused,
+    Schema,
     Started,
     ToRunner,
     Usage,
 )
 from shared.places import has_place
 from worker.chat.code import ChatError, Message, ParserSource
+from worker.chat.constraint import ConstraintError
 from worker.chat.handle import HelperDied, HelpersEnded
-from worker.chat.protocol import Prompt
+from worker.chat.protocol import Constraint, Prompt
+from worker.engine.constrain import Compiled
 from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.reader import Reader
@@ -58,6 +63,8 @@ class Engine(Protocol):
 
     def tokenize(self, text: str, special: bool) -> list[int]: ...
 
+    def constrain(self, constraint: Constraint) -> Future[Compiled]: ...
+
     def submit(self, job: Job) -> None: ...
 
     def cancel(self, job: Job) -> None: ...
@@ -66,7 +73,7 @@ class Engine(Protocol):
 class Chat(Protocol):
     """The helper, with the template of the model."""
 
-    async def render(self, conversation: bytes) -> Prompt: ...
+    async def render(self, conversation: bytes, output: Schema | Grammar | None) -> Prompt: ...
 
     async def parse(self, source: ParserSource, answer: str, *, partial: bool) -> Message: ...
 
@@ -182,6 +189,7 @@ class Requests:
             with self._place(generate):
                 async with asyncio.timeout(self._request_s):
                     prompt, tokens = await self._prepared(generate)
+                    constraint = await self._constrained(generate, prompt)
         except Refusal as e:
             self._end(request, e.refused)
             return
@@ -197,7 +205,7 @@ class Requests:
             sampling=generate.sampling,
             stop=[*generate.stop, *prompt.stops],
             logprobs=generate.logprobs,
-            constraint=prompt.constraint,
+            constraint=constraint,
             shown=frozenset(token for text in prompt.shown if (token := self._token(text)) is not None),
             arrived_at=request.arrived_at,
             deadline=request.arrived_at + self._request_s,
@@ -234,7 +242,9 @@ class Requests:
         if isinstance(self._chat, str):
             raise Refusal(refused(code="chat_unavailable", message=self._chat))
         try:
-            prompt = await self._chat.render(generate.conversation)
+            prompt = await self._chat.render(generate.conversation, generate.output)
+        except ConstraintError as e:
+            raise Refusal(_unenforceable(generate, e)) from None
         except ChatError as e:
             message = f"The model's chat template rejects the conversation: {e}"
             raise Refusal(refused(code="invalid_request", message=message, param="messages")) from None
@@ -253,6 +263,15 @@ class Requests:
             message = "The model's chat template renders the conversation to an empty prompt."
             raise Refusal(refused(code="invalid_request", message=message, param="messages"))
         return prompt, tokens
+
+    async def _constrained(self, generate: Generate, prompt: Prompt) -> Compiled | None:
+        """Compile the constraint on the answers.  Raises Refusal."""
+        if prompt.constraint is None:
+            return None
+        try:
+            return await asyncio.wrap_future(self._engine.constrain(prompt.constraint))
+        except ConstraintError as e:
+            raise Refusal(_unenforceable(generate, e)) from None
 
     async def _tokens(self, text: str) -> list[int]:
         """Tokenize a prompt.  Tokens that begin and end every prompt are not doubled if the template writes them, as in
@@ -371,3 +390,18 @@ class Requests:
     def _cancel_all(self, outbox: Outbox) -> None:
         for request in [*outbox.requests.values()]:
             self._cancel(request)
+
+
+def _unenforceable(generate: Generate, error: ConstraintError) -> Refused:
+    """Return the refusal of a request whose answers cannot have the form that it asks for."""
+    match generate.output:
+        case Schema():
+            what, param = "schema", "response_format"
+        case Grammar():
+            what, param = "grammar", "grammar"
+        case None:
+            what, param = "tools", "tools"
+        case _:
+            assert_never(generate.output)
+    message = f"This server cannot enforce the {what}: {error}."
+    return Refused(id=generate.id, code="invalid_request", message=message, param=param)

@@ -1,7 +1,7 @@
 """Chooses tokens from logits, with llama.cpp's samplers.
 
-The order is logit bias, penalties, top_k, typical_p, top_p, min_p, temperature, draw.  Penalties see the end of the
-prompt too, as in llama-server.
+The order is logit bias, the mask of a constraint, penalties, top_k, typical_p, top_p, min_p, temperature, draw.
+Penalties see the end of the prompt too, as in llama-server.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.channel.messages import Sampling
+from worker.chat.constraint import ConstraintError
+from worker.engine.constrain import Constrained
 from worker.engine.decode import Logits
 from worker.engine.llama import lib
 
@@ -119,7 +121,7 @@ class Sampler:
         """Choose a token.  `index`: of the row's token in the batch.  Raises BadLogits."""
         token = int(row.argmax())  # of a row with NaN: its place
         if not math.isfinite(row[token]):
-            raise BadLogits
+            raise BadLogits("The engine computed logits that are not numbers.")
         return token if self._chain is None else int(lib.llama_sampler_sample(self._chain, context, index))
 
     def close(self) -> None:
@@ -146,21 +148,26 @@ class Draw:
     samplers: list[Sampler]
     bias: Bias
     logprobs: int | None
-    tokens: list[int] = field(default_factory=list)  # the result; empty: BadLogits
+    constrained: Constrained | None  # at the end of a prompt, that of any of its answers
+    tokens: list[int] = field(default_factory=list)  # the result; empty: none could be chosen
+    failure: str = ""  # why not
     alternatives: list[Alternatives] = field(default_factory=list)  # of each token, if `logprobs` is set
 
     @property
     def is_quick(self) -> bool:
-        return self.logprobs is None and all(sampler.is_quick for sampler in self.samplers)
+        return self.logprobs is None and self.constrained is None and all(sampler.is_quick for sampler in self.samplers)
 
     def run(self, context: Any) -> None:
         """Choose the tokens."""
-        raw = self.row if self.logprobs is None or self.bias.is_empty else self.row.copy()
+        is_changed = not self.bias.is_empty or self.constrained is not None
+        raw = self.row.copy() if is_changed and self.logprobs is not None else self.row
         self.bias.add(self.row)
         try:
+            if self.constrained is not None:
+                self.constrained.mask(self.row)
             self.tokens = [sampler.sample(self.row, context, self.index) for sampler in self.samplers]
-        except BadLogits:
-            self.tokens = []
+        except (BadLogits, ConstraintError) as e:
+            self.tokens, self.failure = [], str(e)
             return
         if self.logprobs is not None:
             greatest = raw.max()
