@@ -29,6 +29,7 @@ HOW = (
 )
 BEGUN = re.compile(r'\s*\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 ENDED = re.compile(rf"\}}\s*{CLOSE}")
+SPACED = {**OPTIONS, "item_separator": ", ", "key_separator": ": "}  # as models write JSON
 KIMI = "<|tool_call_argument_begin|>"  # in templates whose models count their calls
 
 Conversation = dict[str, Any]  # its messages decoded, its other fields as they are
@@ -141,7 +142,7 @@ def grammar(asked: Asked, rendered: Rendered) -> Constraint:
         function = tool["function"]
         beginning = f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": '
         trim(function["parameters"])
-        schema = {**function["parameters"], "x-guidance": OPTIONS}
+        schema = {**function["parameters"], "x-guidance": SPACED}
         rules += [f"arguments_{i}: %json {json.dumps(schema)}"]
         calls.append(f"{json.dumps(beginning)} arguments_{i} {json.dumps('}' + chr(10) + CLOSE)}")
     rules.append("call: " + "\n  | ".join(calls))
