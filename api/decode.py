@@ -288,3 +288,17 @@ def _in_json(types: str) -> str:
 def _name(value: object) -> str:
     names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")
+
+
+def depth(value: Any) -> int:
+    """Return how deeply lists and objects are nested, without recursion."""
+    level, n = [value], 0
+    while level:
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        n += 1
+    return n - 1

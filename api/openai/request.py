@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from api.decode import known
+from api.decode import depth, known
+from api.openai.output import output
 from shared.channel.messages import Generate, Sampling
 from shared.errors import InvalidType, InvalidValue, MissingParameter, NotSupported
 from shared.schema.http import Seconds
@@ -239,7 +240,13 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
             "Default: that of the model, or of the operator; also if it is not a number of seconds."
         ),
     ] = None
-    response_format: Annotated[dict[str, Any] | None, Meta(description='Only `{"type": "text"}` is served yet.')] = None
+    response_format: Annotated[
+        dict[str, Any] | None,
+        Meta(
+            description='`{"type": "json_schema", "json_schema": {"schema": {...}}}`: JSON that the schema describes. '
+            '`{"type": "json_object"}`: a JSON object, of its `schema` if it has one. `{"type": "text"}`: any text.'
+        ),
+    ] = None
     tools: Annotated[
         list[Tool] | None, Meta(description=f"The tools that the model may call, at most {MOST_TOOLS}.")
     ] = None
@@ -263,8 +270,10 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     thinking_budget_tokens: Annotated[Any, Meta(description="Not served yet.")] = None
     modalities: Annotated[list[str] | None, Meta(description='Only `["text"]` is served.')] = None
     audio: Annotated[Any, Meta(description="Not served.")] = None
-    grammar: Annotated[Any, Meta(description="Not served yet.")] = None
-    json_schema: Annotated[Any, Meta(description="Not served yet.")] = None
+    grammar: Annotated[
+        Any, Meta(description="A grammar in GBNF, as llama.cpp has it, that answers follow; its first rule is `root`.")
+    ] = None
+    json_schema: Annotated[Any, Meta(description="A JSON schema that answers follow.")] = None
 
 
 def decoded(body: bytes) -> ChatRequest:
@@ -273,7 +282,7 @@ def decoded(body: bytes) -> ChatRequest:
     Raises InvalidJSON, InvalidType, InvalidValue, MissingParameter, and NotSupported for what this server does not do.
     """
     request = known(body, ChatRequest, {"messages"})
-    if _depth(request.chat_template_kwargs) > DEEPEST - 2:  # those of the conversation and of this object
+    if depth(request.chat_template_kwargs) > DEEPEST - 2:  # those of the conversation and of this object
         param = "chat_template_kwargs"
         raise InvalidValue(f"'{param}': a conversation is nested at most {DEEPEST} levels deep.", param=param)
     _check(request)
@@ -314,6 +323,7 @@ def generate(request: ChatRequest, client: str, settings: ModelSettings) -> Gene
         sampling=_sampling(request, settings.sampling),
         stop=_stops(request.stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        output=output(request.response_format, request.grammar, request.json_schema),
     )
 
 
@@ -352,21 +362,21 @@ def _check(request: ChatRequest) -> None:
     for param, value in (
         ("thinking_budget_tokens", request.thinking_budget_tokens),
         ("audio", request.audio),
-        ("grammar", request.grammar),
-        ("json_schema", request.json_schema),
     ):
         if value:
             raise NotSupported(f"'{param}' is not supported by this server yet.", param=param)
-    asked_tools(request)
+    has_tools = bool(asked_tools(request))
     if set(request.modalities or ()) - {"text"}:
         raise NotSupported("'modalities': only text is supported.", param="modalities")
-    kind = "text" if request.response_format is None else request.response_format.get("type")
-    if kind in ("json_object", "json_schema"):
-        raise NotSupported(f"'response_format': '{kind}' is not supported by this server yet.", param="response_format")
-    if kind != "text":
-        raise InvalidValue(
-            "'response_format.type': expected one of 'text', 'json_object', 'json_schema'.", param="response_format"
-        )
+    if output(request.response_format, request.grammar, request.json_schema) is not None:
+        other = "that continues a message" if _continues(request) else "with tools" if has_tools else ""
+        if other:
+            raise NotSupported(f"'response_format': an answer {other} cannot have a form.", param="response_format")
+
+
+def _continues(request: ChatRequest) -> bool:
+    """Return whether the answer continues the last message."""
+    return request.messages[-1].role == "assistant" and not request.add_generation_prompt
 
 
 def _check_message(message: Message, path: str) -> None:
@@ -451,7 +461,7 @@ def _arguments(function: CalledFunction, path: str) -> str:
 def _is_too_deep(text: str) -> bool:
     """Return whether a JSON text is nested too deeply.  What is not JSON is text for llama.cpp too."""
     try:
-        return _depth(msgspec.json.decode(text)) > DEEPEST - 4  # those around it in a conversation
+        return depth(msgspec.json.decode(text)) > DEEPEST - 4  # those around it in a conversation
     except msgspec.DecodeError:
         return False
     except RecursionError:
@@ -617,17 +627,3 @@ def _stops(given: str | list[str] | None) -> list[str]:
     if "" in stops:
         raise InvalidValue("'stop': a string must not be empty.", param="stop")
     return stops
-
-
-def _depth(value: Any) -> int:
-    """Return how deeply lists and objects are nested, without recursion."""
-    level, depth = [value], 0
-    while level:
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        depth += 1
-    return depth - 1

@@ -226,7 +226,8 @@ def test_a_model_without_a_template_does_not_chat(service: Service) -> None:
         ({"n": 5}, "invalid_value", "n"),
         ({"logit_bias": {"99999": 1}}, "invalid_value", "logit_bias"),
         ({"tools": [{"type": "function"}]}, "not_supported", "tools"),
-        ({"response_format": {"type": "json_object"}}, "not_supported", "response_format"),
+        ({"response_format": {"type": "yaml"}}, "invalid_value", "response_format"),
+        ({"json_schema": {"not": {}}}, "invalid_value", "response_format"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_first_byte(

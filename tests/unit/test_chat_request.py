@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from api.openai.request import DEEPEST, MOST_PIECES, ChatRequest, decoded, generate
-from shared.channel.messages import Generate, Sampling, frame
+from shared.channel.messages import Generate, Grammar, Sampling, Schema, frame
 from shared.errors import (
     BodyTooLarge,
     InvalidJSON,
@@ -37,13 +37,17 @@ def strict(parameters: Any) -> Any:
     return with_parameters(parameters, strict=True)
 
 
-def nested(depth: int) -> Any:
-    return {"x": nested(depth - 1)} if depth else {}
-
-
 def called(arguments: Any) -> Any:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Return a schema of so many levels."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"not": schema}
+    return schema
 
 
 def asked(**fields: Any) -> Generate:
@@ -192,6 +196,18 @@ def test_a_request_without_messages_names_them() -> None:
         ({"logit_bias": [[1, 2, 3]]}, "logit_bias"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
         ({"response_format": {}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "json_object", "schema": 3}}, "response_format.schema"),
+        ({"response_format": {"type": "json_object"}, "grammar": 'root ::= "a"'}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "json_schema": {}}, "response_format"),
+        ({"json_schema": nested(65)}, "json_schema"),
+        ({"json_schema": {"enum": ["x" * 600_000]}}, "json_schema"),
+        ({"grammar": 5}, "grammar"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"seed": 1.5}, "seed"),
         ({"stream": "yes"}, "stream"),
@@ -239,11 +255,9 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any
         ({"tools": [strict({"pattern": "a"})]}, "tools[0].function.parameters"),
         ({"tools": [strict({"properties": {"a": {"not": {}}}})]}, "tools[0].function.parameters"),
         ({"thinking_budget_tokens": 5}, "thinking_budget_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
-        ({"grammar": 'root ::= "a"'}, "grammar"),
+        ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
     ],
@@ -325,6 +339,32 @@ def test_calls_in_the_older_form_have_an_id() -> None:
     ]
     (made,) = call["tool_calls"]
     assert answer == {"role": "tool", "content": "ok", "name": "f", "tool_call_id": made["id"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "output"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}, "grammar": "", "json_schema": None}, None),
+        ({"response_format": {"type": "json_object"}}, Schema(b'{"type":"object"}')),
+        ({"response_format": {"type": "json_object", "schema": {"minLength": 1}}}, Schema(b'{"minLength":1}')),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": False, "schema": {}}}},
+            Schema(b"{}"),
+        ),
+        ({"json_schema": nested(64)}, Schema(json.dumps(nested(64), separators=(",", ":")).encode())),
+        ({"grammar": 'root ::= "a"'}, Grammar('root ::= "a"')),
+    ],
+)
+def test_an_answer_has_the_form_that_is_asked_for(fields: dict[str, Any], output: Schema | Grammar | None) -> None:
+    assert asked(**fields).output == output
+
+
+def test_a_continued_message_has_no_form() -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "{"}]
+    with pytest.raises(NotSupported):
+        asked(messages=messages, json_schema={})
+    assert asked(messages=messages, json_schema={}, add_generation_prompt=True)
 
 
 def test_ignored_values_are_not_kept() -> None:

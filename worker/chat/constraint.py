@@ -5,14 +5,17 @@ What llguidance would take for less than it says is refused here: facts about it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, assert_never
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from worker.chat.gbnf import GbnfError, to_lark
 from worker.chat.protocol import Constraint
+
+NO_TOKENS: Mapping[str, int] = {}
 
 LIMITS = LLParserLimits(verbose_errors=False)  # their defaults bound the time of a token to about 20 ms
 MOST_REASON = 500  # characters; a regular expression is quoted
@@ -29,15 +32,21 @@ class ConstraintError(Exception):
     """A constraint cannot be enforced; the message says why."""
 
 
-def grammar(constraint: Constraint) -> str:
-    """Return the grammar of a constraint.  Raises ConstraintError, but not for all faults: see `matcher`."""
+def grammar(constraint: Constraint, tokens: Mapping[str, int] = NO_TOKENS) -> str:
+    """Return the grammar of a constraint.  Raises ConstraintError, but not for all faults: see `matcher`.
+
+    `tokens`: the control tokens that GBNF means by their text.
+    """
     match constraint.kind:
         case "json_schema":
             return _of_schema(constraint.text)
         case "lark":
             return LLMatcher.grammar_from_lark(constraint.text)
         case "gbnf":
-            raise ConstraintError("GBNF grammars are not supported by this server yet.")
+            try:
+                return LLMatcher.grammar_from_lark(to_lark(constraint.text, tokens))
+            except GbnfError as e:
+                raise ConstraintError(str(e)) from None
         case _:
             assert_never(constraint.kind)
 

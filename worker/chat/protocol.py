@@ -30,6 +30,7 @@ class Constraint(Struct, frozen=True, kw_only=True):
     is_thinking: bool = False  # the prompt ends within reasoning
     thinking_start: str = ""  # empty: the model does not reason
     thinking_ends: list[str] = []
+    shown: list[str] = []  # control tokens that GBNF means by their text
 
 
 # ---- to the helper

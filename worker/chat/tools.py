@@ -153,10 +153,10 @@ def constraint(rendered: Rendered) -> Constraint | None:
     """Return llama.cpp's constraint on calls."""
     if not rendered.grammar:
         return None
+    own = Constraint(kind="gbnf", text=rendered.grammar, shown=rendered.preserved_tokens)
     if not rendered.grammar_lazy:  # such a grammar begins with the end of the prompt, and has the reasoning
-        return Constraint(kind="gbnf", text=rendered.grammar, prefix=rendered.generation_prompt)
-    lazy = Constraint(kind="gbnf", text=rendered.grammar, lazy=True, triggers=rendered.triggers)
-    return _after_reasoning(lazy, rendered)
+        return replace(own, prefix=rendered.generation_prompt)
+    return _after_reasoning(replace(own, lazy=True, triggers=rendered.triggers), rendered)
 
 
 def _after_reasoning(constraint: Constraint, rendered: Rendered) -> Constraint:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Protocol, assert_never
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from shared.channel.messages import (
     Cancel,
@@ -269,7 +269,8 @@ class Requests:
         if prompt.constraint is None:
             return None
         try:
-            return await asyncio.wrap_future(self._engine.constrain(prompt.constraint))
+            constraint = structs.replace(prompt.constraint, shown=prompt.shown)
+            return await asyncio.wrap_future(self._engine.constrain(constraint))
         except ConstraintError as e:
             raise Refusal(_unenforceable(generate, e)) from None
 

@@ -6,6 +6,7 @@ Penalties see the end of the prompt too, as in llama-server.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ GREEDY_BELOW = 1e-4  # temperature; dividing by less overflows
 MOST_THREADS = 16
 TOKENS_OF_A_THREAD = 200_000  # of vocabularies to look through, for which a thread pays
 SEEDS = 0xFFFFFFFF  # this one itself would mean a random seed to llama.cpp
+
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
 class BadRequest(Exception):
@@ -124,6 +128,24 @@ class Sampler:
             raise BadLogits("The engine computed logits that are not numbers.")
         return token if self._chain is None else int(lib.llama_sampler_sample(self._chain, context, index))
 
+    def draw(self, row: Logits) -> int:
+        """Choose a token that may still be rejected.  Raises BadLogits."""
+        if self._chain is None or not np.isfinite(row.max()):
+            return self.sample(row, None, 0)
+        candidates = np.zeros(row.size, CANDIDATE)
+        candidates["id"] = np.arange(row.size)
+        candidates["logit"] = row
+        array = lib.llama_token_data_array(
+            data=ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p), size=row.size, selected=-1, sorted=False
+        )
+        lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def accept(self, token: int) -> None:
+        """Take a token that `draw` returned."""
+        if self._chain is not None:
+            lib.llama_sampler_accept(self._chain, token)
+
     def close(self) -> None:
         """Free the samplers."""
         if self._chain is not None:
@@ -163,9 +185,7 @@ class Draw:
         raw = self.row.copy() if is_changed and self.logprobs is not None else self.row
         self.bias.add(self.row)
         try:
-            if self.constrained is not None:
-                self.constrained.mask(self.row)
-            self.tokens = [sampler.sample(self.row, context, self.index) for sampler in self.samplers]
+            self._choose(context)
         except (BadLogits, ConstraintError) as e:
             self.tokens, self.failure = [], str(e)
             return
@@ -179,6 +199,23 @@ class Draw:
                 top.sort(key=lambda token: (-raw[token], token))
             best = [(token, float(raw[token]) - total) for token in top]
             self.alternatives = [Alternatives(float(raw[token]) - total, best) for token in self.tokens]
+
+    def _choose(self, context: Any) -> None:
+        """Choose the tokens.  The row is masked at the first token that a constraint rejects, or before."""
+        constrained = self.constrained
+        checks = constrained is not None and constrained.checks_first
+        if constrained is not None and not checks:
+            constrained.mask(self.row)
+        for sampler in self.samplers:
+            if constrained is not None and checks:
+                token = sampler.draw(self.row)
+                if constrained.allows(token):
+                    sampler.accept(token)
+                    self.tokens.append(token)
+                    continue
+                constrained.mask(self.row)
+                checks = False
+            self.tokens.append(sampler.sample(self.row, context, self.index))
 
 
 class Draws:
