@@ -12,12 +12,12 @@ import pytest
 from tests.support.chat import answered, ask, chunks
 from tests.support.families import ARGUMENTS, FAMILIES, TOOL, template
 from tests.support.reciting import reciting
-from tests.support.service import Service, up
+from tests.support.service import Service, openai_error, up
 from worker.chat.code import ChatCode
 
 GENERIC = "generic"
 CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
-BROKEN = 'Say <tool_call> and {"name": "get_weather"'
+BROKEN = '{"name": "get_weather", "parameters": {"city": Paris}}'
 QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 RESULT = {"role": "tool", "tool_call_id": "", "content": "Sunny."}
 
@@ -30,8 +30,10 @@ def write(models: Path, family: str) -> None:
     name, answer, _ = FAMILIES[family]
     source = template(name)
     request = json.dumps({"messages": QUESTION, "tools": [TOOL]}).encode()
-    preserved = ChatCode().templates(source).render(request).preserved_tokens
-    reciting(models / key(family) / "recites-f32.gguf", answer, source, special=preserved)
+    rendered = ChatCode().templates(source).render(request)
+    path = models / key(family) / "recites-f32.gguf"
+    special = {*rendered.preserved_tokens} - {"<|end|>"}  # which ends answers, unless the vocabulary is that of gpt-oss
+    reciting(path, answer, source, special=special, after=rendered.generation_prompt)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("tools")
     for family in FAMILIES:
         write(home / "models", family)
-    for name, text in ((GENERIC, CALL), ("broken", BROKEN)):
-        reciting(home / "models/acme" / name / "recites-f32.gguf", text, "chatml")
+    reciting(home / "models/acme" / GENERIC / "recites-f32.gguf", CALL, "chatml")
+    llama = template(FAMILIES["Llama 3.1"][0])
+    reciting(home / "models/acme/broken/recites-f32.gguf", BROKEN, llama)
     with up(home) as service:
         yield service
 
@@ -99,6 +102,8 @@ def test_a_family_calls_a_tool(service: Service, family: str, choice: str) -> No
     fields: dict[str, Any] = {"model": key(family), "messages": QUESTION, "tools": [TOOL]}
     fields["tool_choice"] = named if choice == "named" else choice
     expected = FAMILIES[family][2]
+    if family == "Gemma 4" and choice != "auto":  # its grammar then begins with the call
+        expected = {**expected, "content": ""}
     whole, finish = message(service, **fields)
     assert (said(whole), finish) == (expected, "tool_calls")
     assert (whole["content"] is None) == (not expected["content"])
@@ -132,6 +137,24 @@ def test_calls_differ_in_their_ids_and_may_be_answered(service: Service) -> None
     assert second["tool_calls"][0]["id"] != call["id"]
 
 
-def test_an_answer_must_not_have_a_form_beside_tools(service: Service) -> None:
-    fields: dict[str, Any] = {"model": f"acme/{GENERIC}", "messages": QUESTION, "tools": [{"type": "function"}]}
-    assert ask(service, **fields).status == 400
+@pytest.mark.parametrize("end", ["stop", "length"])
+def test_what_looks_like_a_call_and_is_none_is_text(service: Service, end: str) -> None:
+    """Without a grammar for it, as with this template, the model may write anything."""
+    fields: dict[str, Any] = {"model": "acme/broken", "messages": QUESTION, "tools": [TOOL]}
+    whole, finish = message(service, **fields, **({"max_tokens": 8} if end == "length" else {}))
+    assert BROKEN.startswith(whole["content"])
+    assert (whole["content"] == BROKEN) == (end == "stop")
+    assert "tool_calls" not in whole
+    assert finish == end
+    deltas, finish = streamed(service, **fields)
+    assert joined(deltas)["content"] == BROKEN
+    assert (joined(deltas)["tool_calls"], finish) == ([], "stop")
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_by_name(service: Service) -> None:
+    parameters = {"type": "object", "properties": {"a": {"not": {}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    reply = ask(service, model=f"acme/{GENERIC}", messages=QUESTION, tools=[tool])
+    message = openai_error(reply, 400, "invalid_request_error", "invalid_value", "tools")
+    assert message.startswith("This server cannot enforce the tools: ")
+    assert "not" in message

@@ -20,13 +20,16 @@ PIECE = 3  # characters of a token; more where they come twice
 STRONG = 10.0  # weight that makes a token certain
 
 
-def reciting(path: Path, text: str, template: str, *, special: Collection[str] = ()) -> Path:
-    """Write a model that recites a text.  `special`: texts that are control tokens, unless they come twice."""
+def reciting(path: Path, text: str, template: str, *, special: Collection[str] = (), after: str = "") -> Path:
+    """Write a model that recites a text.
+
+    `special`: texts that are control tokens, unless they come twice.  `after`: the end of all prompts.
+    """
     vocabulary: dict[str, Any] = tokenizers.bpe()
     known: list[str] = list(vocabulary["tokenizer.ggml.tokens"])
     kinds: list[int] = list(vocabulary["tokenizer.ggml.token_type"])
     first = len(known)
-    pieces = _pieces(text, special)
+    pieces = _pieces(text, special, after)
     known += pieces
     kinds += [tokenizers.CONTROL if piece in special else tokenizers.USER_DEFINED for piece in pieces]
     padding = -len(known) % 32
@@ -47,8 +50,9 @@ def reciting(path: Path, text: str, template: str, *, special: Collection[str] =
     return path
 
 
-def _pieces(text: str, special: Collection[str]) -> list[str]:
-    """Divide a text into pieces that occur in it once, so that there is no other way to tokenize it."""
+def _pieces(text: str, special: Collection[str], after: str) -> list[str]:
+    """Divide a text into pieces that occur in it once, so that there is no other way to tokenize it, and that do not
+    end the prompt."""
     pieces: list[str] = []
     start = 0
     while start < len(text):
@@ -58,10 +62,10 @@ def _pieces(text: str, special: Collection[str]) -> list[str]:
                 end = start + len(each)
             elif start < text.find(each) < end and text.count(each) == 1:
                 end = text.find(each)
-        while end < len(text) and text.count(text[start:end]) > 1:
+        while end < len(text) and (text.count(text[start:end]) > 1 or after.endswith(text[start:end])):
             end += 1
         pieces.append(text[start:end])
-        if text.count(pieces[-1]) > 1:  # the end
+        if text.count(pieces[-1]) > 1 or len(pieces[-1]) == 1:  # the end
             pieces[-2:] = ["".join(pieces[-2:])]
         start = end
     return pieces

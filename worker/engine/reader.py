@@ -65,7 +65,7 @@ class Said:
         content, reasoning = now.content, now.reasoning_content
         if not is_whole:
             reasoning = reasoning if content.strip() or now.tool_calls else reasoning.rstrip()
-            content = content.rstrip()
+            content = content if now.tool_calls else content.rstrip()
         new_content, new_reasoning = _beyond(self.content, content), _beyond(self.reasoning, reasoning)
         if new_content is None or new_reasoning is None or not self._continue(calls):
             return None
