@@ -217,7 +217,7 @@ class Chat:
         asked = msgspec.convert(conversation, tools.Asked)
         if asked.tools and output is not None:
             raise ChatError("answers with tools cannot have another form")
-        most = None if asked.parallel_tool_calls else 1
+        most = 0 if not asked.tools else None if asked.parallel_tool_calls else 1
         if capabilities["supports_tools"] or capabilities["supports_tool_calls"]:
             rendered = self._rendered(tools.fitted(conversation, asked, capabilities, self._source))
             if tools.has_form(rendered, asked, capabilities):

@@ -86,7 +86,7 @@ class Prompt(Struct, frozen=True, kw_only=True, tag="prompt"):
     is_open: bool = False  # content that has begun extends to the end of the answer
     before: Message = Message()  # what the parser makes of the prompt's end alone: it is not part of the answer
     constraint: Constraint | None = None  # None: an answer is any text
-    most_calls: int | None = None  # of tools, in an answer; None: any number
+    most_calls: int | None = 0  # of tools, in an answer; None: any number
 
 
 class Answer(Struct, frozen=True, tag="answer"):

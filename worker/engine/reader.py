@@ -102,7 +102,8 @@ def _continues(sent: Call, now: ToolCall) -> bool:
     return now.function.name == sent.name and now.function.arguments.startswith(sent.arguments)
 
 
-def _is_complete(call: ToolCall) -> bool:
+def is_complete(call: ToolCall) -> bool:
+    """Return whether the arguments of a call are an object."""
     try:
         msgspec.json.decode(call.function.arguments, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, RecursionError):
@@ -122,9 +123,12 @@ class Calls:
         named = [call for call in message.tool_calls if call.function.name][: self._most]
         if named and not self._is_certain:
             self._is_certain = self._constraint is not None and applies(self._constraint, text)
-        if is_whole:
-            return named if all(map(_is_complete, named)) else []
-        return named if self._is_certain else []
+        return named if self._is_certain or (is_whole and all(map(is_complete, named))) else []
+
+    def may_hide(self, message: Message) -> bool:
+        """Return whether a reading leaves out a text that may be a call, and may be none."""
+        is_empty = not message.content and not message.reasoning_content
+        return self._most != 0 and (bool(message.tool_calls) or (is_empty and self._constraint is None))
 
 
 def applies(constraint: Constraint, text: str) -> bool:
@@ -231,9 +235,9 @@ class Reader:
         news = self._said.add(now, calls, is_whole=is_whole or self._passes)
         if news is None:
             return News(self._unsent(text)) if is_whole else News()
-        if is_whole and now.tool_calls and not self._said.calls:  # the beginning of a call, which cannot be sent
+        if is_whole and not calls and self._calls.may_hide(now):
             return replace(news, content=news.content + self._unsent(text))
-        return replace(news, is_called=bool(calls))
+        return replace(news, is_called=bool(calls) and all(map(is_complete, calls)))
 
     def _is_open(self, message: Message) -> bool:
         return self._prompt.is_open and bool(message.content.strip())
