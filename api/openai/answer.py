@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from shared.channel.messages import Delta, Finish, TokenLogprobs, Usage
+from shared.channel.messages import Delta, Finish, TokenLogprobs, ToolDelta, Usage
 
 DONE = b"data: [DONE]\n\n"
 
@@ -125,14 +125,32 @@ def _rate(n: int, seconds: float) -> float:
     return n / seconds if seconds > 0 else 0.0
 
 
+class CalledFunction(Struct, frozen=True):
+    """The function of a call."""
+
+    name: Annotated[str, Meta(description="Name of the tool.")]
+    arguments: Annotated[str, Meta(description="The arguments, a JSON object as text.")]
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """A call of a tool."""
+
+    id: Annotated[str, Meta(description="Id of the call, to which the message with its result refers.")]
+    type: Annotated[Literal["function"], Meta(description="Always `function`.")] = "function"
+    function: Annotated[CalledFunction, Meta(description="What is called.")]
+
+
 class AnswerMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The message of an answer."""
 
     role: Annotated[Literal["assistant"], Meta(description="Always `assistant`.")]
-    content: Annotated[str, Meta(description="Text of the answer.")]
+    content: Annotated[str | None, Meta(description="Text of the answer. Null if there is none beside calls of tools.")]
     reasoning_content: Annotated[
         str | UnsetType, Meta(description="The reasoning before the answer; absent if there is none.")
     ] = UNSET
+    tool_calls: Annotated[list[Call] | UnsetType, Meta(description="The calls of tools; absent if there are none.")] = (
+        UNSET
+    )
 
 
 class Choice(Struct, frozen=True, kw_only=True):
@@ -143,7 +161,10 @@ class Choice(Struct, frozen=True, kw_only=True):
     logprobs: LogprobsOf
     finish_reason: Annotated[
         Finish,
-        Meta(description="`stop`: the model ended the answer, or it reached a stop string. `length`: it was cut."),
+        Meta(
+            description="`stop`: the model ended the answer, or it reached a stop string. `tool_calls`: it ended it "
+            "with calls of tools. `length`: it was cut."
+        ),
     ]
 
 
@@ -160,6 +181,28 @@ class Completion(Struct, frozen=True, kw_only=True):
     timings: Annotated[Timings, Meta(description="Where the time of the request went.")]
 
 
+class FunctionDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is added to the function of a call."""
+
+    name: Annotated[
+        str | UnsetType, Meta(description="Name of the tool, in the first addition to a call and in no other.")
+    ] = UNSET
+    arguments: Annotated[str, Meta(description="Text of the arguments, which joins to a JSON object.")]
+
+
+class CallDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is added to a call of a tool."""
+
+    index: Annotated[int, Meta(description="Number of the call in the answer, from 0.")]
+    id: Annotated[str | UnsetType, Meta(description="Id of the call, in the first addition to it and in no other.")] = (
+        UNSET
+    )
+    type: Annotated[
+        Literal["function"] | UnsetType, Meta(description="`function`, in the first addition and in no other.")
+    ] = UNSET
+    function: Annotated[FunctionDelta, Meta(description="What is added to its function.")]
+
+
 class ChunkDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is added to an answer."""
 
@@ -168,6 +211,9 @@ class ChunkDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = UNSET
     content: Annotated[str | UnsetType, Meta(description="Text of the answer.")] = UNSET
     reasoning_content: Annotated[str | UnsetType, Meta(description="Text of the reasoning before it.")] = UNSET
+    tool_calls: Annotated[
+        list[CallDelta] | UnsetType, Meta(description="An addition to one call of a tool, without any text.")
+    ] = UNSET
 
 
 class ChunkChoice(Struct, frozen=True, kw_only=True):
@@ -229,13 +275,17 @@ class Heading:
         return b"".join(self.chunk([ChunkChoice(index=i, delta=delta)]) for i in range(choices))
 
     def added(self, delta: Delta) -> bytes:
-        """Return the chunks for an addition: reasoning, then text, then the end."""
+        """Return the chunks for an addition: reasoning, then text, then a call, then the end."""
         parts = []
         logprobs = _logprobs(delta.logprobs)
         if delta.reasoning:
             parts.append(ChunkDelta(reasoning_content=delta.reasoning))
-        if delta.text or (logprobs is not None and not parts):
+        if delta.text:
             parts.append(ChunkDelta(content=delta.text))
+        if delta.tool is not None:
+            parts += [ChunkDelta(tool_calls=[call]) for call in _called(delta.tool)]
+        if logprobs is not None and not parts:
+            parts.append(ChunkDelta(content=""))
         chunks = []
         for part in parts:
             choice = ChunkChoice(index=delta.choice, delta=part, logprobs=logprobs if part is parts[-1] else None)
@@ -301,17 +351,39 @@ class Chat:
 def _choice(index: int, deltas: list[Delta]) -> Choice:
     finish = deltas[-1].finish
     assert finish is not None
-    reasoning = "".join(delta.reasoning for delta in deltas)
+    text, reasoning = "".join(delta.text for delta in deltas), "".join(delta.reasoning for delta in deltas)
+    calls = _calls([delta.tool for delta in deltas if delta.tool is not None])
     return Choice(
         index=index,
         message=AnswerMessage(
             role="assistant",
-            content="".join(delta.text for delta in deltas),
+            content=text or (None if calls else ""),
             reasoning_content=reasoning or UNSET,
+            tool_calls=calls or UNSET,
         ),
         logprobs=_logprobs([one for delta in deltas for one in delta.logprobs]),
         finish_reason=finish,
     )
+
+
+def _calls(tools: list[ToolDelta]) -> list[Call]:
+    """Return the calls that additions make."""
+    calls = []
+    for first in (tool for tool in tools if tool.id):
+        arguments = "".join(tool.arguments for tool in tools if tool.index == first.index)
+        calls.append(Call(id=first.id, function=CalledFunction(first.name, arguments)))
+    return calls
+
+
+def _called(tool: ToolDelta) -> list[CallDelta]:
+    """Return the additions to a call: first its name, then arguments."""
+    additions = []
+    if tool.id:
+        function = FunctionDelta(name=tool.name, arguments="")
+        additions.append(CallDelta(index=tool.index, id=tool.id, type="function", function=function))
+    if tool.arguments:
+        additions.append(CallDelta(index=tool.index, function=FunctionDelta(arguments=tool.arguments)))
+    return additions
 
 
 def _logprobs(tokens: list[TokenLogprobs]) -> Logprobs | None:

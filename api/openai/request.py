@@ -6,6 +6,8 @@ ignored: clients send many.  What would change the answer and is not served is r
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,13 +17,34 @@ from api.decode import depth, known
 from api.openai.fields import Limit, TextRequest, check_sampling, limit, sampling, stops
 from api.openai.output import output
 from shared.channel.messages import Generate
-from shared.errors import InvalidValue, NotSupported
+from shared.errors import InvalidType, InvalidValue, MissingParameter, NotSupported
 from shared.schema.model import ModelSettings
+from shared.telemetry import log
 
 DEEPEST = 64  # nesting of a conversation: llama.cpp's template code recurses over it
 MOST_PIECES = 65_536  # messages of a conversation, and their parts: to check and to render each takes microseconds
+MOST_TOOLS = 128  # as OpenAI has it
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+HOSTED = frozenset(  # types of tools that OpenAI's server runs itself; clients list them for all servers
+    ("web_search", "web_search_preview", "file_search", "code_interpreter", "computer_use_preview", "image_generation")
+)
+# Keywords of schemas that both llama.cpp and llguidance enforce, and those that demand nothing.
+ENFORCED = {
+    "type",
+    "properties",
+    "required",
+    "additionalProperties",
+    "items",
+    "enum",
+    "const",
+    "anyOf",
+    "$ref",
+    "$defs",
+}
+ENFORCED |= {"definitions", "title", "description", "default", "examples", "$schema", "$id", "$comment"}
+EMPTY, OBJECT = msgspec.Raw(b"{}"), msgspec.Raw(b'"object"')
 MOST_ALTERNATIVES = 20  # `top_logprobs`, as OpenAI has it
-ROLES = {"developer": "system"}  # the others are their own
+ROLES = {"developer": "system", "function": "tool"}  # the others are their own
 
 
 class Part(Struct, frozen=True):
@@ -32,10 +55,48 @@ class Part(Struct, frozen=True):
     refusal: Annotated[str | None, Meta(description="The text of a `refusal`.")] = None
 
 
-class ToolCall(Struct, frozen=True):
-    """A call of a tool.  Not served yet."""
+class CalledFunction(Struct, frozen=True):
+    """The function of an earlier call."""
 
-    id: Annotated[str, Meta(description="The id of the call.")]
+    name: Annotated[str, Meta(description="Name of the tool.")]
+    arguments: Annotated[msgspec.Raw, Meta(description="The arguments: a JSON object as text, or the object itself.")]
+
+
+class ToolCall(Struct, frozen=True):
+    """An earlier call of a tool."""
+
+    function: Annotated[CalledFunction, Meta(description="What was called.")]
+    id: Annotated[str | None, Meta(description="Id of the call, to which the message with its result refers.")] = None
+    type: Annotated[Literal["function"] | None, Meta(description="Always `function`.")] = None
+
+
+class Function(Struct, frozen=True):
+    """A function that the model may call."""
+
+    name: Annotated[
+        str, Meta(description="Its name: at most 128 letters, digits, `_`, `-` and `.`, unlike those of the others.")
+    ]
+    description: Annotated[str | None, Meta(description="What it does, for the model.")] = None
+    parameters: Annotated[
+        dict[str, msgspec.Raw] | None,
+        Meta(description="JSON schema of its arguments, an object. Absent: it takes none."),
+    ] = None
+    strict: Annotated[
+        bool | None,
+        Meta(
+            description="Whether all of the schema must be enforced; a schema for which that is not possible is "
+            "refused. Default: as much of it as is possible."
+        ),
+    ] = None
+
+
+class Tool(Struct, frozen=True):
+    """A tool that the model may call."""
+
+    type: Annotated[
+        str, Meta(description="`function`. Tools that OpenAI's server runs itself, such as `web_search`, are ignored.")
+    ]
+    function: Annotated[Function | None, Meta(description="The function, for a tool of this type.")] = None
 
 
 class Message(Struct, frozen=True):
@@ -43,7 +104,7 @@ class Message(Struct, frozen=True):
 
     role: Annotated[
         Literal["system", "developer", "user", "assistant", "tool", "function"],
-        Meta(description="Who wrote it; `developer` means `system`. `tool` and `function` are not served yet."),
+        Meta(description="Who wrote it; `developer` means `system`. `tool` has the result of a call."),
     ]
     content: Annotated[
         str | list[Part] | None,
@@ -54,7 +115,11 @@ class Message(Struct, frozen=True):
         str | None, Meta(description="The reasoning before an earlier answer, for the model's chat template.")
     ] = None
     reasoning: Annotated[str | None, Meta(description="The same under another name.")] = None
-    tool_calls: Annotated[list[ToolCall] | None, Meta(description="Not served yet: must be empty.")] = None
+    tool_calls: Annotated[list[ToolCall] | None, Meta(description="The calls of tools in an earlier answer.")] = None
+    tool_call_id: Annotated[str | None, Meta(description="Id of the call whose result this `tool` message has.")] = None
+    function_call: Annotated[
+        CalledFunction | None, Meta(description="The only call of an earlier answer, in OpenAI's older form.")
+    ] = None
 
 
 class ChatRequest(TextRequest, frozen=True, kw_only=True):
@@ -97,11 +162,27 @@ class ChatRequest(TextRequest, frozen=True, kw_only=True):
             '`{"type": "json_object"}`: a JSON object, of its `schema` if it has one. `{"type": "text"}`: any text.'
         ),
     ] = None
-    tools: Annotated[list[Any] | None, Meta(description="Not served yet: must be empty.")] = None
-    tool_choice: Annotated[str | dict[str, Any] | None, Meta(description="Only `none` and `auto` are served yet.")] = (
-        None
-    )
-    functions: Annotated[list[Any] | None, Meta(description="Not served: must be empty.")] = None
+    tools: Annotated[
+        list[Tool] | None, Meta(description=f"The tools that the model may call, at most {MOST_TOOLS}.")
+    ] = None
+    tool_choice: Annotated[
+        str | dict[str, Any] | None,
+        Meta(
+            description="`auto`: the model may call tools. `none`: it may not. `required`: it must. "
+            '`{"type": "function", "function": {"name": "..."}}`: it must call this one. Default: `auto`.'
+        ),
+    ] = None
+    parallel_tool_calls: Annotated[
+        bool | None, Meta(description="Whether an answer may have several calls. Default: true.")
+    ] = None
+    functions: Annotated[
+        list[Function] | None, Meta(description="The tools in OpenAI's older form. The answer has `tool_calls`.")
+    ] = None
+    function_call: Annotated[
+        str | dict[str, Any] | None,
+        Meta(description='Their choice in the older form: `auto`, `none` or `{"name": "..."}`.'),
+    ] = None
+    thinking_budget_tokens: Annotated[Any, Meta(description="Not served yet.")] = None
     modalities: Annotated[list[str] | None, Meta(description='Only `["text"]` is served.')] = None
     audio: Annotated[Any, Meta(description="Not served.")] = None
     grammar: Annotated[
@@ -142,6 +223,7 @@ def generate(request: ChatRequest, client: str, settings: ModelSettings) -> Gene
         "messages": [*_prompted(request, settings), *(_rendered(message) for message in request.messages)],
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": request.continue_final_message,
+        **asked_tools(request),
         "enable_thinking": thinks,
         "chat_template_kwargs": variables or None,
     }
@@ -185,20 +267,18 @@ def _check(request: ChatRequest) -> None:
             "'continue_final_message': the last message must be the assistant's.", param="continue_final_message"
         )
     for param, value in (
-        ("tools", request.tools),
-        ("functions", request.functions),
+        ("thinking_budget_tokens", request.thinking_budget_tokens),
         ("audio", request.audio),
     ):
         if value:
             raise NotSupported(f"'{param}' is not supported by this server yet.", param=param)
-    if request.tool_choice not in (None, "none", "auto"):
-        raise NotSupported("'tool_choice': tools are not supported by this server yet.", param="tool_choice")
+    has_tools = bool(asked_tools(request))
     if set(request.modalities or ()) - {"text"}:
         raise NotSupported("'modalities': only text is supported.", param="modalities")
-    if output(request.response_format, request.grammar, request.json_schema) is not None and _continues(request):
-        raise NotSupported(
-            "'response_format': an answer that continues a message cannot have a form.", param="response_format"
-        )
+    if output(request.response_format, request.grammar, request.json_schema) is not None:
+        other = "that continues a message" if _continues(request) else "with tools" if has_tools else ""
+        if other:
+            raise NotSupported(f"'response_format': an answer {other} cannot have a form.", param="response_format")
 
 
 def _continues(request: ChatRequest) -> bool:
@@ -207,17 +287,16 @@ def _continues(request: ChatRequest) -> bool:
 
 
 def _check_message(message: Message, path: str) -> None:
-    """Check what the types do not say.  Images, audio, files and tool calls are refused."""
-    match message.role:
-        case "tool" | "function":
-            raise NotSupported(f"'{path}.role': tools are not supported by this server yet.", param=f"{path}.role")
-        case "assistant":
-            if message.tool_calls:
-                param = f"{path}.tool_calls"
-                raise NotSupported(f"'{param}': tools are not supported by this server yet.", param=param)
-        case "system" | "developer" | "user":
-            if message.content is None:
-                raise InvalidValue(f"'{path}.content' is required.", param=f"{path}.content")
+    """Check what the types do not say.  Images, audio and files are refused."""
+    if message.role == "tool" and message.tool_call_id is None:
+        raise InvalidValue(f"'{path}.tool_call_id' is required.", param=f"{path}.tool_call_id")
+    if message.role == "function" and message.name is None:
+        raise InvalidValue(f"'{path}.name' is required.", param=f"{path}.name")
+    if message.role == "assistant":
+        for i, call in enumerate(_calls(message)):
+            _arguments(call.function, f"{path}.tool_calls[{i}].function.arguments")
+    elif message.content is None:
+        raise InvalidValue(f"'{path}.content' is required.", param=f"{path}.content")
     for i, part in enumerate(message.content if isinstance(message.content, list) else []):
         param, kind = f"{path}.content[{i}]", part.type
         match kind:
@@ -244,7 +323,173 @@ def _rendered(message: Message) -> dict[str, Any]:
     reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
     if reasoning:
         rendered["reasoning_content"] = reasoning
+    if message.role == "assistant" and (calls := _calls(message)):
+        rendered["tool_calls"] = [
+            {
+                "id": f"call_{i}" if call.id is None else call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function, "messages")},
+            }
+            for i, call in enumerate(calls)
+        ]
+    if message.role in ("tool", "function"):
+        rendered["tool_call_id"] = _legacy_id(message.name) if message.role == "function" else message.tool_call_id
     return rendered
+
+
+def _calls(message: Message) -> list[ToolCall]:
+    """Return the calls of an earlier answer."""
+    if message.function_call is None:
+        return message.tool_calls or []
+    return [ToolCall(message.function_call, _legacy_id(message.function_call.name))]
+
+
+def _legacy_id(name: str | None) -> str:
+    """Return the id of a call in OpenAI's older form, which has none."""
+    return f"call_{name}"
+
+
+def _arguments(function: CalledFunction, path: str) -> str:
+    """Return the arguments of an earlier call as text.  Raises InvalidType and InvalidValue."""
+    raw = bytes(function.arguments)
+    if raw == b"null":
+        return "{}"
+    if raw.startswith(b'"'):
+        text = msgspec.json.decode(raw, type=str).strip() or "{}"
+    elif raw.startswith(b"{"):
+        text = raw.decode()
+    else:
+        raise InvalidType(f"'{path}': expected a string with JSON.", param=path)
+    if text.count("[") + text.count("{") > DEEPEST and _is_too_deep(text):
+        raise InvalidValue(f"'{path}': they are nested at most {DEEPEST} levels deep.", param=path)
+    return text
+
+
+def _is_too_deep(text: str) -> bool:
+    """Return whether a JSON text is nested too deeply.  What is not JSON is text for llama.cpp too."""
+    try:
+        return depth(msgspec.json.decode(text)) > DEEPEST - 4  # those around it in a conversation
+    except msgspec.DecodeError:
+        return False
+    except RecursionError:
+        return True
+
+
+def asked_tools(request: ChatRequest) -> dict[str, Any]:
+    """Return what a conversation says of tools: nothing without any.  Raises InvalidValue and NotSupported.
+
+    A choice of one is the choice among only one.
+    """
+    field, functions = _functions(request)
+    choice_field, choice = "tool_choice", request.tool_choice
+    if choice is None and request.function_call is not None:
+        choice_field, choice = "function_call", request.function_call
+    named = _named(choice, choice_field)
+    if choice == "none":
+        return {}
+    if not functions:
+        if named is not None or choice == "required":
+            raise InvalidValue(f"'{choice_field}': it needs functions in '{field}'.", param=choice_field)
+        return {}
+    if named is not None:
+        functions = [function for function in functions if function.name == named]
+        if not functions:
+            raise InvalidValue(f"'{choice_field}': there is no function '{named}' in '{field}'.", param=choice_field)
+    is_required = named is not None or choice == "required"
+    return {
+        "tools": [{"type": "function", "function": _described(function)} for function in functions],
+        **({"tool_choice": "required"} if is_required else {}),
+        **({"parallel_tool_calls": False} if request.parallel_tool_calls is False else {}),
+    }
+
+
+def _functions(request: ChatRequest) -> tuple[str, list[Function]]:
+    """Return the functions of a request, and the field that has them."""
+    if request.tools and request.functions:
+        raise InvalidValue("'functions' and 'tools' exclude each other.", param="functions")
+    if request.functions:
+        field, functions = "functions", {f"functions[{i}]": each for i, each in enumerate(request.functions)}
+    else:
+        field, functions = "tools", {}
+        for i, tool in enumerate(request.tools or []):
+            path = f"tools[{i}]"
+            if tool.type == "function":
+                if tool.function is None:
+                    raise MissingParameter(f"'{path}.function' is required.", param=f"{path}.function")
+                functions[f"{path}.function"] = tool.function
+            elif tool.type not in HOSTED:
+                raise NotSupported(f"'{path}.type': tools of type '{tool.type}' are not supported.", param=path)
+            else:
+                log.get("api").info("tool ignored", action="tool_ignored", type=tool.type)
+    if len(functions) > MOST_TOOLS:
+        raise InvalidValue(f"'{field}': expected at most {MOST_TOOLS}, got {len(functions)}.", param=field)
+    names = set[str]()
+    for path, function in functions.items():
+        if not TOOL_NAME.fullmatch(function.name):
+            raise InvalidValue(f"'{path}.name': expected letters, digits, '_', '-' and '.'.", param=f"{path}.name")
+        if function.name in names:
+            raise InvalidValue(f"'{path}.name': '{function.name}' is there twice.", param=f"{path}.name")
+        names.add(function.name)
+        _check_parameters(function, f"{path}.parameters")
+    return field, [*functions.values()]
+
+
+def _named(choice: str | dict[str, Any] | None, field: str) -> str | None:
+    """Return the name of the function that a choice demands; None if it demands none."""
+    match choice:
+        case None | "none" | "auto":
+            return None
+        case "required" if field == "tool_choice":
+            return None
+        case {"type": "allowed_tools"}:
+            raise NotSupported("'tool_choice': 'allowed_tools' is not supported.", param=field)
+        case {"type": "function", "function": {"name": str(name)}} if field == "tool_choice":
+            return name
+        case {"name": str(name)} if field == "function_call":
+            return name
+        case _:
+            forms = "'none', 'auto', 'required'" if field == "tool_choice" else "'none', 'auto'"
+            raise InvalidValue(f"'{field}': expected one of {forms}, or an object that names a function.", param=field)
+
+
+def _check_parameters(function: Function, path: str) -> None:
+    """Check the schema of a function's arguments.  Raises InvalidValue, and NotSupported for what is not enforced."""
+    parameters = function.parameters or {}
+    if bytes(parameters.get("type", OBJECT)) != bytes(OBJECT):
+        raise InvalidValue(f"'{path}.type': expected 'object'.", param=f"{path}.type")
+    encoded = msgspec.json.encode(parameters).decode()
+    if encoded.count("[") + encoded.count("{") > DEEPEST and _is_too_deep(encoded):
+        raise InvalidValue(f"'{path}': it is nested at most {DEEPEST} levels deep.", param=path)
+    if function.strict:
+        for keyword in _keywords(msgspec.json.decode(encoded)):
+            if keyword not in ENFORCED:
+                raise NotSupported(f"'{path}': '{keyword}' is not supported in a strict schema.", param=path)
+
+
+def _keywords(schema: Any) -> Iterator[str]:
+    """Yield the keywords of a JSON schema, and of those in it."""
+    todo = [schema]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, list):
+            todo += each
+        elif isinstance(each, dict):
+            yield from each
+            for keyword, value in each.items():
+                if keyword in ("properties", "$defs", "definitions") and isinstance(value, dict):
+                    todo += value.values()
+                elif keyword in ("items", "anyOf", "additionalProperties"):
+                    todo.append(value)
+
+
+def _described(function: Function) -> dict[str, Any]:
+    """Return a function as templates read it: always with a description, and with the properties of an object."""
+    return {
+        "name": function.name,
+        **({"strict": True} if function.strict else {}),
+        "description": function.description or "",
+        "parameters": {"type": OBJECT, "properties": EMPTY, **(function.parameters or {})},
+    }
 
 
 def _prompted(request: ChatRequest, settings: ModelSettings) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from msgspec import Struct, msgpack
 from shared import framing
 
 ITEM_BYTES = 48  # of a message, a delta or a log probability in memory, roughly
-Finish = Literal["stop", "length"]  # stop: an end-of-generation token or a stop string; length: a limit of tokens
+# stop: an end-of-generation token or a stop string; length: a limit of tokens; tool_calls: the model waits for results
+Finish = Literal["stop", "length", "tool_calls"]
 
 # ---- to the runner
 
@@ -142,13 +143,26 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top: list[Logprob] = []
 
 
+class ToolDelta(Struct, frozen=True, array_like=True, omit_defaults=True):
+    """The beginning of a call of a tool, which has `id` and `name`, or more of its arguments."""
+
+    index: int  # of the call in its answer
+    id: str = ""
+    name: str = ""
+    arguments: str = ""  # JSON, as far as it has come
+
+
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was generated of one answer since the last delta.  `finish` is set in the last one."""
+    """What was generated of one answer since the last delta: reasoning, then text, then a call.
+
+    `finish` is set in the last one.
+    """
 
     id: int
     choice: int = 0
     text: str = ""
     reasoning: str = ""
+    tool: ToolDelta | None = None
     logprobs: list[TokenLogprobs] = []
     skipped: int = 0  # characters with which the tokens of a prompt begin, and the text of this delta does not
     finish: Finish | None = None
@@ -157,7 +171,8 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
 def size_of(delta: Delta) -> int:
     """Return roughly how many bytes of memory a delta holds."""
     logprobs = sum(1 + len(one.top) for one in delta.logprobs)
-    return len(delta.text) + len(delta.reasoning) + ITEM_BYTES * (1 + logprobs)
+    tool = 0 if delta.tool is None else ITEM_BYTES + len(delta.tool.name) + len(delta.tool.arguments)
+    return len(delta.text) + len(delta.reasoning) + tool + ITEM_BYTES * (1 + logprobs)
 
 
 class Deltas(Struct, frozen=True, tag="deltas"):

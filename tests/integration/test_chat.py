@@ -15,35 +15,22 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from tests.support.families import ARGUMENTS, FAMILIES, TEMPLATES, TOOL, template
 from worker.chat.code import LIBRARY, ChatCode, ChatError, ChatUnavailable, Rendered, installed
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
-TEMPLATES = installed().parent / "chat" / "templates"
 
 # The first 16 digits of the SHA-256 of what llama-server 0c1e57098 answers to POST /apply-template with each template
 # (--jinja --chat-template-file), a vocabulary with the tokens above that adds none, and the conversations below.
 # Today's date reads DATE.  Null: it rejects the conversation.
 PROMPTS: dict[str, dict[str, str | None]] = json.loads(Path(__file__).with_name("chat_prompts.json").read_text())
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-            "required": ["city"],
-        },
-    },
-}
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": 'Hello, Zoë! 3 < 5 & "x"'},
     {"role": "assistant", "content": "Hello!"},
     {"role": "user", "content": "What is the weather in Paris?"},
 ]
-ARGUMENTS = '{"city": "Paris", "days": 2}'
 RESULT = [
     {
         "role": "assistant",
@@ -69,10 +56,6 @@ def code() -> ChatCode:
 
 def encoded(**request: Any) -> bytes:
     return json.dumps(request).encode()
-
-
-def template(name: str) -> str:
-    return (TEMPLATES / f"{name}.jinja").read_text()
 
 
 def rendered(code: ChatCode, name: str, **request: Any) -> Rendered:
@@ -151,79 +134,6 @@ def test_reasoning_is_continued(code: ChatCode) -> None:
 
 
 # What llama.cpp reads in an answer
-
-
-def call(content: str = "", reasoning: str = "") -> dict[str, Any]:
-    return {"content": content, "reasoning": reasoning, "name": "get_weather", "arguments": json.loads(ARGUMENTS)}
-
-
-# By family: a template, an answer of our own to it with TOOL, and what the answer says.
-FAMILIES = {
-    "Qwen3": (
-        "Qwen-Qwen3-0.6B",
-        "<think>\nParis, two days.\n</think>\n\nI will look.\n"
-        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>',
-        call("I will look.", "Paris, two days."),
-    ),
-    "Qwen3-Coder": (
-        "Qwen3-Coder",
-        "I will look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
-        "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
-        call("I will look."),
-    ),
-    "Qwen3.5": (
-        "Qwen3.5-4B",
-        "Paris, two days.\n</think>\n\nI will look.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n"
-        "</parameter>\n<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
-        call("I will look.", "Paris, two days."),
-    ),
-    "Llama 3.1": (
-        "meta-llama-Llama-3.1-8B-Instruct",
-        '{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}',
-        call(),
-    ),
-    "gpt-oss": (
-        "openai-gpt-oss-120b",
-        "<|channel|>analysis<|message|>Paris, two days.<|end|><|start|>assistant<|channel|>commentary "
-        'to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris", "days": 2}',
-        call("", "Paris, two days."),
-    ),
-    "Mistral Nemo": (
-        "mistralai-Mistral-Nemo-Instruct-2407",
-        'I will look.[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}, '
-        '"id": "a1B2c3D4e"}]',
-        call("I will look."),
-    ),
-    "DeepSeek V3.1": (
-        "deepseek-ai-DeepSeek-V3.1",
-        "Paris, two days.</think>I will look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
-        '{"city": "Paris", "days": 2}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
-        call("I will look.", "Paris, two days."),
-    ),
-    "GLM-4.6": (
-        "GLM-4.6",
-        "\n<think>Paris, two days.</think>\nI will look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n"
-        "<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
-        call("I will look.", "Paris, two days."),
-    ),
-    "Gemma 4": (
-        "google-gemma-4-31B-it",
-        "<|channel>thought\nParis, two days.<channel|>I will look."
-        '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2}<tool_call|>',
-        call("I will look.", "Paris, two days."),
-    ),
-    "Kimi K2": (
-        "moonshotai-Kimi-K2",
-        "I will look.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
-        '{"city": "Paris", "days": 2}<|tool_call_end|><|tool_calls_section_end|>',
-        call("I will look."),
-    ),
-    "Hermes 3": (
-        "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
-        'I will look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call>',
-        call("I will look."),
-    ),
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -337,6 +247,7 @@ def test_the_library_itself_refuses_a_bad_request(function: str, request_: bytes
 
 HOSTILE = """
 import json, sys
+from tests.support.families import ARGUMENTS, FAMILIES, TEMPLATES, TOOL, template
 from worker.chat.code import LIBRARY, ChatCode, ChatError
 code, many = ChatCode(), 50_000
 messages = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()

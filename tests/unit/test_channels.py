@@ -22,6 +22,7 @@ from shared.channel.messages import (
     Refused,
     Started,
     TokenLogprobs,
+    ToolDelta,
     Usage,
     size_of,
 )
@@ -45,6 +46,7 @@ def deltas(id_: int) -> st.SearchStrategy[Delta]:
         choice=st.integers(0, 1),
         text=st.text("ab", max_size=2),
         reasoning=st.text("xy", max_size=2),
+        tool=st.none() | st.builds(ToolDelta, st.integers(0, 1), arguments=st.text("{}", max_size=2)),
         logprobs=st.lists(logprob, max_size=2),
         finish=st.just(None),
     )
@@ -84,6 +86,8 @@ def seen(messages: list[FromRunner]) -> dict[object, list[object]]:
             answer = each[delta.id, delta.choice]
             answer += [("reasoning", letter) for letter in delta.reasoning]
             answer += [("text", letter) for letter in delta.text]
+            if delta.tool is not None:
+                answer += [(delta.tool.index, letter) for letter in delta.tool.arguments]
             each[delta.id, delta.choice, "logprobs"] += delta.logprobs
     return each
 
@@ -108,6 +112,16 @@ def test_a_backlog_joins_the_deltas_of_an_answer() -> None:
     backlog.add(Deltas([Delta(id=1, finish="length")]))
     assert backlog.n_bytes == sum(size_of(Delta(id=1, text=text)) for text in ("a", "b", "c", "a", "b", "c", ""))
     assert backlog.taken() == [Deltas([Delta(id=1, text="abc", finish="length"), Delta(id=2, reasoning="abc")])]
+
+
+def test_a_backlog_joins_the_arguments_of_a_call() -> None:
+    backlog = Backlog()
+    first, more, second = ToolDelta(0, "call_1", "f", "{"), ToolDelta(0, arguments="}"), ToolDelta(1, "call_2", "g")
+    for tool in (first, more, second):
+        backlog.add(Deltas([Delta(id=1, tool=tool)]))
+    backlog.add(Deltas([Delta(id=1, finish="tool_calls")]))
+    joined = [Delta(id=1, tool=ToolDelta(0, "call_1", "f", "{}")), Delta(id=1, tool=second, finish="tool_calls")]
+    assert backlog.taken() == [Deltas(joined)]
 
 
 # ---- the API's end

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from api.openai.answer import Collected, Heading
-from shared.channel.messages import Delta, Logprob, TokenLogprobs, Usage
+from shared.channel.messages import Delta, Logprob, TokenLogprobs, ToolDelta, Usage
 
 USAGE = Usage(
     prompt_tokens=7,
@@ -82,6 +84,44 @@ def test_the_usage_is_in_a_chunk_without_choices() -> None:
         "prompt_tokens_details": {"cached_tokens": 3},
         "completion_tokens_details": {"reasoning_tokens": 2},
     }
+
+
+def test_a_call_has_its_name_once_and_then_arguments() -> None:
+    heading, collected = Heading("m", "f"), Collected(Heading("m", "f"), 1)
+    deltas = [
+        Delta(id=1, text="Let me look.", tool=ToolDelta(0, "call_1", "f", '{"a"')),
+        Delta(id=1, tool=ToolDelta(0, arguments=": 1}")),
+        Delta(id=1, tool=ToolDelta(1, "call_2", "g", "{}"), finish="tool_calls"),
+    ]
+    found = [choice for delta in deltas for choice in choices(heading.added(delta))]
+    assert [choice["delta"] for choice in found] == [
+        {"content": "Let me look."},
+        {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
+        {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": ""}}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]},
+        {},
+    ]
+    assert [choice["finish_reason"] for choice in found] == [None] * 6 + ["tool_calls"]
+    for delta in deltas:
+        collected.add(delta)
+    (choice,) = json.loads(msgspec.json.encode(collected.completion(USAGE)))["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "Let me look.",
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}},
+            {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+        ],
+    }
+
+
+@pytest.mark.parametrize(("tool", "content"), [(ToolDelta(0, "call_1", "f", "{}"), None), (None, "")])
+def test_content_is_null_only_beside_calls(tool: ToolDelta | None, content: str | None) -> None:
+    collected = Collected(Heading("m", "f"), 1)
+    collected.add(Delta(id=1, tool=tool, finish="stop"))
+    assert collected.completion(USAGE).choices[0].message.content == content
 
 
 TEXTS = st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), max_size=6)

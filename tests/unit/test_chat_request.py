@@ -25,6 +25,23 @@ from shared.schema.model import ModelSettings
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
+F: Any = {"type": "function", "function": {"name": "f"}}
+CHOICE = {"type": "function", "function": {"name": "f"}}
+
+
+def with_parameters(parameters: Any, **more: Any) -> Any:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters, **more}}
+
+
+def strict(parameters: Any) -> Any:
+    return with_parameters(parameters, strict=True)
+
+
+def called(arguments: Any) -> Any:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 def nested(depth: int) -> dict[str, Any]:
     """Return a schema of so many levels."""
     schema: dict[str, Any] = {}
@@ -194,6 +211,34 @@ def test_a_request_without_messages_names_them() -> None:
         ({"continue_final_message": True}, "continue_final_message"),
         ({"seed": 1.5}, "seed"),
         ({"stream": "yes"}, "stream"),
+        ({"tools": {}}, "tools"),
+        ({"tools": [{"function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "x" * 129}}]}, "tools[0].function.name"),
+        ({"tools": [F, F]}, "tools[1].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]}, "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"tools": [with_parameters({"type": "array"})]}, "tools[0].function.parameters.type"),
+        ({"tools": [with_parameters({"properties": nested(64)})]}, "tools[0].function.parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": CHOICE}, "tool_choice"),
+        ({"tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [F], "tool_choice": "f"}, "tool_choice"),
+        ({"tools": [F], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"functions": [F["function"]], "function_call": {"name": "g"}}, "function_call"),
+        ({"functions": [F["function"]], "function_call": "required"}, "function_call"),
+        ({"functions": [F["function"]], "tools": [F]}, "functions"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages[0].content"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].name"),
+        ({"messages": [called(5)]}, "messages[0].tool_calls[0].function.arguments"),
+        ({"messages": [called(nested(64))]}, "messages[0].tool_calls[0].function.arguments"),
+        ({"messages": [called(json.dumps(nested(64)))]}, "messages[0].tool_calls[0].function.arguments"),
     ],
 )
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any], param: str) -> None:
@@ -205,17 +250,14 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]"),
+        ({"tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
+        ({"tools": [strict({"pattern": "a"})]}, "tools[0].function.parameters"),
+        ({"tools": [strict({"properties": {"a": {"not": {}}}})]}, "tools[0].function.parameters"),
+        ({"thinking_budget_tokens": 5}, "thinking_budget_tokens"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-        (
-            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]}]},
-            "messages[0].tool_calls",
-        ),
+        ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
     ],
@@ -227,10 +269,76 @@ def test_what_would_change_the_answer_is_not_dropped(fields: dict[str, Any], par
 
 
 @pytest.mark.parametrize(
-    "fields", [{"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"response_format": {"type": "text"}}]
+    "fields",
+    [
+        {"tools": []},
+        {"tools": [F], "tool_choice": "none"},
+        {"functions": [F["function"]], "function_call": "none"},
+        {"tools": [{"type": "web_search"}]},
+        {"tool_choice": "none"},
+        {"tool_choice": "auto"},
+        {"parallel_tool_calls": False},
+        {"response_format": {"type": "text"}},
+    ],
 )
 def test_what_asks_for_nothing_is_accepted(fields: dict[str, Any]) -> None:
     assert asked(**fields) == asked()
+
+
+def test_tools_go_to_the_template_with_all_that_it_may_read() -> None:
+    g: Any = {"name": "g", "description": "Do it.", "parameters": {"properties": {"a": {"type": "string"}}}}
+    found = conversation(tools=[F, {"type": "function", "function": g}, {"type": "web_search"}])
+    empty = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+    assert [tool["function"] for tool in found["tools"]] == [
+        empty,
+        {**g, "parameters": {"type": "object", **g["parameters"]}},
+    ]
+    assert "tool_choice" not in found
+    assert "parallel_tool_calls" not in found
+    assert conversation(functions=[F["function"]])["tools"] == found["tools"][:1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [F, with_parameters({}) | {"function": {"name": "g"}}], "tool_choice": CHOICE},
+        {"functions": [F["function"], {"name": "g"}], "function_call": {"name": "f"}},
+    ],
+)
+def test_a_choice_of_one_function_is_a_call_of_the_only_one(fields: dict[str, Any]) -> None:
+    found = conversation(**fields, parallel_tool_calls=False)
+    assert [tool["function"]["name"] for tool in found["tools"]] == ["f"]
+    assert found["tool_choice"] == "required"
+    assert found["parallel_tool_calls"] is False
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}, ' {"a": 1}'])
+def test_calls_and_results_go_to_the_template(arguments: Any) -> None:
+    result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "ok"}]}
+    _, call, answer = conversation(messages=[*HELLO, called(arguments), result])["messages"]
+    assert json.loads(call["tool_calls"][0]["function"].pop("arguments")) == {"a": 1}
+    assert call == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}],
+    }
+    assert answer == result
+
+
+def test_arguments_that_are_none_are_an_empty_object() -> None:
+    values: list[Any] = ["", None, "{}", {}]
+    for arguments in values:
+        call = conversation(messages=[*HELLO, called(arguments), *HELLO])["messages"][1]
+        assert call["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+def test_calls_in_the_older_form_have_an_id() -> None:
+    older = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    _, call, answer = conversation(messages=[*HELLO, older, {"role": "function", "name": "f", "content": "ok"}])[
+        "messages"
+    ]
+    (made,) = call["tool_calls"]
+    assert answer == {"role": "tool", "content": "ok", "name": "f", "tool_call_id": made["id"]}
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,18 @@ class Trigger(msgspec.Struct, frozen=True):
 
 class ParserSource(msgspec.Struct, frozen=True):
     """What makes a `Parser`: llama.cpp's name of a format, a serialized parser, and the end of the prompt, which the
-    parser reads before the answer."""
+    parser reads before the answer.
+
+    `is_generic`: calls in the content are read in the form of `worker.chat.tools`.
+    """
 
     format: str
     parser: str
     generation_prompt: str
+    is_generic: bool = False
 
 
-class Rendered(ParserSource, frozen=True):
+class Rendered(ParserSource, frozen=True, kw_only=True):
     """A prompt, and how the answer to it is constrained and parsed (`common_chat_params`, common/chat.h).
 
     `grammar` is GBNF, or empty; if it is `grammar_lazy`, it applies only after one of the `triggers`.

@@ -103,16 +103,17 @@ def _of_schema(text: str) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise ConstraintError("no JSON satisfies it" if schema is False else "a schema must be an object")
-    _check_and_trim(schema)
-    schema.pop("x-guidance", None)  # options of llguidance, which could widen it
+    trim(schema)
     return LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
 
 
-def _check_and_trim(schema: dict[str, Any]) -> None:
+def trim(schema: dict[str, Any]) -> None:
     """Raise ConstraintError for what llguidance does not enforce, and does not report.
 
-    `$schema` is removed: llguidance does not report keywords that the schema's version does not have.
+    `x-guidance` is removed, options of llguidance that could widen the schema; and `$schema`: llguidance does not
+    report keywords that the schema's version does not have.
     """
+    schema.pop("x-guidance", None)
     for each in _schemas(schema):
         each.pop("$schema", None)
         for keyword in UNCHECKED:

@@ -23,9 +23,11 @@ from typing import Any, NoReturn, assert_never
 
 import msgspec
 from msgspec import json
+from msgspec.structs import replace
 
 from shared import framing, libc
 from shared.channel.messages import Grammar, Schema
+from worker.chat import tools
 from worker.chat.code import ChatCode, ChatError, ParserSource, Rendered, Templates
 from worker.chat.constraint import ConstraintError, check
 from worker.chat.protocol import (
@@ -150,6 +152,7 @@ class Chat:
         """Load the libraries, and use them once: a process faults in its code at first use, which takes 10 ms."""
         self._code = ChatCode()
         self._templates: Templates | None = None
+        self._source = ""  # of the template
         self._parser = lru_cache(PARSERS)(self._code.parser)
         self._compile(Template(source="chatml"))
         check(Constraint(kind="json_schema", text="{}"))
@@ -163,7 +166,9 @@ class Chat:
                     return self._render(message.conversation, message.output)
                 case Parse():
                     parser = self._parser(message.source)
-                    return Answer(parser.parse(message.answer.encode(), partial=message.partial))
+                    parsed = parser.parse(message.answer.encode(), partial=message.partial)
+                    is_generic = message.source.is_generic
+                    return Answer(tools.read(parsed, partial=message.partial) if is_generic else parsed)
                 case Check():
                     check(message.constraint)
                     return Checked()
@@ -179,14 +184,19 @@ class Chat:
             return Rejected(f"the request is not valid: {e}")
 
     def _compile(self, template: Template) -> Compiled:
+        self._source = template.source
         self._templates = self._code.templates(template.source, bos_token=template.bos, eos_token=template.eos)
         self._render(TRIAL)
         return Compiled(self._templates.capabilities)
 
     def _render(self, conversation: bytes, output: Schema | Grammar | None = None) -> Prompt:
         assert self._templates is not None
-        thinks = self._templates.capabilities["supports_thinking"]
-        rendered = self._templates.render(with_defaults(conversation, thinks))
+        if tools.mentions_tools(conversation):
+            return self._with_tools(json.decode(conversation), output)
+        rendered = self._templates.render(self._with_defaults(conversation))
+        return self._prompt(rendered, constrained(output, rendered))
+
+    def _prompt(self, rendered: Rendered, constraint: Constraint | None = None) -> Prompt:
         says_all, is_open = reading(rendered.parser)
         source = ParserSource(rendered.format, rendered.parser, rendered.generation_prompt)
         return Prompt(
@@ -196,12 +206,50 @@ class Chat:
             source=None if says_all else source,
             is_open=is_open,
             before=self._parser(source).parse(b"", partial=True),
-            constraint=None if output is None else constrained(output, rendered),
+            constraint=constraint,
         )
 
+    def _with_tools(self, conversation: dict[str, Any], output: Schema | Grammar | None) -> Prompt:
+        """Render a conversation that has tools, calls or results: with the template's own form of calls if llama.cpp
+        can read it, or else with the generic one."""
+        assert self._templates is not None
+        capabilities = self._templates.capabilities
+        asked = msgspec.convert(conversation, tools.Asked)
+        if asked.tools and output is not None:
+            raise ChatError("answers with tools cannot have another form")
+        most = 0 if not asked.tools else None if asked.parallel_tool_calls else 1
+        if capabilities["supports_tools"] or capabilities["supports_tool_calls"]:
+            rendered = self._rendered(tools.fitted(conversation, asked, capabilities, self._source))
+            if tools.has_form(rendered, asked, capabilities):
+                constraint = tools.constraint(rendered) or constrained(output, rendered)
+                return replace(self._prompt(rendered, constraint), most_calls=most)
+        rendered = self._rendered(tools.generic(conversation, asked))
+        if not asked.tools:
+            return self._prompt(rendered, constrained(output, rendered))
+        prompt = self._prompt(rendered, tools.grammar(asked, rendered))
+        source = ParserSource(rendered.format, rendered.parser, rendered.generation_prompt, is_generic=True)
+        return replace(prompt, source=source, is_open=False, most_calls=most)
 
-def constrained(output: Schema | Grammar, rendered: Rendered) -> Constraint:
+    def _rendered(self, conversation: dict[str, Any]) -> Rendered:
+        """Render a conversation with calls, if need be with repaired ones."""
+        assert self._templates is not None
+        try:
+            return self._templates.render(self._with_defaults(json.encode(conversation)))
+        except ChatError:
+            repaired = tools.repaired(conversation)
+            if repaired == conversation:
+                raise
+            return self._templates.render(self._with_defaults(json.encode(repaired)))
+
+    def _with_defaults(self, conversation: bytes) -> bytes:
+        assert self._templates is not None
+        return with_defaults(conversation, self._templates.capabilities["supports_thinking"])
+
+
+def constrained(output: Schema | Grammar | None, rendered: Rendered) -> Constraint | None:
     """Return the constraint that answers to a prompt have a form, after any reasoning."""
+    if output is None:
+        return None
     starts, ends = rendered.thinking_start, rendered.thinking_ends
     _, begun, thought = rendered.generation_prompt.rpartition(starts) if starts and ends else ("", "", "")
     is_thinking, may_think = bool(begun) and not any(end in thought for end in ends), not begun

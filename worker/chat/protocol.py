@@ -24,6 +24,7 @@ class Constraint(Struct, frozen=True, kw_only=True):
 
     kind: Literal["json_schema", "gbnf", "lark"]
     text: str
+    prefix: str = ""  # the end of the prompt, which the grammar matches before the answer
     lazy: bool = False  # it applies only to what follows a trigger, as llama.cpp's lazy grammars do
     triggers: list[Trigger] = []
     is_thinking: bool = False  # the prompt ends within reasoning
@@ -85,6 +86,7 @@ class Prompt(Struct, frozen=True, kw_only=True, tag="prompt"):
     is_open: bool = False  # content that has begun extends to the end of the answer
     before: Message = Message()  # what the parser makes of the prompt's end alone: it is not part of the answer
     constraint: Constraint | None = None  # None: an answer is any text
+    most_calls: int | None = 0  # of tools, in an answer; None: any number
 
 
 class Answer(Struct, frozen=True, tag="answer"):

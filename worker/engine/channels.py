@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 import msgspec
+from msgspec.structs import replace
 
 from shared import framing
 from shared.channel.messages import (
@@ -28,6 +29,7 @@ from shared.channel.messages import (
     Refused,
     Started,
     TokenLogprobs,
+    ToolDelta,
     ToRunner,
     decode_to_runner,
     frame,
@@ -116,22 +118,31 @@ class Channel(asyncio.Protocol):
 
 @dataclass(slots=True)
 class Joined:
-    """Deltas of one answer, to be sent as one: first the reasoning, then the text."""
+    """Deltas of one answer, to be sent as one: first the reasoning, then the text, then a call."""
 
     id: int
     choice: int
     texts: list[str] = field(default_factory=list)
     reasonings: list[str] = field(default_factory=list)
+    tool: ToolDelta | None = None
+    arguments: list[str] = field(default_factory=list)  # of the call, without those in `tool`
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.reasonings.append(delta.reasoning)
+        if self.tool is None:
+            self.tool = delta.tool
+        elif delta.tool is not None:
+            self.arguments.append(delta.tool.arguments)
         self.logprobs += delta.logprobs
         self.finish = delta.finish
 
     def can_take(self, delta: Delta) -> bool:
+        if self.tool is not None:
+            is_same = delta.tool is None or delta.tool.index == self.tool.index
+            return is_same and not delta.reasoning and not delta.text
         return not delta.reasoning or not any(self.texts)
 
     def delta(self) -> Delta:
@@ -140,6 +151,7 @@ class Joined:
             choice=self.choice,
             text="".join(self.texts),
             reasoning="".join(self.reasonings),
+            tool=self.tool and replace(self.tool, arguments="".join([self.tool.arguments, *self.arguments])),
             logprobs=self.logprobs,
             finish=self.finish,
         )

@@ -62,13 +62,17 @@ class Constraints:
             threading.stack_size(usual)
 
     def _compile(self, constraint: Constraint) -> Compiled:
-        digest = hashlib.blake2b(f"{constraint.kind} {constraint.shown} {constraint.text}".encode()).digest()
+        what = f"{constraint.kind} {constraint.shown} {constraint.prefix} {constraint.text}"
+        digest = hashlib.blake2b(what.encode()).digest()
         compiled = self._matchers.pop(digest, None)
         if compiled is None:
             if self._tokenizer is None:  # only now: it takes half a second of the interpreter for 150,000 tokens
                 self._tokenizer = _tokenizer(self._vocabulary)
             tokens = {text: ids[0] for text in constraint.shown if len(ids := self._vocabulary.spelled(text)) == 1}
             compiled = matcher(grammar(constraint, tokens), self._tokenizer)
+            compiled.consume_tokens(self._tokenizer.tokenize_str(constraint.prefix))
+            if compiled.is_error():
+                raise ConstraintError(f"it does not match the end of the prompt: {reason(compiled.get_error())}")
         self._matchers[digest] = compiled
         if len(self._matchers) > KEPT:
             self._matchers.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Reads an answer while it arrives: tells reasoning from content.
+"""Reads an answer while it arrives: tells reasoning, content and calls of tools apart.
 
 The template's parser reads each beginning of the answer from its start.  A longer beginning may be read otherwise; what
 can still change is not sent.
@@ -7,17 +7,20 @@ can still change is not sent.
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, assert_never
 
+import msgspec
 from msgspec import structs
 
-from shared.channel.messages import Delta, Finish, TokenLogprobs
-from worker.chat.code import ChatError, Message
+from shared.channel.messages import Delta, Finish, TokenLogprobs, ToolDelta
+from worker.chat.code import ChatError, Message, ToolCall, Trigger
 from worker.chat.handle import HelperDied
-from worker.chat.protocol import Prompt
+from worker.chat.protocol import Constraint, Prompt
 from worker.engine.job import Piece
 
 PAUSE_S = 0.03  # between two parses of an answer
@@ -27,34 +30,120 @@ Parse = Callable[[str, bool], Awaitable[Message]]  # reads an answer, or (True) 
 
 
 @dataclass(slots=True)
+class Call:
+    """A call of a tool, as far as it was sent."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a reading of an answer says beyond the one before."""
+
+    content: str = ""
+    reasoning: str = ""
+    tools: list[ToolDelta] = field(default_factory=list)
+    is_called: bool = False  # the answer has ended with calls
+
+
+@dataclass(slots=True)
 class Said:
     """What an answer has said so far."""
 
     content: str = ""
     reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
 
-    def add(self, now: Message, *, is_whole: bool) -> tuple[str, str] | None:
-        """Add what a reading of the answer says beyond this; return the new content and reasoning.
+    def add(self, now: Message, calls: list[ToolCall], *, is_whole: bool) -> News | None:
+        """Add what a reading of the answer says beyond this, with those of its calls that can be sent; return that.
 
         Returns None if the reading contradicts what was said.  Spaces at the end wait for what follows: a tag takes
         those before it.
         """
         content, reasoning = now.content, now.reasoning_content
         if not is_whole:
-            reasoning = reasoning if content.strip() else reasoning.rstrip()
-            content = content.rstrip()
+            reasoning = reasoning if content.strip() or now.tool_calls else reasoning.rstrip()
+            content = content if now.tool_calls else content.rstrip()
         new_content, new_reasoning = _beyond(self.content, content), _beyond(self.reasoning, reasoning)
-        if new_content is None or new_reasoning is None:
+        if new_content is None or new_reasoning is None or not self._continue(calls):
             return None
         self.content += new_content
         self.reasoning += new_reasoning
-        return new_content, new_reasoning
+        return News(new_content, new_reasoning, self._called(calls))
+
+    def _continue(self, calls: list[ToolCall]) -> bool:
+        """Return whether calls are those that were sent, or longer."""
+        return len(calls) >= len(self.calls) and all(map(_continues, self.calls, calls))
+
+    def _called(self, now: list[ToolCall]) -> list[ToolDelta]:
+        new = []
+        for index, call in enumerate(now):
+            name, arguments = call.function.name, call.function.arguments
+            if index == len(self.calls):
+                self.calls.append(Call(f"call_{secrets.token_hex(12)}", name, arguments))
+                new.append(ToolDelta(index, self.calls[-1].id, name, arguments))
+                continue
+            sent = self.calls[index]
+            if more := arguments[len(sent.arguments) :]:
+                sent.arguments = arguments
+                new.append(ToolDelta(index, arguments=more))
+        return new
 
 
 def _beyond(before: str, now: str) -> str | None:
     if now.startswith(before):
         return now[len(before) :]
     return "" if before.startswith(now.rstrip()) and len(before.rstrip()) == len(now.rstrip()) else None
+
+
+def _continues(sent: Call, now: ToolCall) -> bool:
+    return now.function.name == sent.name and now.function.arguments.startswith(sent.arguments)
+
+
+def is_complete(call: ToolCall) -> bool:
+    """Return whether the arguments of a call are an object."""
+    try:
+        msgspec.json.decode(call.function.arguments, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return True
+
+
+class Calls:
+    """Says which calls of an answer can be sent."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self._constraint, self._most = prompt.constraint, prompt.most_calls
+        self._is_certain = False  # the rest of the answer is made of calls, which the constraint enforces
+
+    def of(self, text: str, message: Message, *, is_whole: bool) -> list[ToolCall]:
+        """Return the calls that a reading of a text shows, and that will stay calls whatever follows."""
+        named = [call for call in message.tool_calls if call.function.name][: self._most]
+        if named and not self._is_certain:
+            self._is_certain = self._constraint is not None and applies(self._constraint, text)
+        return named if self._is_certain or (is_whole and all(map(is_complete, named))) else []
+
+    def may_hide(self, message: Message) -> bool:
+        """Return whether a reading leaves out a text that may be a call, and may be none."""
+        is_empty = not message.content and not message.reasoning_content
+        return self._most != 0 and (bool(message.tool_calls) or (is_empty and self._constraint is None))
+
+
+def applies(constraint: Constraint, text: str) -> bool:
+    """Return whether a constraint applies to the end of an answer that begins with `text`."""
+    return not constraint.lazy or any(_is_in(trigger, text) for trigger in constraint.triggers)
+
+
+def _is_in(trigger: Trigger, text: str) -> bool:
+    match trigger.type:
+        case "word" | "token":
+            return trigger.value in text
+        case "pattern" | "pattern_full":  # it ends where the engine was when it looked
+            return re.search(trigger.value.removesuffix("$"), text) is not None
+        case _:
+            assert_never(trigger.type)
 
 
 class Reader:
@@ -68,7 +157,7 @@ class Reader:
         empty: Delta,
         prompt: Prompt,
         parse: Parse,
-        send: Callable[[Delta], None],
+        send: Callable[[list[Delta]], None],
         start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         """`empty`: a delta with the ids of the request and the answer.  `send` gets what `add` does not return.
@@ -76,6 +165,7 @@ class Reader:
         self.reasoning_tokens = 0
         self._empty, self._prompt, self._parse, self._send, self._start = empty, prompt, parse, send, start
         self._said = Said(prompt.before.content, prompt.before.reasoning_content)
+        self._calls = Calls(prompt)
         self._passes = prompt.source is None or self._is_open(prompt.before)
         self._text = ""
         self._ends: list[tuple[int, int]] = []  # of the pieces since the last parse: the place in the text, the tokens
@@ -87,7 +177,8 @@ class Reader:
     def add(self, piece: Piece) -> Delta | None:
         """Take a piece.  Returns what can be sent at once."""
         if self._passes:
-            return self._delta(piece.text, "", piece.logprobs, piece.finish)
+            text = "" if self._said.calls else piece.text
+            return next(iter(self._deltas(text, News(), piece.logprobs, piece.finish)), None)
         self._text += piece.text
         self._ends.append((len(self._text), piece.n_tokens))
         self._logprobs += piece.logprobs
@@ -107,13 +198,17 @@ class Reader:
         """Parse the answer until no more of it has arrived, it has ended, or the rest passes straight on."""
         while True:
             text, is_whole = self._text, self._finish is not None
-            content, reasoning = await self._parsed(text, is_whole)
+            news = await self._parsed(text, is_whole)
+            content = news.content
             if self._passes:  # also what arrived meanwhile
-                content += self._text[len(text) :]
+                content += "" if self._said.calls else self._text[len(text) :]
                 is_whole = self._finish is not None
             logprobs, self._logprobs = self._logprobs, []
-            if delta := self._delta(content, reasoning, logprobs, self._finish if is_whole else None):
-                self._send(delta)
+            finish = self._finish if is_whole else None
+            if finish == "stop" and news.is_called:
+                finish = "tool_calls"
+            if deltas := self._deltas(content, news, logprobs, finish):
+                self._send(deltas)
             if self._passes or is_whole or not self._ends:
                 self._task = None
                 return
@@ -121,39 +216,56 @@ class Reader:
                 async with asyncio.timeout(PAUSE_S):
                     await self._has_ended.wait()
 
-    async def _parsed(self, text: str, is_whole: bool) -> tuple[str, str]:
-        """Return the content and the reasoning in `text` that were not sent."""
+    async def _parsed(self, text: str, is_whole: bool) -> News:
+        """Return what of `text` was not sent."""
         ends, self._ends = self._ends, []
+        is_cut = self._finish == "length"  # such an answer is a beginning
         try:
-            # An answer that was cut off is a beginning.
-            now = await self._parse(text, not is_whole or self._finish == "length")
+            now = await self._parse(text, not is_whole or is_cut)
         except ChatError:
-            return (self._unsent(text), "") if is_whole else ("", "")
+            return News(self._unsent(text)) if is_whole else News()
         except HelperDied:
             self._passes = True
-            return self._unsent(text), ""
-        if now.reasoning_content and not self._said.content.strip():
-            begins_at = len(text) - len(now.content) if now.content.strip() else len(text)
-            self.reasoning_tokens += sum(n_tokens for end, n_tokens in ends if end <= begins_at)
+            return News(self._unsent(text))
+        if now.reasoning_content and not self._said.content.strip() and not self._said.calls:
+            ends_at = _end_of_reasoning(text, now)
+            self.reasoning_tokens += sum(n_tokens for end, n_tokens in ends if end <= ends_at)
         self._passes = self._is_open(now)
-        new = self._said.add(now, is_whole=is_whole or self._passes)
-        if new is None:
-            return (self._unsent(text), "") if is_whole else ("", "")
-        return new
+        calls = self._calls.of(text, now, is_whole=is_whole and not is_cut)
+        news = self._said.add(now, calls, is_whole=is_whole or self._passes)
+        if news is None:
+            return News(self._unsent(text)) if is_whole else News()
+        if is_whole and not calls and self._calls.may_hide(now):
+            return replace(news, content=news.content + self._unsent(text))
+        return replace(news, is_called=bool(calls) and all(map(is_complete, calls)))
 
     def _is_open(self, message: Message) -> bool:
         return self._prompt.is_open and bool(message.content.strip())
 
     def _unsent(self, text: str) -> str:
-        """Return what follows in the text after what was sent of it."""
+        """Return what follows in the text after what was sent of it; nothing once a call was sent."""
+        if self._said.calls:
+            return ""
         before = self._prompt.before
         content = self._said.content[len(before.content) :]
         sent = (content or self._said.reasoning[len(before.reasoning_content) :])[-TAIL:]
         return text[text.rfind(sent) + len(sent) :] if sent else text
 
-    def _delta(
-        self, content: str, reasoning: str, logprobs: list[TokenLogprobs], finish: Finish | None
-    ) -> Delta | None:
-        if not (content or reasoning or logprobs or finish):
-            return None
-        return structs.replace(self._empty, text=content, reasoning=reasoning, logprobs=logprobs, finish=finish)
+    def _deltas(self, content: str, news: News, logprobs: list[TokenLogprobs], finish: Finish | None) -> list[Delta]:
+        first = news.tools[0] if news.tools else None
+        if not (content or news.reasoning or first or logprobs or finish):
+            return []
+        deltas = [
+            structs.replace(self._empty, text=content, reasoning=news.reasoning, tool=first, logprobs=logprobs),
+            *(structs.replace(self._empty, tool=tool) for tool in news.tools[1:]),
+        ]
+        deltas[-1] = structs.replace(deltas[-1], finish=finish)
+        return deltas
+
+
+def _end_of_reasoning(text: str, now: Message) -> int:
+    """Return where the reasoning of an answer ends."""
+    if now.content.strip():
+        return len(text) - len(now.content)
+    tail = now.reasoning_content.rstrip()[-TAIL:]
+    return text.rfind(tail) + len(tail)

@@ -475,10 +475,10 @@ class Requests:
         assert source is not None
         return await self._chat.parse(source, text, partial=is_partial)
 
-    def _read(self, request: Request, delta: Delta) -> None:
-        """Send a delta that a reader found out."""
-        request.channel.send(Deltas([delta]))
-        self._finished(request, delta)
+    def _read(self, request: Request, deltas: list[Delta]) -> None:
+        """Send deltas that a reader found out."""
+        request.channel.send(Deltas(deltas))
+        self._finished(request, deltas[-1])
 
     def _finished(self, request: Request, delta: Delta) -> None:
         if delta.finish is not None:

@@ -1,0 +1,160 @@
+"""Tools through the whole service: real templates of eleven families, and models that recite an answer to each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.chat import answered, ask, chunks
+from tests.support.families import ARGUMENTS, FAMILIES, TOOL, template
+from tests.support.reciting import reciting
+from tests.support.service import Service, openai_error, up
+from worker.chat.code import ChatCode
+
+GENERIC = "generic"
+CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+BROKEN = '{"name": "get_weather", "parameters": {"city": Paris}}'
+QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
+RESULT = {"role": "tool", "tool_call_id": "", "content": "Sunny."}
+
+
+def key(family: str) -> str:
+    return f"acme/{family.replace(' ', '-').lower()}"
+
+
+def write(models: Path, family: str) -> None:
+    name, answer, _ = FAMILIES[family]
+    source = template(name)
+    request = json.dumps({"messages": QUESTION, "tools": [TOOL]}).encode()
+    rendered = ChatCode().templates(source).render(request)
+    path = models / key(family) / "recites-f32.gguf"
+    special = {*rendered.preserved_tokens} - {"<|end|>"}  # which ends answers, unless the vocabulary is that of gpt-oss
+    reciting(path, answer, source, special=special, after=rendered.generation_prompt)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("tools")
+    for family in FAMILIES:
+        write(home / "models", family)
+    reciting(home / "models/acme" / GENERIC / "recites-f32.gguf", CALL, "chatml")
+    llama = template(FAMILIES["Llama 3.1"][0])
+    reciting(home / "models/acme/broken/recites-f32.gguf", BROKEN, llama)
+    with up(home) as service:
+        yield service
+
+
+def message(service: Service, **fields: Any) -> tuple[Any, str]:
+    (choice,) = answered(service, **fields)["choices"]
+    return choice["message"], choice["finish_reason"]
+
+
+def streamed(service: Service, **fields: Any) -> tuple[list[Any], str]:
+    """Return the deltas of a streamed answer, and its end."""
+    received = [chunk["choices"][0] for chunk in chunks(service, **fields)]
+    assert [one["finish_reason"] for one in received[:-1]] == [None] * (len(received) - 1)
+    assert received[-1]["delta"] == {}
+    assert received[0]["delta"] == {"role": "assistant", "content": ""}
+    assert not any("role" in one["delta"] for one in received[1:])
+    return [one["delta"] for one in received[1:-1]], received[-1]["finish_reason"]
+
+
+def joined(deltas: list[Any]) -> dict[str, Any]:
+    """Return the message that deltas make, which must be as clients need them."""
+    made: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+    for delta in deltas:
+        ((field, value),) = delta.items()
+        if field != "tool_calls":
+            assert not made["tool_calls"]
+            made[field] += value
+            continue
+        (call,) = value
+        if call["index"] == len(made["tool_calls"]):
+            assert set(call) == {"index", "id", "type", "function"}
+            made["tool_calls"].append({**call, "function": {**call["function"]}})
+        else:
+            assert set(call) == {"index", "function"}
+            assert set(call["function"]) == {"arguments"}
+            made["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    return made
+
+
+def said(message: dict[str, Any]) -> dict[str, Any]:
+    (call,) = message["tool_calls"]
+    assert call["id"].startswith("call_")
+    assert call["type"] == "function"
+    return {
+        "content": (message["content"] or "").strip(),
+        "reasoning": message.get("reasoning_content", "").strip(),
+        "name": call["function"]["name"],
+        "arguments": json.loads(call["function"]["arguments"]),
+    }
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", "named"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_calls_a_tool(service: Service, family: str, choice: str) -> None:
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    fields: dict[str, Any] = {"model": key(family), "messages": QUESTION, "tools": [TOOL]}
+    fields["tool_choice"] = named if choice == "named" else choice
+    expected = FAMILIES[family][2]
+    if family == "Gemma 4" and choice != "auto":  # its grammar then begins with the call
+        expected = {**expected, "content": ""}
+    whole, finish = message(service, **fields)
+    assert (said(whole), finish) == (expected, "tool_calls")
+    assert (whole["content"] is None) == (not expected["content"])
+    deltas, finish = streamed(service, **fields)
+    assert (said(joined(deltas)), finish) == (expected, "tool_calls")
+
+
+def test_a_template_without_tools_gets_the_general_form(service: Service) -> None:
+    fields: dict[str, Any] = {"model": f"acme/{GENERIC}", "messages": QUESTION, "tools": [TOOL]}
+    whole, finish = message(service, **fields)
+    assert (said(whole)["arguments"], whole["content"], finish) == (
+        json.loads(ARGUMENTS),
+        "I will look.\n",
+        "tool_calls",
+    )
+    deltas, finish = streamed(service, **fields)
+    assert (said(joined(deltas)), finish) == (said(whole), "tool_calls")
+
+
+def test_a_call_is_only_text_to_a_client_without_tools(service: Service) -> None:
+    whole, finish = message(service, model=f"acme/{GENERIC}", messages=QUESTION, tools=[TOOL], tool_choice="none")
+    assert (whole["content"], finish) == (CALL, "stop")
+    assert "tool_calls" not in whole
+
+
+def test_calls_differ_in_their_ids_and_may_be_answered(service: Service) -> None:
+    fields: dict[str, Any] = {"model": f"acme/{GENERIC}", "tools": [TOOL]}
+    first, _ = message(service, messages=QUESTION, **fields)
+    (call,) = first["tool_calls"]
+    second, _ = message(service, messages=[*QUESTION, first, {**RESULT, "tool_call_id": call["id"]}], **fields)
+    assert second["tool_calls"][0]["id"] != call["id"]
+
+
+@pytest.mark.parametrize("end", ["stop", "length"])
+def test_what_looks_like_a_call_and_is_none_is_text(service: Service, end: str) -> None:
+    """Without a grammar for it, as with this template, the model may write anything."""
+    fields: dict[str, Any] = {"model": "acme/broken", "messages": QUESTION, "tools": [TOOL]}
+    whole, finish = message(service, **fields, **({"max_tokens": 8} if end == "length" else {}))
+    assert BROKEN.startswith(whole["content"])
+    assert (whole["content"] == BROKEN) == (end == "stop")
+    assert "tool_calls" not in whole
+    assert finish == end
+    deltas, finish = streamed(service, **fields)
+    assert joined(deltas)["content"] == BROKEN
+    assert (joined(deltas)["tool_calls"], finish) == ([], "stop")
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_by_name(service: Service) -> None:
+    parameters = {"type": "object", "properties": {"a": {"not": {}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    reply = ask(service, model=f"acme/{GENERIC}", messages=QUESTION, tools=[tool])
+    message = openai_error(reply, 400, "invalid_request_error", "invalid_value", "tools")
+    assert message.startswith("This server cannot enforce the tools: ")
+    assert "not" in message
