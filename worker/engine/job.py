@@ -20,6 +20,7 @@ class Job:
     stop: list[str] = field(default_factory=list)
     logprobs: int | None = None
     scores_prompt: bool = False  # with `logprobs`: answers begin with the log probabilities of the prompt
+    reports_end: bool = False  # with `logprobs`: also that of the token that ends an answer
     is_accepted: bool = False  # a part of a request that has begun: it is not refused for its wait
     constraint: Compiled | None = None  # on the text of each answer
     shown: frozenset[int] = frozenset()  # control tokens whose text is part of the answer

@@ -495,8 +495,8 @@ class Loop:
                 finish = "stop" if is_complete else "length"
             if answer.text.is_stopped:
                 finish = "stop"
-            if alternatives is not None:
-                logprobs.append(self._logprobs(token, alternatives))
+        if alternatives is not None and (job.reports_end or not vocabulary.is_end(token)):
+            logprobs.append(self._logprobs(token, alternatives))
         self._hand_over(running, answer, text, 1, logprobs, finish)
 
     def _logprobs(self, token: int, alternatives: Alternatives) -> TokenLogprobs:

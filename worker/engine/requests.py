@@ -250,6 +250,7 @@ class Requests:
             stop=[*order.stop, *prompt.stops],
             logprobs=order.logprobs,
             scores_prompt=isinstance(order, Complete) and order.echo and order.logprobs is not None,
+            reports_end=isinstance(order, Complete),
             is_accepted=bool(request.answers),
             constraint=prepared.constraint,
             shown=frozenset(token for text in prompt.shown if (token := self._token(text)) is not None),
