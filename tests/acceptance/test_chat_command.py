@@ -93,11 +93,12 @@ def test_a_client_without_rights_to_loads_can_chat(service: Service) -> None:
     assert "scope" not in done.stderr
 
 
-def test_a_load_that_a_question_waits_for_is_shown(service: Service) -> None:
+@pytest.mark.parametrize(("token", "line"), [(MANAGE, f"{TINY}: 0%"), (INFER, f"Waiting for {TINY}.")])
+def test_a_load_that_a_question_waits_for_is_shown(service: Service, token: str, line: str) -> None:
     with service.frozen():
         command = subprocess.Popen(
             [str(LOADSTONE), "chat", TINY],
-            env=environ(service),
+            env=environ(service, token),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -106,7 +107,7 @@ def test_a_load_that_a_question_waits_for_is_shown(service: Service) -> None:
         assert command.stderr
         command.stdin.write(b"Hello")
         command.stdin.close()
-        assert command.stderr.readline().decode().startswith(f"loadstone: {TINY}: 0%")
+        assert command.stderr.readline().decode().startswith(f"loadstone: {line}")
     assert command.wait(ENDS_S) == 0
     command.stderr.close()
     assert command.stdout
