@@ -91,6 +91,8 @@ def reason(error: str) -> str:
     """Return an error of llguidance for people."""
     if error.startswith("panic"):
         return "it is too complex"
+    if error.startswith("NoExtension"):
+        return "no text satisfies it"
     return " ".join(error.removesuffix("<non-verbose/>").split())[:MOST_REASON]
 
 
