@@ -129,7 +129,7 @@ async def test_a_worker_bounds_what_it_reads(bad: Callable[..., None], monkeypat
 
 
 def test_an_attacker_in_a_helper(targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
-    def render(_: object, conversation: bytes) -> Prompt:
+    def render(_: object, conversation: bytes, output: object = None) -> Prompt:
         if conversation == helper.TRIAL:  # before the helper gives up what it needs to start
             return Prompt(text="", stops=[], shown=[], source=None, is_open=False, before=Message())
         results = attack.outcomes({**attack.attempts(targets), **attack.of_debuggers(targets)})
