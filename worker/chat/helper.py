@@ -198,7 +198,7 @@ class Chat:
 
     def _prompt(self, rendered: Rendered, constraint: Constraint | None = None) -> Prompt:
         says_all, is_open = reading(rendered.parser)
-        source = ParserSource(rendered.format, rendered.parser, rendered.generation_prompt)
+        source = source_of(rendered)
         return Prompt(
             text=rendered.prompt,
             stops=rendered.stops,
@@ -227,23 +227,38 @@ class Chat:
         if not asked.tools:
             return self._prompt(rendered, constrained(output, rendered))
         prompt = self._prompt(rendered, tools.grammar(asked, rendered))
-        source = ParserSource(rendered.format, rendered.parser, rendered.generation_prompt, is_generic=True)
+        source = replace(source_of(rendered), is_generic=True)
         return replace(prompt, source=source, is_open=False, most_calls=most)
 
     def _rendered(self, conversation: dict[str, Any]) -> Rendered:
-        """Render a conversation with calls, if need be with repaired ones."""
-        assert self._templates is not None
+        """Render a conversation with calls or results, if need be with repaired ones."""
         try:
-            return self._templates.render(self._with_defaults(json.encode(conversation)))
+            rendered = self._filled(conversation)
         except ChatError:
             repaired = tools.repaired(conversation)
             if repaired == conversation:
                 raise
-            return self._templates.render(self._with_defaults(json.encode(repaired)))
+            rendered = self._filled(repaired)
+        try:
+            self._parser(source_of(rendered)).parse(b"", partial=True)
+        except ChatError:
+            # After results, a prompt may end otherwise than the parser expects; it need not know.
+            plain = self._filled({**conversation, "messages": [{"role": "user", "content": "Hello"}]})
+            return replace(rendered, generation_prompt=plain.generation_prompt)
+        return rendered
+
+    def _filled(self, conversation: dict[str, Any]) -> Rendered:
+        assert self._templates is not None
+        return self._templates.render(self._with_defaults(json.encode(conversation)))
 
     def _with_defaults(self, conversation: bytes) -> bytes:
         assert self._templates is not None
         return with_defaults(conversation, self._templates.capabilities["supports_thinking"])
+
+
+def source_of(rendered: Rendered) -> ParserSource:
+    """Return what makes the parser of the answers to a prompt."""
+    return ParserSource(rendered.format, rendered.parser, rendered.generation_prompt)
 
 
 def constrained(output: Schema | Grammar | None, rendered: Rendered) -> Constraint | None:
