@@ -25,6 +25,7 @@ from shared.schema.http import (
     LoadedInstance,
     ModelList,
     Quantization,
+    Reasoning,
 )
 from shared.schema.model import Model
 from shared.store.instances import Instances
@@ -228,10 +229,18 @@ def listed(model: Model) -> ListedModel:
         loaded_instances=[],
         max_context_length=model.max_context_length,
         format="gguf",
-        capabilities=Capabilities(vision=model.vision, trained_for_tool_use=model.trained_for_tool_use)
-        if is_llm
-        else UNSET,
+        capabilities=_capabilities(model) if is_llm else UNSET,
         description=model.description if is_llm else UNSET,
+    )
+
+
+def _capabilities(model: Model) -> Capabilities:
+    options = model.reasoning
+    default = "on" if "on" in options else "medium"
+    return Capabilities(
+        vision=model.vision,
+        trained_for_tool_use=model.trained_for_tool_use,
+        reasoning=Reasoning(allowed_options=options, default=default) if options else UNSET,
     )
 
 

@@ -272,6 +272,20 @@ def test_text_that_passes_is_read_alike(name: str, answer: str) -> None:
                 assert longer == content + answer[size]
 
 
+@pytest.mark.parametrize(
+    ("effort", "known", "other"),
+    [("low", "low", "low"), ("minimal", "minimal", "low"), ("xhigh", "xhigh", "high"), ("none", "none", "")],
+)
+async def test_an_effort_that_a_template_does_not_know_is_the_nearest(
+    helper: Helper, effort: str, known: str, other: str
+) -> None:
+    source = "{{ reasoning_effort }}"
+    for text, expected in ((source + f"{{# '{effort}' #}}", known), (source, other)):
+        helper.compile(Template(source=text + "{{ messages[0].content }}")).result()
+        prompt = await helper.render(conversation("!", chat_template_kwargs={"reasoning_effort": effort}))
+        assert prompt.text == f"{expected}!"
+
+
 # ---- tools
 
 CALLED = {
