@@ -16,6 +16,7 @@ from tests.support.child import in_child
 from tests.support.generation import Trial, ids_of
 from worker.chat.code import Trigger
 from worker.chat.protocol import Constraint
+from worker.engine.constrain import KEPT
 
 PERSON = {
     "type": "object",
@@ -104,3 +105,75 @@ def lazy(root: Path) -> None:
 
 def test_a_lazy_constraint_begins_at_its_trigger(llama: Path) -> None:
     in_child(lazy, llama)
+
+
+def thinking(root: Path) -> None:
+    trial = Trial(root)
+    vocabulary = trial.engine.vocabulary
+    ends = dict.fromkeys(vocabulary.ends(), 50.0)
+    constraint = schema({"const": 5}, thinking_start="<t>", thinking_ends=["</t>"])
+    begin = vocabulary.spelled("<t>")[0]
+    (silent,) = trial.run(job(trial, constraint, sampling=Sampling(logit_bias={begin: -100.0})))
+    assert (silent.texts, silent.finishes) == ({0: "5"}, {0: "stop"})
+    (begun,) = trial.run(job(trial, constraint, sampling=Sampling(logit_bias={begin: 100.0, **ends}), max_tokens=9))
+    assert begun.texts[0].startswith("<t>")
+    assert begun.finishes == {0: "length"}
+    letters: dict[int, float] = dict.fromkeys(range(vocabulary.n_tokens), -100.0)
+    letters |= {vocabulary.spelled(text)[0]: 0.0 for text in ("<", "/", "t", ">", "5", "x")}
+    within = schema({"const": 5}, is_thinking=True, thinking_ends=["</t>"])
+    sampling = Sampling(temperature=5.0, logit_bias={**letters, **ends})
+    (answer,) = trial.run(job(trial, within, sampling=sampling, max_tokens=2000))
+    assert re.fullmatch(r"[</t>5x]*</t>5", answer.texts[0]), answer.texts
+
+
+def test_reasoning_before_a_constraint_is_free(llama: Path) -> None:
+    """The model may begin with it, or the prompt does.  It cannot end the answer."""
+    in_child(thinking, llama)
+
+
+def preempted(root: Path) -> None:
+    trial = Trial(root, parallel=3, context_length=1024)
+    numbers = schema(
+        {"type": "array", "items": {"enum": [91827364, 82736455, 73645546]}, "minItems": 70, "maxItems": 70}
+    )
+    answers = trial.run(*[job(trial, numbers, client=str(i), max_tokens=700) for i in range(3)])
+    assert trial.loop.counters.preemptions > 0
+    assert [len(json.loads(answer.texts[0])) for answer in answers] == [70] * 3
+
+
+def test_a_preempted_answer_keeps_its_constraint(llama: Path) -> None:
+    in_child(preempted, llama)
+
+
+def cut(root: Path) -> None:
+    trial = Trial(root)
+    endless = schema({"type": "array", "items": {"const": 1}, "minItems": 1000})
+    (full,) = trial.run(job(trial, endless, max_tokens=20))
+    assert (full.finishes, full.texts[0][:5]) == ({0: "length"}, "[1,1,")
+    (stopped,) = trial.run(job(trial, endless, stop=["1,1,1"]))
+    assert (stopped.finishes, stopped.texts) == ({0: "stop"}, {0: "["})
+    dead = Constraint(kind="gbnf", text='root ::= "a" x\nx ::= x "b"')
+    (failed,) = trial.run(job(trial, dead))
+    assert failed.code == "engine_failed"
+    assert "no text satisfies" in failed.last.message
+
+
+def test_an_answer_that_cannot_end_is_cut_or_fails(llama: Path) -> None:
+    in_child(cut, llama)
+
+
+def kept(root: Path) -> None:
+    trial = Trial(root)
+    first = trial.loop.constrain(schema(PERSON)).result()
+    for i in range(KEPT - 1):
+        trial.loop.constrain(schema({"const": i})).result()
+    assert trial.loop.constrain(schema(PERSON)).result().matcher is first.matcher
+    trial.loop.constrain(schema({"const": "another"})).result()
+    assert trial.loop.constrain(schema(PERSON)).result().matcher is first.matcher
+    for i in range(KEPT):
+        trial.loop.constrain(schema({"const": i})).result()
+    assert trial.loop.constrain(schema(PERSON)).result().matcher is not first.matcher
+
+
+def test_constraints_stay_compiled_while_they_are_used(llama: Path) -> None:
+    in_child(kept, llama)

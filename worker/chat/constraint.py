@@ -5,6 +5,7 @@ What llguidance would take for less than it says is refused here: facts about it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, assert_never
@@ -20,8 +21,9 @@ NO_TOKENS: Mapping[str, int] = {}
 LIMITS = LLParserLimits(verbose_errors=False)  # their defaults bound the time of a token to about 20 ms
 MOST_REASON = 500  # characters; a regular expression is quoted
 EXACT = 2**53  # integers beyond are rounded
-# Compact JSON: with free white space, a model may write nothing else.  A key that escapes letters could repeat another.
-OPTIONS: Any = {"whitespace_flexible": False, "json_allow_general_unicode_escapes": False}
+CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")  # characters that only \uXXXX spells
+# Compact JSON: with free white space, a model may write nothing else.  Without \uXXXX, a key has only one spelling.
+OPTIONS: Any = {"whitespace_flexible": False, "json_allowed_escapes": 'nrbtf\\"'}
 NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions"))  # keywords with schemas by name
 VALUES = frozenset(("const", "default", "enum", "example", "examples"))  # keywords with any JSON
 NUMBERS = frozenset(("maximum", "minimum", "exclusiveMaximum", "exclusiveMinimum", "multipleOf"))
@@ -56,7 +58,8 @@ def matcher(grammar: str, tokenizer: LLTokenizer) -> LLMatcher:
     compiled = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
     if compiled.is_error():
         raise ConstraintError(reason(compiled.get_error()))
-    if compiled.is_stopped() or not any(compiled.compute_bitmask()):
+    compiled.compute_bitmask()
+    if compiled.is_stopped() and not compiled.is_accepting():
         raise ConstraintError("no text satisfies it")
     return compiled
 
@@ -88,6 +91,8 @@ def reason(error: str) -> str:
     """Return an error of llguidance for people."""
     if error.startswith("panic"):
         return "it is too complex"
+    if error.startswith("NoExtension"):
+        return "no text satisfies it"
     return " ".join(error.removesuffix("<non-verbose/>").split())[:MOST_REASON]
 
 
@@ -123,9 +128,12 @@ def trim(schema: dict[str, Any]) -> None:
         names = len(required) if isinstance(required, list) else 0
         if isinstance(least, int) and least > max(1, names):  # a property that comes twice would count twice
             raise ConstraintError("'minProperties' above 1 is not supported, beyond the number of required properties")
-        numbers = [each.get(keyword) for keyword in NUMBERS] + [*_leaves([each.get("const"), each.get("enum")])]
+        fixed = [*_leaves([each.get("const"), each.get("enum")])]
+        numbers = [each.get(keyword) for keyword in NUMBERS] + fixed
         if any(isinstance(number, int) and abs(number) > EXACT for number in numbers):
             raise ConstraintError(f"integers beyond {EXACT:,} are not supported")
+        if any(isinstance(text, str) and CONTROL.search(text) for text in fixed):
+            raise ConstraintError("control characters in 'const' and 'enum' are not supported")
 
 
 def _schemas(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -145,13 +153,13 @@ def _schemas(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield the values in lists and objects that are neither."""
+    """Yield the values in lists and objects that are neither, and keys."""
     todo = [value]
     while todo:
         each = todo.pop()
         if isinstance(each, list):
             todo += each
         elif isinstance(each, dict):
-            todo += each.values()
+            todo += [*each, *each.values()]
         else:
             yield each

@@ -244,4 +244,6 @@ class Constrained:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(reason(self._matcher.get_error()))
+            raise ConstraintError(f"The form of the answer cannot be enforced: {reason(self._matcher.get_error())}.")
+        if self._matcher.is_stopped() and not self._matcher.is_accepting():
+            raise ConstraintError("The answer cannot go on: no text satisfies its schema or grammar.")
