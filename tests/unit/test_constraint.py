@@ -169,3 +169,9 @@ def walk(state: LLMatcher, chance: random.Random) -> str | None:
         assert state.consume_token(token)
         data.append(token)
     return None
+
+
+def test_an_object_may_have_thousands_of_optional_properties() -> None:
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "boolean"} for i in range(2000)}}
+    assert accepts(schema, '{"p7":true,"p1999":false}')
+    assert not accepts(schema, '{"p7":5}')

@@ -18,7 +18,8 @@ from worker.chat.protocol import Constraint
 
 NO_TOKENS: Mapping[str, int] = {}
 
-LIMITS = LLParserLimits(verbose_errors=False)  # their defaults bound the time of a token to about 20 ms
+# The defaults bound the time of a token to about 20 ms.  An optional property takes four items of a row.
+LIMITS = LLParserLimits(verbose_errors=False, max_items_in_row=10_000)
 MOST_REASON = 500  # characters; a regular expression is quoted
 EXACT = 2**53  # integers beyond are rounded
 CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")  # characters that only \uXXXX spells
@@ -56,9 +57,10 @@ def grammar(constraint: Constraint, tokens: Mapping[str, int] = NO_TOKENS) -> st
 def matcher(grammar: str, tokenizer: LLTokenizer) -> LLMatcher:
     """Compile a grammar.  Raises ConstraintError."""
     compiled = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+    if not compiled.is_error():
+        compiled.compute_bitmask()  # may find an error too
     if compiled.is_error():
         raise ConstraintError(reason(compiled.get_error()))
-    compiled.compute_bitmask()
     if compiled.is_stopped() and not compiled.is_accepting():
         raise ConstraintError("no text satisfies it")
     return compiled

@@ -27,6 +27,7 @@ MOST_CANDIDATES = 256  # that top_k lets pass: the samplers after it take 15 ms 
 GREEDY_BELOW = 1e-4  # temperature; dividing by less overflows
 MOST_THREADS = 16
 TOKENS_OF_A_THREAD = 200_000  # of vocabularies to look through, for which a thread pays
+MOST_REJECTED = 4  # tokens, before a mask is computed that takes as long as to draw some more
 SEEDS = 0xFFFFFFFF  # this one itself would mean a random seed to llama.cpp
 
 
@@ -130,8 +131,11 @@ class Sampler:
 
     def draw(self, row: Logits) -> int:
         """Choose a token that may still be rejected.  Raises BadLogits."""
-        if self._chain is None or not np.isfinite(row.max()):
-            return self.sample(row, None, 0)
+        token = int(row.argmax())
+        if not math.isfinite(row[token]):
+            raise BadLogits("The engine computed logits that are not numbers.")
+        if self._chain is None:
+            return token
         candidates = np.zeros(row.size, CANDIDATE)
         candidates["id"] = np.arange(row.size)
         candidates["logit"] = row
@@ -201,21 +205,24 @@ class Draw:
             self.alternatives = [Alternatives(float(raw[token]) - total, best) for token in self.tokens]
 
     def _choose(self, context: Any) -> None:
-        """Choose the tokens.  The row is masked at the first token that a constraint rejects, or before."""
+        """Choose the tokens.  A constraint masks the row before, or once it rejected a few tokens."""
         constrained = self.constrained
-        checks = constrained is not None and constrained.checks_first
-        if constrained is not None and not checks:
-            constrained.mask(self.row)
-        for sampler in self.samplers:
-            if constrained is not None and checks:
-                token = sampler.draw(self.row)
-                if constrained.allows(token):
-                    sampler.accept(token)
-                    self.tokens.append(token)
-                    continue
+        if constrained is None or not constrained.checks_first:
+            if constrained is not None:
                 constrained.mask(self.row)
-                checks = False
-            self.tokens.append(sampler.sample(self.row, context, self.index))
+            self.tokens = [sampler.sample(self.row, context, self.index) for sampler in self.samplers]
+            return
+        n_left = MOST_REJECTED
+        for sampler in self.samplers:
+            token = sampler.draw(self.row)
+            while not constrained.allows(token):
+                self.row[token] = -np.inf
+                n_left -= 1
+                if not n_left:
+                    constrained.mask(self.row)
+                token = sampler.draw(self.row)
+            sampler.accept(token)
+            self.tokens.append(token)
 
 
 class Draws:
