@@ -143,7 +143,10 @@ class ChatRequest(TextRequest, frozen=True, kw_only=True):
     ] = None
     reasoning_effort: Annotated[
         str | None,
-        Meta(description="`none` turns reasoning off; other values go to the model's chat template."),
+        Meta(
+            description="`none` turns reasoning off; other values go to the model's chat template, `minimal` as `low` "
+            "and `xhigh` as `high` if it does not know them."
+        ),
     ] = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None,

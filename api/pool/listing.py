@@ -26,6 +26,7 @@ from shared.schema.http import (
     LoadedInstance,
     ModelList,
     Quantization,
+    Reasoning,
 )
 from shared.schema.memory import Holding
 from shared.schema.model import Model
@@ -232,9 +233,7 @@ def listed(model: Model) -> ListedModel:
         loaded_instances=[],
         max_context_length=model.max_context_length,
         format="gguf",
-        capabilities=Capabilities(vision=model.vision, trained_for_tool_use=model.trained_for_tool_use)
-        if is_llm
-        else UNSET,
+        capabilities=_capabilities(model) if is_llm else UNSET,
         description=model.description if is_llm else UNSET,
     )
 
@@ -249,6 +248,16 @@ def _work(held: Holding | None) -> dict[str, Any]:
         "kv_cells_used": held.cells,
         "generated_tokens_per_second": round(held.tokens_per_second, 1),
     }
+
+
+def _capabilities(model: Model) -> Capabilities:
+    options = model.reasoning
+    default = "on" if "on" in options else "medium"
+    return Capabilities(
+        vision=model.vision,
+        trained_for_tool_use=model.trained_for_tool_use,
+        reasoning=Reasoning(allowed_options=options, default=default) if options else UNSET,
+    )
 
 
 def _oldest_first(instances: Iterable[Instance]) -> list[Instance]:

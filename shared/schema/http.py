@@ -342,11 +342,25 @@ class Quantization(Struct, frozen=True, kw_only=True):
     ]
 
 
+class Reasoning(Struct, frozen=True, kw_only=True):
+    """How the reasoning of a model can be set."""
+
+    allowed_options: Annotated[
+        list[str],
+        Meta(description="`off` and `on`: it can be turned off. `low`, `medium`, `high`: its effort can be set."),
+    ]
+    default: Annotated[str, Meta(description="The setting of a request that has none.")]
+
+
 class Capabilities(Struct, frozen=True, kw_only=True):
     """What an LLM can do."""
 
     vision: Annotated[bool, Meta(description="Whether the model understands images.")]
     trained_for_tool_use: Annotated[bool, Meta(description="Whether the model is trained to call tools.")]
+    reasoning: Annotated[
+        Reasoning | UnsetType,
+        Meta(description="How its reasoning can be set; absent if its chat template has no variable for that."),
+    ] = UNSET
 
 
 class LoadedInstance(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):

@@ -174,6 +174,7 @@ class Model(Struct, frozen=True, kw_only=True, gc=False):
     pooling: int = -1  # pooling type of llama.cpp: -1 unspecified, 0 none, 1 mean, 2 cls, 3 last, 4 rank
     vision: bool = False
     trained_for_tool_use: bool = False
+    reasoning: list[str] = []  # its settings: "off", "on", "low", "medium", "high"
     files: list[FileStat] = []  # of each shard
     can_map: bool = True  # the tensors are aligned as the engine needs them in a mapping of the file
     dimensions: Dimensions | None = None  # None: the header lacks a required one

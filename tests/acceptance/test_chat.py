@@ -218,7 +218,7 @@ def test_a_model_without_a_template_does_not_chat(service: Service) -> None:
         ({"max_tokens": "many"}, "invalid_type", "max_tokens"),
         ({"n": 5}, "invalid_value", "n"),
         ({"logit_bias": {"99999": 1}}, "invalid_value", "logit_bias"),
-        ({"tools": [{"type": "function"}]}, "not_supported", "tools"),
+        ({"tools": [{"type": "custom"}]}, "not_supported", "tools[0]"),
         ({"response_format": {"type": "yaml"}}, "invalid_value", "response_format"),
         ({"json_schema": {"not": {}}}, "invalid_value", "response_format"),
     ],

@@ -158,3 +158,20 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_name(service: Service) -
     message = openai_error(reply, 400, "invalid_request_error", "invalid_value", "tools")
     assert message.startswith("This server cannot enforce the tools: ")
     assert "not" in message
+
+
+def test_the_list_says_how_reasoning_can_be_set(service: Service) -> None:
+    models = {model["key"]: model for model in service.send("GET", "/api/v1/models").json()["models"]}
+    found = {family: models[key(family)]["capabilities"].get("reasoning") for family in FAMILIES}
+    switch = {"allowed_options": ["off", "on"], "default": "on"}
+    assert found["Qwen3"] == switch
+    assert found["gpt-oss"] == {"allowed_options": ["low", "medium", "high"], "default": "medium"}
+    assert found["Hermes 3"] is None
+
+
+def test_reasoning_can_be_turned_off(service: Service) -> None:
+    """The template then writes the reasoning itself, empty; this model repeats it, which is content."""
+    whole, _ = message(service, model=key("Qwen3"), messages=QUESTION, reasoning_effort="none", max_tokens=10)
+    assert "reasoning_content" not in whole
+    whole, _ = message(service, model=key("Qwen3"), messages=QUESTION, max_tokens=10)
+    assert whole["reasoning_content"]

@@ -16,18 +16,16 @@ from typing import Any
 
 import pytest
 
-from shared.channel.messages import Grammar, Schema
+from tests.support.families import TEMPLATES
 from tests.support.service import Process, below, is_alive, wait_gone
-from worker.chat.code import ChatCode, ChatError, Message, installed
-from worker.chat.constraint import ConstraintError
+from worker.chat.code import ChatCode, ChatError, Message
 from worker.chat.handle import Helper, HelperDied
 from worker.chat.helper import reading
-from worker.chat.protocol import Constraint, Template
+from worker.chat.protocol import Template
 from worker.engine.confine import confine
 
 CPU_S = 1.0
 MEMORY_BYTES = 300 << 20
-TEMPLATES = installed().parent / "chat" / "templates"
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
 # A template that a conversation can make do anything.
@@ -202,6 +200,9 @@ def test_the_processes_are_confined(trapped: Helper) -> None:
 RUNNER = """
 import os, sys
 from worker.chat.handle import Helper
+from worker.chat.protocol import Prompt, Template
+
+
 from worker.chat.protocol import Constraint, Template
 from worker.engine.confine import confine
 helper = Helper(confine)
@@ -272,66 +273,3 @@ def test_text_that_passes_is_read_alike(name: str, answer: str) -> None:
         for size, (content, longer) in enumerate(pairwise(contents)):
             if content.strip():
                 assert longer == content + answer[size]
-
-
-def chained(n: int) -> bytes:
-    """Return a schema whose compilation overflows the stack."""
-    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}
-    return json.dumps({"$ref": "#/$defs/d0", "$defs": {**links, f"d{n}": {}}}).encode()
-
-
-SLOW = {"type": "string", "allOf": [{"pattern": f"^.*a.{{{i}}}$"} for i in range(40)]}  # for minutes
-
-
-@pytest.mark.parametrize(
-    ("schema", "reason"),
-    [(json.dumps(SLOW).encode(), "longer than"), (chained(20_000), "SIGSEGV|SIGABRT")],
-    ids=["slow", "deep"],
-)
-async def test_a_hostile_schema_costs_only_its_helper(trapped: Helper, schema: bytes, reason: str) -> None:
-    with pytest.raises(ConstraintError, match=reason):
-        await trapped.render(conversation("Hello"), Schema(schema))
-    with pytest.raises(ConstraintError, match="before"):
-        await trapped.render(conversation("Hello again"), Schema(schema))
-    prompt = await trapped.render(conversation("Hello"), Schema(b"{}"))
-    assert prompt.constraint == Constraint(kind="json_schema", text="{}")
-
-
-@pytest.mark.parametrize(
-    ("schema", "is_enforced"),
-    [
-        ({"enum": [f"value {i}" for i in range(20_000)]}, True),
-        ({"type": "array", "minItems": 100_000}, True),
-        ({"type": "string", "maxLength": 10**9}, True),
-        ({"type": "string", "pattern": "^(a+)+$"}, True),
-        ({"type": "string", "pattern": "(x+x+)+y" * 50}, True),
-        ({"type": "string", "pattern": "((a{0,100}){0,100}){0,100}"}, True),
-        ({"type": "string", "pattern": "(" * 5000 + "a" + ")" * 5000}, False),
-    ],
-    ids=["choices", "items", "length", "stars", "plus", "counts", "parentheses"],
-)
-async def test_a_large_schema_is_bounded(trapped: Helper, schema: Any, is_enforced: bool) -> None:
-    before = processes()
-    if is_enforced:
-        assert await trapped.render(conversation("Hello"), Schema(json.dumps(schema).encode()))
-    else:
-        with pytest.raises(ConstraintError):
-            await trapped.render(conversation("Hello"), Schema(json.dumps(schema).encode()))
-    assert [p.pid for p in processes()] == [p.pid for p in before]
-
-
-@pytest.mark.parametrize(
-    ("template", "options", "expected"),
-    [
-        ("Qwen-Qwen3-0.6B", {}, {"thinking_start": "<think>", "thinking_ends": ["</think>"]}),
-        ("Qwen-Qwen3-0.6B", {"enable_thinking": False}, {"thinking_ends": ["</think>"]}),
-        ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", {}, {"is_thinking": True, "thinking_ends": ["</think>"]}),
-        ("openai-gpt-oss-120b", {}, {"is_thinking": True, "thinking_ends": ["<|channel|>final<|message|>"]}),
-    ],
-)
-async def test_reasoning_comes_before_the_form(
-    helper: Helper, template: str, options: dict[str, Any], expected: dict[str, Any]
-) -> None:
-    helper.compile(Template(source=(TEMPLATES / f"{template}.jinja").read_text())).result()
-    prompt = await helper.render(conversation("Hello", **options), Grammar('root ::= "a"'))
-    assert prompt.constraint == Constraint(kind="gbnf", text='root ::= "a"', **expected)

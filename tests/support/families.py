@@ -8,6 +8,7 @@ from typing import Any
 from worker.chat.code import installed
 
 TEMPLATES = installed().parent / "chat" / "templates"
+PROMPTS: list[str] = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 TOOL = {
     "type": "function",

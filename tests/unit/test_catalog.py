@@ -549,7 +549,7 @@ def test_fields_after_the_vocabulary_follow_later(root: Path) -> None:
         "llama.expert_count": 8,
         "llama.expert_used_count": 2,
         **vocabulary(2000),
-        "tokenizer.chat_template": "{% if tools %}{{ tools }}{% endif %}",
+        "tokenizer.chat_template": "{% if tools %}{{ tools }}{{ enable_thinking }}{{ reasoning_effort }}{% endif %}",
         "general.file_type": 7,
     }
     path = write(root / "Pub/M-GGUF/m.gguf", metadata, [("a", (1024, 1000), 8), ("b", (1024, 4), 0)])
@@ -570,6 +570,7 @@ def test_fields_after_the_vocabulary_follow_later(root: Path) -> None:
         bits_per_weight=8.59,
         params_string="1M",
         trained_for_tool_use=True,
+        reasoning=["off", "on", "low", "medium", "high"],
         weights=Weights(input_bytes=0, repeating_bytes=0, output_bytes=1_104_384, has_output=False),
     )
 

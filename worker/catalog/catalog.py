@@ -250,6 +250,7 @@ def _model(
         pooling=first.pooling,
         vision=group.home in vision and projectors.words(place.stem) in vision[group.home],
         trained_for_tool_use=first.tool_use,
+        reasoning=first.reasoning,
         files=[shard.stat for shard in shards],
         can_map=all(file.can_map for file in readable),
         dimensions=first.dimensions,

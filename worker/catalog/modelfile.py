@@ -62,6 +62,7 @@ class ModelFile(Struct, frozen=True, kw_only=True):
     vision: bool = False  # of a companion: it encodes images
     exact: bool = False  # of a companion: names and width are those of the models that it belongs to
     tool_use: bool = False
+    reasoning: list[str] = []
     split_count: int = 0  # number of files of a split model; 0: the header has none
     n_tensors: int = 0
     parameters: int | None = None
@@ -105,7 +106,8 @@ def describe(header: Header) -> ModelFile:
         width=fields.length("clip.vision.projection_dim") or fields.length(of("embedding_length")),
         vision=fields.flag("clip.has_vision_encoder", not fields.flag("clip.has_audio_encoder", False)),
         exact=fields.text("general.type") == "mmproj",
-        tool_use=_mentions_tools(header.metadata),
+        tool_use=any(re.search(r"\btools\b", template) for template in _templates(header.metadata)),
+        reasoning=_reasoning(_templates(header.metadata)),
         split_count=fields.number("split.count", 0),
         n_tensors=header.n_tensors,
         parameters=parameters,
@@ -171,10 +173,20 @@ def _problem(fields: Fields, file: ModelFile, no_model: str | None) -> Problem |
     return Problem(code="invalid_model_file", message=message)
 
 
-def _mentions_tools(metadata: dict[str, Value]) -> bool:
-    """Return whether a chat template uses `tools`, as that of a model trained for tool use does."""
-    templates = [value for key, value in metadata.items() if key.startswith("tokenizer.chat_template")]
-    return any(isinstance(template, str) and re.search(r"\btools\b", template) is not None for template in templates)
+def _templates(metadata: dict[str, Value]) -> list[str]:
+    """Return the chat templates.  That of a model trained for tool use has a variable `tools`."""
+    values = [value for key, value in metadata.items() if key.startswith("tokenizer.chat_template")]
+    return [value for value in values if isinstance(value, str)]
+
+
+def _reasoning(templates: list[str]) -> list[str]:
+    """Return the settings of reasoning for which chat templates have variables."""
+    options = []
+    if any("enable_thinking" in template for template in templates):
+        options += ["off", "on"]
+    if any("reasoning_effort" in template for template in templates):
+        options += ["low", "medium", "high"]
+    return options
 
 
 def _weigh(header: Header) -> tuple[int | None, int | None]:

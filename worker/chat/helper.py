@@ -58,6 +58,9 @@ FORK = b"f"  # asks the zygote for a helper; the same with the helper's socket i
 NUMBER = struct.Struct("<i")  # and later the helper's exit status
 TRIAL = b'{"messages": [{"role": "user", "content": "Hello"}]}'
 HARMONY_CHANNEL, HARMONY_FINAL = "<|channel|>", "<|channel|>final<|message|>"  # of gpt-oss
+EFFORT = "reasoning_effort"
+# Efforts that few templates know, and what the others get: the nearest one, or for "none" nothing.
+EFFORTS = {b'"none"': b"", b'"minimal"': b'"low"', b'"xhigh"': b'"high"'}
 FIXED = frozenset({"epsilon", "literal", "sequence", "end"})  # parsers that read a fixed text, and say nothing
 
 Confine = Callable[[int], None]  # restricts a process, and closes all its descriptors but this one
@@ -198,7 +201,7 @@ class Chat:
 
     def _prompt(self, rendered: Rendered, constraint: Constraint | None = None) -> Prompt:
         says_all, is_open = reading(rendered.parser)
-        source = ParserSource(rendered.format, rendered.parser, rendered.generation_prompt)
+        source = source_of(rendered)
         return Prompt(
             text=rendered.prompt,
             stops=rendered.stops,
@@ -227,23 +230,38 @@ class Chat:
         if not asked.tools:
             return self._prompt(rendered, constrained(output, rendered))
         prompt = self._prompt(rendered, tools.grammar(asked, rendered))
-        source = ParserSource(rendered.format, rendered.parser, rendered.generation_prompt, is_generic=True)
+        source = replace(source_of(rendered), is_generic=True)
         return replace(prompt, source=source, is_open=False, most_calls=most)
 
     def _rendered(self, conversation: dict[str, Any]) -> Rendered:
-        """Render a conversation with calls, if need be with repaired ones."""
-        assert self._templates is not None
+        """Render a conversation with calls or results, if need be with repaired ones."""
         try:
-            return self._templates.render(self._with_defaults(json.encode(conversation)))
+            rendered = self._filled(conversation)
         except ChatError:
             repaired = tools.repaired(conversation)
             if repaired == conversation:
                 raise
-            return self._templates.render(self._with_defaults(json.encode(repaired)))
+            rendered = self._filled(repaired)
+        try:
+            self._parser(source_of(rendered)).parse(b"", partial=True)
+        except ChatError:
+            # After results, a prompt may end otherwise than the parser expects; it need not know.
+            plain = self._filled({**conversation, "messages": [{"role": "user", "content": "Hello"}]})
+            return replace(rendered, generation_prompt=plain.generation_prompt)
+        return rendered
+
+    def _filled(self, conversation: dict[str, Any]) -> Rendered:
+        assert self._templates is not None
+        return self._templates.render(self._with_defaults(json.encode(conversation)))
 
     def _with_defaults(self, conversation: bytes) -> bytes:
         assert self._templates is not None
-        return with_defaults(conversation, self._templates.capabilities["supports_thinking"])
+        return with_defaults(conversation, self._templates.capabilities["supports_thinking"], self._source)
+
+
+def source_of(rendered: Rendered) -> ParserSource:
+    """Return what makes the parser of the answers to a prompt."""
+    return ParserSource(rendered.format, rendered.parser, rendered.generation_prompt)
 
 
 def constrained(output: Schema | Grammar | None, rendered: Rendered) -> Constraint | None:
@@ -264,12 +282,18 @@ def constrained(output: Schema | Grammar | None, rendered: Rendered) -> Constrai
     )
 
 
-def with_defaults(conversation: bytes, thinks: bool) -> bytes:
+def with_defaults(conversation: bytes, thinks: bool, template: str) -> bytes:
     """Add what llama-server adds to a request (tools/server/server-common.cpp, oaicompat_chat_params_parse; its
     `preserve_reasoning` is on by default)."""
     fields = json.decode(conversation, type=dict[str, msgspec.Raw])
     variables = json.decode(fields.get("chat_template_kwargs", b"{}"), type=dict[str, msgspec.Raw])
     defaults = {"enable_thinking": msgspec.Raw(json.encode(thinks))}
+    effort = variables.get(EFFORT)
+    word = "" if effort is None else bytes(effort).decode()
+    if word.encode() in EFFORTS and word not in template.replace("'", '"'):
+        variables = {name: value for name, value in variables.items() if name != EFFORT}
+        if other := EFFORTS[word.encode()]:
+            variables[EFFORT] = msgspec.Raw(other)
     variables = {"preserve_reasoning": msgspec.Raw(b"true"), **variables}
     return json.encode({**defaults, **fields, "chat_template_kwargs": variables})
 

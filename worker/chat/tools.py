@@ -241,7 +241,8 @@ def counted(conversation: Conversation) -> Conversation:
 def repaired(conversation: Conversation) -> Conversation:
     """Return a conversation that more templates accept.
 
-    Ids have nine letters and digits, as Mistral's templates require.  Arguments that are not JSON are a JSON string.
+    Ids have nine letters and digits, as Mistral's templates require.  Arguments that are not JSON are the member of an
+    object, since templates iterate over members.
     """
 
     def id_of(id_: str, _: str) -> str:
@@ -252,7 +253,7 @@ def repaired(conversation: Conversation) -> Conversation:
         try:
             json.loads(call["function"]["arguments"])
         except (ValueError, RecursionError):
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+            call["function"]["arguments"] = json.dumps({"arguments": call["function"]["arguments"]})
     return repaired
 
 
