@@ -13,7 +13,7 @@ from api.channel.answer import Answer
 from api.channel.channels import Channels
 from api.loads.demand import OnDemand
 from api.pool.loaded import Loaded
-from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Generate, Queued, Refused, Started
+from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Generate, Queued, Refused, Started, Vectors
 from shared.errors import (
     ChatUnavailable,
     InvalidValue,
@@ -103,7 +103,7 @@ class Answering:
                     raise refusal(message, ask.prompt)
                 case Failed():
                     raise RequestFailed(message.message)
-                case Started() | Deltas() | Ended():
+                case Started() | Deltas() | Vectors() | Ended():
                     raise ServiceError("The runner began a request that it had not accepted.")
                 case _:
                     assert_never(message)
@@ -124,13 +124,13 @@ class Answering:
             return await self._on_demand.loaded(e.key, ask.ttl_s, without, ask.traceparent)
 
 
-def told(message: FromRunner) -> Deltas | Ended | None:
+def told(message: FromRunner) -> Deltas | Vectors | Ended | None:
     """Return what of a message about an accepted request a client is told, None for nothing.
 
     Raises the error that a message tells.
     """
     match message:
-        case Deltas() | Ended():
+        case Deltas() | Vectors() | Ended():
             return message
         case Queued() | Started():
             return None
@@ -145,7 +145,7 @@ def told(message: FromRunner) -> Deltas | Ended | None:
 def refusal(refused: Refused, prompt: str = "") -> ServiceError:
     """Return the error for a request that the runner refused.  `prompt` is the field with the prompt."""
     match refused.code:
-        case "invalid_request":
+        case "invalid_request" | "wrong_type":
             return InvalidValue(refused.message, param=refused.param or UNSET)
         case "context_length_exceeded":
             return context_length_exceeded(refused.prompt_tokens, refused.context_length, prompt)

@@ -10,7 +10,19 @@ from typing import assert_never
 
 from msgspec import UNSET
 
-from shared.channel.messages import Delta, Deltas, Ended, Failed, FromRunner, Queued, Refused, Started, Usage, size_of
+from shared.channel.messages import (
+    Delta,
+    Deltas,
+    Ended,
+    Failed,
+    FromRunner,
+    Queued,
+    Refused,
+    Started,
+    Usage,
+    Vectors,
+    size_of,
+)
 from shared.errors import ClientTooSlow, ServiceError
 
 MOST_BYTES = 1 << 20  # of deltas that the client has not read
@@ -33,14 +45,14 @@ class Answer(AsyncIterator[FromRunner]):
         self.outcome = "cancelled"  # for the metrics: "completed" or why there is no complete answer
         self.usage: Usage | None = None
 
-    def put(self, message: Refused | Queued | Started | Ended | Failed) -> None:
+    def put(self, message: Refused | Queued | Started | Vectors | Ended | Failed) -> None:
         """Add a message of the runner."""
         match message:
             case Refused() | Failed():
                 self.is_complete, self.outcome = True, message.code
             case Ended():
                 self.is_complete, self.outcome, self.usage = True, "completed", message.usage
-            case Queued() | Started():
+            case Queued() | Started() | Vectors():
                 pass
             case _:
                 assert_never(message)

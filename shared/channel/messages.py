@@ -1,7 +1,8 @@
 """The messages on a channel, between an API process and a runner: tagged structs, each in a frame of `shared.framing`.
 
 They know no wire format of a client: the API translates.  Every request has an `id` that the API process chose, unique
-on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed.
+on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed;
+one that embeds gets vectors instead of Started and deltas.
 """
 
 from __future__ import annotations
@@ -48,13 +49,32 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="gener
     logprobs: int | None = None  # how many alternatives to report for each token; None: no log probabilities
 
 
+class Embed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
+    """Compute the vector of each text, or of each list of tokens; one of the two is given."""
+
+    id: int
+    client: str  # opaque; clients take turns
+    texts: list[str] = []
+    tokens: list[list[int]] = []
+
+
+class Rank(Struct, frozen=True, kw_only=True, tag="rank"):
+    """Score how well each document answers a query.  Each score is a vector of its document."""
+
+    id: int
+    client: str  # opaque; clients take turns
+    query: str
+    documents: list[str]
+
+
 class Cancel(Struct, frozen=True, tag="cancel"):
     """End a request.  Nothing follows, not even Ended; unknown ids are ignored: the request may have ended."""
 
     id: int
 
 
-ToRunner = Generate | Cancel
+ToModel = Generate | Embed | Rank
+ToRunner = ToModel | Cancel
 
 # ---- from the runner
 
@@ -63,6 +83,7 @@ RefusedCode = Literal[
     "context_length_exceeded",  # `prompt_tokens` and `context_length` are set
     "queue_full",  # `retry_after_s` is set
     "queue_timeout",
+    "wrong_type",  # the model does not do what is asked: it embeds, it ranks, or it generates text
     "chat_unavailable",  # this build of the engine has no chat code, or the model no template
     "closing",  # the instance is being unloaded; another one may answer
     "helper_crashed",  # the template code crashed on this request, or took too long; a repeat is refused for a while
@@ -138,6 +159,14 @@ class Deltas(Struct, frozen=True, tag="deltas"):
     deltas: list[Delta]
 
 
+class Vectors(Struct, frozen=True, kw_only=True, tag="vectors"):
+    """The next vectors of a request, in the order of its texts: of length 1, or the scores of a model that ranks."""
+
+    id: int
+    n: int
+    data: bytes  # little-endian 32-bit floats
+
+
 class Usage(Struct, frozen=True, kw_only=True):
     """Tokens and seconds of a request."""
 
@@ -165,7 +194,7 @@ class Failed(Struct, frozen=True, kw_only=True, tag="request_failed"):
     message: str
 
 
-FromRunner = Refused | Queued | Started | Deltas | Ended | Failed
+FromRunner = Refused | Queued | Started | Deltas | Vectors | Ended | Failed
 
 
 class Closing(Struct, frozen=True, tag="closing"):

@@ -29,6 +29,7 @@ from shared.channel.messages import (
     Started,
     TokenLogprobs,
     ToRunner,
+    Vectors,
     decode_to_runner,
     frame,
     size_of,
@@ -152,7 +153,7 @@ class Backlog:
         self.n_bytes = 0  # roughly
         self._before: list[FromRunner] = []  # messages that precede the deltas of their requests
         self._joined: dict[tuple[int, int], list[Joined]] = {}  # by request and answer
-        self._after: list[FromRunner] = []  # messages that follow the deltas of their requests
+        self._after: list[FromRunner] = []  # messages that follow the deltas of their requests, and vectors
 
     def add(self, message: FromRunner) -> None:
         match message:
@@ -162,6 +163,9 @@ class Backlog:
             case Deltas():
                 for delta in message.deltas:
                     self._join(delta)
+            case Vectors():
+                self._after.append(message)
+                self.n_bytes += ITEM_BYTES + len(message.data)
             case Ended() | Failed():
                 self._after.append(message)
                 self.n_bytes += ITEM_BYTES

@@ -24,7 +24,11 @@ NO_CELLS, ABORTED = 1, 2  # results of llama_decode
 PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 SMALL_BYTES = 16 << 20  # of weights; below, several threads take longer than one
 PIECE_BYTES = 256
+IDS = np.dtype("<i4")
 FEW_THREADS = 4
+
+
+Ids = list[int] | NDArray[np.int32]
 
 
 class EngineError(Exception):
@@ -32,7 +36,7 @@ class EngineError(Exception):
 
 
 class Vocabulary:
-    """The tokens of a model.  `tokenize` may be called from any thread, the rest from one."""
+    """The tokens of a model.  What may be called from any thread says so; the rest from one."""
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
@@ -42,18 +46,28 @@ class Vocabulary:
         self._ends: dict[int, bool] = {}
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        """Return the tokens of a text.
+        """Return the tokens of a text.  May be called from any thread.
 
-        `special`: the text is a whole prompt.  Control tokens that it spells become tokens, and the model's first token
-        is put before it if the model wants one.
+        `special`: the text is a whole prompt, with all that `encode` can do for one.
+        """
+        ids = np.frombuffer(self.encode(text, add_special=special, parse_special=special), IDS)
+        tokens: list[int] = ids.tolist()
+        return tokens
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes:
+        """Return the tokens of a text, as little-endian 32-bit integers.  May be called from any thread.
+
+        `add_special`: put the model's first token before it, and its last one after it, if the model wants them.
+        `parse_special`: control tokens that the text spells become tokens.
         """
         data = text.encode("utf-8", "surrogatepass")
         n = len(data) + 2
         while True:
-            tokens = (lib.llama_token * n)()
-            count = lib.llama_tokenize(self._vocab, data, len(data), tokens, n, special, special)
+            tokens = np.empty(n, np.int32)
+            pointer = ctypes.cast(_address(tokens), ctypes.POINTER(lib.llama_token))
+            count = lib.llama_tokenize(self._vocab, data, len(data), pointer, n, add_special, parse_special)
             if count >= 0:
-                return list(tokens[:count])
+                return tokens[:count].astype(IDS).tobytes()
             n = -count
 
     def piece(self, token: int, *, is_shown: bool) -> bytes:
@@ -113,7 +127,7 @@ class Batch:
     def clear(self) -> None:
         self.n_tokens = self.n_outputs = 0
 
-    def add(self, tokens: list[int], pos: int, seq_id: int, *, has_output: bool) -> int:
+    def add(self, tokens: Ids, pos: int, seq_id: int, *, has_output: bool) -> int:
         """Append tokens of one sequence.  `has_output`: the last one gets logits.  Returns its index in the batch."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._token[start:end] = tokens
@@ -125,6 +139,13 @@ class Batch:
             self._output[end - 1] = 1
             self.n_outputs += 1
         return end - 1
+
+    def add_text(self, tokens: Ids, seq_id: int) -> None:
+        """Append a whole text, all of whose tokens have outputs, for a model that pools them to a vector."""
+        start, end = self.n_tokens, self.n_tokens + len(tokens)
+        self.add(tokens, 0, seq_id, has_output=False)
+        self._output[start:end] = 1
+        self.n_outputs += len(tokens)
 
     def struct(self) -> Any:
         """Return the llama_batch.  More outputs than the context has room for would abort the process."""
@@ -161,6 +182,10 @@ class Engine:
             and not lib.llama_model_has_encoder(loaded.model)
             and not lib.llama_model_is_diffusion(loaded.model)
         )
+        self.ranks = lib.llama_pooling_type(self.context) == lib.LLAMA_POOLING_TYPE_RANK
+        self.n_vector: int = (
+            lib.llama_model_n_cls_out(loaded.model) if self.ranks else lib.llama_model_n_embd_out(loaded.model)
+        )
         self._rows: Logits = np.empty((0, 0), np.float32)
         self._address = 0
         lib.llama_set_n_threads(self.context, n_threads, n_threads)
@@ -192,6 +217,20 @@ class Engine:
             self._rows = np.ctypeslib.as_array(data).reshape(n, n_vocab)
             self._address = address
         return self._rows[:n]
+
+    def vectors(self, n: int) -> NDArray[np.float32]:
+        """Wait for the batch, and return what the model made of its first `n` sequences: a row for each."""
+        return np.stack(
+            [
+                np.ctypeslib.as_array(lib.llama_get_embeddings_seq(self.context, seq_id), (self.n_vector,)).copy()
+                for seq_id in range(n)
+            ]
+        )
+
+    def forget(self) -> None:
+        """Forget the tokens of all sequences.  An encoder keeps none."""
+        if self._memory:
+            lib.llama_memory_clear(self._memory, False)
 
     def apply(self, change: Change) -> bool:
         """Change the context's memory.  Returns False if a sequence could not return to an earlier token."""

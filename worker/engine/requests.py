@@ -21,11 +21,13 @@ from shared.channel.messages import (
     Cancel,
     Delta,
     Deltas,
+    Embed,
     Ended,
     Failed,
     FromRunner,
     Generate,
     Queued,
+    Rank,
     Refused,
     Started,
     ToRunner,
@@ -42,6 +44,7 @@ from worker.engine.slots import queue_full
 
 CLOSING = "The model is being unloaded."
 BROKEN = 1  # exit status of a runner that cannot answer any more
+WRONG_TYPE = "This is a chat model: it computes no embeddings and no scores."
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
 
 
@@ -165,6 +168,8 @@ class Requests:
                             request.preparing = tasks.create_task(self._begin(request))
                         case Generate():
                             outbox.send(Refused(id=message.id, code="closing", message=CLOSING))
+                        case Embed() | Rank():
+                            channel.send(Refused(id=message.id, code="wrong_type", message=WRONG_TYPE, param="model"))
                         case Cancel():
                             if (cancelled := outbox.requests.get(message.id)) is not None:
                                 self._cancel(cancelled)
