@@ -15,6 +15,12 @@ from shared import framing
 
 ITEM_BYTES = 48  # of a message, a delta or a log probability in memory, roughly
 Finish = Literal["stop", "length"]  # stop: an end-of-generation token or a stop string; length: a limit of tokens
+StopReason = Literal[
+    "eos",  # an end-of-generation token, or a text that means the same in the model's template
+    "string",  # a stop string of the request
+    "max_tokens",  # the limit of the request, or of the operator
+    "context",  # the context is full
+]
 
 # ---- to the runner
 
@@ -115,8 +121,15 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top: list[Logprob] = []
 
 
+class Stop(Struct, frozen=True, omit_defaults=True):
+    """Why an answer ended, in more detail than Finish."""
+
+    reason: StopReason
+    string: str | None = None  # the stop string, for the reason "string"
+
+
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was generated of one answer since the last delta.  `finish` is set in the last one."""
+    """What was generated of one answer since the last delta.  `finish` and `stop` are set in the last one."""
 
     id: int
     choice: int = 0
@@ -124,6 +137,7 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = []
     finish: Finish | None = None
+    stop: Stop | None = None
 
 
 def size_of(delta: Delta) -> int:

@@ -161,7 +161,7 @@ async def test_a_request_is_rendered_tokenized_and_submitted(world: World) -> No
     async with world.channel(generate()):
         (job,) = world.engine.submitted
         assert job.tokens == [BOS, *map(ord, "Hello")]
-        assert (job.client, job.max_tokens, job.stop) == ("c", 5, ["\n", "<end>"])
+        assert (job.client, job.max_tokens, job.stop, job.ends) == ("c", 5, ["\n"], ["<end>"])
         assert job.sampling == Sampling()
         assert job.shown == {ord("x")}, "'xy' is two tokens"
         assert job.deadline == job.arrived_at + 100.0

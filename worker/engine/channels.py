@@ -27,6 +27,7 @@ from shared.channel.messages import (
     Queued,
     Refused,
     Started,
+    Stop,
     TokenLogprobs,
     ToRunner,
     decode_to_runner,
@@ -124,12 +125,13 @@ class Joined:
     reasonings: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
+    stop: Stop | None = None
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.reasonings.append(delta.reasoning)
         self.logprobs += delta.logprobs
-        self.finish = delta.finish
+        self.finish, self.stop = delta.finish, delta.stop
 
     def can_take(self, delta: Delta) -> bool:
         return not delta.reasoning or not any(self.texts)
@@ -142,6 +144,7 @@ class Joined:
             reasoning="".join(self.reasonings),
             logprobs=self.logprobs,
             finish=self.finish,
+            stop=self.stop,
         )
 
 

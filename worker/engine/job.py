@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, TokenLogprobs
+from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, Stop, TokenLogprobs
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -17,6 +17,7 @@ class Job:
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)  # texts with which the model's template ends an answer
     logprobs: int | None = None
     shown: frozenset[int] = frozenset()  # control tokens whose text is part of the answer
     arrived_at: float  # by the monotonic clock
@@ -41,7 +42,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Text of one answer, from one step.  `finish` is set in the answer's last piece."""
+    """Text of one answer, from one step.  `finish` and `stop` are set in the answer's last piece."""
 
     job: Job
     choice: int
@@ -49,6 +50,7 @@ class Piece:
     n_tokens: int  # in this step, which may have no text yet
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

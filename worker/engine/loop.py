@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, TokenLogprobs
+from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, Stop, StopReason, TokenLogprobs
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
 from worker.engine.sample import Alternatives, BadRequest, Bias, Draw, Draws, Sampler, check
@@ -32,6 +32,7 @@ from worker.engine.text import Text
 
 CPU_STEP_S, GPU_STEP_S = 0.1, 0.02  # of a step with prompts beside running answers
 WEIGHT = 0.2  # of the last job in the mean time of a job
+FINISH: dict[StopReason, Finish] = {"eos": "stop", "string": "stop", "max_tokens": "length", "context": "length"}
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -284,7 +285,7 @@ class Loop:
                 choice=choice,
                 sequence=sequence,
                 sampler=Sampler(job.sampling, job.tokens, seed + choice, n_tokens=n_vocab, context_length=n_ctx),
-                text=Text(job.stop),
+                text=Text([*job.stop, *job.ends]),
             )
             for choice, sequence in enumerate(admission.sequences)
         ]
@@ -382,7 +383,7 @@ class Loop:
         (running,) = self._running.values()
         for answer in running.unfinished if running.is_in_prompt else running.unfinished[-1:]:
             self._engine.note(f"The context is full: an answer ends after {len(answer.tokens)} tokens.")
-            self._hand_over(running, answer, answer.text.end(), 0, [], "length")
+            self._hand_over(running, answer, answer.text.end(), 0, [], Stop("context"))
 
     def _preempt(self, running: _Running) -> None:
         """Let a job wait, with all its state, until it can start again."""
@@ -434,21 +435,22 @@ class Loop:
         vocabulary, job = self._engine.vocabulary, running.job
         self.counters.generated_tokens += 1
         answer.tokens.append(token)
-        finish: Finish | None = None
+        stop: Stop | None = None
         logprobs: list[TokenLogprobs] = []
         if vocabulary.is_end(token):
-            text, finish = answer.text.end(), "stop"
+            text, stop = answer.text.end(), Stop("eos")
         else:
             text = answer.text.feed(vocabulary.piece(token, is_shown=token in job.shown))
+            is_complete = len(answer.tokens) == job.max_tokens
             is_full = len(answer.sequence.tokens) + 1 >= self._context_length
-            if not answer.text.is_stopped and (is_full or len(answer.tokens) == job.max_tokens):
+            if not answer.text.is_stopped and (is_complete or is_full):
                 text += answer.text.end()
-                finish = "length"
-            if answer.text.is_stopped:
-                finish = "stop"
+                stop = Stop("max_tokens" if is_complete else "context")
+            if answer.text.stop is not None:
+                stop = Stop("string", answer.text.stop) if answer.text.stop in job.stop else Stop("eos")
             if alternatives is not None:
                 logprobs.append(self._logprobs(token, alternatives))
-        self._hand_over(running, answer, text, 1, logprobs, finish)
+        self._hand_over(running, answer, text, 1, logprobs, stop)
 
     def _logprobs(self, token: int, alternatives: Alternatives) -> TokenLogprobs:
         piece = self._engine.vocabulary.piece
@@ -464,14 +466,22 @@ class Loop:
         text: str,
         n_tokens: int,
         logprobs: list[TokenLogprobs],
-        finish: Finish | None,
+        stop: Stop | None,
     ) -> None:
         """Hand out a piece of an answer, and end the answer if it is the last one, and the job with its last answer."""
         job = running.job
         self._out.append(
-            Piece(job=job, choice=answer.choice, text=text, n_tokens=n_tokens, logprobs=logprobs, finish=finish)
+            Piece(
+                job=job,
+                choice=answer.choice,
+                text=text,
+                n_tokens=n_tokens,
+                logprobs=logprobs,
+                finish=None if stop is None else FINISH[stop.reason],
+                stop=stop,
+            )
         )
-        if finish is None:
+        if stop is None:
             return
         self._finish(answer, is_kept=True)
         if all(answer.is_finished for answer in running.answers):
