@@ -10,14 +10,28 @@ from typing import assert_never
 
 from msgspec import UNSET
 
-from shared.channel.messages import Delta, Deltas, Ended, Failed, FromRunner, Queued, Refused, Started, Usage, size_of
+from shared.channel.messages import (
+    Delta,
+    Deltas,
+    Ended,
+    Failed,
+    FromRunner,
+    Queued,
+    Refused,
+    Started,
+    Text,
+    Tokens,
+    Usage,
+    size_of,
+)
 from shared.errors import ClientTooSlow, ServiceError
 
 MOST_BYTES = 1 << 20  # of deltas that the client has not read
 
 
 class Answer(AsyncIterator[FromRunner]):
-    """Iterates over the messages of a request, up to Refused, Ended or Failed; its deltas are those of this request.
+    """Iterates over the messages of a request, up to Refused, Ended, Failed, or the reply to a lookup; its deltas are
+    those of this request.
 
     Raises ServiceError, after the messages that arrived before: ModelUnloaded, RunnerLost, NoRoute or, at once,
     ClientTooSlow.
@@ -33,13 +47,15 @@ class Answer(AsyncIterator[FromRunner]):
         self.outcome = "cancelled"  # for the metrics: "completed" or why there is no complete answer
         self.usage: Usage | None = None
 
-    def put(self, message: Refused | Queued | Started | Ended | Failed) -> None:
+    def put(self, message: Refused | Queued | Started | Text | Tokens | Ended | Failed) -> None:
         """Add a message of the runner."""
         match message:
             case Refused() | Failed():
                 self.is_complete, self.outcome = True, message.code
             case Ended():
                 self.is_complete, self.outcome, self.usage = True, "completed", message.usage
+            case Text() | Tokens():
+                self.is_complete, self.outcome = True, "completed"
             case Queued() | Started():
                 pass
             case _:

@@ -10,7 +10,7 @@ from functools import partial
 
 from api.channel.answer import Answer
 from api.channel.connection import Connection, connect
-from shared.channel.messages import Generate
+from shared.channel.messages import Generate, ToModel
 from shared.errors import NoRoute, QueueUnavailable, ServiceError
 from shared.instance import Instance
 from shared.schema.snapshot import WorkerSnapshot
@@ -38,7 +38,7 @@ class Channels:
         self._then: dict[Key, tuple[WorkerSnapshot | None, int]] = {}
 
     @asynccontextmanager
-    async def answering(self, instance: Instance, request: Generate, route: str) -> AsyncIterator[Answer]:
+    async def answering(self, instance: Instance, request: ToModel, route: str) -> AsyncIterator[Answer]:
         """Send a request to a loaded instance, and yield its answer.  Leaving the block early cancels the request.
 
         The id of the request is chosen here; `route` is that of the client's request, for the metrics.  Raises NoRoute,
@@ -65,7 +65,7 @@ class Channels:
                     token=self._names.get(request.client, ""),
                     first_token_s=None if answer.first_at is None else answer.first_at - began,
                     usage=answer.usage,
-                    choices=request.choices,
+                    choices=request.choices if isinstance(request, Generate) else 1,
                 )
             )
 

@@ -26,10 +26,12 @@ from shared.channel.messages import (
     Ended,
     Failed,
     FromRunner,
-    Generate,
     Queued,
     Refused,
     Started,
+    Text,
+    Tokens,
+    ToModel,
     frame,
 )
 from shared.channel.trust import Challenge, Hello, Rejected, Welcome, has_our_user, proof
@@ -70,7 +72,7 @@ class Connection(asyncio.Protocol):
             raise self.ended.result()
         self._keep_for(IDLE_S)
 
-    def ask(self, request: Generate, answer: Answer) -> int:
+    def ask(self, request: ToModel, answer: Answer) -> int:
         """Send a request, whose messages go to `answer`; return its id on this connection.  Raises ServiceError."""
         if self.ended.done():
             raise self.ended.result()
@@ -143,7 +145,7 @@ class Connection(asyncio.Protocol):
         match message:
             case Deltas():
                 self._deltas(message.deltas)
-            case Refused() | Queued() | Started() | Ended() | Failed():
+            case Refused() | Queued() | Started() | Text() | Tokens() | Ended() | Failed():
                 if (answer := self._answers.get(message.id)) is not None:  # else it was cancelled
                     answer.put(message)
             case Closing():

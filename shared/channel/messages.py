@@ -2,6 +2,7 @@
 
 They know no wire format of a client: the API translates.  Every request has an `id` that the API process chose, unique
 on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed.
+One that needs no step of the engine, a `Lookup`, gets Refused or Failed; or Queued and its reply.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ StopReason = Literal[
     "max_tokens",  # the limit of the request, or of the operator
     "context",  # the context is full
 ]
+
+TokenDetail = Literal["count", "tokens", "pieces"]  # what to tell of tokens: each has that before it, too
 
 # ---- to the runner
 
@@ -54,13 +57,43 @@ class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="gener
     logprobs: int | None = None  # how many alternatives to report for each token; None: no log probabilities
 
 
+class Render(Struct, frozen=True, kw_only=True, tag="render"):
+    """Render a conversation with the model's chat template.  The reply is Text."""
+
+    id: int
+    client: str  # opaque; as in Generate
+    conversation: bytes  # as in Generate
+
+
+class Tokenize(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokenize"):
+    """Tokenize a text; or a conversation, as for an answer to it.  One of the two is given.  The reply is Tokens."""
+
+    id: int
+    client: str
+    text: str | None = None
+    add_special: bool = True  # to a text: the tokens that begin and end every prompt
+    parse_special: bool = True  # control tokens that a text spells become tokens
+    conversation: bytes | None = None
+    detail: TokenDetail = "tokens"
+
+
+class Detokenize(Struct, frozen=True, kw_only=True, tag="detokenize"):
+    """Return the text of tokens.  The reply is Text."""
+
+    id: int
+    client: str
+    tokens: list[int]
+
+
 class Cancel(Struct, frozen=True, tag="cancel"):
     """End a request.  Nothing follows, not even Ended; unknown ids are ignored: the request may have ended."""
 
     id: int
 
 
-ToRunner = Generate | Cancel
+Lookup = Render | Tokenize | Detokenize
+ToModel = Generate | Lookup
+ToRunner = ToModel | Cancel
 
 # ---- from the runner
 
@@ -152,6 +185,22 @@ class Deltas(Struct, frozen=True, tag="deltas"):
     deltas: list[Delta]
 
 
+class Text(Struct, frozen=True, kw_only=True, tag="text"):
+    """The text that was asked for.  Nothing follows."""
+
+    id: int
+    text: str
+
+
+class Tokens(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
+    """The tokens that were asked for.  Nothing follows."""
+
+    id: int
+    n: int
+    tokens: bytes = b""  # little-endian 32-bit integers
+    pieces: list[bytes] = []  # the text of each, which may be part of a character
+
+
 class Usage(Struct, frozen=True, kw_only=True):
     """Tokens and seconds of a request."""
 
@@ -179,7 +228,7 @@ class Failed(Struct, frozen=True, kw_only=True, tag="request_failed"):
     message: str
 
 
-FromRunner = Refused | Queued | Started | Deltas | Ended | Failed
+FromRunner = Refused | Queued | Started | Deltas | Text | Tokens | Ended | Failed
 
 
 class Closing(Struct, frozen=True, tag="closing"):

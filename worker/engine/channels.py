@@ -28,7 +28,9 @@ from shared.channel.messages import (
     Refused,
     Started,
     Stop,
+    Text,
     TokenLogprobs,
+    Tokens,
     ToRunner,
     decode_to_runner,
     frame,
@@ -165,7 +167,8 @@ class Backlog:
             case Deltas():
                 for delta in message.deltas:
                     self._join(delta)
-            case Ended() | Failed():
+            # A text may be longer than BEHIND_BYTES, and must not close the channel.  Their number is limited.
+            case Text() | Tokens() | Ended() | Failed():
                 self._after.append(message)
                 self.n_bytes += ITEM_BYTES
             case _:

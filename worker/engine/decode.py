@@ -32,7 +32,10 @@ class EngineError(Exception):
 
 
 class Vocabulary:
-    """The tokens of a model.  `tokenize` may be called from any thread, the rest from one."""
+    """The tokens of a model.  `piece`, `is_end` and `suppressed` are for one thread, the others for any.
+
+    What is for any thread holds the interpreter's lock only for moments, however many tokens there are.
+    """
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
@@ -42,32 +45,62 @@ class Vocabulary:
         self._ends: dict[int, bool] = {}
 
     def tokenize(self, text: str, special: bool) -> list[int]:
+        """Return the tokens of a text.  `special`: the text is a whole prompt, with all of `encode`."""
+        tokens: list[int] = self.encode(text, add_special=special, parse_special=special).tolist()
+        return tokens
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
         """Return the tokens of a text.
 
-        `special`: the text is a whole prompt.  Control tokens that it spells become tokens, and the model's first token
-        is put before it if the model wants one.
+        `add_special`: put the model's first token before it, and its last one after it, if the model wants them.
+        `parse_special`: control tokens that the text spells become tokens.
         """
         data = text.encode("utf-8", "surrogatepass")
         n = len(data) + 2
         while True:
-            tokens = (lib.llama_token * n)()
-            count = lib.llama_tokenize(self._vocab, data, len(data), tokens, n, special, special)
+            tokens = np.empty(n, np.int32)
+            pointer = ctypes.cast(_address(tokens), ctypes.POINTER(lib.llama_token))
+            count = lib.llama_tokenize(self._vocab, data, len(data), pointer, n, add_special, parse_special)
             if count >= 0:
-                return list(tokens[:count])
+                return tokens[:count]
             n = -count
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens of the vocabulary, that of control tokens included.
+
+        Without the space that the tokenizer puts before a text.  What is not whole in UTF-8 becomes U+FFFD.
+        """
+        ids = np.array(tokens, np.int32)
+        pointer = ctypes.cast(_address(ids), ctypes.POINTER(lib.llama_token))
+        n = PIECE_BYTES + 8 * len(tokens)
+        while True:
+            text = ctypes.create_string_buffer(n)
+            count = lib.llama_detokenize(self._vocab, pointer, len(tokens), text, n, False, True)
+            if count >= 0:
+                return text.raw[:count].decode("utf-8", "replace")
+            n = -count
+
+    def pieces(self, tokens: NDArray[np.int32]) -> list[bytes]:
+        """Return the texts of tokens of the vocabulary, each of which may be part of a character.
+
+        It keeps none, unlike `piece`: the call of the engine for each one lets other threads go on.
+        """
+        buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        return [self._piece(token, buffer, is_shown=True) for token in tokens.tolist()]
 
     def piece(self, token: int, *, is_shown: bool) -> bytes:
         """Return the text of a token, which may be part of a character.  `is_shown`: also that of a control token."""
         piece = self._pieces.get((token, is_shown))
         if piece is None:
-            n = lib.llama_token_to_piece(self._vocab, token, self._buffer, PIECE_BYTES, 0, is_shown)
-            if n < 0:
-                buffer = ctypes.create_string_buffer(-n)
-                n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
-                piece = buffer.raw[:n]
-            else:
-                piece = self._buffer.raw[:n]
-            self._pieces[token, is_shown] = piece
+            piece = self._pieces[token, is_shown] = self._piece(token, self._buffer, is_shown=is_shown)
+        return piece
+
+    def _piece(self, token: int, buffer: Any, *, is_shown: bool) -> bytes:
+        n = lib.llama_token_to_piece(self._vocab, token, buffer, PIECE_BYTES, 0, is_shown)
+        if n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
+        piece: bytes = buffer[:n]
         return piece
 
     def is_end(self, token: int) -> bool:

@@ -134,6 +134,7 @@ class Loop:
         """
         self.counters = Counters()
         self.tokenize = engine.vocabulary.tokenize
+        self.vocabulary = engine.vocabulary
         self._engine = engine
         self._hand_out = hand_out
         self._context_length = context_length

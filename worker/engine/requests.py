@@ -21,13 +21,20 @@ from shared.channel.messages import (
     Cancel,
     Delta,
     Deltas,
+    Detokenize,
     Ended,
     Failed,
     FromRunner,
     Generate,
+    Lookup,
     Queued,
     Refused,
+    Render,
     Started,
+    Text,
+    Tokenize,
+    Tokens,
+    ToModel,
     ToRunner,
     Usage,
 )
@@ -35,14 +42,14 @@ from shared.places import has_place
 from worker.chat.code import ChatError, Message, ParserSource
 from worker.chat.handle import HelperDied, HelpersEnded
 from worker.chat.protocol import Prompt
-from worker.engine.gate import Gate
+from worker.engine.gate import Gate, Refusal
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
+from worker.engine.lookups import SHORT, Lookups, Vocabulary
 from worker.engine.reader import Reader
 from worker.engine.slots import queue_full
 
 CLOSING = "The model is being unloaded."
 BROKEN = 1  # exit status of a runner that cannot answer any more
-SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
 
 
 class Channel(Protocol):
@@ -55,6 +62,9 @@ class Channel(Protocol):
 
 class Engine(Protocol):
     """The engine loop.  All methods are thread-safe."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
     def tokenize(self, text: str, special: bool) -> list[int]: ...
 
@@ -76,14 +86,6 @@ class Ends(Struct, frozen=True):
 
     begin: str | None
     end: str | None
-
-
-class Refusal(Exception):
-    """A request is refused: carries the message."""
-
-    def __init__(self, refused: Refused) -> None:
-        super().__init__(refused.message)
-        self.refused = refused
 
 
 class Request:
@@ -108,6 +110,7 @@ class Outbox:
 
     def __init__(self, channel: Channel) -> None:
         self.requests: dict[int, Request] = {}
+        self.lookups: dict[int, asyncio.Task[None]] = {}
         self._channel = channel
         self._deltas: list[Delta] = []
 
@@ -148,6 +151,7 @@ class Requests:
         self._max_output_tokens, self._most_waiting = max_output_tokens, most_waiting
         self._preparing: Counter[str] = Counter()  # requests that are rendered and tokenized, by client
         self._requests: dict[Job, Request] = {}
+        self._lookups = Lookups(engine.vocabulary, self, request_s=request_s)
 
     def hand_out(self, outcomes: list[Outcome]) -> None:
         """Take the outcomes of a step.  May be called from any thread."""
@@ -163,23 +167,40 @@ class Requests:
                         case Generate() if self._gate.enter():
                             outbox.requests[message.id] = request = Request(outbox, message, tasks)
                             request.preparing = tasks.create_task(self._begin(request))
-                        case Generate():
+                        case Render() | Tokenize() | Detokenize() if self._gate.enter():
+                            looking = tasks.create_task(self._look_up(outbox, message))
+                            outbox.lookups[message.id] = looking
+                            looking.add_done_callback(partial(self._looked_up, outbox, message.id))
+                        case Generate() | Render() | Tokenize() | Detokenize():
                             outbox.send(Refused(id=message.id, code="closing", message=CLOSING))
                         case Cancel():
                             if (cancelled := outbox.requests.get(message.id)) is not None:
                                 self._cancel(cancelled)
+                            elif (looking_up := outbox.lookups.get(message.id)) is not None:
+                                looking_up.cancel()
                         case _:
                             assert_never(message)
                 self._cancel_all(outbox)
         finally:
             self._cancel_all(outbox)
 
+    async def _look_up(self, outbox: Outbox, lookup: Lookup) -> None:
+        reply = await self._lookups.reply(lookup)
+        if isinstance(reply, Text | Tokens):
+            outbox.send(Queued(id=lookup.id, prompt_tokens=0, ahead=0))
+        outbox.send(reply)
+
+    def _looked_up(self, outbox: Outbox, id_: int, _: asyncio.Task[None]) -> None:
+        """Take note of the end of a lookup, also if it was cancelled before it began."""
+        del outbox.lookups[id_]
+        self._gate.leave()
+
     # ---- the beginning
 
     async def _begin(self, request: Request) -> None:
         generate = request.generate
         try:
-            with self._place(generate):
+            with self.place(generate):
                 async with asyncio.timeout(self._request_s):
                     prompt, tokens = await self._prepared(generate)
         except Refusal as e:
@@ -216,34 +237,22 @@ class Requests:
         self._engine.submit(job)
 
     @contextmanager
-    def _place(self, generate: Generate) -> Iterator[None]:
+    def place(self, asked: ToModel) -> Iterator[None]:
         """Occupy a place among the requests that are being prepared: one at a time is.  Raises Refusal."""
-        if not has_place(generate.client, self._preparing, self._most_waiting):
+        if not has_place(asked.client, self._preparing, self._most_waiting):
             message = queue_full(self._most_waiting)
-            raise Refusal(Refused(id=generate.id, code="queue_full", message=message, retry_after_s=1))
-        self._preparing[generate.client] += 1
+            raise Refusal(Refused(id=asked.id, code="queue_full", message=message, retry_after_s=1))
+        self._preparing[asked.client] += 1
         try:
             yield
         finally:
-            self._preparing[generate.client] -= 1
+            self._preparing[asked.client] -= 1
             self._preparing += Counter()  # drops clients without one
 
     async def _prepared(self, generate: Generate) -> tuple[Prompt, list[int]]:
         """Render and tokenize the conversation.  Raises Refusal."""
         refused = partial(Refused, id=generate.id)
-        if isinstance(self._chat, str):
-            raise Refusal(refused(code="chat_unavailable", message=self._chat))
-        try:
-            prompt = await self._chat.render(generate.conversation)
-        except ChatError as e:
-            message = f"The model's chat template rejects the conversation: {e}"
-            raise Refusal(refused(code="invalid_request", message=message, param="messages")) from None
-        except HelpersEnded as e:
-            sys.stderr.write(f"error: {e}\n")
-            os._exit(BROKEN)  # else the instance would stay, and refuse every conversation
-        except HelperDied as e:
-            message = f"The model's chat template cannot render this conversation: {e}."
-            raise Refusal(refused(code="helper_crashed", message=message, param="messages")) from None
+        prompt = await self._rendered(generate.id, generate.conversation)
         tokens = await self._tokens(prompt.text)
         if len(tokens) + 1 > self._context_length:
             message = f"The prompt has {len(tokens)} tokens; the context is for {self._context_length}."
@@ -254,10 +263,35 @@ class Requests:
             raise Refusal(refused(code="invalid_request", message=message, param="messages"))
         return prompt, tokens
 
+    async def _rendered(self, id_: int, conversation: bytes) -> Prompt:
+        """Render a conversation.  Raises Refusal."""
+        refused = partial(Refused, id=id_)
+        if isinstance(self._chat, str):
+            raise Refusal(refused(code="chat_unavailable", message=self._chat))
+        try:
+            return await self._chat.render(conversation)
+        except ChatError as e:
+            message = f"The model's chat template rejects the conversation: {e}"
+            raise Refusal(refused(code="invalid_request", message=message, param="messages")) from None
+        except HelpersEnded as e:
+            sys.stderr.write(f"error: {e}\n")
+            os._exit(BROKEN)  # else the instance would stay, and refuse every conversation
+        except HelperDied as e:
+            message = f"The model's chat template cannot render this conversation: {e}."
+            raise Refusal(refused(code="helper_crashed", message=message, param="messages")) from None
+
+    async def text(self, id_: int, conversation: bytes) -> str:
+        """Return the prompt of a conversation, as the template writes it.  Raises Refusal."""
+        return (await self._rendered(id_, conversation)).text
+
+    def bare(self, text: str) -> str:
+        """Return a prompt without the tokens that begin and end every prompt.  They are not doubled if the template
+        writes them, as in llama-server (common_chat_template_direct_apply_impl, common/chat.cpp)."""
+        return text.removeprefix(self._ends.begin or "").removesuffix(self._ends.end or "")
+
     async def _tokens(self, text: str) -> list[int]:
-        """Tokenize a prompt.  Tokens that begin and end every prompt are not doubled if the template writes them, as in
-        llama-server (common_chat_template_direct_apply_impl, common/chat.cpp)."""
-        text = text.removeprefix(self._ends.begin or "").removesuffix(self._ends.end or "")
+        """Tokenize a prompt."""
+        text = self.bare(text)
         if len(text) <= SHORT:
             return self._engine.tokenize(text, True)
         return await asyncio.to_thread(self._engine.tokenize, text, True)
@@ -369,5 +403,7 @@ class Requests:
         self._forget(request)
 
     def _cancel_all(self, outbox: Outbox) -> None:
+        for looking_up in outbox.lookups.values():
+            looking_up.cancel()
         for request in [*outbox.requests.values()]:
             self._cancel(request)
