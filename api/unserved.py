@@ -14,7 +14,6 @@ from shared.errors import NotImplementedYet
 
 UNSERVED = (
     # ---- OpenAI
-    ("POST", "/v1/chat/completions/input_tokens"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/embeddings"),
     ("POST", "/v1/responses"),
@@ -33,14 +32,11 @@ UNSERVED = (
     ("POST", "/api/v0/chat/completions"),
     ("POST", "/api/v0/completions"),
     ("POST", "/api/v0/embeddings"),
-    # ---- llama.cpp, Jina and vLLM
+    # ---- llama.cpp and Jina
     ("POST", "/v1/rerank"),
     ("POST", "/v1/reranking"),
     ("POST", "/rerank"),
     ("POST", "/reranking"),
-    ("POST", "/tokenize"),
-    ("POST", "/detokenize"),
-    ("POST", "/apply-template"),
 )
 
 
