@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from shared.channel.messages import (
     Cancel,
@@ -84,14 +83,18 @@ class Vocabulary:
 
     n_tokens = 256
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
-        return np.array([BOS] * add_special + [ord(letter) for letter in text], np.int32)
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes:
+        return encoded([BOS] * add_special + [ord(letter) for letter in text])
 
     def decode(self, tokens: list[int]) -> str:
         return "".join(map(chr, tokens))
 
-    def pieces(self, tokens: NDArray[np.int32]) -> list[bytes]:
-        return [chr(token).encode() for token in tokens]
+    def pieces(self, ids: bytes) -> list[bytes]:
+        return [chr(token).encode() for token in struct.unpack(f"<{len(ids) // 4}i", ids)]
+
+
+def encoded(tokens: list[int]) -> bytes:
+    return struct.pack(f"<{len(tokens)}i", *tokens)
 
 
 class Chat:
@@ -386,7 +389,7 @@ LONG = 40 * "long text "  # longer than the context
 async def test_a_text_is_tokenized_whatever_its_length(world: World, text: str) -> None:
     lookup = Tokenize(id=7, client="c", text=text, add_special=False, detail="pieces")
     async with world.channel(lookup) as channel:
-        tokens = np.array([*map(ord, text)], "<i4").tobytes()
+        tokens = encoded([*map(ord, text)])
         found = Tokens(id=7, n=len(text), tokens=tokens, pieces=[letter.encode() for letter in text])
         assert await looked_up(channel) == [Queued(id=7, prompt_tokens=0, ahead=0), found]
     assert world.engine.submitted == []

@@ -24,6 +24,7 @@ NO_CELLS, ABORTED = 1, 2  # results of llama_decode
 PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 SMALL_BYTES = 16 << 20  # of weights; below, several threads take longer than one
 PIECE_BYTES = 256
+IDS = np.dtype("<i4")
 FEW_THREADS = 4
 
 
@@ -46,11 +47,12 @@ class Vocabulary:
 
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Return the tokens of a text.  `special`: the text is a whole prompt, with all of `encode`."""
-        tokens: list[int] = self.encode(text, add_special=special, parse_special=special).tolist()
+        ids = np.frombuffer(self.encode(text, add_special=special, parse_special=special), IDS)
+        tokens: list[int] = ids.tolist()
         return tokens
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
-        """Return the tokens of a text.
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes:
+        """Return the tokens of a text, as little-endian 32-bit integers.
 
         `add_special`: put the model's first token before it, and its last one after it, if the model wants them.
         `parse_special`: control tokens that the text spells become tokens.
@@ -62,7 +64,7 @@ class Vocabulary:
             pointer = ctypes.cast(_address(tokens), ctypes.POINTER(lib.llama_token))
             count = lib.llama_tokenize(self._vocab, data, len(data), pointer, n, add_special, parse_special)
             if count >= 0:
-                return tokens[:count]
+                return tokens[:count].astype(IDS).tobytes()
             n = -count
 
     def decode(self, tokens: list[int]) -> str:
@@ -80,13 +82,13 @@ class Vocabulary:
                 return text.raw[:count].decode("utf-8", "replace")
             n = -count
 
-    def pieces(self, tokens: NDArray[np.int32]) -> list[bytes]:
-        """Return the texts of tokens of the vocabulary, each of which may be part of a character.
+    def pieces(self, ids: bytes) -> list[bytes]:
+        """Return the texts of what `encode` returned, each of which may be part of a character.
 
         It keeps none, unlike `piece`: the call of the engine for each one lets other threads go on.
         """
         buffer = ctypes.create_string_buffer(PIECE_BYTES)
-        return [self._piece(token, buffer, is_shown=True) for token in tokens.tolist()]
+        return [self._piece(token, buffer, is_shown=True) for token in np.frombuffer(ids, IDS).tolist()]
 
     def piece(self, token: int, *, is_shown: bool) -> bytes:
         """Return the text of a token, which may be part of a character.  `is_shown`: also that of a control token."""

@@ -7,13 +7,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol, assert_never
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shared.channel.messages import Detokenize, Failed, Lookup, Refused, Render, Text, Tokenize, Tokens
 from worker.engine.gate import Refusal
 
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
+ID_BYTES = 4  # of a token in `Tokens`
 MOST_TOKENS = 131_072  # of a reply that has them: 0.5 MB
 
 
@@ -22,11 +20,11 @@ class Vocabulary(Protocol):
 
     n_tokens: int
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]: ...
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes: ...
 
     def decode(self, tokens: list[int]) -> str: ...
 
-    def pieces(self, tokens: NDArray[np.int32]) -> list[bytes]: ...
+    def pieces(self, ids: bytes) -> list[bytes]: ...
 
 
 class Prompts(Protocol):
@@ -82,19 +80,18 @@ class Lookups:
                 assert_never(message)
 
     def _tokens(self, message: Tokenize, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
-        tokens = self._vocabulary.encode(text, add_special=add_special, parse_special=parse_special)
-        reply = partial(Tokens, id=message.id, n=len(tokens))
-        if message.detail != "count" and len(tokens) > MOST_TOKENS:
-            raise _invalid(
-                message, f"The text has {len(tokens):,} tokens; at most {MOST_TOKENS:,} are listed. Send it in parts."
-            )
+        ids = self._vocabulary.encode(text, add_special=add_special, parse_special=parse_special)
+        n = len(ids) // ID_BYTES
+        reply = partial(Tokens, id=message.id, n=n)
+        if message.detail != "count" and n > MOST_TOKENS:
+            raise _invalid(message, f"The text has {n:,} tokens; at most {MOST_TOKENS:,} are listed. Send it in parts.")
         match message.detail:
             case "count":
                 return reply()
             case "tokens":
-                return reply(tokens=tokens.astype("<i4").tobytes())
+                return reply(tokens=ids)
             case "pieces":
-                return reply(tokens=tokens.astype("<i4").tobytes(), pieces=self._vocabulary.pieces(tokens))
+                return reply(tokens=ids, pieces=self._vocabulary.pieces(ids))
             case _:
                 assert_never(message.detail)
 
