@@ -33,8 +33,8 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("GET", paths.V0_MODEL): "infer",
     # ---- requests to models
     ("POST", paths.CHAT_COMPLETIONS): "infer",
+    ("POST", paths.COMPLETIONS): "infer",
     ("POST", paths.CHAT_INPUT_TOKENS): "infer",
-    ("POST", "/v1/completions"): "infer",
     ("POST", "/v1/embeddings"): "infer",
     ("POST", "/v1/responses"): "infer",
     ("POST", "/v1/responses/input_tokens"): "infer",

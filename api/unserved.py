@@ -14,7 +14,6 @@ from shared.errors import NotImplementedYet
 
 UNSERVED = (
     # ---- OpenAI
-    ("POST", "/v1/completions"),
     ("POST", "/v1/embeddings"),
     ("POST", "/v1/responses"),
     ("POST", "/v1/responses/input_tokens"),
@@ -43,7 +42,7 @@ UNSERVED = (
 async def unserved(request: Request) -> Never:
     raise NotImplementedYet(
         f"{request.method} {request.scope['path']} is not implemented yet: this version of Loadstone loads, unloads "
-        "and lists models, and answers chat completions, and /docs describes everything that it serves."
+        "and lists models, and answers chat and text completions, and /docs describes everything that it serves."
     )
 
 

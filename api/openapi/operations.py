@@ -11,9 +11,11 @@ from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
 from api.lmstudio.models import LegacyModel, LegacyModelList
 from api.openai.answer import Chunk, Completion
+from api.openai.completions import CompletionRequest
 from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
 from api.openai.request import ChatRequest
+from api.openai.text import TextChunk, TextCompletion
 from api.tokens.forms import (
     CountReply,
     DetokenizeReply,
@@ -159,6 +161,7 @@ EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     GPURequest: {"offload": "max", "worker": "gpu-host-1", "split": "even"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
+    CompletionRequest: {"model": "openai/gpt-oss-20b", "prompt": "Once upon a time", "max_tokens": 60},
     TokenizeRequest: {"model": "openai/gpt-oss-20b", "content": "Hello!", "with_pieces": True},
     DetokenizeRequest: {"model": "openai/gpt-oss-20b", "tokens": [13225, 0]},
 }
@@ -243,19 +246,26 @@ EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by 
         "required": ["event", "data"],
     }
 }
-CHUNKS = {
-    "type": "object",
-    "description": "One event. The stream also contains comment lines. Its last event is either `[DONE]` or an error.",
-    "properties": {
-        "data": {
-            "type": "string",
-            "contentMediaType": JSON,
-            "contentSchema": either(Chunk, OpenAIErrorReply),
-            "description": "The chunk; `[DONE]` after the last one; or an error.",
+
+
+def _chunks(kind: type[Struct]) -> dict[str, Any]:
+    """Describe the stream of a reply in chunks."""
+    return {
+        "type": "object",
+        "description": "One event. The stream also contains comment lines. Its last event is either `[DONE]` or an "
+        "error.",
+        "properties": {
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": either(kind, OpenAIErrorReply),
+                "description": "The chunk; `[DONE]` after the last one; or an error.",
+            },
         },
-    },
-    "required": ["data"],
-}
+        "required": ["data"],
+    }
+
+
 FOLLOWED = {
     name: {"operationId": name, "parameters": {"job_id": "$response.body#/job_id"}}
     for name in ("get_job", "cancel_load", "follow_load", "read_log")
@@ -384,11 +394,28 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         replies={
             200: Reply(
                 description="The answers; or the event stream, if requested.",
-                content={JSON: Completion, SSE: CHUNKS},
+                content={JSON: Completion, SSE: _chunks(Chunk)},
                 headers=("Loadstone-Instance",),
             )
         },
         errors=(*OF_A_CONVERSATION, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.COMPLETIONS): Operation(
+        name="create_completion",
+        summary="Continue prompts",
+        description="An LLM continues texts or tokens, with no template, as in OpenAI's API for its older models. If "
+        "it is not loaded, the request loads it. With `stream`, the reply is a stream of events: each has a chunk as "
+        "its data, and the last one has `[DONE]`. An error after the first byte is the data of the last event. "
+        "Disconnecting cancels the request.",
+        body=CompletionRequest,
+        replies={
+            200: Reply(
+                description="The answers; or the event stream, if requested.",
+                content={JSON: TextCompletion, SSE: _chunks(TextChunk)},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(*OF_A_MODEL, errors.NotSupported, errors.ContextLengthExceeded),
     ),
     ("POST", paths.CHAT_INPUT_TOKENS): Operation(
         name="count_input_tokens",

@@ -5,14 +5,12 @@ llama.cpp's server and vLLM have routes of the same name.  A request has the key
 
 from __future__ import annotations
 
-import sys
-from array import array
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from shared.channel.messages import TokenDetail, Tokens
+from shared.channel.messages import TokenDetail, Tokens, listed
 
 LARGEST = 2**31 - 1  # integer of llama.cpp
 
@@ -131,9 +129,7 @@ class CountReply(Struct, frozen=True, kw_only=True):
 
 def tokenized(request: TokenizeRequest, found: Tokens, context_length: int) -> TokenizeReply:
     """Return the reply with the tokens that a runner found."""
-    tokens = array("i", found.tokens)
-    if sys.byteorder == "big":
-        tokens.byteswap()
+    tokens = listed(found.tokens)
     ids: list[int | Piece] = [*tokens]
     with_pieces = request.detail == "pieces"
     is_llama = request.content is not None

@@ -13,7 +13,9 @@ from starlette.responses import Response
 
 from api.answering import Ask
 from api.decode import MAX_BODY_BYTES, known, read_any
-from api.openai.request import ChatRequest, beginning, decoded, generate, ttl_s
+from api.openai.fields import ttl_s
+from api.openai.reply import check_draining
+from api.openai.request import ChatRequest, beginning, decoded, generate
 from api.state import State
 from api.tokens.forms import (
     CountReply,
@@ -25,7 +27,7 @@ from api.tokens.forms import (
 )
 from api.waiting import waited_for
 from shared.channel.messages import Detokenize, Lookup, Render, Text, TokenDetail, Tokenize, Tokens
-from shared.errors import InvalidValue, MissingParameter, QueueUnavailable
+from shared.errors import InvalidValue, MissingParameter
 from shared.instance import Instance
 
 Reply = TypeVar("Reply", Text, Tokens)
@@ -94,8 +96,7 @@ def _render(client: str, conversation: bytes) -> Render:
 
 
 async def _body(request: Request[State], most_bytes: int | None = None) -> bytes:
-    if request.state["draining"].is_set():
-        raise QueueUnavailable("The server is shutting down and accepts no new requests. Try again shortly.")
+    check_draining(request)
     return await read_any(request, request.state["max_body_bytes"] if most_bytes is None else most_bytes)
 
 

@@ -7,6 +7,7 @@ One that needs no step of the engine, a `Lookup`, gets Refused or Failed; or Que
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,6 +15,7 @@ from msgspec import Struct, msgpack
 
 from shared import framing
 
+TOKEN_BYTES = 4
 ITEM_BYTES = 48  # of a message, a delta or a log probability in memory, roughly
 Finish = Literal["stop", "length"]  # stop: an end-of-generation token or a stop string; length: a limit of tokens
 StopReason = Literal[
@@ -44,17 +46,30 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}  # by token
 
 
-class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
-    """Answer a conversation."""
+class Order(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What requests for text have in common."""
 
     id: int
     client: str  # opaque; requests of one client share prefixes, and clients get equal shares
-    conversation: bytes  # a JSON object, as `worker.chat.code.Templates.render` takes it
-    choices: int = 1  # number of answers
+    choices: int = 1  # number of answers to a prompt
     max_tokens: int | None = None  # of each answer; None: up to the end of the context
     sampling: Sampling = Sampling()
     stop: list[str] = []
     logprobs: int | None = None  # how many alternatives to report for each token; None: no log probabilities
+
+
+class Generate(Order, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
+    """Answer a conversation."""
+
+    conversation: bytes  # a JSON object, as `worker.chat.code.Templates.render` takes it
+
+
+class Complete(Order, frozen=True, kw_only=True, omit_defaults=True, tag="complete"):
+    """Continue prompts, with no template.  The answers to one prompt have consecutive numbers, prompt after prompt."""
+
+    prompts: list[str | list[int]]  # at least one, each a text or tokens
+    suffix: str = ""  # a text that is to follow the answers; only for models with tokens for it
+    echo: bool = False  # answers begin with their prompt, and so do their log probabilities
 
 
 class Render(Struct, frozen=True, kw_only=True, tag="render"):
@@ -92,7 +107,7 @@ class Cancel(Struct, frozen=True, tag="cancel"):
 
 
 Lookup = Render | Tokenize | Detokenize
-ToModel = Generate | Lookup
+ToModel = Generate | Complete | Lookup
 ToRunner = ToModel | Cancel
 
 # ---- from the runner
@@ -128,15 +143,15 @@ class Queued(Struct, frozen=True, kw_only=True, tag="queued"):
     """The request is rendered and tokenized, and it fits.  It cannot be refused any more, except for its wait."""
 
     id: int
-    prompt_tokens: int
+    prompt_tokens: int  # of all prompts
     ahead: int  # number of requests that wait before it
 
 
 class Started(Struct, frozen=True, kw_only=True, tag="started"):
-    """The engine processes the prompt."""
+    """The engine processes the first prompt."""
 
     id: int
-    cached_tokens: int  # of the prompt, which are not processed again
+    cached_tokens: int  # of this prompt, which are not processed again
 
 
 class Logprob(Struct, frozen=True, array_like=True):
@@ -147,10 +162,10 @@ class Logprob(Struct, frozen=True, array_like=True):
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
-    """A generated token, and the most probable ones at its place, most probable first."""
+    """A token of an answer, and the most probable ones at its place, most probable first."""
 
     token: bytes
-    logprob: float
+    logprob: float  # NaN: the first token of a prompt, for which the model computes none
     top: list[Logprob] = []
 
 
@@ -169,6 +184,7 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = []
+    skipped: int = 0  # characters with which the tokens of a prompt begin, and the text of this delta does not
     finish: Finish | None = None
     stop: Stop | None = None
 
@@ -197,18 +213,23 @@ class Tokens(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"
 
     id: int
     n: int
-    tokens: bytes = b""  # little-endian 32-bit integers
+    tokens: bytes = b""  # TOKEN_BYTES each: little-endian integers
     pieces: list[bytes] = []  # the text of each, which may be part of a character
 
 
+def listed(tokens: bytes) -> list[int]:
+    """Return the tokens in `Tokens`."""
+    return [*struct.unpack(f"<{len(tokens) // TOKEN_BYTES}i", tokens)]
+
+
 class Usage(Struct, frozen=True, kw_only=True):
-    """Tokens and seconds of a request."""
+    """Tokens and seconds of a request, with all its prompts."""
 
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int  # of all answers
     reasoning_tokens: int
-    wait_s: float  # from the arrival at the runner to the first step with its prompt
+    wait_s: float  # from the arrival at the runner to the first step with a prompt of it
     prompt_s: float  # from then to the first token
     generation_s: float  # from then to the last token
 

@@ -27,6 +27,7 @@ MODEL, CONTEXT_LENGTH = "acme/tiny", 4096
 DESCRIBED = [route for route in ROUTES if route.include_in_schema]
 ASKING = (  # a model
     paths.CHAT_COMPLETIONS,
+    paths.COMPLETIONS,
     paths.CHAT_INPUT_TOKENS,
     paths.TOKENIZE,
     paths.DETOKENIZE,

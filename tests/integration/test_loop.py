@@ -444,15 +444,19 @@ def limited(root: Path) -> None:
     ahead = [outcome.ahead for outcome in trial.outcomes if isinstance(outcome, Waiting)]
     assert ahead == [0, 0, 1]
     running, late = trial.job(prompt(10)), trial.job(prompt(10), arrived_at=time.monotonic() - 31)
+    accepted = trial.job(prompt(10), arrived_at=late.arrived_at, is_accepted=True, max_tokens=1)
     trial.loop.submit(running)
     trial.loop.step()
     trial.loop.submit(late)
+    trial.loop.submit(accepted)
     trial.loop.step()
     trial.loop.step()
     assert trial.answered(late).code == "queue_timeout"
     running.deadline = time.monotonic()
     trial.loop.step()
     assert trial.answered(running).code == "deadline"
+    trial.finish()
+    assert trial.answered(accepted).kinds[-1] == "Done"
     assert (trial.loop.counters.running, trial.loop.counters.waiting) == (0, 0)
 
 

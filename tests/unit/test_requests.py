@@ -6,12 +6,14 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
 
 from shared.channel.messages import (
     Cancel,
+    Complete,
     Delta,
     Deltas,
     Detokenize,
@@ -71,6 +73,9 @@ class Engine:
     def tokenize(self, text: str, special: bool) -> list[int]:
         return [BOS] * special + [ord(letter) for letter in text]
 
+    def infill(self, before: list[int], after: list[int]) -> list[int] | None:
+        return [BOS, 2, *before, 3, *after, 4] if ord("?") not in after else None
+
     def submit(self, job: Job) -> None:
         self.submitted.append(job)
 
@@ -81,7 +86,7 @@ class Engine:
 class Vocabulary:
     """A vocabulary whose tokens are characters, after BOS."""
 
-    n_tokens = 256
+    n_tokens = 128
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes:
         return encoded([BOS] * add_special + [ord(letter) for letter in text])
@@ -89,8 +94,8 @@ class Vocabulary:
     def decode(self, tokens: list[int]) -> str:
         return "".join(map(chr, tokens))
 
-    def pieces(self, ids: bytes) -> list[bytes]:
-        return [chr(token).encode() for token in struct.unpack(f"<{len(ids) // 4}i", ids)]
+    def pieces(self, tokens: list[int]) -> list[bytes]:
+        return [b"<s>" if token == BOS else bytes([token]) for token in tokens]
 
 
 def encoded(tokens: list[int]) -> bytes:
@@ -137,6 +142,7 @@ class World:
             self.gate,
             ends=Ends("<s>", None),
             context_length=20,
+            parallel=2,
             request_s=request_s,
             max_output_tokens=12,
             most_waiting=6,
@@ -407,7 +413,7 @@ async def test_a_conversation_is_counted_as_it_would_be_answered(world: World) -
         assert Text(id=2, text="<s>Hello") in channel.sent
 
 
-@pytest.mark.parametrize("tokens", [[0, 256], [-1]])
+@pytest.mark.parametrize("tokens", [[0, 128], [-1]])
 async def test_a_token_of_no_vocabulary_is_refused(world: World, tokens: list[int]) -> None:
     async with world.channel(Detokenize(id=7, client="c", tokens=tokens)) as channel:
         (refused,) = await looked_up(channel)
@@ -468,3 +474,141 @@ async def test_a_model_without_a_template_still_tokenizes(world: World) -> None:
     ) as channel:
         assert channel.sent[0] == Refused(id=1, code="chat_unavailable", message="The model has no chat template.")
         assert channel.sent[-1] == Tokens(id=2, n=2)
+
+
+# ---- prompts without a template
+
+
+def complete(*prompts: str | list[int], id_: int = 7, **options: Any) -> Complete:
+    return Complete(id=id_, client="c", prompts=[*prompts], **options)
+
+
+def deltas(channel: Channel) -> list[Delta]:
+    return [delta for message in channel.sent if isinstance(message, Deltas) for delta in message.deltas]
+
+
+async def test_a_text_gets_its_first_token_once_and_no_template(world: World) -> None:
+    world.requests = world.made("This build has no chat code.")
+    async with world.channel(complete("Hi", id_=1), complete("<s>Hi", id_=2), complete([ord("H")], id_=3)):
+        assert [job.tokens for job in world.engine.submitted] == [[BOS, *b"Hi"], [BOS, *b"Hi"], [*b"H"]]
+        assert all(job.max_tokens == 12 and not job.scores_prompt for job in world.engine.submitted)
+
+
+async def test_the_answers_to_prompts_are_numbered_one_after_another(world: World) -> None:
+    """The engine gets as many at once as may run."""
+    async with world.channel(complete("a", "bc", "d", "e")) as channel:
+        (first,) = world.engine.submitted
+        await world.hand_out(Waiting(job=first, ahead=2))
+        assert channel.sent == [Queued(id=7, prompt_tokens=4 + 5, ahead=2)]
+        _, second = world.engine.submitted
+        assert [first.is_accepted, second.is_accepted] == [False, True]
+        await world.hand_out(Begun(job=first, cached_tokens=1), Begun(job=second, cached_tokens=2))
+        await world.hand_out(piece(second, "x", finish="stop"), done(second))
+        _, _, third = world.engine.submitted
+        await world.hand_out(piece(third, "y", finish="length"), done(third))
+        fourth = world.engine.submitted[-1]
+        await world.hand_out(piece(first, "z", finish="stop"), done(first))
+        await world.hand_out(piece(fourth, "", finish="stop"), done(fourth))
+        assert [(delta.choice, delta.text) for delta in deltas(channel)] == [(1, "x"), (2, "y"), (0, "z"), (3, "")]
+        assert [type(message) for message in channel.sent if not isinstance(message, Deltas)] == [
+            Queued,
+            Started,
+            Ended,
+        ]
+        ended = channel.sent[-1]
+        assert isinstance(ended, Ended)
+        usage = ended.usage
+        assert (usage.prompt_tokens, usage.cached_tokens, usage.generated_tokens) == (9, 8, 12)
+    assert world.engine.cancelled == []
+
+
+async def test_several_answers_to_each_of_several_prompts(world: World) -> None:
+    async with world.channel(complete("a", "b", choices=2)) as channel:
+        (first,) = world.engine.submitted
+        await world.hand_out(Waiting(job=first, ahead=0), Begun(job=first, cached_tokens=0))
+        assert world.engine.submitted == [first], "two answers are as many as may run"
+        await world.hand_out(piece(first, "1", 1, finish="stop"), piece(first, "0", 0, finish="stop"), done(first))
+        (_, second) = world.engine.submitted
+        await world.hand_out(piece(second, "2", 0, finish="stop"), piece(second, "3", 1, finish="stop"), done(second))
+        assert [(delta.choice, delta.text) for delta in deltas(channel)] == [(1, "1"), (0, "0"), (2, "2"), (3, "3")]
+        assert isinstance(channel.sent[-1], Ended)
+
+
+async def test_the_failure_of_a_prompt_ends_the_request(world: World) -> None:
+    async with world.channel(complete("a", "b", "c")) as channel:
+        (first,) = world.engine.submitted
+        await world.hand_out(Begun(job=first, cached_tokens=0))
+        second = world.engine.submitted[1]
+        await world.hand_out(Broken(job=second, code="engine_failed", message="broken"))
+        assert channel.sent[-1] == Failed(id=7, code="engine_failed", message="broken")
+        await world.hand_out(piece(first, "late", finish="stop"), done(first))
+        assert isinstance(channel.sent[-1], Failed)
+        assert world.gate.n_requests == 0
+    assert (len(world.engine.submitted), world.engine.cancelled) == (2, [first])
+
+
+async def test_a_cancelled_request_cancels_all_its_prompts(world: World) -> None:
+    async with world.channel(complete("a", "b", "c")) as channel:
+        await world.hand_out(Waiting(job=world.engine.submitted[0], ahead=0))
+        await world.send(channel, Cancel(7))
+        assert {*world.engine.cancelled} == {*world.engine.submitted}
+        assert len(world.engine.cancelled) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "echo", "skipped"), [("Hi", "Hi", 3), ("<s>Hi", "<s>Hi", 0), ("", "", 3), ([72, 105], "Hi", 0)]
+)
+async def test_an_answer_begins_with_its_prompt_on_request(world: World, prompt: Any, echo: str, skipped: int) -> None:
+    async with world.channel(complete(prompt, choices=2, echo=True, logprobs=1)) as channel:
+        (job,) = world.engine.submitted
+        assert job.scores_prompt
+        await world.hand_out(Begun(job=job, cached_tokens=0), piece(job, "!", 1))
+        assert deltas(channel) == [
+            Delta(id=7, choice=0, text=echo, skipped=skipped),
+            Delta(id=7, choice=1, text=echo, skipped=skipped),
+            Delta(id=7, choice=1, text="!"),
+        ]
+
+
+async def test_a_prompt_is_scored_only_on_request(world: World) -> None:
+    async with world.channel(complete("a", echo=True, id_=1), complete("a", logprobs=1, id_=2)):
+        assert [job.scores_prompt for job in world.engine.submitted] == [False, False]
+
+
+async def test_an_answer_may_have_no_tokens(world: World) -> None:
+    async with world.channel(complete("a", max_tokens=0)):
+        assert world.engine.submitted[0].max_tokens == 0
+
+
+async def test_a_suffix_makes_a_prompt_between_two_texts(world: World) -> None:
+    async with world.channel(complete("a", suffix="b"), complete([99], suffix="b", id_=8)):
+        first, second = world.engine.submitted
+        assert first.tokens == [BOS, 2, ord("a"), 3, ord("b"), 4]
+        assert second.tokens == [BOS, 2, 99, 3, ord("b"), 4]
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (complete("a", suffix="?"), "suffix"),
+        (complete("fine", [5, 128]), "prompt"),
+        (complete([-1]), "prompt"),
+        (complete([]), "prompt"),
+        (complete("fine", "x" * 19), "prompt"),
+    ],
+)
+async def test_a_prompt_that_cannot_be_continued_is_refused(world: World, request_: Complete, param: str) -> None:
+    """Before any of them is processed."""
+    async with world.channel(request_) as channel:
+        (refused,) = channel.sent
+        assert isinstance(refused, Refused)
+        assert refused.param == param
+    assert world.engine.submitted == []
+
+
+async def test_long_prompts_are_tokenized_elsewhere(world: World) -> None:
+    """Requests of others are taken meanwhile."""
+    async with world.channel(complete(*["x"] * 1001)) as channel:
+        await until(lambda: bool(world.engine.submitted), "the prompts are tokenized")
+        await world.hand_out(Waiting(job=world.engine.submitted[0], ahead=0))
+        assert channel.sent == [Queued(id=7, prompt_tokens=2002, ahead=0)]

@@ -33,10 +33,7 @@ class EngineError(Exception):
 
 
 class Vocabulary:
-    """The tokens of a model.  `piece`, `is_end` and `suppressed` are for one thread, the others for any.
-
-    What is for any thread holds the interpreter's lock only for moments, however many tokens there are.
-    """
+    """The tokens of a model.  What may be called from any thread says so; the rest from one."""
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
@@ -46,13 +43,16 @@ class Vocabulary:
         self._ends: dict[int, bool] = {}
 
     def tokenize(self, text: str, special: bool) -> list[int]:
-        """Return the tokens of a text.  `special`: the text is a whole prompt, with all of `encode`."""
+        """Return the tokens of a text.  May be called from any thread.
+
+        `special`: the text is a whole prompt, with all that `encode` can do for one.
+        """
         ids = np.frombuffer(self.encode(text, add_special=special, parse_special=special), IDS)
         tokens: list[int] = ids.tolist()
         return tokens
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes:
-        """Return the tokens of a text, as little-endian 32-bit integers.
+        """Return the tokens of a text, as little-endian 32-bit integers.  May be called from any thread.
 
         `add_special`: put the model's first token before it, and its last one after it, if the model wants them.
         `parse_special`: control tokens that the text spells become tokens.
@@ -68,7 +68,7 @@ class Vocabulary:
             n = -count
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of tokens of the vocabulary, that of control tokens included.
+        """Return the text of tokens of the vocabulary, that of control tokens included.  May be called from any thread.
 
         Without the space that the tokenizer puts before a text.  What is not whole in UTF-8 becomes U+FFFD.
         """
@@ -81,14 +81,6 @@ class Vocabulary:
             if count >= 0:
                 return text.raw[:count].decode("utf-8", "replace")
             n = -count
-
-    def pieces(self, ids: bytes) -> list[bytes]:
-        """Return the texts of what `encode` returned, each of which may be part of a character.
-
-        It keeps none, unlike `piece`: the call of the engine for each one lets other threads go on.
-        """
-        buffer = ctypes.create_string_buffer(PIECE_BYTES)
-        return [self._piece(token, buffer, is_shown=True) for token in np.frombuffer(ids, IDS).tolist()]
 
     def piece(self, token: int, *, is_shown: bool) -> bytes:
         """Return the text of a token, which may be part of a character.  `is_shown`: also that of a control token."""
@@ -104,6 +96,25 @@ class Vocabulary:
             n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
         piece: bytes = buffer[:n]
         return piece
+
+    def pieces(self, tokens: list[int]) -> list[bytes]:
+        """Return the texts of tokens, with those of control tokens.  May be called from any thread."""
+        buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        return [self._piece(token, buffer, is_shown=True) for token in tokens]
+
+    def infill(self, before: list[int], after: list[int]) -> list[int] | None:
+        """Return the prompt for a text between two others; None if the model has no tokens for that.  May be called
+        from any thread.
+
+        It is that of llama-server (format_prompt_infill, tools/server/server-common.cpp) without names of files.
+        """
+        marks = [
+            fim(self._vocab) for fim in (lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)
+        ]
+        if min(marks) < 0:
+            return None
+        first = [lib.llama_vocab_bos(self._vocab)] if lib.llama_vocab_get_add_bos(self._vocab) else []
+        return [*first, marks[0], *before, marks[1], *after, marks[2]]
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends an answer."""
@@ -148,17 +159,17 @@ class Batch:
     def clear(self) -> None:
         self.n_tokens = self.n_outputs = 0
 
-    def add(self, tokens: list[int], pos: int, seq_id: int, *, has_output: bool) -> int:
-        """Append tokens of one sequence.  `has_output`: the last one gets logits.  Returns its index in the batch."""
+    def add(self, tokens: list[int], pos: int, seq_id: int, *, n_outputs: int) -> int:
+        """Append tokens of one sequence, of which the last `n_outputs` get logits.  Returns the index of the last one
+        in the batch."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._token[start:end] = tokens
         self._pos[start:end] = np.arange(pos, pos + len(tokens))
         self._seq[start:end] = seq_id
         self._output[start:end] = 0
         self.n_tokens = end
-        if has_output:
-            self._output[end - 1] = 1
-            self.n_outputs += 1
+        self._output[end - n_outputs : end] = 1
+        self.n_outputs += n_outputs
         return end - 1
 
     def struct(self) -> Any:

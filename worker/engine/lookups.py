@@ -7,11 +7,21 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol, assert_never
 
-from shared.channel.messages import Detokenize, Failed, Lookup, Refused, Render, Text, Tokenize, Tokens
+from shared.channel.messages import (
+    TOKEN_BYTES,
+    Detokenize,
+    Failed,
+    Lookup,
+    Refused,
+    Render,
+    Text,
+    Tokenize,
+    Tokens,
+    listed,
+)
 from worker.engine.gate import Refusal
 
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
-ID_BYTES = 4  # of a token in `Tokens`
 MOST_TOKENS = 131_072  # of a reply that has them: 0.5 MB
 
 
@@ -24,7 +34,7 @@ class Vocabulary(Protocol):
 
     def decode(self, tokens: list[int]) -> str: ...
 
-    def pieces(self, ids: bytes) -> list[bytes]: ...
+    def pieces(self, tokens: list[int]) -> list[bytes]: ...
 
 
 class Prompts(Protocol):
@@ -81,7 +91,7 @@ class Lookups:
 
     def _tokens(self, message: Tokenize, text: str, *, add_special: bool, parse_special: bool) -> Tokens:
         ids = self._vocabulary.encode(text, add_special=add_special, parse_special=parse_special)
-        n = len(ids) // ID_BYTES
+        n = len(ids) // TOKEN_BYTES
         reply = partial(Tokens, id=message.id, n=n)
         if message.detail != "count" and n > MOST_TOKENS:
             raise _invalid(message, f"The text has {n:,} tokens; at most {MOST_TOKENS:,} are listed. Send it in parts.")
@@ -91,7 +101,7 @@ class Lookups:
             case "tokens":
                 return reply(tokens=ids)
             case "pieces":
-                return reply(tokens=ids, pieces=self._vocabulary.pieces(ids))
+                return reply(tokens=ids, pieces=self._vocabulary.pieces(listed(ids)))
             case _:
                 assert_never(message.detail)
 
