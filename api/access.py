@@ -33,8 +33,8 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("GET", paths.V0_MODEL): "infer",
     # ---- requests to models
     ("POST", paths.CHAT_COMPLETIONS): "infer",
-    ("POST", "/v1/chat/completions/input_tokens"): "infer",
-    ("POST", "/v1/completions"): "infer",
+    ("POST", paths.COMPLETIONS): "infer",
+    ("POST", paths.CHAT_INPUT_TOKENS): "infer",
     ("POST", "/v1/embeddings"): "infer",
     ("POST", "/v1/responses"): "infer",
     ("POST", "/v1/responses/input_tokens"): "infer",
@@ -52,9 +52,9 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("POST", "/v1/reranking"): "infer",
     ("POST", "/rerank"): "infer",
     ("POST", "/reranking"): "infer",
-    ("POST", "/tokenize"): "infer",
-    ("POST", "/detokenize"): "infer",
-    ("POST", "/apply-template"): "infer",
+    ("POST", paths.TOKENIZE): "infer",
+    ("POST", paths.DETOKENIZE): "infer",
+    ("POST", paths.APPLY_TEMPLATE): "infer",
     # ---- loads, and what they show of other clients
     ("POST", paths.LOAD): "manage",
     ("POST", paths.ESTIMATE): "manage",

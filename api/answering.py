@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from msgspec import UNSET, Struct
 
@@ -13,7 +13,19 @@ from api.channel.answer import Answer
 from api.channel.channels import Channels
 from api.loads.demand import OnDemand
 from api.pool.loaded import Loaded
-from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Generate, Queued, Refused, Started, Vectors
+from shared.channel.messages import (
+    Deltas,
+    Ended,
+    Failed,
+    FromRunner,
+    Queued,
+    Refused,
+    Started,
+    Text,
+    Tokens,
+    ToModel,
+    Vectors,
+)
 from shared.errors import (
     ChatUnavailable,
     InvalidValue,
@@ -35,12 +47,14 @@ from shared.telemetry import log
 
 _log = log.get("api")
 
+Reply = TypeVar("Reply", Text, Tokens)
+
 
 class Ask(Struct, frozen=True, kw_only=True):
     """A request to a model."""
 
     model: str | None  # as the client wrote it
-    order: Callable[[Instance], Generate]  # translates the request for an instance; raises InvalidValue
+    order: Callable[[Instance], ToModel]  # translates the request for an instance; raises InvalidValue
     route: str
     prompt: str  # the field with the prompt, for errors about it
     beginning: bytes = b""  # of the conversation, for the choice among instances; none if it has none
@@ -88,6 +102,16 @@ class Answering:
         except TimeoutError:
             raise lost or QueueTimeout("The engine process did not accept the request in time.") from None
 
+    async def looked_up(self, ask: Ask, kind: type[Reply]) -> tuple[Instance, Reply]:
+        """Return the reply of this type to a `Lookup`, and the instance that gives it.  Raises what `begin` raises."""
+        async with AsyncExitStack() as held:
+            instance, answer = await self.begin(ask, held)
+            async for message in answer:
+                if isinstance(message, kind):
+                    return instance, message
+                told(message)
+        raise ServiceError("The runner did not reply.")
+
     async def _accepted(self, ask: Ask, instance: Instance, held: AsyncExitStack) -> Answer:
         """Send a request, and return its answer once the runner has accepted it."""
         async with AsyncExitStack() as attempt:
@@ -103,7 +127,7 @@ class Answering:
                     raise refusal(message, ask.prompt)
                 case Failed():
                     raise RequestFailed(message.message)
-                case Started() | Deltas() | Vectors() | Ended():
+                case Started() | Deltas() | Text() | Tokens() | Vectors() | Ended():
                     raise ServiceError("The runner began a request that it had not accepted.")
                 case _:
                     assert_never(message)
@@ -138,6 +162,8 @@ def told(message: FromRunner) -> Deltas | Vectors | Ended | None:
             raise refusal(message)
         case Failed():
             raise RequestFailed(message.message)
+        case Text() | Tokens():
+            raise ServiceError("The runner replied to another request.")
         case _:
             assert_never(message)
 

@@ -14,8 +14,6 @@ from shared.errors import NotImplementedYet
 
 UNSERVED = (
     # ---- OpenAI
-    ("POST", "/v1/chat/completions/input_tokens"),
-    ("POST", "/v1/completions"),
     ("POST", "/v1/embeddings"),
     ("POST", "/v1/responses"),
     ("POST", "/v1/responses/input_tokens"),
@@ -33,21 +31,18 @@ UNSERVED = (
     ("POST", "/api/v0/chat/completions"),
     ("POST", "/api/v0/completions"),
     ("POST", "/api/v0/embeddings"),
-    # ---- llama.cpp, Jina and vLLM
+    # ---- llama.cpp and Jina
     ("POST", "/v1/rerank"),
     ("POST", "/v1/reranking"),
     ("POST", "/rerank"),
     ("POST", "/reranking"),
-    ("POST", "/tokenize"),
-    ("POST", "/detokenize"),
-    ("POST", "/apply-template"),
 )
 
 
 async def unserved(request: Request) -> Never:
     raise NotImplementedYet(
         f"{request.method} {request.scope['path']} is not implemented yet: this version of Loadstone loads, unloads "
-        "and lists models, and answers chat completions, and /docs describes everything that it serves."
+        "and lists models, and answers chat and text completions, and /docs describes everything that it serves."
     )
 
 

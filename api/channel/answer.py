@@ -19,6 +19,8 @@ from shared.channel.messages import (
     Queued,
     Refused,
     Started,
+    Text,
+    Tokens,
     Usage,
     Vectors,
     size_of,
@@ -29,7 +31,8 @@ MOST_BYTES = 1 << 20  # of deltas that the client has not read
 
 
 class Answer(AsyncIterator[FromRunner]):
-    """Iterates over the messages of a request, up to Refused, Ended or Failed; its deltas are those of this request.
+    """Iterates over the messages of a request, up to Refused, Ended, Failed, or the reply to a lookup; its deltas are
+    those of this request.
 
     Raises ServiceError, after the messages that arrived before: ModelUnloaded, RunnerLost, NoRoute or, at once,
     ClientTooSlow.
@@ -45,13 +48,15 @@ class Answer(AsyncIterator[FromRunner]):
         self.outcome = "cancelled"  # for the metrics: "completed" or why there is no complete answer
         self.usage: Usage | None = None
 
-    def put(self, message: Refused | Queued | Started | Vectors | Ended | Failed) -> None:
+    def put(self, message: Refused | Queued | Started | Vectors | Text | Tokens | Ended | Failed) -> None:
         """Add a message of the runner."""
         match message:
             case Refused() | Failed():
                 self.is_complete, self.outcome = True, message.code
             case Ended():
                 self.is_complete, self.outcome, self.usage = True, "completed", message.usage
+            case Text() | Tokens():
+                self.is_complete, self.outcome = True, "completed"
             case Queued() | Started() | Vectors():
                 pass
             case _:

@@ -10,7 +10,7 @@ from functools import partial
 
 from api.channel.answer import Answer
 from api.channel.connection import Connection, connect
-from shared.channel.messages import Generate, ToModel
+from shared.channel.messages import Complete, Order, ToModel
 from shared.errors import NoRoute, QueueUnavailable, ServiceError
 from shared.instance import Instance
 from shared.schema.snapshot import WorkerSnapshot
@@ -65,7 +65,7 @@ class Channels:
                     token=self._names.get(request.client, ""),
                     first_token_s=None if answer.first_at is None else answer.first_at - began,
                     usage=answer.usage,
-                    choices=request.choices if isinstance(request, Generate) else 1,
+                    choices=_side_by_side(request),
                 )
             )
 
@@ -128,6 +128,12 @@ class Channels:
         if self._connections.get(key) is opening:
             del self._connections[key]
             self._then.pop(key, None)
+
+
+def _side_by_side(request: ToModel) -> int | None:
+    """Return the number of answers, None if they are not all generated at the same time."""
+    is_one_prompt = not isinstance(request, Complete) or len(request.prompts) == 1
+    return request.choices if isinstance(request, Order) and is_one_prompt else None
 
 
 def _key(instance: Instance) -> Key:

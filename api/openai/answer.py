@@ -274,6 +274,30 @@ class Collected:
         )
 
 
+class Chat:
+    """The form of one reply."""
+
+    def __init__(self, heading: Heading, choices: int, *, with_usage: bool) -> None:
+        """`with_usage`: a stream ends with the usage."""
+        self._heading, self._choices, self._with_usage = heading, choices, with_usage
+        self._collected = Collected(heading, choices)
+
+    def add(self, delta: Delta) -> None:
+        self._collected.add(delta)
+
+    def whole(self, usage: Usage) -> Completion:
+        return self._collected.completion(usage)
+
+    def first(self) -> bytes:
+        return self._heading.first(self._choices)
+
+    def added(self, delta: Delta) -> bytes:
+        return self._heading.added(delta)
+
+    def last(self, usage: Usage) -> bytes:
+        return (self._heading.usage(usage) if self._with_usage else b"") + DONE
+
+
 def _choice(index: int, deltas: list[Delta]) -> Choice:
     finish = deltas[-1].finish
     assert finish is not None

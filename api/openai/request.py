@@ -12,30 +12,15 @@ import msgspec
 from msgspec import Meta, Struct
 
 from api.decode import known
-from shared.channel.messages import Generate, Sampling
+from api.openai.fields import Limit, TextRequest, check_sampling, limit, sampling, stops
+from shared.channel.messages import Generate
 from shared.errors import InvalidValue, NotSupported
-from shared.schema.http import Seconds
-from shared.schema.model import ModelSettings, SamplingSettings
+from shared.schema.model import ModelSettings
 
 DEEPEST = 64  # nesting of a conversation: llama.cpp's template code recurses over it
 MOST_PIECES = 65_536  # messages of a conversation, and their parts: to check and to render each takes microseconds
-MOST_STOPS = 16
 MOST_ALTERNATIVES = 20  # `top_logprobs`, as OpenAI has it
-UNLIMITED = -1  # of `max_tokens`, as LM Studio's clients send it
 ROLES = {"developer": "system"}  # the others are their own
-TEMPERATURES, PENALTIES, BIASES = (0.0, 2.0), (-2.0, 2.0), (-100.0, 100.0)
-
-
-Limit = Annotated[int, Meta(ge=UNLIMITED)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Penalty = Annotated[float, Meta(ge=PENALTIES[0], le=PENALTIES[1])]
-LARGEST = 2**31 - 1  # integer of llama.cpp
-
-
-class StreamOptions(Struct, frozen=True):
-    """Options of a streamed reply."""
-
-    include_usage: Annotated[bool | None, Meta(description="Send a last chunk with the tokens of the request.")] = None
 
 
 class Part(Struct, frozen=True):
@@ -71,7 +56,7 @@ class Message(Struct, frozen=True):
     tool_calls: Annotated[list[ToolCall] | None, Meta(description="Not served yet: must be empty.")] = None
 
 
-class ChatRequest(Struct, frozen=True, kw_only=True):
+class ChatRequest(TextRequest, frozen=True, kw_only=True):
     """A request for a chat completion.  Unknown fields are ignored, and `null` means absent."""
 
     messages: Annotated[
@@ -82,76 +67,13 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
             "continues it.",
         ),
     ]
-    model: Annotated[
-        str | None,
-        Meta(
-            description="A model key or alias, or the id of a loaded instance. Absent: the default model, or else the "
-            "only loaded LLM. A key means any of its instances, if possible the one that answered the "
-            "conversation before."
-        ),
-    ] = None
-    stream: Annotated[bool | None, Meta(description="Send the answer while it is generated, as events.")] = None
-    stream_options: Annotated[StreamOptions | None, Meta(description="Options of a streamed reply.")] = None
-    max_tokens: Annotated[
-        Limit | None, Meta(description="The most tokens of an answer. -1 or absent: up to the end of the context.")
-    ] = None
     max_completion_tokens: Annotated[
         Limit | None, Meta(description="The same under OpenAI's newer name, which wins over `max_tokens`.")
-    ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None,
-        Meta(description="How far choices may stray from the most probable token, which 0 always takes. Default: 0.8."),
-    ] = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=0, le=LARGEST)] | None,
-        Meta(description="Consider this many of the most probable tokens, at most 256. 0: 256. Default: 40."),
-    ] = None
-    top_p: Annotated[
-        Share | None,
-        Meta(description="Consider the most probable tokens that have this probability together. Default: 0.95."),
-    ] = None
-    min_p: Annotated[
-        Share | None,
-        Meta(description="Consider tokens with at least this share of the highest probability. Default: 0.05."),
-    ] = None
-    typical_p: Annotated[Share | None, Meta(description="Locally typical sampling. Default: 1, which is off.")] = None
-    repeat_penalty: Annotated[
-        Annotated[float, Meta(gt=0, le=1e6)] | None,
-        Meta(description="Divide the logits of recent tokens by this. Default: 1, which is off."),
-    ] = None
-    repeat_last_n: Annotated[
-        Annotated[int, Meta(ge=-1, le=LARGEST)] | None,
-        Meta(description="How many recent tokens the penalties consider. -1: all. Default: 64."),
-    ] = None
-    presence_penalty: Annotated[
-        Penalty | None, Meta(description="Subtract this from the logits of recent tokens. Default: 0.")
-    ] = None
-    frequency_penalty: Annotated[
-        Penalty | None, Meta(description="Subtract this for each time that a token occurs among them. Default: 0.")
-    ] = None
-    seed: Annotated[
-        Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None,
-        Meta(
-            description="The same seed gives the same draws; the text is the same only if the same requests are "
-            "processed beside it. -1 or absent: a random one.",
-        ),
-    ] = None
-    stop: Annotated[
-        str | list[str] | None,
-        Meta(description=f"Texts that end an answer, at most {MOST_STOPS}. The answer does not include them."),
-    ] = None
-    logit_bias: Annotated[
-        dict[str, float] | list[list[Any]] | None,
-        Meta(description="Numbers from -100 to 100, by token id, that are added to the logits of these tokens."),
     ] = None
     logprobs: Annotated[bool | None, Meta(description="Return the log probability of each token.")] = None
     top_logprobs: Annotated[
         Annotated[int, Meta(ge=0, le=MOST_ALTERNATIVES)] | None,
         Meta(description="Return this many of the most probable tokens at each place; needs `logprobs`."),
-    ] = None
-    n: Annotated[
-        Annotated[int, Meta(ge=1)] | None,
-        Meta(description="The number of answers, at most the `parallel` of the instance. Default: 1."),
     ] = None
     reasoning_effort: Annotated[
         str | None,
@@ -166,13 +88,6 @@ class ChatRequest(Struct, frozen=True, kw_only=True):
     ] = None
     continue_final_message: Annotated[
         bool | None, Meta(description="Continue the last message. Default: if it is the assistant's.")
-    ] = None
-    ttl: Annotated[
-        Any,
-        Meta(
-            description="Seconds after which the model is unloaded if it is not used, if this request loads it. "
-            "Default: that of the model, or of the operator; also if it is not a number of seconds."
-        ),
     ] = None
     response_format: Annotated[dict[str, Any] | None, Meta(description='Only `{"type": "text"}` is served yet.')] = None
     tools: Annotated[list[Any] | None, Meta(description="Not served yet: must be empty.")] = None
@@ -205,8 +120,7 @@ def decoded(body: bytes) -> ChatRequest:
         )
     for i, message in enumerate(request.messages):
         _check_message(message, f"messages[{i}]")
-    _stops(request.stop)
-    _biases(request.logit_bias)
+    check_sampling(request)
     return request
 
 
@@ -222,25 +136,18 @@ def generate(request: ChatRequest, client: str, settings: ModelSettings) -> Gene
         "enable_thinking": thinks,
         "chat_template_kwargs": variables or None,
     }
-    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     return Generate(
         id=0,
         client=client,
         conversation=msgspec.json.encode({key: value for key, value in conversation.items() if value is not None}),
         choices=request.n or 1,
-        max_tokens=None if limit is None or limit == UNLIMITED else min(limit, LARGEST),
-        sampling=_sampling(request, settings.sampling),
-        stop=_stops(request.stop),
+        max_tokens=limit(
+            request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+        ),
+        sampling=sampling(request, settings.sampling),
+        stop=stops(request.stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-
-
-def ttl_s(request: ChatRequest) -> float | None:
-    """Return the TTL that a request has; None if it has none, or no valid one."""
-    try:
-        return msgspec.convert(request.ttl, Seconds)
-    except msgspec.ValidationError:
-        return None
 
 
 def beginning(request: ChatRequest, client: str) -> bytes:
@@ -335,43 +242,6 @@ def _prompted(request: ChatRequest, settings: ModelSettings) -> list[dict[str, A
     if settings.system_prompt is None or any(message.role in ("system", "developer") for message in request.messages):
         return []
     return [{"role": "system", "content": settings.system_prompt}]
-
-
-def _sampling(request: ChatRequest, settings: SamplingSettings) -> Sampling:
-    given = {name: value for name in Sampling.__struct_fields__ if (value := getattr(request, name)) is not None}
-    of_model = {name: value for name, value in msgspec.structs.asdict(settings).items() if value is not None}
-    given = {**of_model, **given, "logit_bias": _biases(request.logit_bias)}
-    if given.get("seed") == UNLIMITED:
-        del given["seed"]
-    return Sampling(**given)
-
-
-def _biases(given: dict[str, float] | list[list[Any]] | None) -> dict[int, float]:
-    """Return the biases by token.  The runner checks the ids against its vocabulary."""
-    pairs = given.items() if isinstance(given, dict) else (given or [])
-    biases: dict[int, float] = {}
-    for pair in pairs:
-        try:
-            token, bias = pair
-            biases[int(token)] = float(bias)
-        except (TypeError, ValueError):
-            raise InvalidValue(
-                "'logit_bias': expected token ids with numbers, such as {\"42\": -100}.", param="logit_bias"
-            ) from None
-    if not all(0 <= token <= LARGEST for token in biases):
-        raise InvalidValue(f"'logit_bias': expected token ids from 0 to {LARGEST}.", param="logit_bias")
-    if not all(BIASES[0] <= bias <= BIASES[1] for bias in biases.values()):
-        raise InvalidValue("'logit_bias': expected numbers from -100 to 100.", param="logit_bias")
-    return biases
-
-
-def _stops(given: str | list[str] | None) -> list[str]:
-    stops = [given] if isinstance(given, str) else (given or [])
-    if len(stops) > MOST_STOPS:
-        raise InvalidValue(f"'stop': expected at most {MOST_STOPS} strings, got {len(stops)}.", param="stop")
-    if "" in stops:
-        raise InvalidValue("'stop': a string must not be empty.", param="stop")
-    return stops
 
 
 def _depth(value: Any) -> int:

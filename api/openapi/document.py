@@ -17,6 +17,7 @@ from api.errors import ErrorReply, shaped, status_of
 from api.openai.answer import Chunk
 from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
+from api.openai.text import TextChunk
 from api.openapi import page
 from api.openapi.operations import (
     EXAMPLES,
@@ -170,7 +171,14 @@ def _errors(kinds: Sequence[type[ServiceError]], status: int, path: str) -> dict
 def _types() -> list[Any]:
     replies = [reply for operation in OPERATIONS.values() for reply in operation.replies.values()]
     sent = [kind for reply in replies for kind in reply.content.values() if not isinstance(kind, dict)]
-    named = (OpenAIModel, OpenAIModelList, AnthropicModel, AnthropicModelList, Chunk)  # in schemas of several types
+    named = (
+        OpenAIModel,
+        OpenAIModelList,
+        AnthropicModel,
+        AnthropicModelList,
+        Chunk,
+        TextChunk,
+    )  # in schemas of several types
     return [*EXAMPLES, *sent, *named, LoadEvent, ErrorReply, OpenAIErrorReply]
 
 

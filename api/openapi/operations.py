@@ -11,9 +11,19 @@ from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
 from api.lmstudio.models import LegacyModel, LegacyModelList
 from api.openai.answer import Chunk, Completion
+from api.openai.completions import CompletionRequest
 from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
 from api.openai.request import ChatRequest
+from api.openai.text import TextChunk, TextCompletion
+from api.tokens.forms import (
+    CountReply,
+    DetokenizeReply,
+    DetokenizeRequest,
+    TemplateReply,
+    TokenizeReply,
+    TokenizeRequest,
+)
 from shared import errors, paths
 from shared.errors import ServiceError
 from shared.schema.http import (
@@ -143,12 +153,17 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
 }
 
-OPEN: frozenset[type[Struct]] = frozenset({ChatRequest})  # requests of which unknown fields are ignored
+OPEN: frozenset[type[Struct]] = frozenset(
+    {ChatRequest, TokenizeRequest, DetokenizeRequest}
+)  # requests of which unknown fields are ignored
 EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
     GPURequest: {"offload": "max", "worker": "gpu-host-1", "split": "even"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
+    CompletionRequest: {"model": "openai/gpt-oss-20b", "prompt": "Once upon a time", "max_tokens": 60},
+    TokenizeRequest: {"model": "openai/gpt-oss-20b", "content": "Hello!", "with_pieces": True},
+    DetokenizeRequest: {"model": "openai/gpt-oss-20b", "tokens": [13225, 0]},
 }
 
 HEADERS: dict[str, dict[str, Any]] = {
@@ -192,6 +207,22 @@ IN_A_BODY = (
     errors.UnsupportedMediaType,
     errors.UnsupportedEncoding,
 )
+OF_A_MODEL = (  # that a request asks
+    *(one for one in IN_A_BODY if one is not errors.UnrecognizedKeys),
+    errors.ModelNotFound,
+    errors.ModelNotLoaded,
+    errors.QueueFull,
+    errors.RequestFailed,
+    errors.LoadFailed,
+    errors.LoadInterrupted,
+    errors.NoWorker,
+    errors.QueueTimeout,
+    errors.NoRoute,
+    errors.ModelUnloaded,
+    errors.RunnerLost,
+    errors.QueueUnavailable,
+)
+OF_A_CONVERSATION = (*OF_A_MODEL, errors.NotSupported, errors.RequestCrashed, errors.ChatUnavailable)
 IN_A_PATH = (errors.JobNotFound, errors.NotFound)  # an id with a slash matches another path
 OF_AN_ID = (errors.ModelNotFound, errors.NotFound)  # an id with a line break matches no path
 EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by the schema of one event
@@ -215,19 +246,26 @@ EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by 
         "required": ["event", "data"],
     }
 }
-CHUNKS = {
-    "type": "object",
-    "description": "One event. The stream also contains comment lines. Its last event is either `[DONE]` or an error.",
-    "properties": {
-        "data": {
-            "type": "string",
-            "contentMediaType": JSON,
-            "contentSchema": either(Chunk, OpenAIErrorReply),
-            "description": "The chunk; `[DONE]` after the last one; or an error.",
+
+
+def _chunks(kind: type[Struct]) -> dict[str, Any]:
+    """Describe the stream of a reply in chunks."""
+    return {
+        "type": "object",
+        "description": "One event. The stream also contains comment lines. Its last event is either `[DONE]` or an "
+        "error.",
+        "properties": {
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": either(kind, OpenAIErrorReply),
+                "description": "The chunk; `[DONE]` after the last one; or an error.",
+            },
         },
-    },
-    "required": ["data"],
-}
+        "required": ["data"],
+    }
+
+
 FOLLOWED = {
     name: {"operationId": name, "parameters": {"job_id": "$response.body#/job_id"}}
     for name in ("get_job", "cancel_load", "follow_load", "read_log")
@@ -356,30 +394,60 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         replies={
             200: Reply(
                 description="The answers; or the event stream, if requested.",
-                content={JSON: Completion, SSE: CHUNKS},
+                content={JSON: Completion, SSE: _chunks(Chunk)},
                 headers=("Loadstone-Instance",),
             )
         },
-        errors=(
-            *(one for one in IN_A_BODY if one is not errors.UnrecognizedKeys),
-            errors.NotSupported,
-            errors.ContextLengthExceeded,
-            errors.ModelNotFound,
-            errors.ModelNotLoaded,
-            errors.QueueFull,
-            errors.TooManyWaiting,
-            errors.RequestFailed,
-            errors.RequestCrashed,
-            errors.LoadFailed,
-            errors.ChatUnavailable,
-            errors.LoadInterrupted,
-            errors.NoWorker,
-            errors.QueueTimeout,
-            errors.NoRoute,
-            errors.ModelUnloaded,
-            errors.RunnerLost,
-            errors.QueueUnavailable,
-        ),
+        errors=(*OF_A_CONVERSATION, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.COMPLETIONS): Operation(
+        name="create_completion",
+        summary="Continue prompts",
+        description="An LLM continues texts or tokens, with no template, as in OpenAI's API for its older models. If "
+        "it is not loaded, the request loads it. With `stream`, the reply is a stream of events: each has a chunk as "
+        "its data, and the last one has `[DONE]`. An error after the first byte is the data of the last event. "
+        "Disconnecting cancels the request.",
+        body=CompletionRequest,
+        replies={
+            200: Reply(
+                description="The answers; or the event stream, if requested.",
+                content={JSON: TextCompletion, SSE: _chunks(TextChunk)},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(*OF_A_MODEL, errors.NotSupported, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.CHAT_INPUT_TOKENS): Operation(
+        name="count_input_tokens",
+        summary="Count the tokens of a conversation",
+        description="Takes the body of a chat completion, and answers how many tokens its prompt has.",
+        body=ChatRequest,
+        replies={200: Reply(description="The count.", content={JSON: CountReply}, headers=("Loadstone-Instance",))},
+        errors=OF_A_CONVERSATION,
+    ),
+    ("POST", paths.APPLY_TEMPLATE): Operation(
+        name="apply_template",
+        summary="Render a conversation",
+        description="Takes the body of a chat completion, and answers what the model's chat template makes of it.",
+        body=ChatRequest,
+        replies={200: Reply(description="The prompt.", content={JSON: TemplateReply}, headers=("Loadstone-Instance",))},
+        errors=OF_A_CONVERSATION,
+    ),
+    ("POST", paths.TOKENIZE): Operation(
+        name="tokenize",
+        summary="Split a text or a conversation into tokens",
+        description="Takes the bodies of llama.cpp's server and of vLLM, with `model` added to the former.",
+        body=TokenizeRequest,
+        replies={200: Reply(description="The tokens.", content={JSON: TokenizeReply}, headers=("Loadstone-Instance",))},
+        errors=OF_A_CONVERSATION,
+    ),
+    ("POST", paths.DETOKENIZE): Operation(
+        name="detokenize",
+        summary="Join tokens to a text",
+        description="Takes the bodies of llama.cpp's server and of vLLM, with `model` added to the former.",
+        body=DetokenizeRequest,
+        replies={200: Reply(description="The text.", content={JSON: DetokenizeReply}, headers=("Loadstone-Instance",))},
+        errors=OF_A_MODEL,
     ),
     ("GET", paths.V1_MODELS): Operation(
         name="list_ids",

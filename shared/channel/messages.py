@@ -2,11 +2,13 @@
 
 They know no wire format of a client: the API translates.  Every request has an `id` that the API process chose, unique
 on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed;
-one that embeds gets vectors instead of Started and deltas.
+one that embeds or ranks gets vectors instead of Started and deltas.  One that needs no step of the engine, a `Lookup`,
+gets Refused or Failed; or Queued and its reply.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,8 +16,17 @@ from msgspec import Struct, msgpack
 
 from shared import framing
 
+TOKEN_BYTES = 4
 ITEM_BYTES = 48  # of a message, a delta or a log probability in memory, roughly
 Finish = Literal["stop", "length"]  # stop: an end-of-generation token or a stop string; length: a limit of tokens
+StopReason = Literal[
+    "eos",  # an end-of-generation token, or a text that means the same in the model's template
+    "string",  # a stop string of the request
+    "max_tokens",  # the limit of the request, or of the operator
+    "context",  # the context is full
+]
+
+TokenDetail = Literal["count", "tokens", "pieces"]  # what to tell of tokens: each has that before it, too
 
 # ---- to the runner
 
@@ -36,17 +47,58 @@ class Sampling(Struct, frozen=True, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] = {}  # by token
 
 
-class Generate(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
-    """Answer a conversation."""
+class Order(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What requests for text have in common."""
 
     id: int
     client: str  # opaque; requests of one client share prefixes, and clients get equal shares
-    conversation: bytes  # a JSON object, as `worker.chat.code.Templates.render` takes it
-    choices: int = 1  # number of answers
+    choices: int = 1  # number of answers to a prompt
     max_tokens: int | None = None  # of each answer; None: up to the end of the context
     sampling: Sampling = Sampling()
     stop: list[str] = []
     logprobs: int | None = None  # how many alternatives to report for each token; None: no log probabilities
+
+
+class Generate(Order, frozen=True, kw_only=True, omit_defaults=True, tag="generate"):
+    """Answer a conversation."""
+
+    conversation: bytes  # a JSON object, as `worker.chat.code.Templates.render` takes it
+
+
+class Complete(Order, frozen=True, kw_only=True, omit_defaults=True, tag="complete"):
+    """Continue prompts, with no template.  The answers to one prompt have consecutive numbers, prompt after prompt."""
+
+    prompts: list[str | list[int]]  # at least one, each a text or tokens
+    suffix: str = ""  # a text that is to follow the answers; only for models with tokens for it
+    echo: bool = False  # answers begin with their prompt, and so do their log probabilities
+
+
+class Render(Struct, frozen=True, kw_only=True, tag="render"):
+    """Render a conversation with the model's chat template.  The reply is Text."""
+
+    id: int
+    client: str  # opaque; as in Generate
+    conversation: bytes  # as in Generate
+
+
+class Tokenize(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokenize"):
+    """Tokenize a text; or a conversation, as for an answer to it.  One of the two is given.  The reply is Tokens."""
+
+    id: int
+    client: str
+    text: str | None = None
+    add_special: bool = True  # to a text: the tokens that begin and end every prompt
+    parse_special: bool = True  # control tokens that a text spells become tokens
+    conversation: bytes | None = None
+    detail: TokenDetail = "tokens"
+
+
+class Detokenize(Struct, frozen=True, kw_only=True, tag="detokenize"):
+    """Return the text of tokens.  The reply is Text."""
+
+    id: int
+    client: str
+    tokens: list[int]
 
 
 class Embed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
@@ -73,7 +125,8 @@ class Cancel(Struct, frozen=True, tag="cancel"):
     id: int
 
 
-ToModel = Generate | Embed | Rank
+Lookup = Render | Tokenize | Detokenize
+ToModel = Generate | Complete | Embed | Rank | Lookup
 ToRunner = ToModel | Cancel
 
 # ---- from the runner
@@ -110,15 +163,15 @@ class Queued(Struct, frozen=True, kw_only=True, tag="queued"):
     """The request is rendered and tokenized, and it fits.  It cannot be refused any more, except for its wait."""
 
     id: int
-    prompt_tokens: int
+    prompt_tokens: int  # of all prompts
     ahead: int  # number of requests that wait before it
 
 
 class Started(Struct, frozen=True, kw_only=True, tag="started"):
-    """The engine processes the prompt."""
+    """The engine processes the first prompt."""
 
     id: int
-    cached_tokens: int  # of the prompt, which are not processed again
+    cached_tokens: int  # of this prompt, which are not processed again
 
 
 class Logprob(Struct, frozen=True, array_like=True):
@@ -129,22 +182,31 @@ class Logprob(Struct, frozen=True, array_like=True):
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
-    """A generated token, and the most probable ones at its place, most probable first."""
+    """A token of an answer, and the most probable ones at its place, most probable first."""
 
     token: bytes
-    logprob: float
+    logprob: float  # NaN: the first token of a prompt, for which the model computes none
     top: list[Logprob] = []
 
 
+class Stop(Struct, frozen=True, omit_defaults=True):
+    """Why an answer ended, in more detail than Finish."""
+
+    reason: StopReason
+    string: str | None = None  # the stop string, for the reason "string"
+
+
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was generated of one answer since the last delta.  `finish` is set in the last one."""
+    """What was generated of one answer since the last delta.  `finish` and `stop` are set in the last one."""
 
     id: int
     choice: int = 0
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = []
+    skipped: int = 0  # characters with which the tokens of a prompt begin, and the text of this delta does not
     finish: Finish | None = None
+    stop: Stop | None = None
 
 
 def size_of(delta: Delta) -> int:
@@ -167,14 +229,35 @@ class Vectors(Struct, frozen=True, kw_only=True, tag="vectors"):
     data: bytes  # little-endian 32-bit floats
 
 
+class Text(Struct, frozen=True, kw_only=True, tag="text"):
+    """The text that was asked for.  Nothing follows."""
+
+    id: int
+    text: str
+
+
+class Tokens(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
+    """The tokens that were asked for.  Nothing follows."""
+
+    id: int
+    n: int
+    tokens: bytes = b""  # TOKEN_BYTES each: little-endian integers
+    pieces: list[bytes] = []  # the text of each, which may be part of a character
+
+
+def listed(tokens: bytes) -> list[int]:
+    """Return the tokens in `Tokens`."""
+    return [*struct.unpack(f"<{len(tokens) // TOKEN_BYTES}i", tokens)]
+
+
 class Usage(Struct, frozen=True, kw_only=True):
-    """Tokens and seconds of a request."""
+    """Tokens and seconds of a request, with all its prompts."""
 
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int  # of all answers
     reasoning_tokens: int
-    wait_s: float  # from the arrival at the runner to the first step with its prompt
+    wait_s: float  # from the arrival at the runner to the first step with a prompt of it
     prompt_s: float  # from then to the first token
     generation_s: float  # from then to the last token
 
@@ -194,7 +277,7 @@ class Failed(Struct, frozen=True, kw_only=True, tag="request_failed"):
     message: str
 
 
-FromRunner = Refused | Queued | Started | Deltas | Vectors | Ended | Failed
+FromRunner = Refused | Queued | Started | Deltas | Vectors | Text | Tokens | Ended | Failed
 
 
 class Closing(Struct, frozen=True, tag="closing"):

@@ -238,10 +238,14 @@ def answered(
     token: str,
     first_token_s: float | None,
     usage: Usage | None,
-    choices: int,
+    choices: int | None,
 ) -> dict[str, int]:
-    """Return the counts that a request to a loaded model adds.  `token`: the name of the client's, "" if it has none;
-    `usage`: of a completed request, which alone counts in the histograms; `first_token_s`: None if it has no token."""
+    """Return the counts that a request to a loaded model adds.
+
+    `token`: the name of the client's, "" if it has none; `usage`: of a completed request, which alone counts in the
+    histograms; `first_token_s`: None if it has no token; `choices`: the number of its answers, None if they were not
+    generated at the same time.
+    """
     counts = {field("requests", route, outcome, token): 1}
     if usage is None:
         return counts
@@ -253,7 +257,7 @@ def answered(
     counts |= observed("request_seconds", seconds, route)
     if first_token_s is not None:
         counts |= observed("time_to_first_token_seconds", first_token_s, route)
-    if usage.generated_tokens > choices:
+    if choices is not None and usage.generated_tokens > choices:
         later = usage.generated_tokens / choices - 1  # of each answer, on average
         counts |= observed("time_per_output_token_seconds", usage.generation_s / later, route)
     return counts

@@ -88,3 +88,19 @@ def test_an_error_in_a_stream_is_raised(client: openai.OpenAI, service: Service)
         for _ in stream:
             pass
     assert ended.value.code == "model_unloaded"
+
+
+def test_text_completions_are_read(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model=TINY, prompt=["Hello", "World"], max_tokens=3, logit_bias=ENDLESS, logprobs=2, echo=True
+    )
+    assert [choice.text[:5] for choice in reply.choices] == ["Hello", "World"]
+    logprobs = reply.choices[1].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.top_logprobs is not None
+    assert len(logprobs.tokens) == len(logprobs.top_logprobs) > 3
+    stream = client.completions.create(model=TINY, prompt="Hello", max_tokens=3, logit_bias=ENDLESS, stream=True)
+    parts = [chunk.choices[0] for chunk in stream]
+    assert "".join(part.text for part in parts)
+    assert parts[-1].finish_reason == "length"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.channel.messages import Sampling, TokenLogprobs
+from shared.channel.messages import Sampling, Stop, TokenLogprobs
 from shared.synthetic.models import tiny_bert, tiny_gemma3, tiny_llama
 from tests.support import architectures
 from tests.support.child import in_child
@@ -243,20 +243,24 @@ def test_log_probabilities_are_of_the_whole_vocabulary(llama: Path) -> None:
 def ended(root: Path) -> None:
     trial = Trial(root, context_length=256)
     (whole,) = trial.run(trial.job(prompt(9), max_tokens=40, sampling=trial.endless(temperature=0)))
-    assert whole.finishes == {0: "length"}
+    assert (whole.finishes, whole.stops) == ({0: "length"}, {0: Stop("max_tokens")})
     text = whole.texts[0]
     stop = text[10:13]
     (stopped,) = trial.run(
         trial.job(prompt(9), max_tokens=40, sampling=trial.endless(temperature=0), stop=["never", stop])
     )
-    assert stopped.finishes == {0: "stop"}
+    assert (stopped.finishes, stopped.stops) == ({0: "stop"}, {0: Stop("string", stop)})
     assert stopped.texts[0] == text[: text.index(stop)]
+    (by_template,) = trial.run(
+        trial.job(prompt(9), max_tokens=40, sampling=trial.endless(temperature=0), ends=["never", stop])
+    )
+    assert (by_template.texts, by_template.stops) == (stopped.texts, {0: Stop("eos")})
     (full,) = trial.run(trial.job(prompt(200), sampling=trial.endless(temperature=0)))
-    assert full.finishes == {0: "length"}
+    assert (full.finishes, full.stops) == ({0: "length"}, {0: Stop("context")})
     assert 200 + full.n_tokens == 256
     end = next(token for token in range(trial.engine.vocabulary.n_tokens) if trial.engine.vocabulary.is_end(token))
     (over,) = trial.run(trial.job(prompt(9), sampling=trial.endless(logit_bias={end: 100.0})))
-    assert (over.texts, over.finishes) == ({0: ""}, {0: "stop"})
+    assert (over.texts, over.finishes, over.stops) == ({0: ""}, {0: "stop"}, {0: Stop("eos")})
     (long,) = trial.run(trial.job(prompt(256)))
     assert long.code == "invalid_request"
 
@@ -440,15 +444,19 @@ def limited(root: Path) -> None:
     ahead = [outcome.ahead for outcome in trial.outcomes if isinstance(outcome, Waiting)]
     assert ahead == [0, 0, 1]
     running, late = trial.job(prompt(10)), trial.job(prompt(10), arrived_at=time.monotonic() - 31)
+    accepted = trial.job(prompt(10), arrived_at=late.arrived_at, is_accepted=True, max_tokens=1)
     trial.loop.submit(running)
     trial.loop.step()
     trial.loop.submit(late)
+    trial.loop.submit(accepted)
     trial.loop.step()
     trial.loop.step()
     assert trial.answered(late).code == "queue_timeout"
     running.deadline = time.monotonic()
     trial.loop.step()
     assert trial.answered(running).code == "deadline"
+    trial.finish()
+    assert trial.answered(accepted).kinds[-1] == "Done"
     assert (trial.loop.counters.running, trial.loop.counters.waiting) == (0, 0)
 
 

@@ -35,12 +35,12 @@ def answered(client: Client, **fields: Any) -> Any:
 
 
 @contextmanager
-def streaming(client: Client, **fields: Any) -> Iterator[Iterator[str]]:
+def streaming(client: Client, *, path: Any = CHAT, **fields: Any) -> Iterator[Iterator[str]]:
     """Send a streamed request; yield the data of its events.  Leaving the block disconnects."""
     headers = {"Authorization": f"Bearer {client.token}"} if client.token else {}
     with (
         httpx.Client(base_url=client.url, timeout=PATIENCE_S, trust_env=False, headers=headers) as http,
-        http.stream("POST", CHAT, json=body(stream=True, **fields)) as reply,
+        http.stream("POST", path, json=body(stream=True, **fields)) as reply,
     ):
         assert reply.status_code == 200, reply.read()
         assert reply.headers["content-type"].startswith("text/event-stream")

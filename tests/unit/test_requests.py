@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
 
 from shared.channel.messages import (
     Cancel,
+    Complete,
     Delta,
     Deltas,
+    Detokenize,
     Ended,
     Failed,
     FromRunner,
     Generate,
     Queued,
     Refused,
+    Render,
     Sampling,
     Started,
+    Text,
+    Tokenize,
+    Tokens,
     ToRunner,
 )
+from tests.support.waiting import until
 from worker.chat.code import ChatError, Message, ParserSource
 from worker.chat.handle import HelperDied
 from worker.chat.protocol import Prompt
 from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Piece, Rejected, Waiting
-from worker.engine.requests import Ends, Requests
+from worker.engine.lookups import MOST_TOKENS
+from worker.engine.requests import CLOSING, Ends, Requests
 
 BOS = 1
 SOURCE = ParserSource("format", "parser", "prompt")
@@ -56,14 +66,40 @@ class Engine:
         self.submitted: list[Job] = []
         self.cancelled: list[Job] = []
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary()
+
     def tokenize(self, text: str, special: bool) -> list[int]:
         return [BOS] * special + [ord(letter) for letter in text]
+
+    def infill(self, before: list[int], after: list[int]) -> list[int] | None:
+        return [BOS, 2, *before, 3, *after, 4] if ord("?") not in after else None
 
     def submit(self, job: Job) -> None:
         self.submitted.append(job)
 
     def cancel(self, job: Job) -> None:
         self.cancelled.append(job)
+
+
+class Vocabulary:
+    """A vocabulary whose tokens are characters, after BOS."""
+
+    n_tokens = 128
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes:
+        return encoded([BOS] * add_special + [ord(letter) for letter in text])
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(chr, tokens))
+
+    def pieces(self, tokens: list[int]) -> list[bytes]:
+        return [b"<s>" if token == BOS else bytes([token]) for token in tokens]
+
+
+def encoded(tokens: list[int]) -> bytes:
+    return struct.pack(f"<{len(tokens)}i", *tokens)
 
 
 class Chat:
@@ -98,7 +134,7 @@ class World:
         self.requests = self.made(self.chat)
         self.loops: list[tuple[Channel, asyncio.Task[None]]] = []
 
-    def made(self, chat: Chat | str) -> Requests:
+    def made(self, chat: Chat | str, request_s: float = 100.0) -> Requests:
         return Requests(
             self.engine,
             chat,
@@ -106,7 +142,8 @@ class World:
             self.gate,
             ends=Ends("<s>", None),
             context_length=20,
-            request_s=100.0,
+            parallel=2,
+            request_s=request_s,
             max_output_tokens=12,
             most_waiting=6,
         )
@@ -161,7 +198,7 @@ async def test_a_request_is_rendered_tokenized_and_submitted(world: World) -> No
     async with world.channel(generate()):
         (job,) = world.engine.submitted
         assert job.tokens == [BOS, *map(ord, "Hello")]
-        assert (job.client, job.max_tokens, job.stop) == ("c", 5, ["\n", "<end>"])
+        assert (job.client, job.max_tokens, job.stop, job.ends) == ("c", 5, ["\n"], ["<end>"])
         assert job.sampling == Sampling()
         assert job.shown == {ord("x")}, "'xy' is two tokens"
         assert job.deadline == job.arrived_at + 100.0
@@ -339,3 +376,239 @@ async def test_a_fault_of_a_request_ends_its_channel(world: World) -> None:
     with pytest.raises(ExceptionGroup):
         async with world.channel(generate()):
             pass
+
+
+# ---- lookups
+
+
+async def looked_up(channel: Channel) -> list[FromRunner]:
+    """Return what was sent, once there is a reply or a refusal."""
+    last = Text | Tokens | Refused | Failed
+    await until(lambda: any(isinstance(message, last) for message in channel.sent), "a reply")
+    return channel.sent
+
+
+LONG = 40 * "long text "  # longer than the context
+
+
+@pytest.mark.parametrize("text", [LONG, 10 * LONG, ""])
+async def test_a_text_is_tokenized_whatever_its_length(world: World, text: str) -> None:
+    lookup = Tokenize(id=7, client="c", text=text, add_special=False, detail="pieces")
+    async with world.channel(lookup) as channel:
+        tokens = encoded([*map(ord, text)])
+        found = Tokens(id=7, n=len(text), tokens=tokens, pieces=[letter.encode() for letter in text])
+        assert await looked_up(channel) == [Queued(id=7, prompt_tokens=0, ahead=0), found]
+    assert world.engine.submitted == []
+
+
+async def test_a_conversation_is_counted_as_it_would_be_answered(world: World) -> None:
+    async with world.channel(
+        Tokenize(id=1, client="c", conversation=b"<s>Hello", detail="count"),
+        Render(id=2, client="c", conversation=b"<s>Hello"),
+        generate(3, text="<s>Hello"),
+    ) as channel:
+        await settle()
+        (job,) = world.engine.submitted
+        assert Tokens(id=1, n=len(job.tokens)) in channel.sent
+        assert Text(id=2, text="<s>Hello") in channel.sent
+
+
+@pytest.mark.parametrize("tokens", [[0, 128], [-1]])
+async def test_a_token_of_no_vocabulary_is_refused(world: World, tokens: list[int]) -> None:
+    async with world.channel(Detokenize(id=7, client="c", tokens=tokens)) as channel:
+        (refused,) = await looked_up(channel)
+        assert isinstance(refused, Refused)
+        assert (refused.code, refused.param) == ("invalid_request", "tokens")
+
+
+async def test_too_many_tokens_are_counted_but_not_listed(world: World) -> None:
+    text = MOST_TOKENS * "x"
+    async with world.channel(Tokenize(id=7, client="c", text=text)) as channel:
+        (refused,) = await looked_up(channel)
+        assert isinstance(refused, Refused)
+        assert refused.code == "invalid_request"
+    async with world.channel(Tokenize(id=7, client="c", text=text, detail="count")) as channel:
+        assert (await looked_up(channel))[-1] == Tokens(id=7, n=1 + MOST_TOKENS)
+
+
+async def test_lookups_have_the_places_and_the_gate_of_requests(world: World) -> None:
+    """They count as requests that run until their end, of which a cancellation is one."""
+    world.chat.may_render.clear()
+    lookups = [Render(id=id_, client="c", conversation=b"x") for id_ in range(5)]
+    async with world.channel(*lookups) as channel:
+        refused = [message for message in channel.sent if isinstance(message, Refused)]
+        assert [message.code for message in refused] == ["queue_full"] * 2
+        assert world.gate.n_requests == 3
+        closed = asyncio.Event()
+        world.gate.close(closed.set)
+        await world.send(channel, Render(id=9, client="c", conversation=b"x"))
+        assert channel.sent[-1] == Refused(id=9, code="closing", message=CLOSING)
+        await world.send(channel, *map(Cancel, range(5)))
+        assert closed.is_set()
+        world.chat.may_render.set()
+        await settle()
+        assert not [message for message in channel.sent if isinstance(message, Text)]
+
+
+async def test_a_lookup_ends_with_its_channel(world: World) -> None:
+    world.chat.may_render.clear()
+    async with world.channel(Render(id=1, client="c", conversation=b"x")):
+        assert world.gate.n_requests == 1
+    assert world.gate.n_requests == 0
+
+
+async def test_a_lookup_has_a_deadline(world: World) -> None:
+    world.chat.may_render.clear()
+    world.requests = world.made(world.chat, request_s=0.001)
+    async with world.channel(Render(id=1, client="c", conversation=b"x")) as channel:
+        (failed,) = await looked_up(channel)
+        assert isinstance(failed, Failed)
+        assert failed.code == "deadline"
+    assert world.gate.n_requests == 0
+
+
+async def test_a_model_without_a_template_still_tokenizes(world: World) -> None:
+    world.requests = world.made("The model has no chat template.")
+    async with world.channel(
+        Render(id=1, client="c", conversation=b"x"), Tokenize(id=2, client="c", text="x", detail="count")
+    ) as channel:
+        assert channel.sent[0] == Refused(id=1, code="chat_unavailable", message="The model has no chat template.")
+        assert channel.sent[-1] == Tokens(id=2, n=2)
+
+
+# ---- prompts without a template
+
+
+def complete(*prompts: str | list[int], id_: int = 7, **options: Any) -> Complete:
+    return Complete(id=id_, client="c", prompts=[*prompts], **options)
+
+
+def deltas(channel: Channel) -> list[Delta]:
+    return [delta for message in channel.sent if isinstance(message, Deltas) for delta in message.deltas]
+
+
+async def test_a_text_gets_its_first_token_once_and_no_template(world: World) -> None:
+    world.requests = world.made("This build has no chat code.")
+    async with world.channel(complete("Hi", id_=1), complete("<s>Hi", id_=2), complete([ord("H")], id_=3)):
+        assert [job.tokens for job in world.engine.submitted] == [[BOS, *b"Hi"], [BOS, *b"Hi"], [*b"H"]]
+        assert all(job.max_tokens == 12 and not job.scores_prompt for job in world.engine.submitted)
+
+
+async def test_the_answers_to_prompts_are_numbered_one_after_another(world: World) -> None:
+    """The engine gets as many at once as may run."""
+    async with world.channel(complete("a", "bc", "d", "e")) as channel:
+        (first,) = world.engine.submitted
+        await world.hand_out(Waiting(job=first, ahead=2))
+        assert channel.sent == [Queued(id=7, prompt_tokens=4 + 5, ahead=2)]
+        _, second = world.engine.submitted
+        assert [first.is_accepted, second.is_accepted] == [False, True]
+        await world.hand_out(Begun(job=first, cached_tokens=1), Begun(job=second, cached_tokens=2))
+        await world.hand_out(piece(second, "x", finish="stop"), done(second))
+        _, _, third = world.engine.submitted
+        await world.hand_out(piece(third, "y", finish="length"), done(third))
+        fourth = world.engine.submitted[-1]
+        await world.hand_out(piece(first, "z", finish="stop"), done(first))
+        await world.hand_out(piece(fourth, "", finish="stop"), done(fourth))
+        assert [(delta.choice, delta.text) for delta in deltas(channel)] == [(1, "x"), (2, "y"), (0, "z"), (3, "")]
+        assert [type(message) for message in channel.sent if not isinstance(message, Deltas)] == [
+            Queued,
+            Started,
+            Ended,
+        ]
+        ended = channel.sent[-1]
+        assert isinstance(ended, Ended)
+        usage = ended.usage
+        assert (usage.prompt_tokens, usage.cached_tokens, usage.generated_tokens) == (9, 8, 12)
+    assert world.engine.cancelled == []
+
+
+async def test_several_answers_to_each_of_several_prompts(world: World) -> None:
+    async with world.channel(complete("a", "b", choices=2)) as channel:
+        (first,) = world.engine.submitted
+        await world.hand_out(Waiting(job=first, ahead=0), Begun(job=first, cached_tokens=0))
+        assert world.engine.submitted == [first], "two answers are as many as may run"
+        await world.hand_out(piece(first, "1", 1, finish="stop"), piece(first, "0", 0, finish="stop"), done(first))
+        (_, second) = world.engine.submitted
+        await world.hand_out(piece(second, "2", 0, finish="stop"), piece(second, "3", 1, finish="stop"), done(second))
+        assert [(delta.choice, delta.text) for delta in deltas(channel)] == [(1, "1"), (0, "0"), (2, "2"), (3, "3")]
+        assert isinstance(channel.sent[-1], Ended)
+
+
+async def test_the_failure_of_a_prompt_ends_the_request(world: World) -> None:
+    async with world.channel(complete("a", "b", "c")) as channel:
+        (first,) = world.engine.submitted
+        await world.hand_out(Begun(job=first, cached_tokens=0))
+        second = world.engine.submitted[1]
+        await world.hand_out(Broken(job=second, code="engine_failed", message="broken"))
+        assert channel.sent[-1] == Failed(id=7, code="engine_failed", message="broken")
+        await world.hand_out(piece(first, "late", finish="stop"), done(first))
+        assert isinstance(channel.sent[-1], Failed)
+        assert world.gate.n_requests == 0
+    assert (len(world.engine.submitted), world.engine.cancelled) == (2, [first])
+
+
+async def test_a_cancelled_request_cancels_all_its_prompts(world: World) -> None:
+    async with world.channel(complete("a", "b", "c")) as channel:
+        await world.hand_out(Waiting(job=world.engine.submitted[0], ahead=0))
+        await world.send(channel, Cancel(7))
+        assert {*world.engine.cancelled} == {*world.engine.submitted}
+        assert len(world.engine.cancelled) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "echo", "skipped"), [("Hi", "Hi", 3), ("<s>Hi", "<s>Hi", 0), ("", "", 3), ([72, 105], "Hi", 0)]
+)
+async def test_an_answer_begins_with_its_prompt_on_request(world: World, prompt: Any, echo: str, skipped: int) -> None:
+    async with world.channel(complete(prompt, choices=2, echo=True, logprobs=1)) as channel:
+        (job,) = world.engine.submitted
+        assert job.scores_prompt
+        await world.hand_out(Begun(job=job, cached_tokens=0), piece(job, "!", 1))
+        assert deltas(channel) == [
+            Delta(id=7, choice=0, text=echo, skipped=skipped),
+            Delta(id=7, choice=1, text=echo, skipped=skipped),
+            Delta(id=7, choice=1, text="!"),
+        ]
+
+
+async def test_a_prompt_is_scored_only_on_request(world: World) -> None:
+    async with world.channel(complete("a", echo=True, id_=1), complete("a", logprobs=1, id_=2)):
+        assert [job.scores_prompt for job in world.engine.submitted] == [False, False]
+
+
+async def test_an_answer_may_have_no_tokens(world: World) -> None:
+    async with world.channel(complete("a", max_tokens=0)):
+        assert world.engine.submitted[0].max_tokens == 0
+
+
+async def test_a_suffix_makes_a_prompt_between_two_texts(world: World) -> None:
+    async with world.channel(complete("a", suffix="b"), complete([99], suffix="b", id_=8)):
+        first, second = world.engine.submitted
+        assert first.tokens == [BOS, 2, ord("a"), 3, ord("b"), 4]
+        assert second.tokens == [BOS, 2, 99, 3, ord("b"), 4]
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (complete("a", suffix="?"), "suffix"),
+        (complete("fine", [5, 128]), "prompt"),
+        (complete([-1]), "prompt"),
+        (complete([]), "prompt"),
+        (complete("fine", "x" * 19), "prompt"),
+    ],
+)
+async def test_a_prompt_that_cannot_be_continued_is_refused(world: World, request_: Complete, param: str) -> None:
+    """Before any of them is processed."""
+    async with world.channel(request_) as channel:
+        (refused,) = channel.sent
+        assert isinstance(refused, Refused)
+        assert refused.param == param
+    assert world.engine.submitted == []
+
+
+async def test_long_prompts_are_tokenized_elsewhere(world: World) -> None:
+    """Requests of others are taken meanwhile."""
+    async with world.channel(complete(*["x"] * 1001)) as channel:
+        await until(lambda: bool(world.engine.submitted), "the prompts are tokenized")
+        await world.hand_out(Waiting(job=world.engine.submitted[0], ahead=0))
+        assert channel.sent == [Queued(id=7, prompt_tokens=2002, ahead=0)]

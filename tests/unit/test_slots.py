@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from itertools import count
 
@@ -387,6 +388,29 @@ def test_jobs_in_excess_are_never_preempted_ones() -> None:
     assert mine.excess(jobs, 1) == jobs[1:]
     assert mine.withdraw(young)
     assert [*mine.queue] == jobs[:1]
+
+
+def test_jobs_of_an_accepted_request_keep_their_place() -> None:
+    """They count, for those that come after them."""
+    mine = slots()
+    accepted = [dataclasses.replace(job([i]), is_accepted=True) for i in range(2)]
+    new = [job([i], client=f"{i}") for i in range(2)]
+    for each in [*accepted, *new]:
+        mine.add(each)
+    assert mine.excess([*accepted, *new], 3) == new[1:]
+
+
+def test_a_prompt_that_is_scored_reuses_nothing() -> None:
+    """And waits for no other that begins like it."""
+    mine = slots()
+    run(mine, [*range(100)], [1])
+    scored = dataclasses.replace(job([*range(101)]), scores_prompt=True)
+    mine.add(scored)
+    (first,) = started(mine)
+    assert (first.job, first.n_cached) == (scored, 0)
+    again = dataclasses.replace(scored)
+    mine.add(again)
+    assert [admission.job for admission in started(mine)] == [again]
 
 
 def test_a_prompt_continues_the_sequence_it_begins_with() -> None:

@@ -27,7 +27,10 @@ from shared.channel.messages import (
     Queued,
     Refused,
     Started,
+    Stop,
+    Text,
     TokenLogprobs,
+    Tokens,
     ToRunner,
     Vectors,
     decode_to_runner,
@@ -125,12 +128,13 @@ class Joined:
     reasonings: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
+    stop: Stop | None = None
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
         self.reasonings.append(delta.reasoning)
         self.logprobs += delta.logprobs
-        self.finish = delta.finish
+        self.finish, self.stop = delta.finish, delta.stop
 
     def can_take(self, delta: Delta) -> bool:
         return not delta.reasoning or not any(self.texts)
@@ -143,6 +147,7 @@ class Joined:
             reasoning="".join(self.reasonings),
             logprobs=self.logprobs,
             finish=self.finish,
+            stop=self.stop,
         )
 
 
@@ -166,7 +171,8 @@ class Backlog:
             case Vectors():
                 self._after.append(message)
                 self.n_bytes += ITEM_BYTES + len(message.data)
-            case Ended() | Failed():
+            # A text may be longer than BEHIND_BYTES, and must not close the channel.  Their number is limited.
+            case Text() | Tokens() | Ended() | Failed():
                 self._after.append(message)
                 self.n_bytes += ITEM_BYTES
             case _:

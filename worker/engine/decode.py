@@ -27,7 +27,6 @@ PIECE_BYTES = 256
 IDS = np.dtype("<i4")
 FEW_THREADS = 4
 
-
 Ids = list[int] | NDArray[np.int32]
 
 
@@ -70,19 +69,54 @@ class Vocabulary:
                 return tokens[:count].astype(IDS).tobytes()
             n = -count
 
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens of the vocabulary, that of control tokens included.  May be called from any thread.
+
+        Without the space that the tokenizer puts before a text.  What is not whole in UTF-8 becomes U+FFFD.
+        """
+        ids = np.array(tokens, np.int32)
+        pointer = ctypes.cast(_address(ids), ctypes.POINTER(lib.llama_token))
+        n = PIECE_BYTES + 8 * len(tokens)
+        while True:
+            text = ctypes.create_string_buffer(n)
+            count = lib.llama_detokenize(self._vocab, pointer, len(tokens), text, n, False, True)
+            if count >= 0:
+                return text.raw[:count].decode("utf-8", "replace")
+            n = -count
+
     def piece(self, token: int, *, is_shown: bool) -> bytes:
         """Return the text of a token, which may be part of a character.  `is_shown`: also that of a control token."""
         piece = self._pieces.get((token, is_shown))
         if piece is None:
-            n = lib.llama_token_to_piece(self._vocab, token, self._buffer, PIECE_BYTES, 0, is_shown)
-            if n < 0:
-                buffer = ctypes.create_string_buffer(-n)
-                n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
-                piece = buffer.raw[:n]
-            else:
-                piece = self._buffer.raw[:n]
-            self._pieces[token, is_shown] = piece
+            piece = self._pieces[token, is_shown] = self._piece(token, self._buffer, is_shown=is_shown)
         return piece
+
+    def _piece(self, token: int, buffer: Any, *, is_shown: bool) -> bytes:
+        n = lib.llama_token_to_piece(self._vocab, token, buffer, PIECE_BYTES, 0, is_shown)
+        if n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, is_shown)
+        piece: bytes = buffer[:n]
+        return piece
+
+    def pieces(self, tokens: list[int]) -> list[bytes]:
+        """Return the texts of tokens, with those of control tokens.  May be called from any thread."""
+        buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        return [self._piece(token, buffer, is_shown=True) for token in tokens]
+
+    def infill(self, before: list[int], after: list[int]) -> list[int] | None:
+        """Return the prompt for a text between two others; None if the model has no tokens for that.  May be called
+        from any thread.
+
+        It is that of llama-server (format_prompt_infill, tools/server/server-common.cpp) without names of files.
+        """
+        marks = [
+            fim(self._vocab) for fim in (lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)
+        ]
+        if min(marks) < 0:
+            return None
+        first = [lib.llama_vocab_bos(self._vocab)] if lib.llama_vocab_get_add_bos(self._vocab) else []
+        return [*first, marks[0], *before, marks[1], *after, marks[2]]
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends an answer."""
@@ -127,25 +161,18 @@ class Batch:
     def clear(self) -> None:
         self.n_tokens = self.n_outputs = 0
 
-    def add(self, tokens: Ids, pos: int, seq_id: int, *, has_output: bool) -> int:
-        """Append tokens of one sequence.  `has_output`: the last one gets logits.  Returns its index in the batch."""
+    def add(self, tokens: Ids, pos: int, seq_id: int, *, n_outputs: int) -> int:
+        """Append tokens of one sequence, of which the last `n_outputs` get logits.  Returns the index of the last one
+        in the batch."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
         self._token[start:end] = tokens
         self._pos[start:end] = np.arange(pos, pos + len(tokens))
         self._seq[start:end] = seq_id
         self._output[start:end] = 0
         self.n_tokens = end
-        if has_output:
-            self._output[end - 1] = 1
-            self.n_outputs += 1
+        self._output[end - n_outputs : end] = 1
+        self.n_outputs += n_outputs
         return end - 1
-
-    def add_text(self, tokens: Ids, seq_id: int) -> None:
-        """Append a whole text, all of whose tokens have outputs, for a model that pools them to a vector."""
-        start, end = self.n_tokens, self.n_tokens + len(tokens)
-        self.add(tokens, 0, seq_id, has_output=False)
-        self._output[start:end] = 1
-        self.n_outputs += len(tokens)
 
     def struct(self) -> Any:
         """Return the llama_batch.  More outputs than the context has room for would abort the process."""

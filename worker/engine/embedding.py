@@ -227,7 +227,7 @@ class Embedding:
         batch.clear()
         for seq_id, (job, tokens) in enumerate(parts):
             job.began_at = job.began_at or now
-            batch.add_text(tokens, seq_id)
+            batch.add(tokens, 0, seq_id, n_outputs=len(tokens))
         self._in_batch = frozenset(job for job, _ in parts)
         try:
             is_aborted = self._engine.decode() == ABORTED

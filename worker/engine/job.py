@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, TokenLogprobs
+from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, Stop, TokenLogprobs
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -14,10 +14,13 @@ class Job:
     client: str  # opaque; see `shared.channel.messages.Generate`
     tokens: list[int]  # at least one, and fewer than the context has
     choices: int = 1
-    max_tokens: int | None = None
+    max_tokens: int | None = None  # 0: the prompt is processed, and the answers are empty
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)  # texts with which the model's template ends an answer
     logprobs: int | None = None
+    scores_prompt: bool = False  # with `logprobs`: answers begin with the log probabilities of the prompt
+    is_accepted: bool = False  # a part of a request that has begun: it is not refused for its wait
     shown: frozenset[int] = frozenset()  # control tokens whose text is part of the answer
     arrived_at: float  # by the monotonic clock
     deadline: float  # by the monotonic clock
@@ -41,14 +44,15 @@ class Begun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Text of one answer, from one step.  `finish` is set in the answer's last piece."""
+    """What one step adds to one answer.  `finish` and `stop` are set in the answer's last piece."""
 
     job: Job
     choice: int
     text: str
-    n_tokens: int  # in this step, which may have no text yet
+    n_tokens: int  # generated in this step, which may have no text yet
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

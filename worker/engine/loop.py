@@ -6,16 +6,17 @@ samples, and hands out what came of it.  Without a job the thread sleeps.
 
 from __future__ import annotations
 
+import math
 import queue
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, TokenLogprobs
-from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError
+from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, Stop, StopReason, TokenLogprobs
+from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError, Logits
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
-from worker.engine.sample import Alternatives, BadRequest, Bias, Draw, Draws, Sampler, check
+from worker.engine.sample import Alternatives, BadLogits, BadRequest, Bias, Draw, Draws, Sampler, alternatives, check
 from worker.engine.slots import (
     Admission,
     Budget,
@@ -31,7 +32,9 @@ from worker.engine.slots import (
 from worker.engine.text import Text
 
 CPU_STEP_S, GPU_STEP_S = 0.1, 0.02  # of a step with prompts beside running answers
+NOT_NUMBERS = "The engine computed logits that are not numbers."
 WEIGHT = 0.2  # of the last job in the mean time of a job
+FINISH: dict[StopReason, Finish] = {"eos": "stop", "string": "stop", "max_tokens": "length", "context": "length"}
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -56,6 +59,7 @@ class _Running:
     n_cached: int
     began_at: float
     first_at: float = 0.0  # the time of the first token; 0: none yet
+    n_scored: int = 0  # tokens of the prompt whose logits were read
 
     @property
     def unfinished(self) -> list[_Answer]:
@@ -66,6 +70,11 @@ class _Running:
     def is_in_prompt(self) -> bool:
         return not self.answers[0].tokens
 
+    @property
+    def n_to_score(self) -> int:
+        """The number of tokens of the prompt whose logits have to be read."""
+        return len(self.job.tokens) - self.n_scored if self.job.scores_prompt else 0
+
 
 @dataclass(eq=False, slots=True)
 class _Part:
@@ -75,7 +84,8 @@ class _Part:
     running: _Running
     answer: _Answer
     tokens: list[int]
-    has_output: bool
+    n_outputs: int  # of the last tokens, which get logits
+    has_draw: bool  # from the logits of the last one
     is_prompt: bool
     index: int = -1  # of the last token in the batch
 
@@ -87,7 +97,8 @@ class _Left:
     running: _Running
     answer: _Answer
     n: int  # number of these tokens
-    is_last: bool  # the last of them gets logits
+    is_last: bool  # an answer takes a token from the logits of the last of them
+    n_silent: int  # number of the first of them, which get no logits
 
     def part(self, n: int) -> _Part:
         """Return the first `n` of these tokens."""
@@ -95,8 +106,9 @@ class _Left:
         tokens = prompt[start : start + n]
         if start + n > len(prompt):
             tokens = tokens + self.answer.tokens[max(0, start - len(prompt)) : start + n - len(prompt)]
-        has_output = self.is_last and n == self.n
-        return _Part(self.running, self.answer, tokens, has_output, is_prompt=True)
+        has_draw = self.is_last and n == self.n
+        n_outputs = max(has_draw, n - self.n_silent)
+        return _Part(self.running, self.answer, tokens, n_outputs, has_draw, is_prompt=True)
 
 
 @dataclass(eq=False, slots=True)
@@ -112,7 +124,7 @@ class Counters:
 
 
 class Loop:
-    """Decodes jobs.  `submit`, `cancel`, `tokenize` and `counters` are for other threads."""
+    """Decodes jobs.  What is public is for other threads, except `run` and `step`."""
 
     def __init__(
         self,
@@ -132,7 +144,8 @@ class Loop:
         the tokens of another client's.
         """
         self.counters = Counters()
-        self.tokenize = engine.vocabulary.tokenize
+        self.vocabulary = vocabulary = engine.vocabulary
+        self.tokenize, self.infill = vocabulary.tokenize, vocabulary.infill
         self._engine = engine
         self._hand_out = hand_out
         self._context_length = context_length
@@ -232,8 +245,9 @@ class Loop:
 
     def _expire(self, now: float) -> None:
         """End what has waited for its first start, or taken, for too long."""
-        for job in [job for job in self._slots.queue if now >= min(job.deadline, job.arrived_at + self._most_wait_s)]:
-            if job not in self._preempted:
+        for job in [*self._slots.queue]:
+            until = job.deadline if job.is_accepted else min(job.deadline, job.arrived_at + self._most_wait_s)
+            if now >= until and job not in self._preempted:
                 self._slots.withdraw(job)
                 self._reject(job, "queue_timeout", f"The request waited for {now - job.arrived_at:.0f} s.")
         for begun in [*self._running.values(), *self._preempted.values()]:
@@ -284,7 +298,7 @@ class Loop:
                 choice=choice,
                 sequence=sequence,
                 sampler=Sampler(job.sampling, job.tokens, seed + choice, n_tokens=n_vocab, context_length=n_ctx),
-                text=Text(job.stop),
+                text=Text([*job.stop, *job.ends]),
             )
             for choice, sequence in enumerate(admission.sequences)
         ]
@@ -321,15 +335,16 @@ class Loop:
             for answer in unfinished:
                 n = n_prompt + len(answer.tokens)
                 if len(answer.sequence.tokens) == n - 1 and answer.tokens:
-                    parts.append(_Part(running, answer, answer.tokens[-1:], has_output=True, is_prompt=False))
+                    parts.append(_Part(running, answer, answer.tokens[-1:], 1, has_draw=True, is_prompt=False))
                 else:
                     left.append(_left(running, answer, n, is_last=True))
         room = batch.n_batch - len(parts)
         budget = min(room, self._budget.n_tokens) if parts else room
+        left = _limited(left, batch.n_outputs_max - len(parts))
         parts += [each.part(n) for each, n in zip(left, shares([each.n for each in left], budget), strict=True) if n]
         for part in parts:
             sequence = part.answer.sequence
-            part.index = batch.add(part.tokens, len(sequence.tokens), sequence.id, has_output=part.has_output)
+            part.index = batch.add(part.tokens, len(sequence.tokens), sequence.id, n_outputs=part.n_outputs)
         return parts
 
     def _decode(self) -> None:
@@ -382,7 +397,7 @@ class Loop:
         (running,) = self._running.values()
         for answer in running.unfinished if running.is_in_prompt else running.unfinished[-1:]:
             self._engine.note(f"The context is full: an answer ends after {len(answer.tokens)} tokens.")
-            self._hand_over(running, answer, answer.text.end(), 0, [], "length")
+            self._hand_over(running, answer, answer.text.end(), 0, [], Stop("context"))
 
     def _preempt(self, running: _Running) -> None:
         """Let a job wait, with all its state, until it can start again."""
@@ -402,30 +417,53 @@ class Loop:
                 for other in part.running.unfinished:
                     if not other.sequence.tokens:
                         self._engine.apply(self._slots.fork(sequence, other.sequence))
-        with_output = [part for part in parts if part.has_output]
         rows = self._engine.logits()
-        return [
-            (
-                part,
-                Draw(
-                    row=row,
+        draws = []
+        for part in parts:
+            own, rows = rows[: part.n_outputs], rows[part.n_outputs :]
+            if part.running.n_to_score and part.n_outputs and not self._scored(part.running, own):
+                continue
+            if part.has_draw:
+                draw = Draw(
+                    row=own[-1],
                     index=part.index,
                     samplers=[answer.sampler for answer in _drawing(part)],
                     bias=part.running.bias,
                     logprobs=part.running.job.logprobs,
-                ),
-            )
-            for part, row in zip(with_output, rows, strict=True)
-        ]
+                )
+                draws.append((part, draw))
+        return draws
+
+    def _scored(self, running: _Running, rows: Logits) -> bool:
+        """Hand out the log probabilities of the next tokens of a prompt.  Returns False if the job failed."""
+        job, start = running.job, running.n_scored
+        first = [] if start else [TokenLogprobs(self._engine.vocabulary.piece(job.tokens[0], is_shown=True), math.nan)]
+        try:
+            scored = [
+                self._logprobs(token, *alternatives(row, [token], job.logprobs or 0))
+                for token, row in zip(job.tokens[start + 1 : start + 1 + len(rows)], rows, strict=False)
+            ]
+        except BadLogits:
+            self._break(running, "engine_failed", NOT_NUMBERS)
+            return False
+        running.n_scored += len(rows)
+        for answer in running.unfinished:
+            piece = Piece(job=job, choice=answer.choice, text="", n_tokens=0, logprobs=first + scored)
+            self._out.append(piece)
+        return True
 
     def _drawn(self, part: _Part, draw: Draw, now: float) -> None:
         """Give the tokens of a draw to their answers."""
         running = part.running
         if not draw.tokens:
-            self._break(running, "engine_failed", "The engine computed logits that are not numbers.")
+            self._break(running, "engine_failed", NOT_NUMBERS)
             return
         if running.is_in_prompt:
             running.first_at = now
+        if running.job.max_tokens == 0:
+            for answer in running.answers:
+                self._hand_over(running, answer, "", 0, [], Stop("max_tokens"))
+            return
         for i, (answer, token) in enumerate(zip(_drawing(part), draw.tokens, strict=True)):
             self._add(running, answer, token, draw.alternatives[i] if draw.alternatives else None)
 
@@ -434,21 +472,22 @@ class Loop:
         vocabulary, job = self._engine.vocabulary, running.job
         self.counters.generated_tokens += 1
         answer.tokens.append(token)
-        finish: Finish | None = None
+        stop: Stop | None = None
         logprobs: list[TokenLogprobs] = []
         if vocabulary.is_end(token):
-            text, finish = answer.text.end(), "stop"
+            text, stop = answer.text.end(), Stop("eos")
         else:
             text = answer.text.feed(vocabulary.piece(token, is_shown=token in job.shown))
+            is_complete = len(answer.tokens) == job.max_tokens
             is_full = len(answer.sequence.tokens) + 1 >= self._context_length
-            if not answer.text.is_stopped and (is_full or len(answer.tokens) == job.max_tokens):
+            if not answer.text.is_stopped and (is_complete or is_full):
                 text += answer.text.end()
-                finish = "length"
-            if answer.text.is_stopped:
-                finish = "stop"
+                stop = Stop("max_tokens" if is_complete else "context")
+            if answer.text.stop is not None:
+                stop = Stop("string", answer.text.stop) if answer.text.stop in job.stop else Stop("eos")
             if alternatives is not None:
                 logprobs.append(self._logprobs(token, alternatives))
-        self._hand_over(running, answer, text, 1, logprobs, finish)
+        self._hand_over(running, answer, text, 1, logprobs, stop)
 
     def _logprobs(self, token: int, alternatives: Alternatives) -> TokenLogprobs:
         piece = self._engine.vocabulary.piece
@@ -464,14 +503,22 @@ class Loop:
         text: str,
         n_tokens: int,
         logprobs: list[TokenLogprobs],
-        finish: Finish | None,
+        stop: Stop | None,
     ) -> None:
         """Hand out a piece of an answer, and end the answer if it is the last one, and the job with its last answer."""
         job = running.job
         self._out.append(
-            Piece(job=job, choice=answer.choice, text=text, n_tokens=n_tokens, logprobs=logprobs, finish=finish)
+            Piece(
+                job=job,
+                choice=answer.choice,
+                text=text,
+                n_tokens=n_tokens,
+                logprobs=logprobs,
+                finish=None if stop is None else FINISH[stop.reason],
+                stop=stop,
+            )
         )
-        if finish is None:
+        if stop is None:
             return
         self._finish(answer, is_kept=True)
         if all(answer.is_finished for answer in running.answers):
@@ -528,7 +575,22 @@ def _left(running: _Running, answer: _Answer, end: int, *, is_last: bool) -> _Le
     """Return what an answer has to decode to have `end` tokens, up to the next checkpoint."""
     start = len(answer.sequence.tokens)
     until = next((mark for mark in answer.sequence.marks if start < mark < end), end)
-    return _Left(running, answer, until - start, is_last=is_last and until == end)
+    n_silent = max(0, running.n_scored - start) if running.n_to_score else until - start
+    return _Left(running, answer, until - start, is_last=is_last and until == end, n_silent=n_silent)
+
+
+def _limited(left: list[_Left], n_outputs: int) -> list[_Left]:
+    """Cut pieces of prompts so that together they get at most so many logits.  Each gets one, and the oldest ones that
+    are scored get the others."""
+    n_outputs -= len(left)
+    limited = []
+    for each in left:
+        n = min(each.n, each.n_silent + 1 + n_outputs)
+        if each.n_silent < each.n:
+            n_outputs -= max(0, n - each.n_silent - 1)
+            each = replace(each, n=n, is_last=each.is_last and n == each.n)
+        limited.append(each)
+    return limited
 
 
 def _drawing(part: _Part) -> list[_Answer]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec import structs
 
-from shared.channel.messages import Delta, Finish, TokenLogprobs
+from shared.channel.messages import Delta, Finish, Stop, TokenLogprobs
 from worker.chat.code import ChatError, Message
 from worker.chat.handle import HelperDied
 from worker.chat.protocol import Prompt
@@ -81,11 +81,13 @@ class Reader:
         self._ends: list[tuple[int, int]] = []  # of the pieces since the last parse: the place in the text, the tokens
         self._logprobs: list[TokenLogprobs] = []
         self._finish: Finish | None = None
+        self._stop: Stop | None = None
         self._has_ended = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def add(self, piece: Piece) -> Delta | None:
         """Take a piece.  Returns what can be sent at once."""
+        self._stop = piece.stop
         if self._passes:
             return self._delta(piece.text, "", piece.logprobs, piece.finish)
         self._text += piece.text
@@ -156,4 +158,7 @@ class Reader:
     ) -> Delta | None:
         if not (content or reasoning or logprobs or finish):
             return None
-        return structs.replace(self._empty, text=content, reasoning=reasoning, logprobs=logprobs, finish=finish)
+        stop = None if finish is None else self._stop
+        return structs.replace(
+            self._empty, text=content, reasoning=reasoning, logprobs=logprobs, finish=finish, stop=stop
+        )

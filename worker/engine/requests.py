@@ -9,27 +9,36 @@ import asyncio
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, assert_never
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from shared.channel.messages import (
     Cancel,
+    Complete,
     Delta,
     Deltas,
+    Detokenize,
     Embed,
     Ended,
     Failed,
     FromRunner,
     Generate,
+    Lookup,
     Queued,
     Rank,
     Refused,
+    Render,
     Started,
+    Text,
+    Tokenize,
+    Tokens,
+    ToModel,
     ToRunner,
     Usage,
 )
@@ -37,15 +46,16 @@ from shared.places import has_place
 from worker.chat.code import ChatError, Message, ParserSource
 from worker.chat.handle import HelperDied, HelpersEnded
 from worker.chat.protocol import Prompt
-from worker.engine.gate import Gate
+from worker.engine.gate import Gate, Refusal
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
+from worker.engine.lookups import SHORT, Lookups, Vocabulary
 from worker.engine.reader import Reader
 from worker.engine.slots import queue_full
 
 CLOSING = "The model is being unloaded."
 BROKEN = 1  # exit status of a runner that cannot answer any more
 WRONG_TYPE = "This is a chat model: it computes no embeddings and no scores."
-SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
+AS_IT_IS = Prompt(text="", stops=[], shown=[], source=None)  # for the readers of answers that no template wrote
 
 
 class Channel(Protocol):
@@ -59,7 +69,12 @@ class Channel(Protocol):
 class Engine(Protocol):
     """The engine loop.  All methods are thread-safe."""
 
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
     def tokenize(self, text: str, special: bool) -> list[int]: ...
+
+    def infill(self, before: list[int], after: list[int]) -> list[int] | None: ...
 
     def submit(self, job: Job) -> None: ...
 
@@ -81,26 +96,41 @@ class Ends(Struct, frozen=True):
     end: str | None
 
 
-class Refusal(Exception):
-    """A request is refused: carries the message."""
+class Prepared(Struct, frozen=True):
+    """A prompt for the engine."""
 
-    def __init__(self, refused: Refused) -> None:
-        super().__init__(refused.message)
-        self.refused = refused
+    tokens: list[int]
+    echo: Delta | None = None  # with which its answers begin, but for the ids
+    prompt: Prompt = AS_IT_IS  # how its answers are read
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """The answers to one prompt."""
+
+    echo: list[Delta]  # with which they begin
+    readers: list[Reader]
 
 
 class Request:
-    """A request, until its end."""
+    """A request, until its end.  It has a job for each of its prompts."""
 
-    def __init__(self, channel: Outbox, generate: Generate, tasks: asyncio.TaskGroup) -> None:
-        self.channel, self.generate, self.tasks = channel, generate, tasks
+    def __init__(self, channel: Outbox, order: Generate | Complete, tasks: asyncio.TaskGroup) -> None:
+        self.channel, self.order, self.tasks = channel, order, tasks
         self.arrived_at = time.monotonic()
         self.preparing: asyncio.Task[None] | None = None
-        self.job: Job | None = None
-        self.readers: list[Reader] = []
-        self.unfinished = generate.choices
-        self.done: Done | None = None
+        self.answers: dict[Job, _Answers] = {}
+        self.waiting: deque[Job] = deque()  # the engine does not have them yet
+        self.submitted: set[Job] = set()
+        self.done: list[Done] = []
+        self.unfinished = 0  # answers
         self.is_queued = False
+        self.is_started = False
+
+    @property
+    def n_prompt(self) -> int:
+        """The number of tokens of all prompts."""
+        return sum(len(job.tokens) for job in self.answers)
 
 
 class Outbox:
@@ -111,6 +141,7 @@ class Outbox:
 
     def __init__(self, channel: Channel) -> None:
         self.requests: dict[int, Request] = {}
+        self.lookups: dict[int, asyncio.Task[None]] = {}
         self._channel = channel
         self._deltas: list[Delta] = []
 
@@ -139,18 +170,22 @@ class Requests:
         *,
         ends: Ends,
         context_length: int,
+        parallel: int,
         request_s: float,
         max_output_tokens: int,
         most_waiting: int,
     ) -> None:
-        """`chat`: a sentence that says why there is none, if so.  `request_s`: the longest time from the arrival of a
-        request to its last token.  `max_output_tokens`: the most tokens of an answer, whatever a request asks for.
-        `most_waiting`: the most requests that wait to be rendered; the engine loop has a limit of its own."""
+        """`chat`: a sentence that says why there is none, if so.  `parallel`: the most answers that a request gets at
+        once.  `request_s`: the longest time from the arrival of a request to its last token.  `max_output_tokens`: the
+        most tokens of an answer, whatever a request asks for.  `most_waiting`: the most requests that wait to be
+        rendered; the engine loop has a limit of its own."""
         self._engine, self._chat, self._loop, self._gate = engine, chat, loop, gate
         self._ends, self._context_length, self._request_s = ends, context_length, request_s
+        self._parallel = parallel
         self._max_output_tokens, self._most_waiting = max_output_tokens, most_waiting
         self._preparing: Counter[str] = Counter()  # requests that are rendered and tokenized, by client
         self._requests: dict[Job, Request] = {}
+        self._lookups = Lookups(engine.vocabulary, self, request_s=request_s)
 
     def hand_out(self, outcomes: list[Outcome]) -> None:
         """Take the outcomes of a step.  May be called from any thread."""
@@ -163,108 +198,221 @@ class Requests:
             async with asyncio.TaskGroup() as tasks:
                 async for message in channel:
                     match message:
-                        case Generate() if self._gate.enter():
+                        case Generate() | Complete() if self._gate.enter():
                             outbox.requests[message.id] = request = Request(outbox, message, tasks)
                             request.preparing = tasks.create_task(self._begin(request))
-                        case Generate():
+                        case Render() | Tokenize() | Detokenize() if self._gate.enter():
+                            looking = tasks.create_task(self._look_up(outbox, message))
+                            outbox.lookups[message.id] = looking
+                            looking.add_done_callback(partial(self._looked_up, outbox, message.id))
+                        case Generate() | Complete() | Render() | Tokenize() | Detokenize():
                             outbox.send(Refused(id=message.id, code="closing", message=CLOSING))
                         case Embed() | Rank():
                             channel.send(Refused(id=message.id, code="wrong_type", message=WRONG_TYPE, param="model"))
                         case Cancel():
                             if (cancelled := outbox.requests.get(message.id)) is not None:
                                 self._cancel(cancelled)
+                            elif (looking_up := outbox.lookups.get(message.id)) is not None:
+                                looking_up.cancel()
                         case _:
                             assert_never(message)
                 self._cancel_all(outbox)
         finally:
             self._cancel_all(outbox)
 
+    async def _look_up(self, outbox: Outbox, lookup: Lookup) -> None:
+        reply = await self._lookups.reply(lookup)
+        if isinstance(reply, Text | Tokens):
+            outbox.send(Queued(id=lookup.id, prompt_tokens=0, ahead=0))
+        outbox.send(reply)
+
+    def _looked_up(self, outbox: Outbox, id_: int, _: asyncio.Task[None]) -> None:
+        """Take note of the end of a lookup, also if it was cancelled before it began."""
+        del outbox.lookups[id_]
+        self._gate.leave()
+
     # ---- the beginning
 
     async def _begin(self, request: Request) -> None:
-        generate = request.generate
+        order = request.order
         try:
-            with self._place(generate):
+            with self.place(order):
                 async with asyncio.timeout(self._request_s):
-                    prompt, tokens = await self._prepared(generate)
+                    prepared = await self._prepared(order)
         except Refusal as e:
             self._end(request, e.refused)
             return
         except TimeoutError:
             message = f"The request was not rendered within {self._request_s:g} s."
-            self._end(request, Failed(id=generate.id, code="deadline", message=message))
+            self._end(request, Failed(id=order.id, code="deadline", message=message))
             return
-        request.job = job = Job(
-            client=generate.client,
-            tokens=tokens,
-            choices=generate.choices,
-            max_tokens=min(generate.max_tokens or self._max_output_tokens, self._max_output_tokens),
-            sampling=generate.sampling,
-            stop=[*generate.stop, *prompt.stops],
-            logprobs=generate.logprobs,
+        for each in prepared:
+            job = self._job(request, each)
+            request.answers[job] = self._answers(request, each)
+            request.waiting.append(job)
+        request.unfinished = order.choices * len(prepared)
+        self._submit(request)
+
+    def _job(self, request: Request, prepared: Prepared) -> Job:
+        order, prompt, most = request.order, prepared.prompt, self._max_output_tokens
+        return Job(
+            client=order.client,
+            tokens=prepared.tokens,
+            choices=order.choices,
+            max_tokens=most if order.max_tokens is None else min(order.max_tokens, most),
+            sampling=order.sampling,
+            stop=order.stop,
+            ends=prompt.stops,
+            logprobs=order.logprobs,
+            scores_prompt=isinstance(order, Complete) and order.echo and order.logprobs is not None,
+            is_accepted=bool(request.answers),
             shown=frozenset(token for text in prompt.shown if (token := self._token(text)) is not None),
             arrived_at=request.arrived_at,
             deadline=request.arrived_at + self._request_s,
         )
-        request.readers = [
+
+    def _answers(self, request: Request, prepared: Prepared) -> _Answers:
+        first = len(request.answers) * request.order.choices
+        empty = [Delta(id=request.order.id, choice=first + i) for i in range(request.order.choices)]
+        readers = [
             Reader(
-                Delta(id=generate.id, choice=choice),
-                prompt,
-                partial(self._parse, prompt.source),
+                each,
+                prepared.prompt,
+                partial(self._parse, prepared.prompt.source),
                 partial(self._read, request),
                 request.tasks.create_task,
             )
-            for choice in range(generate.choices)
+            for each in empty
         ]
+        echo = (
+            []
+            if prepared.echo is None
+            else [structs.replace(prepared.echo, id=each.id, choice=each.choice) for each in empty]
+        )
+        return _Answers(echo, readers)
+
+    def _submit(self, request: Request) -> None:
+        """Give the next job of a request to the engine."""
+        job = request.waiting.popleft()
+        request.submitted.add(job)
         self._requests[job] = request
         self._engine.submit(job)
 
     @contextmanager
-    def _place(self, generate: Generate) -> Iterator[None]:
+    def place(self, asked: ToModel) -> Iterator[None]:
         """Occupy a place among the requests that are being prepared: one at a time is.  Raises Refusal."""
-        if not has_place(generate.client, self._preparing, self._most_waiting):
+        if not has_place(asked.client, self._preparing, self._most_waiting):
             message = queue_full(self._most_waiting)
-            raise Refusal(Refused(id=generate.id, code="queue_full", message=message, retry_after_s=1))
-        self._preparing[generate.client] += 1
+            raise Refusal(Refused(id=asked.id, code="queue_full", message=message, retry_after_s=1))
+        self._preparing[asked.client] += 1
         try:
             yield
         finally:
-            self._preparing[generate.client] -= 1
+            self._preparing[asked.client] -= 1
             self._preparing += Counter()  # drops clients without one
 
-    async def _prepared(self, generate: Generate) -> tuple[Prompt, list[int]]:
+    async def _prepared(self, order: Generate | Complete) -> list[Prepared]:
+        """Return the prompts of a request.  Raises Refusal."""
+        match order:
+            case Generate():
+                return [await self._conversation(order)]
+            case Complete():
+                if sum(map(len, order.prompts)) + len(order.suffix) <= SHORT:
+                    return self._continued(order)
+                return await asyncio.to_thread(self._continued, order)
+            case _:
+                assert_never(order)
+
+    async def _conversation(self, generate: Generate) -> Prepared:
         """Render and tokenize the conversation.  Raises Refusal."""
-        refused = partial(Refused, id=generate.id)
+        refused = partial(Refused, id=generate.id, param="messages")
+        prompt = await self._rendered(generate.id, generate.conversation)
+        if len(prompt.text) <= SHORT:
+            tokens = self._tokens(prompt.text)
+        else:
+            tokens = await asyncio.to_thread(self._tokens, prompt.text)
+        self._check_length(tokens, refused)
+        if not tokens:
+            message = "The model's chat template renders the conversation to an empty prompt."
+            raise Refusal(refused(code="invalid_request", message=message))
+        return Prepared(tokens, prompt=prompt)
+
+    async def _rendered(self, id_: int, conversation: bytes) -> Prompt:
+        """Render a conversation.  Raises Refusal."""
+        refused = partial(Refused, id=id_, param="messages")
         if isinstance(self._chat, str):
-            raise Refusal(refused(code="chat_unavailable", message=self._chat))
+            raise Refusal(Refused(id=id_, code="chat_unavailable", message=self._chat))
         try:
-            prompt = await self._chat.render(generate.conversation)
+            return await self._chat.render(conversation)
         except ChatError as e:
             message = f"The model's chat template rejects the conversation: {e}"
-            raise Refusal(refused(code="invalid_request", message=message, param="messages")) from None
+            raise Refusal(refused(code="invalid_request", message=message)) from None
         except HelpersEnded as e:
             sys.stderr.write(f"error: {e}\n")
             os._exit(BROKEN)  # else the instance would stay, and refuse every conversation
         except HelperDied as e:
             message = f"The model's chat template cannot render this conversation: {e}."
-            raise Refusal(refused(code="helper_crashed", message=message, param="messages")) from None
-        tokens = await self._tokens(prompt.text)
+            raise Refusal(refused(code="helper_crashed", message=message)) from None
+
+    def _continued(self, complete: Complete) -> list[Prepared]:
+        """Tokenize prompts without a template.  Raises Refusal."""
+        refused = partial(Refused, id=complete.id, param="prompt")
+        after = self._engine.tokenize(complete.suffix, False)
+        prepared = []
+        for prompt in complete.prompts:
+            if isinstance(prompt, list):
+                self._check_tokens(prompt, refused)
+            tokens: list[int] | None
+            if complete.suffix:
+                before = prompt if isinstance(prompt, list) else self._engine.tokenize(prompt, False)
+                tokens = self._engine.infill(before, after)
+                if tokens is None:
+                    message = "'suffix': the model has no tokens for a text between two others."
+                    raise Refusal(Refused(id=complete.id, code="invalid_request", message=message, param="suffix"))
+            else:
+                tokens = prompt if isinstance(prompt, list) else self._tokens(prompt)
+            self._check_length(tokens, refused)
+            if not tokens:
+                message = "'prompt': it is empty, and the model has no token with which every prompt begins."
+                raise Refusal(refused(code="invalid_request", message=message))
+            prepared.append(Prepared(tokens, self._echo(prompt, tokens) if complete.echo else None))
+        return prepared
+
+    def _echo(self, prompt: str | list[int], tokens: list[int]) -> Delta:
+        """Return a prompt as the beginning of an answer.  Its tokens may begin with one of which the prompt knows
+        nothing, and with a space."""
+        text = b"".join(self._engine.vocabulary.pieces(tokens)).decode("utf-8", "replace")
+        if isinstance(prompt, list):
+            return Delta(id=0, text=text)
+        return Delta(id=0, text=prompt, skipped=max(0, len(text) - len(prompt)))
+
+    def _check_tokens(self, tokens: list[int], refused: Callable[..., Refused]) -> None:
+        """Raise Refusal for tokens that the model does not have: the engine would read beyond its tables."""
+        n = self._engine.vocabulary.n_tokens
+        wrong = next((token for token in tokens if not 0 <= token < n), None)
+        if wrong is not None:
+            message = f"'prompt': the model has no token {wrong} (its vocabulary has {n} tokens)."
+            raise Refusal(refused(code="invalid_request", message=message))
+
+    def _check_length(self, tokens: list[int], refused: Callable[..., Refused]) -> None:
+        """Raise Refusal for a prompt that leaves no room for an answer."""
         if len(tokens) + 1 > self._context_length:
             message = f"The prompt has {len(tokens)} tokens; the context is for {self._context_length}."
             numbers = {"prompt_tokens": len(tokens), "context_length": self._context_length}
-            raise Refusal(refused(code="context_length_exceeded", message=message, param="messages", **numbers))
-        if not tokens:
-            message = "The model's chat template renders the conversation to an empty prompt."
-            raise Refusal(refused(code="invalid_request", message=message, param="messages"))
-        return prompt, tokens
+            raise Refusal(refused(code="context_length_exceeded", message=message, **numbers))
 
-    async def _tokens(self, text: str) -> list[int]:
-        """Tokenize a prompt.  Tokens that begin and end every prompt are not doubled if the template writes them, as in
-        llama-server (common_chat_template_direct_apply_impl, common/chat.cpp)."""
-        text = text.removeprefix(self._ends.begin or "").removesuffix(self._ends.end or "")
-        if len(text) <= SHORT:
-            return self._engine.tokenize(text, True)
-        return await asyncio.to_thread(self._engine.tokenize, text, True)
+    async def text(self, id_: int, conversation: bytes) -> str:
+        """Return the prompt of a conversation, as the template writes it.  Raises Refusal."""
+        return (await self._rendered(id_, conversation)).text
+
+    def bare(self, text: str) -> str:
+        """Return a prompt without the tokens that begin and end every prompt.  They are not doubled if it spells
+        them, as in llama-server (common_chat_template_direct_apply_impl, common/chat.cpp)."""
+        return text.removeprefix(self._ends.begin or "").removesuffix(self._ends.end or "")
+
+    def _tokens(self, text: str) -> list[int]:
+        """Tokenize a prompt."""
+        return self._engine.tokenize(self.bare(text), True)
 
     def _token(self, text: str) -> int | None:
         """Return the control token that a text spells; None if it is not one token."""
@@ -287,21 +435,29 @@ class Requests:
             channel.flush()
 
     def _take_one(self, request: Request, outcome: Outcome) -> None:
-        id_ = request.generate.id
+        id_ = request.order.id
         match outcome:
             case Waiting():
                 self._queued(request, outcome.ahead)
             case Begun():
                 self._queued(request, 0)
-                request.channel.send(Started(id=id_, cached_tokens=outcome.cached_tokens))
-            case Piece():
-                if delta := request.readers[outcome.choice].add(outcome):
+                if not request.is_started:
+                    request.is_started = True
+                    request.channel.send(Started(id=id_, cached_tokens=outcome.cached_tokens))
+                for delta in request.answers[outcome.job].echo:
                     request.channel.add(delta)
-                    self._finished(request, delta)
+            case Piece():
+                if added := request.answers[outcome.job].readers[outcome.choice].add(outcome):
+                    request.channel.add(added)
+                    self._finished(request, added)
             case Done():
-                request.done = outcome
+                request.done.append(outcome)
+                self._left(request, outcome.job)
+                if request.waiting:
+                    self._submit(request)
                 self._complete(request)
             case Rejected():
+                self._left(request, outcome.job)
                 refused = Refused(
                     id=id_,
                     code=outcome.code,
@@ -311,6 +467,7 @@ class Requests:
                 )
                 self._end(request, refused)
             case Broken():
+                self._left(request, outcome.job)
                 self._end(request, Failed(id=id_, code=outcome.code, message=outcome.message))
             case _:
                 assert_never(outcome)
@@ -318,9 +475,14 @@ class Requests:
     def _queued(self, request: Request, ahead: int) -> None:
         if not request.is_queued:
             request.is_queued = True
-            assert request.job is not None
-            queued = Queued(id=request.generate.id, prompt_tokens=len(request.job.tokens), ahead=ahead)
-            request.channel.send(queued)
+            request.channel.send(Queued(id=request.order.id, prompt_tokens=request.n_prompt, ahead=ahead))
+            for _ in range(min(len(request.waiting), self._parallel // request.order.choices - 1)):
+                self._submit(request)
+
+    def _left(self, request: Request, job: Job) -> None:
+        """Record that the engine has a job no more."""
+        request.submitted.remove(job)
+        del self._requests[job]
 
     async def _parse(self, source: ParserSource | None, text: str, is_partial: bool) -> Message:
         assert not isinstance(self._chat, str)
@@ -340,38 +502,45 @@ class Requests:
     def _complete(self, request: Request) -> None:
         """Send the end of a request once the engine is done and all answers are sent."""
         done = request.done
-        if done is None or request.unfinished:
+        if request.unfinished or len(done) < len(request.answers):
             return
+        began_s = min(each.wait_s for each in done)
+        first_s = min(each.wait_s + each.prompt_s for each in done)
+        last_s = max(each.wait_s + each.prompt_s + each.generation_s for each in done)
         usage = Usage(
-            prompt_tokens=len(done.job.tokens),
-            cached_tokens=done.cached_tokens,
-            generated_tokens=done.generated_tokens,
-            reasoning_tokens=sum(reader.reasoning_tokens for reader in request.readers),
-            wait_s=done.wait_s,
-            prompt_s=done.prompt_s,
-            generation_s=done.generation_s,
+            prompt_tokens=request.n_prompt,
+            cached_tokens=sum(each.cached_tokens for each in done),
+            generated_tokens=sum(each.generated_tokens for each in done),
+            reasoning_tokens=sum(
+                reader.reasoning_tokens for each in request.answers.values() for reader in each.readers
+            ),
+            wait_s=began_s,
+            prompt_s=first_s - began_s,
+            generation_s=last_s - first_s,
         )
-        self._end(request, Ended(id=request.generate.id, usage=usage))
+        self._end(request, Ended(id=request.order.id, usage=usage))
 
     def _end(self, request: Request, last: Refused | Failed | Ended) -> None:
         self._forget(request)
         request.channel.send(last)
 
     def _forget(self, request: Request) -> None:
-        request.channel.requests.pop(request.generate.id)
+        request.channel.requests.pop(request.order.id)
         self._gate.leave()
-        if request.job is not None:
-            del self._requests[request.job]
-        for reader in request.readers:
-            reader.cancel()
+        for job in [*request.submitted]:
+            self._left(request, job)
+            self._engine.cancel(job)
+        for answers in request.answers.values():
+            for reader in answers.readers:
+                reader.cancel()
 
     def _cancel(self, request: Request) -> None:
         assert request.preparing is not None
         request.preparing.cancel()
-        if request.job is not None:
-            self._engine.cancel(request.job)
         self._forget(request)
 
     def _cancel_all(self, outbox: Outbox) -> None:
+        for looking_up in outbox.lookups.values():
+            looking_up.cancel()
         for request in [*outbox.requests.values()]:
             self._cancel(request)

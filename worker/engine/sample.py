@@ -24,6 +24,7 @@ MOST_CANDIDATES = 256  # that top_k lets pass: the samplers after it take 15 ms 
 GREEDY_BELOW = 1e-4  # temperature; dividing by less overflows
 MOST_THREADS = 16
 TOKENS_OF_A_THREAD = 200_000  # of vocabularies to look through, for which a thread pays
+BLOCK, PIECE = 256, 16_384  # tokens of a row that are looked at together
 SEEDS = 0xFFFFFFFF  # this one itself would mean a random seed to llama.cpp
 
 
@@ -137,6 +138,45 @@ class Alternatives:
     top: list[tuple[int, float]]  # the most probable tokens, most probable first
 
 
+def alternatives(row: Logits, tokens: list[int], n: int) -> list[Alternatives]:
+    """Return the log probabilities of tokens at the place of a row, each with the `n` most probable tokens.
+
+    Raises BadLogits.
+    """
+    total = _log_of_sum(row)
+    if not math.isfinite(total):
+        raise BadLogits
+    top = [(token, float(row[token]) - total) for token in best(row, n)]
+    return [Alternatives(float(row[token]) - total, top) for token in tokens]
+
+
+def best(row: Logits, n: int) -> list[int]:
+    """Return the `n` most probable tokens, most probable first.
+
+    They are in the `n` blocks with the greatest values: to look for them there takes 0.1 ms for a vocabulary of
+    150,000, and in the whole row 5 ms.
+    """
+    n = min(n, row.size)
+    if not n:
+        return []
+    starts = np.arange(0, row.size, BLOCK)
+    greatest = np.maximum.reduceat(row, starts)
+    if n < starts.size:
+        starts = starts[np.argpartition(greatest, -n)[-n:]]
+    places = (starts[:, None] + np.arange(BLOCK)).ravel()
+    places = places[places < row.size]
+    found: list[int] = places[np.argpartition(row[places], -n)[-n:]].tolist()
+    return sorted(found, key=lambda token: (-row[token], token))
+
+
+def _log_of_sum(row: Logits) -> float:
+    """Return the logarithm of the sum of the exponentials.  Piece by piece: larger arrays would be new pages of memory
+    each time, which takes three times as long."""
+    greatest = row.max()
+    pieces = (row[start : start + PIECE] for start in range(0, row.size, PIECE))
+    return float(greatest) + math.log(sum(float(np.exp(piece - greatest).sum()) for piece in pieces))
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class Draw:
     """A row of logits, from which one answer takes a token; of a prompt with several answers, each of them."""
@@ -159,19 +199,10 @@ class Draw:
         self.bias.add(self.row)
         try:
             self.tokens = [sampler.sample(self.row, context, self.index) for sampler in self.samplers]
+            if self.logprobs is not None:
+                self.alternatives = alternatives(raw, self.tokens, self.logprobs)
         except BadLogits:
             self.tokens = []
-            return
-        if self.logprobs is not None:
-            greatest = raw.max()
-            total = float(greatest) + math.log(float(np.exp(raw - greatest).sum(dtype=np.float64)))
-            top: list[int] = []
-            n = min(self.logprobs, raw.size)
-            if n:
-                top = np.argpartition(raw, -n)[-n:].tolist()
-                top.sort(key=lambda token: (-raw[token], token))
-            best = [(token, float(raw[token]) - total) for token in top]
-            self.alternatives = [Alternatives(float(raw[token]) - total, best) for token in self.tokens]
 
 
 class Draws:

@@ -69,6 +69,7 @@ class Serving:
             self.gate,
             ends=Ends(*loaded.ends()),
             context_length=load.n_ctx,
+            parallel=load.parallel,
             request_s=load.serving.request_s,
             max_output_tokens=load.serving.max_output_tokens or load.n_ctx,
             most_waiting=load.serving.requests_waiting,

@@ -285,9 +285,9 @@ class Slots:
 
     def excess(self, arrived: list[Job], most: int) -> list[Job]:
         """Remove those of the jobs that just arrived, in this order, for which no place is left: `most` may wait.
-        Preempted ones do not count."""
+        Preempted ones do not count; those of a request that was accepted do, and are not removed."""
         waiting = Counter(waiter.job.client for waiter in self.queue.in_turn() if not waiter.began)
-        new = [job for job in arrived if job in self.queue]
+        new = [job for job in arrived if job in self.queue and not job.is_accepted]
         waiting.subtract(job.client for job in new)
         excess = []
         for job in new:
@@ -327,7 +327,7 @@ class Slots:
         waiter.leader = None
         tokens = waiter.tokens
         candidates = [s for s in self.sequences if _is_in_prompt(s) and self._may_share(s, waiter.job)]
-        if not candidates or not self._rewinds:
+        if not candidates or not self._rewinds or waiter.job.scores_prompt:
             return False
         longest = {id(s): min(common_prefix(tokens, s.prompt), len(tokens) - 1) for s in candidates}
         leader = max(candidates, key=lambda s: longest[id(s)])
@@ -342,7 +342,9 @@ class Slots:
 
     def _source(self, waiter: _Waiter) -> tuple[Sequence | None, int]:
         """Return the sequence with the longest beginning of a job's prompt, and that length.  The last token of a
-        prompt is always decoded again, for its logits."""
+        prompt is always decoded again, for its logits; all of them are if their logits are to be read."""
+        if waiter.job.scores_prompt:
+            return None, 0
         best, n_best = None, 0
         for sequence in self.sequences:
             if sequence.tokens and self._may_share(sequence, waiter.job):

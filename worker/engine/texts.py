@@ -19,16 +19,32 @@ import numpy as np
 from msgspec import Struct, structs
 from numpy.typing import NDArray
 
-from shared.channel.messages import Cancel, Embed, Ended, Failed, Generate, Queued, Rank, Refused, Usage, Vectors
+from shared.channel.messages import (
+    Cancel,
+    Complete,
+    Detokenize,
+    Embed,
+    Ended,
+    Failed,
+    Generate,
+    Queued,
+    Rank,
+    Refused,
+    Render,
+    Tokenize,
+    Usage,
+    Vectors,
+)
 from shared.places import has_place
 from worker.engine.embedding import Computed, Embedding, Result, Texts, Unfinished, Waits
-from worker.engine.gate import Gate
-from worker.engine.requests import CLOSING, SHORT, Channel, Refusal
+from worker.engine.gate import Gate, Refusal
+from worker.engine.lookups import SHORT
+from worker.engine.requests import CLOSING, Channel
 from worker.engine.slots import queue_full
 
 LARGEST = np.iinfo(np.int32).max
 PLACEHOLDER = re.compile(r"\{query\}|\{document\}")
-GENERATES_NOT = "This is an embedding model: it does not generate text."
+NOTHING_ELSE = "This is an embedding model: it computes vectors or scores of texts, and nothing else."
 EMBEDS_NOT = "This model ranks documents: it computes no embeddings."
 RANKS_NOT = "This model computes embeddings: it does not rank documents."
 
@@ -106,8 +122,8 @@ class TextRequests:
                             request.preparing = tasks.create_task(self._begin(request))
                         case Embed() | Rank():
                             channel.send(Refused(id=message.id, code="closing", message=CLOSING))
-                        case Generate():
-                            channel.send(_wrong(message.id, GENERATES_NOT))
+                        case Generate() | Complete() | Render() | Tokenize() | Detokenize():
+                            channel.send(_wrong(message.id, NOTHING_ELSE))
                         case Cancel():
                             if (cancelled := requests.get(message.id)) is not None:
                                 self._cancel(cancelled)

@@ -1,0 +1,108 @@
+"""Replies to requests for text, whole or as a stream of events, for the routes of all families."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
+from typing import Protocol
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.answering import Ask, told
+from api.channel.answer import Answer
+from api.errors import shaped
+from api.state import State
+from api.waiting import HEARTBEAT_S, EventStream, waited_for
+from shared.channel.messages import Delta, Deltas, Ended, Usage
+from shared.errors import QueueUnavailable, ServiceError
+from shared.instance import Instance
+from shared.telemetry import log
+
+HEARTBEAT = b":\n\n"  # a bare comment: some clients take ": text" for the end of the stream
+
+
+class Form(Protocol):
+    """The form of one reply, which is either whole or a stream."""
+
+    def add(self, delta: Delta) -> None:
+        """Collect an addition for a whole reply."""
+
+    def whole(self, usage: Usage) -> Struct:
+        """Return the whole reply, once every answer has finished."""
+
+    def first(self) -> bytes:
+        """Return the first events of a stream."""
+
+    def added(self, delta: Delta) -> bytes:
+        """Return the events for an addition."""
+
+    def last(self, usage: Usage) -> bytes:
+        """Return the last events of a stream, once every answer has finished."""
+
+
+def check_draining(request: Request[State]) -> None:
+    """Refuse a new request while this process shuts down."""
+    if request.state["draining"].is_set():
+        raise QueueUnavailable("The server is shutting down and accepts no new requests. Try again shortly.")
+
+
+async def reply(request: Request[State], ask: Ask, form: Callable[[Instance], Form], *, streams: bool) -> Response:
+    """Ask a model, and reply in a form.
+
+    Everything that can be refused is refused with its status, before the first byte of a stream.
+    """
+    async with AsyncExitStack() as undo:
+        undo.enter_context(request.state["replies"].place(request.state["caller"]))
+        instance, answer = await waited_for(request, request.state["answering"].begin(ask, undo))
+        headers = {"Loadstone-Instance": instance.instance_id}
+        if streams:
+            events = streamed(answer, form(instance), ask.route)
+            return EventStream(events, undo.pop_all(), request.state["closing"], headers)
+        whole = await waited_for(request, collected(answer, form(instance)))
+    return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
+
+
+async def collected(answer: Answer, form: Form) -> Struct:
+    """Return the whole reply to a request that was accepted.  Raises the error of one that fails."""
+    async for message in answer:
+        match told(message):
+            case Deltas(deltas):
+                for delta in deltas:
+                    form.add(delta)
+            case Ended(usage=usage):
+                return form.whole(usage)
+            case None:
+                pass
+    raise ServiceError("The answer has no end.")
+
+
+async def streamed(answer: Answer, form: Form, route: str) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a reply to a request that was accepted.
+
+    An error ends the stream: an event with the error, without the last events.
+    """
+    yield form.first()
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):  # a task for each message would cost more than the message
+                    message = await anext(answer)
+            except TimeoutError:
+                yield HEARTBEAT
+                continue
+            match told(message):
+                case Deltas(deltas):
+                    yield b"".join(map(form.added, deltas))
+                case Ended(usage=usage):
+                    yield form.last(usage)
+                    return
+                case None:
+                    pass
+    except ServiceError as e:
+        body = e.body()
+        log.get("api").info("request failed", action="request_failed", type=body.type, reason=body.message)
+        yield b"data: %b\n\n" % msgspec.json.encode(shaped(body, route)[1])
