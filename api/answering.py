@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from msgspec import UNSET, Struct
 
@@ -13,7 +13,19 @@ from api.channel.answer import Answer
 from api.channel.channels import Channels
 from api.loads.demand import OnDemand
 from api.pool.loaded import Loaded
-from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Queued, Refused, Started, ToModel
+from shared.channel.messages import (
+    Deltas,
+    Ended,
+    Failed,
+    FromRunner,
+    Queued,
+    Refused,
+    Started,
+    Text,
+    Tokens,
+    ToModel,
+    Vectors,
+)
 from shared.errors import (
     ChatUnavailable,
     InvalidValue,
@@ -28,18 +40,23 @@ from shared.errors import (
     RequestFailed,
     RunnerLost,
     ServiceError,
+    WrongModelType,
     context_length_exceeded,
 )
 from shared.instance import Instance
+from shared.schema.model import ModelType
 from shared.telemetry import log
 
 _log = log.get("api")
+
+Reply = TypeVar("Reply", Text, Tokens)
 
 
 class Ask(Struct, frozen=True, kw_only=True):
     """A request to a model."""
 
     model: str | None  # as the client wrote it
+    type: ModelType = "llm"  # of the model that it needs
     order: Callable[[Instance], ToModel]  # translates the request for an instance; raises InvalidValue
     route: str
     prompt: str  # the field with the prompt, for errors about it
@@ -70,7 +87,9 @@ class Answering:
         Raises the reason why there is no answer, and what UNAVAILABLE lists.
         """
         try:
-            instance = await self._loaded.llm(ask.model, self._channels.busy, beginning=ask.beginning)
+            instance = await self._loaded.instance(
+                ask.model, self._channels.busy, beginning=ask.beginning, type_=ask.type
+            )
         except ModelNotLoaded as e:
             if self._on_demand is None:
                 raise
@@ -88,6 +107,16 @@ class Answering:
         except TimeoutError:
             raise lost or QueueTimeout("The engine process did not accept the request in time.") from None
 
+    async def looked_up(self, ask: Ask, kind: type[Reply]) -> tuple[Instance, Reply]:
+        """Return the reply of this type to a `Lookup`, and the instance that gives it.  Raises what `begin` raises."""
+        async with AsyncExitStack() as held:
+            instance, answer = await self.begin(ask, held)
+            async for message in answer:
+                if isinstance(message, kind):
+                    return instance, message
+                told(message)
+        raise ServiceError("The runner did not reply.")
+
     async def _accepted(self, ask: Ask, instance: Instance, held: AsyncExitStack) -> Answer:
         """Send a request, and return its answer once the runner has accepted it."""
         async with AsyncExitStack() as attempt:
@@ -103,7 +132,7 @@ class Answering:
                     raise refusal(message, ask.prompt)
                 case Failed():
                     raise RequestFailed(message.message)
-                case Started() | Deltas() | Ended():
+                case Started() | Deltas() | Text() | Tokens() | Vectors() | Ended():
                     raise ServiceError("The runner began a request that it had not accepted.")
                 case _:
                     assert_never(message)
@@ -115,8 +144,8 @@ class Answering:
         """
         without = {failed.id}
         try:
-            return await self._loaded.llm(ask.model, self._channels.busy, without, ask.beginning)
-        except (ModelNotFound, MissingParameter) as e:  # the second: the only LLM, which the request did not name
+            return await self._loaded.instance(ask.model, self._channels.busy, without, ask.beginning, ask.type)
+        except (ModelNotFound, MissingParameter) as e:  # the second: the only model, which the request did not name
             if isinstance(error, RunnerLost) and await self._channels.reaches(failed):
                 return failed
             if not isinstance(e, ModelNotLoaded) or isinstance(error, NoRoute) or self._on_demand is None:
@@ -124,13 +153,13 @@ class Answering:
             return await self._on_demand.loaded(e.key, ask.ttl_s, without, ask.traceparent)
 
 
-def told(message: FromRunner) -> Deltas | Ended | None:
+def told(message: FromRunner) -> Deltas | Vectors | Ended | None:
     """Return what of a message about an accepted request a client is told, None for nothing.
 
     Raises the error that a message tells.
     """
     match message:
-        case Deltas() | Ended():
+        case Deltas() | Vectors() | Ended():
             return message
         case Queued() | Started():
             return None
@@ -138,6 +167,8 @@ def told(message: FromRunner) -> Deltas | Ended | None:
             raise refusal(message)
         case Failed():
             raise RequestFailed(message.message)
+        case Text() | Tokens():
+            raise ServiceError("The runner replied to another request.")
         case _:
             assert_never(message)
 
@@ -147,6 +178,8 @@ def refusal(refused: Refused, prompt: str = "") -> ServiceError:
     match refused.code:
         case "invalid_request":
             return InvalidValue(refused.message, param=refused.param or UNSET)
+        case "wrong_type":
+            return WrongModelType(refused.message, param=refused.param or UNSET)
         case "context_length_exceeded":
             return context_length_exceeded(refused.prompt_tokens, refused.context_length, prompt)
         case "queue_full":

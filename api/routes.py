@@ -38,10 +38,13 @@ from api.loads.stream import events
 from api.openai import models as openai
 from api.openai.chat import chat_completions
 from api.openai.completions import completions
+from api.openai.embeddings import embeddings
 from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import estimated
 from api.pool.metrics import CONTENT_TYPE, scraped
+from api.rerank.routes import rerank
 from api.state import State
+from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize
 from api.waiting import EventStream, waited_for
 from shared import paths
 from shared.errors import JobNotFound, QueueUnavailable
@@ -230,6 +233,12 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.UNLOAD, unload, methods=["POST"]),
     Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
+    Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),
+    *(Route(path, rerank, methods=["POST"]) for path in paths.RERANKS),
+    Route(paths.CHAT_INPUT_TOKENS, input_tokens, methods=["POST"]),
+    Route(paths.TOKENIZE, tokenize, methods=["POST"]),
+    Route(paths.DETOKENIZE, detokenize, methods=["POST"]),
+    Route(paths.APPLY_TEMPLATE, apply_template, methods=["POST"]),
     Route(paths.V1_MODELS, v1_models, methods=["GET"]),
     _rest(paths.V1_MODEL, v1_model),
     Route(paths.V0_MODELS, v0_models, methods=["GET"]),

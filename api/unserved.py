@@ -14,8 +14,6 @@ from shared.errors import NotImplementedYet
 
 UNSERVED = (
     # ---- OpenAI
-    ("POST", "/v1/chat/completions/input_tokens"),
-    ("POST", "/v1/embeddings"),
     ("POST", "/v1/responses"),
     ("POST", "/v1/responses/input_tokens"),
     ("GET", "/v1/responses/{response_id}"),
@@ -32,14 +30,7 @@ UNSERVED = (
     ("POST", "/api/v0/chat/completions"),
     ("POST", "/api/v0/completions"),
     ("POST", "/api/v0/embeddings"),
-    # ---- llama.cpp, Jina and vLLM
-    ("POST", "/v1/rerank"),
-    ("POST", "/v1/reranking"),
-    ("POST", "/rerank"),
-    ("POST", "/reranking"),
-    ("POST", "/tokenize"),
-    ("POST", "/detokenize"),
-    ("POST", "/apply-template"),
+    # ---- llama.cpp and Jina
 )
 
 

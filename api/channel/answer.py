@@ -10,14 +10,29 @@ from typing import assert_never
 
 from msgspec import UNSET
 
-from shared.channel.messages import Delta, Deltas, Ended, Failed, FromRunner, Queued, Refused, Started, Usage, size_of
+from shared.channel.messages import (
+    Delta,
+    Deltas,
+    Ended,
+    Failed,
+    FromRunner,
+    Queued,
+    Refused,
+    Started,
+    Text,
+    Tokens,
+    Usage,
+    Vectors,
+    size_of,
+)
 from shared.errors import ClientTooSlow, ServiceError
 
 MOST_BYTES = 1 << 20  # of deltas that the client has not read
 
 
 class Answer(AsyncIterator[FromRunner]):
-    """Iterates over the messages of a request, up to Refused, Ended or Failed; its deltas are those of this request.
+    """Iterates over the messages of a request, up to Refused, Ended, Failed, or the reply to a lookup; its deltas are
+    those of this request.
 
     Raises ServiceError, after the messages that arrived before: ModelUnloaded, RunnerLost, NoRoute or, at once,
     ClientTooSlow.
@@ -35,7 +50,7 @@ class Answer(AsyncIterator[FromRunner]):
         self.prompt_tokens: int | None = None  # once they are counted
         self.cached_tokens: int | None = None  # once it has begun
 
-    def put(self, message: Refused | Queued | Started | Ended | Failed) -> None:
+    def put(self, message: Refused | Queued | Started | Vectors | Text | Tokens | Ended | Failed) -> None:
         """Add a message of the runner."""
         match message:
             case Refused():
@@ -49,6 +64,10 @@ class Answer(AsyncIterator[FromRunner]):
                 self.prompt_tokens = message.prompt_tokens
             case Started():
                 self.cached_tokens = message.cached_tokens
+            case Text() | Tokens():
+                self.is_complete, self.outcome = True, "completed"
+            case Vectors():
+                pass
             case _:
                 assert_never(message)
         self._messages.append(message)

@@ -11,7 +11,7 @@ from functools import partial
 from api.channel.answer import Answer
 from api.channel.connection import Connection, connect
 from api.outcome import current
-from shared.channel.messages import Complete, ToModel
+from shared.channel.messages import Complete, Order, ToModel
 from shared.errors import NoRoute, QueueUnavailable, ServiceError
 from shared.instance import Instance
 from shared.schema.snapshot import WorkerSnapshot
@@ -135,7 +135,7 @@ class Channels:
 def _side_by_side(request: ToModel) -> int | None:
     """Return the number of answers, None if they are not all generated at the same time."""
     is_one_prompt = not isinstance(request, Complete) or len(request.prompts) == 1
-    return request.choices if is_one_prompt else None
+    return request.choices if isinstance(request, Order) and is_one_prompt else None
 
 
 def _key(instance: Instance) -> Key:

@@ -29,7 +29,10 @@ from shared.channel.messages import (
     Queued,
     Refused,
     Started,
+    Text,
+    Tokens,
     ToModel,
+    Vectors,
     frame,
 )
 from shared.channel.trust import Challenge, Hello, Rejected, Welcome, has_our_user, proof
@@ -143,7 +146,7 @@ class Connection(asyncio.Protocol):
         match message:
             case Deltas():
                 self._deltas(message.deltas)
-            case Refused() | Queued() | Started() | Ended() | Failed():
+            case Refused() | Queued() | Started() | Vectors() | Text() | Tokens() | Ended() | Failed():
                 if (answer := self._answers.get(message.id)) is not None:  # else it was cancelled
                     answer.put(message)
             case Closing():

@@ -33,7 +33,7 @@ async def chat_completions(request: Request[State]) -> Response:
         route=paths.CHAT_COMPLETIONS,
         prompt=MESSAGES,
         beginning=beginning(asked, caller),
-        ttl_s=ttl_s(asked),
+        ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],
     )
 

@@ -32,6 +32,7 @@ from api.openapi.operations import (
     anything,
     schema_of,
 )
+from api.rerank.forms import RankedText, Ranking
 from shared import __version__, errors
 from shared.errors import ErrorBody, LoadFailure, ServiceError
 from shared.schema.http import LoadEvent
@@ -178,6 +179,8 @@ def _types() -> list[Any]:
         AnthropicModelList,
         Chunk,
         TextChunk,
+        Ranking,
+        RankedText,
     )  # in schemas of several types
     return [*EXAMPLES, *sent, *named, LoadEvent, ErrorReply, OpenAIErrorReply]
 

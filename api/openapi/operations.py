@@ -12,10 +12,20 @@ from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
 from api.lmstudio.models import LegacyModel, LegacyModelList
 from api.openai.answer import Chunk, Completion
 from api.openai.completions import CompletionRequest
+from api.openai.embeddings import EmbeddingList, EmbeddingRequest
 from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
 from api.openai.request import ChatRequest
 from api.openai.text import TextChunk, TextCompletion
+from api.rerank.forms import RankedText, Ranking, RerankRequest
+from api.tokens.forms import (
+    CountReply,
+    DetokenizeReply,
+    DetokenizeRequest,
+    TemplateReply,
+    TokenizeReply,
+    TokenizeRequest,
+)
 from shared import errors, paths
 from shared.errors import ServiceError
 from shared.schema.http import (
@@ -44,7 +54,7 @@ def schema_of(kind: Any) -> dict[str, Any]:
     return msgspec.json.schema_components([kind], schema_hook=anything, ref_template=REF)[0][0]
 
 
-def either(*kinds: type[Struct]) -> dict[str, Any]:
+def either(*kinds: Any) -> dict[str, Any]:
     """Return the schema of a value of one of these types."""
     return {"anyOf": [schema_of(kind) for kind in kinds]}
 
@@ -145,13 +155,19 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
 }
 
-OPEN: frozenset[type[Struct]] = frozenset({ChatRequest})  # requests of which unknown fields are ignored
+OPEN: frozenset[type[Struct]] = frozenset(
+    {ChatRequest, TokenizeRequest, DetokenizeRequest, EmbeddingRequest, RerankRequest}
+)  # requests of which unknown fields are ignored
 EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
     GPURequest: {"offload": "max", "worker": "gpu-host-1", "split": "even"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
     CompletionRequest: {"model": "openai/gpt-oss-20b", "prompt": "Once upon a time", "max_tokens": 60},
+    TokenizeRequest: {"model": "openai/gpt-oss-20b", "content": "Hello!", "with_pieces": True},
+    EmbeddingRequest: {"model": "nomic-ai/nomic-embed-text-v1.5", "input": ["The sky is blue.", "Grass is green."]},
+    RerankRequest: {"model": "BAAI/bge-reranker-v2-m3", "query": "Is it blue?", "documents": ["The sky is blue."]},
+    DetokenizeRequest: {"model": "openai/gpt-oss-20b", "tokens": [13225, 0]},
 }
 
 HEADERS: dict[str, dict[str, Any]] = {
@@ -195,14 +211,11 @@ IN_A_BODY = (
     errors.UnsupportedMediaType,
     errors.UnsupportedEncoding,
 )
-OF_TEXT = (
+OF_A_MODEL = (  # that a request asks
     *(one for one in IN_A_BODY if one is not errors.UnrecognizedKeys),
-    errors.NotSupported,
-    errors.ContextLengthExceeded,
     errors.ModelNotFound,
     errors.ModelNotLoaded,
     errors.QueueFull,
-    errors.TooManyWaiting,
     errors.RequestFailed,
     errors.LoadFailed,
     errors.LoadInterrupted,
@@ -213,6 +226,7 @@ OF_TEXT = (
     errors.RunnerLost,
     errors.QueueUnavailable,
 )
+OF_A_CONVERSATION = (*OF_A_MODEL, errors.NotSupported, errors.RequestCrashed, errors.ChatUnavailable)
 IN_A_PATH = (errors.JobNotFound, errors.NotFound)  # an id with a slash matches another path
 OF_AN_ID = (errors.ModelNotFound, errors.NotFound)  # an id with a line break matches no path
 EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by the schema of one event
@@ -393,7 +407,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 headers=("Loadstone-Instance",),
             )
         },
-        errors=(*OF_TEXT, errors.RequestCrashed, errors.ChatUnavailable),
+        errors=(*OF_A_CONVERSATION, errors.ContextLengthExceeded),
     ),
     ("POST", paths.COMPLETIONS): Operation(
         name="create_completion",
@@ -410,7 +424,69 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
                 headers=("Loadstone-Instance",),
             )
         },
-        errors=OF_TEXT,
+        errors=(*OF_A_MODEL, errors.NotSupported, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.EMBEDDINGS): Operation(
+        name="create_embeddings",
+        summary="Compute the vectors of texts",
+        description="An embedding model computes a vector of length 1 for each text, as in OpenAI's API. If it is not "
+        "loaded, the request loads it. Nothing is cut: a text that is too long is an error.",
+        body=EmbeddingRequest,
+        replies={
+            200: Reply(description="The vectors.", content={JSON: EmbeddingList}, headers=("Loadstone-Instance",))
+        },
+        errors=(*OF_A_MODEL, errors.WrongModelType, errors.ContextLengthExceeded),
+    ),
+    **{
+        ("POST", path): Operation(
+            name=path.removeprefix("/").replace("/", "_"),
+            summary="Rank documents",
+            description="A reranker scores how well each document answers a query, as in the APIs of Jina, Cohere and "
+            "llama.cpp's server; with `texts`, in the form of Text Embeddings Inference. If the model is not loaded, "
+            f"the request loads it. The paths {', '.join(f'`{other}`' for other in paths.RERANKS)} do the same.",
+            body=RerankRequest,
+            replies={
+                200: Reply(
+                    description="The documents, best first.",
+                    content={JSON: either(Ranking, list[RankedText])},
+                    headers=("Loadstone-Instance",),
+                )
+            },
+            errors=(*OF_A_MODEL, errors.UnsupportedOperation, errors.ContextLengthExceeded),
+        )
+        for path in paths.RERANKS
+    },
+    ("POST", paths.CHAT_INPUT_TOKENS): Operation(
+        name="count_input_tokens",
+        summary="Count the tokens of a conversation",
+        description="Takes the body of a chat completion, and answers how many tokens its prompt has.",
+        body=ChatRequest,
+        replies={200: Reply(description="The count.", content={JSON: CountReply}, headers=("Loadstone-Instance",))},
+        errors=OF_A_CONVERSATION,
+    ),
+    ("POST", paths.APPLY_TEMPLATE): Operation(
+        name="apply_template",
+        summary="Render a conversation",
+        description="Takes the body of a chat completion, and answers what the model's chat template makes of it.",
+        body=ChatRequest,
+        replies={200: Reply(description="The prompt.", content={JSON: TemplateReply}, headers=("Loadstone-Instance",))},
+        errors=OF_A_CONVERSATION,
+    ),
+    ("POST", paths.TOKENIZE): Operation(
+        name="tokenize",
+        summary="Split a text or a conversation into tokens",
+        description="Takes the bodies of llama.cpp's server and of vLLM, with `model` added to the former.",
+        body=TokenizeRequest,
+        replies={200: Reply(description="The tokens.", content={JSON: TokenizeReply}, headers=("Loadstone-Instance",))},
+        errors=OF_A_CONVERSATION,
+    ),
+    ("POST", paths.DETOKENIZE): Operation(
+        name="detokenize",
+        summary="Join tokens to a text",
+        description="Takes the bodies of llama.cpp's server and of vLLM, with `model` added to the former.",
+        body=DetokenizeRequest,
+        replies={200: Reply(description="The text.", content={JSON: DetokenizeReply}, headers=("Loadstone-Instance",))},
+        errors=OF_A_MODEL,
     ),
     ("GET", paths.V1_MODELS): Operation(
         name="list_ids",

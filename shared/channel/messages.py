@@ -1,11 +1,14 @@
 """The messages on a channel, between an API process and a runner: tagged structs, each in a frame of `shared.framing`.
 
 They know no wire format of a client: the API translates.  Every request has an `id` that the API process chose, unique
-on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed.
+on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed;
+one that embeds or ranks gets vectors instead of Started and deltas.  One that needs no step of the engine, a `Lookup`,
+gets Refused or Failed; or Queued and its reply.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,9 +16,18 @@ from msgspec import Struct, msgpack
 
 from shared import framing
 
+TOKEN_BYTES = 4
 ITEM_BYTES = 48  # of a message, a delta or a log probability in memory, roughly
 # stop: an end-of-generation token or a stop string; length: a limit of tokens; tool_calls: the model waits for results
 Finish = Literal["stop", "length", "tool_calls"]
+StopReason = Literal[
+    "eos",  # an end-of-generation token, or a text that means the same in the model's template
+    "string",  # a stop string of the request
+    "max_tokens",  # the limit of the request, or of the operator
+    "context",  # the context is full
+]
+
+TokenDetail = Literal["count", "tokens", "pieces"]  # what to tell of tokens: each has that before it, too
 
 # ---- to the runner
 
@@ -75,13 +87,60 @@ class Complete(Order, frozen=True, kw_only=True, omit_defaults=True, tag="comple
     echo: bool = False  # answers begin with their prompt, and so do their log probabilities
 
 
+class Render(Struct, frozen=True, kw_only=True, tag="render"):
+    """Render a conversation with the model's chat template.  The reply is Text."""
+
+    id: int
+    client: str  # opaque; as in Generate
+    conversation: bytes  # as in Generate
+
+
+class Tokenize(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokenize"):
+    """Tokenize a text; or a conversation, as for an answer to it.  One of the two is given.  The reply is Tokens."""
+
+    id: int
+    client: str
+    text: str | None = None
+    add_special: bool = True  # to a text: the tokens that begin and end every prompt
+    parse_special: bool = True  # control tokens that a text spells become tokens
+    conversation: bytes | None = None
+    detail: TokenDetail = "tokens"
+
+
+class Detokenize(Struct, frozen=True, kw_only=True, tag="detokenize"):
+    """Return the text of tokens.  The reply is Text."""
+
+    id: int
+    client: str
+    tokens: list[int]
+
+
+class Embed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
+    """Compute the vector of each text, or of each list of tokens; one of the two is given."""
+
+    id: int
+    client: str  # opaque; clients take turns
+    texts: list[str] = []
+    tokens: list[list[int]] = []
+
+
+class Rank(Struct, frozen=True, kw_only=True, tag="rank"):
+    """Score how well each document answers a query.  Each score is a vector of its document."""
+
+    id: int
+    client: str  # opaque; clients take turns
+    query: str
+    documents: list[str]
+
+
 class Cancel(Struct, frozen=True, tag="cancel"):
     """End a request.  Nothing follows, not even Ended; unknown ids are ignored: the request may have ended."""
 
     id: int
 
 
-ToModel = Generate | Complete
+Lookup = Render | Tokenize | Detokenize
+ToModel = Generate | Complete | Embed | Rank | Lookup
 ToRunner = ToModel | Cancel
 
 # ---- from the runner
@@ -91,6 +150,7 @@ RefusedCode = Literal[
     "context_length_exceeded",  # `prompt_tokens` and `context_length` are set
     "queue_full",  # `retry_after_s` is set
     "queue_timeout",
+    "wrong_type",  # the model does not do what is asked: it embeds, it ranks, or it generates text
     "chat_unavailable",  # this build of the engine has no chat code, or the model no template
     "closing",  # the instance is being unloaded; another one may answer
     "helper_crashed",  # the template code crashed on this request, or took too long; a repeat is refused for a while
@@ -152,10 +212,17 @@ class ToolDelta(Struct, frozen=True, array_like=True, omit_defaults=True):
     arguments: str = ""  # JSON, as far as it has come
 
 
+class Stop(Struct, frozen=True, omit_defaults=True):
+    """Why an answer ended, in more detail than Finish."""
+
+    reason: StopReason
+    string: str | None = None  # the stop string, for the reason "string"
+
+
 class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What was generated of one answer since the last delta: reasoning, then text, then a call.
 
-    `finish` is set in the last one.
+    `finish` and `stop` are set in the last one.
     """
 
     id: int
@@ -166,6 +233,7 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] = []
     skipped: int = 0  # characters with which the tokens of a prompt begin, and the text of this delta does not
     finish: Finish | None = None
+    stop: Stop | None = None
 
 
 def size_of(delta: Delta) -> int:
@@ -179,6 +247,35 @@ class Deltas(Struct, frozen=True, tag="deltas"):
     """The deltas of one step of the engine, or of several if the channel is behind."""
 
     deltas: list[Delta]
+
+
+class Vectors(Struct, frozen=True, kw_only=True, tag="vectors"):
+    """The next vectors of a request, in the order of its texts: of length 1, or the scores of a model that ranks."""
+
+    id: int
+    n: int
+    data: bytes  # little-endian 32-bit floats
+
+
+class Text(Struct, frozen=True, kw_only=True, tag="text"):
+    """The text that was asked for.  Nothing follows."""
+
+    id: int
+    text: str
+
+
+class Tokens(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"):
+    """The tokens that were asked for.  Nothing follows."""
+
+    id: int
+    n: int
+    tokens: bytes = b""  # TOKEN_BYTES each: little-endian integers
+    pieces: list[bytes] = []  # the text of each, which may be part of a character
+
+
+def listed(tokens: bytes) -> list[int]:
+    """Return the tokens in `Tokens`."""
+    return [*struct.unpack(f"<{len(tokens) // TOKEN_BYTES}i", tokens)]
 
 
 class Usage(Struct, frozen=True, kw_only=True):
@@ -208,7 +305,7 @@ class Failed(Struct, frozen=True, kw_only=True, tag="request_failed"):
     message: str
 
 
-FromRunner = Refused | Queued | Started | Deltas | Ended | Failed
+FromRunner = Refused | Queued | Started | Deltas | Vectors | Text | Tokens | Ended | Failed
 
 
 class Closing(Struct, frozen=True, tag="closing"):

@@ -25,11 +25,18 @@ from tests.support.service import Service, error, until, up
 TOKEN = "a-token-of-the-tests"
 MODEL, CONTEXT_LENGTH = "acme/tiny", 4096
 DESCRIBED = [route for route in ROUTES if route.include_in_schema]
+ASKING = (  # a model
+    paths.CHAT_COMPLETIONS,
+    paths.COMPLETIONS,
+    paths.CHAT_INPUT_TOKENS,
+    paths.TOKENIZE,
+    paths.DETOKENIZE,
+    paths.APPLY_TEMPLATE,
+)
 CONFIG: dict[str, Any] = {
     # Their document cannot say that a model must be loaded, or that tools and images are refused by name.
     "operations": [
-        {"include-path": path, "checks": {"positive_data_acceptance": {"enabled": False}}}
-        for path in (paths.CHAT_COMPLETIONS, paths.COMPLETIONS)
+        {"include-path": path, "checks": {"positive_data_acceptance": {"enabled": False}}} for path in ASKING
     ],
     "seed": 1,
     "cache": {"enabled": False},

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.channel.messages import Sampling, TokenLogprobs
+from shared.channel.messages import Sampling, Stop, TokenLogprobs
 from shared.synthetic.models import tiny_bert, tiny_gemma3, tiny_llama
 from tests.support import architectures
 from tests.support.child import in_child
@@ -243,20 +243,24 @@ def test_log_probabilities_are_of_the_whole_vocabulary(llama: Path) -> None:
 def ended(root: Path) -> None:
     trial = Trial(root, context_length=256)
     (whole,) = trial.run(trial.job(prompt(9), max_tokens=40, sampling=trial.endless(temperature=0)))
-    assert whole.finishes == {0: "length"}
+    assert (whole.finishes, whole.stops) == ({0: "length"}, {0: Stop("max_tokens")})
     text = whole.texts[0]
     stop = text[10:13]
     (stopped,) = trial.run(
         trial.job(prompt(9), max_tokens=40, sampling=trial.endless(temperature=0), stop=["never", stop])
     )
-    assert stopped.finishes == {0: "stop"}
+    assert (stopped.finishes, stopped.stops) == ({0: "stop"}, {0: Stop("string", stop)})
     assert stopped.texts[0] == text[: text.index(stop)]
+    (by_template,) = trial.run(
+        trial.job(prompt(9), max_tokens=40, sampling=trial.endless(temperature=0), ends=["never", stop])
+    )
+    assert (by_template.texts, by_template.stops) == (stopped.texts, {0: Stop("eos")})
     (full,) = trial.run(trial.job(prompt(200), sampling=trial.endless(temperature=0)))
-    assert full.finishes == {0: "length"}
+    assert (full.finishes, full.stops) == ({0: "length"}, {0: Stop("context")})
     assert 200 + full.n_tokens == 256
     end = next(token for token in range(trial.engine.vocabulary.n_tokens) if trial.engine.vocabulary.is_end(token))
     (over,) = trial.run(trial.job(prompt(9), sampling=trial.endless(logit_bias={end: 100.0})))
-    assert (over.texts, over.finishes) == ({0: ""}, {0: "stop"})
+    assert (over.texts, over.finishes, over.stops) == ({0: ""}, {0: "stop"}, {0: Stop("eos")})
     (long,) = trial.run(trial.job(prompt(256)))
     assert long.code == "invalid_request"
 

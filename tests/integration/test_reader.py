@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 import worker.engine.reader
-from shared.channel.messages import Delta, Finish, TokenLogprobs
+from shared.channel.messages import Delta, Finish, Stop, TokenLogprobs
 from tests.support.families import ARGUMENTS, FAMILIES, TEMPLATES, TOOL, template
 from worker.chat.code import ChatCode, Message, Rendered
 from worker.chat.handle import HelperDied
@@ -27,6 +27,7 @@ from worker.engine.reader import Reader
 USER = {"role": "user", "content": "Hello"}
 CODE = ChatCode()
 JOB = Job(client="", tokens=[1], arrived_at=0.0, deadline=0.0)
+STOP = Stop("string", "!")
 
 # A template, an answer to it, and its reasoning and content.
 ANSWERS = {
@@ -87,7 +88,8 @@ async def read(
         for i, text in enumerate(pieces):
             logprobs = [TokenLogprobs(text.encode(), -1.0)]
             end = finish if i == len(pieces) - 1 else None
-            piece = Piece(job=JOB, choice=0, text=text, n_tokens=1, logprobs=logprobs, finish=end)
+            stop = None if end is None else STOP
+            piece = Piece(job=JOB, choice=0, text=text, n_tokens=1, logprobs=logprobs, finish=end, stop=stop)
             if delta := reader.add(piece):
                 deltas.append(delta)
             await asyncio.sleep(0)
@@ -119,7 +121,7 @@ def test_reasoning_and_content_do_not_depend_on_the_cuts(case: str) -> None:
         deltas, _ = asyncio.run(read(source, pieces))
         found = said(deltas)
         assert (found[0].strip(), found[1]) == (reasoning, content)
-        assert [delta.finish for delta in deltas if delta.finish] == ["stop"]
+        assert [(delta.finish, delta.stop) for delta in deltas if delta.finish or delta.stop] == [("stop", STOP)]
         assert deltas[-1].finish == "stop"
         assert [one.token.decode() for delta in deltas for one in delta.logprobs] == pieces
         last = max((i for i, delta in enumerate(deltas) if delta.reasoning), default=0)

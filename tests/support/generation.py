@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.channel.messages import Sampling, TokenLogprobs
+from shared.channel.messages import Sampling, Stop, TokenLogprobs
 from shared.memory.plan import plan
 from shared.schema.http import LoadRequest
 from shared.schema.model import Model
@@ -24,6 +24,7 @@ class Answered:
 
     texts: dict[int, str] = field(default_factory=dict)  # by choice
     finishes: dict[int, str] = field(default_factory=dict)
+    stops: dict[int, Stop] = field(default_factory=dict)
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     kinds: list[str] = field(default_factory=list)  # of outcomes other than pieces, in order
     cached_tokens: int | None = None
@@ -110,6 +111,8 @@ class Trial:
             answered.n_tokens += outcome.n_tokens
             if outcome.finish is not None:
                 answered.finishes[choice] = outcome.finish
+                assert outcome.stop is not None
+                answered.stops[choice] = outcome.stop
         return answered
 
 

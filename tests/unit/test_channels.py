@@ -8,6 +8,7 @@ from collections import defaultdict
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from api.channel import answer as answers
 from api.channel.answer import Answer
@@ -21,6 +22,7 @@ from shared.channel.messages import (
     Queued,
     Refused,
     Started,
+    Stop,
     TokenLogprobs,
     ToolDelta,
     Usage,
@@ -109,9 +111,10 @@ def test_a_backlog_joins_the_deltas_of_an_answer() -> None:
     backlog = Backlog()
     for letter in "abc":
         backlog.add(Deltas([Delta(id=1, text=letter), Delta(id=2, reasoning=letter)]))
-    backlog.add(Deltas([Delta(id=1, finish="length")]))
+    last = Delta(id=1, finish="length", stop=Stop("context"))
+    backlog.add(Deltas([last]))
     assert backlog.n_bytes == sum(size_of(Delta(id=1, text=text)) for text in ("a", "b", "c", "a", "b", "c", ""))
-    assert backlog.taken() == [Deltas([Delta(id=1, text="abc", finish="length"), Delta(id=2, reasoning="abc")])]
+    assert backlog.taken() == [Deltas([structs.replace(last, text="abc"), Delta(id=2, reasoning="abc")])]
 
 
 def test_a_backlog_joins_the_arguments_of_a_call() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from shared.channel.messages import (
     Complete,
     Delta,
     Deltas,
+    Detokenize,
     Ended,
     Failed,
     FromRunner,
@@ -23,9 +25,13 @@ from shared.channel.messages import (
     Grammar,
     Queued,
     Refused,
+    Render,
     Sampling,
     Schema,
     Started,
+    Text,
+    Tokenize,
+    Tokens,
     ToRunner,
 )
 from tests.support.waiting import until
@@ -35,7 +41,8 @@ from worker.chat.protocol import Constraint, Prompt
 from worker.engine.constrain import Compiled
 from worker.engine.gate import Gate
 from worker.engine.job import Begun, Broken, Done, Job, Piece, Rejected, Waiting
-from worker.engine.requests import Ends, Requests
+from worker.engine.lookups import MOST_TOKENS
+from worker.engine.requests import CLOSING, Ends, Requests
 
 BOS = 1
 SOURCE = ParserSource("format", "parser", "prompt")
@@ -60,15 +67,15 @@ class Engine:
     """An engine whose tokens are characters, after BOS."""
 
     def __init__(self) -> None:
-        self.n_vocab = 128
         self.submitted: list[Job] = []
         self.cancelled: list[Job] = []
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary()
+
     def tokenize(self, text: str, special: bool) -> list[int]:
         return [BOS] * special + [ord(letter) for letter in text]
-
-    def pieces(self, tokens: list[int]) -> list[bytes]:
-        return [b"<s>" if token == BOS else bytes([token]) for token in tokens]
 
     def infill(self, before: list[int], after: list[int]) -> list[int] | None:
         return [BOS, 2, *before, 3, *after, 4] if ord("?") not in after else None
@@ -81,6 +88,25 @@ class Engine:
 
     def cancel(self, job: Job) -> None:
         self.cancelled.append(job)
+
+
+class Vocabulary:
+    """A vocabulary whose tokens are characters, after BOS."""
+
+    n_tokens = 128
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes:
+        return encoded([BOS] * add_special + [ord(letter) for letter in text])
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(chr, tokens))
+
+    def pieces(self, tokens: list[int]) -> list[bytes]:
+        return [b"<s>" if token == BOS else bytes([token]) for token in tokens]
+
+
+def encoded(tokens: list[int]) -> bytes:
+    return struct.pack(f"<{len(tokens)}i", *tokens)
 
 
 class Chat:
@@ -115,7 +141,7 @@ class World:
         self.requests = self.made(self.chat)
         self.loops: list[tuple[Channel, asyncio.Task[None]]] = []
 
-    def made(self, chat: Chat | str) -> Requests:
+    def made(self, chat: Chat | str, request_s: float = 100.0) -> Requests:
         return Requests(
             self.engine,
             chat,
@@ -124,7 +150,7 @@ class World:
             ends=Ends("<s>", None),
             context_length=20,
             parallel=2,
-            request_s=100.0,
+            request_s=request_s,
             max_output_tokens=12,
             most_waiting=6,
         )
@@ -179,7 +205,7 @@ async def test_a_request_is_rendered_tokenized_and_submitted(world: World) -> No
     async with world.channel(generate()):
         (job,) = world.engine.submitted
         assert job.tokens == [BOS, *map(ord, "Hello")]
-        assert (job.client, job.max_tokens, job.stop) == ("c", 5, ["\n", "<end>"])
+        assert (job.client, job.max_tokens, job.stop, job.ends) == ("c", 5, ["\n"], ["<end>"])
         assert job.sampling == Sampling()
         assert job.shown == {ord("x")}, "'xy' is two tokens"
         assert job.deadline == job.arrived_at + 100.0
@@ -357,6 +383,104 @@ async def test_a_fault_of_a_request_ends_its_channel(world: World) -> None:
     with pytest.raises(ExceptionGroup):
         async with world.channel(generate()):
             pass
+
+
+# ---- lookups
+
+
+async def looked_up(channel: Channel) -> list[FromRunner]:
+    """Return what was sent, once there is a reply or a refusal."""
+    last = Text | Tokens | Refused | Failed
+    await until(lambda: any(isinstance(message, last) for message in channel.sent), "a reply")
+    return channel.sent
+
+
+LONG = 40 * "long text "  # longer than the context
+
+
+@pytest.mark.parametrize("text", [LONG, 10 * LONG, ""])
+async def test_a_text_is_tokenized_whatever_its_length(world: World, text: str) -> None:
+    lookup = Tokenize(id=7, client="c", text=text, add_special=False, detail="pieces")
+    async with world.channel(lookup) as channel:
+        tokens = encoded([*map(ord, text)])
+        found = Tokens(id=7, n=len(text), tokens=tokens, pieces=[letter.encode() for letter in text])
+        assert await looked_up(channel) == [Queued(id=7, prompt_tokens=0, ahead=0), found]
+    assert world.engine.submitted == []
+
+
+async def test_a_conversation_is_counted_as_it_would_be_answered(world: World) -> None:
+    async with world.channel(
+        Tokenize(id=1, client="c", conversation=b"<s>Hello", detail="count"),
+        Render(id=2, client="c", conversation=b"<s>Hello"),
+        generate(3, text="<s>Hello"),
+    ) as channel:
+        await settle()
+        (job,) = world.engine.submitted
+        assert Tokens(id=1, n=len(job.tokens)) in channel.sent
+        assert Text(id=2, text="<s>Hello") in channel.sent
+
+
+@pytest.mark.parametrize("tokens", [[0, 128], [-1]])
+async def test_a_token_of_no_vocabulary_is_refused(world: World, tokens: list[int]) -> None:
+    async with world.channel(Detokenize(id=7, client="c", tokens=tokens)) as channel:
+        (refused,) = await looked_up(channel)
+        assert isinstance(refused, Refused)
+        assert (refused.code, refused.param) == ("invalid_request", "tokens")
+
+
+async def test_too_many_tokens_are_counted_but_not_listed(world: World) -> None:
+    text = MOST_TOKENS * "x"
+    async with world.channel(Tokenize(id=7, client="c", text=text)) as channel:
+        (refused,) = await looked_up(channel)
+        assert isinstance(refused, Refused)
+        assert refused.code == "invalid_request"
+    async with world.channel(Tokenize(id=7, client="c", text=text, detail="count")) as channel:
+        assert (await looked_up(channel))[-1] == Tokens(id=7, n=1 + MOST_TOKENS)
+
+
+async def test_lookups_have_the_places_and_the_gate_of_requests(world: World) -> None:
+    """They count as requests that run until their end, of which a cancellation is one."""
+    world.chat.may_render.clear()
+    lookups = [Render(id=id_, client="c", conversation=b"x") for id_ in range(5)]
+    async with world.channel(*lookups) as channel:
+        refused = [message for message in channel.sent if isinstance(message, Refused)]
+        assert [message.code for message in refused] == ["queue_full"] * 2
+        assert world.gate.n_requests == 3
+        closed = asyncio.Event()
+        world.gate.close(closed.set)
+        await world.send(channel, Render(id=9, client="c", conversation=b"x"))
+        assert channel.sent[-1] == Refused(id=9, code="closing", message=CLOSING)
+        await world.send(channel, *map(Cancel, range(5)))
+        assert closed.is_set()
+        world.chat.may_render.set()
+        await settle()
+        assert not [message for message in channel.sent if isinstance(message, Text)]
+
+
+async def test_a_lookup_ends_with_its_channel(world: World) -> None:
+    world.chat.may_render.clear()
+    async with world.channel(Render(id=1, client="c", conversation=b"x")):
+        assert world.gate.n_requests == 1
+    assert world.gate.n_requests == 0
+
+
+async def test_a_lookup_has_a_deadline(world: World) -> None:
+    world.chat.may_render.clear()
+    world.requests = world.made(world.chat, request_s=0.001)
+    async with world.channel(Render(id=1, client="c", conversation=b"x")) as channel:
+        (failed,) = await looked_up(channel)
+        assert isinstance(failed, Failed)
+        assert failed.code == "deadline"
+    assert world.gate.n_requests == 0
+
+
+async def test_a_model_without_a_template_still_tokenizes(world: World) -> None:
+    world.requests = world.made("The model has no chat template.")
+    async with world.channel(
+        Render(id=1, client="c", conversation=b"x"), Tokenize(id=2, client="c", text="x", detail="count")
+    ) as channel:
+        assert channel.sent[0] == Refused(id=1, code="chat_unavailable", message="The model has no chat template.")
+        assert channel.sent[-1] == Tokens(id=2, n=2)
 
 
 # ---- prompts without a template

@@ -28,9 +28,13 @@ from shared.channel.messages import (
     Queued,
     Refused,
     Started,
+    Stop,
+    Text,
     TokenLogprobs,
+    Tokens,
     ToolDelta,
     ToRunner,
+    Vectors,
     decode_to_runner,
     frame,
     size_of,
@@ -128,6 +132,7 @@ class Joined:
     arguments: list[str] = field(default_factory=list)  # of the call, without those in `tool`
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
+    stop: Stop | None = None
 
     def add(self, delta: Delta) -> None:
         self.texts.append(delta.text)
@@ -137,7 +142,7 @@ class Joined:
         elif delta.tool is not None:
             self.arguments.append(delta.tool.arguments)
         self.logprobs += delta.logprobs
-        self.finish = delta.finish
+        self.finish, self.stop = delta.finish, delta.stop
 
     def can_take(self, delta: Delta) -> bool:
         if self.tool is not None:
@@ -154,6 +159,7 @@ class Joined:
             tool=self.tool and replace(self.tool, arguments="".join([self.tool.arguments, *self.arguments])),
             logprobs=self.logprobs,
             finish=self.finish,
+            stop=self.stop,
         )
 
 
@@ -164,7 +170,7 @@ class Backlog:
         self.n_bytes = 0  # roughly
         self._before: list[FromRunner] = []  # messages that precede the deltas of their requests
         self._joined: dict[tuple[int, int], list[Joined]] = {}  # by request and answer
-        self._after: list[FromRunner] = []  # messages that follow the deltas of their requests
+        self._after: list[FromRunner] = []  # messages that follow the deltas of their requests, and vectors
 
     def add(self, message: FromRunner) -> None:
         match message:
@@ -174,7 +180,11 @@ class Backlog:
             case Deltas():
                 for delta in message.deltas:
                     self._join(delta)
-            case Ended() | Failed():
+            case Vectors():
+                self._after.append(message)
+                self.n_bytes += ITEM_BYTES + len(message.data)
+            # A text may be longer than BEHIND_BYTES, and must not close the channel.  Their number is limited.
+            case Text() | Tokens() | Ended() | Failed():
                 self._after.append(message)
                 self.n_bytes += ITEM_BYTES
             case _:

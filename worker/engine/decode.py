@@ -24,7 +24,10 @@ NO_CELLS, ABORTED = 1, 2  # results of llama_decode
 PARTIAL = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 SMALL_BYTES = 16 << 20  # of weights; below, several threads take longer than one
 PIECE_BYTES = 256
+IDS = np.dtype("<i4")
 FEW_THREADS = 4
+
+Ids = list[int] | NDArray[np.int32]
 
 
 class EngineError(Exception):
@@ -44,16 +47,41 @@ class Vocabulary:
     def tokenize(self, text: str, special: bool) -> list[int]:
         """Return the tokens of a text.  May be called from any thread.
 
-        `special`: the text is a whole prompt.  Control tokens that it spells become tokens, and the model's first token
-        is put before it if the model wants one.
+        `special`: the text is a whole prompt, with all that `encode` can do for one.
+        """
+        ids = np.frombuffer(self.encode(text, add_special=special, parse_special=special), IDS)
+        tokens: list[int] = ids.tolist()
+        return tokens
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes:
+        """Return the tokens of a text, as little-endian 32-bit integers.  May be called from any thread.
+
+        `add_special`: put the model's first token before it, and its last one after it, if the model wants them.
+        `parse_special`: control tokens that the text spells become tokens.
         """
         data = text.encode("utf-8", "surrogatepass")
         n = len(data) + 2
         while True:
-            tokens = (lib.llama_token * n)()
-            count = lib.llama_tokenize(self._vocab, data, len(data), tokens, n, special, special)
+            tokens = np.empty(n, np.int32)
+            pointer = ctypes.cast(_address(tokens), ctypes.POINTER(lib.llama_token))
+            count = lib.llama_tokenize(self._vocab, data, len(data), pointer, n, add_special, parse_special)
             if count >= 0:
-                return list(tokens[:count])
+                return tokens[:count].astype(IDS).tobytes()
+            n = -count
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens of the vocabulary, that of control tokens included.  May be called from any thread.
+
+        Without the space that the tokenizer puts before a text.  What is not whole in UTF-8 becomes U+FFFD.
+        """
+        ids = np.array(tokens, np.int32)
+        pointer = ctypes.cast(_address(ids), ctypes.POINTER(lib.llama_token))
+        n = PIECE_BYTES + 8 * len(tokens)
+        while True:
+            text = ctypes.create_string_buffer(n)
+            count = lib.llama_detokenize(self._vocab, pointer, len(tokens), text, n, False, True)
+            if count >= 0:
+                return text.raw[:count].decode("utf-8", "replace")
             n = -count
 
     def piece(self, token: int, *, is_shown: bool) -> bytes:
@@ -165,7 +193,7 @@ class Batch:
     def clear(self) -> None:
         self.n_tokens = self.n_outputs = 0
 
-    def add(self, tokens: list[int], pos: int, seq_id: int, *, n_outputs: int) -> int:
+    def add(self, tokens: Ids, pos: int, seq_id: int, *, n_outputs: int) -> int:
         """Append tokens of one sequence, of which the last `n_outputs` get logits.  Returns the index of the last one
         in the batch."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
@@ -213,6 +241,10 @@ class Engine:
             and not lib.llama_model_has_encoder(loaded.model)
             and not lib.llama_model_is_diffusion(loaded.model)
         )
+        self.ranks = lib.llama_pooling_type(self.context) == lib.LLAMA_POOLING_TYPE_RANK
+        self.n_vector: int = (
+            lib.llama_model_n_cls_out(loaded.model) if self.ranks else lib.llama_model_n_embd_out(loaded.model)
+        )
         self._rows: Logits = np.empty((0, 0), np.float32)
         self._address = 0
         lib.llama_set_n_threads(self.context, n_threads, n_threads)
@@ -244,6 +276,20 @@ class Engine:
             self._rows = np.ctypeslib.as_array(data).reshape(n, n_vocab)
             self._address = address
         return self._rows[:n]
+
+    def vectors(self, n: int) -> NDArray[np.float32]:
+        """Wait for the batch, and return what the model made of its first `n` sequences: a row for each."""
+        return np.stack(
+            [
+                np.ctypeslib.as_array(lib.llama_get_embeddings_seq(self.context, seq_id), (self.n_vector,)).copy()
+                for seq_id in range(n)
+            ]
+        )
+
+    def forget(self) -> None:
+        """Forget the tokens of all sequences.  An encoder keeps none."""
+        if self._memory:
+            lib.llama_memory_clear(self._memory, False)
 
     def apply(self, change: Change) -> bool:
         """Change the context's memory.  Returns False if a sequence could not return to an earlier token."""

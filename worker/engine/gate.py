@@ -6,6 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 
+from shared.channel.messages import Refused
+
+
+class Refusal(Exception):
+    """A request is refused: carries the message."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(refused.message)
+        self.refused = refused
+
 
 class Gate:
     """Counts the requests of a runner, and begins none while it is closed.  Thread-safe.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, TokenLogprobs
+from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, Stop, TokenLogprobs
 from worker.engine.constrain import Compiled
 
 
@@ -18,6 +18,7 @@ class Job:
     max_tokens: int | None = None  # 0: the prompt is processed, and the answers are empty
     sampling: Sampling = field(default_factory=Sampling)
     stop: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)  # texts with which the model's template ends an answer
     logprobs: int | None = None
     scores_prompt: bool = False  # with `logprobs`: answers begin with the log probabilities of the prompt
     reports_end: bool = False  # with `logprobs`: also that of the token that ends an answer
@@ -46,7 +47,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What one step adds to one answer.  `finish` is set in the answer's last piece."""
+    """What one step adds to one answer.  `finish` and `stop` are set in the answer's last piece."""
 
     job: Job
     choice: int
@@ -54,6 +55,7 @@ class Piece:
     n_tokens: int  # generated in this step, which may have no text yet
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: Finish | None = None
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, TokenLogprobs
+from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, Stop, StopReason, TokenLogprobs
 from worker.chat.constraint import ConstraintError
 from worker.engine.constrain import Constrained, Constraints
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError, Logits
@@ -35,6 +35,7 @@ from worker.engine.text import Text
 
 CPU_STEP_S, GPU_STEP_S = 0.1, 0.02  # of a step with prompts beside running answers
 WEIGHT = 0.2  # of the last job in the mean time of a job
+FINISH: dict[StopReason, Finish] = {"eos": "stop", "string": "stop", "max_tokens": "length", "context": "length"}
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -145,10 +146,9 @@ class Loop:
         the tokens of another client's.
         """
         self.counters = Counters()
-        vocabulary = engine.vocabulary
-        self.tokenize, self.pieces, self.infill = vocabulary.tokenize, vocabulary.pieces, vocabulary.infill
+        self.vocabulary = vocabulary = engine.vocabulary
+        self.tokenize, self.infill = vocabulary.tokenize, vocabulary.infill
         self.constrain = Constraints(vocabulary).compile
-        self.n_vocab = vocabulary.n_tokens
         self._engine = engine
         self._hand_out = hand_out
         self._context_length = context_length
@@ -301,7 +301,7 @@ class Loop:
                 choice=choice,
                 sequence=sequence,
                 sampler=Sampler(job.sampling, job.tokens, seed + choice, n_tokens=n_vocab, context_length=n_ctx),
-                text=Text(job.stop),
+                text=Text([*job.stop, *job.ends]),
                 constrained=None if job.constraint is None else job.constraint.begin(),
             )
             for choice, sequence in enumerate(admission.sequences)
@@ -401,7 +401,7 @@ class Loop:
         (running,) = self._running.values()
         for answer in running.unfinished if running.is_in_prompt else running.unfinished[-1:]:
             self._engine.note(f"The context is full: an answer ends after {len(answer.tokens)} tokens.")
-            self._hand_over(running, answer, answer.text.end(), 0, [], "length")
+            self._hand_over(running, answer, answer.text.end(), 0, [], Stop("context"))
 
     def _preempt(self, running: _Running) -> None:
         """Let a job wait, with all its state, until it can start again."""
@@ -467,7 +467,7 @@ class Loop:
             running.first_at = now
         if running.job.max_tokens == 0:
             for answer in running.answers:
-                self._hand_over(running, answer, "", 0, [], "length")
+                self._hand_over(running, answer, "", 0, [], Stop("max_tokens"))
             return
         try:
             for i, (answer, token) in enumerate(zip(_drawing(part), draw.tokens, strict=True)):
@@ -480,24 +480,26 @@ class Loop:
         vocabulary, job = self._engine.vocabulary, running.job
         self.counters.generated_tokens += 1
         answer.tokens.append(token)
-        finish: Finish | None = None
+        stop: Stop | None = None
         logprobs: list[TokenLogprobs] = []
         if vocabulary.is_end(token):
-            text, finish = answer.text.end(), "stop"
+            text, stop = answer.text.end(), Stop("eos")
         else:
             text = answer.text.feed(vocabulary.piece(token, is_shown=token in job.shown))
+            is_complete = len(answer.tokens) == job.max_tokens
             is_full = len(answer.sequence.tokens) + 1 >= self._context_length
+            is_whole = False  # nothing may follow
             if answer.constrained is not None:
                 answer.constrained.accept(token)
-            is_complete = answer.constrained is not None and answer.constrained.is_complete
-            if not answer.text.is_stopped and (is_complete or is_full or len(answer.tokens) == job.max_tokens):
+                is_whole = answer.constrained.is_complete
+            if not answer.text.is_stopped and (is_whole or is_complete or is_full):
                 text += answer.text.end()
-                finish = "stop" if is_complete else "length"
-            if answer.text.is_stopped:
-                finish = "stop"
+                stop = Stop("eos" if is_whole else "max_tokens" if is_complete else "context")
+            if answer.text.stop is not None:
+                stop = Stop("string", answer.text.stop) if answer.text.stop in job.stop else Stop("eos")
         if alternatives is not None and (job.reports_end or not vocabulary.is_end(token)):
             logprobs.append(self._logprobs(token, alternatives))
-        self._hand_over(running, answer, text, 1, logprobs, finish)
+        self._hand_over(running, answer, text, 1, logprobs, stop)
 
     def _logprobs(self, token: int, alternatives: Alternatives) -> TokenLogprobs:
         piece = self._engine.vocabulary.piece
@@ -513,14 +515,22 @@ class Loop:
         text: str,
         n_tokens: int,
         logprobs: list[TokenLogprobs],
-        finish: Finish | None,
+        stop: Stop | None,
     ) -> None:
         """Hand out a piece of an answer, and end the answer if it is the last one, and the job with its last answer."""
         job = running.job
         self._out.append(
-            Piece(job=job, choice=answer.choice, text=text, n_tokens=n_tokens, logprobs=logprobs, finish=finish)
+            Piece(
+                job=job,
+                choice=answer.choice,
+                text=text,
+                n_tokens=n_tokens,
+                logprobs=logprobs,
+                finish=None if stop is None else FINISH[stop.reason],
+                stop=stop,
+            )
         )
-        if finish is None:
+        if stop is None:
             return
         self._finish(answer, is_kept=True)
         if all(answer.is_finished for answer in running.answers):

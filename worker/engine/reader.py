@@ -17,7 +17,7 @@ from typing import Any, assert_never
 import msgspec
 from msgspec import structs
 
-from shared.channel.messages import Delta, Finish, TokenLogprobs, ToolDelta
+from shared.channel.messages import Delta, Finish, Stop, TokenLogprobs, ToolDelta
 from worker.chat.code import ChatError, Message, ToolCall, Trigger
 from worker.chat.handle import HelperDied
 from worker.chat.protocol import Constraint, Prompt
@@ -171,11 +171,13 @@ class Reader:
         self._ends: list[tuple[int, int]] = []  # of the pieces since the last parse: the place in the text, the tokens
         self._logprobs: list[TokenLogprobs] = []
         self._finish: Finish | None = None
+        self._stop: Stop | None = None
         self._has_ended = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def add(self, piece: Piece) -> Delta | None:
         """Take a piece.  Returns what can be sent at once."""
+        self._stop = piece.stop
         if self._passes:
             text = "" if self._said.calls else piece.text
             return next(iter(self._deltas(text, News(), piece.logprobs, piece.finish)), None)
@@ -259,7 +261,7 @@ class Reader:
             structs.replace(self._empty, text=content, reasoning=news.reasoning, tool=first, logprobs=logprobs),
             *(structs.replace(self._empty, tool=tool) for tool in news.tools[1:]),
         ]
-        deltas[-1] = structs.replace(deltas[-1], finish=finish)
+        deltas[-1] = structs.replace(deltas[-1], finish=finish, stop=None if finish is None else self._stop)
         return deltas
 
 

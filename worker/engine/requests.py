@@ -24,15 +24,23 @@ from shared.channel.messages import (
     Complete,
     Delta,
     Deltas,
+    Detokenize,
+    Embed,
     Ended,
     Failed,
     FromRunner,
     Generate,
     Grammar,
+    Lookup,
     Queued,
+    Rank,
     Refused,
+    Render,
     Schema,
     Started,
+    Text,
+    Tokenize,
+    Tokens,
     ToModel,
     ToRunner,
     Usage,
@@ -43,15 +51,16 @@ from worker.chat.constraint import ConstraintError
 from worker.chat.handle import HelperDied, HelpersEnded
 from worker.chat.protocol import Constraint, Prompt
 from worker.engine.constrain import Compiled
-from worker.engine.gate import Gate
+from worker.engine.gate import Gate, Refusal
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
+from worker.engine.lookups import SHORT, Lookups, Vocabulary
 from worker.engine.reader import Reader
 from worker.engine.slots import queue_full
 
 CLOSING = "The model is being unloaded."
 BROKEN = 1  # exit status of a runner that cannot answer any more
+WRONG_TYPE = "This is a chat model: it computes no embeddings and no scores."
 AS_IT_IS = Prompt(text="", stops=[], shown=[], source=None)  # for the readers of answers that no template wrote
-SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
 
 
 class Channel(Protocol):
@@ -65,11 +74,10 @@ class Channel(Protocol):
 class Engine(Protocol):
     """The engine loop.  All methods are thread-safe."""
 
-    n_vocab: int
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
     def tokenize(self, text: str, special: bool) -> list[int]: ...
-
-    def pieces(self, tokens: list[int]) -> list[bytes]: ...
 
     def infill(self, before: list[int], after: list[int]) -> list[int] | None: ...
     def constrain(self, constraint: Constraint) -> Future[Compiled]: ...
@@ -94,14 +102,6 @@ class Ends(Struct, frozen=True):
     end: str | None
 
 
-class Refusal(Exception):
-    """A request is refused: carries the message."""
-
-    def __init__(self, refused: Refused) -> None:
-        super().__init__(refused.message)
-        self.refused = refused
-
-
 class Prepared(Struct, frozen=True):
     """A prompt for the engine."""
 
@@ -122,7 +122,7 @@ class _Answers:
 class Request:
     """A request, until its end.  It has a job for each of its prompts."""
 
-    def __init__(self, channel: Outbox, order: ToModel, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, channel: Outbox, order: Generate | Complete, tasks: asyncio.TaskGroup) -> None:
         self.channel, self.order, self.tasks = channel, order, tasks
         self.arrived_at = time.monotonic()
         self.preparing: asyncio.Task[None] | None = None
@@ -148,6 +148,7 @@ class Outbox:
 
     def __init__(self, channel: Channel) -> None:
         self.requests: dict[int, Request] = {}
+        self.lookups: dict[int, asyncio.Task[None]] = {}
         self._channel = channel
         self._deltas: list[Delta] = []
 
@@ -191,6 +192,7 @@ class Requests:
         self._max_output_tokens, self._most_waiting = max_output_tokens, most_waiting
         self._preparing: Counter[str] = Counter()  # requests that are rendered and tokenized, by client
         self._requests: dict[Job, Request] = {}
+        self._lookups = Lookups(engine.vocabulary, self, request_s=request_s)
 
     def hand_out(self, outcomes: list[Outcome]) -> None:
         """Take the outcomes of a step.  May be called from any thread."""
@@ -206,23 +208,42 @@ class Requests:
                         case Generate() | Complete() if self._gate.enter():
                             outbox.requests[message.id] = request = Request(outbox, message, tasks)
                             request.preparing = tasks.create_task(self._begin(request))
-                        case Generate() | Complete():
+                        case Render() | Tokenize() | Detokenize() if self._gate.enter():
+                            looking = tasks.create_task(self._look_up(outbox, message))
+                            outbox.lookups[message.id] = looking
+                            looking.add_done_callback(partial(self._looked_up, outbox, message.id))
+                        case Generate() | Complete() | Render() | Tokenize() | Detokenize():
                             outbox.send(Refused(id=message.id, code="closing", message=CLOSING))
+                        case Embed() | Rank():
+                            channel.send(Refused(id=message.id, code="wrong_type", message=WRONG_TYPE, param="model"))
                         case Cancel():
                             if (cancelled := outbox.requests.get(message.id)) is not None:
                                 self._cancel(cancelled)
+                            elif (looking_up := outbox.lookups.get(message.id)) is not None:
+                                looking_up.cancel()
                         case _:
                             assert_never(message)
                 self._cancel_all(outbox)
         finally:
             self._cancel_all(outbox)
 
+    async def _look_up(self, outbox: Outbox, lookup: Lookup) -> None:
+        reply = await self._lookups.reply(lookup)
+        if isinstance(reply, Text | Tokens):
+            outbox.send(Queued(id=lookup.id, prompt_tokens=0, ahead=0))
+        outbox.send(reply)
+
+    def _looked_up(self, outbox: Outbox, id_: int, _: asyncio.Task[None]) -> None:
+        """Take note of the end of a lookup, also if it was cancelled before it began."""
+        del outbox.lookups[id_]
+        self._gate.leave()
+
     # ---- the beginning
 
     async def _begin(self, request: Request) -> None:
         order = request.order
         try:
-            with self._place(order):
+            with self.place(order):
                 async with asyncio.timeout(self._request_s):
                     prepared = await self._prepared(order)
         except Refusal as e:
@@ -247,7 +268,8 @@ class Requests:
             choices=order.choices,
             max_tokens=most if order.max_tokens is None else min(order.max_tokens, most),
             sampling=order.sampling,
-            stop=[*order.stop, *prompt.stops],
+            stop=order.stop,
+            ends=prompt.stops,
             logprobs=order.logprobs,
             scores_prompt=isinstance(order, Complete) and order.echo and order.logprobs is not None,
             reports_end=isinstance(order, Complete),
@@ -286,23 +308,23 @@ class Requests:
         self._engine.submit(job)
 
     @contextmanager
-    def _place(self, order: ToModel) -> Iterator[None]:
+    def place(self, asked: ToModel) -> Iterator[None]:
         """Occupy a place among the requests that are being prepared: one at a time is.  Raises Refusal."""
-        if not has_place(order.client, self._preparing, self._most_waiting):
+        if not has_place(asked.client, self._preparing, self._most_waiting):
             message = queue_full(self._most_waiting)
-            raise Refusal(Refused(id=order.id, code="queue_full", message=message, retry_after_s=1))
-        self._preparing[order.client] += 1
+            raise Refusal(Refused(id=asked.id, code="queue_full", message=message, retry_after_s=1))
+        self._preparing[asked.client] += 1
         try:
             yield
         finally:
-            self._preparing[order.client] -= 1
+            self._preparing[asked.client] -= 1
             self._preparing += Counter()  # drops clients without one
 
-    async def _prepared(self, order: ToModel) -> list[Prepared]:
+    async def _prepared(self, order: Generate | Complete) -> list[Prepared]:
         """Return the prompts of a request.  Raises Refusal."""
         match order:
             case Generate():
-                return [await self._rendered(order)]
+                return [await self._conversation(order)]
             case Complete():
                 if sum(map(len, order.prompts)) + len(order.suffix) <= SHORT:
                     return self._continued(order)
@@ -310,24 +332,10 @@ class Requests:
             case _:
                 assert_never(order)
 
-    async def _rendered(self, generate: Generate) -> Prepared:
+    async def _conversation(self, generate: Generate) -> Prepared:
         """Render and tokenize the conversation.  Raises Refusal."""
         refused = partial(Refused, id=generate.id, param="messages")
-        if isinstance(self._chat, str):
-            raise Refusal(Refused(id=generate.id, code="chat_unavailable", message=self._chat))
-        try:
-            prompt = await self._chat.render(generate.conversation, generate.output)
-        except ConstraintError as e:
-            raise Refusal(_unenforceable(generate, e)) from None
-        except ChatError as e:
-            message = f"The model's chat template rejects the conversation: {e}"
-            raise Refusal(refused(code="invalid_request", message=message)) from None
-        except HelpersEnded as e:
-            sys.stderr.write(f"error: {e}\n")
-            os._exit(BROKEN)  # else the instance would stay, and refuse every conversation
-        except HelperDied as e:
-            message = f"The model's chat template cannot render this conversation: {e}."
-            raise Refusal(refused(code="helper_crashed", message=message)) from None
+        prompt = await self._rendered(generate.id, generate.conversation, generate.output)
         if len(prompt.text) <= SHORT:
             tokens = self._tokens(prompt.text)
         else:
@@ -337,6 +345,25 @@ class Requests:
             message = "The model's chat template renders the conversation to an empty prompt."
             raise Refusal(refused(code="invalid_request", message=message))
         return Prepared(tokens, prompt=prompt, constraint=await self._constrained(generate, prompt))
+
+    async def _rendered(self, id_: int, conversation: bytes, output: Schema | Grammar | None = None) -> Prompt:
+        """Render a conversation.  Raises Refusal."""
+        refused = partial(Refused, id=id_, param="messages")
+        if isinstance(self._chat, str):
+            raise Refusal(Refused(id=id_, code="chat_unavailable", message=self._chat))
+        try:
+            return await self._chat.render(conversation, output)
+        except ConstraintError as e:
+            raise Refusal(_unenforceable(id_, output, e)) from None
+        except ChatError as e:
+            message = f"The model's chat template rejects the conversation: {e}"
+            raise Refusal(refused(code="invalid_request", message=message)) from None
+        except HelpersEnded as e:
+            sys.stderr.write(f"error: {e}\n")
+            os._exit(BROKEN)  # else the instance would stay, and refuse every conversation
+        except HelperDied as e:
+            message = f"The model's chat template cannot render this conversation: {e}."
+            raise Refusal(refused(code="helper_crashed", message=message)) from None
 
     def _continued(self, complete: Complete) -> list[Prepared]:
         """Tokenize prompts without a template.  Raises Refusal."""
@@ -365,14 +392,14 @@ class Requests:
     def _echo(self, prompt: str | list[int], tokens: list[int]) -> Delta:
         """Return a prompt as the beginning of an answer.  Its tokens may begin with one of which the prompt knows
         nothing, and with a space."""
-        text = b"".join(self._engine.pieces(tokens)).decode("utf-8", "replace")
+        text = b"".join(self._engine.vocabulary.pieces(tokens)).decode("utf-8", "replace")
         if isinstance(prompt, list):
             return Delta(id=0, text=text)
         return Delta(id=0, text=prompt, skipped=max(0, len(text) - len(prompt)))
 
     def _check_tokens(self, tokens: list[int], refused: Callable[..., Refused]) -> None:
         """Raise Refusal for tokens that the model does not have: the engine would read beyond its tables."""
-        n = self._engine.n_vocab
+        n = self._engine.vocabulary.n_tokens
         wrong = next((token for token in tokens if not 0 <= token < n), None)
         if wrong is not None:
             message = f"'prompt': the model has no token {wrong} (its vocabulary has {n} tokens)."
@@ -393,13 +420,20 @@ class Requests:
             constraint = structs.replace(prompt.constraint, shown=prompt.shown)
             return await asyncio.wrap_future(self._engine.constrain(constraint))
         except ConstraintError as e:
-            raise Refusal(_unenforceable(generate, e)) from None
+            raise Refusal(_unenforceable(generate.id, generate.output, e)) from None
+
+    async def text(self, id_: int, conversation: bytes) -> str:
+        """Return the prompt of a conversation, as the template writes it.  Raises Refusal."""
+        return (await self._rendered(id_, conversation)).text
+
+    def bare(self, text: str) -> str:
+        """Return a prompt without the tokens that begin and end every prompt.  They are not doubled if it spells
+        them, as in llama-server (common_chat_template_direct_apply_impl, common/chat.cpp)."""
+        return text.removeprefix(self._ends.begin or "").removesuffix(self._ends.end or "")
 
     def _tokens(self, text: str) -> list[int]:
-        """Tokenize a prompt.  Tokens that begin and end every prompt are not doubled if it spells them, as in
-        llama-server (common_chat_template_direct_apply_impl, common/chat.cpp)."""
-        text = text.removeprefix(self._ends.begin or "").removesuffix(self._ends.end or "")
-        return self._engine.tokenize(text, True)
+        """Tokenize a prompt."""
+        return self._engine.tokenize(self.bare(text), True)
 
     def _token(self, text: str) -> int | None:
         """Return the control token that a text spells; None if it is not one token."""
@@ -527,13 +561,15 @@ class Requests:
         self._forget(request)
 
     def _cancel_all(self, outbox: Outbox) -> None:
+        for looking_up in outbox.lookups.values():
+            looking_up.cancel()
         for request in [*outbox.requests.values()]:
             self._cancel(request)
 
 
-def _unenforceable(generate: Generate, error: ConstraintError) -> Refused:
+def _unenforceable(id_: int, output: Schema | Grammar | None, error: ConstraintError) -> Refused:
     """Return the refusal of a request whose answers cannot have the form that it asks for."""
-    match generate.output:
+    match output:
         case Schema():
             what, param = "schema", "response_format"
         case Grammar():
@@ -541,6 +577,6 @@ def _unenforceable(generate: Generate, error: ConstraintError) -> Refused:
         case None:
             what, param = "tools", "tools"
         case _:
-            assert_never(generate.output)
+            assert_never(output)
     message = f"This server cannot enforce the {what}: {error}."
-    return Refused(id=generate.id, code="invalid_request", message=message, param=param)
+    return Refused(id=id_, code="invalid_request", message=message, param=param)

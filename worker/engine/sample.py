@@ -137,7 +137,7 @@ class Sampler:
         """Choose a token that may still be rejected.  Raises BadLogits."""
         token = int(row.argmax())
         if not math.isfinite(row[token]):
-            raise BadLogits("The engine computed logits that are not numbers.")
+            raise BadLogits
         if self._chain is None:
             return token
         candidates = np.zeros(row.size, CANDIDATE)

@@ -17,7 +17,11 @@ class Text:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = stops
         self._held = ""
-        self.is_stopped = False
+        self.stop: str | None = None  # the string before which the text ended
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stop is not None
 
     def feed(self, data: bytes) -> str:
         """Take bytes and return text that follows what was returned before."""
@@ -37,10 +41,9 @@ class Text:
         if not self._stops:
             return text
         self._held += text
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.is_stopped = True
-            free = min(found)[1]
+            _, free, self.stop = min(found)
         else:
             free = len(self._held) - max(_overlap(self._held, stop) for stop in self._stops)
         text, self._held = self._held[:free], self._held[free:]
