@@ -31,6 +31,7 @@ from api.headers import (
     preference,
     whole_number,
 )
+from api.lmstudio import answers as legacy
 from api.lmstudio import models as lmstudio
 from api.loads.follow import settled
 from api.loads.jobs import is_over, job
@@ -231,6 +232,8 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.UNLOAD, unload, methods=["POST"]),
     Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
+    Route(paths.V0_CHAT_COMPLETIONS, legacy.chat_completions, methods=["POST"]),
+    Route(paths.V0_COMPLETIONS, legacy.completions, methods=["POST"]),
     Route(paths.CHAT_INPUT_TOKENS, input_tokens, methods=["POST"]),
     Route(paths.TOKENIZE, tokenize, methods=["POST"]),
     Route(paths.DETOKENIZE, detokenize, methods=["POST"]),

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
+from api.lmstudio.answers import LegacyChunk, LegacyCompletion, LegacyTextChunk, LegacyTextCompletion
 from api.lmstudio.models import LegacyModel, LegacyModelList
 from api.openai.answer import Chunk, Completion
 from api.openai.completions import CompletionRequest
@@ -412,6 +413,36 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             200: Reply(
                 description="The answers; or the event stream, if requested.",
                 content={JSON: TextCompletion, SSE: _chunks(TextChunk)},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(*OF_A_MODEL, errors.NotSupported, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.V0_CHAT_COMPLETIONS): Operation(
+        name="create_legacy_chat_completion",
+        summary="Answer a conversation as LM Studio's older API does",
+        description="Takes the body of `POST /v1/chat/completions`, and adds statistics and what answered to the "
+        "reply, or to the last chunk of a stream.",
+        body=ChatRequest,
+        replies={
+            200: Reply(
+                description="The answers; or the event stream, if requested.",
+                content={JSON: LegacyCompletion, SSE: _chunks(LegacyChunk)},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(*OF_A_CONVERSATION, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.V0_COMPLETIONS): Operation(
+        name="create_legacy_completion",
+        summary="Continue prompts as LM Studio's older API does",
+        description="Takes the body of `POST /v1/completions`, and adds statistics and what answered to the reply, or "
+        "to the last chunk of a stream.",
+        body=CompletionRequest,
+        replies={
+            200: Reply(
+                description="The answers; or the event stream, if requested.",
+                content={JSON: LegacyTextCompletion, SSE: _chunks(LegacyTextChunk)},
                 headers=("Loadstone-Instance",),
             )
         },
