@@ -61,9 +61,7 @@ class Runtime(Struct, frozen=True, kw_only=True):
 
     name: Annotated[Literal["llama.cpp"], Meta(description="Always `llama.cpp`.")] = "llama.cpp"
     version: Annotated[str, Meta(description="`b` and the commit of llama.cpp.")]
-    supported_formats: Annotated[tuple[Literal["gguf"]], Meta(description="Formats of files that it loads.")] = (
-        "gguf",
-    )
+    supported_formats: Annotated[list[str], Meta(description="Formats of files that it loads.")]
 
 
 StatsOf = Annotated[Stats, Meta(description="How the answer was generated.")]
