@@ -53,6 +53,7 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("POST", "/rerank"): "infer",
     ("POST", "/reranking"): "infer",
     ("POST", paths.TOKENIZE): "infer",
+    ("GET", paths.TOKENIZER_INFO): "infer",
     ("POST", paths.DETOKENIZE): "infer",
     ("POST", paths.APPLY_TEMPLATE): "infer",
     # ---- loads, and what they show of other clients

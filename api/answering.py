@@ -13,7 +13,19 @@ from api.channel.answer import Answer
 from api.channel.channels import Channels
 from api.loads.demand import OnDemand
 from api.pool.loaded import Loaded
-from shared.channel.messages import Deltas, Ended, Failed, FromRunner, Queued, Refused, Started, Text, Tokens, ToModel
+from shared.channel.messages import (
+    Deltas,
+    Described,
+    Ended,
+    Failed,
+    FromRunner,
+    Queued,
+    Refused,
+    Started,
+    Text,
+    Tokens,
+    ToModel,
+)
 from shared.errors import (
     ChatUnavailable,
     InvalidValue,
@@ -35,7 +47,7 @@ from shared.telemetry import log
 
 _log = log.get("api")
 
-Reply = TypeVar("Reply", Text, Tokens)
+Reply = TypeVar("Reply", Text, Tokens, Described)
 
 
 class Ask(Struct, frozen=True, kw_only=True):
@@ -115,7 +127,7 @@ class Answering:
                     raise refusal(message, ask.prompt)
                 case Failed():
                     raise RequestFailed(message.message)
-                case Started() | Deltas() | Text() | Tokens() | Ended():
+                case Started() | Deltas() | Text() | Tokens() | Described() | Ended():
                     raise ServiceError("The runner began a request that it had not accepted.")
                 case _:
                     assert_never(message)
@@ -150,7 +162,7 @@ def told(message: FromRunner) -> Deltas | Ended | None:
             raise refusal(message)
         case Failed():
             raise RequestFailed(message.message)
-        case Text() | Tokens():
+        case Text() | Tokens() | Described():
             raise ServiceError("The runner replied to another request.")
         case _:
             assert_never(message)

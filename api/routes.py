@@ -43,7 +43,7 @@ from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import estimated
 from api.pool.metrics import CONTENT_TYPE, scraped
 from api.state import State
-from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize
+from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize, tokenizer_info
 from api.waiting import EventStream, waited_for
 from shared import paths
 from shared.errors import JobNotFound, QueueUnavailable
@@ -237,6 +237,7 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.CHAT_INPUT_TOKENS, input_tokens, methods=["POST"]),
     Route(paths.TOKENIZE, tokenize, methods=["POST"]),
     Route(paths.DETOKENIZE, detokenize, methods=["POST"]),
+    Route(paths.TOKENIZER_INFO, tokenizer_info, methods=["GET"]),
     Route(paths.APPLY_TEMPLATE, apply_template, methods=["POST"]),
     Route(paths.V1_MODELS, v1_models, methods=["GET"]),
     _rest(paths.V1_MODEL, v1_model),

@@ -24,6 +24,7 @@ from api.tokens.forms import (
     TemplateReply,
     TokenizeReply,
     TokenizeRequest,
+    TokenizerReply,
 )
 from shared import errors, paths
 from shared.errors import ServiceError
@@ -109,6 +110,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "in": "path",
         "required": True,
         "description": "Key of a model, or id of a loaded instance. It may have slashes, percent-encoded or not.",
+        "schema": {"type": "string"},
+    },
+    "model": {
+        "in": "query",
+        "description": "A model key or alias, or the id of a loaded instance. Absent: the default model, or else the "
+        "only loaded LLM.",
         "schema": {"type": "string"},
     },
     "limit of a page": {
@@ -471,6 +478,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body=TokenizeRequest,
         replies={200: Reply(description="The tokens.", content={JSON: TokenizeReply}, headers=("Loadstone-Instance",))},
         errors=OF_A_CONVERSATION,
+    ),
+    ("GET", paths.TOKENIZER_INFO): Operation(
+        name="get_tokenizer",
+        summary="Describe a tokenizer",
+        description="As vLLM does: clients find out here that they need no tokenizer of their own.",
+        parameters=("model",),
+        replies={
+            200: Reply(description="The tokenizer.", content={JSON: TokenizerReply}, headers=("Loadstone-Instance",))
+        },
+        errors=OF_A_MODEL,
     ),
     ("POST", paths.DETOKENIZE): Operation(
         name="detokenize",

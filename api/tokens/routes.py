@@ -1,4 +1,4 @@
-"""POST /tokenize, /detokenize, /apply-template, and /v1/chat/completions/input_tokens."""
+"""POST /tokenize, /detokenize, /apply-template, /v1/chat/completions/input_tokens, and GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from api.tokens.forms import (
     DetokenizeRequest,
     TemplateReply,
     TokenizeRequest,
+    TokenizerReply,
     tokenized,
 )
 from api.waiting import waited_for
-from shared.channel.messages import Detokenize, Lookup, Render, Text, TokenDetail, Tokenize, Tokens
+from shared.channel.messages import Describe, Described, Detokenize, Lookup, Render, Text, TokenDetail, Tokenize, Tokens
 from shared.errors import InvalidValue, MissingParameter
 from shared.instance import Instance
 
-Reply = TypeVar("Reply", Text, Tokens)
+Reply = TypeVar("Reply", Text, Tokens, Described)
 
 
 async def tokenize(request: Request[State]) -> Response:
@@ -56,6 +57,15 @@ async def detokenize(request: Request[State]) -> Response:
     ask = _ask(request, asked.model, Detokenize(id=0, client=request.state["caller"], tokens=asked.tokens))
     instance, text = await _looked_up(request, ask, Text)
     return _json(DetokenizeReply(content=text.text, prompt=text.text), instance)
+
+
+async def tokenizer_info(request: Request[State]) -> Response:
+    """Return what a client needs to know of a tokenizer."""
+    check_draining(request)
+    model = request.query_params.get("model")
+    ask = _ask(request, model, Describe(id=0, client=request.state["caller"]))
+    instance, found = await _looked_up(request, ask, Described)
+    return _json(TokenizerReply(found.bos, found.eos, found.template), instance)
 
 
 async def apply_template(request: Request[State]) -> Response:

@@ -33,6 +33,7 @@ ASKING = (  # a model
     paths.CHAT_INPUT_TOKENS,
     paths.TOKENIZE,
     paths.DETOKENIZE,
+    paths.TOKENIZER_INFO,
     paths.APPLY_TEMPLATE,
 )
 CONFIG: dict[str, Any] = {

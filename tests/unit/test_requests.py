@@ -94,6 +94,9 @@ class Vocabulary:
     def decode(self, tokens: list[int]) -> str:
         return "".join(map(chr, tokens))
 
+    def description(self) -> tuple[str | None, str | None, str | None]:
+        return "<s>", None, None
+
     def pieces(self, tokens: list[int]) -> list[bytes]:
         return [b"<s>" if token == BOS else bytes([token]) for token in tokens]
 

@@ -9,6 +9,8 @@ from typing import Protocol, assert_never
 
 from shared.channel.messages import (
     TOKEN_BYTES,
+    Describe,
+    Described,
     Detokenize,
     Failed,
     Lookup,
@@ -34,6 +36,8 @@ class Vocabulary(Protocol):
 
     def decode(self, tokens: list[int]) -> str: ...
 
+    def description(self) -> tuple[str | None, str | None, str | None]: ...
+
     def pieces(self, tokens: list[int]) -> list[bytes]: ...
 
 
@@ -57,7 +61,7 @@ class Lookups:
         """`request_s`: the longest time until a request has its reply."""
         self._vocabulary, self._prompts, self._request_s = vocabulary, prompts, request_s
 
-    async def reply(self, message: Lookup) -> Text | Tokens | Refused | Failed:
+    async def reply(self, message: Lookup) -> Text | Tokens | Described | Refused | Failed:
         """Return the reply to a request."""
         try:
             with self._prompts.place(message):
@@ -70,7 +74,7 @@ class Lookups:
                 id=message.id, code="deadline", message=f"The request took longer than {self._request_s:g} s."
             )
 
-    async def _reply(self, message: Lookup) -> Text | Tokens:
+    async def _reply(self, message: Lookup) -> Text | Tokens | Described:
         match message:
             case Render():
                 return Text(id=message.id, text=await self._prompts.text(message.id, message.conversation))
@@ -86,6 +90,9 @@ class Lookups:
             case Detokenize():
                 joined = partial(self._text, message)
                 return joined() if len(message.tokens) <= SHORT else await asyncio.to_thread(joined)
+            case Describe():
+                bos, eos, template = self._vocabulary.description()
+                return Described(id=message.id, bos=bos, eos=eos, template=template)
             case _:
                 assert_never(message)
 

@@ -23,6 +23,8 @@ from shared.channel.messages import (
     Complete,
     Delta,
     Deltas,
+    Describe,
+    Described,
     Detokenize,
     Ended,
     Failed,
@@ -198,11 +200,11 @@ class Requests:
                         case Generate() | Complete() if self._gate.enter():
                             outbox.requests[message.id] = request = Request(outbox, message, tasks)
                             request.preparing = tasks.create_task(self._begin(request))
-                        case Render() | Tokenize() | Detokenize() if self._gate.enter():
+                        case Render() | Tokenize() | Detokenize() | Describe() if self._gate.enter():
                             looking = tasks.create_task(self._look_up(outbox, message))
                             outbox.lookups[message.id] = looking
                             looking.add_done_callback(partial(self._looked_up, outbox, message.id))
-                        case Generate() | Complete() | Render() | Tokenize() | Detokenize():
+                        case Generate() | Complete() | Render() | Tokenize() | Detokenize() | Describe():
                             outbox.send(Refused(id=message.id, code="closing", message=CLOSING))
                         case Cancel():
                             if (cancelled := outbox.requests.get(message.id)) is not None:
@@ -217,7 +219,7 @@ class Requests:
 
     async def _look_up(self, outbox: Outbox, lookup: Lookup) -> None:
         reply = await self._lookups.reply(lookup)
-        if isinstance(reply, Text | Tokens):
+        if isinstance(reply, Text | Tokens | Described):
             outbox.send(Queued(id=lookup.id, prompt_tokens=0, ahead=0))
         outbox.send(reply)
 
