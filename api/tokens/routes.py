@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -34,6 +35,9 @@ from shared.instance import Instance
 Reply = TypeVar("Reply", Text, Tokens, Described)
 
 
+FEW_PIECES = 1000  # to write more takes milliseconds, and happens in another thread
+
+
 async def tokenize(request: Request[State]) -> Response:
     """Return the tokens of a text, or of a conversation."""
     body = await _body(request)
@@ -48,7 +52,8 @@ async def tokenize(request: Request[State]) -> Response:
     else:
         ask = _ask(request, asked.model, _text_tokens(asked, request.state["caller"]))
     instance, tokens = await _looked_up(request, ask, Tokens)
-    return _json(tokenized(asked, tokens, _context_length(instance)), instance)
+    reply = partial(_tokenized, asked, tokens, instance)
+    return await asyncio.to_thread(reply) if len(tokens.pieces) > FEW_PIECES else reply()
 
 
 async def detokenize(request: Request[State]) -> Response:
@@ -105,6 +110,11 @@ def _render(client: str, conversation: bytes) -> Render:
     return Render(id=0, client=client, conversation=conversation)
 
 
+def _tokenized(asked: TokenizeRequest, tokens: Tokens, instance: Instance) -> Response:
+    assert instance.load_config is not None
+    return _json(tokenized(asked, tokens, instance.load_config.context_length), instance)
+
+
 async def _body(request: Request[State], most_bytes: int | None = None) -> bytes:
     check_draining(request)
     return await read_any(request, request.state["max_body_bytes"] if most_bytes is None else most_bytes)
@@ -142,11 +152,6 @@ def _about(request: Request[State], chat: ChatRequest, kind: Callable[[bytes], L
         ttl_s=ttl_s(chat),
         traceparent=request.state["traceparent"],
     )
-
-
-def _context_length(instance: Instance) -> int:
-    assert instance.load_config is not None
-    return instance.load_config.context_length
 
 
 def _json(value: Struct, instance: Instance) -> Response:

@@ -96,6 +96,12 @@ def test_an_evaluation_can_do_without_a_tokenizer_of_its_own(service: Service) -
     assert ok(service.send("GET", f"{paths.TOKENIZER_INFO}?model={BARE}"))["chat_template"] is None
 
 
+def test_many_pieces_are_those_of_few(service: Service) -> None:
+    few, many = (tokens(service, content=n * TEXT, with_pieces=True)["tokens"] for n in (1, 200))
+    assert len(many) > 2000
+    assert many[: len(few) - 1] == few[:-1]
+
+
 # ---- conversations
 
 

@@ -17,6 +17,7 @@ from shared.channel.messages import (
     Refused,
     Render,
     Text,
+    TokenDetail,
     Tokenize,
     Tokens,
     listed,
@@ -24,7 +25,7 @@ from shared.channel.messages import (
 from worker.engine.gate import Refusal
 
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
-MOST_TOKENS = 131_072  # of a reply that has them: 0.5 MB
+MOST_TOKENS: dict[TokenDetail, int] = {"tokens": 131_072, "pieces": 32_768}  # of a reply that lists them
 
 
 class Vocabulary(Protocol):
@@ -100,8 +101,8 @@ class Lookups:
         ids = self._vocabulary.encode(text, add_special=add_special, parse_special=parse_special)
         n = len(ids) // TOKEN_BYTES
         reply = partial(Tokens, id=message.id, n=n)
-        if message.detail != "count" and n > MOST_TOKENS:
-            raise _invalid(message, f"The text has {n:,} tokens; at most {MOST_TOKENS:,} are listed. Send it in parts.")
+        if n > (most := MOST_TOKENS.get(message.detail, n)):
+            raise _invalid(message, f"The text has {n:,} tokens; at most {most:,} are listed. Send it in parts.")
         match message.detail:
             case "count":
                 return reply()
