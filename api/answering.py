@@ -25,6 +25,7 @@ from shared.channel.messages import (
     Text,
     Tokens,
     ToModel,
+    Vectors,
 )
 from shared.errors import (
     ChatUnavailable,
@@ -127,7 +128,7 @@ class Answering:
                     raise refusal(message, ask.prompt)
                 case Failed():
                     raise RequestFailed(message.message)
-                case Started() | Deltas() | Text() | Tokens() | Described() | Ended():
+                case Started() | Deltas() | Vectors() | Text() | Tokens() | Described() | Ended():
                     raise ServiceError("The runner began a request that it had not accepted.")
                 case _:
                     assert_never(message)
@@ -148,13 +149,13 @@ class Answering:
             return await self._on_demand.loaded(e.key, ask.ttl_s, without, ask.traceparent)
 
 
-def told(message: FromRunner) -> Deltas | Ended | None:
+def told(message: FromRunner) -> Deltas | Vectors | Ended | None:
     """Return what of a message about an accepted request a client is told, None for nothing.
 
     Raises the error that a message tells.
     """
     match message:
-        case Deltas() | Ended():
+        case Deltas() | Vectors() | Ended():
             return message
         case Queued() | Started():
             return None
@@ -171,7 +172,7 @@ def told(message: FromRunner) -> Deltas | Ended | None:
 def refusal(refused: Refused, prompt: str = "") -> ServiceError:
     """Return the error for a request that the runner refused.  `prompt` is the field with the prompt."""
     match refused.code:
-        case "invalid_request":
+        case "invalid_request" | "wrong_type":
             return InvalidValue(refused.message, param=refused.param or UNSET)
         case "context_length_exceeded":
             return context_length_exceeded(refused.prompt_tokens, refused.context_length, prompt)

@@ -23,6 +23,7 @@ from shared.channel.messages import (
     Text,
     Tokens,
     Usage,
+    Vectors,
     size_of,
 )
 from shared.errors import ClientTooSlow, ServiceError
@@ -48,7 +49,7 @@ class Answer(AsyncIterator[FromRunner]):
         self.outcome = "cancelled"  # for the metrics: "completed" or why there is no complete answer
         self.usage: Usage | None = None
 
-    def put(self, message: Refused | Queued | Started | Text | Tokens | Described | Ended | Failed) -> None:
+    def put(self, message: Refused | Queued | Started | Vectors | Text | Tokens | Described | Ended | Failed) -> None:
         """Add a message of the runner."""
         match message:
             case Refused() | Failed():
@@ -57,7 +58,7 @@ class Answer(AsyncIterator[FromRunner]):
                 self.is_complete, self.outcome, self.usage = True, "completed", message.usage
             case Text() | Tokens() | Described():
                 self.is_complete, self.outcome = True, "completed"
-            case Queued() | Started():
+            case Queued() | Started() | Vectors():
                 pass
             case _:
                 assert_never(message)

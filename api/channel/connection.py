@@ -33,6 +33,7 @@ from shared.channel.messages import (
     Text,
     Tokens,
     ToModel,
+    Vectors,
     frame,
 )
 from shared.channel.trust import Challenge, Hello, Rejected, Welcome, has_our_user, proof
@@ -146,7 +147,7 @@ class Connection(asyncio.Protocol):
         match message:
             case Deltas():
                 self._deltas(message.deltas)
-            case Refused() | Queued() | Started() | Text() | Tokens() | Described() | Ended() | Failed():
+            case Refused() | Queued() | Started() | Vectors() | Text() | Tokens() | Described() | Ended() | Failed():
                 if (answer := self._answers.get(message.id)) is not None:  # else it was cancelled
                     answer.put(message)
             case Closing():

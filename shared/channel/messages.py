@@ -1,8 +1,9 @@
 """The messages on a channel, between an API process and a runner: tagged structs, each in a frame of `shared.framing`.
 
 They know no wire format of a client: the API translates.  Every request has an `id` that the API process chose, unique
-on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed.
-One that needs no step of the engine, a `Lookup`, gets Refused or Failed; or Queued and its reply.
+on its channel.  A request gets, in this order: Refused; or Queued, Started, any number of deltas, and Ended or Failed;
+one that embeds or ranks gets vectors instead of Started and deltas.  One that needs no step of the engine, a `Lookup`,
+gets Refused or Failed; or Queued and its reply.
 """
 
 from __future__ import annotations
@@ -107,6 +108,24 @@ class Describe(Struct, frozen=True, kw_only=True, tag="describe"):
     client: str
 
 
+class Embed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
+    """Compute the vector of each text, or of each list of tokens; one of the two is given."""
+
+    id: int
+    client: str  # opaque; clients take turns
+    texts: list[str] = []
+    tokens: list[list[int]] = []
+
+
+class Rank(Struct, frozen=True, kw_only=True, tag="rank"):
+    """Score how well each document answers a query.  Each score is a vector of its document."""
+
+    id: int
+    client: str  # opaque; clients take turns
+    query: str
+    documents: list[str]
+
+
 class Cancel(Struct, frozen=True, tag="cancel"):
     """End a request.  Nothing follows, not even Ended; unknown ids are ignored: the request may have ended."""
 
@@ -114,7 +133,7 @@ class Cancel(Struct, frozen=True, tag="cancel"):
 
 
 Lookup = Render | Tokenize | Detokenize | Describe
-ToModel = Generate | Complete | Lookup
+ToModel = Generate | Complete | Embed | Rank | Lookup
 ToRunner = ToModel | Cancel
 
 # ---- from the runner
@@ -124,6 +143,7 @@ RefusedCode = Literal[
     "context_length_exceeded",  # `prompt_tokens` and `context_length` are set
     "queue_full",  # `retry_after_s` is set
     "queue_timeout",
+    "wrong_type",  # the model does not do what is asked: it embeds, it ranks, or it generates text
     "chat_unavailable",  # this build of the engine has no chat code, or the model no template
     "closing",  # the instance is being unloaded; another one may answer
     "helper_crashed",  # the template code crashed on this request, or took too long; a repeat is refused for a while
@@ -208,6 +228,14 @@ class Deltas(Struct, frozen=True, tag="deltas"):
     deltas: list[Delta]
 
 
+class Vectors(Struct, frozen=True, kw_only=True, tag="vectors"):
+    """The next vectors of a request, in the order of its texts: of length 1, or the scores of a model that ranks."""
+
+    id: int
+    n: int
+    data: bytes  # little-endian 32-bit floats
+
+
 class Text(Struct, frozen=True, kw_only=True, tag="text"):
     """The text that was asked for.  Nothing follows."""
 
@@ -265,7 +293,7 @@ class Failed(Struct, frozen=True, kw_only=True, tag="request_failed"):
     message: str
 
 
-FromRunner = Refused | Queued | Started | Deltas | Text | Tokens | Described | Ended | Failed
+FromRunner = Refused | Queued | Started | Deltas | Vectors | Text | Tokens | Described | Ended | Failed
 
 
 class Closing(Struct, frozen=True, tag="closing"):

@@ -26,6 +26,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     """The parameters of a load under their llama.cpp names.  Values that make llama.cpp abort were refused before."""
 
     embedding: bool
+    pooling: int | None = None  # of an embedding model whose file names none; None: what the file says
     n_ctx: int
     n_batch: int
     n_ubatch: int
@@ -96,6 +97,7 @@ def plan(request: LoadRequest, model: Model, settings: Settings) -> Plan:
     llm = model.type == "llm"
     return Plan(
         embedding=not llm,
+        pooling=MEAN if not llm and model.pooling <= 0 else None,
         n_ctx=n_ctx,
         n_batch=n_batch,
         n_ubatch=n_ubatch,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from shared.synthetic import tokenizers
 from shared.synthetic.tokenizers import Metadata, Value
 
-POOL_BY_MEAN, POOL_LAST_TOKEN = 1, 3  # `{arch}.pooling_type`
+POOL_BY_MEAN, POOL_LAST_TOKEN, POOL_TO_SCORE = 1, 3, 4  # `{arch}.pooling_type`
 
 
 class Tensor(NamedTuple):
@@ -162,8 +162,8 @@ def decoder(shape: Shape, tokenizer: Metadata, matrix_type: str = "F16") -> Mode
     return Model(metadata | dict(tokenizer), tensors)
 
 
-def encoder(tokenizer: Metadata, shape: Shape = BERT, matrix_type: str = "F32") -> Model:
-    """Describe a BERT model with mean pooling."""
+def encoder(tokenizer: Metadata, shape: Shape = BERT, matrix_type: str = "F32", *, ranks: bool = False) -> Model:
+    """Describe a BERT model: with mean pooling, or with a head that scores a query and a document."""
     n_embd, n_ff, n_context, n_tokens = (
         shape.embedding_length,
         shape.feed_forward_length,
@@ -179,7 +179,7 @@ def encoder(tokenizer: Metadata, shape: Shape = BERT, matrix_type: str = "F32") 
         "bert.attention.head_count": shape.head_count,
         "bert.attention.layer_norm_epsilon": 1e-12,
         "bert.attention.causal": False,
-        "bert.pooling_type": POOL_BY_MEAN,
+        "bert.pooling_type": POOL_TO_SCORE if ranks else POOL_BY_MEAN,
         "bert.vocab_size": n_tokens,
     }
     linear = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (n_embd, n_embd))
@@ -191,6 +191,9 @@ def encoder(tokenizer: Metadata, shape: Shape = BERT, matrix_type: str = "F32") 
         "token_embd_norm.weight": (n_embd,),
         "token_embd_norm.bias": (n_embd,),
     }
+    if ranks:
+        sizes |= {"cls.weight": (n_embd, n_embd), "cls.bias": (n_embd,)}
+        sizes |= {"cls.output.weight": (n_embd, 1), "cls.output.bias": (1,)}
     for block in (f"blk.{number}." for number in range(shape.block_count)):
         for part, size in linear.items():
             sizes |= {f"{block}{part}.weight": size, f"{block}{part}.bias": size[1:]}

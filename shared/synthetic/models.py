@@ -76,6 +76,14 @@ def tiny_bert(
     return _write_one(path, _model(made, name, "F32"), metadata, drop)
 
 
+def tiny_reranker(
+    path: Path, *, name: str = "Tiny Reranker", metadata: Metadata | None = None, drop: Collection[str] = ()
+) -> Path:
+    """Write an encoder that scores a query and a document."""
+    made = architectures.encoder(tokenizers.wordpiece(), ranks=True)
+    return _write_one(path, _model(made, name, "F32"), metadata, drop)
+
+
 def tiny_gemma3(
     path: Path, *, name: str = "Tiny Gemma 3", metadata: Metadata | None = None, drop: Collection[str] = ()
 ) -> Path:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
+from array import array
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shared.channel.messages import Deltas, Ended, Generate, Queued, Refused, Started
-from shared.errors import InvalidRequest, RunnerLost
-from shared.synthetic.models import tiny_embedding, tiny_llama
+from shared.channel.messages import Deltas, Embed, Ended, FromRunner, Generate, Queued, Refused, Started, Vectors
+from shared.errors import RunnerLost
+from shared.synthetic.models import tiny_embedding, tiny_llama, tiny_reranker
 from tests.support.agents import Begin
 from tests.support.loaded import CONVERSATION, Loaded
 from tests.support.waiting import until
 from worker.runner.protocol import Pong
+
+TEMPLATE = "query {query} document {document}"
 
 pytestmark = pytest.mark.usefixtures("forkserver")
 
@@ -27,7 +32,20 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     tiny_llama(root / "p/llama/llama-f16.gguf", tokenizer="bpe")
     tiny_embedding(root / "p/embedding/embedding-f16.gguf")
+    tiny_reranker(root / "p/reranker/reranker-f32.gguf")
+    tiny_reranker(root / "p/template/template-f32.gguf", metadata={"tokenizer.chat_template.rerank": TEMPLATE})
     return root
+
+
+def rows(messages: list[FromRunner]) -> list[list[float]]:
+    """Return all vectors."""
+    vectors: list[list[float]] = []
+    for message in messages:
+        assert isinstance(message, Vectors)
+        numbers = array("f", message.data).tolist()
+        size = len(numbers) // message.n
+        vectors += [numbers[at : at + size] for at in range(0, len(numbers), size)]
+    return vectors
 
 
 @pytest.fixture
@@ -102,5 +120,79 @@ async def test_preemptions_are_counted_once(loaded: Loaded) -> None:
 
 async def test_an_embedding_model_generates_no_text(loaded: Loaded) -> None:
     instance = await loaded.load(key="p/embedding")
-    with pytest.raises(InvalidRequest):
-        await loaded.ask(instance)
+    (refused,) = await loaded.ask(instance)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.param) == ("wrong_type", "model")
+
+
+async def test_an_embedding_model_computes_vectors(loaded: Loaded) -> None:
+    instance = await loaded.load(key="p/embedding")
+    queued, *vectors, ended = await loaded.embed(instance, texts=["Hello", "World and more", "Hello"])
+    assert isinstance(queued, Queued)
+    assert isinstance(ended, Ended)
+    assert ended.usage.prompt_tokens == queued.prompt_tokens > 3
+    first, second, third = rows(vectors)
+    assert first == pytest.approx(third, abs=1e-3)
+    assert first != pytest.approx(second, abs=1e-3)
+    assert math.hypot(*first) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        ({"texts": ["Hello", "word " * 3000]}, "context_length_exceeded"),
+        ({"tokens": [[5], []]}, "invalid_request"),
+        ({"tokens": [[5], [10**6]]}, "invalid_request"),
+        ({"tokens": [[-1]]}, "invalid_request"),
+    ],
+    ids=["long", "empty", "unknown token", "negative token"],
+)
+async def test_texts_that_a_model_cannot_embed_are_refused(loaded: Loaded, asked: dict[str, Any], code: str) -> None:
+    instance = await loaded.load(key="p/embedding")
+    (refused,) = await loaded.embed(instance, **asked)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.param) == (code, "input")
+    assert isinstance((await loaded.embed(instance, tokens=[[5, 6]]))[-1], Ended), "it goes on"
+
+
+async def test_a_chat_model_embeds_nothing(loaded: Loaded) -> None:
+    (refused,) = await loaded.embed(await loaded.load(), texts=["Hello"])
+    assert isinstance(refused, Refused)
+    assert refused.code == "wrong_type"
+
+
+@pytest.mark.parametrize("key", ["p/reranker", "p/template"])
+async def test_a_model_ranks_documents(loaded: Loaded, key: str) -> None:
+    instance = await loaded.load(key=key)
+    documents = ["Hello", "World and more", "Hello"]
+    queued, *vectors, ended = await loaded.rank(instance, "hello", documents)
+    assert isinstance(queued, Queued)
+    assert isinstance(ended, Ended)
+    first, second, third = rows(vectors)
+    assert len(first) == 1
+    assert first == pytest.approx(third, abs=1e-3)
+    assert first != pytest.approx(second, abs=1e-5)
+    _, *alone, _ = await loaded.rank(instance, "hello", documents[1:2])
+    assert rows(alone)[0] == pytest.approx(second, abs=1e-3)
+    _, *other, _ = await loaded.rank(instance, "and more", documents[:1])
+    assert rows(other)[0] != pytest.approx(first, abs=1e-5), "the query counts"
+    (refused,) = await loaded.embed(instance, texts=["Hello"])
+    assert isinstance(refused, Refused)
+    assert refused.code == "wrong_type"
+
+
+async def test_a_model_without_a_head_ranks_nothing(loaded: Loaded) -> None:
+    (refused,) = await loaded.rank(await loaded.load(key="p/embedding"), "hello", ["World"])
+    assert isinstance(refused, Refused)
+    assert refused.code == "wrong_type"
+
+
+async def test_a_client_that_leaves_ends_its_texts(loaded: Loaded) -> None:
+    instance = await loaded.load(key="p/embedding")
+    many = Embed(id=0, client="c", tokens=[[5] * 200] * 2000)
+    async with loaded.channels.answering(instance, many, "/test") as answer:
+        await anext(answer)
+    await until(lambda: loaded.runners[instance.id].load.running == 0, "the numbers of the runner")
+    (queued, *_) = await loaded.embed(instance, texts=["Hello"])
+    assert isinstance(queued, Queued)
+    assert queued.ahead == 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 
 from msgspec import UNSET
 
 from api.channel.channels import Channels
-from shared.channel.messages import FromRunner, Generate, Sampling
+from shared.channel.messages import Embed, FromRunner, Generate, Rank, Sampling, ToModel
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, State
 from shared.schema.http import LoadRequest
@@ -46,6 +47,19 @@ class Loaded:
     ) -> list[FromRunner]:
         """Return all messages of an answer of at most `n` tokens; None: up to the end of the context."""
         request = Generate(id=0, client=client, conversation=conversation, max_tokens=n, sampling=ENDLESS)
+        return await self._answered(instance, request)
+
+    async def embed(
+        self, instance: Instance, *, texts: Sequence[str] = (), tokens: Sequence[list[int]] = ()
+    ) -> list[FromRunner]:
+        """Return all messages about the vectors of these texts, or of these lists of tokens."""
+        return await self._answered(instance, Embed(id=0, client="c", texts=[*texts], tokens=[*tokens]))
+
+    async def rank(self, instance: Instance, query: str, documents: list[str]) -> list[FromRunner]:
+        """Return all messages about the scores of these documents."""
+        return await self._answered(instance, Rank(id=0, client="c", query=query, documents=documents))
+
+    async def _answered(self, instance: Instance, request: ToModel) -> list[FromRunner]:
         async with asyncio.timeout(DEADLINE_S), self.channels.answering(instance, request, "/test") as answer:
             return [message async for message in answer]
 

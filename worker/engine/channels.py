@@ -33,6 +33,7 @@ from shared.channel.messages import (
     TokenLogprobs,
     Tokens,
     ToRunner,
+    Vectors,
     decode_to_runner,
     frame,
     size_of,
@@ -158,7 +159,7 @@ class Backlog:
         self.n_bytes = 0  # roughly
         self._before: list[FromRunner] = []  # messages that precede the deltas of their requests
         self._joined: dict[tuple[int, int], list[Joined]] = {}  # by request and answer
-        self._after: list[FromRunner] = []  # messages that follow the deltas of their requests
+        self._after: list[FromRunner] = []  # messages that follow the deltas of their requests, and vectors
 
     def add(self, message: FromRunner) -> None:
         match message:
@@ -168,6 +169,9 @@ class Backlog:
             case Deltas():
                 for delta in message.deltas:
                     self._join(delta)
+            case Vectors():
+                self._after.append(message)
+                self.n_bytes += ITEM_BYTES + len(message.data)
             # A text may be longer than BEHIND_BYTES, and must not close the channel.  Their number is limited.
             case Text() | Tokens() | Described() | Ended() | Failed():
                 self._after.append(message)

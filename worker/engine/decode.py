@@ -27,6 +27,8 @@ PIECE_BYTES = 256
 IDS = np.dtype("<i4")
 FEW_THREADS = 4
 
+Ids = list[int] | NDArray[np.int32]
+
 
 class EngineError(Exception):
     """The engine could not decode a batch; the message is its reason."""
@@ -171,7 +173,7 @@ class Batch:
     def clear(self) -> None:
         self.n_tokens = self.n_outputs = 0
 
-    def add(self, tokens: list[int], pos: int, seq_id: int, *, n_outputs: int) -> int:
+    def add(self, tokens: Ids, pos: int, seq_id: int, *, n_outputs: int) -> int:
         """Append tokens of one sequence, of which the last `n_outputs` get logits.  Returns the index of the last one
         in the batch."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
@@ -219,6 +221,10 @@ class Engine:
             and not lib.llama_model_has_encoder(loaded.model)
             and not lib.llama_model_is_diffusion(loaded.model)
         )
+        self.ranks = lib.llama_pooling_type(self.context) == lib.LLAMA_POOLING_TYPE_RANK
+        self.n_vector: int = (
+            lib.llama_model_n_cls_out(loaded.model) if self.ranks else lib.llama_model_n_embd_out(loaded.model)
+        )
         self._rows: Logits = np.empty((0, 0), np.float32)
         self._address = 0
         lib.llama_set_n_threads(self.context, n_threads, n_threads)
@@ -250,6 +256,20 @@ class Engine:
             self._rows = np.ctypeslib.as_array(data).reshape(n, n_vocab)
             self._address = address
         return self._rows[:n]
+
+    def vectors(self, n: int) -> NDArray[np.float32]:
+        """Wait for the batch, and return what the model made of its first `n` sequences: a row for each."""
+        return np.stack(
+            [
+                np.ctypeslib.as_array(lib.llama_get_embeddings_seq(self.context, seq_id), (self.n_vector,)).copy()
+                for seq_id in range(n)
+            ]
+        )
+
+    def forget(self) -> None:
+        """Forget the tokens of all sequences.  An encoder keeps none."""
+        if self._memory:
+            lib.llama_memory_clear(self._memory, False)
 
     def apply(self, change: Change) -> bool:
         """Change the context's memory.  Returns False if a sequence could not return to an earlier token."""

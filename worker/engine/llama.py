@@ -200,6 +200,7 @@ def _context_params(load: Load) -> Any:
     params.offload_kqv = load.offload_kqv
     params.flash_attn_type = -1 if load.flash_attn is None else int(load.flash_attn)
     params.embeddings = load.embedding
+    params.pooling_type = lib.LLAMA_POOLING_TYPE_UNSPECIFIED if load.pooling is None else load.pooling
     params.n_threads = params.n_threads_batch = n_threads(load.total_bytes)
     return params
 
@@ -430,6 +431,19 @@ class Loaded:
             self.text_of(lib.llama_vocab_bos(vocabulary)) if begin else None,
             self.text_of(lib.llama_vocab_eos(vocabulary)) if end else None,
         )
+
+    def pairs(self) -> tuple[str | None, list[int], list[int], list[int]]:
+        """Return how a model that ranks reads a query and a document: its template, or else the tokens before the
+        query, between the two, and after the document."""
+        template = lib.llama_model_chat_template(self.model, b"rerank")
+        if template:
+            return template.decode("utf-8", "replace"), [], [], []
+        vocabulary = lib.llama_model_get_vocab(self.model)
+        bos, eos, sep = (get(vocabulary) for get in (lib.llama_vocab_bos, lib.llama_vocab_eos, lib.llama_vocab_sep))
+        eos = sep if eos == lib.LLAMA_TOKEN_NULL else eos
+        begin = [bos] if lib.llama_vocab_get_add_bos(vocabulary) else []
+        end = [eos] if lib.llama_vocab_get_add_eos(vocabulary) else []
+        return None, begin, end + ([sep] if lib.llama_vocab_get_add_sep(vocabulary) else []), end
 
     def _await_template(self, trial: Future[dict[str, bool]]) -> None:
         """Wait for the trial of the chat template, which counts as metadata."""

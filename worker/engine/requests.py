@@ -26,12 +26,14 @@ from shared.channel.messages import (
     Describe,
     Described,
     Detokenize,
+    Embed,
     Ended,
     Failed,
     FromRunner,
     Generate,
     Lookup,
     Queued,
+    Rank,
     Refused,
     Render,
     Started,
@@ -54,6 +56,7 @@ from worker.engine.slots import queue_full
 
 CLOSING = "The model is being unloaded."
 BROKEN = 1  # exit status of a runner that cannot answer any more
+WRONG_TYPE = "This is a chat model: it computes no embeddings and no scores."
 AS_IT_IS = Prompt(text="", stops=[], shown=[], source=None)  # for the readers of answers that no template wrote
 
 
@@ -206,6 +209,8 @@ class Requests:
                             looking.add_done_callback(partial(self._looked_up, outbox, message.id))
                         case Generate() | Complete() | Render() | Tokenize() | Detokenize() | Describe():
                             outbox.send(Refused(id=message.id, code="closing", message=CLOSING))
+                        case Embed() | Rank():
+                            channel.send(Refused(id=message.id, code="wrong_type", message=WRONG_TYPE, param="model"))
                         case Cancel():
                             if (cancelled := outbox.requests.get(message.id)) is not None:
                                 self._cancel(cancelled)

@@ -12,10 +12,12 @@ from worker.chat.handle import Helper
 from worker.engine.channels import Channels
 from worker.engine.confine import seal
 from worker.engine.decode import Engine, decoding_threads
+from worker.engine.embedding import Embedding
 from worker.engine.gate import Gate
 from worker.engine.llama import Loaded, Log
 from worker.engine.loop import Counters, Loop
 from worker.engine.requests import BROKEN, Ends, Requests
+from worker.engine.texts import Pairs, TextRequests
 from worker.runner.protocol import Load, Pong
 
 LATEST_S = 0.05  # after Ready
@@ -40,10 +42,13 @@ class Serving:
         select.select([self._hand_over], [], [], LATEST_S)
         if isinstance(chat, Helper) and loaded.untried is not None:
             chat.compile(loaded.untried)
-        engine = None if load.embedding else self._engine(load, loaded, log)
+        engine = self._engine(load, loaded, log)
         if not load.devices:  # a driver opens files at any time
             seal()
-        if engine is None or not engine.can_generate:
+        if load.embedding:
+            self._embed(load, loaded, engine)
+            return
+        if not engine.can_generate:
             self._channels.start(None)
             threading.Event().wait()
             return
@@ -69,6 +74,28 @@ class Serving:
             max_output_tokens=load.serving.max_output_tokens or load.n_ctx,
             most_waiting=load.serving.requests_waiting,
         )
+        self._run(loop, requests)
+
+    def _embed(self, load: Load, loaded: Loaded, engine: Engine) -> None:
+        loop = Embedding(
+            engine,
+            lambda results: requests.hand_out(results),
+            on_gpu=bool(load.devices),
+            most_waiting=load.serving.requests_waiting,
+            most_wait_s=load.serving.request_wait_s,
+        )
+        requests = TextRequests(
+            loop,
+            self._channels.loop,
+            self.gate,
+            pairs=_pairs(loaded) if engine.ranks else None,
+            context_length=load.n_ctx,
+            request_s=load.serving.request_s,
+            most_waiting=load.serving.requests_waiting,
+        )
+        self._run(loop, requests)
+
+    def _run(self, loop: Loop | Embedding, requests: Requests | TextRequests) -> None:
         self._counters = loop.counters
         self._channels.start(requests.serve)
         try:
@@ -95,3 +122,8 @@ class Serving:
     def close(self, within_s: float) -> None:
         """Tell all API processes that the instance is unloaded, and wait until they know it, up to `within_s`."""
         self._channels.close(within_s)
+
+
+def _pairs(loaded: Loaded) -> Pairs:
+    template, begin, between, end = loaded.pairs()
+    return Pairs(template=template, begin=begin, between=between, end=end)
