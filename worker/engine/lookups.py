@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol, assert_never
@@ -13,7 +14,9 @@ from shared.channel.messages import (
     Described,
     Detokenize,
     Failed,
+    FromRunner,
     Lookup,
+    Queued,
     Refused,
     Render,
     Text,
@@ -22,10 +25,13 @@ from shared.channel.messages import (
     Tokens,
     listed,
 )
-from worker.engine.gate import Refusal
+from worker.engine.gate import Gate, Refusal
 
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
 MOST_TOKENS: dict[TokenDetail, int] = {"tokens": 131_072, "pieces": 32_768}  # of a reply that lists them
+
+
+Send = Callable[[FromRunner], None]
 
 
 class Vocabulary(Protocol):
@@ -58,11 +64,29 @@ class Prompts(Protocol):
 class Lookups:
     """Answers the requests.  Belongs to an asyncio loop; what takes long happens in other threads."""
 
-    def __init__(self, vocabulary: Vocabulary, prompts: Prompts, *, request_s: float) -> None:
+    def __init__(self, vocabulary: Vocabulary, prompts: Prompts, gate: Gate, *, request_s: float) -> None:
         """`request_s`: the longest time until a request has its reply."""
-        self._vocabulary, self._prompts, self._request_s = vocabulary, prompts, request_s
+        self._vocabulary, self._prompts, self._gate, self._request_s = vocabulary, prompts, gate, request_s
 
-    async def reply(self, message: Lookup) -> Text | Tokens | Described | Refused | Failed:
+    def begin(
+        self, message: Lookup, send: Send, beside: dict[int, asyncio.Task[None]], tasks: asyncio.TaskGroup
+    ) -> None:
+        """Answer a request that has passed the gate, in a task.  It is in `beside`, by its id, until its end."""
+        task = beside[message.id] = tasks.create_task(self._answer(message, send))
+        task.add_done_callback(partial(self._ended, message.id, beside))
+
+    async def _answer(self, message: Lookup, send: Send) -> None:
+        reply = await self._found(message)
+        if not isinstance(reply, Refused | Failed):
+            send(Queued(id=message.id, prompt_tokens=0, ahead=0))
+        send(reply)
+
+    def _ended(self, id_: int, beside: dict[int, asyncio.Task[None]], _: asyncio.Task[None]) -> None:
+        """Take note of the end of a request, also if it was cancelled before it began."""
+        del beside[id_]
+        self._gate.leave()
+
+    async def _found(self, message: Lookup) -> Text | Tokens | Described | Refused | Failed:
         """Return the reply to a request."""
         try:
             with self._prompts.place(message):
