@@ -13,6 +13,7 @@ from msgspec import UNSET
 from shared.channel.messages import (
     Delta,
     Deltas,
+    Described,
     Ended,
     Failed,
     FromRunner,
@@ -50,7 +51,7 @@ class Answer(AsyncIterator[FromRunner]):
         self.prompt_tokens: int | None = None  # once they are counted
         self.cached_tokens: int | None = None  # once it has begun
 
-    def put(self, message: Refused | Queued | Started | Vectors | Text | Tokens | Ended | Failed) -> None:
+    def put(self, message: Refused | Queued | Started | Vectors | Text | Tokens | Described | Ended | Failed) -> None:
         """Add a message of the runner."""
         match message:
             case Refused():
@@ -64,7 +65,7 @@ class Answer(AsyncIterator[FromRunner]):
                 self.prompt_tokens = message.prompt_tokens
             case Started():
                 self.cached_tokens = message.cached_tokens
-            case Text() | Tokens():
+            case Text() | Tokens() | Described():
                 self.is_complete, self.outcome = True, "completed"
             case Vectors():
                 pass
