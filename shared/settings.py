@@ -79,7 +79,12 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = 1234
     models_dir: Annotated[
-        Path, setting("directory with the GGUF files of the worker", "a directory", flags=("up", "worker"))
+        Path,
+        setting(
+            "directories with the models of the worker; of the same model in two of them, the first is used",
+            "a directory, or several separated by colons",
+            flags=("up", "worker"),
+        ),
     ] = Path("~/.loadstone/models")
     data_dir: Annotated[
         Path,
@@ -392,6 +397,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     ] = "console"
 
     @property
+    def roots(self) -> list[Path]:
+        """The models directories.  There is at least one."""
+        return _roots(self.models_dir)
+
+    @property
     def name(self) -> str:
         """The name of the worker; by default the host name."""
         return self.worker_name or socket.gethostname()
@@ -489,8 +499,14 @@ def _path(kind: type, value: object) -> object:
     raise ValueError("not a path")
 
 
+def _roots(models_dir: Path) -> list[Path]:
+    return [Path(path) for path in str(models_dir).split(":") if path] or [models_dir]
+
+
 def _expand(field: str, path: Path) -> Path:
     try:
+        if field == "models_dir":
+            return Path(":".join(str(root.expanduser()) for root in _roots(path)))
         return path.expanduser()
     except RuntimeError:  # the user does not exist or has no home directory
         raise SettingsError(

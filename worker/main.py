@@ -84,7 +84,7 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
     agent.runners.prepare()
     agent.desired.read()
     scanned = catalogs(
-        settings.models_dir,
+        settings.roots,
         settings.data_dir / f"catalog-{agent.name}.msgpack",
         log_level=settings.log_level,
         log_format=settings.log_format,

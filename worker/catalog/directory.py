@@ -22,6 +22,9 @@ REVISION_N = 7  # hexadecimal digits that name a revision, as git shortens them
 COMMIT_N = 64  # digits of the longest commit
 
 
+File = tuple[int, str]  # index of a models directory, and path in it
+
+
 class Candidate(NamedTuple):
     """A file named `*.gguf` or, if `is_folder`, a folder that cannot be listed or lies outside the models directory.
 
@@ -29,11 +32,16 @@ class Candidate(NamedTuple):
     the file's name.
     """
 
-    path: str  # relative to the models directory, with slashes
+    path: str  # relative to its models directory, with slashes
     stat: FileStat = FileStat(0, 0, 0)
     refusal: str = ""
     is_folder: bool = False
     revision: str = ""  # of a repository in Hugging Face's cache, unless it is the current one
+    root: int = 0  # index of its models directory
+
+    @property
+    def file(self) -> File:
+        return self.root, self.path
 
 
 def walk(models_dir: Path) -> list[Candidate]:

@@ -18,11 +18,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Place(NamedTuple):
-    """The location of a model under the models directory; all its shards share it."""
+    """The location of a model under a models directory; all its shards share it."""
 
     folders: tuple[str, ...]
     stem: str  # of the file's name, without the suffix of a shard ("-00001-of-00003")
     revision: str = ""  # of a repository in Hugging Face's cache, unless it is the current one
+    root: int = 0  # index of the models directory
 
 
 class Home(NamedTuple):
@@ -30,6 +31,7 @@ class Home(NamedTuple):
 
     folders: tuple[str, ...]
     revision: str = ""
+    root: int = 0
 
 
 class Named(NamedTuple):
@@ -44,14 +46,14 @@ class Shard(NamedTuple):
     of: int  # number of shards; 0: the model is a single file
 
 
-def shard(path: str, revision: str = "") -> Shard:
-    """Return the model's location and the shard number that a path under the models directory encodes."""
+def shard(path: str, revision: str = "", root: int = 0) -> Shard:
+    """Return the model's location and the shard number that a path under a models directory encodes."""
     *folders, name = PurePosixPath(path).parts
     stem = name[: -len(GGUF)] if name.lower().endswith(GGUF) else name
     split = SHARD.fullmatch(stem)
     if split is None or not 1 <= int(split["no"]) <= int(split["count"]):
-        return Shard(Place(tuple(folders), stem, revision), 1, 0)
-    return Shard(Place(tuple(folders), split["stem"], revision), int(split["no"]), int(split["count"]))
+        return Shard(Place(tuple(folders), stem, revision, root), 1, 0)
+    return Shard(Place(tuple(folders), split["stem"], revision, root), int(split["no"]), int(split["count"]))
 
 
 def snapshot(folders: Sequence[str]) -> int | None:
@@ -67,7 +69,7 @@ def snapshot(folders: Sequence[str]) -> int | None:
 
 def home(place: Place) -> Home:
     """Return the folder that names a model: not a folder for one quantization, nor one of Hugging Face's cache."""
-    return Home(_split(place.folders)[0], place.revision)
+    return Home(_split(place.folders)[0], place.revision, place.root)
 
 
 def tag(place: Place) -> str:
@@ -100,11 +102,12 @@ def _is_quantization(folder: str, parent: str) -> bool:
 
 def base(place: Place) -> str:
     """Return the key of a place without its variant: `publisher/name`, `name`, or the stem of a file in no folder."""
-    folders, revision = home(place)
+    folders = home(place).folders
     if not folders:
         return place.stem.lower()
     *publisher, name = (folder.lower() for folder in folders[-2:])
-    return "/".join([*publisher, name.removesuffix("-gguf") or name]) + (f"@{revision}" if revision else "")
+    key = "/".join([*publisher, name.removesuffix("-gguf") or name])
+    return f"{key}@{place.revision}" if place.revision else key
 
 
 def publisher(home: Home) -> str:
