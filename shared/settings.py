@@ -81,7 +81,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     models_dir: Annotated[
         Path,
         setting(
-            "directories with the models of the worker; of the same model in two of them, the first is used",
+            "directories with the models of the worker: GGUF files, the cache of Hugging Face, or a store of Ollama; "
+            "of the same model in two of them, the first is used",
             "a directory, or several separated by colons",
             flags=("up", "worker"),
         ),

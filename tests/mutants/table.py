@@ -555,6 +555,20 @@ MUTANTS = (
         (f"{UNIT}catalog.py",),
     ),
     Mutant(
+        "a symbolic link out of a store of Ollama is refused",
+        "worker/catalog/ollama.py",
+        'if not holds(root, os.path.realpath(f"{root}/{path}")):',
+        "if False:",
+        (f"{UNIT}stores.py",),
+    ),
+    Mutant(
+        "of the same model in two directories, the first is used",
+        "worker/catalog/catalog.py",
+        "if not any(earlier < root and",
+        "if not any(earlier > root and",
+        (f"{UNIT}stores.py",),
+    ),
+    Mutant(
         "a FIFO blocks nobody",
         "worker/engine/prefetch.py",
         "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC",

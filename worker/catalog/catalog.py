@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
+from typing import assert_never
 
 import msgspec
 from msgspec import Struct
@@ -20,13 +21,14 @@ import shared
 from shared import quantization
 from shared.files import replace_atomically
 from shared.schema.model import FileStat, Model, Problem, Weights
-from worker.catalog import gguf, keys, modelfile, projectors
-from worker.catalog.directory import Candidate, File, walk
+from worker.catalog import directory, gguf, keys, modelfile, ollama, projectors
+from worker.catalog.directory import Candidate, File
 from worker.catalog.gguf import InvalidGGUF
-from worker.catalog.keys import Home, Named, Place
+from worker.catalog.keys import Home, Named, Place, Shard
 from worker.catalog.modelfile import ModelFile
 from worker.catalog.projectors import Described, Words
 from worker.catalog.settings import SettingsFile
+from worker.catalog.stores import kind
 
 CACHE_VERSION = f"7 {shared.__version__}"  # the interpretation of a header may change with every release
 NAMED_SHARDS = 5  # how many missing files a message names
@@ -74,7 +76,7 @@ class Catalog:
         before, self._candidates, self.unlistable = self._candidates, [], {}
         for i, root in enumerate(self._roots):
             try:
-                self._candidates += [candidate._replace(root=i) for candidate in walk(root)]
+                self._candidates += [candidate._replace(root=i) for candidate in _walk(root)]
             except OSError as e:
                 self.unlistable[root] = e.strerror or str(e)
         changed = self._settings.look() | (before != self._candidates)
@@ -141,6 +143,17 @@ class Catalog:
         return before is None or before.file != file
 
 
+def _walk(root: Path) -> list[Candidate]:
+    """List a directory of any kind.  Raises OSError."""
+    match kind(root):
+        case "ollama":
+            return ollama.walk(root)
+        case "files" | "huggingface":
+            return directory.walk(root)
+        case unknown:
+            assert_never(unknown)
+
+
 def _load(cache_file: Path) -> dict[str, Entry]:
     """Read the cache.  Returns no entries if the file is missing, damaged or of another version."""
     try:
@@ -177,7 +190,11 @@ def assemble(candidates: Sequence[Candidate], files: Mapping[File, ModelFile]) -
             place = Place(folders, folders[-1], candidate.revision, candidate.root)
             groups[place, candidate.path] = Group(place, keys.home(place), 0, {1: candidate})
             continue
-        place, no, of = keys.shard(candidate.path, candidate.revision, candidate.root)
+        place, no, of = (
+            Shard(keys.tagged(candidate.named, candidate.root), 1, 0)
+            if candidate.named
+            else keys.shard(candidate.path, candidate.revision, candidate.root)
+        )
         file = files.get(candidate.file)
         if COMPANION in place.stem.lower() or (file is not None and file.kind == "companion"):
             if file is not None and file.vision and not candidate.refusal:
@@ -203,12 +220,17 @@ def assemble(candidates: Sequence[Candidate], files: Mapping[File, ModelFile]) -
 
 
 def _without_hidden(models: Sequence[Group]) -> list[Group]:
-    """Leave out what an earlier directory has too: the same quantization of a model with the same name."""
-    roots: dict[tuple[str, str, Words], int] = {}
+    """Leave out what an earlier directory has too: the same quantization of a model with the same name.
+
+    Files with the same key and quantization are of different models if both of their names have words that differ.
+    """
+    seen: dict[tuple[str, str], list[tuple[int, Words]]] = {}
     kept: list[Group] = []
     for group in sorted(models, key=lambda group: group.place.root):
-        identity = keys.base(group.place), keys.tag(group.place), projectors.words(group.place.stem)
-        if roots.setdefault(identity, group.place.root) == group.place.root:
+        root, words = group.place.root, projectors.words(group.place.stem)
+        same = seen.setdefault((keys.base(group.place), keys.tag(group.place)), [])
+        if not any(earlier < root and (not words or not theirs or words == theirs) for earlier, theirs in same):
+            same.append((root, words))
             kept.append(group)
     return kept
 
@@ -269,7 +291,7 @@ def _model(
         problem=problem,
         type=first.type,
         publisher=keys.publisher(group.home) or first.organization,
-        display_name=first.name or place.stem,
+        display_name=first.name or keys.title(place),
         description=first.description,
         architecture=first.architecture,
         quantization=keys.label(place) or first.quantization or quantization.by_tensors(_all_matrices(readable)),
@@ -341,5 +363,5 @@ def _problem(group: Group, files: Mapping[File, ModelFile]) -> Problem | None:
 
 
 def _fault(candidate: Candidate, reason: str, problem: Problem | None = None) -> Problem:
-    message = f"{PurePosixPath(candidate.path).name} {reason}"
+    message = f"{candidate.name} {reason}"
     return Problem(code=problem.code if problem else "invalid_model_file", message=message)

@@ -24,6 +24,7 @@ class Place(NamedTuple):
     stem: str  # of the file's name, without the suffix of a shard ("-00001-of-00003")
     revision: str = ""  # of a repository in Hugging Face's cache, unless it is the current one
     root: int = 0  # index of the models directory
+    variant: str = ""  # of a key in a store of Ollama: the tag in lower case
 
 
 class Home(NamedTuple):
@@ -32,6 +33,7 @@ class Home(NamedTuple):
     folders: tuple[str, ...]
     revision: str = ""
     root: int = 0
+    variant: str = ""
 
 
 class Named(NamedTuple):
@@ -56,6 +58,12 @@ def shard(path: str, revision: str = "", root: int = 0) -> Shard:
     return Shard(Place(tuple(folders), split["stem"], revision, root), int(split["no"]), int(split["count"]))
 
 
+def tagged(name: str, root: int = 0) -> Place:
+    """Return the location of a model with this name in a store of Ollama, `publisher/name/tag` or `name/tag`."""
+    *folders, tag = name.split("/")
+    return Place(tuple(folders), tag, root=root, variant=tag.lower())
+
+
 def snapshot(folders: Sequence[str]) -> int | None:
     """Return the index of the folder of a revision in Hugging Face's cache, `models--OWNER--NAME/snapshots/COMMIT`.
 
@@ -69,13 +77,18 @@ def snapshot(folders: Sequence[str]) -> int | None:
 
 def home(place: Place) -> Home:
     """Return the folder that names a model: not a folder for one quantization, nor one of Hugging Face's cache."""
-    return Home(_split(place.folders)[0], place.revision, place.root)
+    return Home(_split(place.folders)[0], place.revision, place.root, place.variant)
 
 
 def tag(place: Place) -> str:
     """Return the quantization that the names of a file and its folder tell, in lower case; "" if they tell none."""
     of_folder, of_file = quantization.tag(_split(place.folders)[1]), quantization.tag(place.stem)
     return of_folder if of_folder.endswith(of_file) else of_file  # UD-Q2_K_XL/m-Q2_K_XL.gguf
+
+
+def title(place: Place) -> str:
+    """Return what is shown of a model without a name in its header."""
+    return f"{place.folders[-1]}:{place.stem}" if place.variant else place.stem
 
 
 def label(place: Place) -> str:
@@ -117,12 +130,12 @@ def publisher(home: Home) -> str:
 def name_all(models: Sequence[Place], others: Sequence[Place] = ()) -> list[Named]:
     """Return a unique key for each model, then for each of `others`.  The keys do not depend on the places' order.
 
-    Places with the same base get a variant: their quantization or, if it is not unique, their stem.  If the stems are
-    equal too (the same file name in two folders), a number in the order of the paths is appended.
+    Places with the same base get a variant: their tag or quantization or, if it is not unique, their stem.  If
+    the stems are equal too (the same file name in two folders), a number in the order of the paths is appended.
 
     `others` are files that cannot be loaded.  They have no influence on the keys of models.
     """
-    told = [_Told(place, base(place), tag(place)) for place in (*models, *others)]
+    told = [_Told(place, base(place), place.variant or tag(place)) for place in (*models, *others)]
     named = _name(told[: len(models)], told[: len(models)], set())
     return named + _name(told[len(models) :], told, {name.key for name in named})
 
@@ -132,7 +145,7 @@ class _Told(NamedTuple):
 
     place: Place
     base: str
-    tag: str
+    tag: str  # the quantization, or the tag of Ollama
 
 
 def _name(places: Sequence[_Told], among: Sequence[_Told], taken: set[str]) -> list[Named]:

@@ -190,19 +190,19 @@ class Reporter:
     """Logs each read error once, and again when its reason changes."""
 
     def __init__(self) -> None:
-        self._problems: dict[str, Problem] = {}
+        self._problems = set[tuple[int, str, Problem]]()
         self._settings: list[str] = []
         self._directories: dict[Path, str] = {}
         self._hidden = set[tuple[int, str]]()
         self._cache: str | None = None
 
     def models(self, models: list[Model]) -> None:
-        problems: dict[str, Problem] = {}
+        problems = set[tuple[int, str, Problem]]()
         for model in models:
             if (problem := model.problem) is None:
                 continue
-            problems[model.shards[0]] = problem
-            if self._problems.get(model.shards[0]) != problem:
+            problems.add((model.root, model.shards[0], problem))
+            if (model.root, model.shards[0], problem) not in self._problems:
                 write = _log.warning if problem.code == "invalid_model_file" else _log.info
                 facts = {"model": model.key, "file": model.shards[0], "reason": problem.message}
                 write("file is not a usable model", action="unreadable_model", **facts)
