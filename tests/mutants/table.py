@@ -550,7 +550,7 @@ MUTANTS = (
     Mutant(
         "a symbolic link out of the models directory is refused",
         "worker/catalog/directory.py",
-        "if target and not _holds(root, target) and (is_folder or is_gguf):",
+        "if target and not holds(root, target) and (is_folder or is_gguf):",
         "if False:",
         (f"{UNIT}catalog.py",),
     ),
