@@ -1,8 +1,9 @@
-"""Stores of other programs: their kinds, and the names of their models."""
+"""Stores of models: their kinds, the names of models in those of other programs, and who may write to them."""
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from shared.schema.model import Model
 from tests.support.headers import write
 from tests.support.stores import into_hugging_face, into_ollama
 from worker.catalog.catalog import Catalog
-from worker.catalog.stores import kind
+from worker.catalog.stores import ID_FILE, ReadOnly, identified, kind, seen, writable
 
 LIBRARY = "registry.ollama.ai/library"
 
@@ -45,6 +46,10 @@ def test_the_kind_of_a_store_is_told_by_its_folders(tmp_path: Path, store: Path)
     into_hugging_face(tmp_path / "hub", "org/name", "m-Q4_0.gguf", model(tmp_path))
     assert kind(tmp_path / "hub") == "huggingface"
     assert kind(store) == "ollama"
+    (tmp_path / "hub/datasets--org--texts").mkdir()
+    assert kind(tmp_path / "hub") == "huggingface"
+    (tmp_path / "hub/acme").mkdir()
+    assert kind(tmp_path / "hub") == "files"
     assert kind(tmp_path / "files") == "files"
     (store / "blobs").rmdir()
     (store / "blobs").write_bytes(b"")
@@ -152,3 +157,47 @@ def test_the_same_model_in_two_stores_is_that_of_the_first(tmp_path: Path, store
     into_ollama(store, f"hf.co/bartowski/{name}-GGUF/IQ2_M", model=file)
     found = {key.partition("@")[2]: one.root for key, one in listed(files, hub, store).items()}
     assert found == {"q4_k_m": 0, "q8_0": 1, "iq2_m": 2}
+
+
+# ---- who may write
+
+
+def test_a_store_has_the_same_id_for_all_who_see_it(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "elsewhere").symlink_to("models")
+    first, second = seen(tmp_path / "models"), seen(tmp_path / "elsewhere")
+    assert (first.id, first.is_read_only) == ("", False)
+    with ThreadPoolExecutor(8) as pool:
+        ids = {store.id for store in pool.map(identified, [first, second] * 8)}
+    assert ids == {seen(tmp_path / "models").id}
+    assert len(ids.pop()) == 32
+    assert os.listdir(tmp_path / "models") == [ID_FILE]
+    assert listed(tmp_path / "models") == {}
+
+
+def test_a_damaged_id_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ID_FILE).write_bytes(b"")
+    assert seen(tmp_path).id == ""
+    assert identified(seen(tmp_path)).id == seen(tmp_path).id != ""
+
+
+def test_the_first_directory_that_may_be_written_to_is_used(tmp_path: Path, store: Path) -> None:
+    into_hugging_face(tmp_path / "hub", "org/name", "m-Q4_0.gguf", model(tmp_path))
+    foreign = [tmp_path / "hub", store, tmp_path / "missing"]
+    for name in ("models", "others"):
+        (tmp_path / name).mkdir()
+    chosen = writable([*foreign, tmp_path / "models", tmp_path / "others"])
+    assert (chosen.path, chosen.id) == (tmp_path / "models", seen(tmp_path / "models").id)
+    with pytest.raises(ReadOnly) as caught:
+        writable(foreign)
+    assert str(caught.value) == (
+        "No models directory may be written to (1: it is a cache of Hugging Face, which is only read; "
+        "2: it is a store of Ollama, which is only read; 3: it cannot be read: No such file or directory)."
+    )
+    assert [*(tmp_path / "hub").glob(f"{ID_FILE}*")] == []
+
+
+def test_a_directory_without_permission_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mock, the test would depend on its user: root may write everywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert seen(tmp_path).refusal == "is not writable for the worker"
