@@ -19,6 +19,17 @@ LoadFailure = Literal[
     "load_cancelled",
 ]
 
+DownloadFailure = Literal[
+    "gated_repository",
+    "hub_unavailable",
+    "invalid_hub_reply",
+    "checksum_mismatch",
+    "insufficient_disk",
+    "read_only_store",
+    "store_error",
+    "downloads_off",
+]
+
 MEMORY_RETRY_S = 30  # other models may be unused then
 
 
@@ -239,6 +250,17 @@ class LoadFailed(ServiceError):
         self.code: LoadFailure = code
         if code == "insufficient_memory":
             self.retry_after_s = MEMORY_RETRY_S
+
+
+class DownloadFailed(ServiceError):
+    """The model cannot be downloaded, or its files cannot be removed."""
+
+    type = "download_failed"
+
+    def __init__(self, code: DownloadFailure, message: str, **detail: object) -> None:
+        super().__init__(message)
+        self.detail = detail
+        self.code: DownloadFailure = code
 
 
 def crashed_recently(model_type: str, model: str, reason: str, left_s: int) -> LoadFailed:

@@ -32,7 +32,7 @@ from api.openapi.operations import (
     schema_of,
 )
 from shared import __version__, errors
-from shared.errors import ErrorBody, LoadFailure, ServiceError
+from shared.errors import DownloadFailure, ErrorBody, LoadFailure, ServiceError
 from shared.schema.http import LoadEvent
 
 INTRO = """\
@@ -143,7 +143,8 @@ def _reply(reply: Reply) -> dict[str, Any]:
 
 def bodies(kind: type[ServiceError]) -> list[ErrorBody]:
     """Return the error bodies of a class, one per code, without messages."""
-    codes = get_args(LoadFailure) if kind is errors.LoadFailed else [kind.code]
+    several = {errors.LoadFailed: LoadFailure, errors.DownloadFailed: DownloadFailure}
+    codes = get_args(several[kind]) if kind in several else [kind.code]
     return [ErrorBody(type=kind.type, message="", code=code) for code in codes]
 
 
