@@ -38,12 +38,12 @@ from api.loads.stream import events
 from api.openai import models as openai
 from api.openai.chat import chat_completions
 from api.openapi.document import docs_page, openapi_json
-from api.pool.estimate import estimated
+from api.pool.estimate import asked_of_hub, estimated, estimated_by_hub
 from api.pool.metrics import CONTENT_TYPE, scraped
 from api.state import State
 from api.waiting import EventStream, waited_for
 from shared import paths
-from shared.errors import JobNotFound, QueueUnavailable
+from shared.errors import JobNotFound, ModelNotFound, QueueUnavailable
 from shared.instance import Instance
 from shared.schema.http import JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
 from shared.store.connection import UNAVAILABLE
@@ -94,7 +94,14 @@ async def load(request: Request[State]) -> Response:
 
 async def estimate(request: Request[State]) -> Response:
     body = decode(await read_body(request), LoadRequest, '"{}" is required')
-    return _json(await estimated(body, request.state["roster"], request.state["queue"]))
+    roster, queue = request.state["roster"], request.state["queue"]
+    try:
+        return _json(await estimated(body, roster, queue))
+    except ModelNotFound as absent:
+        if (question := asked_of_hub(body, roster)) is None:
+            raise
+        with _place(request):
+            return _json(await waited_for(request, estimated_by_hub(body, question, absent, roster, queue)))
 
 
 async def jobs(request: Request[State]) -> Response:

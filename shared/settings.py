@@ -95,6 +95,33 @@ class Settings(Struct, frozen=True, kw_only=True):
             flags=("up", "worker"),
         ),
     ] = Path("~/.loadstone/data")
+    hub: Annotated[
+        str,
+        setting(
+            "URL of the hub of models, Hugging Face or a mirror, which the worker asks about models that it does not "
+            "have; off: none",
+            "an http:// or https:// URL, or off",
+            flags=("up", "worker"),
+            pattern=r"^(off|https?://[^\s@?#]+)\Z",
+        ),
+    ] = "https://huggingface.co"
+    hub_token: Annotated[
+        str,
+        setting(
+            "token of an account of the hub, for gated and private models",
+            "a token",
+            secret=True,
+            pattern=r"^[\x21-\x7e]*\Z",
+        ),
+    ] = ""
+    hub_hosts: Annotated[
+        str,
+        setting(
+            "hosts beside its own and those of Hugging Face to which the hub may redirect",
+            "a comma-separated list of HOST or HOST:PORT",
+            pattern=rf"^({_HOST}(:{_PORT})?(,{_HOST}(:{_PORT})?)*)?\Z",
+        ),
+    ] = ""
     redis_url: Annotated[
         str,
         setting(

@@ -19,6 +19,7 @@ from shared.telemetry import log
 from shared.telemetry.tally import Tally, died, field
 from worker.crashes import Crashes
 from worker.desired import Desired
+from worker.hub.describer import Describer, access
 from worker.instance import Resident, Services, has_changed
 from worker.listener.process import Listener
 from worker.memory.devices import Devices
@@ -77,6 +78,7 @@ class Agent:
             timing=timing,
         )
         self.dry_run = DryRun(settings, self.models, self.devices, self.runners, timing)
+        self.describer = Describer(access(settings))
         self.placer = Placer(
             settings, self.devices, self.residents, self.dry_run.measured, self.announce, self.tally, timing
         )
@@ -184,6 +186,7 @@ class Agent:
             engine=self.runners.engine,
             channels=self.listener.address,
             problems=self.problems,
+            has_hub=self.describer.is_on,
         )
 
     async def announce_changes(self) -> None:

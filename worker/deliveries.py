@@ -1,4 +1,4 @@
-"""Reads this worker's queue through arq: loads and dry-run requests from APIs."""
+"""Reads this worker's queue through arq: loads, and questions of APIs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from shared.store import keys
 from shared.store.connection import UNAVAILABLE, check_cancelled
-from shared.store.queue import LOAD, SIZE, SIZED_S, as_arq, pack_job, unpack_job
+from shared.store.queue import DESCRIBE, DESCRIBED_S, LOAD, SIZE, SIZED_S, as_arq, pack_job, unpack_job
 from shared.telemetry import log
 from worker.agent import Agent
 
@@ -27,7 +27,7 @@ class Deliveries(ArqWorker):
     """arq's worker on this worker's queue, woken by notifications instead of polling.
 
     The job of a load only delivers an id to the agent.  The claim of the record decides which worker loads it, so arq's
-    retries and results are off.  Only the job of a dry run has a result.
+    retries and results are off.  Only the jobs of a dry run and of a description have a result.
     """
 
     def __init__(self, redis: Redis, agent: Agent) -> None:
@@ -39,10 +39,15 @@ class Deliveries(ArqWorker):
             self.begun.set()
             return await agent.dry_run.answer(sizing)
 
+        async def describe(_: dict[Any, Any], describing: bytes) -> bytes:
+            self.begun.set()
+            return await agent.describer.answer(describing)
+
         super().__init__(
             [
                 func(cast(Any, load), name=LOAD),
                 func(cast(Any, size), name=SIZE, timeout=SIZED_S, keep_result=SIZED_S),
+                func(cast(Any, describe), name=DESCRIBE, timeout=DESCRIBED_S, keep_result=DESCRIBED_S),
             ],
             queue_name=keys.queue(agent.name),
             redis_pool=as_arq(redis),

@@ -280,7 +280,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="Estimate the memory of a load, and whether it fits",
         description="Accepts the same body as a load, but loads nothing. The estimate is for the devices that the "
         "load would use now. If the load fits nowhere, `fits` is false, and the devices are those with the most free "
-        "memory. If `exact` is true, the estimate is within 3 % of what the engine would allocate.",
+        "memory. If `exact` is true, the estimate is within 3 % of what the engine would allocate. A model that no "
+        "worker has is estimated by the headers of its files on the hub: `publisher/name` or "
+        "`publisher/name@quantization`. The reply lists the quantizations that the repository has.",
         body=LoadRequest,
         replies={200: Reply(description="The estimate, whether or not the load fits.", content={JSON: EstimateResult})},
         errors=(
@@ -289,6 +291,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             errors.LoadFailed,
             errors.NoWorker,
             errors.QueueUnavailable,
+            errors.TooManyWaiting,
         ),
     ),
     ("GET", paths.JOBS): Operation(

@@ -317,6 +317,14 @@ class EstimatedDevice(Struct, frozen=True, kw_only=True):
     free_bytes: Annotated[int, Meta(description="What loads may be given on this device now.")]
 
 
+class EstimatedQuantization(Struct, frozen=True, kw_only=True):
+    """A quantization of a model that the hub has."""
+
+    name: Annotated[str, Meta(description="What follows the `@` of the model to choose it.")]
+    size_bytes: Annotated[int, Meta(description="Size of its files.")]
+    fits: Annotated[bool, Meta(description="Whether it fits now as the estimated one would, by the size of its files.")]
+
+
 class EstimateResult(Struct, frozen=True, kw_only=True):
     """The memory that a load would use."""
 
@@ -329,6 +337,10 @@ class EstimateResult(Struct, frozen=True, kw_only=True):
         int | None, Meta(description="The largest context with all other fields as requested; null if none fits.")
     ]
     exact: Annotated[bool, Meta(description="Whether the estimate has been verified against the engine.")]
+    quantizations: Annotated[
+        list[EstimatedQuantization] | UnsetType,
+        Meta(description="The quantizations in the repository; only of a model that the hub has and no worker."),
+    ] = UNSET
 
 
 class Quantization(Struct, frozen=True, kw_only=True):

@@ -17,16 +17,17 @@ from redis.asyncio import Redis
 
 from shared.instance import Instance
 from shared.schema.memory import Usage
-from shared.schema.snapshot import Sizing
+from shared.schema.snapshot import Described, Describing, Sizing
 from shared.store import keys
 from shared.store.connection import UNAVAILABLE
 from shared.store.keys import RETAIN_S
 from shared.store.script import Script
 from shared.telemetry import log
 
-LOAD, SIZE = "load", "size"  # the functions of a worker, as arq names them
+LOAD, SIZE, DESCRIBE = "load", "size", "describe"  # the functions of a worker, as arq names them
 DELIVERY_S = 3600  # expiry of an entry; later, the worker finds the queued record at one of its beats
 SIZED_S = 30  # a large vocabulary takes the engine a second, and other requests may come first
+DESCRIBED_S = 60  # for a listing and some megabytes, over the internet
 
 
 def pack_job(value: dict[str, Any]) -> bytes:
@@ -80,14 +81,23 @@ class Queue:
 
         Raises what UNAVAILABLE lists.
         """
+        answer = await self._asked(worker, SIZE, msgpack.encode(sizing), SIZED_S, within_s)
+        return None if answer is None else msgpack.decode(answer, type=list[list[Usage]] | None)
+
+    async def described(self, worker: str, describing: Describing) -> Described | None:
+        """Return what a worker learns from the hub; None without a reply.  Raises what UNAVAILABLE lists."""
+        answer = await self._asked(worker, DESCRIBE, msgpack.encode(describing), DESCRIBED_S, DESCRIBED_S)
+        return None if answer is None else msgpack.decode(answer, type=Described)
+
+    async def _asked(self, worker: str, function: str, argument: bytes, expiry_s: int, within_s: float) -> bytes | None:
         id_ = uuid.uuid4().hex
-        await self._enqueue(worker, id_, entry(SIZE, msgpack.encode(sizing)), SIZED_S)
+        await self._enqueue(worker, id_, entry(function, argument), expiry_s)
         job = Job(id_, as_arq(self._redis), keys.queue(worker), unpack_job)
         try:
-            data: bytes = await job.result(timeout=within_s, poll_delay=0.02)
+            answer: bytes = await job.result(timeout=within_s, poll_delay=0.02)
         except TimeoutError:
             return None
-        return msgpack.decode(data, type=list[list[Usage]] | None)
+        return answer
 
     async def _enqueue(self, worker: str, id_: str, data: bytes, within_s: int) -> None:
         await self._deliver(worker=worker, id=id_, entry=data, expires_ms=within_s * 1000, retain_s=RETAIN_S)

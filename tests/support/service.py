@@ -133,7 +133,7 @@ class Running:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._out, self._err = directory / "stdout", directory / "stderr"
-        ours = {"HOME": str(directory), **NO_INDEX, **environ}
+        ours = {"HOME": str(directory), "LOADSTONE_HUB": "off", **NO_INDEX, **environ}
         with self._out.open("w") as out, self._err.open("w") as err:
             self.popen = subprocess.Popen(
                 [*prefix, str(LOADSTONE), *words],

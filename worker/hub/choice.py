@@ -116,7 +116,7 @@ def _unclear(what: str, candidates: Sequence[Quantization]) -> InvalidValue:
     shown = candidates[:MOST_SHOWN]
     more = f" and {len(candidates) - MOST_SHOWN} more" if len(candidates) > MOST_SHOWN else ""
     return InvalidValue(
-        f'The repository has {what}. Set "quantization" to one of: {", ".join(one.name for one in shown)}{more}.',
+        f"The repository has {what}. Name one of: {', '.join(one.name for one in shown)}{more}.",
         param="quantization",
         candidates=[{"quantization": one.name, "size_bytes": one.size_bytes} for one in shown],
     )
