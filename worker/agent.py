@@ -77,8 +77,8 @@ class Agent:
             visible=self.devices.visible(),
             timing=timing,
         )
-        self.dry_run = DryRun(settings, self.models, self.devices, self.runners, timing)
-        self.describer = Describer(access(settings))
+        self.describer = Describer(access(settings), settings.data_dir / f"headers-{self.name}")
+        self.dry_run = DryRun(settings, self.models, self.describer.of, self.devices, self.runners, timing)
         self.placer = Placer(
             settings, self.devices, self.residents, self.dry_run.measured, self.announce, self.tally, timing
         )

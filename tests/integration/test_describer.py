@@ -29,15 +29,15 @@ def children() -> list[int]:
     return [one.pid for one in processes() if one.parent == os.getpid() and "worker.hub.describer" in one.words]
 
 
-async def answer(access: Access | None) -> Described:
-    return msgpack.decode(await Describer(access).answer(QUESTION), type=Described)
+async def answer(access: Access | None, directory: Path) -> Described:
+    return msgpack.decode(await Describer(access, directory / "headers").answer(QUESTION), type=Described)
 
 
 async def test_a_model_of_the_hub_is_described(tmp_path: Path) -> None:
     file = synthetic.tiny_llama(tmp_path / "tiny-F16.gguf")
     with LocalHub().running() as hub:
         hub.add("acme/tiny", file.name, file)
-        described = await answer(Access(endpoint=hub.endpoint, hosts=(hub.cdn,)))
+        described = await answer(Access(endpoint=hub.endpoint, hosts=(hub.cdn,)), tmp_path)
         assert hub.sent[file.name] <= file.stat().st_size
     assert described.model is not None
     assert (described.model.key, described.model.problem) == ("acme/tiny", None)
@@ -63,7 +63,7 @@ async def test_a_model_that_cannot_be_read_has_a_reason(
     with LocalHub().running() as hub:
         hub.add("acme/tiny", file.name, file)
         spoil(hub)
-        described = await answer(Access(endpoint=hub.endpoint, hosts=(hub.cdn,)))
+        described = await answer(Access(endpoint=hub.endpoint, hosts=(hub.cdn,)), tmp_path)
     assert described.error is not None
     assert reason in described.error.message
 
@@ -73,25 +73,25 @@ async def test_a_hub_that_ignores_ranges_is_read_to_the_header(tmp_path: Path) -
     with LocalHub().running() as hub:
         hub.add("acme/tiny", file.name, file)
         hub.ignores_ranges = True
-        described = await answer(Access(endpoint=hub.endpoint, hosts=(hub.cdn,)))
+        described = await answer(Access(endpoint=hub.endpoint, hosts=(hub.cdn,)), tmp_path)
         assert hub.sent[file.name] < file.stat().st_size / 2
     assert described.model is not None
     assert described.model.weights is not None
 
 
-async def test_a_hub_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hub_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(worker.hub.describer, "WITHIN_S", 5.0)
-        described = await answer(Access(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        described = await answer(Access(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"), tmp_path)
     assert described.error is not None
     assert described.error.message == "The hub did not answer in time."
     assert not children()
 
 
-async def test_a_cancelled_question_leaves_no_process() -> None:
+async def test_a_cancelled_question_leaves_no_process(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.setblocking(False)
-        asking = asyncio.create_task(answer(Access(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")))
+        asking = asyncio.create_task(answer(Access(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"), tmp_path))
         async with asyncio.timeout(60):
             connection, _ = await asyncio.get_running_loop().sock_accept(silent)
         assert children()
@@ -101,8 +101,31 @@ async def test_a_cancelled_question_leaves_no_process() -> None:
     assert not children()
 
 
-async def test_a_worker_without_a_hub_says_so() -> None:
-    described = await answer(None)
+async def test_the_headers_of_the_last_models_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are all that an engine needs for a dry run, and take no more space."""
+    monkeypatch.setattr(worker.hub.describer, "KEPT_N", 1)
+    (tmp_path / "headers/stale").mkdir(parents=True)
+    with LocalHub().running() as hub:
+        describer = Describer(Access(endpoint=hub.endpoint, hosts=(hub.cdn,)), tmp_path / "headers")
+        models = []
+        for repository in ("acme/tiny", "acme/other", "acme/tiny"):
+            for shard in synthetic.sparse_shape(tmp_path / "big-Q4_0.gguf", "qwen3-0.6b", shards=2, vocabulary=1000):
+                hub.add(repository, shard.name, shard)
+            question = msgpack.encode(Describing(repository=repository))
+            models.append(msgpack.decode(await describer.answer(question), type=Described).model)
+    tiny, other, again = models
+    assert describer.of(other) is None
+    kept = describer.of(tiny)
+    assert kept is not None
+    assert kept == describer.of(again)
+    files = [os.stat(shard) for shard in kept.shards]
+    assert [file.st_size for file in files] == [file.size for file in kept.files]
+    assert sum(file.st_blocks * 512 for file in files) < 1 << 20
+    assert [path.name for path in (tmp_path / "headers").iterdir()] == [Path(kept.shards[0]).parent.name]
+
+
+async def test_a_worker_without_a_hub_says_so(tmp_path: Path) -> None:
+    described = await answer(None, tmp_path)
     assert described.error is not None
     assert described.error.message == "The worker has no hub."
 
@@ -111,11 +134,14 @@ async def test_a_worker_without_a_hub_says_so() -> None:
 def test_the_process_reads_no_files_of_anybody(tmp_path: Path) -> None:
     """What it needs after the restriction is the network, and the files by which names are resolved."""
     (tmp_path / "secret").write_text("secret")
+    (tmp_path / "headers").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = f"""
 import socket
+from pathlib import Path
 from worker.hub.describer import _restrict
-_restrict()
+_restrict(Path({str(tmp_path / "headers")!r}))
+Path({str(tmp_path / "headers/new")!r}).write_text("header")
 socket.create_connection(("localhost", {server.getsockname()[1]}))
 for mode in ("r", "w"):
     try:

@@ -562,6 +562,13 @@ MUTANTS = (
         (f"{UNIT}stores.py",),
     ),
     Mutant(
+        "a model of the hub is estimated by the engine too",
+        "worker/memory/dry_run.py",
+        " or self._elsewhere(sizing.source)",
+        "",
+        (f"{ACCEPTANCE}estimate_by_hub.py",),
+    ),
+    Mutant(
         "of the same model in two directories, the first is used",
         "worker/catalog/catalog.py",
         "if not any(earlier < root and",

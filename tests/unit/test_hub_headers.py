@@ -13,7 +13,7 @@ from tests.support.headers import header, vocabulary, write
 from worker.catalog.catalog import Catalog
 from worker.hub import headers
 from worker.hub.choice import RemoteFile
-from worker.hub.headers import STEPS, described
+from worker.hub.headers import STEPS, found
 
 
 class Repository:
@@ -29,7 +29,7 @@ class Repository:
         return (self.folder / file.path).read_bytes()[start:end]
 
     def described(self) -> Model:
-        return described("Acme/Tiny-GGUF", self.files, self.read)
+        return found("Acme/Tiny-GGUF", self.files, self.read).model
 
 
 def local(root: Path) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from shared.schema.model import FileStat, Model
 from worker.catalog import gguf, modelfile
@@ -18,22 +19,32 @@ MOST_BYTES = 256 << 20  # of the headers of all shards
 Read = Callable[[RemoteFile, int, int], bytes]  # the bytes of a file from a position to another
 
 
-def described(repository: str, files: Sequence[RemoteFile], read: Read) -> Model:
-    """Return the model that consists of these files of a repository, with the reason if it cannot be loaded.
+class Found(NamedTuple):
+    """A model, with the reason if it cannot be loaded.  `heads`: the start of each file, up to the data of its tensors;
+    none if a header cannot be read."""
 
-    Raises what `read` raises.
-    """
+    model: Model
+    heads: list[bytes]
+
+
+def found(repository: str, files: Sequence[RemoteFile], read: Read) -> Found:
+    """Return the model that consists of these files of a repository.  Raises what `read` raises."""
     left = MOST_BYTES
     headers: dict[tuple[int, str], ModelFile] = {}
-    candidates = []
+    candidates, heads = [], []
     for file in files:
         candidate = Candidate(f"{repository}/{file.path}", FileStat(file.size, 0, 0))
         start = _Start(file, read, left)
-        headers[candidate.file] = _described(start)
+        try:
+            header = gguf.read_by(start, file.size, STEPS, whole=True)
+            headers[candidate.file] = modelfile.describe(header)
+            heads.append(start.bytes[: header.data_offset])
+        except InvalidGGUF as e:
+            headers[candidate.file] = modelfile.unreadable(e)
         left -= len(start.bytes)
         candidates.append(candidate)
     (model,), _ = assemble(candidates, headers)
-    return model
+    return Found(model, heads if len(heads) == len(files) else [])
 
 
 class _Start:
@@ -41,19 +52,11 @@ class _Start:
 
     def __init__(self, file: RemoteFile, read: Read, limit: int) -> None:
         self.bytes = b""
-        self.file = file
-        self._read, self._limit = read, limit
+        self._file, self._read, self._limit = file, read, limit
 
     def __call__(self, size: int) -> bytes:
         if size > self._limit:
             raise InvalidGGUF("has a header that is too long for an estimate")
         if size > len(self.bytes):
-            self.bytes += self._read(self.file, len(self.bytes), size)
+            self.bytes += self._read(self._file, len(self.bytes), size)
         return self.bytes[:size]
-
-
-def _described(start: _Start) -> ModelFile:
-    try:
-        return modelfile.describe(gguf.read_by(start, start.file.size, STEPS, whole=True))
-    except InvalidGGUF as e:
-        return modelfile.unreadable(e)
