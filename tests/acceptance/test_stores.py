@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,23 @@ def test_an_instance_keeps_its_files_when_stores_are_reordered(tmp_path: Path, h
     with up(tmp_path, "--models-dir", f"{ollama}:{hub}") as service:
         until(lambda: {*service.instances()} == {OLLAMA, HUB}, "both are restored")
         assert {key for key, model in service.models().items() if model["loaded_instances"]} == {"llama", "acme/cached"}
+
+
+def test_an_instance_survives_a_copy_in_an_earlier_directory(tmp_path: Path, home: Path) -> None:
+    """The copy hides the file that the instance has open; after a restart, the instance has the copy."""
+    stores = ":".join([str(tmp_path / "models"), *roots(home)[1:]])
+    with up(tmp_path, "--models-dir", stores) as service:
+        for model in (HUB, OLLAMA):
+            service.loaded(model)
+        copy = tmp_path / "models/Acme/Cached-GGUF/m-F16.gguf"
+        copy.parent.mkdir(parents=True)
+        shutil.copyfile(home / "cached.gguf", copy)
+        synthetic.tiny_llama(tmp_path / "models/acme/later/m.gguf")
+        until(lambda: "acme/later" in service.models(), "the list has what was written after the copy")
+        assert "hidden_model" in service.stderr
+        answered(service, model=HUB, max_tokens=4)
+        assert {*service.instances()} == {HUB, OLLAMA}, "no second instance was loaded"
+        until(lambda: len(service.wanted()) == 2, "the worker's file has both")
+        service.stop()
+    with up(tmp_path, "--models-dir", stores) as service:
+        until(lambda: {*service.instances()} == {HUB, OLLAMA}, "both are restored")
