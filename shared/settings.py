@@ -351,10 +351,27 @@ class Settings(Struct, frozen=True, kw_only=True):
             "on or off",
         ),
     ] = "off"
+    downloads: Annotated[
+        Literal["on", "off"],
+        setting(
+            "download models from the hub of HF_ENDPOINT (default: https://huggingface.co), with the token HF_TOKEN",
+            "on or off",
+            flags=("up", "worker"),
+        ),
+    ] = "on"
+    hub_hosts: Annotated[
+        str,
+        setting(
+            "further hosts that the hub may redirect downloads to, also with private addresses; without a port, 443",
+            "a comma-separated list of HOST or HOST:PORT",
+            flags=("worker",),
+            pattern=rf"^( *{_HOST}(:{_PORT})? *(, *{_HOST}(:{_PORT})? *)*)?\Z",
+        ),
+    ] = ""
     stall_limit_s: Annotated[
         float,
         setting(
-            "time without progress after which a load fails, in seconds",
+            "time without progress after which a load or a download fails, in seconds",
             "a number greater than 0 and at most 86400",
             gt=0,
             le=86400,

@@ -19,6 +19,8 @@ from shared.telemetry import log
 from shared.telemetry.tally import Tally, died, field
 from worker.crashes import Crashes
 from worker.desired import Desired
+from worker.downloads import Downloads
+from worker.hub.client import Access
 from worker.instance import Resident, Services, has_changed
 from worker.listener.process import Listener
 from worker.memory.devices import Devices
@@ -49,8 +51,10 @@ class Agent:
         epoch: str,
         heartbeat: Callable[[], None] = lambda: None,
         timing: Timing | None = None,
+        hub: Access | None = None,
     ) -> None:
-        """`heartbeat` is called at each beat and signals liveness to the supervisor.
+        """`heartbeat` is called at each beat and signals liveness to the supervisor.  `hub`: the source of downloads;
+        None: there is none.
 
         Raises SettingsError for unknown devices.
         """
@@ -97,6 +101,7 @@ class Agent:
             self.deliver,
             self.stop,
         )
+        self.downloads = Downloads(self.name, settings.roots, hub, store.downloads, settings.stall_limit_s)
         self.listener = Listener(log_level=settings.log_level, log_format=settings.log_format)
         self._heartbeat = heartbeat
         self._digest = ""  # of the published catalog
@@ -159,6 +164,11 @@ class Agent:
     def _has_files(self, instance: Instance) -> bool:
         model = of_instance(self.models, instance)
         return model is not None and model.problem is None
+
+    def holds(self, model: Model) -> bool:
+        """Return whether an instance of a model is loaded, being loaded or waiting."""
+        keys = {resident.instance.full_key for resident in self.residents.values() if resident.instance is not None}
+        return model.full_key in keys
 
     def stop(self, id_: str) -> None:
         """Stop an instance, if this worker holds it."""
