@@ -27,6 +27,7 @@ DownloadFailure = Literal[
     "insufficient_disk",
     "read_only_store",
     "store_error",
+    "download_crashed",
     "downloads_off",
 ]
 
@@ -131,6 +132,12 @@ class JobAlreadyFinished(InvalidRequest):
     """The load has already ended and cannot be cancelled."""
 
     code = "job_already_finished"
+
+
+class ModelInUse(InvalidRequest):
+    """The model is loaded, being loaded or being downloaded."""
+
+    code = "model_in_use"
 
 
 class IdempotencyKeyReused(InvalidRequest):

@@ -95,33 +95,6 @@ class Settings(Struct, frozen=True, kw_only=True):
             flags=("up", "worker"),
         ),
     ] = Path("~/.loadstone/data")
-    hub: Annotated[
-        str,
-        setting(
-            "URL of the hub of models, Hugging Face or a mirror, which the worker asks about models that it does not "
-            "have; off: none",
-            "an http:// or https:// URL, or off",
-            flags=("up", "worker"),
-            pattern=r"^(off|https?://[^\s@?#]+)\Z",
-        ),
-    ] = "https://huggingface.co"
-    hub_token: Annotated[
-        str,
-        setting(
-            "token of an account of the hub, for gated and private models",
-            "a token",
-            secret=True,
-            pattern=r"^[\x21-\x7e]*\Z",
-        ),
-    ] = ""
-    hub_hosts: Annotated[
-        str,
-        setting(
-            "hosts beside its own and those of Hugging Face to which the hub may redirect",
-            "a comma-separated list of HOST or HOST:PORT",
-            pattern=rf"^({_HOST}(:{_PORT})?(,{_HOST}(:{_PORT})?)*)?\Z",
-        ),
-    ] = ""
     redis_url: Annotated[
         str,
         setting(
@@ -378,10 +351,28 @@ class Settings(Struct, frozen=True, kw_only=True):
             "on or off",
         ),
     ] = "off"
+    downloads: Annotated[
+        Literal["on", "off"],
+        setting(
+            "download models from the hub of HF_ENDPOINT (default: https://huggingface.co), with the token HF_TOKEN, "
+            "and estimate those that it has",
+            "on or off",
+            flags=("up", "worker"),
+        ),
+    ] = "on"
+    hub_hosts: Annotated[
+        str,
+        setting(
+            "further hosts that the hub may redirect downloads to, also with private addresses; without a port, 443",
+            "a comma-separated list of HOST or HOST:PORT",
+            flags=("worker",),
+            pattern=rf"^( *{_HOST}(:{_PORT})? *(, *{_HOST}(:{_PORT})? *)*)?\Z",
+        ),
+    ] = ""
     stall_limit_s: Annotated[
         float,
         setting(
-            "time without progress after which a load fails, in seconds",
+            "time without progress after which a load or a download fails, in seconds",
             "a number greater than 0 and at most 86400",
             gt=0,
             le=86400,

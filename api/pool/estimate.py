@@ -5,16 +5,18 @@ from __future__ import annotations
 from msgspec import Struct, structs
 
 from api.pool.roster import Candidate, Measured, Roster, is_same
+from shared.download import InspectRequest, source
 from shared.errors import InvalidRequest, InvalidValue, LoadFailed, ModelNotFound
 from shared.memory.estimate import MOST_BYTES
 from shared.memory.placement import DRY_RUNS, Constraints, Demand, Placement, available, once_gone, place, place_now
 from shared.memory.plan import with_settings
-from shared.repository import parsed
 from shared.schema.http import EstimatedDevice, EstimatedQuantization, EstimateResult, LoadRequest
 from shared.schema.memory import CPU, Holding
 from shared.schema.model import Model, Weights
-from shared.schema.snapshot import Describing, Offer, Sizing, WorkerSnapshot
+from shared.schema.snapshot import Quantized, Sizing, WorkerSnapshot
 from shared.store.queue import Queue
+
+REVISION = "main"  # unless the name has one
 
 
 async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> EstimateResult:
@@ -39,16 +41,22 @@ class Question(Struct, frozen=True):
     """What a worker is asked about a model of the hub."""
 
     worker: str
-    describing: Describing
+    asked: InspectRequest
 
 
 def asked_of_hub(request: LoadRequest, roster: Roster) -> Question | None:
     """Return the question for a model that no worker has; None if its name is no repository's, or none has a hub."""
     worker = next((name for name, one in sorted(roster.alive.items()) if one.has_hub and one.state == "ready"), None)
-    repository = parsed(request.model)
-    if worker is None or repository is None:
+    try:
+        named = source(request.model)
+    except InvalidValue:
         return None
-    return Question(worker, Describing(repository=repository.name, quantization=repository.quantization))
+    if worker is None:
+        return None
+    asked = InspectRequest(
+        repository=named.repository, revision=named.revision or REVISION, quantization=named.quantization
+    )
+    return Question(worker, asked)
 
 
 async def estimated_by_hub(
@@ -56,15 +64,16 @@ async def estimated_by_hub(
 ) -> EstimateResult:
     """Estimate where the load of a model of the hub would go if it were downloaded, from the headers of its files.
 
-    Raises what `estimated` raises, `absent` with the reason if the hub does not describe it, and InvalidValue with the
-    candidates if the name does not tell the quantization.
+    Raises what `estimated` raises; `absent` with the hub's reason in its detail if it does not describe the model; and
+    InvalidValue with the candidates if the name does not tell the quantization.
     """
-    described = await queue.described(question.worker, question.describing)
+    described = await queue.described(question.worker, question.asked)
     if described is None or described.model is None:
         error = None if described is None else described.error
         if error is not None and error.type == InvalidRequest.type:
             raise InvalidValue(error.message, param="model", **(error.detail or {}))
-        raise ModelNotFound(f"{absent}. {error.message if error else 'The hub was not asked in time.'}", param="model")
+        hub = error.message if error else "The worker did not answer in time."
+        raise ModelNotFound(str(absent), param="model", hub=hub)
     await roster.refresh()
     model = described.model
     candidates = roster.everywhere(request, model)
@@ -73,12 +82,12 @@ async def estimated_by_hub(
     result = await _estimated(request, candidates, roster, queue)
     offers = [
         EstimatedQuantization(name=offer.name, size_bytes=offer.size_bytes, fits=_fits(offer, model, request, roster))
-        for offer in described.offers
+        for offer in described.quantizations
     ]
     return structs.replace(result, quantizations=offers)
 
 
-def _fits(offer: Offer, model: Model, request: LoadRequest, roster: Roster) -> bool:
+def _fits(offer: Quantized, model: Model, request: LoadRequest, roster: Roster) -> bool:
     """Return whether a quantization of a model fits, whose weights are scaled from those of another one."""
     scaled = structs.replace(model, size_bytes=offer.size_bytes, weights=_scaled(model, offer.size_bytes))
     return roster.choose(roster.everywhere(request, scaled), request)[1] is not None

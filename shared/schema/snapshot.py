@@ -50,14 +50,7 @@ class Sizing(Struct, frozen=True, kw_only=True):
     context_lengths: list[int] = []  # one dry run for each; []: one, as requested
 
 
-class Describing(Struct, frozen=True, kw_only=True):
-    """A request for the description of a model that the hub has, from the headers of its files."""
-
-    repository: str
-    quantization: str | None = None  # None: the one that a plain key would mean
-
-
-class Offer(Struct, frozen=True):
+class Quantized(Struct, frozen=True):
     """A quantization that a repository has."""
 
     name: str
@@ -65,8 +58,8 @@ class Offer(Struct, frozen=True):
 
 
 class Described(Struct, frozen=True, kw_only=True):
-    """The answer to a `Describing`: the model and what else there is, or the error."""
+    """What a worker learns of a model from the hub: also what else there is; or the error."""
 
     model: Model | None = None
-    offers: list[Offer] = []
+    quantizations: list[Quantized] = []
     error: ErrorBody | None = None

@@ -14,7 +14,8 @@ import pytest
 from msgspec import msgpack
 
 import worker.hub.describer
-from shared.schema.snapshot import Described, Describing
+from shared.download import InspectRequest
+from shared.schema.snapshot import Described
 from shared.synthetic import models as synthetic
 from tests.support.hub import LocalHub
 from tests.support.service import processes
@@ -22,7 +23,12 @@ from worker.hub.client import Access
 from worker.hub.describer import Describer
 from worker.sandbox import landlock
 
-QUESTION = msgpack.encode(Describing(repository="acme/tiny"))
+
+def question(repository: str) -> bytes:
+    return msgpack.encode(InspectRequest(repository=repository, revision="main", quantization=None))
+
+
+QUESTION = question("acme/tiny")
 
 
 def children() -> list[int]:
@@ -41,7 +47,7 @@ async def test_a_model_of_the_hub_is_described(tmp_path: Path) -> None:
         assert hub.sent[file.name] <= file.stat().st_size
     assert described.model is not None
     assert (described.model.key, described.model.problem) == ("acme/tiny", None)
-    assert [offer.name for offer in described.offers] == ["F16"]
+    assert [one.name for one in described.quantizations] == ["F16"]
     assert not children()
 
 
@@ -111,8 +117,7 @@ async def test_the_headers_of_the_last_models_are_kept(tmp_path: Path, monkeypat
         for repository in ("acme/tiny", "acme/other", "acme/tiny"):
             for shard in synthetic.sparse_shape(tmp_path / "big-Q4_0.gguf", "qwen3-0.6b", shards=2, vocabulary=1000):
                 hub.add(repository, shard.name, shard)
-            question = msgpack.encode(Describing(repository=repository))
-            models.append(msgpack.decode(await describer.answer(question), type=Described).model)
+            models.append(msgpack.decode(await describer.answer(question(repository)), type=Described).model)
     tiny, other, again = models
     assert describer.of(other) is None
     kept = describer.of(tiny)

@@ -50,8 +50,6 @@ WRONG = {
     "lease_s": ["2.9", "inf", "nan", "86400"],
     "log_level": ["verbose", "INFO"],
     "log_format": ["text"],
-    "hub": ["on", "huggingface.co", "ftp://host", "https://user@host", "https://host\n"],
-    "hub_token": ["two words"],
     "hub_hosts": ["http://host", "a b", "a,", "host:70000"],
     "models_dir": ["~no-such-user/models", "/models:~no-such-user/models"],
     "data_dir": ["~no-such-user/data"],

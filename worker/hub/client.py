@@ -6,7 +6,7 @@ import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
@@ -17,6 +17,7 @@ from msgspec import Struct
 
 import shared
 from shared.errors import DownloadFailed, ModelNotFound
+from shared.settings import SettingsError
 from worker.hub.choice import RemoteFile
 
 PUBLIC = "https://huggingface.co"
@@ -44,6 +45,23 @@ class Access(Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         """Hide the token, since values appear in tracebacks."""
         return f"Access({self.endpoint})"
+
+
+def access(environ: Mapping[str, str], hosts: str) -> Access:
+    """Return the access that the variables of Hugging Face's own tools describe.  Raises SettingsError."""
+    endpoint = environ.get("HF_ENDPOINT", "").strip() or PUBLIC
+    try:
+        origin = Origin.of(endpoint)
+    except ValueError:
+        origin = Origin("", "", 0)
+    parts = urlsplit(endpoint)
+    if origin.scheme not in ("https", "http") or not origin.host or "@" in parts.netloc or parts.query:
+        raise SettingsError("HF_ENDPOINT must be an http:// or https:// URL, without a password.")
+    token = environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise SettingsError("HF_TOKEN must have printable ASCII characters only.")
+    named = tuple(host.strip() for host in hosts.split(",") if host.strip())
+    return Access(endpoint=endpoint, token=token, hosts=named)
 
 
 class Unavailable(Exception):

@@ -20,10 +20,10 @@ import msgspec
 from msgspec import Struct, structs
 
 from shared import libc
+from shared.download import InspectRequest
 from shared.errors import ErrorBody, ServiceError, ServiceUnavailable
 from shared.schema.model import Model
-from shared.schema.snapshot import Described, Describing, Offer
-from shared.settings import Settings
+from shared.schema.snapshot import Described, Quantized
 from shared.telemetry import log
 from worker.hub import choice
 from worker.hub.choice import RemoteFile
@@ -36,7 +36,6 @@ WITHIN_S = 50.0
 KEPT_N = 4  # models whose headers are kept
 NICENESS = 10
 SYSTEM = ("/usr", "/lib", "/lib64", "/proc", "/etc", "/run")  # libraries, and how names are resolved
-MAIN = "main"  # the revision
 
 _log = log.get("worker")
 
@@ -45,7 +44,7 @@ class Asked(Struct, frozen=True):
     """What the process is told."""
 
     access: Access
-    describing: Describing
+    request: InspectRequest
     directory: str  # for the headers; the process creates it
 
 
@@ -76,17 +75,17 @@ class Describer:
         return self._access is not None
 
     async def answer(self, question: bytes) -> bytes:
-        """Answer a `Describing` with a `Described`, both as msgpack."""
+        """Answer an `InspectRequest` with a `Described`, both as msgpack."""
         if self._access is None:
             return _failed(ServiceUnavailable("The worker has no hub.").body())
-        describing = msgspec.msgpack.decode(question, type=Describing)
+        request = msgspec.msgpack.decode(question, type=InspectRequest)
         directory = self._directory / str(next(self._numbers))
         answer: Answer | None = None
         try:
             async with asyncio.timeout(WITHIN_S), self._places:
-                answer = await _run(Asked(self._access, describing, str(directory)))
+                answer = await _run(Asked(self._access, request, str(directory)))
         except (OSError, TimeoutError) as e:
-            _log.warning("hub not asked", action="hub_not_asked", repository=describing.repository, error=str(e))
+            _log.warning("hub not asked", action="hub_not_asked", repository=request.repository, error=str(e))
         if answer is None or not answer.files:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         if answer is None:
@@ -131,14 +130,6 @@ def _failed(error: ErrorBody) -> bytes:
     return msgspec.msgpack.encode(Described(error=error))
 
 
-def access(settings: Settings) -> Access | None:
-    """Return how to reach the hub; None if there is none."""
-    if settings.hub == "off":
-        return None
-    hosts = tuple(host for host in settings.hub_hosts.split(",") if host)
-    return Access(endpoint=settings.hub, token=settings.hub_token, hosts=hosts)
-
-
 # ---- in the process
 
 
@@ -152,7 +143,7 @@ def main() -> None:
         directory.mkdir(parents=True, exist_ok=True)
     _restrict(directory)
     try:
-        answer = answered(hub, asked.describing, directory)
+        answer = answered(hub, asked.request, directory)
     except ServiceError as e:
         answer = Answer(Described(error=e.body()))
     except (Unavailable, Gone) as e:
@@ -174,13 +165,13 @@ def _restrict(directory: Path) -> None:
     landlock.restrict_thread(rules, with_network=True)
 
 
-def answered(hub: Hub, describing: Describing, directory: Path) -> Answer:
+def answered(hub: Hub, request: InspectRequest, directory: Path) -> Answer:
     """Describe a model of the hub.  Raises ServiceError, Unavailable and Gone."""
-    repository = hub.repository(describing.repository, MAIN)
-    files = choice.choose(repository.files, describing.quantization)
-    offers = [Offer(one.name, one.size_bytes) for one in choice.quantizations(repository.files)]
+    repository = hub.repository(request.repository, request.revision)
+    files = choice.choose(repository.files, request.quantization)
+    offered = [Quantized(one.name, one.size_bytes) for one in choice.quantizations(repository.files)]
     model, heads = found(repository.name, files, _Reader(hub, repository))
-    described = Described(model=model, offers=offers)
+    described = Described(model=model, quantizations=offered)
     try:
         return Answer(described, _written(heads, files, directory))
     except OSError:  # no space, or no files with holes

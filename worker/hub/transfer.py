@@ -99,7 +99,13 @@ class Partial:
                 return piece * PIECE_BYTES + got
         return self.size
 
+    def forget(self) -> None:
+        """Forget what is there, so that all of it is fetched again.  Raises OSError."""
+        os.ftruncate(self._table, 0)
+        self.got, self.bytes = [0] * self.n_pieces, 0
+
     def sync(self) -> None:
+        """Write the file to the disk.  Raises OSError."""
         os.fsync(self._fd)
 
     def close(self) -> None:
