@@ -18,6 +18,7 @@ from api import unserved
 from api.access import guarded
 from api.anthropic import models as anthropic
 from api.decode import decode, read_body
+from api.downloads import routes as downloads
 from api.headers import (
     FIRST,
     LONGEST_WAIT_S,
@@ -217,9 +218,9 @@ async def root(request: Request[State]) -> Response:
     return RedirectResponse(paths.DOCS)
 
 
-def _rest(path: str, endpoint: Callable[[Request[State]], Awaitable[Response]]) -> Route:
+def _rest(path: str, endpoint: Callable[[Request[State]], Awaitable[Response]], method: str = "GET") -> Route:
     """Return a route whose placeholder takes the rest of the path, with the path as the document has it."""
-    route = Route(path.replace("}", ":path}"), endpoint, methods=["GET"])
+    route = Route(path.replace("}", ":path}"), endpoint, methods=[method])
     route.path = path
     return route
 
@@ -234,6 +235,14 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.JOB_EVENTS, job_events, methods=["GET"]),
     Route(paths.JOB_LOGS, job_logs, methods=["GET"]),
     Route(paths.UNLOAD, unload, methods=["POST"]),
+    Route(paths.DOWNLOAD, downloads.download, methods=["POST"]),
+    Route(paths.DOWNLOADS, downloads.downloads, methods=["GET"]),
+    Route(paths.ONE_DOWNLOAD, downloads.one_download, methods=["GET"]),
+    Route(paths.ONE_DOWNLOAD, downloads.cancel, methods=["DELETE"]),
+    Route(paths.DOWNLOAD_EVENTS, downloads.download_events, methods=["GET"]),
+    Route(paths.PAUSE_DOWNLOAD, downloads.pause, methods=["POST"]),
+    Route(paths.RESUME_DOWNLOAD, downloads.resume, methods=["POST"]),
+    _rest(paths.MODEL, downloads.remove_model, "DELETE"),
     Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
     Route(paths.V1_MODELS, v1_models, methods=["GET"]),
     _rest(paths.V1_MODEL, v1_model),

@@ -28,8 +28,6 @@ UNSERVED = (
     ("POST", "/v1/messages/count_tokens"),
     # ---- LM Studio
     ("POST", "/api/v1/chat"),
-    ("POST", "/api/v1/models/download"),
-    ("GET", "/api/v1/models/download/status/{job_id}"),
     ("POST", "/api/v0/chat/completions"),
     ("POST", "/api/v0/completions"),
     ("POST", "/api/v0/embeddings"),

@@ -33,7 +33,7 @@ from api.openapi.operations import (
 )
 from shared import __version__, errors
 from shared.errors import DownloadFailure, ErrorBody, LoadFailure, ServiceError
-from shared.schema.http import LoadEvent
+from shared.schema.http import DownloadEvent, LoadEvent
 
 INTRO = """\
 Loads GGUF models into memory on request. All errors below `/api/v1` have the same form: an object `error` with `type`,
@@ -172,7 +172,7 @@ def _types() -> list[Any]:
     replies = [reply for operation in OPERATIONS.values() for reply in operation.replies.values()]
     sent = [kind for reply in replies for kind in reply.content.values() if not isinstance(kind, dict)]
     named = (OpenAIModel, OpenAIModelList, AnthropicModel, AnthropicModelList, Chunk)  # in schemas of several types
-    return [*EXAMPLES, *sent, *named, LoadEvent, ErrorReply, OpenAIErrorReply]
+    return [*EXAMPLES, *sent, *named, LoadEvent, DownloadEvent, ErrorReply, OpenAIErrorReply]
 
 
 @cache

@@ -99,7 +99,7 @@ class Downloads:
 
     async def want(self, id_: str, wanted: Wanted) -> bool:
         """Leave a request for the worker of a download, and wake it.  Returns False if there is no such record."""
-        return await self._want(keys.download(id_), id=id_, wanted=wanted) is not None
+        return await self._want(keys.download(id_), id=id_, wanted=wanted, retain_s=DOWNLOAD_RETAIN_S) is not None
 
     async def get(self, id_: str) -> Download | None:
         doc = await self._redis.hget(keys.download(id_), "doc")  # type: ignore[misc]

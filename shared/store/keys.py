@@ -28,7 +28,8 @@
   download:{id}     hash    rev, worker, doc (msgpack), wanted (the request of a client that is not fulfilled yet)
                                                               expires DOWNLOAD_RETAIN_S after the last write
   downloads         zset    id -> creation (seconds), of the last DOWNLOAD_RETAIN_S
-  downloads:{worker} set    ids that a worker has to look at
+                                                              expires DOWNLOAD_RETAIN_S after the last write
+  downloads:{worker} set    ids that a worker has to look at; expires as above
   downloading:{target} string  id of the live download of the same files to the same place
                                                               expires DOWNLOAD_RETAIN_S after the last write
   fetched:{digest}  hash    id of the download and digest of the request of an Idempotency-Key

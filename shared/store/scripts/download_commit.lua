@@ -12,11 +12,13 @@ redis.call('HSET', record, 'rev', a.rev, 'doc', a.doc, 'worker', a.worker)
 redis.call('EXPIRE', record, a.retain_s)
 if a.done and redis.call('HGET', record, 'wanted') == a.done then redis.call('HDEL', record, 'wanted') end
 redis.call('ZADD', 'downloads', a.created, a.id)
+redis.call('EXPIRE', 'downloads', a.retain_s)
 if a.over then
   if not redis.call('HGET', record, 'wanted') then redis.call('SREM', 'downloads:' .. a.worker, a.id) end
   if redis.call('GET', target) == a.id then redis.call('DEL', target) end
 else
   redis.call('SADD', 'downloads:' .. a.worker, a.id)
+  redis.call('EXPIRE', 'downloads:' .. a.worker, a.retain_s)
   redis.call('SET', target, a.id, 'EX', a.retain_s)
 end
 return 1

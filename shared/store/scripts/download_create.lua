@@ -26,6 +26,8 @@ redis.call('SET', target, a.id, 'EX', a.retain_s)
 redis.call('SADD', 'downloads:' .. a.worker, a.id)
 redis.call('ZREMRANGEBYSCORE', 'downloads', '-inf', a.created - a.retain_s)
 redis.call('ZADD', 'downloads', a.created, a.id)
+redis.call('EXPIRE', 'downloads', a.retain_s)
+redis.call('EXPIRE', 'downloads:' .. a.worker, a.retain_s)
 remember(a.id)
 redis.call('PUBLISH', 'wake:' .. a.worker, a.id)
 return {'created', a.id, ''}
