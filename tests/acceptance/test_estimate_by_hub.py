@@ -11,7 +11,7 @@ import pytest
 
 from shared.synthetic import models as synthetic
 from tests.support.hub import COMMIT, LocalHub
-from tests.support.service import TINY, Service, error, until, up
+from tests.support.service import TINY, Running, Service, error, until, up
 
 BIG, MANY = "Acme/Big-GGUF", "Acme/Many-GGUF"
 ESTIMATE = "/api/v1/models/estimate"
@@ -120,3 +120,11 @@ def test_without_a_hub_that_answers_the_model_is_not_found(tmp_path: Path) -> No
         assert missing["message"] == f"Model {BIG} not found in downloaded models"
         assert "cannot be reached" in missing["detail"]["hub"]
         assert estimate(service, TINY)["fits"]
+
+
+def test_the_command_line_lists_what_fits(service: Service, tmp_path: Path) -> None:
+    command = Running(tmp_path, "load", MANY, "--estimate-only", environ={"LOADSTONE_URL": service.url})
+    assert command.popen.wait(60) == 0, command.stderr
+    lines = [line.split() for line in command.stdout.splitlines()]
+    start = lines.index(["QUANTIZATION", "SIZE", "FITS"])
+    assert [(line[0], line[-1]) for line in lines[start + 1 :]] == [("Q4_0", "yes"), ("Q8_0", "yes"), ("F16", "no")]
