@@ -62,8 +62,15 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("GET", paths.JOB_EVENTS): "manage",
     ("GET", paths.JOB_LOGS): "manage",
     ("POST", paths.UNLOAD): "manage",
-    ("POST", "/api/v1/models/download"): "manage",
-    ("GET", "/api/v1/models/download/status/{job_id}"): "manage",
+    # ---- downloads
+    ("POST", paths.DOWNLOAD): "manage",
+    ("GET", paths.DOWNLOADS): "manage",
+    ("GET", paths.ONE_DOWNLOAD): "manage",
+    ("DELETE", paths.ONE_DOWNLOAD): "manage",
+    ("GET", paths.DOWNLOAD_EVENTS): "manage",
+    ("POST", paths.PAUSE_DOWNLOAD): "manage",
+    ("POST", paths.RESUME_DOWNLOAD): "manage",
+    ("DELETE", paths.MODEL): "manage",
     # ---- the pool
     ("GET", paths.WORKERS): "manage",
     ("GET", paths.METRICS): "manage",

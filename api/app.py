@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.answering import Answering
 from api.auth import Auth
 from api.channel.channels import Channels
+from api.downloads.intake import Downloads
 from api.errors import HANDLERS
 from api.loads.demand import OnDemand
 from api.loads.departures import Departures
@@ -141,6 +142,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 departures=departures,
                 follower=follower,
                 stopper=Stopper(store.instances, records, follower, settings.unload_wait_s),
+                downloads=Downloads(roster, store.queue, store.downloads, store.instances),
                 listing=Listing(roster, store.instances),
                 ids=Ids(roster, store.instances),
                 answering=answering,

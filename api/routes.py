@@ -18,6 +18,7 @@ from api import unserved
 from api.access import guarded
 from api.anthropic import models as anthropic
 from api.decode import decode, read_body
+from api.downloads import routes as downloads
 from api.headers import (
     FIRST,
     LONGEST_WAIT_S,
@@ -41,14 +42,14 @@ from api.openai.chat import chat_completions
 from api.openai.completions import completions
 from api.openai.embeddings import embeddings
 from api.openapi.document import docs_page, openapi_json
-from api.pool.estimate import estimated
+from api.pool.estimate import asked_of_hub, estimated, estimated_by_hub
 from api.pool.metrics import CONTENT_TYPE, scraped
 from api.rerank.routes import rerank
 from api.state import State
 from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize, tokenizer_info
 from api.waiting import EventStream, waited_for
 from shared import paths
-from shared.errors import JobNotFound, QueueUnavailable
+from shared.errors import JobNotFound, ModelNotFound, QueueUnavailable
 from shared.instance import Instance
 from shared.schema.http import JobList, JobStatus, LoadRequest, UnloadRequest, UnloadResult, WorkerList
 from shared.store.connection import UNAVAILABLE
@@ -99,7 +100,14 @@ async def load(request: Request[State]) -> Response:
 
 async def estimate(request: Request[State]) -> Response:
     body = decode(await read_body(request), LoadRequest, '"{}" is required')
-    return _json(await estimated(body, request.state["roster"], request.state["queue"]))
+    roster, queue = request.state["roster"], request.state["queue"]
+    try:
+        return _json(await estimated(body, roster, queue))
+    except ModelNotFound as absent:
+        if (question := asked_of_hub(body, roster)) is None:
+            raise
+        with _place(request):
+            return _json(await waited_for(request, estimated_by_hub(body, question, absent, roster, queue)))
 
 
 async def jobs(request: Request[State]) -> Response:
@@ -215,9 +223,9 @@ async def root(request: Request[State]) -> Response:
     return RedirectResponse(paths.DOCS)
 
 
-def _rest(path: str, endpoint: Callable[[Request[State]], Awaitable[Response]]) -> Route:
+def _rest(path: str, endpoint: Callable[[Request[State]], Awaitable[Response]], method: str = "GET") -> Route:
     """Return a route whose placeholder takes the rest of the path, with the path as the document has it."""
-    route = Route(path.replace("}", ":path}"), endpoint, methods=["GET"])
+    route = Route(path.replace("}", ":path}"), endpoint, methods=[method])
     route.path = path
     return route
 
@@ -232,6 +240,14 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.JOB_EVENTS, job_events, methods=["GET"]),
     Route(paths.JOB_LOGS, job_logs, methods=["GET"]),
     Route(paths.UNLOAD, unload, methods=["POST"]),
+    Route(paths.DOWNLOAD, downloads.download, methods=["POST"]),
+    Route(paths.DOWNLOADS, downloads.downloads, methods=["GET"]),
+    Route(paths.ONE_DOWNLOAD, downloads.one_download, methods=["GET"]),
+    Route(paths.ONE_DOWNLOAD, downloads.cancel, methods=["DELETE"]),
+    Route(paths.DOWNLOAD_EVENTS, downloads.download_events, methods=["GET"]),
+    Route(paths.PAUSE_DOWNLOAD, downloads.pause, methods=["POST"]),
+    Route(paths.RESUME_DOWNLOAD, downloads.resume, methods=["POST"]),
+    _rest(paths.MODEL, downloads.remove_model, "DELETE"),
     Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
     Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),

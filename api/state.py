@@ -7,6 +7,7 @@ from typing import NotRequired, TypedDict
 
 from api.answering import Answering
 from api.channel.channels import Channels
+from api.downloads.intake import Downloads
 from api.loads.departures import Departures
 from api.loads.follow import Follower
 from api.loads.records import Records
@@ -31,6 +32,7 @@ class State(TypedDict):
     departures: Departures
     follower: Follower
     stopper: Stopper
+    downloads: Downloads
     listing: Listing
     ids: Ids
     answering: Answering

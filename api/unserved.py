@@ -25,10 +25,7 @@ UNSERVED = (
     ("POST", "/v1/messages/count_tokens"),
     # ---- LM Studio
     ("POST", "/api/v1/chat"),
-    ("POST", "/api/v1/models/download"),
-    ("GET", "/api/v1/models/download/status/{job_id}"),
     ("POST", "/api/v0/embeddings"),
-    # ---- llama.cpp and Jina
 )
 
 

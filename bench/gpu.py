@@ -319,7 +319,7 @@ def load(mode: Mode, gpu: str, key: str) -> dict[str, float]:
 def load_of(key: str, gpu: str) -> Load:
     """Return the load that a worker would send to a runner for the request that the service gets."""
     with tempfile.TemporaryDirectory() as directory:
-        catalog = Catalog(MODELS, Path(directory, "cache"))
+        catalog = Catalog([MODELS], Path(directory, "cache"))
         catalog.look()
         while catalog.is_shallow:
             catalog.deepen(1.0)

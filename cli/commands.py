@@ -430,6 +430,9 @@ def show(estimate: EstimateResult, as_json: bool) -> None:
         )
         if not estimate.exact:
             say("This estimate is approximate: it is not verified against the engine for this configuration.")
+        if estimate.quantizations:
+            rows = [(one.name, size(one.size_bytes), "yes" if one.fits else "no") for one in estimate.quantizations]
+            table(("QUANTIZATION", "SIZE", "FITS"), rows)
     if not estimate.fits:
         sys.exit(FAILED)
 

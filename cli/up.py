@@ -51,7 +51,7 @@ def run_up(flags: Mapping[str, str | None], *, demo: bool) -> None:
         make_directories(settings, has_models=is_named and not demo)
         undo.enter_context(only_one(settings.data_dir))
         listening = undo.enter_context(listener.bind(settings))
-        first = write_demo(settings.models_dir) if demo else None
+        first = write_demo(settings.roots[0]) if demo else None
         redis = None if settings.redis_url else undo.enter_context(devredis.prepared(settings.data_dir))
         asyncio.run(_supervise_all(settings, listening, redis, first))
 
@@ -175,14 +175,15 @@ def _environ(settings: Settings) -> dict[str, str]:
 
 
 def make_directories(settings: Settings, *, has_models: bool) -> None:
-    """Create the directories of data and models.  With `has_models`, that of models must exist: it would be empty.
+    """Create the directories of data and models.  With `has_models`, those of models must exist: they would be empty.
 
     Raises SettingsError.
     """
-    if has_models and not settings.models_dir.exists():
-        raise SettingsError(f"{variable('models_dir')} is '{settings.models_dir}': this directory does not exist.")
-    for field, mode in (("data_dir", 0o700), ("models_dir", 0o755)):
-        path: Path = getattr(settings, field)
+    missing = [path for path in settings.roots if not path.exists()]
+    if has_models and missing:
+        raise SettingsError(f"{variable('models_dir')} is '{missing[0]}': this directory does not exist.")
+    of_models = [("models_dir", path, 0o755) for path in settings.roots]
+    for field, path, mode in [("data_dir", settings.data_dir, 0o700), *of_models]:
         try:
             path.mkdir(mode=mode, parents=True, exist_ok=True)
         except OSError as e:

@@ -19,6 +19,18 @@ LoadFailure = Literal[
     "load_cancelled",
 ]
 
+DownloadFailure = Literal[
+    "gated_repository",
+    "hub_unavailable",
+    "invalid_hub_reply",
+    "checksum_mismatch",
+    "insufficient_disk",
+    "read_only_store",
+    "store_error",
+    "download_crashed",
+    "downloads_off",
+]
+
 MEMORY_RETRY_S = 30  # other models may be unused then
 
 
@@ -124,6 +136,12 @@ class JobAlreadyFinished(InvalidRequest):
     """The load has already ended and cannot be cancelled."""
 
     code = "job_already_finished"
+
+
+class ModelInUse(InvalidRequest):
+    """The model is loaded, being loaded or being downloaded."""
+
+    code = "model_in_use"
 
 
 class IdempotencyKeyReused(InvalidRequest):
@@ -250,6 +268,17 @@ class LoadFailed(ServiceError):
         self.code: LoadFailure = code
         if code == "insufficient_memory":
             self.retry_after_s = MEMORY_RETRY_S
+
+
+class DownloadFailed(ServiceError):
+    """The model cannot be downloaded, or its files cannot be removed."""
+
+    type = "download_failed"
+
+    def __init__(self, code: DownloadFailure, message: str, **detail: object) -> None:
+        super().__init__(message)
+        self.detail = detail
+        self.code: DownloadFailure = code
 
 
 def crashed_recently(model_type: str, model: str, reason: str, left_s: int) -> LoadFailed:

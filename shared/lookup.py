@@ -122,9 +122,12 @@ def _is_unchanged(model: Model, source: Model) -> bool:
 
 
 def _is_copy(model: Model, source: Model) -> bool:
-    """Return whether a model has the paths, the sizes and the header of `source`: it was copied or downloaded again."""
+    """Return whether a model has the paths, the sizes and the header of `source`: it was copied or downloaded again.
+
+    In another models directory, which has it hide `source` or be hidden, it has the key instead of the paths.
+    """
     return (
-        model.shards == source.shards
+        (model.shards == source.shards or (model.root != source.root and model.full_key == source.full_key))
         and [file.size for file in model.files] == [file.size for file in source.files]
         and _header(model) == _header(source)
     )

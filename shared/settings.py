@@ -79,7 +79,13 @@ class Settings(Struct, frozen=True, kw_only=True):
         ),
     ] = 1234
     models_dir: Annotated[
-        Path, setting("directory with the GGUF files of the worker", "a directory", flags=("up", "worker"))
+        Path,
+        setting(
+            "directories with the models of the worker: GGUF files, the cache of Hugging Face, or a store of Ollama; "
+            "of the same model in two of them, the first is used",
+            "a directory, or several separated by colons",
+            flags=("up", "worker"),
+        ),
     ] = Path("~/.loadstone/models")
     data_dir: Annotated[
         Path,
@@ -345,10 +351,28 @@ class Settings(Struct, frozen=True, kw_only=True):
             "on or off",
         ),
     ] = "off"
+    downloads: Annotated[
+        Literal["on", "off"],
+        setting(
+            "download models from the hub of HF_ENDPOINT (default: https://huggingface.co), with the token HF_TOKEN, "
+            "and estimate those that it has",
+            "on or off",
+            flags=("up", "worker"),
+        ),
+    ] = "on"
+    hub_hosts: Annotated[
+        str,
+        setting(
+            "further hosts that the hub may redirect downloads to, also with private addresses; without a port, 443",
+            "a comma-separated list of HOST or HOST:PORT",
+            flags=("worker",),
+            pattern=rf"^( *{_HOST}(:{_PORT})? *(, *{_HOST}(:{_PORT})? *)*)?\Z",
+        ),
+    ] = ""
     stall_limit_s: Annotated[
         float,
         setting(
-            "time without progress after which a load fails, in seconds",
+            "time without progress after which a load or a download fails, in seconds",
             "a number greater than 0 and at most 86400",
             gt=0,
             le=86400,
@@ -390,6 +414,11 @@ class Settings(Struct, frozen=True, kw_only=True):
         Literal["console", "json"],
         setting("format of the log lines on stderr", "console or json", flags=("up", "api", "worker")),
     ] = "console"
+
+    @property
+    def roots(self) -> list[Path]:
+        """The models directories.  There is at least one."""
+        return _roots(self.models_dir)
 
     @property
     def name(self) -> str:
@@ -489,8 +518,14 @@ def _path(kind: type, value: object) -> object:
     raise ValueError("not a path")
 
 
+def _roots(models_dir: Path) -> list[Path]:
+    return [Path(path) for path in str(models_dir).split(":") if path] or [models_dir]
+
+
 def _expand(field: str, path: Path) -> Path:
     try:
+        if field == "models_dir":
+            return Path(":".join(str(root.expanduser()) for root in _roots(path)))
         return path.expanduser()
     except RuntimeError:  # the user does not exist or has no home directory
         raise SettingsError(

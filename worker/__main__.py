@@ -13,6 +13,7 @@ from shared.settings import SettingsError, from_environ
 from shared.telemetry import log
 from worker.agent import LeaseLost
 from worker.environment import strip_environment
+from worker.hub.client import access
 from worker.main import CatalogLate, run
 from worker.runner.process import RunnerDied, RunnerStuck
 
@@ -24,12 +25,13 @@ def main() -> int:
     status = 0
     try:
         settings = from_environ(os.environ)
+        hub = access(os.environ, settings.hub_hosts) if settings.downloads == "on" else None
         strip_environment()
         # libgomp reads this when the fork server imports the engine.  Threads that spin at a barrier would take the
         # core from the thread they wait for if cores are busy (libgomp's OMP_WAIT_POLICY).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         log.configure(settings.log_level, settings.log_format, service="worker", worker=settings.name)
-        uvloop.run(run(settings, beat))
+        uvloop.run(run(settings, beat, hub))
     except* (SettingsError, LeaseLost) as group:
         print(f"loadstone: {_first(group)}", file=sys.stderr)  # noqa: T201
         status = 2

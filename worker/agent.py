@@ -19,6 +19,9 @@ from shared.telemetry import log
 from shared.telemetry.tally import Tally, died, field
 from worker.crashes import Crashes
 from worker.desired import Desired
+from worker.downloads import Downloads
+from worker.hub.client import Access
+from worker.hub.describer import Describer
 from worker.instance import Resident, Services, has_changed
 from worker.listener.process import Listener
 from worker.memory.devices import Devices
@@ -49,8 +52,10 @@ class Agent:
         epoch: str,
         heartbeat: Callable[[], None] = lambda: None,
         timing: Timing | None = None,
+        hub: Access | None = None,
     ) -> None:
-        """`heartbeat` is called at each beat and signals liveness to the supervisor.
+        """`heartbeat` is called at each beat and signals liveness to the supervisor.  `hub`: the source of downloads;
+        None: there is none.
 
         Raises SettingsError for unknown devices.
         """
@@ -76,7 +81,8 @@ class Agent:
             visible=self.devices.visible(),
             timing=timing,
         )
-        self.dry_run = DryRun(settings, self.models, self.devices, self.runners, timing)
+        self.describer = Describer(hub, settings.data_dir / f"headers-{self.name}")
+        self.dry_run = DryRun(settings, self.models, self.describer.of, self.devices, self.runners, timing)
         self.placer = Placer(
             settings, self.devices, self.residents, self.dry_run.measured, self.announce, self.tally, timing
         )
@@ -97,6 +103,7 @@ class Agent:
             self.deliver,
             self.stop,
         )
+        self.downloads = Downloads(self.name, settings.roots, hub, store.downloads, settings.stall_limit_s)
         self.listener = Listener(log_level=settings.log_level, log_format=settings.log_format)
         self._heartbeat = heartbeat
         self._digest = ""  # of the published catalog
@@ -160,6 +167,11 @@ class Agent:
         model = of_instance(self.models, instance)
         return model is not None and model.problem is None
 
+    def holds(self, model: Model) -> bool:
+        """Return whether an instance of a model is loaded, being loaded or waiting."""
+        keys = {resident.instance.full_key for resident in self.residents.values() if resident.instance is not None}
+        return model.full_key in keys
+
     def stop(self, id_: str) -> None:
         """Stop an instance, if this worker holds it."""
         if id_ in self.residents:
@@ -184,6 +196,7 @@ class Agent:
             engine=self.runners.engine,
             channels=self.listener.address,
             problems=self.problems,
+            has_hub=self.describer.is_on,
         )
 
     async def announce_changes(self) -> None:

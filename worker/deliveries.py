@@ -1,4 +1,4 @@
-"""Reads this worker's queue through arq: loads and dry-run requests from APIs."""
+"""Reads this worker's queue through arq: loads from APIs, and requests that have a reply."""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ from typing import Any, cast
 from arq.utils import timestamp_ms
 from arq.worker import Worker as ArqWorker
 from arq.worker import func
+from msgspec import msgpack
 from redis.asyncio import Redis
 
+from shared.download import PREFIX, InspectRequest
 from shared.store import keys
 from shared.store.connection import UNAVAILABLE, check_cancelled
-from shared.store.queue import LOAD, SIZE, SIZED_S, as_arq, pack_job, unpack_job
+from shared.store.queue import (
+    DESCRIBE,
+    DESCRIBED_S,
+    INSPECT,
+    INSPECTED_S,
+    LOAD,
+    REMOVE,
+    SIZE,
+    SIZED_S,
+    as_arq,
+    pack_job,
+    unpack_job,
+)
 from shared.telemetry import log
 from worker.agent import Agent
 
@@ -27,7 +41,7 @@ class Deliveries(ArqWorker):
     """arq's worker on this worker's queue, woken by notifications instead of polling.
 
     The job of a load only delivers an id to the agent.  The claim of the record decides which worker loads it, so arq's
-    retries and results are off.  Only the job of a dry run has a result.
+    retries and results are off.  Only jobs of other kinds have a result.
     """
 
     def __init__(self, redis: Redis, agent: Agent) -> None:
@@ -39,10 +53,26 @@ class Deliveries(ArqWorker):
             self.begun.set()
             return await agent.dry_run.answer(sizing)
 
+        async def describe(_: dict[Any, Any], describing: bytes) -> bytes:
+            self.begun.set()
+            return await agent.describer.answer(describing)
+
+        async def inspect(_: dict[Any, Any], request: bytes) -> bytes:
+            self.begun.set()
+            return msgpack.encode(await agent.downloads.inspect(msgpack.decode(request, type=InspectRequest)))
+
+        async def remove(_: dict[Any, Any], key: bytes) -> bytes:
+            self.begun.set()
+            removed = await agent.downloads.remove(agent.models, agent.holds, msgpack.decode(key, type=str))
+            return msgpack.encode(removed)
+
         super().__init__(
             [
                 func(cast(Any, load), name=LOAD),
                 func(cast(Any, size), name=SIZE, timeout=SIZED_S, keep_result=SIZED_S),
+                func(cast(Any, describe), name=DESCRIBE, timeout=DESCRIBED_S, keep_result=DESCRIBED_S),
+                func(cast(Any, inspect), name=INSPECT, timeout=INSPECTED_S, keep_result=SIZED_S),
+                func(cast(Any, remove), name=REMOVE, timeout=SIZED_S, keep_result=SIZED_S),
             ],
             queue_name=keys.queue(agent.name),
             redis_pool=as_arq(redis),
@@ -95,7 +125,9 @@ async def take_deliveries(redis: Redis, agent: Agent) -> None:
         deliveries = Deliveries(redis, agent)
 
         def on_message(data: bytes, deliveries: Deliveries = deliveries) -> None:
-            if data:
+            if data.startswith(PREFIX.encode()):
+                agent.downloads.wake()
+            elif data:
                 agent.stop(data.decode())
             else:
                 deliveries.woken.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared.store.connection import UNAVAILABLE, check_cancelled
@@ -14,11 +15,11 @@ from worker.runner.process import Runner
 class EngineLog:
     """Writes the output of a load's runner to Redis, in batches, from `follow` until `close`."""
 
-    def __init__(self, instances: Instances, id_: str, worker: str, models_dir: Path, every_s: float) -> None:
+    def __init__(self, instances: Instances, id_: str, worker: str, roots: Sequence[Path], every_s: float) -> None:
         self.traceparent = ""  # of the runner's span; written as the first line
         self._instances = instances
         self._id, self._worker = id_, worker
-        self._models_dir = models_dir
+        self._roots = roots
         self._every_s = every_s
         self._task: asyncio.Task[None] | None = None
 
@@ -44,8 +45,10 @@ class EngineLog:
             runner.output.grown.set()
 
     def relative(self, text: str) -> str:
-        """Make paths in the engine's output relative to the models directory."""
-        return text.replace(f"{self._models_dir}/", "")
+        """Make paths in the engine's output relative to their models directories."""
+        for root in self._roots:
+            text = text.replace(f"{root}/", "")
+        return text
 
     async def _follow(self, runner: Runner) -> None:
         while True:

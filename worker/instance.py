@@ -103,7 +103,7 @@ class Resident:
             services.instances,
             id_,
             services.name,
-            services.settings.models_dir,
+            services.settings.roots,
             services.timing.engine_log_s,
         )
         self._claimed_at = 0.0

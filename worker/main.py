@@ -23,6 +23,7 @@ from shared.telemetry import log
 from worker.agent import Agent
 from worker.catalog.scanner import catalogs
 from worker.deliveries import take_deliveries
+from worker.hub.client import Access
 from worker.lease import owned, take_lease
 from worker.listener.port import opened
 from worker.memory.devices import locked
@@ -38,8 +39,8 @@ class CatalogLate(Exception):
     """The first catalog did not arrive in time."""
 
 
-async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
-    """Run the worker until SIGTERM or SIGINT, then drain.
+async def run(settings: Settings, heartbeat: Callable[[], None], hub: Access | None = None) -> None:
+    """Run the worker until SIGTERM or SIGINT, then drain.  `hub`: where models are downloaded from, None: nowhere.
 
     A second signal exits at once; the runners then exit at the end of their streams.  Raises SettingsError,
     LeaseLost, CatalogLate, RunnerDied and RunnerStuck, also in a group.
@@ -56,7 +57,8 @@ async def run(settings: Settings, heartbeat: Callable[[], None]) -> None:
     epoch = uuid.uuid4().hex
     with owned(settings, epoch) as name, ExitStack() as stack:
         async with connected(redis_url(settings)) as redis:
-            agent = Agent(settings, Store(redis, settings.lease_s, restores=settings.restore == "on"), epoch, heartbeat)
+            store = Store(redis, settings.lease_s, restores=settings.restore == "on")
+            agent = Agent(settings, store, epoch, heartbeat, hub=hub)
             stack.enter_context(locked(settings.lock_dir or settings.data_dir / "devices", agent.devices.gpus))
             sockets = settings.data_dir / f"worker-{agent.name}.sock", name.directory / "worker.sock"
             port = stack.enter_context(opened(settings, partial(local_host, redis)))
@@ -84,7 +86,7 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
     agent.runners.prepare()
     agent.desired.read()
     scanned = catalogs(
-        settings.models_dir,
+        settings.roots,
         settings.data_dir / f"catalog-{agent.name}.msgpack",
         log_level=settings.log_level,
         log_format=settings.log_format,
@@ -107,6 +109,7 @@ async def _work(settings: Settings, redis: Redis, agent: Agent, dead_epoch: str)
             agent.beat(),
             agent.announce_changes(),
             take_deliveries(redis, agent),
+            agent.downloads.run(),
             agent.desired.keep(),
             agent.watch_files(),
         ):

@@ -35,8 +35,8 @@ from api.openapi.operations import (
 )
 from api.rerank.forms import RankedText, Ranking
 from shared import __version__, errors
-from shared.errors import ErrorBody, LoadFailure, ServiceError
-from shared.schema.http import LoadEvent
+from shared.errors import DownloadFailure, ErrorBody, LoadFailure, ServiceError
+from shared.schema.http import DownloadEvent, LoadEvent
 
 INTRO = """\
 Loads GGUF models into memory on request. All errors below `/api/v1` have the same form: an object `error` with `type`,
@@ -146,7 +146,8 @@ def _reply(reply: Reply) -> dict[str, Any]:
 
 def bodies(kind: type[ServiceError]) -> list[ErrorBody]:
     """Return the error bodies of a class, one per code, without messages."""
-    codes = get_args(LoadFailure) if kind is errors.LoadFailed else [kind.code]
+    several = {errors.LoadFailed: LoadFailure, errors.DownloadFailed: DownloadFailure}
+    codes = get_args(several[kind]) if kind in several else [kind.code]
     return [ErrorBody(type=kind.type, message="", code=code) for code in codes]
 
 
@@ -185,7 +186,7 @@ def _types() -> list[Any]:
         LegacyChunk,
         LegacyTextChunk,
     )  # in schemas of several types
-    return [*EXAMPLES, *sent, *named, LoadEvent, ErrorReply, OpenAIErrorReply]
+    return [*EXAMPLES, *sent, *named, LoadEvent, DownloadEvent, ErrorReply, OpenAIErrorReply]
 
 
 @cache

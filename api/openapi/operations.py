@@ -31,6 +31,11 @@ from api.tokens.forms import (
 from shared import errors, paths
 from shared.errors import ServiceError
 from shared.schema.http import (
+    DownloadEvent,
+    DownloadJob,
+    DownloadJobList,
+    DownloadReply,
+    DownloadRequest,
     EstimateResult,
     GPURequest,
     Job,
@@ -40,6 +45,7 @@ from shared.schema.http import (
     LoadRequest,
     LoadResult,
     ModelList,
+    RemovedModel,
     UnloadRequest,
     UnloadResult,
     WorkerList,
@@ -89,7 +95,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "job_id": {
         "in": "path",
         "required": True,
-        "description": "The id of a load, from the reply to its request.",
+        "description": "The id of a load or a download, from the reply to its request.",
         "schema": {"type": "string"},
     },
     "wait": {
@@ -105,13 +111,18 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
     "limit": {
         "in": "query",
-        "description": f"Return at most this many loads. The maximum is {MOST_JOBS}; larger values are reduced to it.",
+        "description": f"Return at most this many. The maximum is {MOST_JOBS}; larger values are reduced to it.",
         "schema": {"type": "integer", "minimum": 1, "default": USUAL_JOBS},
     },
     "model_id": {
         "in": "path",
         "required": True,
         "description": "Key of a model, or id of a loaded instance. It may have slashes, percent-encoded or not.",
+        "schema": {"type": "string"},
+    },
+    "worker": {
+        "in": "query",
+        "description": "Remove the model from this worker only.",
         "schema": {"type": "string"},
     },
     "model": {
@@ -169,6 +180,7 @@ OPEN: frozenset[type[Struct]] = frozenset(
 EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
     GPURequest: {"offload": "max", "worker": "gpu-host-1", "split": "even"},
+    DownloadRequest: {"model": "ggml-org/gpt-oss-20b-GGUF", "quantization": "MXFP4"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
     CompletionRequest: {"model": "openai/gpt-oss-20b", "prompt": "Once upon a time", "max_tokens": 60},
@@ -258,6 +270,24 @@ EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by 
         "required": ["event", "data"],
     }
 }
+PROGRESS = {
+    SSE: {
+        "type": "object",
+        "description": "One event, whose name is the `type` of its data. The last event is `download.end`. The stream "
+        "also contains comment lines.",
+        "properties": {
+            "id": {"type": "string", "description": "Id of the event, for `Last-Event-ID`."},
+            "event": {"enum": ["download.progress", "download.end"], "description": "Name of the event."},
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": schema_of(DownloadEvent),
+                "description": "The event.",
+            },
+        },
+        "required": ["event", "data"],
+    }
+}
 
 
 def _chunks(kind: type[Struct]) -> dict[str, Any]:
@@ -335,7 +365,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="Estimate the memory of a load, and whether it fits",
         description="Accepts the same body as a load, but loads nothing. The estimate is for the devices that the "
         "load would use now. If the load fits nowhere, `fits` is false, and the devices are those with the most free "
-        "memory. If `exact` is true, the estimate is within 3 % of what the engine would allocate.",
+        "memory. If `exact` is true, the estimate is within 3 % of what the engine would allocate. A model that no "
+        "worker has is estimated by the headers of its files on the hub: `publisher/name` or "
+        "`publisher/name@quantization`. The reply lists the quantizations that the repository has.",
         body=LoadRequest,
         replies={200: Reply(description="The estimate, whether or not the load fits.", content={JSON: EstimateResult})},
         errors=(
@@ -344,6 +376,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             errors.LoadFailed,
             errors.NoWorker,
             errors.QueueUnavailable,
+            errors.TooManyWaiting,
         ),
     ),
     ("GET", paths.JOBS): Operation(
@@ -394,6 +427,82 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             200: Reply(description="The instance was unloaded and its memory is free.", content={JSON: UnloadResult})
         },
         errors=(*IN_A_BODY, errors.ModelNotFound, errors.QueueUnavailable),
+    ),
+    ("POST", paths.DOWNLOAD): Operation(
+        name="download_model",
+        summary="Download a model from the hub",
+        description="The worker downloads it into its models directory. Requests for files that are on their way get "
+        "the same job. A job survives restarts, and fetches nothing twice.",
+        parameters=("Idempotency-Key",),
+        body=DownloadRequest,
+        replies={200: Reply(description="The download, or that it is not needed.", content={JSON: DownloadReply})},
+        errors=(
+            *IN_A_BODY,
+            errors.IdempotencyKeyReused,
+            errors.ModelNotFound,
+            errors.DownloadFailed,
+            errors.NoWorker,
+            errors.QueueUnavailable,
+        ),
+    ),
+    ("GET", paths.DOWNLOADS): Operation(
+        name="list_downloads",
+        summary="List recent downloads, newest first",
+        parameters=("limit",),
+        replies={200: Reply(description="The downloads.", content={JSON: DownloadJobList})},
+        errors=(errors.InvalidType, errors.InvalidValue, errors.QueueUnavailable),
+    ),
+    ("GET", paths.ONE_DOWNLOAD): Operation(
+        name="get_download",
+        summary="Get the status of a download",
+        parameters=("job_id",),
+        replies={200: Reply(description="The download.", content={JSON: DownloadJob})},
+        errors=(*IN_A_PATH, errors.QueueUnavailable),
+    ),
+    ("DELETE", paths.ONE_DOWNLOAD): Operation(
+        name="cancel_download",
+        summary="Cancel a download, and remove what has come of it",
+        parameters=("job_id",),
+        replies={200: Reply(description="The download was cancelled.", content={JSON: DownloadJob})},
+        errors=(*IN_A_PATH, errors.JobAlreadyFinished, errors.QueueUnavailable),
+    ),
+    ("GET", paths.DOWNLOAD_EVENTS): Operation(
+        name="follow_download",
+        summary="Stream the progress of a download",
+        parameters=("job_id", "Last-Event-ID"),
+        replies={
+            200: Reply(description="The events. The stream ends with the download.", content=PROGRESS),
+            204: Reply(description="The download has ended, and there are no events after `Last-Event-ID`."),
+        },
+        errors=(*IN_A_PATH, errors.TooManyWaiting, errors.QueueUnavailable),
+    ),
+    ("POST", paths.PAUSE_DOWNLOAD): Operation(
+        name="pause_download",
+        summary="Pause a download",
+        description="What has come of it is kept.",
+        parameters=("job_id",),
+        replies={200: Reply(description="The download is paused.", content={JSON: DownloadJob})},
+        errors=(*IN_A_PATH, errors.JobAlreadyFinished, errors.QueueUnavailable),
+    ),
+    ("POST", paths.RESUME_DOWNLOAD): Operation(
+        name="resume_download",
+        summary="Resume a download that is paused or has failed",
+        parameters=("job_id",),
+        replies={200: Reply(description="The download goes on.", content={JSON: DownloadJob})},
+        errors=(*IN_A_PATH, errors.JobAlreadyFinished, errors.QueueUnavailable),
+    ),
+    ("DELETE", paths.MODEL): Operation(
+        name="remove_model",
+        summary="Remove the files of a model that is not loaded",
+        parameters=("model_id", "worker"),
+        replies={200: Reply(description="The files were removed.", content={JSON: RemovedModel})},
+        errors=(
+            *OF_AN_ID,
+            errors.ModelInUse,
+            errors.DownloadFailed,
+            errors.NoWorker,
+            errors.QueueUnavailable,
+        ),
     ),
     ("GET", paths.MODELS): Operation(
         name="list_models",

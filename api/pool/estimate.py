@@ -5,14 +5,18 @@ from __future__ import annotations
 from msgspec import Struct, structs
 
 from api.pool.roster import Candidate, Measured, Roster, is_same
-from shared.errors import LoadFailed
+from shared.download import InspectRequest, source
+from shared.errors import InvalidRequest, InvalidValue, LoadFailed, ModelNotFound
 from shared.memory.estimate import MOST_BYTES
 from shared.memory.placement import DRY_RUNS, Constraints, Demand, Placement, available, once_gone, place, place_now
 from shared.memory.plan import with_settings
-from shared.schema.http import EstimatedDevice, EstimateResult, LoadRequest
+from shared.schema.http import EstimatedDevice, EstimatedQuantization, EstimateResult, LoadRequest
 from shared.schema.memory import CPU, Holding
-from shared.schema.snapshot import Sizing, WorkerSnapshot
+from shared.schema.model import Model, Weights
+from shared.schema.snapshot import Quantized, Sizing, WorkerSnapshot
 from shared.store.queue import Queue
+
+REVISION = "main"  # unless the name has one
 
 
 async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> EstimateResult:
@@ -30,7 +34,80 @@ async def estimated(request: LoadRequest, roster: Roster, queue: Queue) -> Estim
     candidates, known = roster.candidates(request)
     if not candidates:
         raise roster.nowhere(request, known)
-    request = with_settings(request, candidates[0].model)
+    return await _estimated(with_settings(request, candidates[0].model), candidates, roster, queue)
+
+
+class Question(Struct, frozen=True):
+    """What a worker is asked about a model of the hub."""
+
+    worker: str
+    asked: InspectRequest
+
+
+def asked_of_hub(request: LoadRequest, roster: Roster) -> Question | None:
+    """Return the question for a model that no worker has; None if its name is no repository's, or none has a hub."""
+    worker = next((name for name, one in sorted(roster.alive.items()) if one.has_hub and one.state == "ready"), None)
+    try:
+        named = source(request.model)
+    except InvalidValue:
+        return None
+    if worker is None:
+        return None
+    asked = InspectRequest(
+        repository=named.repository, revision=named.revision or REVISION, quantization=named.quantization
+    )
+    return Question(worker, asked)
+
+
+async def estimated_by_hub(
+    request: LoadRequest, question: Question, absent: ModelNotFound, roster: Roster, queue: Queue
+) -> EstimateResult:
+    """Estimate where the load of a model of the hub would go if it were downloaded, from the headers of its files.
+
+    Raises what `estimated` raises; `absent` with the hub's reason in its detail if it does not describe the model; and
+    InvalidValue with the candidates if the name does not tell the quantization.
+    """
+    described = await queue.described(question.worker, question.asked)
+    if described is None or described.model is None:
+        error = None if described is None else described.error
+        if error is not None and error.type == InvalidRequest.type:
+            raise InvalidValue(error.message, param="model", **(error.detail or {}))
+        hub = error.message if error else "The worker did not answer in time."
+        raise ModelNotFound(str(absent), param="model", hub=hub)
+    await roster.refresh()
+    model = described.model
+    candidates = roster.everywhere(request, model)
+    if not candidates:
+        raise roster.nowhere(request, model)
+    result = await _estimated(request, candidates, roster, queue)
+    offers = [
+        EstimatedQuantization(name=offer.name, size_bytes=offer.size_bytes, fits=_fits(offer, model, request, roster))
+        for offer in described.quantizations
+    ]
+    return structs.replace(result, quantizations=offers)
+
+
+def _fits(offer: Quantized, model: Model, request: LoadRequest, roster: Roster) -> bool:
+    """Return whether a quantization of a model fits, whose weights are scaled from those of another one."""
+    scaled = structs.replace(model, size_bytes=offer.size_bytes, weights=_scaled(model, offer.size_bytes))
+    return roster.choose(roster.everywhere(request, scaled), request)[1] is not None
+
+
+def _scaled(model: Model, size_bytes: int) -> Weights | None:
+    def scaled(n: int) -> int:
+        return n * size_bytes // max(1, model.size_bytes)
+
+    weights = model.weights
+    return weights and structs.replace(
+        weights,
+        input_bytes=scaled(weights.input_bytes),
+        repeating_bytes=scaled(weights.repeating_bytes),
+        output_bytes=scaled(weights.output_bytes),
+        block_bytes=[*map(scaled, weights.block_bytes)],
+    )
+
+
+async def _estimated(request: LoadRequest, candidates: list[Candidate], roster: Roster, queue: Queue) -> EstimateResult:
     best, placed = roster.choose(candidates, request)
     model = best.model
     if model.problem is not None:

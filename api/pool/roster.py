@@ -204,6 +204,19 @@ class Roster:
             for name, names in self._names.items()
             if (model := names.models.get(request.model))
         ]
+        live = self._able(holders, request)
+        if len({one.catalog for one in live}) > 1:
+            selected = preferred(one.model for one in live)
+            live = [one for one in live if one.model.variant == selected.variant or is_same(one.model, selected)]
+        live = [one for one in live if one.worker not in without]
+        return live, holders[0].model if holders else None
+
+    def everywhere(self, request: LoadRequest, model: Model) -> list[Candidate]:
+        """Return the workers that could take a load if all of them had this model.  Raises InvalidValue."""
+        return self._able([Candidate(worker=name, model=model, catalog=-1) for name in self._names], request)
+
+    def _able(self, holders: Sequence[Candidate], request: LoadRequest) -> list[Candidate]:
+        """Return those that accept loads and have at least one of the requested devices.  Raises InvalidValue."""
         gpu = GPURequest() if request.gpu is UNSET else request.gpu
         if gpu.worker is not UNSET and gpu.worker not in self.catalogs:
             raise InvalidValue(f"'gpu.worker': unknown worker '{gpu.worker}'.", param="gpu.worker")
@@ -218,11 +231,7 @@ class Roster:
                     param="gpu.devices",
                 )
             live = [one for one in live if asked & theirs[one.worker]]
-        if len({one.catalog for one in live}) > 1:
-            selected = preferred(one.model for one in live)
-            live = [one for one in live if one.model.variant == selected.variant or is_same(one.model, selected)]
-        live = [one for one in live if one.worker not in without]
-        return live, holders[0].model if holders else None
+        return live
 
     def choose(
         self, candidates: Sequence[Candidate], request: LoadRequest, measured: Measured | None = None

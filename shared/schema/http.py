@@ -317,6 +317,14 @@ class EstimatedDevice(Struct, frozen=True, kw_only=True):
     free_bytes: Annotated[int, Meta(description="What loads may be given on this device now.")]
 
 
+class EstimatedQuantization(Struct, frozen=True, kw_only=True):
+    """A quantization of a model that the hub has."""
+
+    name: Annotated[str, Meta(description="What follows the `@` of the model to choose it.")]
+    size_bytes: Annotated[int, Meta(description="Size of its files.")]
+    fits: Annotated[bool, Meta(description="Whether it fits now as the estimated one would, by the size of its files.")]
+
+
 class EstimateResult(Struct, frozen=True, kw_only=True):
     """The memory that a load would use."""
 
@@ -329,6 +337,10 @@ class EstimateResult(Struct, frozen=True, kw_only=True):
         int | None, Meta(description="The largest context with all other fields as requested; null if none fits.")
     ]
     exact: Annotated[bool, Meta(description="Whether the estimate has been verified against the engine.")]
+    quantizations: Annotated[
+        list[EstimatedQuantization] | UnsetType,
+        Meta(description="The quantizations in the repository; only of a model that the hub has and no worker."),
+    ] = UNSET
 
 
 class Quantization(Struct, frozen=True, kw_only=True):
@@ -467,3 +479,95 @@ class WorkerList(Struct, frozen=True, kw_only=True):
     """The workers of the pool."""
 
     workers: Annotated[list[ListedWorker], Meta(description="The live workers.")]
+
+
+DownloadStatus = Literal["downloading", "paused", "completed", "failed", "cancelled"]
+DownloadId = Annotated[str, Meta(description="Id of the download.")]
+Started = Annotated[Moment, Meta(description="When the download began.")]
+Ended = Annotated[Moment | UnsetType, Meta(description="When it ended; absent before.")]
+
+
+class DownloadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A request to download a model from the hub."""
+
+    model: Annotated[
+        Name,
+        Meta(
+            description="Repository of the model, `publisher/name` or `publisher/name@quantization`, or its URL at "
+            "Hugging Face."
+        ),
+    ]
+    quantization: Annotated[
+        str | UnsetType,
+        Meta(
+            description="Quantization, such as `Q4_K_M`, or name of a file. Default: the one that the plain key of the "
+            "model would select."
+        ),
+    ] = UNSET
+    revision: Annotated[
+        str | UnsetType,
+        Meta(description="Branch, tag or commit. Default: `main`, as it is at the time of the request."),
+    ] = UNSET
+    worker: Annotated[
+        str | UnsetType,
+        Meta(description="Download to the worker with this name. Default: the one with the most room on its disk."),
+    ] = UNSET
+
+
+class DownloadReply(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A download that was started, or that was not needed."""
+
+    status: Annotated[
+        DownloadStatus | Literal["already_downloaded"],
+        Meta(description="`already_downloaded`: the files are there, and there is no job."),
+    ]
+    job_id: Annotated[str | UnsetType, Meta(description="Id of the download.")] = UNSET
+    total_size_bytes: Annotated[int | UnsetType, Meta(description="Size of the files of the model.")] = UNSET
+    started_at: Annotated[Moment | UnsetType, Meta(description="When the download began.")] = UNSET
+    completed_at: Ended = UNSET
+
+
+class DownloadJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A download."""
+
+    job_id: DownloadId
+    status: Annotated[DownloadStatus, Meta(description="Status of the download.")]
+    model: Annotated[str, Meta(description="The model, as requested.")]
+    repository: Annotated[str, Meta(description="Repository of the model.")]
+    revision: Annotated[str, Meta(description="Commit of the files, which does not change once the job exists.")]
+    files: Annotated[list[str], Meta(description="Paths of the files in the repository.")]
+    worker: Annotated[str, Meta(description="Name of the worker that downloads it.")]
+    total_size_bytes: Annotated[int, Meta(description="Size of the files of the model.")]
+    downloaded_bytes: Annotated[int, Meta(description="How much of them has been received.")]
+    started_at: Started
+    bytes_per_second: Annotated[
+        float | UnsetType, Meta(description="Rate over the last seconds; absent if nothing is being received.")
+    ] = UNSET
+    estimated_completion: Annotated[
+        Moment | UnsetType, Meta(description="When the download will probably end; absent if that is not known.")
+    ] = UNSET
+    completed_at: Ended = UNSET
+    error: Annotated[ErrorBody | UnsetType, Meta(description="Why the download failed.")] = UNSET
+
+
+class DownloadJobList(Struct, frozen=True, kw_only=True):
+    """Recent downloads."""
+
+    jobs: Annotated[list[DownloadJob], Meta(description="The downloads, newest first.")]
+
+
+class DownloadEvent(Struct, frozen=True, kw_only=True):
+    """An event of a download: its state at that time."""
+
+    type: Annotated[
+        Literal["download.progress", "download.end"],
+        Meta(description="Name of the event; `download.end` is the last one."),
+    ]
+    job: Annotated[DownloadJob, Meta(description="The download.")]
+
+
+class RemovedModel(Struct, frozen=True, kw_only=True):
+    """A model whose files were removed."""
+
+    model: Annotated[str, Meta(description="Key of the model, as requested.")]
+    workers: Annotated[list[str], Meta(description="Names of the workers that had it.")]

@@ -158,6 +158,7 @@ class Model(Struct, frozen=True, kw_only=True, gc=False):
     base: str  # the key without its variant
     variant: str  # such as "q4_k_m", from the file name; "" if the name has none
     shards: list[str]  # paths under the models directory, first shard first
+    root: int = 0  # index of this directory among those of the worker
     size_bytes: int = 0  # of all shards
     problem: Problem | None = None
     type: ModelType = "llm"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from shared.channel.address import Address
+from shared.errors import ErrorBody
 from shared.schema.http import EngineBuild, LoadRequest, WorkerState
 from shared.schema.memory import Device, Holding
 from shared.schema.model import Model
@@ -30,6 +31,7 @@ class WorkerSnapshot(Struct, frozen=True, kw_only=True, gc=False):
     engine: EngineBuild | None = None
     channels: Address | None = None  # where API processes reach its runners; it has a secret
     problems: list[str] = []  # of the settings of its models, for its operator
+    has_hub: bool = False  # whether it describes models of a hub
 
 
 def short(id_: str) -> str:
@@ -46,3 +48,18 @@ class Sizing(Struct, frozen=True, kw_only=True):
     layers: list[int]
     source: Model | None = None  # the model of the key, as the API knows it (`Model.source`)
     context_lengths: list[int] = []  # one dry run for each; []: one, as requested
+
+
+class Quantized(Struct, frozen=True):
+    """A quantization that a repository has."""
+
+    name: str
+    size_bytes: int
+
+
+class Described(Struct, frozen=True, kw_only=True):
+    """What a worker learns of a model from the hub: also what else there is; or the error."""
+
+    model: Model | None = None
+    quantizations: list[Quantized] = []
+    error: ErrorBody | None = None

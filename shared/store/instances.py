@@ -396,6 +396,10 @@ class Instances:
         """Return the ids of all instances that are not in a terminal state."""
         return {*await self._members(keys.INSTANCES)}
 
+    async def has_copies(self, full_key: str) -> bool:
+        """Return whether the model with this full key has an instance that is not terminal."""
+        return bool(await self._redis.scard(keys.copies(full_key)))  # type: ignore[misc]
+
     async def live_at(self, worker: str, ids: Iterable[str] = ()) -> list[Instance]:
         """Return the live instances of a worker, in the order accepted.  `ids` are further instances to consider."""
         records = await self.live([*{*await self._members(keys.instances_at(worker)), *ids}])

@@ -25,6 +25,15 @@
                                                               expires RETAIN_S after its last beat
   used:{worker}     hash    id -> last use (seconds) of the desired instances of a worker
                                                               expires RETAIN_S after its last beat
+  download:{id}     hash    rev, worker, doc (msgpack), wanted (the request of a client that is not fulfilled yet)
+                                                              expires DOWNLOAD_RETAIN_S after the last write
+  downloads         zset    id -> creation (seconds), of the last DOWNLOAD_RETAIN_S
+                                                              expires DOWNLOAD_RETAIN_S after the last write
+  downloads:{worker} set    ids that a worker has to look at; expires as above
+  downloading:{target} string  id of the live download of the same files to the same place
+                                                              expires DOWNLOAD_RETAIN_S after the last write
+  fetched:{digest}  hash    id of the download and digest of the request of an Idempotency-Key
+                                                              expires DOWNLOAD_RETAIN_S after the request
   workers           zset    name -> time of the last beat (seconds); removed after RETAIN_S
   lease:{worker}    string  epoch of its process               expires a lease after its last beat
   worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
@@ -33,7 +42,8 @@
   tallies           hash    other counters of /metrics: "family|label|..." (`telemetry.tally`) -> an integer
   tallied:{id}      string  number of the last batch that a process added to `tallies`; expires RETAIN_S after it
   arq:*             arq's own  queue, jobs and health check of each worker; queues expire RETAIN_S after the last entry
-  wake:{worker}     channel "" for a delivery in the worker's queue, the id of a load for a stop request
+  wake:{worker}     channel "" for a delivery in the worker's queue, the id of a load for a stop request, that of a
+                            download if it has news
   news              channel ids of changed records
   requeued          channel ids of requeued loads
 
@@ -43,10 +53,12 @@ Scripts access several keys and build some of the names themselves, so Redis Clu
 from __future__ import annotations
 
 RETAIN_S = 24 * 3600
+DOWNLOAD_RETAIN_S = 7 * RETAIN_S
 CRASH_MEMORY_S = 600
 FAILURE_MEMORY_S = 30
 INSTANCES, LOGS, NAMES, QUEUED, JOBS = "insts", "logs", "names", "queued", "jobs"
 WORKERS, COUNTERS, TALLIES = "workers", "counters", "tallies"
+DOWNLOADS = "downloads"
 NEWS, REQUEUED = "news", "requeued"  # channels
 
 
@@ -84,6 +96,22 @@ def copies(key: str) -> str:
 
 def failure(fingerprint: str) -> str:
     return f"failed:{fingerprint}"
+
+
+def download(id_: str) -> str:
+    return f"download:{id_}"
+
+
+def downloads_at(worker: str) -> str:
+    return f"downloads:{worker}"
+
+
+def download_of(target: str) -> str:
+    return f"downloading:{target}"
+
+
+def download_idempotency(digest: str) -> str:
+    return f"fetched:{digest}"
 
 
 def desired(worker: str) -> str:

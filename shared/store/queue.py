@@ -15,9 +15,10 @@ from arq.jobs import Job, serialize_job
 from msgspec import msgpack
 from redis.asyncio import Redis
 
+from shared.download import InspectRequest, Offer, Refusal, Removed
 from shared.instance import Instance
 from shared.schema.memory import Usage
-from shared.schema.snapshot import Sizing
+from shared.schema.snapshot import Described, Sizing
 from shared.store import keys
 from shared.store.connection import UNAVAILABLE
 from shared.store.keys import RETAIN_S
@@ -25,8 +26,11 @@ from shared.store.script import Script
 from shared.telemetry import log
 
 LOAD, SIZE = "load", "size"  # the functions of a worker, as arq names them
+INSPECT, REMOVE, DESCRIBE = "inspect", "remove", "describe"
 DELIVERY_S = 3600  # expiry of an entry; later, the worker finds the queued record at one of its beats
+INSPECTED_S = 60  # of the hub
 SIZED_S = 30  # a large vocabulary takes the engine a second, and other requests may come first
+DESCRIBED_S = 60  # for a listing and some megabytes, over the internet
 
 
 def pack_job(value: dict[str, Any]) -> bytes:
@@ -80,14 +84,39 @@ class Queue:
 
         Raises what UNAVAILABLE lists.
         """
+        data = await self._answered(worker, SIZE, sizing, within_s, SIZED_S)
+        return None if data is None else msgpack.decode(data, type=list[list[Usage]] | None)
+
+    async def inspected(self, worker: str, request: InspectRequest) -> Offer | Refusal | None:
+        """Return what a download by a worker would fetch; None without a reply.  Raises what UNAVAILABLE lists."""
+        data = await self._answered(worker, INSPECT, request, INSPECTED_S, INSPECTED_S)
+        return None if data is None else msgpack.decode(data, type=Offer | Refusal)
+
+    async def described(self, worker: str, request: InspectRequest) -> Described | None:
+        """Return what a worker learns of a model from the hub; None without a reply.  Raises what UNAVAILABLE lists."""
+        data = await self._answered(worker, DESCRIBE, request, DESCRIBED_S, DESCRIBED_S)
+        return None if data is None else msgpack.decode(data, type=Described)
+
+    async def removed(self, worker: str, key: str) -> Removed | Refusal | None:
+        """Have a worker remove the files of a model; None without a reply.
+
+        Raises what UNAVAILABLE lists.
+        """
+        data = await self._answered(worker, REMOVE, key, SIZED_S, SIZED_S)
+        return None if data is None else msgpack.decode(data, type=Removed | Refusal)
+
+    async def _answered(
+        self, worker: str, function: str, argument: object, within_s: float, expires_s: int
+    ) -> bytes | None:
+        """Call a function of a worker; return its result, None without one within `within_s`."""
         id_ = uuid.uuid4().hex
-        await self._enqueue(worker, id_, entry(SIZE, msgpack.encode(sizing)), SIZED_S)
+        await self._enqueue(worker, id_, entry(function, msgpack.encode(argument)), expires_s)
         job = Job(id_, as_arq(self._redis), keys.queue(worker), unpack_job)
         try:
             data: bytes = await job.result(timeout=within_s, poll_delay=0.02)
         except TimeoutError:
             return None
-        return msgpack.decode(data, type=list[list[Usage]] | None)
+        return data
 
     async def _enqueue(self, worker: str, id_: str, data: bytes, within_s: int) -> None:
         await self._deliver(worker=worker, id=id_, entry=data, expires_ms=within_s * 1000, retain_s=RETAIN_S)

@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from shared.store import connection
 from shared.store.counters import Counters
+from shared.store.downloads import Downloads
 from shared.store.instances import Instances
 from shared.store.queue import Queue
 from shared.store.workers import Workers
@@ -25,6 +26,7 @@ class Store:
         self.instances = Instances(redis, restores=restores)
         self.workers = Workers(redis, lease_s)
         self.queue = Queue(redis)
+        self.downloads = Downloads(redis)
         self.counters = Counters(redis, self.instances, self.workers)
 
     async def listen(self, channel: str, on_message: Callable[[bytes], None]) -> None:

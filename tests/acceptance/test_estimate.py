@@ -103,7 +103,7 @@ def test_an_unverified_architecture_makes_the_estimate_a_guess(service: Service)
 @pytest.mark.parametrize(
     ("fields", "status", "kind", "code", "param"),
     [
-        ({"model": "acme/none"}, 404, "model_not_found", None, "model"),
+        ({"model": "none"}, 404, "model_not_found", None, "model"),
         ({"model": BROKEN}, 500, "model_load_failed", "invalid_model_file", None),
         ({"model": TINY, "ttl": 5}, 400, "invalid_request", "unrecognized_keys", None),
         ({"context_length": 5}, 400, "invalid_request", "missing_required_parameter", "model"),

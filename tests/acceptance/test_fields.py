@@ -165,7 +165,7 @@ def load_on_a_fake_gpu(home: str, fields: str) -> None:
     from worker.runner.parameters import plan
 
     models_dir = Path(home, "models")
-    catalog = Catalog(models_dir, Path(home, "catalog"))
+    catalog = Catalog([models_dir], Path(home, "catalog"))
     catalog.look()
     model = by_name(catalog.models())[LLM]
     log = llama.initialise("GPU-0")

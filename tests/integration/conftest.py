@@ -120,7 +120,7 @@ async def agent(begin: Begin) -> Agent:
 
 def catalog(models_dir: Path, cache: Path) -> dict[str, Model]:
     """Return the models that a scanner would publish, by key."""
-    contents = Catalog(models_dir, cache / "cache")
+    contents = Catalog([models_dir], cache / "cache")
     contents.look()
     while contents.is_shallow:
         contents.deepen(1.0)

@@ -41,7 +41,7 @@ def children() -> list[int]:
 
 
 def watch(root: Path) -> AsyncGenerator[Listed, None]:
-    return catalogs(root, root.parent / "data" / "cache")
+    return catalogs([root], root.parent / "data" / "cache")
 
 
 async def until(stream: AsyncGenerator[Listed, None], is_expected: Callable[[list[Model]], object]) -> list[Model]:
@@ -166,12 +166,14 @@ async def test_a_scanner_blocked_in_a_write_ends_with_its_worker(root: Path) -> 
 
 @pytest.fixture
 def scanner(root: Path) -> Iterator[subprocess.Popen[bytes]]:
+    (root.parent / "second").mkdir()
     command = [
         sys.executable,
         "-m",
         "worker.catalog.scanner",
-        str(root),
         str(root.parent / "cache"),
+        str(root),
+        str(root.parent / "second"),
         "--log-format",
         "json",
     ]
@@ -233,3 +235,21 @@ def test_an_unreadable_file_is_logged_once_for_each_reason(scanner: subprocess.P
             "bad.gguf ends within its header: it is damaged, or its download is incomplete",
         ),
     ]
+
+
+def test_hidden_models_and_absent_directories_are_logged(scanner: subprocess.Popen[bytes], root: Path) -> None:
+    write(root / "p/m/m-Q4_0.gguf")
+    write(root.parent / "second/p/m/m-Q4_0.gguf")
+    write(root.parent / "second/p/m/m-Q8_0.gguf")
+    while keys(frame(scanner)) != ["p/m@q4_0", "p/m@q8_0"]:
+        pass
+    (root.parent / "second").rename(root.parent / "away")
+    while keys(frame(scanner)) != ["p/m"]:
+        pass
+    assert scanner.stdin is not None
+    assert scanner.stderr is not None
+    scanner.stdin.close()
+    lines = [json.loads(line) for line in scanner.stderr]
+    assert [line["file"] for line in lines if line["action"] == "hidden_model"] == ["p/m/m-Q4_0.gguf"]
+    (directory,) = [line["directory"] for line in lines if line["action"] == "unreadable_models_dir"]
+    assert directory == str(root.parent / "second")

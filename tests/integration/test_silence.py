@@ -132,7 +132,7 @@ async def test_engine_log_ends_although_it_swallows_its_cancellation(
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
 
-    log = EngineLog(agent.store.instances, "load_9", "w", agent.settings.models_dir, 0.0)
+    log = EngineLog(agent.store.instances, "load_9", "w", agent.settings.roots, 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(agent.store.instances, "write_engine_log", deaf)
         following = log.follow(runner)

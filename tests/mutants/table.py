@@ -564,9 +564,30 @@ MUTANTS = (
     Mutant(
         "a symbolic link out of the models directory is refused",
         "worker/catalog/directory.py",
-        "if target and not _holds(root, target) and (is_folder or is_gguf):",
+        "if target and not holds(root, target) and (is_folder or is_gguf):",
         "if False:",
         (f"{UNIT}catalog.py",),
+    ),
+    Mutant(
+        "a symbolic link out of a store of Ollama is refused",
+        "worker/catalog/ollama.py",
+        'if not holds(root, os.path.realpath(f"{root}/{path}")):',
+        "if False:",
+        (f"{UNIT}stores.py",),
+    ),
+    Mutant(
+        "a model of the hub is estimated by the engine too",
+        "worker/memory/dry_run.py",
+        " or self._elsewhere(sizing.source)",
+        "",
+        (f"{ACCEPTANCE}estimate_by_hub.py",),
+    ),
+    Mutant(
+        "of the same model in two directories, the first is used",
+        "worker/catalog/catalog.py",
+        "if not any(earlier < root and",
+        "if not any(earlier > root and",
+        (f"{UNIT}stores.py",),
     ),
     Mutant(
         "a FIFO blocks nobody",

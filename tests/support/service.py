@@ -32,6 +32,7 @@ PATIENCE_S = 60.0  # ends a hang; far above what anything takes on a busy machin
 POLL_S = 0.02
 WITHOUT_EXPIRY = {b"insts", b"names", b"workers", b"counters", b"tallies", b"queued"}
 NO_INDEX = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}  # --demo does without the model that it would download
+NO_HUB = "http://127.0.0.1:9"  # nobody listens there
 JSON = {"Content-Type": "application/json"}
 LOAD, STATUS = "/api/v1/models/load", "/api/v1/models/load/status"
 TINY = "acme/tiny"  # the model of a service that needs only one
@@ -133,7 +134,7 @@ class Running:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self._out, self._err = directory / "stdout", directory / "stderr"
-        ours = {"HOME": str(directory), **NO_INDEX, **environ}
+        ours = {"HOME": str(directory), "HF_ENDPOINT": NO_HUB, **NO_INDEX, **environ}
         with self._out.open("w") as out, self._err.open("w") as err:
             self.popen = subprocess.Popen(
                 [*prefix, str(LOADSTONE), *words],

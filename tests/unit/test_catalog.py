@@ -35,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def everything(root: Path) -> Catalog:
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     catalog.look()
     while catalog.is_shallow:
         catalog.deepen(60)
@@ -284,7 +284,7 @@ def test_a_file_of_nothing_but_draft_layers_is_no_model(root: Path) -> None:
     )
     write(root / "z/glm/glm-Q8_0.gguf", MTP | vocabulary(10), [embedding, trunk, last])
     write(root / "z/glm/mtp-glm-Q4_0.gguf", MTP | vocabulary(10), [embedding, last])
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     catalog.look()
     assert {model.key: model.problem and model.problem.code for model in catalog.models()} == {
         "z/glm": None,
@@ -554,7 +554,7 @@ def test_fields_after_the_vocabulary_follow_later(root: Path) -> None:
     }
     path = write(root / "Pub/M-GGUF/m.gguf", metadata, [("a", (1024, 1000), 8), ("b", (1024, 4), 0)])
     os.truncate(path, 2 << 20)
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     catalog.look()
     quick = catalog.models()[0]
     assert (quick.publisher, quick.display_name, quick.description) == ("Pub", "My Model", "It talks.")
@@ -606,7 +606,7 @@ def test_dimensions_come_first_and_the_vocabulary_size_later(root: Path) -> None
         "llama.attention.sliding_window": 512,
     }
     write(root / "m.gguf", SIZES | more | vocabulary(2000))
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     catalog.look()
     quick = catalog.models()[0].dimensions
     assert quick == Dimensions(
@@ -628,7 +628,7 @@ def test_dimensions_come_first_and_the_vocabulary_size_later(root: Path) -> None
 
 def test_a_declared_vocabulary_size_is_known_at_once(root: Path) -> None:
     write(root / "m.gguf", SIZES | {"llama.vocab_size": 3000} | vocabulary(3000))
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     catalog.look()
     dimensions = catalog.models()[0].dimensions
     assert dimensions is not None
@@ -970,7 +970,7 @@ def test_a_name_that_is_not_utf_8_is_a_problem_of_its_model(root: Path, look: Lo
 def test_an_unreadable_file_is_retried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of permissions changes neither the modification time nor the size."""
     write(root / "m.gguf")
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", _forbidden)
         catalog.look()
@@ -1041,6 +1041,84 @@ def test_a_missing_models_directory_has_no_models(root: Path) -> None:
     write(root / "a.gguf")
     catalog = everything(root)
     root.rename(root.parent / "elsewhere")
-    with pytest.raises(FileNotFoundError):
-        catalog.look()
+    assert catalog.look()
+    assert catalog.unlistable == {root: "No such file or directory"}
     assert catalog.models() == []
+
+
+# ---- several directories
+
+
+@pytest.fixture
+def second(root: Path) -> Path:
+    return root.parent / "second"
+
+
+def of_both(root: Path, second: Path) -> Catalog:
+    catalog = Catalog([root, second], root.parent / "cache")
+    catalog.look()
+    return catalog
+
+
+def test_models_of_all_directories_are_named_as_if_of_one(root: Path, second: Path) -> None:
+    write(root / "p/m/m-Q4_0.gguf")
+    write(second / "P/M-GGUF/m-Q8_0.gguf")
+    write(second / "other.gguf")
+    catalog = of_both(root, second)
+    models = {model.key: model for model in catalog.models()}
+    assert sorted(models) == ["other", "p/m@q4_0", "p/m@q8_0"]
+    settings = Settings(models_dir=Path(f"{root}:{second}"))
+    opened = [plan(LoadRequest(model=key), model, settings, [], []).shards for key, model in sorted(models.items())]
+    files = [second / "other.gguf", root / "p/m/m-Q4_0.gguf", second / "P/M-GGUF/m-Q8_0.gguf"]
+    assert opened == [[str(file)] for file in files]
+
+
+def test_of_the_same_model_in_two_directories_the_first_counts(root: Path, second: Path) -> None:
+    for directory, name in ((second, "M.Q4_0"), (second, "m-Q8_0"), (root, "m-Q4_0"), (second, "other-Q4_0")):
+        write(directory / f"p/m/{name}.gguf")
+    catalog = of_both(root, second)
+    found = {model.key: (model.root, model.shards) for model in catalog.models()}
+    assert found == {
+        "p/m@m-q4_0": (0, ["p/m/m-Q4_0.gguf"]),
+        "p/m@q8_0": (1, ["p/m/m-Q8_0.gguf"]),
+        "p/m@other-q4_0": (1, ["p/m/other-Q4_0.gguf"]),
+    }
+    assert [(model.root, model.shards) for model in catalog.listed().hidden] == [(1, ["p/m/M.Q4_0.gguf"])]
+    (root / "p/m/m-Q4_0.gguf").write_bytes(b"damaged")
+    catalog.look()
+    assert (1, ["p/m/M.Q4_0.gguf"]) in [(model.root, model.shards) for model in catalog.models() if not model.problem]
+    assert catalog.listed().hidden == []
+
+
+def test_a_directory_that_is_away_does_not_hide_the_others(root: Path, second: Path) -> None:
+    write(second / "p/m/m.gguf")
+    root.rmdir()
+    catalog = of_both(root, second)
+    assert [model.key for model in catalog.models()] == ["p/m"]
+    assert [*catalog.unlistable] == [root]
+    write(root / "p/n/n.gguf")
+    assert catalog.look()
+    assert [model.key for model in catalog.models()] == ["p/m", "p/n"]
+    assert not catalog.unlistable
+
+
+def test_a_link_into_another_directory_is_refused(root: Path, second: Path) -> None:
+    (root / "link.gguf").symlink_to(write(second / "m.gguf"))
+    models = {model.key: model for model in of_both(root, second).models()}
+    assert "outside the models directory" in problem(models["link"])
+    assert models["m"].problem is None
+
+
+def test_a_projector_is_for_the_models_of_its_directory(root: Path, second: Path) -> None:
+    write(root / "p/m/m-Q4_0.gguf")
+    write(second / "p/m/m-Q8_0.gguf")
+    write(second / "p/m/mmproj-f16.gguf", {"general.type": "mmproj", "general.architecture": "clip"})
+    models = {model.key: model.vision for model in of_both(root, second).models()}
+    assert models == {"p/m@q4_0": False, "p/m@q8_0": True}
+
+
+def test_settings_of_models_are_those_of_the_first_directory(root: Path, second: Path) -> None:
+    write(second / "p/m/m.gguf")
+    for directory, length in ((root, 7), (second, 8)):
+        (directory / "models.toml").write_text(f'[models."p/m"]\ncontext_length = {length}\n')
+    assert [model.settings.context_length for model in of_both(root, second).models()] == [7]

@@ -23,10 +23,12 @@ async def test_engine_log_names_no_directory_of_the_host() -> None:
     instances: Any = Instances()
     runner: Any = SimpleNamespace(output=Output())
     runner.output.append("failed to open GGUF file '/srv/models/p/m/m.gguf'")
+    runner.output.append("failed to open GGUF file '/mnt/models/p/n/n.gguf'")
     runner.output.append("/opt/venv/lib/libggml.so: GGML_ASSERT(n > 0) failed")
-    log = EngineLog(instances, "load_1", "w", Path("/srv/models"), 0.0)
+    log = EngineLog(instances, "load_1", "w", [Path("/srv/models"), Path("/mnt/models")], 0.0)
     await log.save(runner)
     assert instances.text.splitlines()[1:] == [
         "failed to open GGUF file 'p/m/m.gguf'",
+        "failed to open GGUF file 'p/n/n.gguf'",
         "libggml.so: GGML_ASSERT(n > 0) failed",
     ]

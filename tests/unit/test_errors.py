@@ -15,7 +15,7 @@ from api.app import create_app
 from api.errors import STATUS, family_of, reply, status_of
 from api.unserved import UNSERVED
 from shared import errors, paths
-from shared.errors import ErrorBody, LoadFailed, LoadFailure, ServiceError
+from shared.errors import DownloadFailed, DownloadFailure, ErrorBody, LoadFailed, LoadFailure, ServiceError
 from shared.settings import Settings
 
 CONTRACT = {
@@ -32,6 +32,7 @@ CONTRACT = {
     ("invalid_request", "body_too_large"): 413,
     ("invalid_request", "unsupported_media_type"): 415,
     ("invalid_request", "job_already_finished"): 409,
+    ("invalid_request", "model_in_use"): 409,
     ("invalid_request", "idempotency_key_reused"): 422,
     ("invalid_request", "client_too_slow"): 400,
     ("invalid_request", "not_supported"): 400,
@@ -51,6 +52,15 @@ CONTRACT = {
     ("model_load_failed", "load_stalled"): 500,
     ("model_load_failed", "worker_lost"): 500,
     ("model_load_failed", "load_cancelled"): 409,
+    ("download_failed", "gated_repository"): 403,
+    ("download_failed", "hub_unavailable"): 502,
+    ("download_failed", "invalid_hub_reply"): 502,
+    ("download_failed", "checksum_mismatch"): 502,
+    ("download_failed", "insufficient_disk"): 507,
+    ("download_failed", "read_only_store"): 409,
+    ("download_failed", "store_error"): 500,
+    ("download_failed", "download_crashed"): 500,
+    ("download_failed", "downloads_off"): 501,
     ("service_unavailable", None): 503,
     ("service_unavailable", "no_worker"): 503,
     ("service_unavailable", "queue_unavailable"): 503,
@@ -77,8 +87,10 @@ def kinds(of: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]
 
 def instances() -> list[ServiceError]:
     """Return one error of each class and code."""
-    errors_without_code: list[ServiceError] = [kind("a sentence") for kind in kinds() if kind is not LoadFailed]
-    return errors_without_code + [LoadFailed(code, "llm", "p/m", "why") for code in get_args(LoadFailure)]
+    coded = (LoadFailed, DownloadFailed)
+    made: list[ServiceError] = [kind("a sentence") for kind in kinds() if kind not in coded]
+    made += [DownloadFailed(code, "a sentence") for code in get_args(DownloadFailure)]
+    return made + [LoadFailed(code, "llm", "p/m", "why") for code in get_args(LoadFailure)]
 
 
 def bodies() -> dict[tuple[str, str | None], ErrorBody]:
@@ -107,7 +119,7 @@ def test_a_row_of_a_code_differs_from_the_row_of_its_type() -> None:
 
 def test_codes_are_unique_lower_case_names() -> None:
     codes = [kind.code for kind in kinds() if kind.code is not UNSET and "code" in vars(kind)]
-    codes += get_args(LoadFailure)
+    codes += get_args(LoadFailure) + get_args(DownloadFailure)
     assert len(codes) == len(set(codes))
     assert all(isinstance(code, str) and code.replace("_", "").isalpha() and code.islower() for code in codes)
 

@@ -61,6 +61,8 @@ LATER = [stat._replace(mtime_ns=2, inode=stat.inode + 100) for stat in OLD.files
         changed(key="q/n", base="q/n", shards=["q/n/x-00001-of-00002.gguf", "q/n/x-00002-of-00002.gguf"]),  # moved
         changed(files=LATER),  # copied or downloaded again
         changed(key="p/m@q4_k_m", files=LATER),
+        changed(root=1),
+        changed(root=1, files=LATER, shards=["hub/a.gguf", "hub/b.gguf"]),  # the same model in another directory
     ],
 )
 def test_an_instance_belongs_to_its_files(now: Model) -> None:
@@ -78,6 +80,8 @@ def test_an_instance_belongs_to_its_files(now: Model) -> None:
         changed(files=LATER, display_name="N"),
         changed(files=LATER, shards=["q/n/a.gguf", "q/n/b.gguf"]),  # a model of the same sizes
         changed(files=OLD.files[:1], shards=OLD.shards[:1]),
+        changed(root=1, base="q/n", files=LATER, shards=["hub/a.gguf", "hub/b.gguf"]),  # another model there
+        changed(root=1, variant="q8_0", files=LATER, shards=["hub/a.gguf", "hub/b.gguf"]),
     ],
 )
 def test_an_instance_never_belongs_to_other_files(other: Model) -> None:

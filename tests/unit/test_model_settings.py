@@ -169,7 +169,7 @@ def change(path: Path, text: str) -> None:
 
 
 def test_an_invalid_file_keeps_the_last_settings_and_is_reported(root: Path) -> None:
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     catalog.look()
     assert catalog.listed().problems == []
     change(root / FILE, '[models."acme/tiny"]\npin = true')
@@ -189,7 +189,7 @@ def test_an_invalid_file_keeps_the_last_settings_and_is_reported(root: Path) -> 
 
 def test_a_removed_file_ends_its_settings(root: Path) -> None:
     change(root / FILE, '[models."acme/tiny"]\npin = true')
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     catalog.look()
     (root / FILE).unlink()
     assert catalog.look()
@@ -204,6 +204,6 @@ def test_what_is_no_file_of_settings_is_reported(root: Path, kind: str) -> None:
         (root / FILE).mkdir()
     else:
         (root / FILE).write_bytes(b"#" * (2 << 20))
-    catalog = Catalog(root, root.parent / "cache")
+    catalog = Catalog([root], root.parent / "cache")
     catalog.look()
     assert [problem.partition(":")[0] for problem in catalog.listed().problems] == [FILE]

@@ -50,7 +50,8 @@ WRONG = {
     "lease_s": ["2.9", "inf", "nan", "86400"],
     "log_level": ["verbose", "INFO"],
     "log_format": ["text"],
-    "models_dir": ["~no-such-user/models"],
+    "hub_hosts": ["http://host", "a b", "a,", "host:70000"],
+    "models_dir": ["~no-such-user/models", "/models:~no-such-user/models"],
     "data_dir": ["~no-such-user/data"],
 }
 
@@ -141,6 +142,14 @@ def test_flags_override_variables_override_defaults() -> None:
 def test_refusal_names_a_flag_as_it_is_spelt(field: str, flag: str) -> None:
     with pytest.raises(SettingsError, match=f"^{flag} is '': it must be "):
         from_environ({}, {field: ""})
+
+
+def test_there_may_be_several_models_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = from_environ({"LOADSTONE_MODELS_DIR": "~/a:/b/:~/c d:"})
+    assert settings.roots == [tmp_path / "a", Path("/b"), tmp_path / "c d"]
+    assert from_environ(to_environ(settings)).roots == settings.roots
+    assert from_environ({}).roots == [tmp_path / ".loadstone/models"]
 
 
 def test_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The catalog: the models of a directory, as the headers of their files describe them.
+"""The catalog: the models of some directories, as the headers of their files describe them.
 
 The content of a header is cached by the file's path, size, modification time and inode, in memory and on disk, so that
 an unchanged file is read once.  The first pass stops before the vocabulary, which is most of a header; the rest is read
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
+from typing import assert_never
 
 import msgspec
 from msgspec import Struct
@@ -20,15 +21,16 @@ import shared
 from shared import quantization
 from shared.files import replace_atomically
 from shared.schema.model import FileStat, Model, Problem, Weights
-from worker.catalog import gguf, keys, modelfile, projectors
-from worker.catalog.directory import Candidate, walk
+from worker.catalog import directory, gguf, keys, modelfile, ollama, projectors
+from worker.catalog.directory import Candidate, File
 from worker.catalog.gguf import InvalidGGUF
-from worker.catalog.keys import Home, Named, Place
+from worker.catalog.keys import Home, Named, Place, Shard
 from worker.catalog.modelfile import ModelFile
 from worker.catalog.projectors import Described, Words
 from worker.catalog.settings import SettingsFile
+from worker.catalog.stores import kind
 
-CACHE_VERSION = f"6 {shared.__version__}"  # the interpretation of a header may change with every release
+CACHE_VERSION = f"7 {shared.__version__}"  # the interpretation of a header may change with every release
 NAMED_SHARDS = 5  # how many missing files a message names
 COMPANION = "mmproj"  # in a file's name: the image encoder of a vision model
 
@@ -40,40 +42,46 @@ class Entry(Struct, frozen=True, array_like=True):
 
 class CacheFile(Struct, frozen=True):
     version: str
-    files: dict[str, Entry]
+    files: dict[str, Entry]  # by path
 
 
 class Listed(Struct, frozen=True):
-    """The models of a directory, and the problems of its settings."""
+    """The models of some directories, the problems of their settings, and what an earlier directory hides."""
 
     models: list[Model]
     problems: list[str] = []
+    hidden: list[Model] = []
 
 
 class Catalog:
-    """The models under `models_dir`.
+    """The models under `roots`, with the settings in the first of these directories.
 
     Call `look`, then `deepen` while `is_shallow` is true.  `listed` returns the current state at any time.
     """
 
-    def __init__(self, models_dir: Path, cache_file: Path) -> None:
-        self._models_dir = models_dir
+    def __init__(self, roots: Sequence[Path], cache_file: Path) -> None:
+        self.unlistable: dict[Path, str] = {}  # directory -> reason
+        self._roots = roots
         self._cache_file = cache_file
-        self._settings = SettingsFile(models_dir)
+        self._settings = SettingsFile(roots[0])
         self._entries = _load(cache_file)
         self._candidates: list[Candidate] = []
         self._unsaved = False
 
     def look(self) -> bool:
-        """List the directory, and read the settings and the start of new files.  Returns whether anything changed.
+        """List the directories, and read the settings and the start of new files.  Returns whether anything changed.
 
-        Raises OSError if the models directory cannot be listed; the catalog is empty then.
+        A directory that cannot be listed has no models, and is in `unlistable`.
         """
-        before, self._candidates = self._candidates, []
-        self._candidates = walk(self._models_dir)
+        before, self._candidates, self.unlistable = self._candidates, [], {}
+        for i, root in enumerate(self._roots):
+            try:
+                self._candidates += [candidate._replace(root=i) for candidate in _walk(root)]
+            except OSError as e:
+                self.unlistable[root] = e.strerror or str(e)
         changed = self._settings.look() | (before != self._candidates)
         for candidate in self._candidates:
-            known = self._entries.get(candidate.path)
+            known = self._entries.get(self._path(candidate))
             if candidate.refusal or (known and known.stat == candidate.stat and known.file.lasting):
                 continue
             changed |= self._read(candidate, whole=False)
@@ -97,14 +105,16 @@ class Catalog:
         return self.listed().models
 
     def listed(self) -> Listed:
-        models = assemble(self._candidates, {path: entry.file for path, entry in self._entries.items()})
-        return Listed(*self._settings.applied(models))
+        paths = {candidate.file: self._path(candidate) for candidate in self._candidates}
+        files = {file: self._entries[path].file for file, path in paths.items() if path in self._entries}
+        models, hidden = assemble(self._candidates, files)
+        return Listed(*self._settings.applied(models), hidden)
 
     def save(self) -> None:
         """Write the cache if it changed, so that a restart need not read the files again.  Raises OSError."""
         if not self._unsaved:
             return
-        present = {candidate.path for candidate in self._candidates}
+        present = {self._path(candidate) for candidate in self._candidates}
         files = {path: e for path, e in self._entries.items() if path in present and e.file.lasting}
         self._cache_file.parent.mkdir(parents=True, exist_ok=True)
         data = msgspec.msgpack.encode(CacheFile(version=CACHE_VERSION, files=files))
@@ -112,21 +122,36 @@ class Catalog:
         self._unsaved = False
 
     def _lacks_rest(self, candidate: Candidate) -> bool:
-        return not candidate.refusal and not self._entries[candidate.path].file.whole
+        return not candidate.refusal and not self._entries[self._path(candidate)].file.whole
+
+    def _path(self, candidate: Candidate) -> str:
+        return f"{self._roots[candidate.root]}/{candidate.path}"
 
     def _read(self, candidate: Candidate, *, whole: bool) -> bool:
         """Read a file's header into the cache.  Returns whether the entry changed."""
+        path = self._path(candidate)
         try:
-            header = gguf.read(self._models_dir / candidate.path, whole=whole)
+            header = gguf.read(Path(path), whole=whole)
             if modelfile.needs_tensors(header):
-                header = gguf.read(self._models_dir / candidate.path, whole=True)
+                header = gguf.read(Path(path), whole=True)
             file = modelfile.describe(header)
         except InvalidGGUF as e:
             file = modelfile.unreadable(e)
-        before = self._entries.get(candidate.path)
-        self._entries[candidate.path] = Entry(candidate.stat, file)
+        before = self._entries.get(path)
+        self._entries[path] = Entry(candidate.stat, file)
         self._unsaved |= file.lasting
         return before is None or before.file != file
+
+
+def _walk(root: Path) -> list[Candidate]:
+    """List a directory of any kind.  Raises OSError."""
+    match kind(root):
+        case "ollama":
+            return ollama.walk(root)
+        case "files" | "huggingface":
+            return directory.walk(root)
+        case unknown:
+            assert_never(unknown)
 
 
 def _load(cache_file: Path) -> dict[str, Entry]:
@@ -151,21 +176,26 @@ class Group(Struct, frozen=True):
         return [self.parts[no].stat for no in sorted(self.parts)]
 
 
-def assemble(candidates: Sequence[Candidate], files: Mapping[str, ModelFile]) -> list[Model]:
-    """Group files into models, sorted by key.  `files` describes every candidate without a refusal, by path.
+def assemble(candidates: Sequence[Candidate], files: Mapping[File, ModelFile]) -> tuple[list[Model], list[Model]]:
+    """Group files into models, sorted by key.  `files` describes every candidate without a refusal.
 
-    An unreadable file, or a folder that cannot be listed, becomes a model with a problem.
+    An unreadable file, or a folder that cannot be listed, becomes a model with a problem.  Returns also the models that
+    are not listed, because an earlier directory has the same.
     """
     groups: dict[tuple[Place, object], Group] = {}
     companions: dict[Home, list[Described]] = {}
     for candidate in candidates:
         if candidate.is_folder:
             folders = PurePosixPath(candidate.path).parts
-            place = Place(folders, folders[-1], candidate.revision)
+            place = Place(folders, folders[-1], candidate.revision, candidate.root)
             groups[place, candidate.path] = Group(place, keys.home(place), 0, {1: candidate})
             continue
-        place, no, of = keys.shard(candidate.path, candidate.revision)
-        file = files.get(candidate.path)
+        place, no, of = (
+            Shard(keys.tagged(candidate.named, candidate.root), 1, 0)
+            if candidate.named
+            else keys.shard(candidate.path, candidate.revision, candidate.root)
+        )
+        file = files.get(candidate.file)
         if COMPANION in place.stem.lower() or (file is not None and file.kind == "companion"):
             if file is not None and file.vision and not candidate.refusal:
                 companions.setdefault(keys.home(place), []).append(_described(place, file))
@@ -174,13 +204,35 @@ def assemble(candidates: Sequence[Candidate], files: Mapping[str, ModelFile]) ->
             group = groups[place, of or candidate.path] = Group(place, keys.home(place), of, {})
         group.parts[no] = candidate
     found = [(group, _problem(group, files)) for group in _without_copies([*groups.values()])]
-    models = [group for group, problem in found if problem is None]
-    found.sort(key=lambda one: one[1] is not None)  # the models first
-    places = [group.place for group, _ in found]
-    names = keys.name_all(places[: len(models)], places[len(models) :])
-    vision = _with_vision(models, companions, files)
-    assembled = [_model(name, *one, files, vision) for name, one in zip(names, found, strict=True)]
-    return sorted(assembled, key=lambda model: model.key)
+    shown = _without_hidden([group for group, problem in found if problem is None])
+    models = {group.place for group in shown}
+    hidden = [group for group, problem in found if problem is None and group.place not in models]
+    broken = [(group, problem) for group, problem in found if problem is not None]
+    names = keys.name_all([group.place for group in shown], [group.place for group, _ in broken])
+    vision = _with_vision(shown, companions, files)
+    described = [*((group, None) for group in shown), *broken]
+    assembled = [_model(name, *one, files, vision) for name, one in zip(names, described, strict=True)]
+    beneath = [
+        _model(name, group, None, files, vision)
+        for name, group in zip(keys.name_all([group.place for group in hidden]), hidden, strict=True)
+    ]
+    return sorted(assembled, key=lambda model: model.key), beneath
+
+
+def _without_hidden(models: Sequence[Group]) -> list[Group]:
+    """Leave out what an earlier directory has too: the same quantization of a model with the same name.
+
+    Files with the same key and quantization are of different models if both of their names have words that differ.
+    """
+    seen: dict[tuple[str, str], list[tuple[int, Words]]] = {}
+    kept: list[Group] = []
+    for group in sorted(models, key=lambda group: group.place.root):
+        root, words = group.place.root, projectors.words(group.place.stem)
+        same = seen.setdefault((keys.base(group.place), keys.tag(group.place)), [])
+        if not any(earlier < root and (not words or not theirs or words == theirs) for earlier, theirs in same):
+            same.append((root, words))
+            kept.append(group)
+    return kept
 
 
 def _without_copies(groups: Sequence[Group]) -> list[Group]:
@@ -200,12 +252,12 @@ def _described(place: Place, file: ModelFile) -> Described:
 
 
 def _with_vision(
-    models: Sequence[Group], companions: Mapping[Home, list[Described]], files: Mapping[str, ModelFile]
+    models: Sequence[Group], companions: Mapping[Home, list[Described]], files: Mapping[File, ModelFile]
 ) -> dict[Home, set[Words]]:
     """Return the models that have an image encoder: the words of their stems, by home."""
     beside: dict[Home, list[Described]] = {}
     for group in models:
-        file = files[group.parts[1].path]
+        file = files[group.parts[1].file]
         if group.home in companions and file.type == "llm":
             beside.setdefault(group.home, []).append(_described(group.place, file))
     return {
@@ -220,12 +272,12 @@ def _model(
     name: Named,
     group: Group,
     problem: Problem | None,
-    files: Mapping[str, ModelFile],
+    files: Mapping[File, ModelFile],
     vision: Mapping[Home, set[Words]],
 ) -> Model:
     place, parts = group.place, group.parts
     shards = [parts[no] for no in sorted(parts)]
-    readable = [files[shard.path] for shard in shards if not shard.refusal]
+    readable = [files[shard.file] for shard in shards if not shard.refusal]
     first = readable[0] if readable and 1 in parts and not parts[1].refusal else ModelFile(whole=True)
     parameters = _sum([file.parameters for file in readable])
     tensor_bytes = _sum([file.tensor_bytes for file in readable])
@@ -234,11 +286,12 @@ def _model(
         base=name.base,
         variant=name.variant,
         shards=[shard.path for shard in shards],
+        root=place.root,
         size_bytes=sum(shard.stat.size for shard in shards),
         problem=problem,
         type=first.type,
         publisher=keys.publisher(group.home) or first.organization,
-        display_name=first.name or place.stem,
+        display_name=first.name or keys.title(place),
         description=first.description,
         architecture=first.architecture,
         quantization=keys.label(place) or first.quantization or quantization.by_tensors(_all_matrices(readable)),
@@ -284,7 +337,7 @@ def _all_weights(shards: Sequence[Weights | None]) -> Weights | None:
     )
 
 
-def _problem(group: Group, files: Mapping[str, ModelFile]) -> Problem | None:
+def _problem(group: Group, files: Mapping[File, ModelFile]) -> Problem | None:
     """Return the first reason why the files cannot be loaded as one model, with the name of the file at fault."""
     place, of, parts = group.place, group.of, group.parts
     for no in sorted(parts):
@@ -298,18 +351,18 @@ def _problem(group: Group, files: Mapping[str, ModelFile]) -> Problem | None:
         message = f"the model is split into {of} files; missing: {', '.join(names + more)}"
         return Problem(code="invalid_model_file", message=message)
     for no in sorted(parts):
-        file = files[parts[no].path]
+        file = files[parts[no].file]
         if file.problem is not None and (no == 1 or not file.readable):  # only the first shard describes the model
             return _fault(parts[no], file.problem.message, file.problem)
-    split_count = files[parts[1].path].split_count
+    split_count = files[parts[1].file].split_count
     if split_count > 1 and not of:
         suffix = f"-00001-of-{split_count:05}"
         return _fault(parts[1], f"is one of the {split_count} files of a split model, but lacks a suffix like {suffix}")
-    if not any(files[shard.path].n_tensors for shard in parts.values()):
+    if not any(files[shard.file].n_tensors for shard in parts.values()):
         return _fault(parts[1], "has no tensors: it is a vocabulary, not a model")
     return None
 
 
 def _fault(candidate: Candidate, reason: str, problem: Problem | None = None) -> Problem:
-    message = f"{PurePosixPath(candidate.path).name} {reason}"
+    message = f"{candidate.name} {reason}"
     return Problem(code=problem.code if problem else "invalid_model_file", message=message)

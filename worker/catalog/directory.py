@@ -22,6 +22,9 @@ REVISION_N = 7  # hexadecimal digits that name a revision, as git shortens them
 COMMIT_N = 64  # digits of the longest commit
 
 
+File = tuple[int, str]  # index of a models directory, and path in it
+
+
 class Candidate(NamedTuple):
     """A file named `*.gguf` or, if `is_folder`, a folder that cannot be listed or lies outside the models directory.
 
@@ -29,11 +32,22 @@ class Candidate(NamedTuple):
     the file's name.
     """
 
-    path: str  # relative to the models directory, with slashes
+    path: str  # relative to its models directory, with slashes
     stat: FileStat = FileStat(0, 0, 0)
     refusal: str = ""
     is_folder: bool = False
     revision: str = ""  # of a repository in Hugging Face's cache, unless it is the current one
+    root: int = 0  # index of its models directory
+    named: str = ""  # in a store of Ollama: the name of its model, "publisher/name/tag" or "name/tag"
+
+    @property
+    def name(self) -> str:
+        """What a sentence about it begins with."""
+        return ":".join(self.named.split("/")[-2:]) or PurePosixPath(self.path).name
+
+    @property
+    def file(self) -> File:
+        return self.root, self.path
 
 
 def walk(models_dir: Path) -> list[Candidate]:
@@ -71,10 +85,10 @@ def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> 
         if is_gguf:
             yield Candidate(path, refusal=f"cannot be read: {e.strerror}")
         return
-    if target and not _holds(root, target) and (is_folder or is_gguf):
+    if target and not holds(root, target) and (is_folder or is_gguf):
         yield Candidate(path, refusal=OUTSIDE, is_folder=is_folder)
     elif is_folder and target:
-        if not linked and not _holds(target, str(Path(entry.path).parent)):
+        if not linked and not holds(target, str(Path(entry.path).parent)):
             yield from _folder(target, root, path, linked=True)
     elif is_folder and path.count("/") >= MAX_DEPTH:
         yield Candidate(path, refusal=TOO_DEEP, is_folder=True)
@@ -84,7 +98,7 @@ def _entry(entry: os.DirEntry[str], root: str, prefix: str, *, linked: bool) -> 
         yield Candidate(path, FileStat.of(info))
 
 
-def _holds(folder: str, path: str) -> bool:
+def holds(folder: str, path: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
@@ -113,16 +127,16 @@ def _current(refs: Path, revisions: Sequence[str]) -> str:
     with suppress(OSError):
         for reference in sorted(refs.iterdir(), key=lambda path: (path.name != "main", path)):
             with suppress(OSError):
-                if (commit := _read(reference)) in revisions:
+                if (commit := read_start(reference, COMMIT_N).decode("ascii", "replace").strip()) in revisions:
                     return commit
     return revisions[0]
 
 
-def _read(reference: Path) -> str:
-    """Read a reference.  Never blocks on a FIFO, and follows no link."""
-    fd = os.open(reference, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+def read_start(path: Path, most_bytes: int) -> bytes:
+    """Read the start of a regular file, nothing of another one.  Never blocks on a FIFO, and follows no link."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        return os.read(fd, COMMIT_N).decode("ascii", "replace").strip() if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+        return os.read(fd, most_bytes) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
     finally:
         os.close(fd)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from math import prod
 from pathlib import Path
@@ -116,23 +117,28 @@ def read(path: Path, *, whole: bool) -> Header:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
                 raise InvalidGGUF("is not a regular file")
-            return _read(fd, info.st_size, whole)
+            steps = WHOLE_STEPS if whole else QUICK_STEPS
+            return read_by(lambda size: os.pread(fd, size, 0), info.st_size, steps, whole=whole)
         finally:
             os.close(fd)
     except OSError as e:
         raise InvalidGGUF(f"cannot be read: {e.strerror}", lasting=False) from None
 
 
-def _read(fd: int, file_size: int, whole: bool) -> Header:
-    for step in WHOLE_STEPS if whole else QUICK_STEPS:
-        head = os.pread(fd, min(step, file_size), 0)
+def read_by(start: Callable[[int], bytes], file_size: int, steps: Sequence[int], *, whole: bool) -> Header:
+    """Read the header of a file of which `start` returns that many first bytes, in `steps` of bytes as it is needed.
+
+    Raises InvalidGGUF, and what `start` raises.
+    """
+    for step in steps:
+        head = start(min(step, file_size))
         if len(head) < min(step, file_size):
             raise InvalidGGUF("was truncated while it was read", lasting=False)
         try:
             return parse(head, file_size, whole=whole)
         except _MoreNeeded:
             continue
-    raise InvalidGGUF(f"has a header of more than {MAX_HEAD_BYTES >> 20} MiB")
+    raise InvalidGGUF(f"has a header of more than {steps[-1] >> 20} MiB")
 
 
 class _MoreNeeded(Exception):

@@ -18,11 +18,13 @@ COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Place(NamedTuple):
-    """The location of a model under the models directory; all its shards share it."""
+    """The location of a model under a models directory; all its shards share it."""
 
     folders: tuple[str, ...]
     stem: str  # of the file's name, without the suffix of a shard ("-00001-of-00003")
     revision: str = ""  # of a repository in Hugging Face's cache, unless it is the current one
+    root: int = 0  # index of the models directory
+    variant: str = ""  # of a key in a store of Ollama: the tag in lower case
 
 
 class Home(NamedTuple):
@@ -30,6 +32,8 @@ class Home(NamedTuple):
 
     folders: tuple[str, ...]
     revision: str = ""
+    root: int = 0
+    variant: str = ""
 
 
 class Named(NamedTuple):
@@ -44,14 +48,20 @@ class Shard(NamedTuple):
     of: int  # number of shards; 0: the model is a single file
 
 
-def shard(path: str, revision: str = "") -> Shard:
-    """Return the model's location and the shard number that a path under the models directory encodes."""
+def shard(path: str, revision: str = "", root: int = 0) -> Shard:
+    """Return the model's location and the shard number that a path under a models directory encodes."""
     *folders, name = PurePosixPath(path).parts
     stem = name[: -len(GGUF)] if name.lower().endswith(GGUF) else name
     split = SHARD.fullmatch(stem)
     if split is None or not 1 <= int(split["no"]) <= int(split["count"]):
-        return Shard(Place(tuple(folders), stem, revision), 1, 0)
-    return Shard(Place(tuple(folders), split["stem"], revision), int(split["no"]), int(split["count"]))
+        return Shard(Place(tuple(folders), stem, revision, root), 1, 0)
+    return Shard(Place(tuple(folders), split["stem"], revision, root), int(split["no"]), int(split["count"]))
+
+
+def tagged(name: str, root: int = 0) -> Place:
+    """Return the location of a model with this name in a store of Ollama, `publisher/name/tag` or `name/tag`."""
+    *folders, tag = name.split("/")
+    return Place(tuple(folders), tag, root=root, variant=tag.lower())
 
 
 def snapshot(folders: Sequence[str]) -> int | None:
@@ -67,13 +77,18 @@ def snapshot(folders: Sequence[str]) -> int | None:
 
 def home(place: Place) -> Home:
     """Return the folder that names a model: not a folder for one quantization, nor one of Hugging Face's cache."""
-    return Home(_split(place.folders)[0], place.revision)
+    return Home(_split(place.folders)[0], place.revision, place.root, place.variant)
 
 
 def tag(place: Place) -> str:
     """Return the quantization that the names of a file and its folder tell, in lower case; "" if they tell none."""
     of_folder, of_file = quantization.tag(_split(place.folders)[1]), quantization.tag(place.stem)
     return of_folder if of_folder.endswith(of_file) else of_file  # UD-Q2_K_XL/m-Q2_K_XL.gguf
+
+
+def title(place: Place) -> str:
+    """Return what is shown of a model without a name in its header."""
+    return f"{place.folders[-1]}:{place.stem}" if place.variant else place.stem
 
 
 def label(place: Place) -> str:
@@ -100,11 +115,12 @@ def _is_quantization(folder: str, parent: str) -> bool:
 
 def base(place: Place) -> str:
     """Return the key of a place without its variant: `publisher/name`, `name`, or the stem of a file in no folder."""
-    folders, revision = home(place)
+    folders = home(place).folders
     if not folders:
         return place.stem.lower()
     *publisher, name = (folder.lower() for folder in folders[-2:])
-    return "/".join([*publisher, name.removesuffix("-gguf") or name]) + (f"@{revision}" if revision else "")
+    key = "/".join([*publisher, name.removesuffix("-gguf") or name])
+    return f"{key}@{place.revision}" if place.revision else key
 
 
 def publisher(home: Home) -> str:
@@ -114,12 +130,12 @@ def publisher(home: Home) -> str:
 def name_all(models: Sequence[Place], others: Sequence[Place] = ()) -> list[Named]:
     """Return a unique key for each model, then for each of `others`.  The keys do not depend on the places' order.
 
-    Places with the same base get a variant: their quantization or, if it is not unique, their stem.  If the stems are
-    equal too (the same file name in two folders), a number in the order of the paths is appended.
+    Places with the same base get a variant: their tag or quantization or, if it is not unique, their stem.  If
+    the stems are equal too (the same file name in two folders), a number in the order of the paths is appended.
 
     `others` are files that cannot be loaded.  They have no influence on the keys of models.
     """
-    told = [_Told(place, base(place), tag(place)) for place in (*models, *others)]
+    told = [_Told(place, base(place), place.variant or tag(place)) for place in (*models, *others)]
     named = _name(told[: len(models)], told[: len(models)], set())
     return named + _name(told[len(models) :], told, {name.key for name in named})
 
@@ -129,7 +145,7 @@ class _Told(NamedTuple):
 
     place: Place
     base: str
-    tag: str
+    tag: str  # the quantization, or the tag of Ollama
 
 
 def _name(places: Sequence[_Told], among: Sequence[_Told], taken: set[str]) -> list[Named]:

@@ -1,7 +1,7 @@
-"""The scanner: a separate process that watches the models directory and sends the catalog to the worker.
+"""The scanner: a separate process that watches the models directories and sends the catalog to the worker.
 
 Reading headers keeps a Python interpreter busy and would delay a worker's traffic with runners and Redis.
-`python -m worker.catalog.scanner MODELS_DIR CACHE_FILE` writes each catalog, a `Listed`, to its stdout in a frame of
+`python -m worker.catalog.scanner CACHE_FILE MODELS_DIR...` writes each catalog, a `Listed`, to its stdout in a frame of
 `shared.framing`.  Its stdin carries no data; the scanner exits at the end of its stdin.
 """
 
@@ -14,7 +14,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -47,14 +47,14 @@ _decode = msgspec.msgpack.Decoder(Listed).decode
 
 
 async def catalogs(
-    models_dir: Path, cache_file: Path, *, log_level: LogLevel = "info", log_format: LogFormat = "console"
+    roots: Sequence[Path], cache_file: Path, *, log_level: LogLevel = "info", log_format: LogFormat = "console"
 ) -> AsyncGenerator[Listed, None]:
     """Yield the catalog at once and whenever it changes.  Restarts the scanner if it exits.
 
     May yield the same catalog twice in a row.  Ends only when closed or cancelled; the scanner is reaped by then.  Use
     it within `contextlib.aclosing`, since leaving an `async for` loop does not close it.
     """
-    command = [sys.executable, "-m", __name__, str(models_dir), str(cache_file), "--log-level", log_level]
+    command = [sys.executable, "-m", __name__, "--log-level", log_level, str(cache_file), *map(str, roots)]
     backoff = Backoff(FIRST_PAUSE_S, LAST_PAUSE_S, STABLE_S)
     while True:
         started = time.monotonic()
@@ -111,7 +111,7 @@ def main() -> None:
     os.nice(NICENESS)
     _restrict(arguments.cache_file.parent)
     with suppress(BrokenPipeError):
-        _scan(Catalog(arguments.models_dir, arguments.cache_file), Publisher(), Reporter())
+        _scan(Catalog(arguments.roots, arguments.cache_file), Publisher(), Reporter())
 
 
 def _restrict(cache: Path) -> None:
@@ -125,10 +125,10 @@ def _restrict(cache: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m worker.catalog.scanner", description="Watch a directory of GGUF models."
+        prog="python -m worker.catalog.scanner", description="Watch directories of GGUF models."
     )
-    parser.add_argument("models_dir", type=Path)
     parser.add_argument("cache_file", type=Path)
+    parser.add_argument("roots", type=Path, nargs="+")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--log-format", default="console")
     return parser.parse_args()
@@ -136,13 +136,8 @@ def _arguments() -> argparse.Namespace:
 
 def _scan(catalog: Catalog, publisher: Publisher, reporter: Reporter) -> None:
     while True:
-        try:
-            changed = catalog.look()
-        except OSError as e:
-            changed = True
-            reporter.directory(e.strerror)
-        else:
-            reporter.directory(None)
+        changed = catalog.look()
+        reporter.directories(catalog.unlistable)
         if changed or not publisher.has_published:
             _publish(catalog, publisher, reporter)
         if _worker_is_gone(0 if catalog.is_shallow else POLL_S):
@@ -163,6 +158,7 @@ def _publish(catalog: Catalog, publisher: Publisher, reporter: Reporter) -> None
     listed = catalog.listed()
     publisher.publish(listed)
     reporter.models(listed.models)
+    reporter.hidden(listed.hidden)
     reporter.settings(listed.problems)
 
 
@@ -194,18 +190,19 @@ class Reporter:
     """Logs each read error once, and again when its reason changes."""
 
     def __init__(self) -> None:
-        self._problems: dict[str, Problem] = {}
+        self._problems = set[tuple[int, str, Problem]]()
         self._settings: list[str] = []
-        self._directory: str | None = None
+        self._directories: dict[Path, str] = {}
+        self._hidden = set[tuple[int, str]]()
         self._cache: str | None = None
 
     def models(self, models: list[Model]) -> None:
-        problems: dict[str, Problem] = {}
+        problems = set[tuple[int, str, Problem]]()
         for model in models:
             if (problem := model.problem) is None:
                 continue
-            problems[model.shards[0]] = problem
-            if self._problems.get(model.shards[0]) != problem:
+            problems.add((model.root, model.shards[0], problem))
+            if (model.root, model.shards[0], problem) not in self._problems:
                 write = _log.warning if problem.code == "invalid_model_file" else _log.info
                 facts = {"model": model.key, "file": model.shards[0], "reason": problem.message}
                 write("file is not a usable model", action="unreadable_model", **facts)
@@ -217,10 +214,19 @@ class Reporter:
                 _log.error("settings of models are wrong", action="wrong_model_settings", reason=problem)
         self._settings = problems
 
-    def directory(self, reason: str | None) -> None:
-        if reason and reason != self._directory:
-            _log.warning("models directory cannot be listed", action="unreadable_models_dir", reason=reason)
-        self._directory = reason
+    def hidden(self, models: list[Model]) -> None:
+        for model in models:
+            if (model.root, model.shards[0]) not in self._hidden:
+                facts = {"model": model.key, "file": model.shards[0]}
+                _log.info("an earlier models directory has the same model", action="hidden_model", **facts)
+        self._hidden = {(model.root, model.shards[0]) for model in models}
+
+    def directories(self, reasons: Mapping[Path, str]) -> None:
+        for path, reason in reasons.items():
+            if reason != self._directories.get(path):
+                facts = {"directory": str(path), "reason": reason}
+                _log.warning("models directory cannot be listed", action="unreadable_models_dir", **facts)
+        self._directories = {**reasons}
 
     def cache(self, reason: str | None) -> None:
         if reason and reason != self._cache:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import assert_never
 
 from msgspec import MsgspecError, msgpack, structs
@@ -35,11 +35,18 @@ class DryRun:
     """
 
     def __init__(
-        self, settings: Settings, models: Mapping[str, Model], devices: Devices, runners: Runners, timing: Timing
+        self,
+        settings: Settings,
+        models: Mapping[str, Model],
+        elsewhere: Callable[[Model | None], Model | None],
+        devices: Devices,
+        runners: Runners,
+        timing: Timing,
     ) -> None:
-        """`models`: the current catalog, by key."""
+        """`models`: the current catalog, by key.  `elsewhere` finds other models by their source, with other paths."""
         self._settings = settings
         self._models = models
+        self._elsewhere = elsewhere
         self._devices = devices
         self._runners = runners
         self._timing = timing
@@ -58,7 +65,7 @@ class DryRun:
 
     async def measured(self, sizing: Sizing) -> list[list[Usage]] | None:
         """Return the usage for each context length; None if a dry run fails."""
-        model = of_source(self._models, sizing.source, sizing.key)
+        model = of_source(self._models, sizing.source, sizing.key) or self._elsewhere(sizing.source)
         if model is None or model.problem is not None or not {*sizing.gpus} <= {*self._devices.gpus}:
             return None
         lengths = sizing.context_lengths[:MOST_LENGTHS]

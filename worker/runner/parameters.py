@@ -16,7 +16,7 @@ from worker.runner.protocol import Load, Serving
 def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[str], layers: list[int]) -> Load:
     """Return the `Load` for a request.  `devices` and `layers` are as in `Load`: GPUs, or none for the CPU."""
     return Load(
-        shards=[str(Path(settings.models_dir, shard)) for shard in model.shards],
+        shards=[str(Path(settings.roots[model.root], shard)) for shard in model.shards],
         total_bytes=model.size_bytes,
         can_map=model.can_map,
         check_tensors=settings.check_tensors == "on",

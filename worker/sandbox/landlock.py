@@ -50,13 +50,14 @@ class Ruleset:
     Has no effect until a thread restricts itself.  Raises OSError, also from all methods.
     """
 
-    def __init__(self, rules: Iterable[tuple[str | Path, int]] = ()) -> None:
+    def __init__(self, rules: Iterable[tuple[str | Path, int]] = (), *, with_network: bool = False) -> None:
         """`rules`: access rights to a file, or to all that is beneath a directory."""
         self._fd = -1
         if not (known := version()):
             return
         self._files = sum(rights for since, rights in ALL if known >= since)
         networks, scopes = (rights if known >= since else 0 for since, rights in (TCP, SCOPES))
+        networks = 0 if with_network else networks
         with libc.in_memory(struct.pack("=QQQ", self._files, networks, scopes)) as (address, size):
             self._fd = libc.syscall(CREATE_RULESET, address, size, 0)
         for path, rights in rules:
@@ -89,9 +90,9 @@ class Ruleset:
             self._fd = -1
 
 
-def restrict_thread(rules: Iterable[tuple[str | Path, int]] = ()) -> None:
+def restrict_thread(rules: Iterable[tuple[str | Path, int]] = (), *, with_network: bool = False) -> None:
     """Restrict the calling thread to these rules, for ever.  Needs `no_new_privs`.  Raises OSError."""
-    ruleset = Ruleset(rules)
+    ruleset = Ruleset(rules, with_network=with_network)
     try:
         ruleset.restrict_thread()
     finally:

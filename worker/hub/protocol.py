@@ -1,0 +1,46 @@
+"""The messages between a worker and a process that talks to the hub."""
+
+from __future__ import annotations
+
+from msgspec import Struct, msgpack
+
+from shared.download import InspectRequest, Offer, Plan, Refusal
+from worker.hub.client import Access
+
+
+class Inspect(Struct, frozen=True, kw_only=True, tag="inspect"):
+    """Find what a download would fetch, and whether there is room for it."""
+
+    access: Access
+    roots: list[str]  # the models directories
+    request: InspectRequest
+
+
+class Fetch(Struct, frozen=True, kw_only=True, tag="fetch"):
+    """Fetch what is missing of a plan, and put it into its place."""
+
+    access: Access
+    root: str
+    plan: Plan
+    patience_s: float
+
+
+Ask = Inspect | Fetch
+
+
+class Progressed(Struct, frozen=True, tag="progressed"):
+    bytes: int  # that are there
+
+
+class Finished(Struct, frozen=True, tag="finished"):
+    """The files are in their place."""
+
+
+class Busy(Struct, frozen=True, tag="busy"):
+    """Another process fetches the same into the same directory."""
+
+
+Told = Offer | Progressed | Finished | Busy | Refusal
+
+decode_ask = msgpack.Decoder(Ask).decode
+decode_told = msgpack.Decoder(Told).decode
