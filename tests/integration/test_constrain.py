@@ -15,6 +15,7 @@ from shared.synthetic.models import tiny_llama
 from tests.support.child import in_child
 from tests.support.generation import Trial, ids_of
 from worker.chat.code import Trigger
+from worker.chat.constraint import ConstraintError
 from worker.chat.protocol import Constraint
 from worker.engine.constrain import KEPT
 
@@ -105,6 +106,53 @@ def lazy(root: Path) -> None:
 
 def test_a_lazy_constraint_begins_at_its_trigger(llama: Path) -> None:
     in_child(lazy, llama)
+
+
+def lazy_after_reasoning(root: Path) -> None:
+    trial = Trial(root)
+    vocabulary = trial.engine.vocabulary
+
+    def is_on(text: str, ends: list[str]) -> bool:
+        constraint = Constraint(
+            kind="gbnf",
+            text='root ::= "<a>" [0-9]{3}',
+            lazy=True,
+            triggers=[Trigger("word", "<a>")],
+            thinking_start="<t>",
+            thinking_ends=ends,
+        )
+        begun = trial.loop.constrain(constraint).result().begin()
+        for token in vocabulary.spelled(text):
+            begun.accept(token)
+        return begun._is_on
+
+    long = "b" * 3000
+    for text, ends, expected in (
+        ("<a>", ["</t>"], True),
+        (f"{long}<a>", ["</t>"], True),
+        (f"<t>{long}<a>", ["</t>"], False),
+        (f" <t>{long}</t><a>", ["</t>"], True),
+        (f"<t>{long}<a>{long}</t>{long}<a", ["</t>"], False),
+        (f"<t>{long}<a>", ["</t>", "<a>"], True),  # a call may end the reasoning
+    ):
+        assert is_on(text, ends) == expected, (text[:9], text[-9:], ends)
+
+
+def test_a_lazy_constraint_does_not_begin_within_reasoning(llama: Path) -> None:
+    in_child(lazy_after_reasoning, llama)
+
+
+def prefixed(root: Path) -> None:
+    trial = Trial(root)
+    constraint = Constraint(kind="gbnf", text='root ::= "the end" [0-9]{2}', prefix="the e")
+    (answer,) = trial.run(job(trial, constraint))
+    assert re.fullmatch(r"nd\d\d", answer.texts[0]), answer.texts
+    with pytest.raises(ConstraintError, match="it does not match the end of the prompt"):
+        trial.loop.constrain(Constraint(kind="gbnf", text='root ::= "the end"', prefix="another")).result()
+
+
+def test_a_grammar_may_begin_with_the_end_of_the_prompt(llama: Path) -> None:
+    in_child(prefixed, llama)
 
 
 def thinking(root: Path) -> None:

@@ -5,6 +5,7 @@ A mask of a vocabulary of 150,000 tokens takes 0.1 ms, as measured with version 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 import threading
@@ -25,6 +26,7 @@ Logits = NDArray[np.float32]
 
 KEPT = 64  # constraints that are kept compiled
 STACK_BYTES = 64 << 20  # of the thread that compiles: more than a helper has, which compiled the same before
+WINDOW = 1000  # characters before a token in which a trigger, or the end of reasoning, may have begun
 SPECIAL = b"\xff"  # llguidance's mark of a token that is not its text
 
 
@@ -113,6 +115,11 @@ class Compiled:
         return Constrained(self)
 
 
+def _first(text: str) -> int:
+    """Return the place of the first character that is no space."""
+    return next((i for i, char in enumerate(text) if not char.isspace()), 0)
+
+
 def _pattern(trigger: Trigger) -> re.Pattern[str]:
     match trigger.type:
         case "word" | "token":
@@ -140,7 +147,8 @@ class Constrained:
         self._is_on = not constraint.lazy and not constraint.is_thinking
         self._n_opened = 0  # tokens of the text with which reasoning begins
         self._may_think = self._is_on and bool(compiled.opening)
-        self._free: list[tuple[int, bytes]] = []  # tokens to which the constraint did not apply
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._free = ""  # text to which the constraint did not apply
 
     @property
     def is_complete(self) -> bool:
@@ -201,40 +209,41 @@ class Constrained:
         return True
 
     def _take_free(self, token: int) -> None:
-        self._free.append((token, self._compiled.text_of(token)))
         constraint = self._compiled.constraint
-        text = b"".join(text for _, text in self._free).decode(errors="replace")
+        new = self._decoder.decode(self._compiled.text_of(token))
+        self._free += new
+        begin = max(0, len(self._free) - len(new) - WINDOW)  # what is looked for would have been found before
         if constraint.lazy and not self._is_thinking and constraint.thinking_start:
-            self._is_thinking = text.lstrip().startswith(constraint.thinking_start)
+            self._is_thinking = self._free.startswith(constraint.thinking_start, _first(self._free))
         if self._is_thinking:
-            ends = [at + len(end) for end in constraint.thinking_ends if (at := text.find(end)) >= 0]
+            ends = [(at + len(end), at) for end in constraint.thinking_ends if (at := self._free.find(end, begin)) >= 0]
             if not ends:
                 return
             self._is_thinking = False
+            end, at = min(ends)
             if not constraint.lazy:
-                self._start(text[min(ends) :].lstrip())
+                self._start(self._free[end:].lstrip())
                 return
-            self._free = [(-1, text[min(ends) :].encode())]
-            text = text[min(ends) :]
+            self._free, begin = self._free[at:], 0  # a call may end the reasoning
         if constraint.lazy:
-            self._look_for_trigger(token, text)
+            self._look_for_trigger(token, begin)
 
-    def _look_for_trigger(self, token: int, text: str) -> None:
+    def _look_for_trigger(self, token: int, begin: int) -> None:
         """Apply a lazy constraint from its trigger on, as llama.cpp does (llama_grammar_accept_token)."""
         if token in self._compiled.trigger_tokens:
             self._is_on = True
             self._consume([token])
             return
         for pattern in self._compiled.triggers:
-            if match := pattern.search(text):
+            if match := pattern.search(self._free, begin):
                 group = next((i for i in range(1, pattern.groups + 1) if match[i]), 0)
-                self._start(text[match.start(group) :])
+                self._start(self._free[match.start(group) :])
                 return
 
     def _start(self, text: str) -> None:
         """Apply the constraint from a text on, which has come already."""
         self._is_on = True
-        self._free.clear()
+        self._free = ""
         if text:
             self._consume(self._compiled.tokenizer.tokenize_str(text, parse_special=True))
 
