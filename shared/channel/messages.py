@@ -238,13 +238,14 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reasoning: str = ""
     tool: ToolDelta | None = None
     logprobs: list[TokenLogprobs] = []
-    skipped: int = 0  # characters with which the tokens of a prompt begin, and the text of this delta does not
+    echo: str = ""  # a prompt, for all of its answers, of which this is the first: they begin with it
+    skipped: int = 0  # characters with which the tokens of the prompt begin, and `echo` does not
     finish: Finish | None = None
     stop: Stop | None = None
 
 
 def size_of(delta: Delta) -> int:
-    """Return roughly how many bytes of memory a delta holds."""
+    """Return roughly how many bytes of memory a delta holds, without what the client sent itself."""
     logprobs = sum(1 + len(one.top) for one in delta.logprobs)
     tool = 0 if delta.tool is None else ITEM_BYTES + len(delta.tool.name) + len(delta.tool.arguments)
     return len(delta.text) + len(delta.reasoning) + tool + ITEM_BYTES * (1 + logprobs)

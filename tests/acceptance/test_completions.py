@@ -302,3 +302,13 @@ def test_a_client_that_leaves_ends_all_its_prompts(service: Service) -> None:
     until(lambda: service.metric("requests_running", instance=TINY) == 0, "none is left")
     assert service.metric("requests_waiting", instance=TINY) == 0
     assert answered(service, prompt="a", max_tokens=1)["usage"]["completion_tokens"] <= 1
+
+
+def test_a_long_prompt_is_echoed_in_all_answers(service: Service) -> None:
+    """Together they are more than a client may leave unread, but the client has sent it itself."""
+    service.loaded(TINY, context_length=CONTEXT_LENGTH, parallel=64)
+    tokens: Any = tokenizers.spm()["tokenizer.ggml.tokens"]
+    prompt = [1, *[int(tokens.index("\u2581assistant"))] * 4000]
+    whole = answered(service, prompt=prompt, echo=True, n=64, max_tokens=1, **ENDLESS)
+    assert len(whole["choices"]) == 64
+    assert all(choice["text"].startswith("<s>" + " assistant" * 4000) for choice in whole["choices"])

@@ -123,10 +123,12 @@ class Channel(asyncio.Protocol):
 
 @dataclass(slots=True)
 class Joined:
-    """Deltas of one answer, to be sent as one: first the reasoning, then the text, then a call."""
+    """Deltas of one answer, to be sent as one: the prompt, then the reasoning, then the text, then a call."""
 
     id: int
     choice: int
+    echo: str = ""
+    skipped: int = 0
     texts: list[str] = field(default_factory=list)
     reasonings: list[str] = field(default_factory=list)
     tool: ToolDelta | None = None
@@ -136,6 +138,8 @@ class Joined:
     stop: Stop | None = None
 
     def add(self, delta: Delta) -> None:
+        self.echo += delta.echo  # of which there is one
+        self.skipped += delta.skipped
         self.texts.append(delta.text)
         self.reasonings.append(delta.reasoning)
         if self.tool is None:
@@ -155,6 +159,8 @@ class Joined:
         return Delta(
             id=self.id,
             choice=self.choice,
+            echo=self.echo,
+            skipped=self.skipped,
             text="".join(self.texts),
             reasoning="".join(self.reasonings),
             tool=self.tool and replace(self.tool, arguments="".join([self.tool.arguments, *self.arguments])),

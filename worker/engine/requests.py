@@ -113,7 +113,7 @@ class Prepared(Struct, frozen=True):
 class _Answers:
     """The answers to one prompt."""
 
-    echo: list[Delta]  # with which they begin
+    echo: Delta | None  # with which they begin
     readers: list[Reader]
 
 
@@ -278,11 +278,7 @@ class Requests:
             )
             for each in empty
         ]
-        echo = (
-            []
-            if prepared.echo is None
-            else [structs.replace(prepared.echo, id=each.id, choice=each.choice) for each in empty]
-        )
+        echo = None if prepared.echo is None else structs.replace(prepared.echo, id=request.order.id, choice=first)
         return _Answers(echo, readers)
 
     def _submit(self, request: Request) -> None:
@@ -375,12 +371,12 @@ class Requests:
         return prepared
 
     def _echo(self, prompt: str | list[int], tokens: list[int]) -> Delta:
-        """Return a prompt as the beginning of an answer.  Its tokens may begin with one of which the prompt knows
+        """Return a prompt as the beginning of its answers.  Its tokens may begin with one of which the prompt knows
         nothing, and with a space."""
         text = b"".join(self._engine.vocabulary.pieces(tokens)).decode("utf-8", "replace")
         if isinstance(prompt, list):
-            return Delta(id=0, text=text)
-        return Delta(id=0, text=prompt, skipped=max(0, len(text) - len(prompt)))
+            return Delta(id=0, echo=text)
+        return Delta(id=0, echo=prompt, skipped=max(0, len(text) - len(prompt)))
 
     def _check_tokens(self, tokens: list[int], refused: Callable[..., Refused]) -> None:
         """Raise Refusal for tokens that the model does not have: the engine would read beyond its tables."""
@@ -450,8 +446,8 @@ class Requests:
                 if not request.is_started:
                     request.is_started = True
                     request.channel.send(Started(id=id_, cached_tokens=outcome.cached_tokens))
-                for delta in request.answers[outcome.job].echo:
-                    request.channel.add(delta)
+                if (echo := request.answers[outcome.job].echo) is not None:
+                    request.channel.add(echo)
             case Piece():
                 if added := request.answers[outcome.job].readers[outcome.choice].add(outcome):
                     request.channel.add(added)
