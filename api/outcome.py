@@ -47,7 +47,7 @@ class Outcome:
             for name in ("wait_s", "prompt_s", "generation_s"):
                 self.seconds[name] += getattr(usage, name)
             return
-        if answer.prompt_tokens is not None:
+        if answer.prompt_tokens:  # a request that generates nothing has none
             self.tokens.update(prompt_tokens=answer.prompt_tokens)
         if answer.cached_tokens is not None:
             self.tokens.update(cached_tokens=answer.cached_tokens)
