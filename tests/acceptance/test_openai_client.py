@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
@@ -35,6 +38,25 @@ def test_a_whole_reply_is_read(client: openai.OpenAI) -> None:
     assert [len(info.top_logprobs) for info in logprobs.content or ()] == [2] * 4
     assert reply.usage is not None
     assert reply.usage.completion_tokens == 8
+
+
+class Person(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=8)
+    born: int = pydantic.Field(ge=0, le=9999)
+    kind: Literal["real", "fictional"]
+    died: datetime.date | None
+    friends: list[Friend] = pydantic.Field(max_length=2)
+
+
+class Friend(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(max_length=3)]
+
+
+def test_an_answer_becomes_an_object(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.parse(model=TINY, messages=HELLO, response_format=Person)
+    assert isinstance(reply.choices[0].message.parsed, Person)
+    with client.chat.completions.stream(model=TINY, messages=HELLO, response_format=Person) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Person)
 
 
 def test_a_stream_is_read_raw(client: openai.OpenAI) -> None:

@@ -42,6 +42,13 @@ def test_a_streamed_answer_is_json_of_its_schema(service: Service, model: str) -
     jsonschema_rs.validate(PERSON, json.loads(text))
 
 
+def test_an_answer_follows_its_grammar(service: Service, model: str) -> None:
+    reply = answered(service, grammar='root ::= ("yes" | "no")', n=3, temperature=1)
+    assert {choice["message"]["content"] for choice in reply["choices"]} <= {"yes", "no"}
+    error = ask(service, grammar="root ::= (")
+    assert "')'" in openai_error(error, 400, "invalid_request_error", "invalid_value", "grammar")
+
+
 @pytest.mark.parametrize(
     ("schema", "reason"),
     [

@@ -18,6 +18,7 @@ SPACE_OR_LINES = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
 LINE = re.compile(r"\r\n|\r|\n|\Z")
 TIMES = re.compile(r"\{\s*(\d+)\s*(,)?\s*(\d*)\s*\}")
 TOKEN = re.compile(r"<(?:\[(\d+)\]|([^\[\]\s>][^>\r\n]*))>")
+NUL = "\0"
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", '"': '"', "[": "[", "]": "]"}
 CODES = {"x": 2, "u": 4, "U": 8}  # hexadecimal digits
 
@@ -86,7 +87,7 @@ class _Translation:
             item = self.characters()
         elif char == ".":
             self.at += 1
-            item = r"/(?s:.)/"
+            item = r"/[^\x{0}]/"
         elif char == "(":
             self.at += 1
             self.skip(SPACE_OR_LINES)
@@ -162,7 +163,8 @@ class _Translation:
         self.at += 1
         if not ranges:
             raise GbnfError("a set of characters is empty")
-        return f"/[{'^' * is_negated}{''.join(ranges)}]/"
+        nul = rf"^{_code(NUL)}" if is_negated else ""  # no set of llama.cpp has it
+        return f"/[{nul}{''.join(ranges)}]/"
 
     def char(self) -> str:
         char = self.text[self.at : self.at + 1]

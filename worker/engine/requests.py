@@ -552,12 +552,11 @@ def _unenforceable(id_: int, output: Schema | Grammar | None, error: ConstraintE
     """Return the refusal of a request whose answers cannot have the form that it asks for."""
     match output:
         case Schema():
-            what, param = "schema", "response_format"
+            message, param = f"This server cannot enforce the schema: {error}.", "response_format"
         case Grammar():
-            what, param = "grammar", "grammar"
+            message, param = f"Failed to parse the grammar, or to enforce it: {error}.", "grammar"
         case None:
-            what, param = "tools", "tools"
+            message, param = f"This server cannot enforce the form of calls of the tools: {error}.", "tools"
         case _:
             assert_never(output)
-    message = f"This server cannot enforce the {what}: {error}."
     return Refused(id=id_, code="invalid_request", message=message, param=param)
