@@ -46,10 +46,11 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("POST", "/v1/messages"): "infer",
     ("POST", "/v1/messages/count_tokens"): "infer",
     ("POST", "/api/v1/chat"): "infer",
-    ("POST", "/api/v0/chat/completions"): "infer",
-    ("POST", "/api/v0/completions"): "infer",
+    ("POST", paths.V0_CHAT_COMPLETIONS): "infer",
+    ("POST", paths.V0_COMPLETIONS): "infer",
     ("POST", "/api/v0/embeddings"): "infer",
     ("POST", paths.TOKENIZE): "infer",
+    ("GET", paths.TOKENIZER_INFO): "infer",
     ("POST", paths.DETOKENIZE): "infer",
     ("POST", paths.APPLY_TEMPLATE): "infer",
     # ---- loads, and what they show of other clients

@@ -15,6 +15,7 @@ from api.loads.demand import OnDemand
 from api.pool.loaded import Loaded
 from shared.channel.messages import (
     Deltas,
+    Described,
     Ended,
     Failed,
     FromRunner,
@@ -49,7 +50,7 @@ from shared.telemetry import log
 
 _log = log.get("api")
 
-Reply = TypeVar("Reply", Text, Tokens)
+Reply = TypeVar("Reply", Text, Tokens, Described)
 
 
 class Ask(Struct, frozen=True, kw_only=True):
@@ -132,7 +133,7 @@ class Answering:
                     raise refusal(message, ask.prompt)
                 case Failed():
                     raise RequestFailed(message.message)
-                case Started() | Deltas() | Text() | Tokens() | Vectors() | Ended():
+                case Started() | Deltas() | Vectors() | Text() | Tokens() | Described() | Ended():
                     raise ServiceError("The runner began a request that it had not accepted.")
                 case _:
                     assert_never(message)
@@ -167,7 +168,7 @@ def told(message: FromRunner) -> Deltas | Vectors | Ended | None:
             raise refusal(message)
         case Failed():
             raise RequestFailed(message.message)
-        case Text() | Tokens():
+        case Text() | Tokens() | Described():
             raise ServiceError("The runner replied to another request.")
         case _:
             assert_never(message)

@@ -50,7 +50,7 @@ STATUS: dict[str, int] = {
     "not_implemented": 501,
 }
 Family = Literal["native", "openai", "anthropic"]
-OPENAI = ("/v1", "/api/v0", "/rerank", "/reranking", "/tokenize", "/detokenize", "/apply-template")
+OPENAI = ("/v1", "/api/v0", "/rerank", "/reranking", "/tokenize", "/tokenizer_info", "/detokenize", "/apply-template")
 
 
 class ErrorReply(Struct, frozen=True):

@@ -31,6 +31,7 @@ from api.headers import (
     preference,
     whole_number,
 )
+from api.lmstudio import answers as legacy
 from api.lmstudio import models as lmstudio
 from api.loads.follow import settled
 from api.loads.jobs import is_over, job
@@ -44,7 +45,7 @@ from api.pool.estimate import estimated
 from api.pool.metrics import CONTENT_TYPE, scraped
 from api.rerank.routes import rerank
 from api.state import State
-from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize
+from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize, tokenizer_info
 from api.waiting import EventStream, waited_for
 from shared import paths
 from shared.errors import JobNotFound, QueueUnavailable
@@ -235,9 +236,12 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
     Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),
     *(Route(path, rerank, methods=["POST"]) for path in paths.RERANKS),
+    Route(paths.V0_CHAT_COMPLETIONS, legacy.chat_completions, methods=["POST"]),
+    Route(paths.V0_COMPLETIONS, legacy.completions, methods=["POST"]),
     Route(paths.CHAT_INPUT_TOKENS, input_tokens, methods=["POST"]),
     Route(paths.TOKENIZE, tokenize, methods=["POST"]),
     Route(paths.DETOKENIZE, detokenize, methods=["POST"]),
+    Route(paths.TOKENIZER_INFO, tokenizer_info, methods=["GET"]),
     Route(paths.APPLY_TEMPLATE, apply_template, methods=["POST"]),
     Route(paths.V1_MODELS, v1_models, methods=["GET"]),
     _rest(paths.V1_MODEL, v1_model),

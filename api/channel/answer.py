@@ -13,6 +13,7 @@ from msgspec import UNSET
 from shared.channel.messages import (
     Delta,
     Deltas,
+    Described,
     Ended,
     Failed,
     FromRunner,
@@ -48,14 +49,14 @@ class Answer(AsyncIterator[FromRunner]):
         self.outcome = "cancelled"  # for the metrics: "completed" or why there is no complete answer
         self.usage: Usage | None = None
 
-    def put(self, message: Refused | Queued | Started | Vectors | Text | Tokens | Ended | Failed) -> None:
+    def put(self, message: Refused | Queued | Started | Vectors | Text | Tokens | Described | Ended | Failed) -> None:
         """Add a message of the runner."""
         match message:
             case Refused() | Failed():
                 self.is_complete, self.outcome = True, message.code
             case Ended():
                 self.is_complete, self.outcome, self.usage = True, "completed", message.usage
-            case Text() | Tokens():
+            case Text() | Tokens() | Described():
                 self.is_complete, self.outcome = True, "completed"
             case Queued() | Started() | Vectors():
                 pass

@@ -23,6 +23,7 @@ from shared.channel.messages import (
     Closing,
     Delta,
     Deltas,
+    Described,
     Ended,
     Failed,
     FromRunner,
@@ -146,7 +147,7 @@ class Connection(asyncio.Protocol):
         match message:
             case Deltas():
                 self._deltas(message.deltas)
-            case Refused() | Queued() | Started() | Vectors() | Text() | Tokens() | Ended() | Failed():
+            case Refused() | Queued() | Started() | Vectors() | Text() | Tokens() | Described() | Ended() | Failed():
                 if (answer := self._answers.get(message.id)) is not None:  # else it was cancelled
                     answer.put(message)
             case Closing():

@@ -11,11 +11,10 @@ from api.answering import Ask
 from api.decode import read_any
 from api.openai.answer import Chat, Heading
 from api.openai.fields import check_choices, ttl_s
-from api.openai.reply import check_draining, reply
+from api.openai.reply import Around, Form, check_draining, plain, reply
 from api.openai.request import ChatRequest, beginning, decoded, generate
 from api.pool.roster import Roster
 from api.state import State
-from shared import paths
 from shared.channel.messages import Generate
 from shared.instance import Instance
 
@@ -24,22 +23,27 @@ MESSAGES = "messages"
 
 async def chat_completions(request: Request[State]) -> Response:
     """Answer a conversation, whole or as a stream."""
+    return await answer_chat(request)
+
+
+async def answer_chat(request: Request[State], around: Around = plain) -> Response:
+    """Answer a conversation, in a form around that of this API."""
     check_draining(request)
     asked = decoded(await read_any(request, request.state["max_body_bytes"]))
     caller, roster = request.state["caller"], request.state["roster"]
     ask = Ask(
         model=asked.model,
         order=partial(_order, asked, caller, roster),
-        route=paths.CHAT_COMPLETIONS,
+        route=request.scope["route"].path,
         prompt=MESSAGES,
         beginning=beginning(asked, caller),
         ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],
     )
 
-    def form(instance: Instance) -> Chat:
+    def form(instance: Instance) -> Form:
         heading = Heading(instance.instance_id, roster.fingerprint(instance.worker))
-        return Chat(heading, asked.n or 1, with_usage=asked.wants_usage)
+        return around(instance, Chat(heading, asked.n or 1, with_usage=asked.wants_usage))
 
     return await reply(request, ask, form, streams=bool(asked.stream))
 

@@ -16,11 +16,10 @@ from starlette.responses import Response
 from api.answering import Ask
 from api.decode import known, read_any
 from api.openai.fields import TextRequest, TokenId, check_choices, check_sampling, limit, sampling, stops, ttl_s
-from api.openai.reply import check_draining, reply
+from api.openai.reply import Around, Form, check_draining, plain, reply
 from api.openai.text import Text
 from api.pool.roster import Roster
 from api.state import State
-from shared import paths
 from shared.channel.messages import Complete
 from shared.errors import InvalidType, InvalidValue, NotSupported
 from shared.instance import Instance
@@ -65,6 +64,11 @@ class CompletionRequest(TextRequest, frozen=True, kw_only=True):
 
 async def completions(request: Request[State]) -> Response:
     """Continue prompts, whole or as a stream."""
+    return await continue_prompts(request)
+
+
+async def continue_prompts(request: Request[State], around: Around = plain) -> Response:
+    """Continue prompts, in a form around that of this API."""
     check_draining(request)
     asked = decoded(await read_any(request, request.state["max_body_bytes"]))
     caller, roster = request.state["caller"], request.state["roster"]
@@ -72,21 +76,22 @@ async def completions(request: Request[State]) -> Response:
     ask = Ask(
         model=asked.model,
         order=partial(_order, asked, prompts, caller, roster),
-        route=paths.COMPLETIONS,
+        route=request.scope["route"].path,
         prompt=PROMPT,
         beginning=f"{caller}{prompts[0][:BEGINNING]}".encode("utf-8", "surrogatepass"),
         ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],
     )
 
-    def form(instance: Instance) -> Text:
-        return Text(
+    def form(instance: Instance) -> Form:
+        text = Text(
             instance.instance_id,
             roster.fingerprint(instance.worker),
             prompts=len(prompts),
             choices=asked.n or 1,
             with_usage=asked.wants_usage,
         )
+        return around(instance, text)
 
     return await reply(request, ask, form, streams=bool(asked.stream))
 

@@ -44,6 +44,14 @@ class Form(Protocol):
         """Return the last events of a stream, once every answer has finished."""
 
 
+Around = Callable[[Instance, Form], Form]  # makes the form of another API of one of this
+
+
+def plain(_: Instance, form: Form) -> Form:
+    """Return the form of OpenAI's API as it is."""
+    return form
+
+
 def check_draining(request: Request[State]) -> None:
     """Refuse a new request while this process shuts down."""
     if request.state["draining"].is_set():

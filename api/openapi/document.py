@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse, Response
 from api.access import ACCESS, Access
 from api.anthropic.models import AnthropicModel, AnthropicModelList
 from api.errors import ErrorReply, shaped, status_of
+from api.lmstudio.answers import LegacyChunk, LegacyTextChunk
 from api.openai.answer import Chunk
 from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
@@ -181,6 +182,8 @@ def _types() -> list[Any]:
         TextChunk,
         Ranking,
         RankedText,
+        LegacyChunk,
+        LegacyTextChunk,
     )  # in schemas of several types
     return [*EXAMPLES, *sent, *named, LoadEvent, ErrorReply, OpenAIErrorReply]
 

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
+from api.lmstudio.answers import LegacyChunk, LegacyCompletion, LegacyTextChunk, LegacyTextCompletion
 from api.lmstudio.models import LegacyModel, LegacyModelList
 from api.openai.answer import Chunk, Completion
 from api.openai.completions import CompletionRequest
@@ -25,6 +26,7 @@ from api.tokens.forms import (
     TemplateReply,
     TokenizeReply,
     TokenizeRequest,
+    TokenizerReply,
 )
 from shared import errors, paths
 from shared.errors import ServiceError
@@ -110,6 +112,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "in": "path",
         "required": True,
         "description": "Key of a model, or id of a loaded instance. It may have slashes, percent-encoded or not.",
+        "schema": {"type": "string"},
+    },
+    "model": {
+        "in": "query",
+        "description": "A model key or alias, or the id of a loaded instance. Absent: the default model, or else the "
+        "only loaded LLM.",
         "schema": {"type": "string"},
     },
     "limit of a page": {
@@ -451,6 +459,36 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         )
         for path in paths.RERANKS
     },
+    ("POST", paths.V0_CHAT_COMPLETIONS): Operation(
+        name="create_legacy_chat_completion",
+        summary="Answer a conversation as LM Studio's older API does",
+        description="Takes the body of `POST /v1/chat/completions`, and adds statistics and what answered to the "
+        "reply, or to the last chunk of a stream.",
+        body=ChatRequest,
+        replies={
+            200: Reply(
+                description="The answers; or the event stream, if requested.",
+                content={JSON: LegacyCompletion, SSE: _chunks(LegacyChunk)},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(*OF_A_CONVERSATION, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.V0_COMPLETIONS): Operation(
+        name="create_legacy_completion",
+        summary="Continue prompts as LM Studio's older API does",
+        description="Takes the body of `POST /v1/completions`, and adds statistics and what answered to the reply, or "
+        "to the last chunk of a stream.",
+        body=CompletionRequest,
+        replies={
+            200: Reply(
+                description="The answers; or the event stream, if requested.",
+                content={JSON: LegacyTextCompletion, SSE: _chunks(LegacyTextChunk)},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(*OF_A_MODEL, errors.NotSupported, errors.ContextLengthExceeded),
+    ),
     ("POST", paths.CHAT_INPUT_TOKENS): Operation(
         name="count_input_tokens",
         summary="Count the tokens of a conversation",
@@ -474,6 +512,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body=TokenizeRequest,
         replies={200: Reply(description="The tokens.", content={JSON: TokenizeReply}, headers=("Loadstone-Instance",))},
         errors=OF_A_CONVERSATION,
+    ),
+    ("GET", paths.TOKENIZER_INFO): Operation(
+        name="get_tokenizer",
+        summary="Describe a tokenizer",
+        description="As vLLM does: clients find out here that they need no tokenizer of their own.",
+        parameters=("model",),
+        replies={
+            200: Reply(description="The tokenizer.", content={JSON: TokenizerReply}, headers=("Loadstone-Instance",))
+        },
+        errors=OF_A_MODEL,
     ),
     ("POST", paths.DETOKENIZE): Operation(
         name="detokenize",

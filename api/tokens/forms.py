@@ -110,6 +110,14 @@ class DetokenizeReply(Struct, frozen=True):
     prompt: Annotated[str, Meta(description="The same, as vLLM names it.")]
 
 
+class TokenizerReply(Struct, frozen=True):
+    """The tokenizer of a model, as its file describes it."""
+
+    bos_token: Annotated[str | None, Meta(description="Text of the token that begins a text; null if there is none.")]
+    eos_token: Annotated[str | None, Meta(description="Text of the token that ends a text; null if there is none.")]
+    chat_template: Annotated[str | None, Meta(description="The model's chat template, in Jinja; null if it has none.")]
+
+
 class TemplateReply(Struct, frozen=True):
     """A conversation as the model reads it."""
 

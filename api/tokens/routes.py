@@ -1,7 +1,8 @@
-"""POST /tokenize, /detokenize, /apply-template, and /v1/chat/completions/input_tokens."""
+"""POST /tokenize, /detokenize, /apply-template, /v1/chat/completions/input_tokens, and GET /tokenizer_info."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -23,14 +24,18 @@ from api.tokens.forms import (
     DetokenizeRequest,
     TemplateReply,
     TokenizeRequest,
+    TokenizerReply,
     tokenized,
 )
 from api.waiting import waited_for
-from shared.channel.messages import Detokenize, Lookup, Render, Text, TokenDetail, Tokenize, Tokens
+from shared.channel.messages import Describe, Described, Detokenize, Lookup, Render, Text, TokenDetail, Tokenize, Tokens
 from shared.errors import InvalidValue, MissingParameter
 from shared.instance import Instance
 
-Reply = TypeVar("Reply", Text, Tokens)
+Reply = TypeVar("Reply", Text, Tokens, Described)
+
+
+FEW_PIECES = 1000  # to write more takes milliseconds, and happens in another thread
 
 
 async def tokenize(request: Request[State]) -> Response:
@@ -47,7 +52,8 @@ async def tokenize(request: Request[State]) -> Response:
     else:
         ask = _ask(request, asked.model, _text_tokens(asked, request.state["caller"]))
     instance, tokens = await _looked_up(request, ask, Tokens)
-    return _json(tokenized(asked, tokens, _context_length(instance)), instance)
+    reply = partial(_tokenized, asked, tokens, instance)
+    return await asyncio.to_thread(reply) if len(tokens.pieces) > FEW_PIECES else reply()
 
 
 async def detokenize(request: Request[State]) -> Response:
@@ -56,6 +62,15 @@ async def detokenize(request: Request[State]) -> Response:
     ask = _ask(request, asked.model, Detokenize(id=0, client=request.state["caller"], tokens=asked.tokens))
     instance, text = await _looked_up(request, ask, Text)
     return _json(DetokenizeReply(content=text.text, prompt=text.text), instance)
+
+
+async def tokenizer_info(request: Request[State]) -> Response:
+    """Return what a client needs to know of a tokenizer."""
+    check_draining(request)
+    model = request.query_params.get("model")
+    ask = _ask(request, model, Describe(id=0, client=request.state["caller"]))
+    instance, found = await _looked_up(request, ask, Described)
+    return _json(TokenizerReply(found.bos, found.eos, found.template), instance)
 
 
 async def apply_template(request: Request[State]) -> Response:
@@ -95,6 +110,11 @@ def _render(client: str, conversation: bytes) -> Render:
     return Render(id=0, client=client, conversation=conversation)
 
 
+def _tokenized(asked: TokenizeRequest, tokens: Tokens, instance: Instance) -> Response:
+    assert instance.load_config is not None
+    return _json(tokenized(asked, tokens, instance.load_config.context_length), instance)
+
+
 async def _body(request: Request[State], most_bytes: int | None = None) -> bytes:
     check_draining(request)
     return await read_any(request, request.state["max_body_bytes"] if most_bytes is None else most_bytes)
@@ -132,11 +152,6 @@ def _about(request: Request[State], chat: ChatRequest, kind: Callable[[bytes], L
         ttl_s=ttl_s(chat.ttl),
         traceparent=request.state["traceparent"],
     )
-
-
-def _context_length(instance: Instance) -> int:
-    assert instance.load_config is not None
-    return instance.load_config.context_length
 
 
 def _json(value: Struct, instance: Instance) -> Response:

@@ -101,6 +101,13 @@ class Detokenize(Struct, frozen=True, kw_only=True, tag="detokenize"):
     tokens: list[int]
 
 
+class Describe(Struct, frozen=True, kw_only=True, tag="describe"):
+    """Describe the tokenizer.  The reply is Described."""
+
+    id: int
+    client: str
+
+
 class Embed(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="embed"):
     """Compute the vector of each text, or of each list of tokens; one of the two is given."""
 
@@ -125,7 +132,7 @@ class Cancel(Struct, frozen=True, tag="cancel"):
     id: int
 
 
-Lookup = Render | Tokenize | Detokenize
+Lookup = Render | Tokenize | Detokenize | Describe
 ToModel = Generate | Complete | Embed | Rank | Lookup
 ToRunner = ToModel | Cancel
 
@@ -245,6 +252,15 @@ class Tokens(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="tokens"
     pieces: list[bytes] = []  # the text of each, which may be part of a character
 
 
+class Described(Struct, frozen=True, kw_only=True, tag="described"):
+    """The tokenizer of the model.  Nothing follows."""
+
+    id: int
+    bos: str | None  # text of the token that begins a text; None: the model has none
+    eos: str | None  # text of the token that ends one
+    template: str | None  # chat template, in Jinja
+
+
 def listed(tokens: bytes) -> list[int]:
     """Return the tokens in `Tokens`."""
     return [*struct.unpack(f"<{len(tokens) // TOKEN_BYTES}i", tokens)]
@@ -277,7 +293,7 @@ class Failed(Struct, frozen=True, kw_only=True, tag="request_failed"):
     message: str
 
 
-FromRunner = Refused | Queued | Started | Deltas | Vectors | Text | Tokens | Ended | Failed
+FromRunner = Refused | Queued | Started | Deltas | Vectors | Text | Tokens | Described | Ended | Failed
 
 
 class Closing(Struct, frozen=True, tag="closing"):

@@ -28,9 +28,12 @@ DESCRIBED = [route for route in ROUTES if route.include_in_schema]
 ASKING = (  # a model
     paths.CHAT_COMPLETIONS,
     paths.COMPLETIONS,
+    paths.V0_CHAT_COMPLETIONS,
+    paths.V0_COMPLETIONS,
     paths.CHAT_INPUT_TOKENS,
     paths.TOKENIZE,
     paths.DETOKENIZE,
+    paths.TOKENIZER_INFO,
     paths.APPLY_TEMPLATE,
 )
 CONFIG: dict[str, Any] = {

@@ -80,6 +80,28 @@ def test_pieces_are_texts_or_the_bytes_of_a_part_of_one(service: Service) -> Non
     ]
 
 
+def test_an_evaluation_can_do_without_a_tokenizer_of_its_own(service: Service) -> None:
+    """lm-evaluation-harness probes a server like this, then encodes and decodes with it, and names no model."""
+    service.loaded(TINY)
+    info = ok(service.send("GET", paths.TOKENIZER_INFO))
+    assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
+    assert "messages" in info["chat_template"]
+
+    def encode(text: str) -> Any:
+        return ok(service.post(paths.TOKENIZE, {"prompt": text, "add_special_tokens": False}))["tokens"]
+
+    assert isinstance(encode("test"), list)
+    assert (encode(info["bos_token"]), encode(info["eos_token"])) == ([BOS], [EOS])
+    assert ok(service.post(paths.DETOKENIZE, {"tokens": encode(TEXT)}))["prompt"] == TEXT
+    assert ok(service.send("GET", f"{paths.TOKENIZER_INFO}?model={BARE}"))["chat_template"] is None
+
+
+def test_many_pieces_are_those_of_few(service: Service) -> None:
+    few, many = (tokens(service, content=n * TEXT, with_pieces=True)["tokens"] for n in (1, 200))
+    assert len(many) > 2000
+    assert many[: len(few) - 1] == few[:-1]
+
+
 # ---- conversations
 
 

@@ -14,7 +14,23 @@ from typing import Any
 
 import pytest
 
-from shared.channel.messages import Deltas, Embed, Ended, FromRunner, Generate, Queued, Refused, Started, Vectors
+from shared.channel.messages import (
+    Deltas,
+    Detokenize,
+    Embed,
+    Ended,
+    FromRunner,
+    Generate,
+    Queued,
+    Refused,
+    Render,
+    Started,
+    Text,
+    Tokenize,
+    Tokens,
+    Vectors,
+    listed,
+)
 from shared.errors import RunnerLost
 from shared.synthetic.models import tiny_embedding, tiny_llama, tiny_reranker
 from tests.support.agents import Begin
@@ -153,6 +169,23 @@ async def test_texts_that_a_model_cannot_embed_are_refused(loaded: Loaded, asked
     assert isinstance(refused, Refused)
     assert (refused.code, refused.param) == (code, "input")
     assert isinstance((await loaded.embed(instance, tokens=[[5, 6]]))[-1], Ended), "it goes on"
+
+
+async def test_an_embedding_model_tokenizes_texts_alone(loaded: Loaded) -> None:
+    instance = await loaded.load(key="p/embedding")
+    queued, tokens = await loaded.answered(instance, Tokenize(id=0, client="c", text="Hello", detail="pieces"))
+    assert isinstance(queued, Queued)
+    assert isinstance(tokens, Tokens)
+    embedded = (await loaded.embed(instance, texts=["Hello"]))[0]
+    assert isinstance(embedded, Queued)
+    assert tokens.n == len(tokens.pieces) == embedded.prompt_tokens
+    _, text = await loaded.answered(instance, Detokenize(id=0, client="c", tokens=listed(tokens.tokens)))
+    assert isinstance(text, Text)
+    assert "Hello" in text.text
+    (refused,) = await loaded.answered(instance, Render(id=0, client="c", conversation=CONVERSATION))
+    assert isinstance(refused, Refused)
+    assert refused.code == "chat_unavailable"
+    assert await loaded.running(instance) == 0
 
 
 async def test_a_chat_model_embeds_nothing(loaded: Loaded) -> None:

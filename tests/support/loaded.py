@@ -47,19 +47,20 @@ class Loaded:
     ) -> list[FromRunner]:
         """Return all messages of an answer of at most `n` tokens; None: up to the end of the context."""
         request = Generate(id=0, client=client, conversation=conversation, max_tokens=n, sampling=ENDLESS)
-        return await self._answered(instance, request)
+        return await self.answered(instance, request)
 
     async def embed(
         self, instance: Instance, *, texts: Sequence[str] = (), tokens: Sequence[list[int]] = ()
     ) -> list[FromRunner]:
         """Return all messages about the vectors of these texts, or of these lists of tokens."""
-        return await self._answered(instance, Embed(id=0, client="c", texts=[*texts], tokens=[*tokens]))
+        return await self.answered(instance, Embed(id=0, client="c", texts=[*texts], tokens=[*tokens]))
 
     async def rank(self, instance: Instance, query: str, documents: list[str]) -> list[FromRunner]:
         """Return all messages about the scores of these documents."""
-        return await self._answered(instance, Rank(id=0, client="c", query=query, documents=documents))
+        return await self.answered(instance, Rank(id=0, client="c", query=query, documents=documents))
 
-    async def _answered(self, instance: Instance, request: ToModel) -> list[FromRunner]:
+    async def answered(self, instance: Instance, request: ToModel) -> list[FromRunner]:
+        """Return all messages about a request."""
         async with asyncio.timeout(DEADLINE_S), self.channels.answering(instance, request, "/test") as answer:
             return [message async for message in answer]
 

@@ -27,6 +27,7 @@ from shared.channel.messages import (
     Sampling,
     Started,
     Text,
+    TokenDetail,
     Tokenize,
     Tokens,
     ToRunner,
@@ -93,6 +94,9 @@ class Vocabulary:
 
     def decode(self, tokens: list[int]) -> str:
         return "".join(map(chr, tokens))
+
+    def description(self) -> tuple[str | None, str | None, str | None]:
+        return "<s>", None, None
 
     def pieces(self, tokens: list[int]) -> list[bytes]:
         return [b"<s>" if token == BOS else bytes([token]) for token in tokens]
@@ -421,14 +425,18 @@ async def test_a_token_of_no_vocabulary_is_refused(world: World, tokens: list[in
         assert (refused.code, refused.param) == ("invalid_request", "tokens")
 
 
-async def test_too_many_tokens_are_counted_but_not_listed(world: World) -> None:
-    text = MOST_TOKENS * "x"
-    async with world.channel(Tokenize(id=7, client="c", text=text)) as channel:
+@pytest.mark.parametrize("detail", ["tokens", "pieces"])
+async def test_too_many_tokens_are_counted_but_not_listed(world: World, detail: TokenDetail) -> None:
+    most = MOST_TOKENS[detail]
+    lookup = Tokenize(id=7, client="c", text=most * "x", add_special=False, detail=detail)
+    async with world.channel(lookup) as channel:
+        assert isinstance((await looked_up(channel))[-1], Tokens)
+    async with world.channel(msgspec.structs.replace(lookup, add_special=True)) as channel:
         (refused,) = await looked_up(channel)
         assert isinstance(refused, Refused)
         assert refused.code == "invalid_request"
-    async with world.channel(Tokenize(id=7, client="c", text=text, detail="count")) as channel:
-        assert (await looked_up(channel))[-1] == Tokens(id=7, n=1 + MOST_TOKENS)
+    async with world.channel(msgspec.structs.replace(lookup, add_special=True, detail="count")) as channel:
+        assert (await looked_up(channel))[-1] == Tokens(id=7, n=1 + most)
 
 
 async def test_lookups_have_the_places_and_the_gate_of_requests(world: World) -> None:

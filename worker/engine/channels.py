@@ -20,6 +20,7 @@ from shared.channel.messages import (
     Closing,
     Delta,
     Deltas,
+    Described,
     Ended,
     Failed,
     Finish,
@@ -172,7 +173,7 @@ class Backlog:
                 self._after.append(message)
                 self.n_bytes += ITEM_BYTES + len(message.data)
             # A text may be longer than BEHIND_BYTES, and must not close the channel.  Their number is limited.
-            case Text() | Tokens() | Ended() | Failed():
+            case Text() | Tokens() | Described() | Ended() | Failed():
                 self._after.append(message)
                 self.n_bytes += ITEM_BYTES
             case _:

@@ -38,6 +38,7 @@ class Vocabulary:
     """The tokens of a model.  What may be called from any thread says so; the rest from one."""
 
     def __init__(self, model: Any) -> None:
+        self._model = model
         self._vocab = lib.llama_model_get_vocab(model)
         self.n_tokens: int = lib.llama_vocab_n_tokens(self._vocab)
         self._buffer = ctypes.create_string_buffer(PIECE_BYTES)
@@ -117,6 +118,17 @@ class Vocabulary:
             return None
         first = [lib.llama_vocab_bos(self._vocab)] if lib.llama_vocab_get_add_bos(self._vocab) else []
         return [*first, marks[0], *before, marks[1], *after, marks[2]]
+
+    def description(self) -> tuple[str | None, str | None, str | None]:
+        """Return the texts of the tokens that begin and end a text, and the chat template; None for what the model does
+        not have.  May be called from any thread."""
+        buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        bos, eos = (
+            self._piece(token, buffer, is_shown=True).decode("utf-8", "replace") if token >= 0 else None
+            for token in (lib.llama_vocab_bos(self._vocab), lib.llama_vocab_eos(self._vocab))
+        )
+        template = lib.llama_model_chat_template(self._model, None)
+        return bos, eos, template.decode("utf-8", "replace") if template else None
 
     def is_end(self, token: int) -> bool:
         """Return whether a token ends an answer."""

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol, assert_never
 
 from shared.channel.messages import (
     TOKEN_BYTES,
+    Describe,
+    Described,
     Detokenize,
     Failed,
+    FromRunner,
     Lookup,
+    Queued,
     Refused,
     Render,
     Text,
+    TokenDetail,
     Tokenize,
     Tokens,
     listed,
 )
-from worker.engine.gate import Refusal
+from worker.engine.gate import Gate, Refusal
 
 SHORT = 1000  # characters; to tokenize a longer text takes milliseconds, and happens in another thread
-MOST_TOKENS = 131_072  # of a reply that has them: 0.5 MB
+MOST_TOKENS: dict[TokenDetail, int] = {"tokens": 131_072, "pieces": 32_768}  # of a reply that lists them
+
+
+Send = Callable[[FromRunner], None]
 
 
 class Vocabulary(Protocol):
@@ -33,6 +42,8 @@ class Vocabulary(Protocol):
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> bytes: ...
 
     def decode(self, tokens: list[int]) -> str: ...
+
+    def description(self) -> tuple[str | None, str | None, str | None]: ...
 
     def pieces(self, tokens: list[int]) -> list[bytes]: ...
 
@@ -53,11 +64,29 @@ class Prompts(Protocol):
 class Lookups:
     """Answers the requests.  Belongs to an asyncio loop; what takes long happens in other threads."""
 
-    def __init__(self, vocabulary: Vocabulary, prompts: Prompts, *, request_s: float) -> None:
+    def __init__(self, vocabulary: Vocabulary, prompts: Prompts, gate: Gate, *, request_s: float) -> None:
         """`request_s`: the longest time until a request has its reply."""
-        self._vocabulary, self._prompts, self._request_s = vocabulary, prompts, request_s
+        self._vocabulary, self._prompts, self._gate, self._request_s = vocabulary, prompts, gate, request_s
 
-    async def reply(self, message: Lookup) -> Text | Tokens | Refused | Failed:
+    def begin(
+        self, message: Lookup, send: Send, beside: dict[int, asyncio.Task[None]], tasks: asyncio.TaskGroup
+    ) -> None:
+        """Answer a request that has passed the gate, in a task.  It is in `beside`, by its id, until its end."""
+        task = beside[message.id] = tasks.create_task(self._answer(message, send))
+        task.add_done_callback(partial(self._ended, message.id, beside))
+
+    async def _answer(self, message: Lookup, send: Send) -> None:
+        reply = await self._found(message)
+        if not isinstance(reply, Refused | Failed):
+            send(Queued(id=message.id, prompt_tokens=0, ahead=0))
+        send(reply)
+
+    def _ended(self, id_: int, beside: dict[int, asyncio.Task[None]], _: asyncio.Task[None]) -> None:
+        """Take note of the end of a request, also if it was cancelled before it began."""
+        del beside[id_]
+        self._gate.leave()
+
+    async def _found(self, message: Lookup) -> Text | Tokens | Described | Refused | Failed:
         """Return the reply to a request."""
         try:
             with self._prompts.place(message):
@@ -70,7 +99,7 @@ class Lookups:
                 id=message.id, code="deadline", message=f"The request took longer than {self._request_s:g} s."
             )
 
-    async def _reply(self, message: Lookup) -> Text | Tokens:
+    async def _reply(self, message: Lookup) -> Text | Tokens | Described:
         match message:
             case Render():
                 return Text(id=message.id, text=await self._prompts.text(message.id, message.conversation))
@@ -86,6 +115,9 @@ class Lookups:
             case Detokenize():
                 joined = partial(self._text, message)
                 return joined() if len(message.tokens) <= SHORT else await asyncio.to_thread(joined)
+            case Describe():
+                bos, eos, template = self._vocabulary.description()
+                return Described(id=message.id, bos=bos, eos=eos, template=template)
             case _:
                 assert_never(message)
 
@@ -93,8 +125,8 @@ class Lookups:
         ids = self._vocabulary.encode(text, add_special=add_special, parse_special=parse_special)
         n = len(ids) // TOKEN_BYTES
         reply = partial(Tokens, id=message.id, n=n)
-        if message.detail != "count" and n > MOST_TOKENS:
-            raise _invalid(message, f"The text has {n:,} tokens; at most {MOST_TOKENS:,} are listed. Send it in parts.")
+        if n > (most := MOST_TOKENS.get(message.detail, n)):
+            raise _invalid(message, f"The text has {n:,} tokens; at most {most:,} are listed. Send it in parts.")
         match message.detail:
             case "count":
                 return reply()

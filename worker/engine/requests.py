@@ -23,21 +23,19 @@ from shared.channel.messages import (
     Complete,
     Delta,
     Deltas,
+    Describe,
     Detokenize,
     Embed,
     Ended,
     Failed,
     FromRunner,
     Generate,
-    Lookup,
     Queued,
     Rank,
     Refused,
     Render,
     Started,
-    Text,
     Tokenize,
-    Tokens,
     ToModel,
     ToRunner,
     Usage,
@@ -185,7 +183,7 @@ class Requests:
         self._max_output_tokens, self._most_waiting = max_output_tokens, most_waiting
         self._preparing: Counter[str] = Counter()  # requests that are rendered and tokenized, by client
         self._requests: dict[Job, Request] = {}
-        self._lookups = Lookups(engine.vocabulary, self, request_s=request_s)
+        self._lookups = Lookups(engine.vocabulary, self, gate, request_s=request_s)
 
     def hand_out(self, outcomes: list[Outcome]) -> None:
         """Take the outcomes of a step.  May be called from any thread."""
@@ -201,11 +199,9 @@ class Requests:
                         case Generate() | Complete() if self._gate.enter():
                             outbox.requests[message.id] = request = Request(outbox, message, tasks)
                             request.preparing = tasks.create_task(self._begin(request))
-                        case Render() | Tokenize() | Detokenize() if self._gate.enter():
-                            looking = tasks.create_task(self._look_up(outbox, message))
-                            outbox.lookups[message.id] = looking
-                            looking.add_done_callback(partial(self._looked_up, outbox, message.id))
-                        case Generate() | Complete() | Render() | Tokenize() | Detokenize():
+                        case Render() | Tokenize() | Detokenize() | Describe() if self._gate.enter():
+                            self._lookups.begin(message, outbox.send, outbox.lookups, tasks)
+                        case Generate() | Complete() | Render() | Tokenize() | Detokenize() | Describe():
                             outbox.send(Refused(id=message.id, code="closing", message=CLOSING))
                         case Embed() | Rank():
                             channel.send(Refused(id=message.id, code="wrong_type", message=WRONG_TYPE, param="model"))
@@ -219,17 +215,6 @@ class Requests:
                 self._cancel_all(outbox)
         finally:
             self._cancel_all(outbox)
-
-    async def _look_up(self, outbox: Outbox, lookup: Lookup) -> None:
-        reply = await self._lookups.reply(lookup)
-        if isinstance(reply, Text | Tokens):
-            outbox.send(Queued(id=lookup.id, prompt_tokens=0, ahead=0))
-        outbox.send(reply)
-
-    def _looked_up(self, outbox: Outbox, id_: int, _: asyncio.Task[None]) -> None:
-        """Take note of the end of a lookup, also if it was cancelled before it began."""
-        del outbox.lookups[id_]
-        self._gate.leave()
 
     # ---- the beginning
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from shared.channel.messages import (
     Cancel,
     Complete,
+    Describe,
     Detokenize,
     Embed,
     Ended,
@@ -32,19 +33,21 @@ from shared.channel.messages import (
     Refused,
     Render,
     Tokenize,
+    ToModel,
     Usage,
     Vectors,
 )
 from shared.places import has_place
 from worker.engine.embedding import Computed, Embedding, Result, Texts, Unfinished, Waits
 from worker.engine.gate import Gate, Refusal
-from worker.engine.lookups import SHORT
+from worker.engine.lookups import SHORT, Lookups
 from worker.engine.requests import CLOSING, Channel
 from worker.engine.slots import queue_full
 
 LARGEST = np.iinfo(np.int32).max
 PLACEHOLDER = re.compile(r"\{query\}|\{document\}")
 NOTHING_ELSE = "This is an embedding model: it computes vectors or scores of texts, and nothing else."
+CHATS_NOT = "This is an embedding model: it has no chat template."
 EMBEDS_NOT = "This model ranks documents: it computes no embeddings."
 RANKS_NOT = "This model computes embeddings: it does not rank documents."
 
@@ -102,6 +105,7 @@ class TextRequests:
         self._longest = min(context_length, engine.longest)  # tokens of a text
         self._tokenizing: Counter[str] = Counter()  # requests, by client
         self._requests: dict[Texts, _Request] = {}
+        self._lookups = Lookups(engine.vocabulary, self, gate, request_s=request_s)
 
     def hand_out(self, results: list[Result]) -> None:
         """Take the results of a step.  May be called from any thread."""
@@ -110,6 +114,7 @@ class TextRequests:
     async def serve(self, channel: Channel) -> None:
         """Serve the requests of a channel until its end, and cancel those that are left."""
         requests: dict[int, _Request] = {}
+        lookups: dict[int, asyncio.Task[None]] = {}
         try:
             async with asyncio.TaskGroup() as tasks:
                 async for message in channel:
@@ -120,18 +125,22 @@ class TextRequests:
                             request = _Request(message, channel, requests, time.monotonic())
                             requests[message.id] = request
                             request.preparing = tasks.create_task(self._begin(request))
-                        case Embed() | Rank():
+                        case Render() | Tokenize() | Detokenize() | Describe() if self._gate.enter():
+                            self._lookups.begin(message, channel.send, lookups, tasks)
+                        case Embed() | Rank() | Render() | Tokenize() | Detokenize() | Describe():
                             channel.send(Refused(id=message.id, code="closing", message=CLOSING))
-                        case Generate() | Complete() | Render() | Tokenize() | Detokenize():
+                        case Generate() | Complete():
                             channel.send(_wrong(message.id, NOTHING_ELSE))
                         case Cancel():
                             if (cancelled := requests.get(message.id)) is not None:
                                 self._cancel(cancelled)
+                            elif (looking_up := lookups.get(message.id)) is not None:
+                                looking_up.cancel()
                         case _:
                             assert_never(message)
-                self._cancel_all(requests)
+                self._cancel_all(requests, lookups)
         finally:
-            self._cancel_all(requests)
+            self._cancel_all(requests, lookups)
 
     def _unable(self, message: Embed | Rank) -> Refused | None:
         match message:
@@ -145,7 +154,7 @@ class TextRequests:
     async def _begin(self, request: _Request) -> None:
         asked = request.asked
         try:
-            with self._place(asked):
+            with self.place(asked):
                 tokens = await self._tokens(asked)
         except Refusal as e:
             self._end(request, e.refused)
@@ -160,7 +169,7 @@ class TextRequests:
         self._engine.submit(job)
 
     @contextmanager
-    def _place(self, asked: Embed | Rank) -> Iterator[None]:
+    def place(self, asked: ToModel) -> Iterator[None]:
         """Occupy a place among the requests that are tokenized.  Raises Refusal."""
         if not has_place(asked.client, self._tokenizing, self._most_waiting):
             message = queue_full(self._most_waiting)
@@ -171,6 +180,13 @@ class TextRequests:
         finally:
             self._tokenizing[asked.client] -= 1
             self._tokenizing += Counter()  # drops clients without one
+
+    async def text(self, id_: int, conversation: bytes) -> str:
+        """Refuse a conversation."""
+        raise Refusal(Refused(id=id_, code="chat_unavailable", message=CHATS_NOT))
+
+    def bare(self, text: str) -> str:
+        return text
 
     async def _tokens(self, asked: Embed | Rank) -> list[Tokens]:
         """Return the tokens of each text.  Many are tokenized in another thread.  Raises Refusal."""
@@ -269,7 +285,9 @@ class TextRequests:
             self._engine.cancel(request.job)
         self._forget(request)
 
-    def _cancel_all(self, requests: dict[int, _Request]) -> None:
+    def _cancel_all(self, requests: dict[int, _Request], lookups: dict[int, asyncio.Task[None]]) -> None:
+        for looking_up in lookups.values():
+            looking_up.cancel()
         for request in [*requests.values()]:
             self._cancel(request)
 
