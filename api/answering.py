@@ -41,9 +41,11 @@ from shared.errors import (
     RequestFailed,
     RunnerLost,
     ServiceError,
+    WrongModelType,
     context_length_exceeded,
 )
 from shared.instance import Instance
+from shared.schema.model import ModelType
 from shared.telemetry import log
 
 _log = log.get("api")
@@ -55,6 +57,7 @@ class Ask(Struct, frozen=True, kw_only=True):
     """A request to a model."""
 
     model: str | None  # as the client wrote it
+    type: ModelType = "llm"  # of the model that it needs
     order: Callable[[Instance], ToModel]  # translates the request for an instance; raises InvalidValue
     route: str
     prompt: str  # the field with the prompt, for errors about it
@@ -85,7 +88,9 @@ class Answering:
         Raises the reason why there is no answer, and what UNAVAILABLE lists.
         """
         try:
-            instance = await self._loaded.llm(ask.model, self._channels.busy, beginning=ask.beginning)
+            instance = await self._loaded.instance(
+                ask.model, self._channels.busy, beginning=ask.beginning, type_=ask.type
+            )
         except ModelNotLoaded as e:
             if self._on_demand is None:
                 raise
@@ -140,8 +145,8 @@ class Answering:
         """
         without = {failed.id}
         try:
-            return await self._loaded.llm(ask.model, self._channels.busy, without, ask.beginning)
-        except (ModelNotFound, MissingParameter) as e:  # the second: the only LLM, which the request did not name
+            return await self._loaded.instance(ask.model, self._channels.busy, without, ask.beginning, ask.type)
+        except (ModelNotFound, MissingParameter) as e:  # the second: the only model, which the request did not name
             if isinstance(error, RunnerLost) and await self._channels.reaches(failed):
                 return failed
             if not isinstance(e, ModelNotLoaded) or isinstance(error, NoRoute) or self._on_demand is None:
@@ -172,8 +177,10 @@ def told(message: FromRunner) -> Deltas | Vectors | Ended | None:
 def refusal(refused: Refused, prompt: str = "") -> ServiceError:
     """Return the error for a request that the runner refused.  `prompt` is the field with the prompt."""
     match refused.code:
-        case "invalid_request" | "wrong_type":
+        case "invalid_request":
             return InvalidValue(refused.message, param=refused.param or UNSET)
+        case "wrong_type":
+            return WrongModelType(refused.message, param=refused.param or UNSET)
         case "context_length_exceeded":
             return context_length_exceeded(refused.prompt_tokens, refused.context_length, prompt)
         case "queue_full":

@@ -39,9 +39,11 @@ from api.loads.stream import events
 from api.openai import models as openai
 from api.openai.chat import chat_completions
 from api.openai.completions import completions
+from api.openai.embeddings import embeddings
 from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import estimated
 from api.pool.metrics import CONTENT_TYPE, scraped
+from api.rerank.routes import rerank
 from api.state import State
 from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize, tokenizer_info
 from api.waiting import EventStream, waited_for
@@ -232,6 +234,8 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.UNLOAD, unload, methods=["POST"]),
     Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
+    Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),
+    *(Route(path, rerank, methods=["POST"]) for path in paths.RERANKS),
     Route(paths.V0_CHAT_COMPLETIONS, legacy.chat_completions, methods=["POST"]),
     Route(paths.V0_COMPLETIONS, legacy.completions, methods=["POST"]),
     Route(paths.CHAT_INPUT_TOKENS, input_tokens, methods=["POST"]),

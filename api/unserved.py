@@ -14,7 +14,6 @@ from shared.errors import NotImplementedYet
 
 UNSERVED = (
     # ---- OpenAI
-    ("POST", "/v1/embeddings"),
     ("POST", "/v1/responses"),
     ("POST", "/v1/responses/input_tokens"),
     ("GET", "/v1/responses/{response_id}"),
@@ -30,10 +29,6 @@ UNSERVED = (
     ("GET", "/api/v1/models/download/status/{job_id}"),
     ("POST", "/api/v0/embeddings"),
     # ---- llama.cpp and Jina
-    ("POST", "/v1/rerank"),
-    ("POST", "/v1/reranking"),
-    ("POST", "/rerank"),
-    ("POST", "/reranking"),
 )
 
 

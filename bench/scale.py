@@ -364,7 +364,7 @@ class Pool:
                 await self.roster.refresh()
             name, beginning = MODELS[i % 2].key, str(self.chance.random()).encode()
             started = time.perf_counter()
-            await loaded.llm(name, channels.busy, beginning=beginning)
+            await loaded.instance(name, channels.busy, beginning=beginning)
             seconds[FIRST_ROUTE if is_first else ROUTE].append(time.perf_counter() - started)
         return seconds
 

@@ -92,6 +92,10 @@ class NotSupported(InvalidRequest):
     code = "not_supported"
 
 
+class WrongModelType(InvalidValue):
+    """The model is of another type than the request needs."""
+
+
 class ContextLengthExceeded(InvalidRequest):
     """The prompt is longer than the context of the instance."""
 
@@ -174,6 +178,13 @@ class NotImplementedYet(ServiceError):
     type = "not_implemented"
 
 
+class UnsupportedOperation(ServiceError):
+    """The model cannot do what the path is for."""
+
+    type = "not_implemented"
+    code = "unsupported_operation"
+
+
 class ChatUnavailable(ServiceError):
     """Conversations cannot be rendered: the model has no chat template, or the worker's build of the engine no chat
     code."""
@@ -250,15 +261,21 @@ def crashed_recently(model_type: str, model: str, reason: str, left_s: int) -> L
     return LoadFailed("engine_crashed", model_type, model, sentence, retry_after_s=left_s)
 
 
+ONE_BATCH = ("input", "documents", "texts")  # fields with texts of which each must fit
+
+
 def context_length_exceeded(n_prompt_tokens: int, n_ctx: int, param: str) -> ContextLengthExceeded:
     """Return the error for a prompt that does not fit.
 
     Clients recognize it by its words: OpenAI's come first, then those of llama.cpp's server.
     """
+    what = "input" if param in ONE_BATCH else "messages"
     sentence = (
-        f"This model's maximum context length is {n_ctx} tokens. However, your messages resulted in {n_prompt_tokens} "
+        f"This model's maximum context length is {n_ctx} tokens. However, your {what} resulted in {n_prompt_tokens} "
         f"tokens. The request ({n_prompt_tokens} tokens) exceeds the available context size ({n_ctx} tokens)."
     )
+    if param in ONE_BATCH:
+        sentence += f" A text ({n_prompt_tokens} tokens) is too large to process."
     return ContextLengthExceeded(sentence, param=param, n_prompt_tokens=n_prompt_tokens, n_ctx=n_ctx)
 
 

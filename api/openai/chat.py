@@ -37,7 +37,7 @@ async def answer_chat(request: Request[State], around: Around = plain) -> Respon
         route=request.scope["route"].path,
         prompt=MESSAGES,
         beginning=beginning(asked, caller),
-        ttl_s=ttl_s(asked),
+        ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],
     )
 

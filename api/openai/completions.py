@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from api.answering import Ask
 from api.decode import known, read_any
-from api.openai.fields import LARGEST, TextRequest, check_choices, check_sampling, limit, sampling, stops, ttl_s
+from api.openai.fields import TextRequest, TokenId, check_choices, check_sampling, limit, sampling, stops, ttl_s
 from api.openai.reply import Around, Form, check_draining, plain, reply
 from api.openai.text import Text
 from api.pool.roster import Roster
@@ -31,8 +31,6 @@ MOST_TOKENS = 1 << 20  # of all prompts that are given as tokens
 MOST_ALTERNATIVES = 5  # `logprobs`, as OpenAI has it
 MOST_LOGPROBS = 1 << 20  # of prompts: each takes more than 100 bytes here until the reply is sent
 BEGINNING = 1000  # characters or tokens of the first prompt by which an instance is chosen
-
-TokenId = Annotated[int, Meta(ge=0, le=LARGEST)]
 
 
 class CompletionRequest(TextRequest, frozen=True, kw_only=True):
@@ -81,7 +79,7 @@ async def continue_prompts(request: Request[State], around: Around = plain) -> R
         route=request.scope["route"].path,
         prompt=PROMPT,
         beginning=f"{caller}{prompts[0][:BEGINNING]}".encode("utf-8", "surrogatepass"),
-        ttl_s=ttl_s(asked),
+        ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],
     )
 

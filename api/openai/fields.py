@@ -17,6 +17,7 @@ MOST_STOPS = 16
 UNLIMITED = -1  # of `max_tokens`, as LM Studio's clients send it
 TEMPERATURES, PENALTIES, BIASES = (0.0, 2.0), (-2.0, 2.0), (-100.0, 100.0)
 LARGEST = 2**31 - 1  # integer of llama.cpp
+TokenId = Annotated[int, Meta(ge=0, le=LARGEST)]
 
 Limit = Annotated[int, Meta(ge=UNLIMITED)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -130,10 +131,10 @@ def limit(tokens: int | None) -> int | None:
     return None if tokens is None or tokens == UNLIMITED else min(tokens, LARGEST)
 
 
-def ttl_s(request: TextRequest) -> float | None:
+def ttl_s(ttl: object) -> float | None:
     """Return the TTL that a request has; None if it has none, or no valid one."""
     try:
-        return msgspec.convert(request.ttl, Seconds)
+        return msgspec.convert(ttl, Seconds)
     except msgspec.ValidationError:
         return None
 

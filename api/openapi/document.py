@@ -33,6 +33,7 @@ from api.openapi.operations import (
     anything,
     schema_of,
 )
+from api.rerank.forms import RankedText, Ranking
 from shared import __version__, errors
 from shared.errors import ErrorBody, LoadFailure, ServiceError
 from shared.schema.http import LoadEvent
@@ -181,6 +182,8 @@ def _types() -> list[Any]:
         TextChunk,
         LegacyChunk,
         LegacyTextChunk,
+        Ranking,
+        RankedText,
     )  # in schemas of several types
     return [*EXAMPLES, *sent, *named, LoadEvent, ErrorReply, OpenAIErrorReply]
 

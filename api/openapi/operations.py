@@ -13,10 +13,12 @@ from api.lmstudio.answers import LegacyChunk, LegacyCompletion, LegacyTextChunk,
 from api.lmstudio.models import LegacyModel, LegacyModelList
 from api.openai.answer import Chunk, Completion
 from api.openai.completions import CompletionRequest
+from api.openai.embeddings import EmbeddingList, EmbeddingRequest
 from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
 from api.openai.request import ChatRequest
 from api.openai.text import TextChunk, TextCompletion
+from api.rerank.forms import RankedText, Ranking, RerankRequest
 from api.tokens.forms import (
     CountReply,
     DetokenizeReply,
@@ -54,7 +56,7 @@ def schema_of(kind: Any) -> dict[str, Any]:
     return msgspec.json.schema_components([kind], schema_hook=anything, ref_template=REF)[0][0]
 
 
-def either(*kinds: type[Struct]) -> dict[str, Any]:
+def either(*kinds: Any) -> dict[str, Any]:
     """Return the schema of a value of one of these types."""
     return {"anyOf": [schema_of(kind) for kind in kinds]}
 
@@ -162,7 +164,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 OPEN: frozenset[type[Struct]] = frozenset(
-    {ChatRequest, TokenizeRequest, DetokenizeRequest}
+    {ChatRequest, TokenizeRequest, DetokenizeRequest, EmbeddingRequest, RerankRequest}
 )  # requests of which unknown fields are ignored
 EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
@@ -171,6 +173,8 @@ EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
     CompletionRequest: {"model": "openai/gpt-oss-20b", "prompt": "Once upon a time", "max_tokens": 60},
     TokenizeRequest: {"model": "openai/gpt-oss-20b", "content": "Hello!", "with_pieces": True},
+    EmbeddingRequest: {"model": "nomic-ai/nomic-embed-text-v1.5", "input": ["The sky is blue.", "Grass is green."]},
+    RerankRequest: {"model": "BAAI/bge-reranker-v2-m3", "query": "Is it blue?", "documents": ["The sky is blue."]},
     DetokenizeRequest: {"model": "openai/gpt-oss-20b", "tokens": [13225, 0]},
 }
 
@@ -425,6 +429,36 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         },
         errors=(*OF_A_MODEL, errors.NotSupported, errors.ContextLengthExceeded),
     ),
+    ("POST", paths.EMBEDDINGS): Operation(
+        name="create_embeddings",
+        summary="Compute the vectors of texts",
+        description="An embedding model computes a vector of length 1 for each text, as in OpenAI's API. If it is not "
+        "loaded, the request loads it. Nothing is cut: a text that is too long is an error.",
+        body=EmbeddingRequest,
+        replies={
+            200: Reply(description="The vectors.", content={JSON: EmbeddingList}, headers=("Loadstone-Instance",))
+        },
+        errors=(*OF_A_MODEL, errors.WrongModelType, errors.ContextLengthExceeded),
+    ),
+    **{
+        ("POST", path): Operation(
+            name=path.removeprefix("/").replace("/", "_"),
+            summary="Rank documents",
+            description="A reranker scores how well each document answers a query, as in the APIs of Jina, Cohere and "
+            "llama.cpp's server; with `texts`, in the form of Text Embeddings Inference. If the model is not loaded, "
+            f"the request loads it. The paths {', '.join(f'`{other}`' for other in paths.RERANKS)} do the same.",
+            body=RerankRequest,
+            replies={
+                200: Reply(
+                    description="The documents, best first.",
+                    content={JSON: either(Ranking, list[RankedText])},
+                    headers=("Loadstone-Instance",),
+                )
+            },
+            errors=(*OF_A_MODEL, errors.UnsupportedOperation, errors.ContextLengthExceeded),
+        )
+        for path in paths.RERANKS
+    },
     ("POST", paths.V0_CHAT_COMPLETIONS): Operation(
         name="create_legacy_chat_completion",
         summary="Answer a conversation as LM Studio's older API does",

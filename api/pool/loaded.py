@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice, repeat
+from typing import assert_never
 
 from msgspec import UNSET
 
@@ -13,9 +14,10 @@ from api.pool.roster import Roster
 from api.pool.view import Copies, View, seed_of
 from api.single_flight import SingleFlight
 from shared import paths
-from shared.errors import InvalidValue, MissingParameter, ModelNotLoaded, ServiceError
+from shared.errors import MissingParameter, ModelNotLoaded, ServiceError, WrongModelType
 from shared.instance import Instance
 from shared.schema.http import LoadRequest
+from shared.schema.model import ModelType
 from shared.store.connection import UNAVAILABLE
 
 Busy = Callable[[Instance], int]
@@ -32,68 +34,77 @@ class Loaded:
         self._view = view
         self._flight = SingleFlight(self._read)
 
-    async def llm(
-        self, name: str | None, busy: Busy, without: Collection[str] = (), beginning: bytes = b""
+    async def instance(
+        self,
+        name: str | None,
+        busy: Busy,
+        without: Collection[str] = (),
+        beginning: bytes = b"",
+        type_: ModelType = "llm",
     ) -> Instance:
-        """Return the loaded LLM that `name` means: the id of an instance, or a name of its model.
+        """Return the loaded instance that `name` means: by its id, or by a name of its model.
 
-        Without a name, returns that of the default model, or else the only loaded LLM.  Of several instances, `choose`
-        selects one by the number of requests that each has (`busy`) and the beginning of the conversation.  `without`:
-        ids of loads whose instances do not count.
+        Without a name, returns one of the default model if that is to be an LLM, or else the only loaded one of a model
+        of this type.  Of several instances, `choose` selects one by the number of requests that each has (`busy`) and
+        the beginning of the conversation.  `without`: ids of loads whose instances do not count.
 
-        Raises ModelNotFound, ModelNotLoaded, MissingParameter, InvalidValue if the name is that of an embedding model,
-        and what UNAVAILABLE lists if the view has no instance.
+        Raises ModelNotFound, ModelNotLoaded, MissingParameter, WrongModelType if the name is that of a model of another
+        type, and what UNAVAILABLE lists if the view has no instance.
         """
-        found = self._found(name, without)
-        if self._is_clear(name, found):
+        model = self._model(name, type_)
+        found = self._found(name, model, without, type_)
+        if self._is_clear(model, found):
             return choose(found, busy, beginning)
         try:
             await self._flight(None)
         except UNAVAILABLE:
             if not found.others:
                 raise
-        found = self._found(name, without)
-        if self._is_clear(name, found):
+        model = self._model(name, type_)
+        found = self._found(name, model, without, type_)
+        if self._is_clear(model, found):
             return choose(found, busy, beginning)
         if found.others and not found.open:
             return min(found.others, key=busy)
-        raise self._missing(name, len(found.open))
+        raise self._missing(name, model, len(found.open), type_)
 
-    def _found(self, name: str | None, without: Collection[str]) -> Copies:
-        """Return the loaded instances that a name means.  Raises InvalidValue if they are not of an LLM."""
-        model = self._roster.named(LoadRequest(model=name or "")).model
+    def _model(self, name: str | None, type_: ModelType) -> str:
+        """Return the name of a model as the list has it, "" for none.  The default model is for requests to LLMs."""
+        return self._roster.named(LoadRequest(model=name or "")).model if name or type_ == "llm" else ""
+
+    def _found(self, name: str | None, model: str, without: Collection[str], type_: ModelType) -> Copies:
+        """Return the loaded instances that a name means.  Raises WrongModelType if they are of another type."""
         if not model:
-            found = self._view.llms()
+            found = self._view.of_type(type_)
         else:
             found = self._view.with_key(model)
             if not found.open and not found.others:
                 found = self._view.with_id(name or model)
-        if any(instance.type != "llm" for instance in (*found.open[:1], *found.others[:1])):
-            raise _no_llm(name or model)
+        if any(instance.type != type_ for instance in (*found.open[:1], *found.others[:1])):
+            raise _wrong_type(name or model, type_)
         return found.without(without) if without else found
 
-    def _missing(self, name: str | None, n_loaded: int) -> ServiceError:
+    def _missing(self, name: str | None, model: str, n_loaded: int, type_: ModelType) -> ServiceError:
         """Return the error for a request whose name means no loaded instance, or no name one of several."""
-        request = self._roster.named(LoadRequest(model=name or ""))
-        if not request.model:
-            return MissingParameter(f"'model' is required: {n_loaded or 'no'} LLMs are loaded.", param="model")
-        models = self._roster.meant(request.model)
+        if not model:
+            kind = "LLMs" if type_ == "llm" else "embedding models"
+            return MissingParameter(f"'model' is required: {n_loaded or 'no'} {kind} are loaded.", param="model")
+        models = self._roster.meant(model)
         if not models:
-            return self._roster.nowhere(request, None)
-        if all(model.type == "embedding" for model in models.values()):
-            return _no_llm(name or request.model)
-        message = f"Model '{name or request.model}' is not loaded. Load it with POST {paths.LOAD}."
-        return ModelNotLoaded(message, request.model, param="model")
+            return self._roster.nowhere(LoadRequest(model=model), None)
+        if all(each.type != type_ for each in models.values()):
+            return _wrong_type(name or model, type_)
+        message = f"Model '{name or model}' is not loaded. Load it with POST {paths.LOAD}."
+        return ModelNotLoaded(message, model, param="model")
 
     async def _read(self, _keys: Sequence[None]) -> dict[None, None]:
         await asyncio.gather(self._roster.refresh(), self._view.catch_up())
         return {None: None}
 
-    def _is_clear(self, name: str | None, found: Copies) -> bool:
-        """Return whether an instance answers: one of a model, or the only LLM for a request that names none."""
-        if name or self._roster.named(LoadRequest(model="")).model:
-            return bool(found.open)
-        return len(found.open) == 1
+    @staticmethod
+    def _is_clear(model: str, found: Copies) -> bool:
+        """Return whether an instance answers: one of a model, or the only one of its type if no model is named."""
+        return bool(found.open) if model else len(found.open) == 1
 
 
 def choose(copies: Copies, busy: Busy, beginning: bytes) -> Instance:
@@ -124,5 +135,12 @@ def _by_weight(copies: Copies, digest: int) -> Iterator[Instance]:
         yield copies.open[i]
 
 
-def _no_llm(name: str) -> InvalidValue:
-    return InvalidValue(f"'model': '{name}' is an embedding model, which does not chat.", param="model")
+def _wrong_type(name: str, type_: ModelType) -> WrongModelType:
+    match type_:
+        case "llm":
+            what = "an embedding model, which does not chat"
+        case "embedding":
+            what = "an LLM, not an embedding model"
+        case _:
+            assert_never(type_)
+    return WrongModelType(f"'model': '{name}' is {what}.", param="model")

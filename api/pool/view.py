@@ -14,6 +14,7 @@ from api.pool.roster import Roster
 from shared.channel.address import reachable
 from shared.instance import Instance
 from shared.lifecycle import State
+from shared.schema.model import ModelType
 from shared.schema.snapshot import WorkerSnapshot
 from shared.store.instances import Head, Instances
 
@@ -165,8 +166,9 @@ class View:
         base = Name("base", name)
         return self._found(base if base in self._named else Name("key", name))
 
-    def llms(self) -> Copies:
-        return self._found(Name("type", "llm"))
+    def of_type(self, type_: ModelType) -> Copies:
+        """Return the instances of all models of a type."""
+        return self._found(Name("type", type_))
 
     def _found(self, name: Name) -> Copies:
         self._rename()

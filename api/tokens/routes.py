@@ -149,7 +149,7 @@ def _about(request: Request[State], chat: ChatRequest, kind: Callable[[bytes], L
         route=request.scope["route"].path,
         prompt="messages",
         beginning=beginning(chat, caller),
-        ttl_s=ttl_s(chat),
+        ttl_s=ttl_s(chat.ttl),
         traceparent=request.state["traceparent"],
     )
 

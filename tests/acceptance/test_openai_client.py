@@ -8,8 +8,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionUserMessageParam
 
+from shared.synthetic import models as synthetic
 from tests.support.chat import EOS
-from tests.support.service import TINY, Service
+from tests.support.service import TINY, Service, up
 
 HELLO: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "Hello"}]
 ENDLESS = {str(EOS): -100}
@@ -104,3 +105,22 @@ def test_text_completions_are_read(client: openai.OpenAI) -> None:
     parts = [chunk.choices[0] for chunk in stream]
     assert "".join(part.text for part in parts)
     assert parts[-1].finish_reason == "length"
+
+
+def test_vectors_are_read(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The library asks for base64, unless it is told otherwise."""
+    home = tmp_path_factory.mktemp("vectors")
+    synthetic.tiny_bert(home / "models/acme/bert/bert-f32.gguf")
+    with (
+        up(home) as service,
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        decoded = client.embeddings.create(model="acme/bert", input=["hello", "world"])
+        plain = client.embeddings.create(model="acme/bert", input=["hello", "world"], encoding_format="float")
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.embeddings.create(model="acme/bert", input="word " * 3000)
+    assert [item.index for item in decoded.data] == [0, 1]
+    for one, other in zip(decoded.data, plain.data, strict=True):
+        assert one.embedding == pytest.approx(other.embedding, abs=2e-3)
+    assert decoded.usage.total_tokens == plain.usage.total_tokens > 0
+    assert refused.value.code == "context_length_exceeded"

@@ -38,7 +38,7 @@ class Process:
         await self.view.follow(heads)
 
     async def ask(self, name: str | None = "p/m", without: tuple[str, ...] = ()) -> str:
-        return (await self.loaded.llm(name, lambda _: 0, without)).instance_id
+        return (await self.loaded.instance(name, lambda _: 0, without)).instance_id
 
 
 async def alive(store: Store, name: str = "w", held: str = "", *models: Model, has_port: bool = True) -> None:

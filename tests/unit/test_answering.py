@@ -29,6 +29,7 @@ from shared.errors import (
 )
 from shared.instance import Instance
 from shared.schema.http import LoadRequest
+from shared.schema.model import ModelType
 
 ACCEPTS = Queued(id=0, prompt_tokens=1, ahead=0)
 CLOSING = Refused(id=0, code="closing", message="closing")
@@ -51,8 +52,13 @@ class Pool:
         self.loads: list[tuple[str, float | None, set[str]]] = []
         self.open = 0
 
-    async def llm(
-        self, name: str | None, busy: Callable[[Instance], int], without: Collection[str] = (), beginning: bytes = b""
+    async def instance(
+        self,
+        name: str | None,
+        busy: Callable[[Instance], int],
+        without: Collection[str] = (),
+        beginning: bytes = b"",
+        type_: ModelType = "llm",
     ) -> Instance:
         for id_ in self.reactions:
             if id_ not in without:

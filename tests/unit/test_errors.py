@@ -63,6 +63,7 @@ CONTRACT = {
     ("internal_error", "helper_crashed"): 500,
     ("not_implemented", None): 501,
     ("not_implemented", "chat_unavailable"): 501,
+    ("not_implemented", "unsupported_operation"): 501,
 }
 
 

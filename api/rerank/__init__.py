@@ -1,0 +1,1 @@
+"""Ranks documents, in the forms of Jina and Cohere and of Text Embeddings Inference."""
