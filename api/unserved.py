@@ -27,7 +27,6 @@ UNSERVED = (
     ("POST", "/api/v1/chat"),
     ("POST", "/api/v1/models/download"),
     ("GET", "/api/v1/models/download/status/{job_id}"),
-    ("POST", "/api/v0/embeddings"),
     # ---- llama.cpp and Jina
 )
 
