@@ -48,7 +48,7 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("POST", "/api/v1/chat"): "infer",
     ("POST", paths.V0_CHAT_COMPLETIONS): "infer",
     ("POST", paths.V0_COMPLETIONS): "infer",
-    ("POST", "/api/v0/embeddings"): "infer",
+    ("POST", paths.V0_EMBEDDINGS): "infer",
     ("POST", paths.TOKENIZE): "infer",
     ("GET", paths.TOKENIZER_INFO): "infer",
     ("POST", paths.DETOKENIZE): "infer",

@@ -57,7 +57,7 @@ class Ask(Struct, frozen=True, kw_only=True):
     """A request to a model."""
 
     model: str | None  # as the client wrote it
-    type: ModelType = "llm"  # of the model that it needs
+    type: ModelType | None = "llm"  # of the model that it needs; None: any, but an LLM if it names none
     order: Callable[[Instance], ToModel]  # translates the request for an instance; raises InvalidValue
     route: str
     prompt: str  # the field with the prompt, for errors about it

@@ -253,6 +253,7 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),
     *(Route(path, rerank, methods=["POST"]) for path in paths.RERANKS),
     Route(paths.V0_CHAT_COMPLETIONS, legacy.chat_completions, methods=["POST"]),
+    Route(paths.V0_EMBEDDINGS, embeddings, methods=["POST"]),
     Route(paths.V0_COMPLETIONS, legacy.completions, methods=["POST"]),
     Route(paths.CHAT_INPUT_TOKENS, input_tokens, methods=["POST"]),
     Route(paths.TOKENIZE, tokenize, methods=["POST"]),

@@ -25,7 +25,6 @@ UNSERVED = (
     ("POST", "/v1/messages/count_tokens"),
     # ---- LM Studio
     ("POST", "/api/v1/chat"),
-    ("POST", "/api/v0/embeddings"),
 )
 
 

@@ -22,7 +22,6 @@ from api.openai.fields import TokenId, ttl_s
 from api.openai.reply import check_draining
 from api.state import State
 from api.vectors import FLOAT_BYTES, Computed, computed
-from shared import paths
 from shared.channel.messages import Embed
 from shared.errors import InvalidType, InvalidValue
 
@@ -94,8 +93,8 @@ class EmbeddingList(Struct, frozen=True, kw_only=True):
 
 
 async def embeddings(request: Request[State]) -> Response:
-    """Compute the vectors of texts."""
-    asked, result = await embedded(request, paths.EMBEDDINGS)
+    """Compute the vectors of texts, also for LM Studio's older API, which has the same form."""
+    asked, result = await embedded(request, request.scope["route"].path)
     n = result.usage.prompt_tokens
     reply = {
         "object": "list",

@@ -573,6 +573,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         )
         for path in paths.RERANKS
     },
+    ("POST", paths.V0_EMBEDDINGS): Operation(
+        name="create_legacy_embeddings",
+        summary="Compute the vectors of texts as LM Studio's older API does",
+        description="The same as `POST /v1/embeddings`.",
+        body=EmbeddingRequest,
+        replies={
+            200: Reply(description="The vectors.", content={JSON: EmbeddingList}, headers=("Loadstone-Instance",))
+        },
+        errors=(*OF_A_MODEL, errors.WrongModelType, errors.ContextLengthExceeded),
+    ),
     ("POST", paths.V0_CHAT_COMPLETIONS): Operation(
         name="create_legacy_chat_completion",
         summary="Answer a conversation as LM Studio's older API does",

@@ -40,13 +40,15 @@ class Loaded:
         busy: Busy,
         without: Collection[str] = (),
         beginning: bytes = b"",
-        type_: ModelType = "llm",
+        type_: ModelType | None = "llm",
     ) -> Instance:
         """Return the loaded instance that `name` means: by its id, or by a name of its model.
 
         Without a name, returns one of the default model if that is to be an LLM, or else the only loaded one of a model
         of this type.  Of several instances, `choose` selects one by the number of requests that each has (`busy`) and
         the beginning of the conversation.  `without`: ids of loads whose instances do not count.
+
+        `type_` is None for any; without a name, that means an LLM.
 
         Raises ModelNotFound, ModelNotLoaded, MissingParameter, WrongModelType if the name is that of a model of another
         type, and what UNAVAILABLE lists if the view has no instance.
@@ -68,31 +70,31 @@ class Loaded:
             return min(found.others, key=busy)
         raise self._missing(name, model, len(found.open), type_)
 
-    def _model(self, name: str | None, type_: ModelType) -> str:
+    def _model(self, name: str | None, type_: ModelType | None) -> str:
         """Return the name of a model as the list has it, "" for none.  The default model is for requests to LLMs."""
-        return self._roster.named(LoadRequest(model=name or "")).model if name or type_ == "llm" else ""
+        return self._roster.named(LoadRequest(model=name or "")).model if name or type_ != "embedding" else ""
 
-    def _found(self, name: str | None, model: str, without: Collection[str], type_: ModelType) -> Copies:
+    def _found(self, name: str | None, model: str, without: Collection[str], type_: ModelType | None) -> Copies:
         """Return the loaded instances that a name means.  Raises WrongModelType if they are of another type."""
         if not model:
-            found = self._view.of_type(type_)
+            found = self._view.of_type(type_ or "llm")
         else:
             found = self._view.with_key(model)
             if not found.open and not found.others:
                 found = self._view.with_id(name or model)
-        if any(instance.type != type_ for instance in (*found.open[:1], *found.others[:1])):
+        if type_ and any(instance.type != type_ for instance in (*found.open[:1], *found.others[:1])):
             raise _wrong_type(name or model, type_)
         return found.without(without) if without else found
 
-    def _missing(self, name: str | None, model: str, n_loaded: int, type_: ModelType) -> ServiceError:
+    def _missing(self, name: str | None, model: str, n_loaded: int, type_: ModelType | None) -> ServiceError:
         """Return the error for a request whose name means no loaded instance, or no name one of several."""
         if not model:
-            kind = "LLMs" if type_ == "llm" else "embedding models"
+            kind = "embedding models" if type_ == "embedding" else "LLMs"
             return MissingParameter(f"'model' is required: {n_loaded or 'no'} {kind} are loaded.", param="model")
         models = self._roster.meant(model)
         if not models:
             return self._roster.nowhere(LoadRequest(model=model), None)
-        if all(each.type != type_ for each in models.values()):
+        if type_ and all(each.type != type_ for each in models.values()):
             return _wrong_type(name or model, type_)
         message = f"Model '{name or model}' is not loaded. Load it with POST {paths.LOAD}."
         return ModelNotLoaded(message, model, param="model")

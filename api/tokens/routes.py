@@ -129,6 +129,7 @@ def _ask(request: Request[State], model: str | None, lookup: Lookup) -> Ask:
     """Return the request about a text or tokens."""
     return Ask(
         model=model,
+        type=None,
         order=lambda _: lookup,
         route=request.scope["route"].path,
         prompt="",

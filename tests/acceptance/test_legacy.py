@@ -122,6 +122,22 @@ def test_the_last_chunk_says_how_the_answer_was_made(service: Service, path: str
         assert own[-1]["finish_reason"]
 
 
+def test_embeddings_are_those_of_openais_api(service: Service) -> None:
+    legacy, ours = (
+        service.post(path, {"model": VECTORS, "input": ["Hello", "World"]})
+        for path in (paths.V0_EMBEDDINGS, paths.EMBEDDINGS)
+    )
+    assert legacy.status == 200, legacy.text
+    assert len(legacy.json()["data"]) == 2
+    assert legacy.json().keys() == ours.json().keys()
+    for one, other in zip(legacy.json()["data"], ours.json()["data"], strict=True):
+        assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-5)
+    assert service.metric("requests_total", route=paths.V0_EMBEDDINGS, outcome="completed") >= 1
+    chat = service.post(paths.V0_EMBEDDINGS, {"model": TINY, "input": "Hello"})
+    assert chat.status == 400
+    assert chat.json()["error"]["param"] == "model"
+
+
 # ---- errors
 
 

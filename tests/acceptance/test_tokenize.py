@@ -14,7 +14,7 @@ from tests.support.chat import HELLO, answered, begun, body, streaming
 from tests.support.service import TINY, Reply, Service, openai_error, up
 
 BOS, EOS = 1, 2  # of the tokenizer of `synthetic.tiny_llama`
-BARE = "acme/bare"
+BARE, VECTORS = "acme/bare", "acme/vectors"
 TEXT = "What is the capital of France ?"
 UNICODE = "unicode 媽 and emoji 🤗"
 
@@ -24,6 +24,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("tokens")
     synthetic.tiny_llama(home / f"models/{TINY}/tiny-f16.gguf")
     synthetic.tiny_llama(home / f"models/{BARE}/bare-f16.gguf", drop={"tokenizer.chat_template"})
+    synthetic.tiny_bert(home / f"models/{VECTORS}/vectors-f32.gguf")
     with up(home) as service:
         yield service
 
@@ -146,6 +147,18 @@ def test_a_model_without_a_template_has_tokens_but_no_prompts(service: Service) 
         openai_error(
             service.post(path, {"model": BARE, "messages": HELLO}), 501, "not_supported_error", "chat_unavailable"
         )
+
+
+def test_an_embedding_model_has_tokens_but_no_prompts(service: Service) -> None:
+    """It is loaded for them, and is not the model of a request without a name."""
+    found = tokens(service, model=VECTORS, content="hello")["tokens"]
+    text = ok(service.post(paths.DETOKENIZE, {"model": VECTORS, "tokens": found}))["content"]
+    assert "hello" in text
+    for path in (paths.CHAT_INPUT_TOKENS, paths.APPLY_TEMPLATE, paths.TOKENIZE):
+        reply = service.post(path, {"model": VECTORS, "messages": HELLO})
+        assert (reply.status, reply.json()["error"]["param"]) == (400, "model")
+    unnamed = service.post(paths.TOKENIZE, {"content": "hello"})
+    openai_error(unnamed, 400, "invalid_request_error", "missing_required_parameter", "model")
 
 
 def test_they_are_answered_while_the_model_answers(service: Service) -> None:
