@@ -1,4 +1,4 @@
-"""The progress of a load as a bar on a terminal."""
+"""The progress of a load or a download as a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Meter:
 
 
 class Bar:
-    """Shows a load as a progress bar, which the thread of `live` also redraws."""
+    """Shows progress as a bar, which the thread of `live` also redraws."""
 
     def __init__(self, model: str) -> None:
         self._model = clean(model)
@@ -55,14 +55,18 @@ class Bar:
     def show(self, event: LoadEvent) -> None:
         match event:
             case LoadProgress():
-                self._meter.saw(event.progress)
-                self._facts = facts(event)
+                self.update(event.progress, facts(event))
             case LoadEnd():
                 self._facts, self._ended = "loaded", True
             case LoadStart() | LoadError():
                 pass
             case _:
                 assert_never(event)
+
+    def update(self, share: float, facts: str) -> None:
+        """Show how much is done, and what is known about it."""
+        self._meter.saw(share)
+        self._facts = facts
 
     def note(self, sentence: str) -> None:
         self.live.console.print(Text(clean(sentence)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar, assert_never
+from typing import Any, Literal, Self, TypeVar, assert_never
 from urllib.parse import quote, urlencode, urlsplit
 
 import httpcore
@@ -20,6 +20,9 @@ from shared import __version__, paths
 from shared.errors import ErrorBody
 from shared.lifecycle import TERMINAL
 from shared.schema.http import (
+    DownloadJob,
+    DownloadReply,
+    DownloadRequest,
     EstimateResult,
     Job,
     JobList,
@@ -30,6 +33,7 @@ from shared.schema.http import (
     LoadRequest,
     LoadStart,
     ModelList,
+    RemovedModel,
     UnloadRequest,
     WorkerList,
 )
@@ -41,6 +45,7 @@ CONNECT_S = 5.0
 ANSWER_S = 30.0
 STOP_ANSWER_S = 90.0  # unload and cancel reply once the memory is free; the server waits up to 60 s
 MODEL_ANSWER_S = 1800.0  # of a model, which may have to be loaded first
+DOWNLOAD_ANSWER_S = 90.0  # the reply comes once the hub has listed the files
 LOG_PAUSE_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
@@ -169,6 +174,31 @@ class Client:
     def estimate(self, request: LoadRequest) -> EstimateResult:
         return self._ask(EstimateResult, "POST", paths.ESTIMATE, content=msgspec.json.encode(request), headers=JSON)
 
+    def download(self, request: DownloadRequest, idempotency_key: str) -> DownloadReply:
+        """Start a download; return what there is of it.  Retries as `submit` does."""
+        headers = {**JSON, "Idempotency-Key": idempotency_key}
+        return self._submitted(
+            DownloadReply, paths.DOWNLOAD, msgspec.json.encode(request), headers, timeout=DOWNLOAD_ANSWER_S
+        )
+
+    def watched_download(self, job_id: str) -> DownloadJob:
+        """Return the job of a download.  Retries after failures."""
+        patience = Patience(self.note)
+        while True:
+            try:
+                return self._ask(DownloadJob, "GET", _path(paths.ONE_DOWNLOAD, job_id))
+            except Failure as failure:
+                patience.wait(failure)
+
+    def change_download(self, job_id: str, change: Literal["pause", "resume"]) -> DownloadJob:
+        template = paths.PAUSE_DOWNLOAD if change == "pause" else paths.RESUME_DOWNLOAD
+        return self._ask(DownloadJob, "POST", _path(template, job_id), timeout=STOP_ANSWER_S)
+
+    def remove(self, key: str, worker: str | None) -> RemovedModel:
+        """Remove the files of a model."""
+        query = f"?{urlencode({'worker': worker})}" if worker else ""
+        return self._ask(RemovedModel, "DELETE", paths.MODEL.format(model_id=quote(key)) + query, timeout=STOP_ANSWER_S)
+
     def submit(self, request: LoadRequest, idempotency_key: str) -> Job:
         """Submit a load; return its job.
 
@@ -176,11 +206,16 @@ class Client:
         retried if the server cannot be reached.
         """
         headers = {**JSON, "Prefer": "respond-async", "Idempotency-Key": idempotency_key}
+        return self._submitted(Job, paths.LOAD, msgspec.json.encode(request), headers)
+
+    def _submitted(
+        self, kind: type[T], path: str, content: bytes, headers: Mapping[str, str], timeout: float = ANSWER_S
+    ) -> T:
         patience = Patience(self.note)
         is_first = True
         while True:
             try:
-                return self._ask(Job, "POST", paths.LOAD, content=msgspec.json.encode(request), headers=headers)
+                return self._ask(kind, "POST", path, content=content, headers=headers, timeout=timeout)
             except Failure as failure:
                 if is_first and isinstance(failure, Unreachable):
                     raise

@@ -80,7 +80,7 @@ def facts(event: LoadProgress) -> str:
 
 
 class Lines:
-    """Shows a load as lines: one for each change of phase and for each tenth."""
+    """Shows progress as lines: one for each change of the stage and for each tenth."""
 
     def __init__(self, model: str, say: Callable[[str], None]) -> None:
         self._model, self.note = model, say
@@ -89,11 +89,14 @@ class Lines:
     def show(self, event: LoadEvent) -> None:
         match event:
             case LoadProgress():
-                now = stage(event.status, event.phase)
-                if now != self._stage or event.progress >= self._next:
-                    self._stage, self._next = now, event.progress + STEP
-                    self.note(f"{self._model}: {percent(event.progress)} {facts(event)}")
+                self.update(event.progress, facts(event), stage(event.status, event.phase))
             case LoadStart() | LoadEnd() | LoadError():
                 pass
             case _:
                 assert_never(event)
+
+    def update(self, share: float, facts: str, now: str = "") -> None:
+        """Show how much is done, and what is known about it.  `now`: the stage."""
+        if now != self._stage or share >= self._next:
+            self._stage, self._next = now, share + STEP
+            self.note(f"{self._model}: {percent(share)} {facts}")

@@ -19,7 +19,8 @@ UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errn
 SERVERS = ("up", "api", "worker")  # of cli.servers
 COMPLETE = "_LOADSTONE_COMPLETE"  # the variable by which a shell asks for completions
 ALIASES = {"list": "ls"}
-CLIENTS = ("ls", "ps", "load", "unload", "chat", "embed", "jobs", "cancel", "logs", "workers")
+CLIENTS = ("ls", "ps", "load", "unload", "chat", "embed", "jobs", "cancel", "logs", "workers")  # of cli.commands
+DOWNLOADS = ("get", "rm")  # of cli.downloads
 
 
 class Program(click.Group):
@@ -44,7 +45,7 @@ class Program(click.Group):
             sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*SERVERS, *CLIENTS]
+        return [*SERVERS, *CLIENTS, *DOWNLOADS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         cmd_name = ALIASES.get(cmd_name, cmd_name)
@@ -64,6 +65,10 @@ class Program(click.Group):
             from cli.commands import client
 
             return client.get_command(ctx, cmd_name)
+        if cmd_name in DOWNLOADS:
+            from cli import downloads
+
+            return downloads.COMMANDS[cmd_name]
         return None
 
 

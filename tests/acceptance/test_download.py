@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from shared.synthetic import models as synthetic
 from tests.support.hub import LocalHub, sha256
-from tests.support.service import JSON, Service, until, up
+from tests.support.service import JSON, PATIENCE_S, Running, Service, until, up
 
 DOWNLOAD, STATUS = "/api/v1/models/download", "/api/v1/models/download/status"
 REPOSITORY, KEY = "Acme/Fetched-GGUF", "acme/fetched"
@@ -114,7 +115,7 @@ def test_events_lead_to_the_end(service: Service, hub: LocalHub) -> None:
     assert events[-1].data["job"]["status"] == "completed"
     over = service.send("GET", f"{STATUS}/{job_id}/events", headers={"Last-Event-ID": events[-1].id})
     assert over.status == 204
-    service.send("DELETE", "/api/v1/models/acme/large")
+    until(lambda: service.send("DELETE", "/api/v1/models/acme/large").status == 200, "it is listed, and removed")
 
 
 def test_an_idempotency_key(service: Service) -> None:
@@ -185,3 +186,43 @@ def test_a_download_survives_all_processes(tmp_path: Path, hub: LocalHub) -> Non
         target = service.models_dir / LARGE / "large-Q4_0.gguf"
         assert sha256(target) == sha256(hub.repositories[LARGE]["large-Q4_0.gguf"])
     assert hub.sent["large-Q4_0.gguf"] - before <= 8 * MIB + 6 * MIB  # and what was in the buffers of sockets
+
+
+def command(service: Service, *words: str) -> Running:
+    return Running(service.directory / "command", *words, environ={"LOADSTONE_URL": service.url})
+
+
+def test_get_and_rm(service: Service) -> None:
+    got = command(service, "get", f"{REPOSITORY}@q8_0")
+    assert got.popen.wait(PATIENCE_S) == 0, got.stderr
+    assert got.stdout in (f"{KEY}@q8_0\n", "")  # "" if an earlier test has left it
+    until(lambda: KEY in service.models(), "the model is listed")
+    again = command(service, "get", REPOSITORY)
+    assert again.popen.wait(PATIENCE_S) == 0
+    assert "is there already" in again.stderr
+    removed = command(service, "rm", KEY)
+    assert removed.popen.wait(PATIENCE_S) == 0, removed.stderr
+    until(lambda: KEY not in service.models(), "the model is gone")
+    missing = command(service, "rm", KEY)
+    assert missing.popen.wait(PATIENCE_S) == 1
+    assert "not found" in missing.stderr
+
+
+def test_ctrl_c_pauses_and_the_same_command_resumes(service: Service, hub: LocalHub) -> None:
+    hub.bytes_s = MIB / 4
+    got = command(service, "get", LARGE)
+    until(lambda: f"{LARGE}: " in got.stderr, "a line of progress")
+    got.popen.send_signal(signal.SIGINT)
+    assert got.popen.wait(PATIENCE_S) == 130, got.stderr
+    assert "The same command resumes it" in got.stderr
+    hub.bytes_s = 0
+    again = command(service, "get", LARGE)
+    assert again.popen.wait(PATIENCE_S) == 0, again.stderr
+    assert again.stdout == "acme/large\n"
+    assert ": 100% 0.0078 GiB downloaded" in again.stderr
+
+
+def test_get_says_what_there_is_to_choose(service: Service) -> None:
+    got = command(service, "get", "Acme/Several-GGUF")
+    assert got.popen.wait(PATIENCE_S) == 1
+    assert 'Set "quantization" to one of: a-Q4_0, b-Q4_0' in got.stderr

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from api.openapi.document import document
-from cli import commands, servers
+from cli import commands, downloads, servers
 from cli.address import url_of
 from cli.bar import Meter
 from cli.client import LONGEST_PAUSE_S, PATIENCE_S, Patience, events, new_lines
@@ -24,7 +24,7 @@ from cli.display import Lines, clean, facts, table
 from cli.environment import PROXY_VARIABLES, TLS_VARIABLES
 from cli.failure import Failure
 from cli.names import Load, meant
-from cli.program import CLIENTS, SERVERS, program
+from cli.program import CLIENTS, DOWNLOADS, SERVERS, program
 from shared.errors import ErrorBody
 from shared.schema.http import GPURequest, LoadProgress, LoadRequest
 
@@ -233,8 +233,8 @@ def test_control_characters_of_a_name_are_replaced() -> None:
 
 
 def test_the_program_lists_every_command() -> None:
-    assert all(program.get_command(click.Context(program), name) for name in CLIENTS)  # imports all their modules
-    assert set(CLIENTS) == set(commands.client.commands)
+    assert all(program.get_command(click.Context(program), name) for name in (*CLIENTS, *DOWNLOADS))  # imports all their modules
+    assert {*CLIENTS, *DOWNLOADS} == {*commands.client.commands, *downloads.COMMANDS}
     assert set(SERVERS) == set(servers.servers.commands)
 
 
