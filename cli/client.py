@@ -39,6 +39,7 @@ SILENCE_S = 20.0  # an event stream sends something at least every 15 s
 CONNECT_S = 5.0
 ANSWER_S = 30.0
 STOP_ANSWER_S = 90.0  # unload and cancel reply once the memory is free; the server waits up to 60 s
+ESTIMATE_ANSWER_S = 120.0  # the hub is asked for up to 60 s, and then an engine
 LOG_PAUSE_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
@@ -157,7 +158,8 @@ class Client:
             time.sleep(LOG_PAUSE_S)
 
     def estimate(self, request: LoadRequest) -> EstimateResult:
-        return self._ask(EstimateResult, "POST", paths.ESTIMATE, content=msgspec.json.encode(request), headers=JSON)
+        body = msgspec.json.encode(request)
+        return self._ask(EstimateResult, "POST", paths.ESTIMATE, content=body, headers=JSON, timeout=ESTIMATE_ANSWER_S)
 
     def submit(self, request: LoadRequest, idempotency_key: str) -> Job:
         """Submit a load; return its job.
