@@ -46,6 +46,7 @@ ANSWER_S = 30.0
 STOP_ANSWER_S = 90.0  # unload and cancel reply once the memory is free; the server waits up to 60 s
 MODEL_ANSWER_S = 1800.0  # of a model, which may have to be loaded first
 DOWNLOAD_ANSWER_S = 90.0  # the reply comes once the hub has listed the files
+ESTIMATE_ANSWER_S = 120.0  # the hub is asked for up to 60 s, and then an engine
 LOG_PAUSE_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
@@ -172,7 +173,8 @@ class Client:
             time.sleep(LOG_PAUSE_S)
 
     def estimate(self, request: LoadRequest) -> EstimateResult:
-        return self._ask(EstimateResult, "POST", paths.ESTIMATE, content=msgspec.json.encode(request), headers=JSON)
+        body = msgspec.json.encode(request)
+        return self._ask(EstimateResult, "POST", paths.ESTIMATE, content=body, headers=JSON, timeout=ESTIMATE_ANSWER_S)
 
     def download(self, request: DownloadRequest, idempotency_key: str) -> DownloadReply:
         """Start a download; return what there is of it.  Retries as `submit` does."""

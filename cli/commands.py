@@ -105,6 +105,8 @@ def command(function: Callable[..., None]) -> click.Command:
             if as_json:
                 document({"error": failure.error})
             say(str(failure))
+            if isinstance(detail := failure.error.detail, dict) and "hub" in detail:
+                say(f"The hub was asked too: {detail['hub']}")
             is_cancelled = isinstance(failure, Interrupted) or failure.error.code == "load_cancelled"
             sys.exit(CANCELLED if is_cancelled else FAILED)
         except KeyboardInterrupt:

@@ -128,3 +128,11 @@ def test_the_command_line_lists_what_fits(service: Service, tmp_path: Path) -> N
     lines = [line.split() for line in command.stdout.splitlines()]
     start = lines.index(["QUANTIZATION", "SIZE", "FITS"])
     assert [(line[0], line[-1]) for line in lines[start + 1 :]] == [("Q4_0", "yes"), ("Q8_0", "yes"), ("F16", "no")]
+
+
+def test_the_command_line_says_why_the_hub_does_not_help(service: Service, tmp_path: Path) -> None:
+    command = Running(tmp_path, "load", "acme/missing", "--estimate-only", environ={"LOADSTONE_URL": service.url})
+    assert command.popen.wait(60) == 1
+    first, second = command.stderr.splitlines()
+    assert first == "loadstone: Model acme/missing not found in downloaded models"
+    assert "does not exist on the hub" in second

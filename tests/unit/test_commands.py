@@ -233,7 +233,9 @@ def test_control_characters_of_a_name_are_replaced() -> None:
 
 
 def test_the_program_lists_every_command() -> None:
-    assert all(program.get_command(click.Context(program), name) for name in (*CLIENTS, *DOWNLOADS))  # imports all their modules
+    assert all(
+        program.get_command(click.Context(program), name) for name in (*CLIENTS, *DOWNLOADS)
+    )  # imports all their modules
     assert {*CLIENTS, *DOWNLOADS} == {*commands.client.commands, *downloads.COMMANDS}
     assert set(SERVERS) == set(servers.servers.commands)
 
