@@ -188,13 +188,13 @@ class Client:
         patience = Patience(self.note)
         while True:
             try:
-                return self._ask(DownloadJob, "GET", _path(paths.ONE_DOWNLOAD, job_id))
+                return self._ask(DownloadJob, "GET", _path(paths.ONE_DOWNLOAD, job_id=job_id))
             except Failure as failure:
                 patience.wait(failure)
 
     def change_download(self, job_id: str, change: Literal["pause", "resume"]) -> DownloadJob:
         template = paths.PAUSE_DOWNLOAD if change == "pause" else paths.RESUME_DOWNLOAD
-        return self._ask(DownloadJob, "POST", _path(template, job_id), timeout=STOP_ANSWER_S)
+        return self._ask(DownloadJob, "POST", _path(template, job_id=job_id), timeout=STOP_ANSWER_S)
 
     def remove(self, key: str, worker: str | None) -> RemovedModel:
         """Remove the files of a model."""
