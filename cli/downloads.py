@@ -29,9 +29,9 @@ POLL_S = 0.5
 @click.option("--worker", metavar="NAME", help="Download to this worker. Default: the one with the most room.")
 @click.option("--detach", is_flag=True, help="Do not wait for the download; write the id of its job to stdout.")
 def get(server: Client, as_json: bool, model: str, revision: str | None, worker: str | None, detach: bool) -> None:
-    """Download a model, and write the key that loads it to stdout once its files are there.
+    """Download a model.
 
-    KEY is that of a repository at Hugging Face, or its URL. Ctrl-C pauses the download; the same command resumes it.
+    Writes the key that loads the model to stdout. KEY is that of a repository at Hugging Face, or its URL. Ctrl-C pauses the download; the same command resumes it.
     """
     request = DownloadRequest(model=model, revision=revision or UNSET, worker=worker or UNSET)
     with interrupt.Raising():

@@ -15,7 +15,7 @@ from api.routes import ROUTES
 from cli.client import Client
 from cli.failure import Failure
 from shared import paths
-from shared.schema.http import LoadRequest
+from shared.schema.http import DownloadRequest, LoadRequest
 
 JOB_ID = f"load_{'0' * 32}"
 DESCRIBED = [route for route in ROUTES if route.include_in_schema]
@@ -52,7 +52,8 @@ def route_of(method: str, path: str) -> str:
 
 
 def test_each_path_is_routed_and_described() -> None:
-    declared = {value for name, value in vars(paths).items() if name.isupper()}
+    values = [value for name, value in vars(paths).items() if name.isupper()]
+    declared = {path for value in values for path in ([value] if isinstance(value, str) else value)}
     assert {path for _, path in ROUTED} | {paths.ROOT, paths.MESSAGES} == declared
     assert set(OPERATIONS) == ROUTED
 
@@ -70,12 +71,18 @@ def test_the_client_requests_each_route_of_the_api(client: Client, requests: Req
         lambda: client.estimate(request),
         lambda: client.submit(request, "a-key"),
         lambda: next(client.follow(JOB_ID)),
+        lambda: client.download(DownloadRequest(model="p/m"), "a-key"),
+        lambda: client.watched_download(JOB_ID),
+        lambda: client.change_download(JOB_ID, "pause"),
+        lambda: client.change_download(JOB_ID, "resume"),
+        lambda: client.remove("p/m", None),
     ]
     for call in calls:
         with suppress(Failure):
             call()
     requested = {(method, route_of(method, path)) for method, path in requests}
-    assert requested == {(method, path) for method, path in ROUTED if path.startswith("/api/v1/")}
+    others = {("GET", paths.DOWNLOADS), ("GET", paths.DOWNLOAD_EVENTS), ("DELETE", paths.ONE_DOWNLOAD)}
+    assert requested | others == {(method, path) for method, path in ROUTED if path.startswith("/api/v1/")}
 
 
 @pytest.mark.parametrize("job_id", ["..", "a/b", "a?b#c", "a%2Fb", "é", "{job_id}"])
