@@ -50,7 +50,6 @@ ESTIMATE_ANSWER_S = 120.0  # the hub is asked for up to 60 s, and then an engine
 LOG_PAUSE_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
-EMBEDDINGS = "/v1/embeddings"
 JSON = {"Content-Type": "application/json"}
 NO_HEADERS: Mapping[str, str] = {}
 
@@ -286,7 +285,7 @@ class Client:
     def embed(self, model: str, texts: Sequence[str]) -> list[Embedding]:
         """Return the embeddings of texts, in their order."""
         request = {"model": model, "input": texts, "encoding_format": "float"}
-        return self._ask_model(Embeddings, EMBEDDINGS, request).data
+        return self._ask_model(Embeddings, paths.EMBEDDINGS, request).data
 
     def _ask_model(self, kind: type[T], path: str, request: Mapping[str, Any]) -> T:
         body = msgspec.json.encode(request)
