@@ -5,7 +5,6 @@ A mask of a vocabulary of 150,000 tokens takes 0.1 ms, as measured with version 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import re
 import threading
@@ -26,7 +25,6 @@ Logits = NDArray[np.float32]
 
 KEPT = 64  # constraints that are kept compiled
 STACK_BYTES = 64 << 20  # of the thread that compiles: more than a helper has, which compiled the same before
-LOOKED_AT = 1000  # characters, in which a trigger or an end of reasoning is looked for together with a new token
 SPECIAL = b"\xff"  # llguidance's mark of a token that is not its text
 
 
@@ -138,8 +136,7 @@ class Constrained:
         self._is_on = not constraint.lazy and not constraint.is_thinking
         self._n_opened = 0  # tokens of the text with which reasoning begins
         self._may_think = self._is_on and bool(compiled.opening)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._free = ""  # the text to which the constraint did not apply, since the last reasoning
+        self._free: list[tuple[int, bytes]] = []  # tokens to which the constraint did not apply
 
     @property
     def is_complete(self) -> bool:
@@ -200,38 +197,40 @@ class Constrained:
         return True
 
     def _take_free(self, token: int) -> None:
+        self._free.append((token, self._compiled.text_of(token)))
         constraint = self._compiled.constraint
-        new = self._decoder.decode(self._compiled.text_of(token))
-        self._free += new
-        since = max(0, len(self._free) - len(new) - LOOKED_AT)
-        if constraint.lazy and not self._is_thinking and constraint.thinking_start and not since:
-            self._is_thinking = self._free.lstrip().startswith(constraint.thinking_start)
+        text = b"".join(text for _, text in self._free).decode(errors="replace")
+        if constraint.lazy and not self._is_thinking and constraint.thinking_start:
+            self._is_thinking = text.lstrip().startswith(constraint.thinking_start)
         if self._is_thinking:
-            ends = [at + len(end) for end in constraint.thinking_ends if (at := self._free.find(end, since)) >= 0]
+            ends = [at + len(end) for end in constraint.thinking_ends if (at := text.find(end)) >= 0]
             if not ends:
                 return
-            self._is_thinking, self._free, since = False, self._free[min(ends) :], 0
+            self._is_thinking = False
             if not constraint.lazy:
-                self._start(self._free.lstrip())
+                self._start(text[min(ends) :].lstrip())
                 return
+            self._free = [(-1, text[min(ends) :].encode())]
+            text = text[min(ends) :]
         if constraint.lazy:
-            self._look_for_trigger(token, since)
+            self._look_for_trigger(token, text)
 
-    def _look_for_trigger(self, token: int, since: int) -> None:
+    def _look_for_trigger(self, token: int, text: str) -> None:
         """Apply a lazy constraint from its trigger on, as llama.cpp does (llama_grammar_accept_token)."""
         if token in self._compiled.trigger_tokens:
             self._is_on = True
             self._consume([token])
             return
         for pattern in self._compiled.triggers:
-            if match := pattern.search(self._free, since):  # in which ^ is the beginning of the text
+            if match := pattern.search(text):
                 group = next((i for i in range(1, pattern.groups + 1) if match[i]), 0)
-                self._start(self._free[match.start(group) :])
+                self._start(text[match.start(group) :])
                 return
 
     def _start(self, text: str) -> None:
         """Apply the constraint from a text on, which has come already."""
         self._is_on = True
+        self._free.clear()
         if text:
             self._consume(self._compiled.tokenizer.tokenize_str(text, parse_special=True))
 
