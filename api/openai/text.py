@@ -117,9 +117,12 @@ class _Answer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at = 0  # place in the text at which the next token begins; < 0: the text does not have it
 
+    def skip(self, n: int) -> None:
+        """Take no notice of the first `n` characters of the tokens."""
+        self._at -= n
+
     def read(self, delta: Delta) -> TextLogprobs | None:
         """Return the log probabilities of an addition.  Must get all of them, in order."""
-        self._at -= delta.skipped
         if not delta.logprobs:
             return None
         return TextLogprobs(
@@ -163,10 +166,12 @@ class Text:
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._model, self._fingerprint = model, fingerprint
-        self._prompts, self._with_usage = prompts, with_usage
+        self._prompts, self._choices, self._with_usage = prompts, choices, with_usage
         self._answers = [_Answer() for _ in range(prompts * choices)]
 
     def add(self, delta: Delta) -> None:
+        for index in self._echoed(delta):
+            self._answers[index].text.append(delta.echo)
         self._answers[delta.choice].add(delta)
 
     def whole(self, usage: Usage) -> TextCompletion:
@@ -192,9 +197,10 @@ class Text:
         return b""
 
     def added(self, delta: Delta) -> bytes:
-        """Return the chunks for an addition: text, then the end."""
+        """Return the chunks for an addition: the prompt, then text, then the end."""
+        echo = [self._chunk([TextAddition(text=delta.echo, index=index)]) for index in self._echoed(delta)]
         logprobs = self._answers[delta.choice].read(delta)
-        chunks = b""
+        chunks = b"".join(echo)
         if delta.text or logprobs is not None:
             chunks += self._chunk([TextAddition(text=delta.text, index=delta.choice, logprobs=logprobs)])
         if delta.finish is not None:
@@ -203,6 +209,15 @@ class Text:
 
     def last(self, usage: Usage) -> bytes:
         return (self._chunk([], usage) if self._with_usage else b"") + DONE
+
+    def _echoed(self, delta: Delta) -> range:
+        """Return the numbers of the answers that begin with the prompt in an addition."""
+        if not delta.echo and not delta.skipped:
+            return range(0)
+        indices = range(delta.choice, delta.choice + self._choices)
+        for index in indices:
+            self._answers[index].skip(delta.skipped)
+        return indices
 
     def _chunk(self, choices: list[TextAddition], usage: Usage | None = None) -> bytes:
         chunk = TextChunk(

@@ -268,9 +268,14 @@ def _chunks(kind: type[Struct]) -> dict[str, Any]:
         "error.",
         "properties": {
             "data": {
-                "type": "string",
-                "contentMediaType": JSON,
-                "contentSchema": either(kind, OpenAIErrorReply),
+                "anyOf": [
+                    {"type": "string", "const": "[DONE]"},
+                    {
+                        "type": "string",
+                        "contentMediaType": JSON,
+                        "contentSchema": either(kind, OpenAIErrorReply),
+                    },
+                ],
                 "description": "The chunk; `[DONE]` after the last one; or an error.",
             },
         },

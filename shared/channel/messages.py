@@ -211,13 +211,14 @@ class Delta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str = ""
     reasoning: str = ""
     logprobs: list[TokenLogprobs] = []
-    skipped: int = 0  # characters with which the tokens of a prompt begin, and the text of this delta does not
+    echo: str = ""  # a prompt, for all of its answers, of which this is the first: they begin with it
+    skipped: int = 0  # characters with which the tokens of the prompt begin, and `echo` does not
     finish: Finish | None = None
     stop: Stop | None = None
 
 
 def size_of(delta: Delta) -> int:
-    """Return roughly how many bytes of memory a delta holds."""
+    """Return roughly how many bytes of memory a delta holds, without what the client sent itself."""
     logprobs = sum(1 + len(one.top) for one in delta.logprobs)
     return len(delta.text) + len(delta.reasoning) + ITEM_BYTES * (1 + logprobs)
 

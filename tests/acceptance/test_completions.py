@@ -13,7 +13,7 @@ import pytest
 from shared.synthetic import models as synthetic
 from shared.synthetic import tokenizers
 from tests.integration.test_prompt_logprobs import expected
-from tests.support.chat import ENDLESS, begun, streaming
+from tests.support.chat import ENDLESS, EOS, begun, streaming
 from tests.support.child import in_child
 from tests.support.generation import Trial
 from tests.support.service import TINY, Client, Reply, Service, openai_error, until, up
@@ -182,15 +182,9 @@ def computed(root: Path, prompts: list[list[int]]) -> list[list[tuple[float, boo
 def scores(choice: dict[str, Any], n_context: int) -> tuple[float, bool]:
     """Return the log probability of a continuation, and whether it is the most probable one, as
     lm-evaluation-harness reads it (`LocalCompletionsAPI.parse_logprobs`, lm_eval/models/openai_completions.py)."""
-    logprobs = sum(choice["logprobs"]["token_logprobs"][n_context:-1])
-    tokens = choice["logprobs"]["tokens"][n_context:-1]
+    logprobs = choice["logprobs"]["token_logprobs"][n_context:-1]
     tops = choice["logprobs"]["top_logprobs"][n_context:-1]
-    is_greedy = True
-    for token, top in zip(tokens, tops, strict=True):
-        if max(top.keys(), key=lambda text: top[text]) != token:
-            is_greedy = False
-            break
-    return logprobs, is_greedy
+    return sum(logprobs), all(one == max(top.values()) for one, top in zip(logprobs, tops, strict=True))
 
 
 def test_evaluations_read_what_the_engine_computes(running: Service, service: Service, tmp_path: Path) -> None:
@@ -214,6 +208,15 @@ def test_evaluations_read_what_the_engine_computes(running: Service, service: Se
             logprob, is_greedy = scores(choice, n_context)
             assert abs(logprob - sum(one for one, _ in own[n_context - 1 :])) < NEAR * len(prompt)
             assert is_greedy == all(is_best for _, is_best in own[n_context - 1 :])
+
+
+def test_the_token_that_ends_an_answer_is_reported(service: Service) -> None:
+    """Evaluations take the last token of a reply for the one that was generated, and not for one of the prompt."""
+    fields: dict[str, Any] = {"logprobs": 1, "max_tokens": 1, "logit_bias": {str(EOS): 100}}
+    for echo, tokens in ((True, ["<s>", "a", "</s>"]), (False, ["</s>"])):
+        (choice,) = answered(service, prompt=[[1, *tokens_of("a")]], echo=echo, **fields)["choices"]
+        assert (choice["text"], choice["finish_reason"]) == ("<s>a" if echo else "", "stop")
+        assert choice["logprobs"]["tokens"] == tokens
 
 
 def test_a_continuation_that_the_model_would_choose_is_greedy(service: Service) -> None:
@@ -299,3 +302,13 @@ def test_a_client_that_leaves_ends_all_its_prompts(service: Service) -> None:
     until(lambda: service.metric("requests_running", instance=TINY) == 0, "none is left")
     assert service.metric("requests_waiting", instance=TINY) == 0
     assert answered(service, prompt="a", max_tokens=1)["usage"]["completion_tokens"] <= 1
+
+
+def test_a_long_prompt_is_echoed_in_all_answers(service: Service) -> None:
+    """Together they are more than a client may leave unread, but the client has sent it itself."""
+    service.loaded(TINY, context_length=CONTEXT_LENGTH, parallel=64)
+    tokens: Any = tokenizers.spm()["tokenizer.ggml.tokens"]
+    prompt = [1, *[int(tokens.index("\u2581assistant"))] * 4000]
+    whole = answered(service, prompt=prompt, echo=True, n=64, max_tokens=1, **ENDLESS)
+    assert len(whole["choices"]) == 64
+    assert all(choice["text"].startswith("<s>" + " assistant" * 4000) for choice in whole["choices"])

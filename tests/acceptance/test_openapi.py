@@ -62,7 +62,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("openapi")
     metadata = {"llama.context_length": CONTEXT_LENGTH}
     synthetic.tiny_llama(home / "models" / MODEL / "tiny-f16.gguf", metadata=metadata)
-    with up(home, token=TOKEN, LOADSTONE_API_TOKENS=TOKEN) as service:
+    # Schemathesis waits 10 s for a reply, and most requests set no limit.
+    with up(home, token=TOKEN, LOADSTONE_API_TOKENS=TOKEN, LOADSTONE_MAX_OUTPUT_TOKENS="16") as service:
         until(lambda: MODEL in service.models(), "the model is listed")
         yield service
 

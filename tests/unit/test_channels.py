@@ -84,6 +84,7 @@ def seen(messages: list[FromRunner]) -> dict[object, list[object]]:
             if each[delta.id][-1:] != ["deltas"]:
                 each[delta.id].append("deltas")
             answer = each[delta.id, delta.choice]
+            answer += [("echo", delta.echo, delta.skipped)] if delta.echo else []
             answer += [("reasoning", letter) for letter in delta.reasoning]
             answer += [("text", letter) for letter in delta.text]
             each[delta.id, delta.choice, "logprobs"] += delta.logprobs

@@ -134,7 +134,7 @@ def whole(*deltas: Delta) -> Any:
 
 def test_log_probabilities_have_the_form_of_openais_older_models() -> None:
     choice = whole(
-        Delta(id=1, text="Hi", skipped=4),
+        Delta(id=1, echo="Hi", skipped=4),
         Delta(id=1, logprobs=[token(b"<s>", math.nan), token(b" Hi", -1.0, (b" A", -0.5), (b" Hi", -1.0))]),
         Delta(id=1, text=" you", logprobs=[token(b" you", -3.0, (b" A", -0.5))], finish="stop"),
     )
@@ -193,3 +193,15 @@ def test_the_last_chunk_of_an_answer_has_no_text() -> None:
         {"text": "a", "index": 1, "logprobs": None, "finish_reason": None},
         {"text": "", "index": 1, "logprobs": None, "finish_reason": "stop"},
     ]
+
+
+def test_a_prompt_begins_all_of_its_answers() -> None:
+    collecting, streaming = form(2, 2), form(2, 2)
+    deltas = [Delta(id=1, choice=2, echo="Hi"), *(Delta(id=1, choice=i, text=f"{i}", finish="stop") for i in range(4))]
+    texts = [""] * 4
+    for delta in deltas:
+        collecting.add(delta)
+        for event in streaming.added(delta).decode().split("\n\n")[:-1]:
+            (choice,) = json.loads(event[6:])["choices"]
+            texts[choice["index"]] += choice["text"]
+    assert texts == [choice.text for choice in collecting.whole(USAGE).choices] == ["0", "1", "Hi2", "Hi3"]

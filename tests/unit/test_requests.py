@@ -572,8 +572,7 @@ async def test_an_answer_begins_with_its_prompt_on_request(world: World, prompt:
         assert job.scores_prompt
         await world.hand_out(Begun(job=job, cached_tokens=0), piece(job, "!", 1))
         assert deltas(channel) == [
-            Delta(id=7, choice=0, text=echo, skipped=skipped),
-            Delta(id=7, choice=1, text=echo, skipped=skipped),
+            Delta(id=7, choice=0, echo=echo, skipped=skipped),
             Delta(id=7, choice=1, text="!"),
         ]
 

@@ -121,10 +121,12 @@ class Channel(asyncio.Protocol):
 
 @dataclass(slots=True)
 class Joined:
-    """Deltas of one answer, to be sent as one: first the reasoning, then the text."""
+    """Deltas of one answer, to be sent as one: first the prompt, then the reasoning, then the text."""
 
     id: int
     choice: int
+    echo: str = ""
+    skipped: int = 0
     texts: list[str] = field(default_factory=list)
     reasonings: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -132,6 +134,8 @@ class Joined:
     stop: Stop | None = None
 
     def add(self, delta: Delta) -> None:
+        self.echo += delta.echo  # of which there is one
+        self.skipped += delta.skipped
         self.texts.append(delta.text)
         self.reasonings.append(delta.reasoning)
         self.logprobs += delta.logprobs
@@ -144,6 +148,8 @@ class Joined:
         return Delta(
             id=self.id,
             choice=self.choice,
+            echo=self.echo,
+            skipped=self.skipped,
             text="".join(self.texts),
             reasoning="".join(self.reasonings),
             logprobs=self.logprobs,

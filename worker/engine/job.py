@@ -20,6 +20,7 @@ class Job:
     ends: list[str] = field(default_factory=list)  # texts with which the model's template ends an answer
     logprobs: int | None = None
     scores_prompt: bool = False  # with `logprobs`: answers begin with the log probabilities of the prompt
+    reports_end: bool = False  # with `logprobs`: also that of the token that ends an answer
     is_accepted: bool = False  # a part of a request that has begun: it is not refused for its wait
     shown: frozenset[int] = frozenset()  # control tokens whose text is part of the answer
     arrived_at: float  # by the monotonic clock

@@ -485,8 +485,8 @@ class Loop:
                 stop = Stop("max_tokens" if is_complete else "context")
             if answer.text.stop is not None:
                 stop = Stop("string", answer.text.stop) if answer.text.stop in job.stop else Stop("eos")
-            if alternatives is not None:
-                logprobs.append(self._logprobs(token, alternatives))
+        if alternatives is not None and (job.reports_end or not vocabulary.is_end(token)):
+            logprobs.append(self._logprobs(token, alternatives))
         self._hand_over(running, answer, text, 1, logprobs, stop)
 
     def _logprobs(self, token: int, alternatives: Alternatives) -> TokenLogprobs:

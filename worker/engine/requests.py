@@ -106,7 +106,7 @@ class Prepared(Struct, frozen=True):
 class _Answers:
     """The answers to one prompt."""
 
-    echo: list[Delta]  # with which they begin
+    echo: Delta | None  # with which they begin
     readers: list[Reader]
 
 
@@ -250,6 +250,7 @@ class Requests:
             ends=prompt.stops,
             logprobs=order.logprobs,
             scores_prompt=isinstance(order, Complete) and order.echo and order.logprobs is not None,
+            reports_end=isinstance(order, Complete),
             is_accepted=bool(request.answers),
             shown=frozenset(token for text in prompt.shown if (token := self._token(text)) is not None),
             arrived_at=request.arrived_at,
@@ -269,11 +270,7 @@ class Requests:
             )
             for each in empty
         ]
-        echo = (
-            []
-            if prepared.echo is None
-            else [structs.replace(prepared.echo, id=each.id, choice=each.choice) for each in empty]
-        )
+        echo = None if prepared.echo is None else structs.replace(prepared.echo, id=request.order.id, choice=first)
         return _Answers(echo, readers)
 
     def _submit(self, request: Request) -> None:
@@ -364,12 +361,12 @@ class Requests:
         return prepared
 
     def _echo(self, prompt: str | list[int], tokens: list[int]) -> Delta:
-        """Return a prompt as the beginning of an answer.  Its tokens may begin with one of which the prompt knows
+        """Return a prompt as the beginning of its answers.  Its tokens may begin with one of which the prompt knows
         nothing, and with a space."""
         text = b"".join(self._engine.vocabulary.pieces(tokens)).decode("utf-8", "replace")
         if isinstance(prompt, list):
-            return Delta(id=0, text=text)
-        return Delta(id=0, text=prompt, skipped=max(0, len(text) - len(prompt)))
+            return Delta(id=0, echo=text)
+        return Delta(id=0, echo=prompt, skipped=max(0, len(text) - len(prompt)))
 
     def _check_tokens(self, tokens: list[int], refused: Callable[..., Refused]) -> None:
         """Raise Refusal for tokens that the model does not have: the engine would read beyond its tables."""
@@ -429,8 +426,8 @@ class Requests:
                 if not request.is_started:
                     request.is_started = True
                     request.channel.send(Started(id=id_, cached_tokens=outcome.cached_tokens))
-                for delta in request.answers[outcome.job].echo:
-                    request.channel.add(delta)
+                if (echo := request.answers[outcome.job].echo) is not None:
+                    request.channel.add(echo)
             case Piece():
                 if added := request.answers[outcome.job].readers[outcome.choice].add(outcome):
                     request.channel.add(added)
