@@ -31,7 +31,8 @@ POLL_S = 0.5
 def get(server: Client, as_json: bool, model: str, revision: str | None, worker: str | None, detach: bool) -> None:
     """Download a model.
 
-    Writes the key that loads the model to stdout. KEY is that of a repository at Hugging Face, or its URL. Ctrl-C pauses the download; the same command resumes it.
+    Writes the key that loads the model to stdout. KEY is that of a repository at Hugging Face, or its URL. Ctrl-C
+    pauses the download; the same command resumes it.
     """
     request = DownloadRequest(model=model, revision=revision or UNSET, worker=worker or UNSET)
     with interrupt.Raising():
