@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar, get_args
 
 import msgspec
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -55,6 +56,15 @@ from shared.schema.http import JobList, JobStatus, LoadRequest, UnloadRequest, U
 from shared.store.connection import UNAVAILABLE
 
 T = TypeVar("T")
+
+
+class _Key(PathConvertor):
+    """The key of a model in a path: the rest of it, unless that is another route's."""
+
+    regex = r"(?!(?:load|unload|estimate|download)$|(?:load|download)/status(?:/|$)).+"
+
+
+register_url_convertor("key", _Key())
 
 
 class Requested(NamedTuple):
@@ -225,7 +235,8 @@ async def root(request: Request[State]) -> Response:
 
 def _rest(path: str, endpoint: Callable[[Request[State]], Awaitable[Response]], method: str = "GET") -> Route:
     """Return a route whose placeholder takes the rest of the path, with the path as the document has it."""
-    route = Route(path.replace("}", ":path}"), endpoint, methods=[method])
+    kind = "key" if path == paths.MODEL else "path"
+    route = Route(path.replace("}", f":{kind}}}"), endpoint, methods=[method])
     route.path = path
     return route
 

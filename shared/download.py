@@ -165,7 +165,10 @@ def source(model: str) -> Source:
     """
     name, quantization, revision = model, None, None
     if "://" in model:
-        parts = urlsplit(model)
+        try:
+            parts = urlsplit(model)
+        except ValueError:
+            raise _invalid(model, "the URL is malformed") from None
         if parts.scheme not in ("https", "http") or parts.netloc.lower() not in HOSTS:
             raise _invalid(model, f"a URL begins with https://{HOSTS[0]}/")
         folders = [unquote(folder) for folder in parts.path.strip("/").split("/")]

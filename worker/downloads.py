@@ -33,6 +33,7 @@ from shared.schema.model import Model
 from shared.store.connection import UNAVAILABLE, check_cancelled
 from shared.store.downloads import Downloads as Records
 from shared.store.downloads import Held
+from shared.store.keys import DOWNLOAD_RETAIN_S
 from shared.telemetry import log
 from worker.catalog import stores
 from worker.hub import partials
@@ -121,13 +122,15 @@ class Downloads:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     def _kept(self) -> list[Download]:
-        """Return the records that are kept on the disk and belong to this worker."""
-        return [
-            record
-            for root in self._roots
-            for record in partials.records(root)
-            if record.worker == self._name and record.state in LIVE
-        ]
+        """Return the records that are kept on the disk and belong to this worker.  Removes what failed long ago."""
+        kept = []
+        for root in self._roots:
+            for record in [one for one in partials.records(root) if one.worker == self._name]:
+                if record.state in LIVE:
+                    kept.append(record)
+                elif (record.completed_at or 0.0) < time.time() - DOWNLOAD_RETAIN_S:
+                    partials.remove(root, record.plan)
+        return kept
 
     # ---- for clients
 

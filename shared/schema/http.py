@@ -491,7 +491,7 @@ class DownloadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A request to download a model from the hub."""
 
     model: Annotated[
-        Name,
+        str,
         Meta(
             description="Repository of the model, `publisher/name` or `publisher/name@quantization`, or its URL at "
             "Hugging Face."

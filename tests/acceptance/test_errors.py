@@ -292,7 +292,7 @@ def test_a_second_unload_of_an_instance_is_not_found(unloaded: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/docs/"), ("GET", "/x"), ("POST", "/api/v1/models/loads"), ("GET", "/api/v1/models/")]
+    ("method", "path"), [("GET", "/docs/"), ("GET", "/x"), ("POST", "/api/v1/loads"), ("GET", "/api/v1/models/")]
 )
 def test_an_unknown_path_is_named(service: Service, method: str, path: str) -> None:
     failure = error(service.send(method, path), 404, "not_found")

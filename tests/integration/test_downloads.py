@@ -320,6 +320,21 @@ async def test_other_downloads_count_as_taken(hub: LocalHub, root: Path, store: 
     assert partials.pending_bytes(root, offer.plan) == 0
 
 
+async def test_what_failed_long_ago_is_removed(store: Store, hub: LocalHub, root: Path) -> None:
+    offer = await offered(downloads_of(store, hub, root))
+    download = Download(id="job_1", model="m", worker="w", store=offer.store, plan=offer.plan)
+    for n, age_s in enumerate((0.0, 8 * 86400.0)):
+        plan = msgspec.structs.replace(offer.plan, commit=str(n))
+        failed = msgspec.structs.replace(download, plan=plan, state=State.FAILED, completed_at=time.time() - age_s)
+        partials.write(root, failed)
+    async with running(downloads_of(store, hub, root)):
+
+        async def is_removed() -> bool:
+            return [one.plan.commit for one in partials.records(root)] == ["0"]
+
+        await eventually(is_removed)
+
+
 async def test_a_read_only_directory(store: Store, hub: LocalHub, root: Path) -> None:
     (root / "models--org--name" / "snapshots").mkdir(parents=True)
     request = InspectRequest(repository=REPOSITORY, revision="main", quantization=None)

@@ -288,7 +288,10 @@ MANAGED = {  # by the documentation; all others are for either scope, or open
     *(("POST", f"/api/v1/models/{verb}") for verb in ("load", "unload", "estimate", "download")),
     *(("GET", f"/api/v1/models/load/status{rest}") for rest in ("", "/{job_id}", "/{job_id}/events", "/{job_id}/logs")),
     ("DELETE", "/api/v1/models/load/status/{job_id}"),
-    ("GET", "/api/v1/models/download/status/{job_id}"),
+    *(("GET", f"/api/v1/models/download/status{rest}") for rest in ("", "/{job_id}", "/{job_id}/events")),
+    *(("POST", f"/api/v1/models/download/status/{{job_id}}/{verb}") for verb in ("pause", "resume")),
+    ("DELETE", "/api/v1/models/download/status/{job_id}"),
+    ("DELETE", "/api/v1/models/{model_id}"),
     ("GET", "/api/v1/workers"),
     ("GET", "/metrics"),
 }

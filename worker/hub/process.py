@@ -64,7 +64,7 @@ def main() -> None:
 
 def _watch() -> None:
     """Exit once the worker is gone, or ends this process."""
-    sys.stdin.buffer.read(1)
+    os.read(sys.stdin.fileno(), 1)  # not of its buffer, whose lock would be held when the interpreter ends
     os._exit(0)
 
 
