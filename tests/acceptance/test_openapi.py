@@ -67,7 +67,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     metadata = {"llama.context_length": CONTEXT_LENGTH}
     synthetic.tiny_llama(home / "models" / MODEL / "tiny-f16.gguf", metadata=metadata)
     # Schemathesis waits 10 s for a reply, and most requests set no limit.
-    settings = {"LOADSTONE_MAX_OUTPUT_TOKENS": "16", "LOADSTONE_DOWNLOADS": "off"}
+    settings: dict[str, Any] = {"LOADSTONE_MAX_OUTPUT_TOKENS": "16", "LOADSTONE_DOWNLOADS": "off"}
     with up(home, token=TOKEN, LOADSTONE_API_TOKENS=TOKEN, **settings) as service:
         until(lambda: MODEL in service.models(), "the model is listed")
         yield service
