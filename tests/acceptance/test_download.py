@@ -87,7 +87,7 @@ def test_open_webuis_four_calls(service: Service) -> None:
 
 
 def test_pause_resume_and_cancel(service: Service, hub: LocalHub) -> None:
-    hub.bytes_s = MIB / 4
+    hub.bytes_s, hub.holds_at = MIB, hub.sent.total() + MIB
     job_id = service.post(DOWNLOAD, {"model": LARGE}).json()["job_id"]
     try:
         assert service.post(DOWNLOAD, {"model": LARGE}).json()["job_id"] == job_id
@@ -98,7 +98,7 @@ def test_pause_resume_and_cancel(service: Service, hub: LocalHub) -> None:
         cancelled = service.send("DELETE", f"{STATUS}/{job_id}")
         assert (cancelled.status, cancelled.json()["status"]) == (200, "cancelled")
     finally:
-        hub.bytes_s = 0
+        hub.bytes_s, hub.holds_at = 0, None
     again = service.send("POST", f"{STATUS}/{job_id}/pause")
     assert (again.status, again.json()["error"]["code"]) == (409, "job_already_finished")
     listed = service.send("GET", STATUS).json()["jobs"]
@@ -175,12 +175,13 @@ def test_downloads_turned_off(tmp_path: Path, hub: LocalHub) -> None:
 
 
 def test_a_download_survives_all_processes(tmp_path: Path, hub: LocalHub) -> None:
-    hub.bytes_s, before = MIB, hub.sent["large-Q4_0.gguf"]
+    before = hub.sent["large-Q4_0.gguf"]
+    hub.bytes_s, hub.holds_at = MIB, hub.sent.total() + 3 * MIB
     with started(tmp_path, hub) as service:
         job_id = service.post(DOWNLOAD, {"model": LARGE}).json()["job_id"]
         until(lambda: hub.sent["large-Q4_0.gguf"] - before > 2 * MIB, "some bytes")
         service.kill()
-    hub.bytes_s = 0
+    hub.bytes_s, hub.holds_at = 0, None
     with started(tmp_path, hub) as service:
         ended(service, job_id)
         target = service.models_dir / LARGE / "large-Q4_0.gguf"
@@ -209,13 +210,13 @@ def test_get_and_rm(service: Service) -> None:
 
 
 def test_ctrl_c_pauses_and_the_same_command_resumes(service: Service, hub: LocalHub) -> None:
-    hub.bytes_s = MIB / 4
+    hub.bytes_s, hub.holds_at = MIB, hub.sent.total() + MIB
     got = command(service, "get", LARGE)
     until(lambda: f"{LARGE}: " in got.stderr, "a line of progress")
     got.popen.send_signal(signal.SIGINT)
     assert got.popen.wait(PATIENCE_S) == 130, got.stderr
     assert "The same command resumes it" in got.stderr
-    hub.bytes_s = 0
+    hub.bytes_s, hub.holds_at = 0, None
     again = command(service, "get", LARGE)
     assert again.popen.wait(PATIENCE_S) == 0, again.stderr
     assert again.stdout == "acme/large\n"

@@ -140,13 +140,13 @@ async def test_nothing_half_done_is_listed(store: Store, hub: LocalHub, root: Pa
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 async def test_a_killed_process_resumes(store: Store, hub: LocalHub, root: Path, part: float) -> None:
     total = 10 * MIB + 1
-    hub.bytes_s = 4 * MIB
+    hub.bytes_s, hub.holds_at = 4 * MIB, round(part * total)
     async with running(downloads_of(store, hub, root)) as downloads:
         await created(store, await offered(downloads))
-        await until(lambda: hub.sent.total() >= part * total, "a part", DEADLINE_S)
+        await until(lambda: hub.sent.total() >= round(part * total), "a part", DEADLINE_S)
         (child,) = children()
         os.kill(child, signal.SIGKILL)
-        hub.bytes_s = 0
+        hub.bytes_s, hub.holds_at = 0, None
         await reached(store, "job_1", State.COMPLETED)
     assert_complete(hub, root)
     # What was on its way in the socket buffers of six connections counts as sent.
@@ -154,24 +154,24 @@ async def test_a_killed_process_resumes(store: Store, hub: LocalHub, root: Path,
 
 
 async def test_a_new_worker_resumes(store: Store, hub: LocalHub, root: Path) -> None:
-    hub.bytes_s = MIB
+    hub.bytes_s, hub.holds_at = MIB, 3 * MIB
     async with running(downloads_of(store, hub, root)) as downloads:
         await created(store, await offered(downloads))
         await until(lambda: hub.sent.total() >= 3 * MIB, "a part", DEADLINE_S)
     assert not children()
-    hub.bytes_s = 0
+    hub.bytes_s, hub.holds_at = 0, None
     async with running(downloads_of(store, hub, root)):
         await reached(store, "job_1", State.COMPLETED)
     assert_complete(hub, root)
 
 
 async def test_redis_loses_everything(store: Store, raw: redis.Redis, hub: LocalHub, root: Path) -> None:
-    hub.bytes_s = MIB
+    hub.bytes_s, hub.holds_at = MIB, 3 * MIB
     async with running(downloads_of(store, hub, root)) as downloads:
         await created(store, await offered(downloads))
         await until(lambda: hub.sent.total() >= 3 * MIB, "a part", DEADLINE_S)
         raw.flushall()
-    hub.bytes_s = 0
+    hub.bytes_s, hub.holds_at = 0, None
     assert await store.downloads.get("job_1") is None
     async with running(downloads_of(store, hub, root)):
 
@@ -184,7 +184,7 @@ async def test_redis_loses_everything(store: Store, raw: redis.Redis, hub: Local
 
 
 async def test_pause_and_resume(store: Store, hub: LocalHub, root: Path) -> None:
-    hub.bytes_s = MIB
+    hub.bytes_s, hub.holds_at = MIB, 2 * MIB
     async with running(downloads_of(store, hub, root)) as downloads:
         await created(store, await offered(downloads))
         await until(lambda: hub.sent.total() >= 2 * MIB, "a part", DEADLINE_S)
@@ -193,7 +193,7 @@ async def test_pause_and_resume(store: Store, hub: LocalHub, root: Path) -> None
         await reached(store, "job_1", State.PAUSED)
         assert not children()
     async with running(downloads_of(store, hub, root)) as downloads:  # a restart does not resume it
-        hub.bytes_s = 0
+        hub.bytes_s, hub.holds_at = 0, None
         await store.downloads.want("job_1", "run")
         downloads.wake()
         await reached(store, "job_1", State.COMPLETED)
@@ -201,7 +201,7 @@ async def test_pause_and_resume(store: Store, hub: LocalHub, root: Path) -> None
 
 
 async def test_a_cancelled_download_leaves_nothing(store: Store, hub: LocalHub, root: Path) -> None:
-    hub.bytes_s = MIB
+    hub.bytes_s, hub.holds_at = MIB, 2 * MIB
     async with running(downloads_of(store, hub, root)) as downloads:
         await created(store, await offered(downloads))
         await until(lambda: hub.sent.total() >= 2 * MIB, "a part", DEADLINE_S)
@@ -238,11 +238,11 @@ async def test_a_wrong_hash_fails(store: Store, hub: LocalHub, root: Path) -> No
 
 async def test_main_moves(store: Store, hub: LocalHub, root: Path) -> None:
     """The commit is that of the beginning, whatever `main` is meanwhile."""
-    hub.bytes_s = MIB
+    hub.bytes_s, hub.holds_at = MIB, MIB
     async with running(downloads_of(store, hub, root)) as downloads:
         await created(store, await offered(downloads))
         await until(lambda: hub.sent.total() >= MIB, "a part", DEADLINE_S)
-        hub.commit, hub.bytes_s = "b" * 40, 0
+        hub.commit, hub.bytes_s, hub.holds_at = "b" * 40, 0, None
         await reached(store, "job_1", State.COMPLETED)
     assert_complete(hub, root)
     assert not [path for _, path, _ in hub.requests if f"/resolve/{hub.commit}/" in path]

@@ -38,6 +38,7 @@ class LocalHub:
         self.stalls = 0  # the next replies with data stop in their middle, without an end
         self.trickles = False
         self.bytes_s = 0.0  # the rate of a connection; 0: unlimited
+        self.holds_at: int | None = None  # bytes after which nothing more is sent, until this is None
         self.ignores_ranges = False
         self.redirect = ""  # where data is, instead of at the CDN
         self.sent: Counter[str] = Counter()  # bytes of each file
@@ -180,6 +181,9 @@ def _handler(hub: LocalHub, name: str) -> type[BaseHTTPRequestHandler]:
         def _copy(self, path: str, file: BinaryIO, at: int, stop: int, *, counts: bool) -> None:
             self.wfile.flush()
             while at < stop:
+                while counts and hub.holds_at is not None and hub.sent.total() >= hub.holds_at:
+                    if hub.released.wait(0.05):
+                        return
                 step = 1 if hub.trickles else min(1 << 20, int(hub.bytes_s) // 20 or 1 << 20)
                 n = min(step, stop - at)
                 if counts:
