@@ -83,7 +83,7 @@ def decode(body: bytes, kind: type[T], missing: str) -> T:
         raise UnrecognizedKeys("Unrecognized key(s) in object: " + ", ".join(f"'{key}'" for key in unknown))
     out_of_range: list[InvalidValue] = []
     made = _made(value, kind, "", out_of_range)
-    if out_of_range:
+    if made is None:
         raise out_of_range[0]
     return made
 
@@ -219,8 +219,11 @@ def _unknown(values: dict[str, Any], kind: type[Struct], prefix: str) -> list[st
     return keys
 
 
-def _made(raw: dict[str, Any], kind: type[T], prefix: str, out_of_range: list[InvalidValue]) -> T:
-    """Convert to a struct.  Raises InvalidType; collects invalid values, since wrong types are reported first."""
+def _made(raw: dict[str, Any], kind: type[T], prefix: str, out_of_range: list[InvalidValue]) -> T | None:
+    """Convert to a struct.  Raises InvalidType; collects invalid values, since wrong types are reported first.
+
+    Returns None if there are invalid values: a required field may be among them.
+    """
     fields, values = _fields(kind), {}
     for key, value in raw.items():
         name = prefix + key
@@ -236,7 +239,7 @@ def _made(raw: dict[str, Any], kind: type[T], prefix: str, out_of_range: list[In
             if problem.startswith("Invalid enum value"):
                 problem = f"expected one of {', '.join(map(repr, _choices(fields[key].type)))}"
             out_of_range.append(InvalidValue(f"'{name}': {problem}, got {value!r}.", param=name))
-    return kind(**values)
+    return None if out_of_range else kind(**values)
 
 
 @cache

@@ -493,8 +493,9 @@ class DownloadRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: Annotated[
         str,
         Meta(
+            min_length=1,
             description="Repository of the model, `publisher/name` or `publisher/name@quantization`, or its URL at "
-            "Hugging Face."
+            "Hugging Face.",
         ),
     ]
     quantization: Annotated[

@@ -29,7 +29,7 @@ from shared.errors import (
     UnsupportedEncoding,
     UnsupportedMediaType,
 )
-from shared.schema.http import LoadRequest, UnloadRequest
+from shared.schema.http import DownloadRequest, LoadRequest, UnloadRequest
 
 LOAD, UNLOAD = '"{}" is required', "Missing required field '{}'"
 FIELDS = [*LoadRequest.__struct_fields__]
@@ -397,3 +397,9 @@ async def test_the_bodies_that_are_being_read_are_limited() -> None:
             await read_body(http_request)
         assert rest == [b"never read"]
     assert bodies.taken.total() == 0
+
+
+@pytest.mark.parametrize("body", ['{"model": ""}', '{"model": "", "revision": ""}'])
+def test_an_invalid_value_of_a_required_field_is_refused(body: str) -> None:
+    with pytest.raises(InvalidValue, match="'model': "):
+        decode(body.encode(), DownloadRequest, LOAD)
