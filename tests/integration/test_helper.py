@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.families import TEMPLATES
+from shared.channel.messages import Grammar, Schema
+from tests.support.families import ARGUMENTS, PROMPTS, TEMPLATES, TOOL, template
 from tests.support.service import Process, below, is_alive, wait_gone
 from worker.chat.code import ChatCode, ChatError, Message
+from worker.chat.constraint import ConstraintError
 from worker.chat.handle import Helper, HelperDied
 from worker.chat.helper import reading
-from worker.chat.protocol import Template
+from worker.chat.protocol import Constraint, Prompt, Template
 from worker.engine.confine import confine
 
 CPU_S = 1.0
@@ -200,10 +202,7 @@ def test_the_processes_are_confined(trapped: Helper) -> None:
 RUNNER = """
 import os, sys
 from worker.chat.handle import Helper
-from worker.chat.protocol import Prompt, Template
-
-
-from worker.chat.protocol import Constraint, Template
+from worker.chat.protocol import Template
 from worker.engine.confine import confine
 helper = Helper(confine)
 helper.compile(Template(source="Hello")).result()
@@ -273,3 +272,196 @@ def test_text_that_passes_is_read_alike(name: str, answer: str) -> None:
         for size, (content, longer) in enumerate(pairwise(contents)):
             if content.strip():
                 assert longer == content + answer[size]
+
+
+@pytest.mark.parametrize(
+    ("effort", "known", "other"),
+    [("low", "low", "low"), ("minimal", "minimal", "low"), ("xhigh", "xhigh", "high"), ("none", "none", "")],
+)
+async def test_an_effort_that_a_template_does_not_know_is_the_nearest(
+    helper: Helper, effort: str, known: str, other: str
+) -> None:
+    source = "{{ reasoning_effort }}"
+    for text, expected in ((source + f"{{# '{effort}' #}}", known), (source, other)):
+        helper.compile(Template(source=text + "{{ messages[0].content }}")).result()
+        prompt = await helper.render(conversation("!", chat_template_kwargs={"reasoning_effort": effort}))
+        assert prompt.text == f"{expected}!"
+
+
+# ---- tools
+
+CALLED = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "id": "call_0123456789abcdef",
+            "type": "function",
+            "function": {"name": "get_weather", "arguments": ARGUMENTS},
+        }
+    ],
+}
+ANSWERED = [*MESSAGES, CALLED, {"role": "tool", "tool_call_id": "call_0123456789abcdef", "content": "Sunny."}]
+
+
+async def with_tools(helper: Helper, name: str, messages: list[Any] = MESSAGES, **options: Any) -> Prompt:
+    helper.compile(Template(source=name if name == "chatml" else template(name))).result()
+    return await helper.render(json.dumps({"messages": messages, **{"tools": [TOOL], **options}}).encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("Qwen-Qwen3-0.6B", "gbnf"),
+        ("deepseek-ai-DeepSeek-V3.1", "gbnf"),  # it has a form for calls, but lists no tools
+        ("chatml", "lark"),
+        ("google-gemma-2-2b-it", "lark"),  # it has no system messages
+        ("ibm-granite-granite-3.3-2B-Instruct", "lark"),  # it lists tools, but llama.cpp reads no calls of it
+    ],
+)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_a_prompt_lists_the_tools_and_enforces_calls(helper: Helper, name: str, kind: str, choice: str) -> None:
+    prompt = await with_tools(helper, name, tool_choice=choice)
+    assert prompt.text.count('"get_weather"') == 1
+    assert prompt.constraint is not None
+    assert (prompt.constraint.kind, prompt.constraint.lazy) == (kind, choice == "auto")
+    assert prompt.most_calls is None
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("tools", [[TOOL], []])
+async def test_earlier_calls_and_results_are_in_every_prompt(helper: Helper, name: str, tools: list[Any]) -> None:
+    prompt = await with_tools(helper, name, ANSWERED, tools=tools)
+    assert "Paris" in prompt.text
+    assert "Sunny." in prompt.text
+
+
+async def test_ids_of_calls_are_those_that_the_model_knows(helper: Helper) -> None:
+    kimi = await with_tools(helper, "moonshotai-Kimi-K2", ANSWERED)
+    assert kimi.text.count("functions.get_weather:0") == 2
+    nemo = await with_tools(helper, "mistralai-Mistral-Nemo-Instruct-2407", ANSWERED)
+    (id_,) = re.findall(r'"id": "([^"]*)"', nemo.text)
+    assert re.fullmatch("[a-zA-Z0-9]{9}", id_)
+    assert f'"call_id": "{id_}"' in nemo.text
+
+
+async def test_arguments_that_are_no_json_are_rendered_as_text(helper: Helper) -> None:
+    broken = json.loads(json.dumps(ANSWERED).replace(json.dumps(ARGUMENTS), json.dumps('{"city": "Par')))
+    assert "Par" in (await with_tools(helper, "Qwen3-Coder", broken)).text
+
+
+async def test_a_strict_schema_is_enforced_or_in_the_general_form(helper: Helper) -> None:
+    """Forms that write text without quotes take any text for one of a few."""
+    parameters = {"type": "object", "properties": {"sky": {"enum": ["clear", "grey"]}}}
+    for is_strict, kind in ((False, "gbnf"), (True, "lark")):
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": is_strict}}
+        prompt = await with_tools(helper, "Qwen3-Coder", tools=[tool])
+        assert prompt.constraint is not None
+        assert prompt.constraint.kind == kind
+        prompt = await with_tools(helper, "Qwen-Qwen3-0.6B", tools=[tool])
+        assert prompt.constraint is not None
+        assert prompt.constraint.kind == "gbnf"
+
+
+@pytest.mark.parametrize(
+    ("answer", "content", "calls"),
+    [
+        ("Hi <tool", "Hi <tool", []),
+        ("Hi\n{}", "Hi\n", [ARGUMENTS]),
+        ("{}\n{}", "", [ARGUMENTS, ARGUMENTS]),
+        ("{} and so on", None, []),
+        ("{}{}x", None, []),
+        ('<tool_call>\n{"name": "get_weather"}\n</tool_call>', None, []),
+        ("<tool_call>\n", None, []),
+    ],
+)
+async def test_calls_in_the_general_form_are_read(
+    helper: Helper, answer: str, content: str | None, calls: list[str]
+) -> None:
+    prompt = await with_tools(helper, "chatml")
+    assert prompt.source is not None
+    text = answer.replace("{}", f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>')
+    message = await helper.parse(prompt.source, text, partial=False)
+    assert message.content == (text if content is None else content)
+    assert [call.function.arguments for call in message.tool_calls] == calls
+
+
+async def test_every_beginning_of_a_call_in_the_general_form_is_read(helper: Helper) -> None:
+    prompt = await with_tools(helper, "chatml")
+    assert prompt.source is not None
+    text = f'Hi\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+    content = arguments = ""
+    for size in range(len(text)):
+        message = await helper.parse(prompt.source, text[:size], partial=True)
+        assert message.content.startswith(content)
+        content = message.content
+        for call in message.tool_calls:
+            assert call.function.arguments.startswith(arguments)
+            arguments = call.function.arguments
+    assert (content, arguments) == ("Hi\n", ARGUMENTS)
+
+
+# ---- constraints
+
+
+def chained(n: int) -> bytes:
+    """Return a schema whose compilation overflows the stack."""
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}
+    return json.dumps({"$ref": "#/$defs/d0", "$defs": {**links, f"d{n}": {}}}).encode()
+
+
+SLOW = {"type": "string", "allOf": [{"pattern": f"^.*a.{{{i}}}$"} for i in range(40)]}  # for minutes
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [(json.dumps(SLOW).encode(), "longer than"), (chained(20_000), "SIGSEGV|SIGABRT")],
+    ids=["slow", "deep"],
+)
+async def test_a_hostile_schema_costs_only_its_helper(trapped: Helper, schema: bytes, reason: str) -> None:
+    with pytest.raises(ConstraintError, match=reason):
+        await trapped.render(conversation("Hello"), Schema(schema))
+    with pytest.raises(ConstraintError, match="before"):
+        await trapped.render(conversation("Hello again"), Schema(schema))
+    prompt = await trapped.render(conversation("Hello"), Schema(b"{}"))
+    assert prompt.constraint == Constraint(kind="json_schema", text="{}")
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_enforced"),
+    [
+        ({"enum": [f"value {i}" for i in range(20_000)]}, True),
+        ({"type": "array", "minItems": 100_000}, True),
+        ({"type": "string", "maxLength": 10**9}, True),
+        ({"type": "string", "pattern": "^(a+)+$"}, True),
+        ({"type": "string", "pattern": "(x+x+)+y" * 50}, True),
+        ({"type": "string", "pattern": "((a{0,100}){0,100}){0,100}"}, True),
+        ({"type": "string", "pattern": "(" * 5000 + "a" + ")" * 5000}, False),
+    ],
+    ids=["choices", "items", "length", "stars", "plus", "counts", "parentheses"],
+)
+async def test_a_large_schema_is_bounded(trapped: Helper, schema: Any, is_enforced: bool) -> None:
+    before = processes()
+    if is_enforced:
+        assert await trapped.render(conversation("Hello"), Schema(json.dumps(schema).encode()))
+    else:
+        with pytest.raises(ConstraintError):
+            await trapped.render(conversation("Hello"), Schema(json.dumps(schema).encode()))
+    assert [p.pid for p in processes()] == [p.pid for p in before]
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "expected"),
+    [
+        ("Qwen-Qwen3-0.6B", {}, {"thinking_start": "<think>", "thinking_ends": ["</think>"]}),
+        ("Qwen-Qwen3-0.6B", {"enable_thinking": False}, {"thinking_ends": ["</think>"]}),
+        ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", {}, {"is_thinking": True, "thinking_ends": ["</think>"]}),
+        ("openai-gpt-oss-120b", {}, {"is_thinking": True, "thinking_ends": ["<|channel|>final<|message|>"]}),
+    ],
+)
+async def test_reasoning_comes_before_the_form(
+    helper: Helper, template: str, options: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    helper.compile(Template(source=(TEMPLATES / f"{template}.jinja").read_text())).result()
+    prompt = await helper.render(conversation("Hello", **options), Grammar('root ::= "a"'))
+    assert prompt.constraint == Constraint(kind="gbnf", text='root ::= "a"', **expected)
