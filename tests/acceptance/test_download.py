@@ -226,4 +226,4 @@ def test_ctrl_c_pauses_and_the_same_command_resumes(service: Service, hub: Local
 def test_get_says_what_there_is_to_choose(service: Service) -> None:
     got = command(service, "get", "Acme/Several-GGUF")
     assert got.popen.wait(PATIENCE_S) == 1
-    assert 'Set "quantization" to one of: a-Q4_0, b-Q4_0' in got.stderr
+    assert "Name one of: a-Q4_0, b-Q4_0." in got.stderr

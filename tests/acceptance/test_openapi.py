@@ -32,7 +32,6 @@ ASKING = (  # a model
     paths.V0_COMPLETIONS,
     paths.V0_EMBEDDINGS,
     paths.EMBEDDINGS,
-    *paths.RERANKS,
     paths.CHAT_INPUT_TOKENS,
     paths.TOKENIZE,
     paths.DETOKENIZE,
@@ -47,6 +46,13 @@ CONFIG: dict[str, Any] = {
             "include-path": paths.DOWNLOAD,
             "checks": {"positive_data_acceptance": {"enabled": False}, "not_a_server_error": {"enabled": False}},
         },
+        *(  # the model is no reranker: 501
+            {
+                "include-path": path,
+                "checks": {"positive_data_acceptance": {"enabled": False}, "not_a_server_error": {"enabled": False}},
+            }
+            for path in paths.RERANKS
+        ),
     ],
     "seed": 1,
     "cache": {"enabled": False},

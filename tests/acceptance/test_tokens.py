@@ -120,7 +120,7 @@ def test_nothing_that_a_client_sends_is_logged(service: Service) -> None:
         say("refuse"),
         say("crash"),
         say("long" * 10_000),
-        say("x", tools=[{"type": "function", "function": {"name": SECRET}}]),
+        say("x", tools=[{"type": "function", "function": {"name": f"{SECRET} {SECRET}"}}]),
         say("x", temperature=SECRET),
         say("x", messages=[{"role": SECRET, "content": SECRET}]),
         say("x", chat_template_kwargs={SECRET: 1}, n=1000),

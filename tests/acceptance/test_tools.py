@@ -156,7 +156,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_name(service: Service) -
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     reply = ask(service, model=f"acme/{GENERIC}", messages=QUESTION, tools=[tool])
     message = openai_error(reply, 400, "invalid_request_error", "invalid_value", "tools")
-    assert message.startswith("This server cannot enforce the tools: ")
+    assert message.startswith("This server cannot enforce the form of calls of the tools: ")
     assert "not" in message
 
 

@@ -16,9 +16,9 @@ import worker.runner.warm
 from api.channel.channels import Channels
 from shared import framing
 from shared.channel.address import Address
-from shared.channel.messages import Deltas, Ended, Generate, Queued, Started
+from shared.channel.messages import Deltas, Ended, Generate, Queued, Refused, Started
 from shared.channel.trust import Challenge, Hello, Rejected, Welcome, proof
-from shared.errors import ClientTooSlow, InvalidRequest, ModelUnloaded, NoRoute, QueueUnavailable, RunnerLost
+from shared.errors import ClientTooSlow, ModelUnloaded, NoRoute, QueueUnavailable, RunnerLost
 from shared.lifecycle import State
 from shared.schema.snapshot import WorkerSnapshot
 from shared.telemetry.tally import Tally
@@ -240,15 +240,17 @@ async def test_a_worker_that_is_gone_has_no_route(served: Served) -> None:
         await served.answer()
 
 
-async def test_an_embedding_model_refuses_requests(begin: Begin, tmp_path: Path) -> None:
+async def test_an_embedding_model_refuses_conversations(begin: Begin, tmp_path: Path) -> None:
     agent = await begin()
     with agent.listener.bound([tmp_path / "worker.sock"]):
         listening = asyncio.create_task(agent.listener.run())
         runner = await warm(agent)
         instance = await reached(agent, await delivered(agent, key="p/embedding"), State.LOADED)
         one = Served(agent, runner, instance, Channels(lambda _: agent.snapshot(), Tally()), Tally())
-        with pytest.raises(InvalidRequest):
-            await one.answer()
+        (refused,) = await one.answer()
+        assert isinstance(refused, Refused)
+        assert refused.code == "wrong_type"
+        await one.channels.close()
         listening.cancel()
         await asyncio.wait([listening])
 
