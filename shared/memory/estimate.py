@@ -314,7 +314,7 @@ def _compute(model: Model, dimensions: Dimensions, load: Plan, *, on_gpu: bool, 
         mask = F16 * batch
         attention = F32 * (queries + keys + values) + F16 * (keys + values) + F16 * n_embd
         feed_forward = F32 * (n_ff + 2 * n_embd)
-        means = F32 * load.n_seq_max if model.pooling == MEAN else 0
+        means = F32 * load.n_seq_max if MEAN in (load.pooling, model.pooling) else 0
         return batch * (max(attention, feed_forward) + mask + inputs + means)
 
     cells, masks = _cells(load), _masks(dimensions, load)
