@@ -32,27 +32,26 @@ ASKING = (  # a model
     paths.V0_COMPLETIONS,
     paths.V0_EMBEDDINGS,
     paths.EMBEDDINGS,
+    *paths.RERANKS,
     paths.CHAT_INPUT_TOKENS,
     paths.TOKENIZE,
     paths.DETOKENIZE,
     paths.TOKENIZER_INFO,
     paths.APPLY_TEMPLATE,
 )
+# 501: the model of the tests is no reranker.
+BY_TYPE = {"not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "501"]}}
 CONFIG: dict[str, Any] = {
     # Their document cannot say that a model must be loaded, or that tools and images are refused by name.
     "operations": [
-        *({"include-path": path, "checks": {"positive_data_acceptance": {"enabled": False}}} for path in ASKING),
+        *(
+            {"include-path": path, "checks": {"positive_data_acceptance": {"enabled": False}, **BY_TYPE}}
+            for path in ASKING
+        ),
         {  # there is no hub
             "include-path": paths.DOWNLOAD,
             "checks": {"positive_data_acceptance": {"enabled": False}, "not_a_server_error": {"enabled": False}},
         },
-        *(  # the model is no reranker: 501
-            {
-                "include-path": path,
-                "checks": {"positive_data_acceptance": {"enabled": False}, "not_a_server_error": {"enabled": False}},
-            }
-            for path in paths.RERANKS
-        ),
     ],
     "seed": 1,
     "cache": {"enabled": False},
