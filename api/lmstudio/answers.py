@@ -17,11 +17,11 @@ from api.openai.reply import Form
 from api.openai.text import TextChunk, TextCompletion
 from api.pool.listing import source_of
 from api.state import State
-from shared.channel.messages import Delta, Stop, StopReason, Usage
+from shared.channel.messages import Delta, StopReason, Usage
 from shared.instance import Instance
 
 DATA, END = b"data: ", b"\n\n"
-LegacyStop = Literal["eosFound", "stopStringFound", "maxPredictedTokensReached", "contextLengthReached"]
+LegacyStop = Literal["eosFound", "stopStringFound", "toolCalls", "maxPredictedTokensReached", "contextLengthReached"]
 STOPS: dict[StopReason, LegacyStop] = {
     "eos": "eosFound",
     "string": "stopStringFound",
@@ -41,8 +41,8 @@ class Stats(Struct, frozen=True, kw_only=True):
     stop_reason: Annotated[
         LegacyStop,
         Meta(
-            description="Why the first answer ended: by itself, at a stop string, at its limit of tokens, or at the "
-            "end of the context."
+            description="Why the first answer ended: by itself, at a stop string, with calls of tools, at its limit of "
+            "tokens, or at the end of the context."
         ),
     ]
 
@@ -126,7 +126,7 @@ class Legacy:
         self, form: Form, kind: type[LegacyCompletion | LegacyTextCompletion], model: ModelInfo, runtime: Runtime
     ) -> None:
         self._form, self._kind, self._model, self._runtime = form, kind, model, runtime
-        self._stops: dict[int, Stop] = {}  # by answer
+        self._stops: dict[int, LegacyStop] = {}  # by answer
         self._ends: list[Delta] = []
 
     def add(self, delta: Delta) -> None:
@@ -153,14 +153,15 @@ class Legacy:
 
     def _note(self, delta: Delta) -> None:
         if delta.stop is not None:
-            self._stops[delta.choice] = delta.stop
+            has_calls = delta.finish == "tool_calls"
+            self._stops[delta.choice] = "toolCalls" if has_calls else STOPS[delta.stop.reason]
 
     def _additions(self, usage: Usage) -> Additions:
         stats = Stats(
             tokens_per_second=Timings.of(usage).predicted_per_second,
             time_to_first_token=usage.wait_s + usage.prompt_s,
             generation_time=usage.generation_s,
-            stop_reason=STOPS[self._stops[0].reason],
+            stop_reason=self._stops[0],
         )
         return Additions(stats=stats, model_info=self._model, runtime=self._runtime)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from shared import paths
 from tests.support.chat import answered, ask, chunks
 from tests.support.families import ARGUMENTS, FAMILIES, TOOL, template
 from tests.support.reciting import reciting
@@ -121,6 +122,13 @@ def test_a_template_without_tools_gets_the_general_form(service: Service) -> Non
     )
     deltas, finish = streamed(service, **fields)
     assert (said(joined(deltas)), finish) == (said(whole), "tool_calls")
+
+
+def test_the_older_api_says_that_an_answer_ended_with_calls(service: Service) -> None:
+    fields = {"model": f"acme/{GENERIC}", "messages": QUESTION, "tools": [TOOL]}
+    reply = service.post(paths.V0_CHAT_COMPLETIONS, fields).json()
+    assert reply["choices"][0]["finish_reason"] == "tool_calls"
+    assert reply["stats"]["stop_reason"] == "toolCalls"
 
 
 def test_a_call_is_only_text_to_a_client_without_tools(service: Service) -> None:
