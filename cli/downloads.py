@@ -11,10 +11,10 @@ import click
 from msgspec import UNSET
 
 from cli import interrupt
-from cli.commands import command, document, following, say
+from cli.commands import command, document, following, say, show
 from cli.failure import Failure, Interrupted
 from shared.errors import ErrorBody
-from shared.schema.http import DownloadJob, DownloadRequest
+from shared.schema.http import DownloadJob, DownloadRequest, LoadRequest
 from shared.units import size
 
 if TYPE_CHECKING:
@@ -28,12 +28,30 @@ POLL_S = 0.5
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit. Default: main.")
 @click.option("--worker", metavar="NAME", help="Download to this worker. Default: the one with the most room.")
 @click.option("--detach", is_flag=True, help="Do not wait for the download; write the id of its job to stdout.")
-def get(server: Client, as_json: bool, model: str, revision: str | None, worker: str | None, detach: bool) -> None:
+@click.option(
+    "--estimate-only",
+    is_flag=True,
+    help="Download nothing; write what a load would use, and the quantizations. Exits with 1 if it does not fit.",
+)
+def get(
+    server: Client,
+    as_json: bool,
+    model: str,
+    revision: str | None,
+    worker: str | None,
+    detach: bool,
+    estimate_only: bool,
+) -> None:
     """Download a model.
 
     Writes the key that loads the model to stdout. KEY is that of a repository at Hugging Face, or its URL. Ctrl-C
     pauses the download; the same command resumes it.
     """
+    if estimate_only:
+        if revision or worker or detach:
+            raise click.UsageError("--estimate-only cannot be combined with --revision, --worker or --detach.")
+        show(server.estimate(LoadRequest(model=model)), as_json)
+        return
     request = DownloadRequest(model=model, revision=revision or UNSET, worker=worker or UNSET)
     with interrupt.Raising():
         reply = server.download(request, os.urandom(16).hex())

@@ -122,8 +122,9 @@ def test_without_a_hub_that_answers_the_model_is_not_found(tmp_path: Path) -> No
         assert estimate(service, TINY)["fits"]
 
 
-def test_the_command_line_lists_what_fits(service: Service, tmp_path: Path) -> None:
-    command = Running(tmp_path, "load", MANY, "--estimate-only", environ={"LOADSTONE_URL": service.url})
+@pytest.mark.parametrize("word", ["load", "get"])
+def test_the_command_line_lists_what_fits(service: Service, word: str, tmp_path: Path) -> None:
+    command = Running(tmp_path, word, MANY, "--estimate-only", environ={"LOADSTONE_URL": service.url})
     assert command.popen.wait(60) == 0, command.stderr
     lines = [line.split() for line in command.stdout.splitlines()]
     start = lines.index(["QUANTIZATION", "SIZE", "FITS"])
