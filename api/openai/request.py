@@ -185,7 +185,13 @@ class ChatRequest(TextRequest, frozen=True, kw_only=True):
         str | dict[str, Any] | None,
         Meta(description='Their choice in the older form: `auto`, `none` or `{"name": "..."}`.'),
     ] = None
-    thinking_budget_tokens: Annotated[Any, Meta(description="Not served yet.")] = None
+    thinking_budget_tokens: Annotated[
+        Limit | None,
+        Meta(
+            description="The most tokens of the reasoning before an answer, which then begins. -1 or absent: any "
+            "number. Without effect on models that do not reason."
+        ),
+    ] = None
     modalities: Annotated[list[str] | None, Meta(description='Only `["text"]` is served.')] = None
     audio: Annotated[Any, Meta(description="Not served.")] = None
     grammar: Annotated[
@@ -242,6 +248,7 @@ def generate(request: ChatRequest, client: str, settings: ModelSettings) -> Gene
         stop=stops(request.stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         output=output(request.response_format, request.grammar, request.json_schema),
+        thinking_tokens=limit(request.thinking_budget_tokens),
     )
 
 
@@ -269,12 +276,8 @@ def _check(request: ChatRequest) -> None:
         raise InvalidValue(
             "'continue_final_message': the last message must be the assistant's.", param="continue_final_message"
         )
-    for param, value in (
-        ("thinking_budget_tokens", request.thinking_budget_tokens),
-        ("audio", request.audio),
-    ):
-        if value:
-            raise NotSupported(f"'{param}' is not supported by this server yet.", param=param)
+    if request.audio:
+        raise NotSupported("'audio' is not supported by this server yet.", param="audio")
     has_tools = bool(asked_tools(request))
     if set(request.modalities or ()) - {"text"}:
         raise NotSupported("'modalities': only text is supported.", param="modalities")

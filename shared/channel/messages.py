@@ -77,6 +77,7 @@ class Generate(Order, frozen=True, kw_only=True, omit_defaults=True, tag="genera
 
     conversation: bytes  # a JSON object, as `worker.chat.code.Templates.render` takes it
     output: Schema | Grammar | None = None  # the form of each answer; None: any text
+    thinking_tokens: int | None = None  # of the reasoning of each answer; None: any number
 
 
 class Complete(Order, frozen=True, kw_only=True, omit_defaults=True, tag="complete"):

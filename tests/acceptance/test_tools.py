@@ -183,3 +183,18 @@ def test_reasoning_can_be_turned_off(service: Service) -> None:
     assert "reasoning_content" not in whole
     whole, _ = message(service, model=key("Qwen3"), messages=QUESTION, max_tokens=10)
     assert whole["reasoning_content"]
+
+
+def test_reasoning_ends_at_the_limit_of_the_request(service: Service) -> None:
+    """What follows is content: the model recites its whole text after any beginning that is not its own."""
+    request: dict[str, Any] = {"model": key("Qwen3"), "messages": QUESTION}
+    free, _ = message(service, **request)
+    whole, _ = message(service, **request, thinking_budget_tokens=2)
+    assert free["reasoning_content"].startswith(whole["reasoning_content"])
+    assert 0 < len(whole["reasoning_content"]) < len(free["reasoning_content"])
+    assert whole["content"].endswith(free["content"])
+    deltas, _ = streamed(service, **request, thinking_budget_tokens=2)
+    assert "".join(one.get("reasoning_content", "") for one in deltas) == whole["reasoning_content"]
+    none, _ = message(service, **request, thinking_budget_tokens=0)
+    assert "reasoning_content" not in none
+    assert none["content"].endswith(free["content"])

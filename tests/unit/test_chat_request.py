@@ -254,7 +254,6 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any
         ({"tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
         ({"tools": [strict({"pattern": "a"})]}, "tools[0].function.parameters"),
         ({"tools": [strict({"properties": {"a": {"not": {}}}})]}, "tools[0].function.parameters"),
-        ({"thinking_budget_tokens": 5}, "thinking_budget_tokens"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),

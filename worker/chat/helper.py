@@ -42,6 +42,7 @@ from worker.chat.protocol import (
     Rejected,
     Render,
     Template,
+    Thinking,
     ToHelper,
     Unenforceable,
     decode_to_helper,
@@ -58,6 +59,7 @@ FORK = b"f"  # asks the zygote for a helper; the same with the helper's socket i
 NUMBER = struct.Struct("<i")  # and later the helper's exit status
 TRIAL = b'{"messages": [{"role": "user", "content": "Hello"}]}'
 HARMONY_CHANNEL, HARMONY_FINAL = "<|channel|>", "<|channel|>final<|message|>"  # of gpt-oss
+HARMONY_CLOSE = f"<|end|><|start|>assistant{HARMONY_FINAL}"
 EFFORT = "reasoning_effort"
 # Efforts that few templates know, and what the others get: the nearest one, or for "none" nothing.
 EFFORTS = {b'"none"': b"", b'"minimal"': b'"low"', b'"xhigh"': b'"high"'}
@@ -210,6 +212,7 @@ class Chat:
             is_open=is_open,
             before=self._parser(source).parse(b"", partial=True),
             constraint=constraint,
+            thinking=thinking(rendered),
         )
 
     def _with_tools(self, conversation: dict[str, Any], output: Schema | Grammar | None) -> Prompt:
@@ -264,21 +267,32 @@ def source_of(rendered: Rendered) -> ParserSource:
     return ParserSource(rendered.format, rendered.parser, rendered.generation_prompt)
 
 
+def thinking(rendered: Rendered) -> Thinking | None:
+    """Return where an answer to a prompt reasons; None if it does not, or if the prompt has closed its reasoning."""
+    start, ends = rendered.thinking_start, rendered.thinking_ends
+    if not (start and ends):
+        return None
+    if start.startswith(HARMONY_CHANNEL):  # each part of an answer is in a channel, and the last one is the answer
+        return Thinking(is_open=False, start=start, ends=[HARMONY_FINAL], close=HARMONY_CLOSE)
+    _, begun, thought = rendered.generation_prompt.rpartition(start)
+    if begun and any(end in thought for end in ends):
+        return None
+    return Thinking(is_open=bool(begun), start=start, ends=ends, close=ends[0])
+
+
 def constrained(output: Schema | Grammar | None, rendered: Rendered) -> Constraint | None:
     """Return the constraint that answers to a prompt have a form, after any reasoning."""
     if output is None:
         return None
-    starts, ends = rendered.thinking_start, rendered.thinking_ends
-    _, begun, thought = rendered.generation_prompt.rpartition(starts) if starts and ends else ("", "", "")
-    is_thinking, may_think = bool(begun) and not any(end in thought for end in ends), not begun
-    if starts.startswith(HARMONY_CHANNEL):  # each part of an answer is in a channel, and the last one is the answer
-        is_thinking, ends = True, [HARMONY_FINAL]
+    thinks = thinking(rendered)
+    # Before the last channel there may be others than that of reasoning.
+    is_thinking = thinks is not None and (thinks.is_open or thinks.start.startswith(HARMONY_CHANNEL))
     return Constraint(
         kind="gbnf" if isinstance(output, Grammar) else "json_schema",
         text=output.text if isinstance(output, Grammar) else output.schema.decode(),
         is_thinking=is_thinking,
-        thinking_start=starts if may_think and ends and not is_thinking else "",
-        thinking_ends=ends,
+        thinking_start=thinks.start if thinks is not None and not is_thinking else "",
+        thinking_ends=rendered.thinking_ends if thinks is None else thinks.ends,
     )
 
 

@@ -33,6 +33,15 @@ class Constraint(Struct, frozen=True, kw_only=True):
     shown: list[str] = []  # control tokens that GBNF means by their text
 
 
+class Thinking(Struct, frozen=True, kw_only=True):
+    """Where an answer reasons: from `start`, at its beginning, to one of `ends`."""
+
+    is_open: bool  # the prompt ends within reasoning, which therefore has begun
+    start: str
+    ends: list[str]
+    close: str  # the text that ends reasoning and begins the answer
+
+
 # ---- to the helper
 
 
@@ -86,6 +95,7 @@ class Prompt(Struct, frozen=True, kw_only=True, tag="prompt"):
     is_open: bool = False  # content that has begun extends to the end of the answer
     before: Message = Message()  # what the parser makes of the prompt's end alone: it is not part of the answer
     constraint: Constraint | None = None  # None: an answer is any text
+    thinking: Thinking | None = None  # None: an answer does not reason
     most_calls: int | None = 0  # of tools, in an answer; None: any number
 
 

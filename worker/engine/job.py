@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shared.channel.messages import FailedCode, Finish, RefusedCode, Sampling, Stop, TokenLogprobs
+from worker.chat.protocol import Thinking
 from worker.engine.constrain import Compiled
 
 
@@ -24,6 +25,8 @@ class Job:
     reports_end: bool = False  # with `logprobs`: also that of the token that ends an answer
     is_accepted: bool = False  # a part of a request that has begun: it is not refused for its wait
     constraint: Compiled | None = None  # on the text of each answer
+    thinking: Thinking | None = None  # where the answers reason, if that is limited
+    thinking_tokens: int = 0  # of the reasoning of each answer, at most
     shown: frozenset[int] = frozenset()  # control tokens whose text is part of the answer
     arrived_at: float  # by the monotonic clock
     deadline: float  # by the monotonic clock

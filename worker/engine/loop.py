@@ -18,6 +18,7 @@ from worker.chat.constraint import ConstraintError
 from worker.engine.constrain import Constrained, Constraints
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError, Logits
 from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
+from worker.engine.reasoning import Reasoning
 from worker.engine.sample import Alternatives, BadLogits, BadRequest, Bias, Draw, Draws, Sampler, alternatives, check
 from worker.engine.slots import (
     Admission,
@@ -47,6 +48,7 @@ class _Answer:
     sampler: Sampler
     text: Text
     constrained: Constrained | None
+    reasoning: Reasoning | None  # if it is limited
     tokens: list[int] = field(default_factory=list)  # the last one is not decoded yet
     is_finished: bool = False
 
@@ -303,6 +305,7 @@ class Loop:
                 sampler=Sampler(job.sampling, job.tokens, seed + choice, n_tokens=n_vocab, context_length=n_ctx),
                 text=Text([*job.stop, *job.ends]),
                 constrained=None if job.constraint is None else job.constraint.begin(),
+                reasoning=self._reasoning(job),
             )
             for choice, sequence in enumerate(admission.sequences)
         ]
@@ -314,6 +317,9 @@ class Loop:
             began_at=time.monotonic(),
         )
         return Begun(job=job, cached_tokens=n_cached)
+
+    def _reasoning(self, job: Job) -> Reasoning | None:
+        return None if job.thinking is None else Reasoning(job.thinking, job.thinking_tokens, self._engine.vocabulary)
 
     def _resume(self, preempted: _Running, sequences: list[Sequence]) -> None:
         """Let a job go on that was preempted."""
@@ -435,6 +441,7 @@ class Loop:
                     bias=part.running.bias,
                     logprobs=part.running.job.logprobs,
                     constrained=part.answer.constrained,
+                    forced=None if part.answer.reasoning is None else part.answer.reasoning.forced,
                 )
                 draws.append((part, draw))
         return draws
@@ -488,6 +495,8 @@ class Loop:
             text = answer.text.feed(vocabulary.piece(token, is_shown=token in job.shown))
             is_complete = len(answer.tokens) == job.max_tokens
             is_full = len(answer.sequence.tokens) + 1 >= self._context_length
+            if answer.reasoning is not None:
+                answer.reasoning.take(token)
             is_whole = False  # nothing may follow
             if answer.constrained is not None:
                 answer.constrained.accept(token)

@@ -247,6 +247,7 @@ class Requests:
 
     def _job(self, request: Request, prepared: Prepared) -> Job:
         order, prompt, most = request.order, prepared.prompt, self._max_output_tokens
+        thinking_tokens = order.thinking_tokens if isinstance(order, Generate) else None
         return Job(
             client=order.client,
             tokens=prepared.tokens,
@@ -260,6 +261,8 @@ class Requests:
             reports_end=isinstance(order, Complete),
             is_accepted=bool(request.answers),
             constraint=prepared.constraint,
+            thinking=None if thinking_tokens is None else prompt.thinking,
+            thinking_tokens=thinking_tokens or 0,
             shown=frozenset(token for text in prompt.shown if (token := self._token(text)) is not None),
             arrived_at=request.arrived_at,
             deadline=request.arrived_at + self._request_s,

@@ -218,6 +218,7 @@ class Draw:
     bias: Bias
     logprobs: int | None
     constrained: Constrained | None  # at the end of a prompt, that of any of its answers
+    forced: int | None = None  # the token that each answer takes, whatever is probable
     tokens: list[int] = field(default_factory=list)  # the result; empty: none could be chosen
     failure: str = ""  # why not
     alternatives: list[Alternatives] = field(default_factory=list)  # of each token, if `logprobs` is set
@@ -240,6 +241,11 @@ class Draw:
 
     def _choose(self, context: Any) -> None:
         """Choose the tokens.  A constraint masks the row before, or once it rejected a few tokens."""
+        if self.forced is not None:
+            for sampler in self.samplers:
+                sampler.accept(self.forced)
+            self.tokens = [self.forced] * len(self.samplers)
+            return
         constrained = self.constrained
         if constrained is None or not constrained.checks_first:
             if constrained is not None:
