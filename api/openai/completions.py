@@ -155,7 +155,7 @@ def complete(
         suffix=request.suffix or "",
         echo=bool(request.echo),
         choices=request.n or 1,
-        max_tokens=limit(request.max_tokens),
+        max_tokens=limit(request.max_tokens, request.n_predict),
         sampling=sampling(request, settings.sampling),
         stop=stops(request.stop),
         logprobs=request.logprobs,

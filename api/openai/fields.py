@@ -46,6 +46,7 @@ class TextRequest(Struct, frozen=True, kw_only=True):
     max_tokens: Annotated[
         Limit | None, Meta(description="The most tokens of an answer. -1 or absent: up to the end of the context.")
     ] = None
+    n_predict: Annotated[Limit | None, Meta(description="The same under the name of llama.cpp's server.")] = None
     temperature: Annotated[
         Annotated[float, Meta(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None,
         Meta(description="How far choices may stray from the most probable token, which 0 always takes. Default: 0.8."),
@@ -126,9 +127,10 @@ def check_choices(request: TextRequest, instance: Instance) -> None:
         )
 
 
-def limit(tokens: int | None) -> int | None:
-    """Return the most tokens of an answer, None for no limit."""
-    return None if tokens is None or tokens == UNLIMITED else min(tokens, LARGEST)
+def limit(*tokens: int | None) -> int | None:
+    """Return a limit of tokens that has several names, of which the first one counts; None for no limit."""
+    given = next((n for n in tokens if n is not None), UNLIMITED)
+    return None if given == UNLIMITED else min(given, LARGEST)
 
 
 def ttl_s(ttl: object) -> float | None:

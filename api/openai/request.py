@@ -241,9 +241,7 @@ def generate(request: ChatRequest, client: str, settings: ModelSettings) -> Gene
         client=client,
         conversation=msgspec.json.encode({key: value for key, value in conversation.items() if value is not None}),
         choices=request.n or 1,
-        max_tokens=limit(
-            request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-        ),
+        max_tokens=limit(request.max_completion_tokens, request.max_tokens, request.n_predict),
         sampling=sampling(request, settings.sampling),
         stop=stops(request.stop),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
@@ -263,9 +261,9 @@ def beginning(request: ChatRequest, client: str) -> bytes:
 
 
 def _check(request: ChatRequest) -> None:
-    if request.max_tokens == 0 or request.max_completion_tokens == 0:
-        param = "max_tokens" if request.max_tokens == 0 else "max_completion_tokens"
-        raise InvalidValue(f"'{param}': expected a number > 0, or -1 for no limit, got 0.", param=param)
+    for param in ("max_tokens", "max_completion_tokens", "n_predict"):
+        if getattr(request, param) == 0:
+            raise InvalidValue(f"'{param}': expected a number > 0, or -1 for no limit, got 0.", param=param)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidValue("'top_logprobs': it needs \"logprobs\": true.", param="top_logprobs")
     if request.continue_final_message and request.add_generation_prompt:

@@ -83,6 +83,8 @@ def test_unknown_keys_are_ignored() -> None:
     ("fields", "limit"),
     [
         ({"max_tokens": 5}, 5),
+        ({"n_predict": 8}, 8),
+        ({"max_tokens": 5, "n_predict": 8}, 5),
         ({"max_tokens": 5, "max_completion_tokens": 9}, 9),
         ({"max_tokens": -1}, None),
         ({"max_tokens": 5.0}, 5),
