@@ -21,7 +21,8 @@ from tests.support.relay import cutting, with_a_small_buffer
 from tests.support.service import TINY, Process, Service, all_stopped, below, go_on, is_alive, openai_error, until, up
 
 CONTEXT_LENGTH = 32_768
-LONG = 2000  # tokens of an answer: seconds, in which a test can stop its runner
+LONG = 300  # tokens of an answer
+MOST = 30_000  # of one that a test ends
 CUT_S = 0.03
 N_REQUESTS, N_CLIENTS = 40, 4
 SPARE = 2  # descriptors that a process still gets
@@ -77,10 +78,10 @@ def is_whole(received: Iterator[str]) -> bool:
 
 
 @contextmanager
-def answering(service: Service) -> Iterator[Iterator[str]]:
-    """Begin an answer of LONG tokens."""
+def answering(service: Service, n: int = LONG) -> Iterator[Iterator[str]]:
+    """Begin an answer of `n` tokens."""
     usage = {"include_usage": True}
-    with streaming(service, model=TINY, max_tokens=LONG, stream_options=usage, **ENDLESS) as received:
+    with streaming(service, model=TINY, max_tokens=n, stream_options=usage, **ENDLESS) as received:
         begun(received)
         yield received
 
@@ -171,7 +172,7 @@ def test_a_runner_that_can_start_no_helper_ends(service: Service, model: str) ->
 
 
 def test_an_api_process_that_dies_ends_its_answers_in_the_runner(service: Service, model: str) -> None:
-    with answering(service) as received, paused(service.runners()[0]):
+    with answering(service, MOST) as received, paused(service.runners()[0]):
         os.kill(process_of(service, "api").pid, signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             list(received)
