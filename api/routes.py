@@ -46,6 +46,7 @@ from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import asked_of_hub, estimated, estimated_by_hub
 from api.pool.metrics import CONTENT_TYPE, scraped
 from api.rerank.routes import rerank
+from api.responses import routes as responses
 from api.state import State
 from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize, tokenizer_info
 from api.waiting import EventStream, waited_for
@@ -260,6 +261,8 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.RESUME_DOWNLOAD, downloads.resume, methods=["POST"]),
     _rest(paths.MODEL, downloads.remove_model, "DELETE"),
     Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
+    Route(paths.RESPONSES, responses.create, methods=["POST"]),
+    Route(paths.RESPONSES_INPUT_TOKENS, responses.input_tokens, methods=["POST"]),
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
     Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),
     *(Route(path, rerank, methods=["POST"]) for path in paths.RERANKS),

@@ -398,19 +398,20 @@ def _called(tool: ToolDelta) -> list[CallDelta]:
 
 
 def _logprobs(tokens: list[TokenLogprobs]) -> Logprobs | None:
-    if not tokens:
-        return None
-    return Logprobs(
-        [
-            TokenInfo(
-                token=_text(one.token),
-                logprob=one.logprob,
-                bytes=[*one.token],
-                top_logprobs=[Alternative(_text(other.token), other.logprob, [*other.token]) for other in one.top],
-            )
-            for one in tokens
-        ]
-    )
+    return Logprobs(token_infos(tokens)) if tokens else None
+
+
+def token_infos(tokens: list[TokenLogprobs]) -> list[TokenInfo]:
+    """Return tokens as clients read them."""
+    return [
+        TokenInfo(
+            token=_text(one.token),
+            logprob=one.logprob,
+            bytes=[*one.token],
+            top_logprobs=[Alternative(_text(other.token), other.logprob, [*other.token]) for other in one.top],
+        )
+        for one in tokens
+    ]
 
 
 def _text(token: bytes) -> str:

@@ -39,14 +39,14 @@ async def answer_chat(request: Request[State], around: Around = plain) -> Respon
     return await answer(request, asked, form)
 
 
-async def answer(request: Request[State], asked: ChatRequest, form: FormOf) -> Response:
-    """Answer a decoded request, in a form of any API."""
+async def answer(request: Request[State], asked: ChatRequest, form: FormOf, prompt: str = MESSAGES) -> Response:
+    """Answer a decoded request, in a form of any API.  `prompt` is the field with the conversation, for errors."""
     caller, roster = request.state["caller"], request.state["roster"]
     ask = Ask(
         model=asked.model,
         order=partial(_order, asked, caller, roster),
         route=request.scope["route"].path,
-        prompt=MESSAGES,
+        prompt=prompt,
         beginning=beginning(asked, caller),
         ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],

@@ -34,6 +34,9 @@ from api.openapi.operations import (
     schema_of,
 )
 from api.rerank.forms import RankedText, Ranking
+from api.responses.events import Event
+from api.responses.request import FunctionTool
+from api.responses.response import Item, Part
 from shared import __version__, errors
 from shared.errors import DownloadFailure, ErrorBody, LoadFailure, ServiceError
 from shared.schema.http import DownloadEvent, LoadEvent
@@ -47,6 +50,10 @@ WITH_RETRY_AFTER = {
     status_of(ErrorBody(type=kind.type, message="")) for kind in (errors.TooManyRequests, errors.ServiceUnavailable)
 }
 EVERY_PATH = "/api/v1"  # as an example of all
+TAGGED = {
+    "event": (*get_args(LoadEvent), *get_args(Event)),
+    "kind": (*get_args(Item), *get_args(Part), FunctionTool),
+}
 EVERYWHERE = (errors.InvalidValue, errors.ForbiddenHost, ServiceError)
 
 
@@ -56,8 +63,9 @@ def document() -> dict[str, Any]:
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation)
     schemas = msgspec.json.schema_components(_types(), schema_hook=anything, ref_template=REF)[1]
-    for kind in get_args(LoadEvent):  # msgspec adds the field of the tag, without a description
-        schemas[kind.__name__]["properties"]["type"]["description"] = "Name of the event."
+    for what, kinds in TAGGED.items():  # msgspec adds the field of the tag, without a description
+        for kind in kinds:
+            schemas[kind.__name__]["properties"]["type"]["description"] = f"Name of the {what}."
     for kind, example in EXAMPLES.items():
         schemas[kind.__name__] |= {"additionalProperties": kind in OPEN, "examples": [example]}
     return {
@@ -186,7 +194,7 @@ def _types() -> list[Any]:
         LegacyChunk,
         LegacyTextChunk,
     )  # in schemas of several types
-    return [*EXAMPLES, *sent, *named, LoadEvent, DownloadEvent, ErrorReply, OpenAIErrorReply]
+    return [*EXAMPLES, *sent, *named, LoadEvent, DownloadEvent, Event, ErrorReply, OpenAIErrorReply]
 
 
 @cache

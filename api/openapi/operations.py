@@ -19,6 +19,9 @@ from api.openai.models import OpenAIModel, OpenAIModelList
 from api.openai.request import ChatRequest
 from api.openai.text import TextChunk, TextCompletion
 from api.rerank.forms import RankedText, Ranking, RerankRequest
+from api.responses.events import Event
+from api.responses.request import ResponseRequest
+from api.responses.response import ResponseObject
 from api.tokens.forms import (
     CountReply,
     DetokenizeReply,
@@ -175,7 +178,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 OPEN: frozenset[type[Struct]] = frozenset(
-    {ChatRequest, TokenizeRequest, DetokenizeRequest, EmbeddingRequest, RerankRequest}
+    {ChatRequest, ResponseRequest, TokenizeRequest, DetokenizeRequest, EmbeddingRequest, RerankRequest}
 )  # requests of which unknown fields are ignored
 EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
@@ -183,6 +186,7 @@ EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     DownloadRequest: {"model": "ggml-org/gpt-oss-20b-GGUF", "quantization": "MXFP4"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
+    ResponseRequest: {"model": "openai/gpt-oss-20b", "input": "Hello!", "stream": True},
     CompletionRequest: {"model": "openai/gpt-oss-20b", "prompt": "Once upon a time", "max_tokens": 60},
     TokenizeRequest: {"model": "openai/gpt-oss-20b", "content": "Hello!", "with_pieces": True},
     EmbeddingRequest: {"model": "nomic-ai/nomic-embed-text-v1.5", "input": ["The sky is blue.", "Grass is green."]},
@@ -282,6 +286,27 @@ PROGRESS = {
                 "type": "string",
                 "contentMediaType": JSON,
                 "contentSchema": schema_of(DownloadEvent),
+                "description": "The event.",
+            },
+        },
+        "required": ["event", "data"],
+    }
+}
+
+RESPONDING = {
+    SSE: {
+        "type": "object",
+        "description": "One event, whose name is the `type` of its data. The last event is `response.completed`, "
+        "`response.incomplete` or `response.failed`. The stream also contains comment lines.",
+        "properties": {
+            "event": {
+                "enum": [kind.__struct_config__.tag for kind in get_args(Event)],
+                "description": "Name of the event.",
+            },
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": schema_of(Event),
                 "description": "The event.",
             },
         },
@@ -525,6 +550,35 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             )
         },
         errors=(*OF_A_CONVERSATION, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.RESPONSES): Operation(
+        name="create_response",
+        summary="Answer a conversation, in OpenAI's newer form",
+        description="An LLM answers with reasoning, messages and calls of tools, each an item of the response. If it "
+        "is not loaded, the request loads it. With `stream`, the reply is a stream of events. Disconnecting cancels "
+        "the request.",
+        body=ResponseRequest,
+        replies={
+            200: Reply(
+                description="The response; or the event stream, if requested.",
+                content={JSON: ResponseObject, **RESPONDING},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(
+            *OF_A_CONVERSATION,
+            errors.PreviousResponseNotFound,
+            errors.IntegrationsRefused,
+            errors.ContextLengthExceeded,
+        ),
+    ),
+    ("POST", paths.RESPONSES_INPUT_TOKENS): Operation(
+        name="count_response_input_tokens",
+        summary="Count the tokens of a response's prompt",
+        description="Takes the body of `POST /v1/responses`, and answers how many tokens its prompt has.",
+        body=ResponseRequest,
+        replies={200: Reply(description="The count.", content={JSON: CountReply}, headers=("Loadstone-Instance",))},
+        errors=(*OF_A_CONVERSATION, errors.PreviousResponseNotFound, errors.IntegrationsRefused),
     ),
     ("POST", paths.COMPLETIONS): Operation(
         name="create_completion",
