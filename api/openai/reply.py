@@ -22,8 +22,6 @@ from shared.errors import QueueUnavailable, ServiceError
 from shared.instance import Instance
 from shared.telemetry import log
 
-HEARTBEAT = b":\n\n"  # a bare comment: some clients take ": text" for the end of the stream
-
 
 class Form(Protocol):
     """The form of one reply, which is either whole or a stream."""
@@ -43,7 +41,14 @@ class Form(Protocol):
     def last(self, usage: Usage) -> bytes:
         """Return the last events of a stream, once every answer has finished."""
 
+    def waiting(self) -> bytes:
+        """Return what keeps the connection of a stream open while there is nothing else to send."""
 
+    def failed(self, error: Struct) -> bytes:
+        """Return the last events of a stream that ends with an error, which has the form of the route."""
+
+
+FormOf = Callable[[Instance, int], Form]  # for the instance that answers, and the number of tokens of the prompt
 Around = Callable[[Instance, Form], Form]  # makes the form of another API of one of this
 
 
@@ -58,7 +63,7 @@ def check_draining(request: Request[State]) -> None:
         raise QueueUnavailable("The server is shutting down and accepts no new requests. Try again shortly.")
 
 
-async def reply(request: Request[State], ask: Ask, form: Callable[[Instance], Form], *, streams: bool) -> Response:
+async def reply(request: Request[State], ask: Ask, form_of: FormOf, *, streams: bool) -> Response:
     """Ask a model, and reply in a form.
 
     Everything that can be refused is refused with its status, before the first byte of a stream.
@@ -67,10 +72,11 @@ async def reply(request: Request[State], ask: Ask, form: Callable[[Instance], Fo
         undo.enter_context(request.state["replies"].place(request.state["caller"]))
         instance, answer = await waited_for(request, request.state["answering"].begin(ask, undo))
         headers = {"Loadstone-Instance": instance.instance_id}
+        form = form_of(instance, answer.prompt_tokens or 0)
         if streams:
-            events = streamed(answer, form(instance), ask.route)
+            events = streamed(answer, form, ask.route)
             return EventStream(events, undo.pop_all(), request.state["closing"], headers)
-        whole = await waited_for(request, collected(answer, form(instance)))
+        whole = await waited_for(request, collected(answer, form))
     return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
 
 
@@ -91,7 +97,7 @@ async def collected(answer: Answer, form: Form) -> Struct:
 async def streamed(answer: Answer, form: Form, route: str) -> AsyncGenerator[bytes, None]:
     """Yield the events of a reply to a request that was accepted.
 
-    An error ends the stream: an event with the error, without the last events.
+    An error ends the stream: its events come instead of the last ones.
     """
     yield form.first()
     try:
@@ -100,7 +106,7 @@ async def streamed(answer: Answer, form: Form, route: str) -> AsyncGenerator[byt
                 async with asyncio.timeout(HEARTBEAT_S):  # a task for each message would cost more than the message
                     message = await anext(answer)
             except TimeoutError:
-                yield HEARTBEAT
+                yield form.waiting()
                 continue
             match told(message):
                 case Deltas(deltas):
@@ -113,4 +119,4 @@ async def streamed(answer: Answer, form: Form, route: str) -> AsyncGenerator[byt
     except ServiceError as e:
         body = e.body()
         log.get("api").info("request failed", action="request_failed", type=body.type, reason=body.message)
-        yield b"data: %b\n\n" % msgspec.json.encode(shaped(body, route)[1])
+        yield form.failed(shaped(body, route)[1])
