@@ -203,6 +203,13 @@ class UnsupportedOperation(ServiceError):
     code = "unsupported_operation"
 
 
+class IntegrationsRefused(ServiceError):
+    """The request asks this server to call other servers, which it never does."""
+
+    type = "not_implemented"
+    code = "integrations_not_supported"
+
+
 class ChatUnavailable(ServiceError):
     """Conversations cannot be rendered: the model has no chat template, or the worker's build of the engine no chat
     code."""

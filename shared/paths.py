@@ -38,6 +38,7 @@ EMBEDDINGS = "/v1/embeddings"
 RERANK = "/v1/rerank"
 RERANKS = (RERANK, "/v1/reranking", "/rerank", "/reranking")  # all mean the same
 MESSAGES = "/v1/messages"
+COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 ROOT = "/"
 HEALTHZ = "/healthz"
 READYZ = "/readyz"

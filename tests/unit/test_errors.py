@@ -74,6 +74,7 @@ CONTRACT = {
     ("not_implemented", None): 501,
     ("not_implemented", "chat_unavailable"): 501,
     ("not_implemented", "unsupported_operation"): 501,
+    ("not_implemented", "integrations_not_supported"): 403,
 }
 
 
