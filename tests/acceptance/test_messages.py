@@ -179,7 +179,7 @@ def test_an_answer_follows_a_schema(service: Service) -> None:
     assert json.loads(message["content"][0]["text"])["a"] in (1, 2)
 
 
-def test_tools_count_as_tokens_and_the_context_does_not_bound_them(service: Service) -> None:
+def test_tools_count_and_the_context_does_not_bound_a_count(service: Service) -> None:
     def count(**fields: Any) -> int:
         reply = ask(service, f"{paths.COUNT_TOKENS}?beta=true", **fields)
         assert reply.status == 200, reply.text
