@@ -18,6 +18,7 @@ from starlette.routing import Route
 from api import unserved
 from api.access import guarded
 from api.anthropic import models as anthropic
+from api.anthropic.messages import count_tokens, messages
 from api.decode import decode, read_body
 from api.downloads import routes as downloads
 from api.headers import (
@@ -263,6 +264,8 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
     Route(paths.RESPONSES, responses.create, methods=["POST"]),
     Route(paths.RESPONSES_INPUT_TOKENS, responses.input_tokens, methods=["POST"]),
+    Route(paths.MESSAGES, messages, methods=["POST"]),
+    Route(paths.COUNT_TOKENS, count_tokens, methods=["POST"]),
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
     Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),
     *(Route(path, rerank, methods=["POST"]) for path in paths.RERANKS),

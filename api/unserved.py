@@ -18,9 +18,6 @@ UNSERVED = (
     ("DELETE", "/v1/responses/{response_id}"),
     ("POST", "/v1/responses/{response_id}/cancel"),
     ("GET", "/v1/responses/{response_id}/input_items"),
-    # ---- Anthropic
-    ("POST", "/v1/messages"),
-    ("POST", "/v1/messages/count_tokens"),
     # ---- LM Studio
     ("POST", "/api/v1/chat"),
 )

@@ -40,6 +40,7 @@ RERANKS = (RERANK, "/v1/reranking", "/rerank", "/reranking")  # all mean the sam
 RESPONSES = "/v1/responses"
 RESPONSES_INPUT_TOKENS = f"{RESPONSES}/input_tokens"
 MESSAGES = "/v1/messages"
+COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 ROOT = "/"
 HEALTHZ = "/healthz"
 READYZ = "/readyz"

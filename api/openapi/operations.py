@@ -7,7 +7,12 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
+from api.anthropic.answer import AnthropicMessage
+from api.anthropic.answer import Event as MessageEvent
+from api.anthropic.errors import AnthropicErrorReply
+from api.anthropic.messages import TokenCount
 from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
+from api.anthropic.request import MessagesRequest
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
 from api.lmstudio.answers import LegacyChunk, LegacyCompletion, LegacyTextChunk, LegacyTextCompletion
 from api.lmstudio.models import LegacyModel, LegacyModelList
@@ -178,7 +183,15 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 OPEN: frozenset[type[Struct]] = frozenset(
-    {ChatRequest, ResponseRequest, TokenizeRequest, DetokenizeRequest, EmbeddingRequest, RerankRequest}
+    {
+        ChatRequest,
+        MessagesRequest,
+        ResponseRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        EmbeddingRequest,
+        RerankRequest,
+    }
 )  # requests of which unknown fields are ignored
 EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
@@ -187,6 +200,11 @@ EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
     ResponseRequest: {"model": "openai/gpt-oss-20b", "input": "Hello!", "stream": True},
+    MessagesRequest: {
+        "model": "openai/gpt-oss-20b",
+        "max_tokens": 60,
+        "messages": [{"role": "user", "content": "Hello!"}],
+    },
     CompletionRequest: {"model": "openai/gpt-oss-20b", "prompt": "Once upon a time", "max_tokens": 60},
     TokenizeRequest: {"model": "openai/gpt-oss-20b", "content": "Hello!", "with_pieces": True},
     EmbeddingRequest: {"model": "nomic-ai/nomic-embed-text-v1.5", "input": ["The sky is blue.", "Grass is green."]},
@@ -307,6 +325,26 @@ RESPONDING = {
                 "type": "string",
                 "contentMediaType": JSON,
                 "contentSchema": schema_of(Event),
+                "description": "The event.",
+            },
+        },
+        "required": ["event", "data"],
+    }
+}
+MESSAGE = {
+    SSE: {
+        "type": "object",
+        "description": "One event, whose name is the `type` of its data. The last event is either `message_stop` or "
+        "`error`.",
+        "properties": {
+            "event": {
+                "enum": [*(kind.__struct_config__.tag for kind in get_args(MessageEvent)), "error"],
+                "description": "Name of the event.",
+            },
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": either(MessageEvent, AnthropicErrorReply),
                 "description": "The event.",
             },
         },
@@ -579,6 +617,29 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body=ResponseRequest,
         replies={200: Reply(description="The count.", content={JSON: CountReply}, headers=("Loadstone-Instance",))},
         errors=(*OF_A_CONVERSATION, errors.PreviousResponseNotFound, errors.IntegrationsRefused),
+    ),
+    ("POST", paths.MESSAGES): Operation(
+        name="create_message",
+        summary="Answer a conversation as Anthropic's API does",
+        description="An LLM answers. If it is not loaded, the request loads it. With `stream`, the reply is a stream "
+        "of events. An error after the first byte is the last event. Disconnecting cancels the request.",
+        body=MessagesRequest,
+        replies={
+            200: Reply(
+                description="The answer; or the event stream, if requested.",
+                content={JSON: AnthropicMessage, **MESSAGE},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(*OF_A_CONVERSATION, errors.IntegrationsRefused, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.COUNT_TOKENS): Operation(
+        name="count_message_tokens",
+        summary="Count the tokens of a conversation as Anthropic's API does",
+        description="Takes the body of `POST /v1/messages`, and answers how many tokens its prompt has.",
+        body=MessagesRequest,
+        replies={200: Reply(description="The count.", content={JSON: TokenCount}, headers=("Loadstone-Instance",))},
+        errors=(*OF_A_CONVERSATION, errors.IntegrationsRefused),
     ),
     ("POST", paths.COMPLETIONS): Operation(
         name="create_completion",

@@ -21,17 +21,17 @@ from api.responses.events import (
     Event,
     ItemAdded,
     ItemDone,
+    OutputTextDelta,
+    OutputTextDone,
     PartAdded,
     PartDone,
-    ReasoningDelta,
-    ReasoningDone,
+    ReasoningTextDelta,
+    ReasoningTextDone,
     ResponseCompleted,
     ResponseCreated,
     ResponseFailed,
     ResponseIncomplete,
     ResponseInProgress,
-    TextDelta,
-    TextDone,
     encoded,
 )
 from api.responses.response import (
@@ -136,7 +136,7 @@ class Responding(Events):
             yield from self._begin(_Open(item), ReasoningText(text=""))
         assert self._open is not None
         self._open.texts.append(text)
-        yield ReasoningDelta(**self._place(), delta=text)
+        yield ReasoningTextDelta(**self._place(), delta=text)
 
     def _said(self, text: str) -> Iterator[Event]:
         if self._open is None or not isinstance(self._open.item, MessageItem):
@@ -145,7 +145,7 @@ class Responding(Events):
         logprobs, self._logprobs = self._logprobs, []
         self._open.texts.append(text)
         self._open.logprobs += logprobs
-        yield TextDelta(**self._place(), delta=text, logprobs=logprobs)
+        yield OutputTextDelta(**self._place(), delta=text, logprobs=logprobs)
 
     def _begin_message(self) -> Iterator[Event]:
         item = MessageItem(id=f"msg_{secrets.token_hex(24)}", status="in_progress", content=[])
@@ -186,13 +186,13 @@ class Responding(Events):
         item: Item
         match self._open.item:
             case ReasoningItem() as begun:
-                yield ReasoningDone(**self._place(), text=text)
+                yield ReasoningTextDone(**self._place(), text=text)
                 yield PartDone(**self._place(), part=ReasoningText(text=text))
                 item = structs.replace(begun, status=status, content=[ReasoningText(text=text)])
             case MessageItem() as begun:
                 logprobs, self._logprobs = self._open.logprobs + self._logprobs, []
                 part = OutputText(text=text, logprobs=logprobs)
-                yield TextDone(**self._place(), text=text, logprobs=logprobs)
+                yield OutputTextDone(**self._place(), text=text, logprobs=logprobs)
                 yield PartDone(**self._place(), part=part)
                 item = structs.replace(begun, status=status, content=[part])
             case CallItem() as begun:

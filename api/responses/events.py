@@ -78,26 +78,26 @@ class PartDone(_OfPart, frozen=True, kw_only=True, tag="response.content_part.do
     part: Annotated[Part, Meta(description="The whole part.")]
 
 
-class ReasoningDelta(_OfPart, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
+class ReasoningTextDelta(_OfPart, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
     """More of a reasoning."""
 
     delta: Annotated[str, Meta(description="The text.")]
 
 
-class ReasoningDone(_OfPart, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
+class ReasoningTextDone(_OfPart, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
     """The text of a reasoning ends."""
 
     text: Annotated[str, Meta(description="The whole text.")]
 
 
-class TextDelta(_OfPart, frozen=True, kw_only=True, tag="response.output_text.delta"):
+class OutputTextDelta(_OfPart, frozen=True, kw_only=True, tag="response.output_text.delta"):
     """More of a message."""
 
     delta: Annotated[str, Meta(description="The text.")]
     logprobs: Logprobs
 
 
-class TextDone(_OfPart, frozen=True, kw_only=True, tag="response.output_text.done"):
+class OutputTextDone(_OfPart, frozen=True, kw_only=True, tag="response.output_text.done"):
     """The text of a message ends."""
 
     text: Annotated[str, Meta(description="The whole text.")]
@@ -122,10 +122,10 @@ Event = (
     | ResponseInProgress
     | ItemAdded
     | PartAdded
-    | ReasoningDelta
-    | ReasoningDone
-    | TextDelta
-    | TextDone
+    | ReasoningTextDelta
+    | ReasoningTextDone
+    | OutputTextDelta
+    | OutputTextDone
     | PartDone
     | ArgumentsDelta
     | ArgumentsDone

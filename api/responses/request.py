@@ -35,7 +35,7 @@ IGNORED = frozenset(  # types of tools that clients list for all servers
 ) | {"custom", "local_shell", "shell", "apply_patch", "namespace", "tool_search"}
 
 
-class Reasoning(Struct, frozen=True):
+class ReasoningOptions(Struct, frozen=True):
     """How the model reasons."""
 
     effort: Annotated[
@@ -101,7 +101,7 @@ class ResponseRequest(Struct, frozen=True, kw_only=True):
         Annotated[float, Meta(ge=PENALTIES[0], le=PENALTIES[1])] | None,
         Meta(description="Subtract this for each time that a token occurs among them. Default: 0."),
     ] = None
-    reasoning: Annotated[Reasoning | None, Meta(description="How the model reasons.")] = None
+    reasoning: Annotated[ReasoningOptions | None, Meta(description="How the model reasons.")] = None
     text: Annotated[TextOptions | None, Meta(description="The form of the answer.")] = None
     tools: Annotated[
         list[msgspec.Raw] | None,
@@ -152,9 +152,10 @@ class _Tool(Struct, frozen=True):
     type: str
 
 
-class FunctionTool(Struct, frozen=True, kw_only=True, tag="function"):
+class FunctionTool(Struct, frozen=True, kw_only=True):
     """A function that the model may call."""
 
+    type: Annotated[Literal["function"], Meta(description="Always `function`.")] = "function"
     name: Annotated[str, Meta(description="Its name.")]
     description: Annotated[str | None, Meta(description="What it does, for the model.")] = None
     parameters: Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from api.openai.answer import TokenInfo
-from api.responses.request import TEXT, FunctionTool, Reasoning, ResponseRequest
+from api.responses.request import TEXT, FunctionTool, ReasoningOptions, ResponseRequest
 from shared.channel.messages import Sampling, Usage
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -173,7 +173,7 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
 
 def begun(asked: ResponseRequest, tools: list[FunctionTool], model: str, sampling: Sampling) -> ResponseObject:
     """Return a response of which nothing is generated.  `model` is the id of its instance."""
-    reasoning = asked.reasoning or Reasoning()
+    reasoning = asked.reasoning or ReasoningOptions()
     return ResponseObject(
         id=f"resp_{secrets.token_hex(24)}",
         created_at=int(time.time()),

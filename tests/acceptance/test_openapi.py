@@ -30,6 +30,8 @@ ASKING = (  # a model
     paths.COMPLETIONS,
     paths.RESPONSES,
     paths.RESPONSES_INPUT_TOKENS,
+    paths.MESSAGES,
+    paths.COUNT_TOKENS,
     paths.V0_CHAT_COMPLETIONS,
     paths.V0_COMPLETIONS,
     paths.V0_EMBEDDINGS,
