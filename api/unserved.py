@@ -14,8 +14,6 @@ from shared.errors import NotImplementedYet
 
 UNSERVED = (
     # ---- OpenAI
-    ("GET", "/v1/responses/{response_id}"),
-    ("DELETE", "/v1/responses/{response_id}"),
     ("POST", "/v1/responses/{response_id}/cancel"),
     ("GET", "/v1/responses/{response_id}/input_items"),
     # ---- LM Studio

@@ -190,6 +190,10 @@ class NotFound(ServiceError):
     type = "not_found"
 
 
+class ResponseNotFound(NotFound):
+    """There is no stored response with this id."""
+
+
 class MethodNotAllowed(ServiceError):
     """The path does not support this method."""
 

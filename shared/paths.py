@@ -39,6 +39,7 @@ RERANK = "/v1/rerank"
 RERANKS = (RERANK, "/v1/reranking", "/rerank", "/reranking")  # all mean the same
 RESPONSES = "/v1/responses"
 RESPONSES_INPUT_TOKENS = f"{RESPONSES}/input_tokens"
+RESPONSE = RESPONSES + "/{response_id}"
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 ROOT = "/"

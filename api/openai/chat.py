@@ -11,7 +11,7 @@ from api.answering import Ask
 from api.decode import read_any
 from api.openai.answer import Chat, Heading
 from api.openai.fields import check_choices, ttl_s
-from api.openai.reply import Around, Form, FormOf, check_draining, plain, reply
+from api.openai.reply import Around, BeforeEnd, Form, FormOf, at_once, check_draining, plain, reply
 from api.openai.request import ChatRequest, beginning, decoded, generate
 from api.pool.roster import Roster
 from api.state import State
@@ -39,7 +39,14 @@ async def answer_chat(request: Request[State], around: Around = plain) -> Respon
     return await answer(request, asked, form)
 
 
-async def answer(request: Request[State], asked: ChatRequest, form: FormOf, prompt: str = MESSAGES) -> Response:
+async def answer(
+    request: Request[State],
+    asked: ChatRequest,
+    form: FormOf,
+    before_end: BeforeEnd = at_once,
+    *,
+    prompt: str = MESSAGES,
+) -> Response:
     """Answer a decoded request, in a form of any API.  `prompt` is the field with the conversation, for errors."""
     caller, roster = request.state["caller"], request.state["roster"]
     ask = Ask(
@@ -51,7 +58,7 @@ async def answer(request: Request[State], asked: ChatRequest, form: FormOf, prom
         ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],
     )
-    return await reply(request, ask, form, streams=bool(asked.stream))
+    return await reply(request, ask, form, before_end, streams=bool(asked.stream))
 
 
 def _order(asked: ChatRequest, client: str, roster: Roster, instance: Instance) -> Generate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Protocol
 
@@ -49,6 +49,7 @@ class Form(Protocol):
 
 
 FormOf = Callable[[Instance, int], Form]  # for the instance that answers, and the number of tokens of the prompt
+BeforeEnd = Callable[[Form, Usage], Awaitable[None]]  # what is awaited before the end of a reply is sent
 Around = Callable[[Instance, Form], Form]  # makes the form of another API of one of this
 
 
@@ -57,13 +58,19 @@ def plain(_: Instance, form: Form) -> Form:
     return form
 
 
+async def at_once(_: Form, usage: Usage) -> None:
+    """Send the end of a reply at once."""
+
+
 def check_draining(request: Request[State]) -> None:
     """Refuse a new request while this process shuts down."""
     if request.state["draining"].is_set():
         raise QueueUnavailable("The server is shutting down and accepts no new requests. Try again shortly.")
 
 
-async def reply(request: Request[State], ask: Ask, form_of: FormOf, *, streams: bool) -> Response:
+async def reply(
+    request: Request[State], ask: Ask, form_of: FormOf, before_end: BeforeEnd = at_once, *, streams: bool
+) -> Response:
     """Ask a model, and reply in a form.
 
     Everything that can be refused is refused with its status, before the first byte of a stream.
@@ -74,13 +81,13 @@ async def reply(request: Request[State], ask: Ask, form_of: FormOf, *, streams: 
         headers = {"Loadstone-Instance": instance.instance_id}
         form = form_of(instance, answer.prompt_tokens or 0)
         if streams:
-            events = streamed(answer, form, ask.route)
+            events = streamed(answer, form, ask.route, before_end)
             return EventStream(events, undo.pop_all(), request.state["closing"], headers)
-        whole = await waited_for(request, collected(answer, form))
+        whole = await waited_for(request, collected(answer, form, before_end))
     return Response(msgspec.json.encode(whole), headers=headers, media_type="application/json")
 
 
-async def collected(answer: Answer, form: Form) -> Struct:
+async def collected(answer: Answer, form: Form, before_end: BeforeEnd) -> Struct:
     """Return the whole reply to a request that was accepted.  Raises the error of one that fails."""
     async for message in answer:
         match told(message):
@@ -88,13 +95,14 @@ async def collected(answer: Answer, form: Form) -> Struct:
                 for delta in deltas:
                     form.add(delta)
             case Ended(usage=usage):
+                await before_end(form, usage)
                 return form.whole(usage)
             case None:
                 pass
     raise ServiceError("The answer has no end.")
 
 
-async def streamed(answer: Answer, form: Form, route: str) -> AsyncGenerator[bytes, None]:
+async def streamed(answer: Answer, form: Form, route: str, before_end: BeforeEnd) -> AsyncGenerator[bytes, None]:
     """Yield the events of a reply to a request that was accepted.
 
     An error ends the stream: its events come instead of the last ones.
@@ -112,6 +120,7 @@ async def streamed(answer: Answer, form: Form, route: str) -> AsyncGenerator[byt
                 case Deltas(deltas):
                     yield b"".join(map(form.added, deltas))
                 case Ended(usage=usage):
+                    await before_end(form, usage)
                     yield form.last(usage)
                     return
                 case None:

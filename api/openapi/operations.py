@@ -26,7 +26,7 @@ from api.openai.text import TextChunk, TextCompletion
 from api.rerank.forms import RankedText, Ranking, RerankRequest
 from api.responses.events import Event
 from api.responses.request import ResponseRequest
-from api.responses.response import ResponseObject
+from api.responses.response import DeletedResponse, DeletedResponses, ResponseObject
 from api.tokens.forms import (
     CountReply,
     DetokenizeReply,
@@ -104,6 +104,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "in": "path",
         "required": True,
         "description": "The id of a load or a download, from the reply to its request.",
+        "schema": {"type": "string"},
+    },
+    "response_id": {
+        "in": "path",
+        "required": True,
+        "description": "The id of a response, from its reply.",
         "schema": {"type": "string"},
     },
     "wait": {
@@ -594,7 +600,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="Answer a conversation, in OpenAI's newer form",
         description="An LLM answers with reasoning, messages and calls of tools, each an item of the response. If it "
         "is not loaded, the request loads it. With `stream`, the reply is a stream of events. Disconnecting cancels "
-        "the request.",
+        "the request, and then nothing is stored.",
         body=ResponseRequest,
         replies={
             200: Reply(
@@ -609,6 +615,27 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             errors.IntegrationsRefused,
             errors.ContextLengthExceeded,
         ),
+    ),
+    ("DELETE", paths.RESPONSES): Operation(
+        name="delete_responses",
+        summary="Remove all stored responses",
+        description="Removes those of the token, of whatever route.",
+        replies={200: Reply(description="They are removed.", content={JSON: DeletedResponses})},
+        errors=(errors.QueueUnavailable,),
+    ),
+    ("GET", paths.RESPONSE): Operation(
+        name="get_response",
+        summary="Get a stored response",
+        parameters=("response_id",),
+        replies={200: Reply(description="The response.", content={JSON: ResponseObject})},
+        errors=(errors.ResponseNotFound, errors.NotFound, errors.NotSupported, errors.QueueUnavailable),
+    ),
+    ("DELETE", paths.RESPONSE): Operation(
+        name="delete_response",
+        summary="Remove a stored response",
+        parameters=("response_id",),
+        replies={200: Reply(description="It is removed.", content={JSON: DeletedResponse})},
+        errors=(errors.ResponseNotFound, errors.NotFound, errors.QueueUnavailable),
     ),
     ("POST", paths.RESPONSES_INPUT_TOKENS): Operation(
         name="count_response_input_tokens",

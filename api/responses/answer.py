@@ -72,13 +72,21 @@ class Responding(Events):
         self._logprobs: list[TokenInfo] = []  # of tokens whose text has not come yet
         self._is_cut = False
         self._n_events = 0
+        self._whole: ResponseObject | None = None
 
     def add(self, delta: Delta) -> None:
         for _ in self._events(delta):
             pass
 
     def whole(self, usage: Usage) -> ResponseObject:
-        return self._ended(usage)
+        """Return the response, once the answer has finished: always the same."""
+        if self._whole is None:
+            self._whole = self._ended(usage)
+        return self._whole
+
+    def is_not_stored(self, usage: Usage) -> None:
+        """Let the response say that it is not stored."""
+        self._whole = structs.replace(self.whole(usage), store=False)
 
     def first(self) -> bytes:
         created = ResponseCreated(sequence_number=self._number(), response=self._response)
@@ -89,7 +97,7 @@ class Responding(Events):
 
     def last(self, usage: Usage) -> bytes:
         kind = ResponseIncomplete if self._is_cut else ResponseCompleted
-        return encoded(kind(sequence_number=self._number(), response=self._ended(usage)))
+        return encoded(kind(sequence_number=self._number(), response=self.whole(usage)))
 
     def failed(self, error: Struct) -> bytes:
         assert isinstance(error, OpenAIErrorReply)

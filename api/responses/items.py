@@ -86,7 +86,7 @@ def messages(given: str | list[msgspec.Raw], earlier: list[Message]) -> list[Mes
     """
     if isinstance(given, str):
         return [*earlier, Message(role="user", content=given)]
-    made = _Conversation(earlier)
+    made = Conversation(earlier)
     for i, raw in enumerate(given):
         _add(made, bytes(raw), f"input[{i}]")
         made.check_size(len(given) - i - 1)
@@ -96,7 +96,7 @@ def messages(given: str | list[msgspec.Raw], earlier: list[Message]) -> list[Mes
     return found
 
 
-class _Conversation:
+class Conversation:
     """Messages, of which the assistant's are put together from several items."""
 
     def __init__(self, earlier: list[Message]) -> None:
@@ -161,7 +161,7 @@ class _Conversation:
         self._clear()
 
 
-def _add(made: _Conversation, raw: bytes, path: str) -> None:
+def _add(made: Conversation, raw: bytes, path: str) -> None:
     """Add what an item says."""
     head = known(raw, _Head, (), path)
     match head.type or ("message" if head.role else None):

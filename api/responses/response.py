@@ -171,7 +171,9 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
     usage: Annotated[ResponseUsage | None, Meta(description="Its tokens; null until it ends.")] = None
 
 
-def begun(asked: ResponseRequest, tools: list[FunctionTool], model: str, sampling: Sampling) -> ResponseObject:
+def begun(
+    asked: ResponseRequest, tools: list[FunctionTool], model: str, sampling: Sampling, *, stores: bool
+) -> ResponseObject:
     """Return a response of which nothing is generated.  `model` is the id of its instance."""
     reasoning = asked.reasoning or ReasoningOptions()
     return ResponseObject(
@@ -191,7 +193,22 @@ def begun(asked: ResponseRequest, tools: list[FunctionTool], model: str, samplin
         frequency_penalty=sampling.frequency_penalty,
         top_logprobs=asked.top_logprobs or 0,
         max_output_tokens=asked.max_output_tokens,
-        store=False,
+        store=stores,
         metadata=asked.metadata or {},
         prompt_cache_key=asked.prompt_cache_key,
     )
+
+
+class DeletedResponse(Struct, frozen=True, kw_only=True):
+    """A response that was removed."""
+
+    id: Annotated[str, Meta(description="Its id.")]
+    object: Annotated[Literal["response"], Meta(description="Always `response`.")] = "response"
+    deleted: Annotated[bool, Meta(description="Always true.")] = True
+
+
+class DeletedResponses(Struct, frozen=True, kw_only=True):
+    """The responses that were removed."""
+
+    object: Annotated[Literal["list"], Meta(description="Always `list`.")] = "list"
+    deleted: Annotated[int, Meta(description="How many there were.")]

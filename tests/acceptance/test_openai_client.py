@@ -114,6 +114,14 @@ def test_responses_are_read_by_the_helper(client: openai.OpenAI) -> None:
         final = stream.get_final_response()
     assert texts[-1] == final.output_text
     assert isinstance(final.output_parsed, Person)
+    again = client.responses.create(
+        model=TINY, input="Go on", max_output_tokens=8, previous_response_id=final.id, temperature=0
+    )
+    assert again.previous_response_id == final.id
+    assert client.responses.retrieve(again.id).output_text == again.output_text
+    client.responses.delete(final.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(final.id)
     with pytest.raises(openai.BadRequestError) as refused:
         client.responses.create(model=TINY, input="Hello", previous_response_id="resp_1")
     assert refused.value.code == "previous_response_not_found"

@@ -189,9 +189,72 @@ def test_a_response_fails_if_its_model_is_unloaded(service: Service) -> None:
 
 def test_a_client_that_leaves_cancels_its_response(service: Service) -> None:
     service.loaded(TINY)
+    assert service.send("DELETE", paths.RESPONSES).status == 200
     with responding(service, model=TINY, **endless()) as received:
         next(event for event in received if event["type"] == "response.output_text.delta")
     until(lambda: service.metric("requests_running", instance=TINY) == 0, "the request ends")
+    assert service.send("DELETE", paths.RESPONSES).json() == {"object": "list", "deleted": 0}, "nothing is stored"
+
+
+# ---- stored responses
+
+
+def path(response: Any) -> str:
+    return paths.RESPONSE.format(response_id=response["id"])
+
+
+def test_a_response_continues_another_as_if_all_was_sent(service: Service) -> None:
+    """Streamed or not, with all items, and without the instructions of the one before."""
+    first = responded(service, model=THINKING, tools=[FUNCTION], instructions="Be brief.")
+    call = first["output"][-1]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "Sunny."}
+    everything = [{"role": "user", "content": "Hello"}, *first["output"], result]
+    whole = {"model": THINKING, "tools": [FUNCTION], "input": everything}
+    more = {"model": THINKING, "tools": [FUNCTION], "input": [result], "previous_response_id": first["id"]}
+    second = both(service, **more)
+    assert second["previous_response_id"] == first["id"]
+    assert second["usage"]["input_tokens"] == responded(service, **whole)["usage"]["input_tokens"]
+    counted = [service.post(paths.RESPONSES_INPUT_TOKENS, fields).json() for fields in (more, whole)]
+    assert counted[0] == counted[1]
+    with responding(service, **more) as received:
+        third = read(received)
+    fourth = [
+        responded(service, model=TINY, max_output_tokens=1, previous_response_id=id_)["usage"]["input_tokens"]
+        for id_ in (first["id"], second["id"], third["id"])
+    ]
+    assert fourth[0] < fourth[1] == fourth[2], "each continues its own, also with another model"
+
+
+def test_a_stored_response_is_read_and_removed(service: Service) -> None:
+    first = responded(service, model=TINY, max_output_tokens=2)
+    with responding(service, model=TINY, max_output_tokens=2, previous_response_id=first["id"]) as received:
+        second = read(received)
+    assert (first["store"], second["store"]) == (True, True)
+    assert [service.send("GET", path(one)).json() for one in (first, second)] == [first, second]
+    openai_error(
+        service.send("GET", f"{path(first)}?stream=true"), 400, "invalid_request_error", "not_supported", "stream"
+    )
+    assert service.send("DELETE", path(first)).json() == {"id": first["id"], "object": "response", "deleted": True}
+    for method in ("GET", "DELETE"):
+        message = openai_error(service.send(method, path(first)), 404, "invalid_request_error", None, "response_id")
+        assert message == f"Response with id '{first['id']}' not found."
+    refused = respond(service, model=TINY, previous_response_id=first["id"])
+    openai_error(refused, 400, "invalid_request_error", "previous_response_not_found", "previous_response_id")
+    assert responded(service, model=TINY, max_output_tokens=1, previous_response_id=second["id"])
+    assert service.send("DELETE", paths.RESPONSES).json()["deleted"] >= 2
+    assert service.send("GET", path(second)).status == 404
+
+
+def test_a_response_that_is_not_to_be_stored_is_not(service: Service) -> None:
+    found = both(service, model=TINY, max_output_tokens=1, store=False)
+    assert found["store"] is False
+    assert service.send("GET", path(found)).status == 404
+
+
+def test_an_id_names_no_other_key(service: Service) -> None:
+    found = responded(service, model=TINY, max_output_tokens=1)
+    for other in (found["id"].upper(), found["id"] + "0", f":{found['id']}", "*", "%2A", found["id"] + "%0A"):
+        assert service.send("GET", f"{paths.RESPONSES}/{other}").status == 404
 
 
 def endless() -> dict[str, Any]:

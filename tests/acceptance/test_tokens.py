@@ -10,6 +10,7 @@ import pytest
 
 from shared.synthetic import models as synthetic
 from tests.support.chat import CHAT, ENDLESS, answered, ask, chunks
+from tests.support.responses import respond, responded
 from tests.support.service import PATIENCE_S, STATUS, TINY, Client, Reply, Running, Service, error, up
 
 MANAGE, ALICE, BOB, UNNAMED = "t-manage-61c0", "t-alice-9f2e", "t-bob-77aa", "t-unnamed-03d1"
@@ -103,6 +104,15 @@ def test_an_answer_ends_at_the_configured_number_of_tokens(service: Service, mod
 def test_clients_share_prompts_if_the_operator_allows_it(service: Service, model: str) -> None:
     alice, bob = (answered(as_client(service, token), max_tokens=1)["usage"] for token in (ALICE, BOB))
     assert bob["prompt_tokens_details"]["cached_tokens"] == alice["prompt_tokens"] - 1
+
+
+def test_a_stored_response_belongs_to_one_client(service: Service, model: str) -> None:
+    alice, bob = as_client(service, ALICE), as_client(service, BOB)
+    id_ = responded(alice, model=model, max_output_tokens=1)["id"]
+    assert bob.send("GET", f"/v1/responses/{id_}").status == bob.send("DELETE", f"/v1/responses/{id_}").status == 404
+    assert respond(bob, model=model, previous_response_id=id_).json()["error"]["code"] == "previous_response_not_found"
+    assert bob.send("DELETE", "/v1/responses").json()["deleted"] == 0
+    assert alice.send("GET", f"/v1/responses/{id_}").json()["id"] == id_
 
 
 def test_nothing_that_a_client_sends_is_logged(service: Service) -> None:

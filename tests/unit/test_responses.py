@@ -48,7 +48,7 @@ def asked(**fields: Any) -> bytes:
 
 def form(**fields: Any) -> Responding:
     request = decoded(asked(**fields))
-    return Responding(begun(request, functions(request), "acme/tiny", Sampling()))
+    return Responding(begun(request, functions(request), "acme/tiny", Sampling(), stores=False))
 
 
 def streamed(deltas: list[Delta], **fields: Any) -> Any:
