@@ -422,6 +422,7 @@ def _functions(request: ChatRequest) -> tuple[str, list[Function]]:
         field, functions = "functions", {f"functions[{i}]": each for i, each in enumerate(request.functions)}
     else:
         field, functions = "tools", {}
+        ignored = set[str]()
         for i, tool in enumerate(request.tools or []):
             path = f"tools[{i}]"
             if tool.type == "function":
@@ -431,7 +432,9 @@ def _functions(request: ChatRequest) -> tuple[str, list[Function]]:
             elif tool.type not in HOSTED:
                 raise NotSupported(f"'{path}.type': tools of type '{tool.type}' are not supported.", param=path)
             else:
-                log.get("api").info("tool ignored", action="tool_ignored", type=tool.type)
+                ignored.add(tool.type)
+        if ignored:
+            log.get("api").info("tools ignored", action="tools_ignored", types=sorted(ignored))
     if len(functions) > MOST_TOOLS:
         raise InvalidValue(f"'{field}': expected at most {MOST_TOOLS}, got {len(functions)}.", param=field)
     check_functions(functions)

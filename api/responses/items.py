@@ -90,6 +90,8 @@ def messages(given: str | list[msgspec.Raw], earlier: list[Message]) -> list[Mes
     for i, raw in enumerate(given):
         _add(made, bytes(raw), f"input[{i}]")
         made.check_size(len(given) - i - 1)
+    if made.ignored:
+        log.get("api").info("items ignored", action="items_ignored", types=sorted(made.ignored))
     found = made.whole()
     if len(found) == len(earlier):
         raise InvalidValue("'input': expected a text, or a list with at least one item.", param="input")
@@ -100,6 +102,7 @@ class Conversation:
     """Messages, of which the assistant's are put together from several items."""
 
     def __init__(self, earlier: list[Message]) -> None:
+        self.ignored = set[str]()  # types of the items that were left out
         self._messages = [*earlier]
         self._n_pieces = len(earlier)
         self._clear()
@@ -198,8 +201,7 @@ def _add(made: Conversation, raw: bytes, path: str) -> None:
         case "item_reference":
             raise NotSupported(f"'{path}': references to items are not supported by this server.", param=path)
         case kind:
-            name = kind if kind in IGNORED else "unknown"
-            log.get("api").info("item ignored", action="item_ignored", type=name)
+            made.ignored.add(kind if kind in IGNORED else "unknown")
 
 
 def _id(item: _ShellCall | _ShellResult, path: str) -> str:

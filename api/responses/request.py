@@ -187,6 +187,7 @@ def functions(asked: ResponseRequest) -> list[FunctionTool]:
     Raises IntegrationsRefused, and MissingParameter, InvalidType, InvalidValue and NotSupported.
     """
     found: dict[str, FunctionTool] = {}
+    ignored = set[str]()
     for i, raw in enumerate(asked.tools or []):
         path = f"tools[{i}]"
         kind = known(bytes(raw), _Tool, (), path).type
@@ -195,7 +196,9 @@ def functions(asked: ResponseRequest) -> list[FunctionTool]:
         elif kind == "mcp":
             raise IntegrationsRefused("This server does not call MCP servers: call them in the client.", param="tools")
         else:
-            log.get("api").info("tool ignored", action="tool_ignored", type=kind if kind in IGNORED else "unknown")
+            ignored.add(kind if kind in IGNORED else "unknown")
+    if ignored:
+        log.get("api").info("tools ignored", action="tools_ignored", types=sorted(ignored))
     check_functions({path: _function(tool) for path, tool in found.items()})
     return [*found.values()]
 

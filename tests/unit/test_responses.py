@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from api.openai.errors import OpenAIError, OpenAIErrorReply
 from api.openai.request import MOST_PIECES, generate
@@ -435,3 +436,15 @@ def refused(items: list[Any]) -> str:
     except InvalidRequest as e:
         return str(e.param)
     return "input"
+
+
+def test_what_is_left_out_is_one_line_in_the_log() -> None:
+    """A request has as many items as fit: a line for each would occupy the process, and fill the log."""
+    items = [{"type": "web_search_call"}, {"type": "secret"}] * 100
+    tools = [{"type": "web_search"}, {"type": "secret"}] * 100
+    with capture_logs() as logged:
+        order(input=[*items, {"role": "user", "content": ""}], tools=tools)
+    assert [(line["action"], line["types"]) for line in logged] == [
+        ("tools_ignored", ["unknown", "web_search"]),
+        ("items_ignored", ["unknown", "web_search_call"]),
+    ]
