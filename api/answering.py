@@ -130,7 +130,7 @@ class Answering:
                     held.push_async_exit(attempt.pop_all())
                     return answer
                 case Refused():
-                    raise refusal(message, ask.prompt)
+                    raise refusal(message, ask.prompt, has_texts=ask.type == "embedding")
                 case Failed():
                     raise RequestFailed(message.message)
                 case Started() | Deltas() | Vectors() | Text() | Tokens() | Described() | Ended():
@@ -174,15 +174,15 @@ def told(message: FromRunner) -> Deltas | Vectors | Ended | None:
             assert_never(message)
 
 
-def refusal(refused: Refused, prompt: str = "") -> ServiceError:
-    """Return the error for a request that the runner refused.  `prompt` is the field with the prompt."""
+def refusal(refused: Refused, prompt: str = "", *, has_texts: bool = False) -> ServiceError:
+    """Return the error for a request that the runner refused.  `prompt` is the field with the prompt, or with texts."""
     match refused.code:
         case "invalid_request":
             return InvalidValue(refused.message, param=refused.param or UNSET)
         case "wrong_type":
             return WrongModelType(refused.message, param=refused.param or UNSET)
         case "context_length_exceeded":
-            return context_length_exceeded(refused.prompt_tokens, refused.context_length, prompt)
+            return context_length_exceeded(refused.prompt_tokens, refused.context_length, prompt, is_text=has_texts)
         case "queue_full":
             return QueueFull(refused.message, refused.retry_after_s)
         case "queue_timeout":

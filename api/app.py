@@ -36,6 +36,7 @@ from api.routes import ROUTES
 from api.state import State
 from shared.settings import Settings, is_loopback, redis_url
 from shared.store.connection import connected
+from shared.store.responses import Responses
 from shared.store.store import Store
 from shared.telemetry import log, trace
 from shared.telemetry.tally import Tally, named
@@ -143,6 +144,12 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 follower=follower,
                 stopper=Stopper(store.instances, records, follower, settings.unload_wait_s),
                 downloads=Downloads(roster, store.queue, store.downloads, store.instances),
+                responses=Responses(
+                    redis,
+                    most=settings.responses,
+                    most_bytes=settings.responses_bytes,
+                    retain_s=settings.responses_retain_s,
+                ),
                 listing=Listing(roster, store.instances),
                 ids=Ids(roster, store.instances),
                 answering=answering,

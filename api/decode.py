@@ -96,9 +96,9 @@ def object_of(body: bytes) -> dict[str, Any]:
     return value
 
 
-def known(body: bytes, kind: type[T], large: Collection[str]) -> T:
+def known(body: bytes, kind: type[T], large: Collection[str], within: str = "") -> T:
     """Decode a JSON object of which unknown keys are ignored, at any depth.  A float without a fraction is accepted as
-    an integer, at the top level.
+    an integer, at the top level.  `within` is the place of the object in the body, for errors.
 
     What is ignored is not kept, because millions of small values would occupy this process for seconds.  For the same
     reason the fields that are not in `large` are bounded.  Raises InvalidJSON, BodyTooLarge, and MissingParameter,
@@ -116,7 +116,7 @@ def known(body: bytes, kind: type[T], large: Collection[str]) -> T:
     if not isinstance(problem, str):
         return problem
     text, _, place = problem.partition(" - at `$.")
-    path = place.removesuffix("`")
+    path = ".".join(filter(None, (within, place.removesuffix("`"))))
     missing = re.fullmatch(r"Object missing required field `(\w+)`.*", text)
     if missing is not None:
         path = f"{path}.{missing[1]}" if path else missing[1]

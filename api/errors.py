@@ -57,6 +57,7 @@ STATUS: dict[str, int] = {
     "service_unavailable": 503,
     "internal_error": 500,
     "not_implemented": 501,
+    "not_implemented/integrations_not_supported": 403,
 }
 Family = Literal["native", "openai", "anthropic"]
 OPENAI = ("/v1", "/api/v0", "/rerank", "/reranking", "/tokenize", "/tokenizer_info", "/detokenize", "/apply-template")

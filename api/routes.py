@@ -18,6 +18,7 @@ from starlette.routing import Route
 from api import unserved
 from api.access import guarded
 from api.anthropic import models as anthropic
+from api.anthropic.messages import count_tokens, messages
 from api.decode import decode, read_body
 from api.downloads import routes as downloads
 from api.headers import (
@@ -46,6 +47,7 @@ from api.openapi.document import docs_page, openapi_json
 from api.pool.estimate import asked_of_hub, estimated, estimated_by_hub
 from api.pool.metrics import CONTENT_TYPE, scraped
 from api.rerank.routes import rerank
+from api.responses import routes as responses
 from api.state import State
 from api.tokens.routes import apply_template, detokenize, input_tokens, tokenize, tokenizer_info
 from api.waiting import EventStream, waited_for
@@ -64,7 +66,15 @@ class _Key(PathConvertor):
     regex = r"(?!(?:load|unload|estimate|download)$|(?:load|download)/status(?:/|$)).+"
 
 
+class _ResponseId(PathConvertor):
+    """The id of a response: a part of the path, unless that is another route's."""
+
+    regex = r"(?!input_tokens$)[^/]+"
+
+
 register_url_convertor("key", _Key())
+register_url_convertor("response", _ResponseId())
+KINDS = {paths.MODEL: "key", paths.RESPONSE: "response"}  # of placeholders, which otherwise take the rest of the path
 
 
 class Requested(NamedTuple):
@@ -234,9 +244,8 @@ async def root(request: Request[State]) -> Response:
 
 
 def _rest(path: str, endpoint: Callable[[Request[State]], Awaitable[Response]], method: str = "GET") -> Route:
-    """Return a route whose placeholder takes the rest of the path, with the path as the document has it."""
-    kind = "key" if path == paths.MODEL else "path"
-    route = Route(path.replace("}", f":{kind}}}"), endpoint, methods=[method])
+    """Return a route whose placeholder is of its kind in KINDS, with the path as the document has it."""
+    route = Route(path.replace("}", f":{KINDS.get(path, 'path')}}}"), endpoint, methods=[method])
     route.path = path
     return route
 
@@ -260,6 +269,13 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.RESUME_DOWNLOAD, downloads.resume, methods=["POST"]),
     _rest(paths.MODEL, downloads.remove_model, "DELETE"),
     Route(paths.CHAT_COMPLETIONS, chat_completions, methods=["POST"]),
+    Route(paths.RESPONSES, responses.create, methods=["POST"]),
+    Route(paths.RESPONSES_INPUT_TOKENS, responses.input_tokens, methods=["POST"]),
+    _rest(paths.RESPONSE, responses.stored),
+    _rest(paths.RESPONSE, responses.delete, "DELETE"),
+    Route(paths.RESPONSES, responses.delete_all, methods=["DELETE"]),
+    Route(paths.MESSAGES, messages, methods=["POST"]),
+    Route(paths.COUNT_TOKENS, count_tokens, methods=["POST"]),
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
     Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),
     *(Route(path, rerank, methods=["POST"]) for path in paths.RERANKS),

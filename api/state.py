@@ -19,6 +19,7 @@ from api.pool.roster import Roster
 from api.replies import Bodies, OpenReplies
 from shared.store.counters import Counters
 from shared.store.queue import Queue
+from shared.store.responses import Responses
 from shared.store.workers import Workers
 from shared.telemetry.tally import Tally
 from shared.tokens import Scope
@@ -33,6 +34,7 @@ class State(TypedDict):
     follower: Follower
     stopper: Stopper
     downloads: Downloads
+    responses: Responses
     listing: Listing
     ids: Ids
     answering: Answering

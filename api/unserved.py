@@ -14,15 +14,8 @@ from shared.errors import NotImplementedYet
 
 UNSERVED = (
     # ---- OpenAI
-    ("POST", "/v1/responses"),
-    ("POST", "/v1/responses/input_tokens"),
-    ("GET", "/v1/responses/{response_id}"),
-    ("DELETE", "/v1/responses/{response_id}"),
     ("POST", "/v1/responses/{response_id}/cancel"),
     ("GET", "/v1/responses/{response_id}/input_items"),
-    # ---- Anthropic
-    ("POST", "/v1/messages"),
-    ("POST", "/v1/messages/count_tokens"),
     # ---- LM Studio
     ("POST", "/api/v1/chat"),
 )

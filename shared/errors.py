@@ -114,6 +114,12 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class PreviousResponseNotFound(InvalidRequest):
+    """There is no stored response with the id of `previous_response_id`."""
+
+    code = "previous_response_not_found"
+
+
 class InvalidAPIKey(InvalidRequest):
     """The bearer token is missing or invalid."""
 
@@ -184,6 +190,10 @@ class NotFound(ServiceError):
     type = "not_found"
 
 
+class ResponseNotFound(NotFound):
+    """There is no stored response with this id."""
+
+
 class MethodNotAllowed(ServiceError):
     """The path does not support this method."""
 
@@ -201,6 +211,13 @@ class UnsupportedOperation(ServiceError):
 
     type = "not_implemented"
     code = "unsupported_operation"
+
+
+class IntegrationsRefused(ServiceError):
+    """The request asks this server to call other servers, which it never does."""
+
+    type = "not_implemented"
+    code = "integrations_not_supported"
 
 
 class ChatUnavailable(ServiceError):
@@ -290,20 +307,19 @@ def crashed_recently(model_type: str, model: str, reason: str, left_s: int) -> L
     return LoadFailed("engine_crashed", model_type, model, sentence, retry_after_s=left_s)
 
 
-ONE_BATCH = ("input", "documents", "texts")  # fields with texts of which each must fit
-
-
-def context_length_exceeded(n_prompt_tokens: int, n_ctx: int, param: str) -> ContextLengthExceeded:
-    """Return the error for a prompt that does not fit.
+def context_length_exceeded(
+    n_prompt_tokens: int, n_ctx: int, param: str, *, is_text: bool = False
+) -> ContextLengthExceeded:
+    """Return the error for a prompt that does not fit.  `is_text`: it is one of several texts, of which each must fit.
 
     Clients recognize it by its words: OpenAI's come first, then those of llama.cpp's server.
     """
-    what = "input" if param in ONE_BATCH else "messages"
+    what = "input" if is_text else "messages"
     sentence = (
         f"This model's maximum context length is {n_ctx} tokens. However, your {what} resulted in {n_prompt_tokens} "
         f"tokens. The request ({n_prompt_tokens} tokens) exceeds the available context size ({n_ctx} tokens)."
     )
-    if param in ONE_BATCH:
+    if is_text:
         sentence += f" A text ({n_prompt_tokens} tokens) is too large to process."
     return ContextLengthExceeded(sentence, param=param, n_prompt_tokens=n_prompt_tokens, n_ctx=n_ctx)
 

@@ -351,6 +351,35 @@ class Settings(Struct, frozen=True, kw_only=True):
             "on or off",
         ),
     ] = "off"
+    responses: Annotated[
+        int,
+        setting(
+            "maximum number of responses that are stored for one token, for requests that continue them; the oldest "
+            "are removed first; 0: none are stored",
+            "an integer from 0 to 10000",
+            ge=0,
+            le=10_000,
+        ),
+    ] = 1000
+    responses_bytes: Annotated[
+        int,
+        setting(
+            "maximum size of the responses that are stored for one token, with their conversations, in bytes of Redis' "
+            "memory",
+            "an integer from 1024 to 1073741824",
+            ge=1024,
+            le=1 << 30,
+        ),
+    ] = 64 << 20
+    responses_retain_s: Annotated[
+        int,
+        setting(
+            "time for which a response is stored, in seconds",
+            "an integer from 1 to 31536000",
+            ge=1,
+            le=365 * 86400,
+        ),
+    ] = 86400
     downloads: Annotated[
         Literal["on", "off"],
         setting(

@@ -151,6 +151,12 @@ class Legacy:
         more = LastAdditions(usage=CompletionUsage.of(usage), **structs.asdict(self._additions(usage)))
         return b"".join(map(self._form.added, others)) + _with(self._form.added(last), more) + DONE
 
+    def waiting(self) -> bytes:
+        return self._form.waiting()
+
+    def failed(self, error: Struct) -> bytes:
+        return self._form.failed(error)
+
     def _note(self, delta: Delta) -> None:
         if delta.stop is not None:
             has_calls = delta.finish == "tool_calls"

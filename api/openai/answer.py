@@ -17,6 +17,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from shared.channel.messages import Delta, Finish, TokenLogprobs, ToolDelta, Usage
 
 DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b":\n\n"  # a bare comment: some clients take ": text" for the end of the stream
 
 
 TokenText = Annotated[
@@ -324,7 +325,17 @@ class Collected:
         )
 
 
-class Chat:
+class Events:
+    """What the streams of all of OpenAI's forms do alike."""
+
+    def waiting(self) -> bytes:
+        return HEARTBEAT
+
+    def failed(self, error: Struct) -> bytes:
+        return b"data: %b\n\n" % msgspec.json.encode(error)
+
+
+class Chat(Events):
     """The form of one reply."""
 
     def __init__(self, heading: Heading, choices: int, *, with_usage: bool) -> None:
@@ -387,19 +398,20 @@ def _called(tool: ToolDelta) -> list[CallDelta]:
 
 
 def _logprobs(tokens: list[TokenLogprobs]) -> Logprobs | None:
-    if not tokens:
-        return None
-    return Logprobs(
-        [
-            TokenInfo(
-                token=_text(one.token),
-                logprob=one.logprob,
-                bytes=[*one.token],
-                top_logprobs=[Alternative(_text(other.token), other.logprob, [*other.token]) for other in one.top],
-            )
-            for one in tokens
-        ]
-    )
+    return Logprobs(token_infos(tokens)) if tokens else None
+
+
+def token_infos(tokens: list[TokenLogprobs]) -> list[TokenInfo]:
+    """Return tokens as clients read them."""
+    return [
+        TokenInfo(
+            token=_text(one.token),
+            logprob=one.logprob,
+            bytes=[*one.token],
+            top_logprobs=[Alternative(_text(other.token), other.logprob, [*other.token]) for other in one.top],
+        )
+        for one in tokens
+    ]
 
 
 def _text(token: bytes) -> str:

@@ -11,7 +11,7 @@ from api.answering import Ask
 from api.decode import read_any
 from api.openai.answer import Chat, Heading
 from api.openai.fields import check_choices, ttl_s
-from api.openai.reply import Around, Form, check_draining, plain, reply
+from api.openai.reply import Around, BeforeEnd, Form, FormOf, at_once, check_draining, plain, reply
 from api.openai.request import ChatRequest, beginning, decoded, generate
 from api.pool.roster import Roster
 from api.state import State
@@ -30,22 +30,35 @@ async def answer_chat(request: Request[State], around: Around = plain) -> Respon
     """Answer a conversation, in a form around that of this API."""
     check_draining(request)
     asked = decoded(await read_any(request, request.state["max_body_bytes"]))
+    roster = request.state["roster"]
+
+    def form(instance: Instance, _: int) -> Form:
+        heading = Heading(instance.instance_id, roster.fingerprint(instance.worker))
+        return around(instance, Chat(heading, asked.n or 1, with_usage=asked.wants_usage))
+
+    return await answer(request, asked, form)
+
+
+async def answer(
+    request: Request[State],
+    asked: ChatRequest,
+    form: FormOf,
+    before_end: BeforeEnd = at_once,
+    *,
+    prompt: str = MESSAGES,
+) -> Response:
+    """Answer a decoded request, in a form of any API.  `prompt` is the field with the conversation, for errors."""
     caller, roster = request.state["caller"], request.state["roster"]
     ask = Ask(
         model=asked.model,
         order=partial(_order, asked, caller, roster),
         route=request.scope["route"].path,
-        prompt=MESSAGES,
+        prompt=prompt,
         beginning=beginning(asked, caller),
         ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],
     )
-
-    def form(instance: Instance) -> Form:
-        heading = Heading(instance.instance_id, roster.fingerprint(instance.worker))
-        return around(instance, Chat(heading, asked.n or 1, with_usage=asked.wants_usage))
-
-    return await reply(request, ask, form, streams=bool(asked.stream))
+    return await reply(request, ask, form, before_end, streams=bool(asked.stream))
 
 
 def _order(asked: ChatRequest, client: str, roster: Roster, instance: Instance) -> Generate:

@@ -83,7 +83,7 @@ async def continue_prompts(request: Request[State], around: Around = plain) -> R
         traceparent=request.state["traceparent"],
     )
 
-    def form(instance: Instance) -> Form:
+    def form(instance: Instance, _: int) -> Form:
         text = Text(
             instance.instance_id,
             roster.fingerprint(instance.worker),

@@ -17,7 +17,10 @@ TYPES = {
     503: "unavailable_error",
 }
 # By our code, or by our type if there is no code.  Other codes are used as they are; other types have no code.
-TYPES_OF_CODES = {"context_length_exceeded": "exceed_context_size_error"}  # llama.cpp's, by which clients know it
+TYPES_OF_CODES = {
+    "context_length_exceeded": "exceed_context_size_error",  # llama.cpp's, by which clients know it
+    "integrations_not_supported": "invalid_request_error",  # LM Studio's
+}
 CODES = {
     "body_too_large": "request_too_large",
     "engine_crashed": "model_load_failed",

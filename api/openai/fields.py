@@ -170,11 +170,11 @@ def _biases(given: dict[str, float] | list[list[Any]] | None) -> dict[int, float
     return biases
 
 
-def stops(given: str | list[str] | None) -> list[str]:
-    """Return the stop strings.  Raises InvalidValue."""
+def stops(given: str | list[str] | None, param: str = "stop") -> list[str]:
+    """Return the stop strings.  `param` is their field, for errors.  Raises InvalidValue."""
     texts = [given] if isinstance(given, str) else (given or [])
     if len(texts) > MOST_STOPS:
-        raise InvalidValue(f"'stop': expected at most {MOST_STOPS} strings, got {len(texts)}.", param="stop")
+        raise InvalidValue(f"'{param}': expected at most {MOST_STOPS} strings, got {len(texts)}.", param=param)
     if "" in texts:
-        raise InvalidValue("'stop': a string must not be empty.", param="stop")
+        raise InvalidValue(f"'{param}': a string must not be empty.", param=param)
     return texts

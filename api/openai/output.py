@@ -22,7 +22,7 @@ def output(response_format: Any, grammar: Any, json_schema: Any) -> Schema | Gra
     """Return the form of answers, from the fields of a request; None: any text.  Raises InvalidValue."""
     wanted = [
         form
-        for form in (_of_format(response_format), _of_grammar(grammar), _of_schema(json_schema, "json_schema"))
+        for form in (_of_format(response_format), _of_grammar(grammar), of_schema(json_schema, "json_schema"))
         if form is not None
     ]
     if len(wanted) > 1:
@@ -39,18 +39,19 @@ def _of_format(response_format: Any) -> Schema | None:
             return None
         case {"type": "json_object"}:
             schema = response_format.get("schema")
-            return _of_schema(ANY_OBJECT if schema is None else schema, f"{param}.schema")
+            return of_schema(ANY_OBJECT if schema is None else schema, f"{param}.schema")
         case {"type": "json_schema"}:
             given = response_format.get("json_schema")
             schema = given.get("schema") if isinstance(given, dict) else None
             if schema is None:
                 raise InvalidValue(f"'{param}.json_schema.schema' is required.", param=f"{param}.json_schema.schema")
-            return _of_schema(schema, f"{param}.json_schema.schema")
+            return of_schema(schema, f"{param}.json_schema.schema")
         case _:
             raise InvalidValue(f"'{param}.type': expected one of 'text', 'json_object', 'json_schema'.", param=param)
 
 
-def _of_schema(schema: Any, param: str) -> Schema | None:
+def of_schema(schema: Any, param: str) -> Schema | None:
+    """Return the form that a schema describes.  `param` is its field, for errors.  Raises InvalidValue."""
     if schema is None:
         return None
     if not isinstance(schema, dict):

@@ -205,11 +205,18 @@ def decoded(body: bytes) -> ChatRequest:
 
     Raises InvalidJSON, InvalidType, InvalidValue, MissingParameter, and NotSupported for what this server does not do.
     """
-    request = known(body, ChatRequest, {"messages"})
+    return checked(known(body, ChatRequest, {"messages"}))
+
+
+def checked(request: ChatRequest, form: str = "response_format") -> ChatRequest:
+    """Return a request, if it is valid beyond its types.  `form` is the field with the form of answers, for errors.
+
+    Raises InvalidType, InvalidValue and NotSupported.
+    """
     if depth(request.chat_template_kwargs) > DEEPEST - 2:  # those of the conversation and of this object
         param = "chat_template_kwargs"
         raise InvalidValue(f"'{param}': a conversation is nested at most {DEEPEST} levels deep.", param=param)
-    _check(request)
+    _check(request, form)
     n_pieces = len(request.messages) + sum(
         len(one.content) for one in request.messages if isinstance(one.content, list)
     )
@@ -260,7 +267,7 @@ def beginning(request: ChatRequest, client: str) -> bytes:
     return client.encode() + msgspec.json.encode(messages[: first + 1])
 
 
-def _check(request: ChatRequest) -> None:
+def _check(request: ChatRequest, form: str) -> None:
     for param in ("max_tokens", "max_completion_tokens", "n_predict"):
         if getattr(request, param) == 0:
             raise InvalidValue(f"'{param}': expected a number > 0, or -1 for no limit, got 0.", param=param)
@@ -282,7 +289,7 @@ def _check(request: ChatRequest) -> None:
     if output(request.response_format, request.grammar, request.json_schema) is not None:
         other = "that continues a message" if _continues(request) else "with tools" if has_tools else ""
         if other:
-            raise NotSupported(f"'response_format': an answer {other} cannot have a form.", param="response_format")
+            raise NotSupported(f"'{form}': an answer {other} cannot have a form.", param=form)
 
 
 def _continues(request: ChatRequest) -> bool:
@@ -298,7 +305,7 @@ def _check_message(message: Message, path: str) -> None:
         raise InvalidValue(f"'{path}.name' is required.", param=f"{path}.name")
     if message.role == "assistant":
         for i, call in enumerate(_calls(message)):
-            _arguments(call.function, f"{path}.tool_calls[{i}].function.arguments")
+            arguments(call.function, f"{path}.tool_calls[{i}].function.arguments")
     elif message.content is None:
         raise InvalidValue(f"'{path}.content' is required.", param=f"{path}.content")
     for i, part in enumerate(message.content if isinstance(message.content, list) else []):
@@ -332,7 +339,7 @@ def _rendered(message: Message) -> dict[str, Any]:
             {
                 "id": f"call_{i}" if call.id is None else call.id,
                 "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function, "messages")},
+                "function": {"name": call.function.name, "arguments": arguments(call.function, "messages")},
             }
             for i, call in enumerate(calls)
         ]
@@ -353,7 +360,7 @@ def _legacy_id(name: str | None) -> str:
     return f"call_{name}"
 
 
-def _arguments(function: CalledFunction, path: str) -> str:
+def arguments(function: CalledFunction, path: str) -> str:
     """Return the arguments of an earlier call as text.  Raises InvalidType and InvalidValue."""
     raw = bytes(function.arguments)
     if raw == b"null":
@@ -415,6 +422,7 @@ def _functions(request: ChatRequest) -> tuple[str, list[Function]]:
         field, functions = "functions", {f"functions[{i}]": each for i, each in enumerate(request.functions)}
     else:
         field, functions = "tools", {}
+        ignored = set[str]()
         for i, tool in enumerate(request.tools or []):
             path = f"tools[{i}]"
             if tool.type == "function":
@@ -424,9 +432,20 @@ def _functions(request: ChatRequest) -> tuple[str, list[Function]]:
             elif tool.type not in HOSTED:
                 raise NotSupported(f"'{path}.type': tools of type '{tool.type}' are not supported.", param=path)
             else:
-                log.get("api").info("tool ignored", action="tool_ignored", type=tool.type)
+                ignored.add(tool.type)
+        if ignored:
+            log.get("api").info("tools ignored", action="tools_ignored", types=sorted(ignored))
     if len(functions) > MOST_TOOLS:
         raise InvalidValue(f"'{field}': expected at most {MOST_TOOLS}, got {len(functions)}.", param=field)
+    check_functions(functions)
+    return field, [*functions.values()]
+
+
+def check_functions(functions: dict[str, Function], parameters: str = "parameters") -> None:
+    """Check functions, by their paths.  `parameters` is the field with the schema of each.
+
+    Raises InvalidValue and NotSupported.
+    """
     names = set[str]()
     for path, function in functions.items():
         if not TOOL_NAME.fullmatch(function.name):
@@ -434,8 +453,7 @@ def _functions(request: ChatRequest) -> tuple[str, list[Function]]:
         if function.name in names:
             raise InvalidValue(f"'{path}.name': '{function.name}' is there twice.", param=f"{path}.name")
         names.add(function.name)
-        _check_parameters(function, f"{path}.parameters")
-    return field, [*functions.values()]
+        _check_parameters(function, f"{path}.{parameters}")
 
 
 def _named(choice: str | dict[str, Any] | None, field: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from api.openai.answer import DONE, CompletionUsage, Created, Fingerprint, Id, ModelId, Timings
+from api.openai.answer import DONE, CompletionUsage, Created, Events, Fingerprint, Id, ModelId, Timings
 from shared.channel.messages import Delta, Finish, TokenLogprobs, Usage
 
 Log = Annotated[float, Meta(description="Natural logarithm of a probability, before sampling changed it.")]
@@ -158,7 +158,7 @@ class _Answer:
         return max(0, at)
 
 
-class Text:
+class Text(Events):
     """The form of one reply."""
 
     def __init__(self, model: str, fingerprint: str, *, prompts: int, choices: int, with_usage: bool) -> None:

@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from api.access import ACCESS, Access
+from api.anthropic import answer as messages
+from api.anthropic.errors import OVERLOADED, AnthropicErrorReply
 from api.anthropic.models import AnthropicModel, AnthropicModelList
 from api.errors import ErrorReply, shaped, status_of
 from api.lmstudio.answers import LegacyChunk, LegacyTextChunk
@@ -34,6 +36,8 @@ from api.openapi.operations import (
     schema_of,
 )
 from api.rerank.forms import RankedText, Ranking
+from api.responses.events import Event
+from api.responses.response import Item, Part
 from shared import __version__, errors
 from shared.errors import DownloadFailure, ErrorBody, LoadFailure, ServiceError
 from shared.schema.http import DownloadEvent, LoadEvent
@@ -44,7 +48,17 @@ Loads GGUF models into memory on request. All errors below `/api/v1` have the sa
 API, and below `/v1/messages` that of Anthropic's. Programs should use `type` and `code`, which never change."""
 
 WITH_RETRY_AFTER = {
-    status_of(ErrorBody(type=kind.type, message="")) for kind in (errors.TooManyRequests, errors.ServiceUnavailable)
+    OVERLOADED,
+    *(status_of(ErrorBody(type=kind.type, message="")) for kind in (errors.TooManyRequests, errors.ServiceUnavailable)),
+}
+TAGGED = {  # unions by the meaning of their tags: msgspec adds these fields without a description
+    LoadEvent: "Name of the event.",
+    messages.Event: "Name of the event.",
+    messages.Block: "Kind of the block.",
+    messages.BlockDelta: "Kind of the addition.",
+    Event: "Name of the event.",
+    Item: "Kind of the item.",
+    Part: "Kind of the part.",
 }
 EVERY_PATH = "/api/v1"  # as an example of all
 EVERYWHERE = (errors.InvalidValue, errors.ForbiddenHost, ServiceError)
@@ -56,8 +70,9 @@ def document() -> dict[str, Any]:
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation)
     schemas = msgspec.json.schema_components(_types(), schema_hook=anything, ref_template=REF)[1]
-    for kind in get_args(LoadEvent):  # msgspec adds the field of the tag, without a description
-        schemas[kind.__name__]["properties"]["type"]["description"] = "Name of the event."
+    for union, meaning in TAGGED.items():
+        for kind in get_args(union):
+            schemas[kind.__name__]["properties"]["type"]["description"] = meaning
     for kind, example in EXAMPLES.items():
         schemas[kind.__name__] |= {"additionalProperties": kind in OPEN, "examples": [example]}
     return {
@@ -186,7 +201,18 @@ def _types() -> list[Any]:
         LegacyChunk,
         LegacyTextChunk,
     )  # in schemas of several types
-    return [*EXAMPLES, *sent, *named, LoadEvent, DownloadEvent, ErrorReply, OpenAIErrorReply]
+    return [
+        *EXAMPLES,
+        *sent,
+        *named,
+        LoadEvent,
+        DownloadEvent,
+        messages.Event,
+        Event,
+        ErrorReply,
+        OpenAIErrorReply,
+        AnthropicErrorReply,
+    ]
 
 
 @cache

@@ -7,7 +7,12 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
+from api.anthropic.answer import AnthropicMessage
+from api.anthropic.answer import Event as MessageEvent
+from api.anthropic.errors import AnthropicErrorReply
+from api.anthropic.messages import TokenCount
 from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
+from api.anthropic.request import MessagesRequest
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
 from api.lmstudio.answers import LegacyChunk, LegacyCompletion, LegacyTextChunk, LegacyTextCompletion
 from api.lmstudio.models import LegacyModel, LegacyModelList
@@ -19,6 +24,9 @@ from api.openai.models import OpenAIModel, OpenAIModelList
 from api.openai.request import ChatRequest
 from api.openai.text import TextChunk, TextCompletion
 from api.rerank.forms import RankedText, Ranking, RerankRequest
+from api.responses.events import Event
+from api.responses.request import ResponseRequest
+from api.responses.response import DeletedResponse, DeletedResponses, ResponseObject
 from api.tokens.forms import (
     CountReply,
     DetokenizeReply,
@@ -98,6 +106,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "The id of a load or a download, from the reply to its request.",
         "schema": {"type": "string"},
     },
+    "response_id": {
+        "in": "path",
+        "required": True,
+        "description": "The id of a response, from its reply.",
+        "schema": {"type": "string"},
+    },
     "wait": {
         "in": "query",
         "description": f"Wait up to this many seconds for the load to end. The maximum is {LONGEST_WAIT_S}; larger "
@@ -175,7 +189,15 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 OPEN: frozenset[type[Struct]] = frozenset(
-    {ChatRequest, TokenizeRequest, DetokenizeRequest, EmbeddingRequest, RerankRequest}
+    {
+        ChatRequest,
+        MessagesRequest,
+        ResponseRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        EmbeddingRequest,
+        RerankRequest,
+    }
 )  # requests of which unknown fields are ignored
 EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     LoadRequest: {"model": "openai/gpt-oss-20b", "context_length": 16384, "echo_load_config": True},
@@ -183,6 +205,12 @@ EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     DownloadRequest: {"model": "ggml-org/gpt-oss-20b-GGUF", "quantization": "MXFP4"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
+    ResponseRequest: {"model": "openai/gpt-oss-20b", "input": "Hello!", "stream": True},
+    MessagesRequest: {
+        "model": "openai/gpt-oss-20b",
+        "max_tokens": 60,
+        "messages": [{"role": "user", "content": "Hello!"}],
+    },
     CompletionRequest: {"model": "openai/gpt-oss-20b", "prompt": "Once upon a time", "max_tokens": 60},
     TokenizeRequest: {"model": "openai/gpt-oss-20b", "content": "Hello!", "with_pieces": True},
     EmbeddingRequest: {"model": "nomic-ai/nomic-embed-text-v1.5", "input": ["The sky is blue.", "Grass is green."]},
@@ -282,6 +310,47 @@ PROGRESS = {
                 "type": "string",
                 "contentMediaType": JSON,
                 "contentSchema": schema_of(DownloadEvent),
+                "description": "The event.",
+            },
+        },
+        "required": ["event", "data"],
+    }
+}
+
+RESPONDING = {
+    SSE: {
+        "type": "object",
+        "description": "One event, whose name is the `type` of its data. The last event is `response.completed`, "
+        "`response.incomplete` or `response.failed`. The stream also contains comment lines.",
+        "properties": {
+            "event": {
+                "enum": [kind.__struct_config__.tag for kind in get_args(Event)],
+                "description": "Name of the event.",
+            },
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": schema_of(Event),
+                "description": "The event.",
+            },
+        },
+        "required": ["event", "data"],
+    }
+}
+MESSAGE = {
+    SSE: {
+        "type": "object",
+        "description": "One event, whose name is the `type` of its data. The last event is either `message_stop` or "
+        "`error`.",
+        "properties": {
+            "event": {
+                "enum": [*(kind.__struct_config__.tag for kind in get_args(MessageEvent)), "error"],
+                "description": "Name of the event.",
+            },
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": either(MessageEvent, AnthropicErrorReply),
                 "description": "The event.",
             },
         },
@@ -525,6 +594,79 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             )
         },
         errors=(*OF_A_CONVERSATION, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.RESPONSES): Operation(
+        name="create_response",
+        summary="Answer a conversation, in OpenAI's newer form",
+        description="An LLM answers with reasoning, messages and calls of tools, each an item of the response. If it "
+        "is not loaded, the request loads it. With `stream`, the reply is a stream of events. Disconnecting cancels "
+        "the request, and then nothing is stored.",
+        body=ResponseRequest,
+        replies={
+            200: Reply(
+                description="The response; or the event stream, if requested.",
+                content={JSON: ResponseObject, **RESPONDING},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(
+            *OF_A_CONVERSATION,
+            errors.PreviousResponseNotFound,
+            errors.IntegrationsRefused,
+            errors.ContextLengthExceeded,
+        ),
+    ),
+    ("DELETE", paths.RESPONSES): Operation(
+        name="delete_responses",
+        summary="Remove all stored responses",
+        description="Removes those of the token, of whatever route.",
+        replies={200: Reply(description="They are removed.", content={JSON: DeletedResponses})},
+        errors=(errors.QueueUnavailable,),
+    ),
+    ("GET", paths.RESPONSE): Operation(
+        name="get_response",
+        summary="Get a stored response",
+        parameters=("response_id",),
+        replies={200: Reply(description="The response.", content={JSON: ResponseObject})},
+        errors=(errors.ResponseNotFound, errors.NotFound, errors.NotSupported, errors.QueueUnavailable),
+    ),
+    ("DELETE", paths.RESPONSE): Operation(
+        name="delete_response",
+        summary="Remove a stored response",
+        parameters=("response_id",),
+        replies={200: Reply(description="It is removed.", content={JSON: DeletedResponse})},
+        errors=(errors.ResponseNotFound, errors.NotFound, errors.QueueUnavailable),
+    ),
+    ("POST", paths.RESPONSES_INPUT_TOKENS): Operation(
+        name="count_response_input_tokens",
+        summary="Count the tokens of a response's prompt",
+        description="Takes the body of `POST /v1/responses`, and answers how many tokens its prompt has.",
+        body=ResponseRequest,
+        replies={200: Reply(description="The count.", content={JSON: CountReply}, headers=("Loadstone-Instance",))},
+        errors=(*OF_A_CONVERSATION, errors.PreviousResponseNotFound, errors.IntegrationsRefused),
+    ),
+    ("POST", paths.MESSAGES): Operation(
+        name="create_message",
+        summary="Answer a conversation as Anthropic's API does",
+        description="An LLM answers. If it is not loaded, the request loads it. With `stream`, the reply is a stream "
+        "of events. An error after the first byte is the last event. Disconnecting cancels the request.",
+        body=MessagesRequest,
+        replies={
+            200: Reply(
+                description="The answer; or the event stream, if requested.",
+                content={JSON: AnthropicMessage, **MESSAGE},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(*OF_A_CONVERSATION, errors.IntegrationsRefused, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.COUNT_TOKENS): Operation(
+        name="count_message_tokens",
+        summary="Count the tokens of a conversation as Anthropic's API does",
+        description="Takes the body of `POST /v1/messages`, and answers how many tokens its prompt has.",
+        body=MessagesRequest,
+        replies={200: Reply(description="The count.", content={JSON: TokenCount}, headers=("Loadstone-Instance",))},
+        errors=(*OF_A_CONVERSATION, errors.IntegrationsRefused),
     ),
     ("POST", paths.COMPLETIONS): Operation(
         name="create_completion",

@@ -31,7 +31,9 @@ def page(document: dict[str, Any]) -> str:
 
 def curl(document: dict[str, Any], path: str, method: str, operation: dict[str, Any]) -> str:
     """Return a curl command that calls an operation."""
-    words = [f"curl {BASE_URL}{path.format(job_id='load_0d4f', model_id='openai/gpt-oss-20b')}"]
+    words = [
+        f"curl {BASE_URL}{path.format(job_id='load_0d4f', model_id='openai/gpt-oss-20b', response_id='resp_0d4f')}"
+    ]
     if method not in ("get", "post"):
         words.append(f"-X {method.upper()}")
     if [*operation["responses"]["200"]["content"]] == ["text/event-stream"]:

@@ -83,10 +83,15 @@ async def apply_template(request: Request[State]) -> Response:
 
 async def input_tokens(request: Request[State]) -> Response:
     """Return the number of tokens of a conversation."""
-    chat = decoded(await _body(request))
+    instance, n = await counted(request, decoded(await _body(request)))
+    return _json(CountReply(input_tokens=n), instance)
+
+
+async def counted(request: Request[State], chat: ChatRequest) -> tuple[Instance, int]:
+    """Return the number of tokens of a conversation, and the instance that counted them."""
     ask = _about(request, chat, partial(_tokens, request.state["caller"], "count"))
     instance, tokens = await _looked_up(request, ask, Tokens)
-    return _json(CountReply(input_tokens=tokens.n), instance)
+    return instance, tokens.n
 
 
 def _text_tokens(asked: TokenizeRequest, client: str) -> Tokenize:

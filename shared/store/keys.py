@@ -34,6 +34,10 @@
                                                               expires DOWNLOAD_RETAIN_S after the last write
   fetched:{digest}  hash    id of the download and digest of the request of an Idempotency-Key
                                                               expires DOWNLOAD_RETAIN_S after the request
+  response:{client}:{id} hash  response (JSON) and conversation (JSON) of a response, which belongs to a client
+                                                              expires after LOADSTONE_RESPONSES_RETAIN_S
+  responses:{client} zset   id -> creation (microseconds); expires that long after the last write
+  response_bytes:{client} hash  id -> bytes, and "sum" -> those of all; expires that long after the last write
   workers           zset    name -> time of the last beat (seconds); removed after RETAIN_S
   lease:{worker}    string  epoch of its process               expires a lease after its last beat
   worker:{worker}   string  WorkerSnapshot (msgpack)           expires with the lease
@@ -112,6 +116,18 @@ def download_of(target: str) -> str:
 
 def download_idempotency(digest: str) -> str:
     return f"fetched:{digest}"
+
+
+def response(owner: str, id_: str) -> str:
+    return f"response:{owner}:{id_}"
+
+
+def responses_of(owner: str) -> str:
+    return f"responses:{owner}"
+
+
+def response_bytes_of(owner: str) -> str:
+    return f"response_bytes:{owner}"
 
 
 def desired(worker: str) -> str:

@@ -93,6 +93,40 @@ def test_a_stream_is_read_by_the_helper(client: openai.OpenAI) -> None:
     assert text == whole.choices[0].message.content
 
 
+def test_responses_are_read(client: openai.OpenAI) -> None:
+    whole = client.responses.create(model=TINY, input="Hello", temperature=0, max_output_tokens=8)
+    assert whole.output_text
+    assert whole.usage is not None
+    assert whole.usage.output_tokens == 8
+    with client.responses.create(model=TINY, input="Hello", temperature=0, max_output_tokens=8, stream=True) as events:
+        text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert text == whole.output_text
+    counted = client.responses.input_tokens.count(model=TINY, input="Hello")
+    assert counted.input_tokens == whole.usage.input_tokens
+
+
+def test_responses_are_read_by_the_helper(client: openai.OpenAI) -> None:
+    """The helper puts the response together from its events, and fails if one is missing."""
+    parsed = client.responses.parse(model=TINY, input="Hello", text_format=Person)
+    assert isinstance(parsed.output_parsed, Person)
+    with client.responses.stream(model=TINY, input="Hello", text_format=Person) as stream:
+        texts = [event.snapshot for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert texts[-1] == final.output_text
+    assert isinstance(final.output_parsed, Person)
+    again = client.responses.create(
+        model=TINY, input="Go on", max_output_tokens=8, previous_response_id=final.id, temperature=0
+    )
+    assert again.previous_response_id == final.id
+    assert client.responses.retrieve(again.id).output_text == again.output_text
+    client.responses.delete(final.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(final.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model=TINY, input="Hello", previous_response_id="resp_1")
+    assert refused.value.code == "previous_response_not_found"
+
+
 def test_errors_have_the_classes_of_the_library(client: openai.OpenAI, service: Service) -> None:
     long: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "Hello " * 10_000}]
     with pytest.raises(openai.BadRequestError) as too_long:

@@ -28,6 +28,10 @@ DESCRIBED = [route for route in ROUTES if route.include_in_schema]
 ASKING = (  # a model
     paths.CHAT_COMPLETIONS,
     paths.COMPLETIONS,
+    paths.RESPONSES,
+    paths.RESPONSES_INPUT_TOKENS,
+    paths.MESSAGES,
+    paths.COUNT_TOKENS,
     paths.V0_CHAT_COMPLETIONS,
     paths.V0_COMPLETIONS,
     paths.V0_EMBEDDINGS,

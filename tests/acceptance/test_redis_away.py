@@ -25,10 +25,12 @@ import msgspec
 import pytest
 from redis.exceptions import ResponseError
 
+from shared import paths
 from shared.instance import Instance
 from shared.lifecycle import State
 from shared.synthetic import models as synthetic
 from tests.support.chat import answered, ask
+from tests.support.responses import read, respond, responded, responding
 from tests.support.service import (
     JSON,
     LOAD,
@@ -329,6 +331,22 @@ def test_a_loaded_model_answers_without_redis(pool: Pool, failure: str) -> None:
                 assert answered(api, model=name, max_tokens=4)["model"] == TINY
         not_loading(ask(pool.apis[0], model=OTHER))
         unavailable(pool.apis[1].send("GET", LIST))
+
+
+@pytest.mark.parametrize("failure", ["gone", "hanging"])
+def test_a_response_that_cannot_be_stored_comes_and_says_so(pool: Pool, failure: str) -> None:
+    api = pool.apis[0]
+    api.loaded(TINY)
+    fields: dict[str, Any] = {"model": TINY, "max_output_tokens": 2}
+    first = responded(api, **fields)
+    assert first["store"]
+    with pool.redis.gone() if failure == "gone" else pool.redis.hanging():
+        found = responded(api, **fields)
+        assert (found["status"], found["store"]) == ("incomplete", False)
+        with responding(api, **fields) as received:
+            assert not read(received)["store"]
+        not_loading(respond(api, **fields, previous_response_id=first["id"]))
+        not_loading(api.send("GET", paths.RESPONSE.format(response_id=first["id"])))
 
 
 def test_a_loaded_model_answers_while_redis_is_back_empty(pool: Pool) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from shared.synthetic import models as synthetic
 from tests.support.chat import CHAT, ENDLESS, answered, ask, chunks
+from tests.support.responses import respond, responded
 from tests.support.service import PATIENCE_S, STATUS, TINY, Client, Reply, Running, Service, error, up
 
 MANAGE, ALICE, BOB, UNNAMED = "t-manage-61c0", "t-alice-9f2e", "t-bob-77aa", "t-unnamed-03d1"
@@ -105,6 +106,15 @@ def test_clients_share_prompts_if_the_operator_allows_it(service: Service, model
     assert bob["prompt_tokens_details"]["cached_tokens"] == alice["prompt_tokens"] - 1
 
 
+def test_a_stored_response_belongs_to_one_client(service: Service, model: str) -> None:
+    alice, bob = as_client(service, ALICE), as_client(service, BOB)
+    id_ = responded(alice, model=model, max_output_tokens=1)["id"]
+    assert bob.send("GET", f"/v1/responses/{id_}").status == bob.send("DELETE", f"/v1/responses/{id_}").status == 404
+    assert respond(bob, model=model, previous_response_id=id_).json()["error"]["code"] == "previous_response_not_found"
+    assert bob.send("DELETE", "/v1/responses").json()["deleted"] == 0
+    assert alice.send("GET", f"/v1/responses/{id_}").json()["id"] == id_
+
+
 def test_nothing_that_a_client_sends_is_logged(service: Service) -> None:
     """Neither the prompt, the answer nor the token, also where the request fails."""
     strict = service.accepted(STRICT)["job_id"]
@@ -126,9 +136,9 @@ def test_nothing_that_a_client_sends_is_logged(service: Service) -> None:
         say("x", chat_template_kwargs={SECRET: 1}, n=1000),
         alice.post(CHAT, f'{{"messages": "{SECRET}'.encode()),
         alice.post("/v1/completions", {"model": STRICT, "prompt": SECRET, "suffix": SECRET}),
-        alice.post("/v1/responses", {"input": SECRET}),
+        alice.post("/v1/responses", {"model": STRICT, "input": [{"type": SECRET}], "tools": [{"type": SECRET}]}),
     ]
-    assert [reply.status for reply in failed] == [400, 500, 400, 400, 400, 400, 400, 400, 400, 501]
+    assert [reply.status for reply in failed] == [400, 500, 400, 400, 400, 400, 400, 400, 400, 400]
     log = service.send("GET", f"{STATUS}/{strict}/logs").text
     shown = [service.send("GET", path).text for path in ("/api/v1/workers", "/metrics", STATUS)]
     service.unload_all()

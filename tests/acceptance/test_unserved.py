@@ -56,7 +56,7 @@ def test_a_route_that_is_not_served_yet_says_so(service: Service, method: str, p
 def test_a_connection_serves_on_after_a_body_that_nobody_read(service: Service, framing: str) -> None:
     """A body of 3 MiB does not fit into the buffers on the way."""
     size = 3 << 20
-    head = "POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/responses/resp_1/cancel HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     if framing == "length":
         sent = f"{head}Content-Length: {size}\r\n\r\n".encode() + b"x" * size
     else:

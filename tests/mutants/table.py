@@ -37,6 +37,34 @@ MUTANTS = (
         (f"{ACCEPTANCE}request_log.py",),
     ),
     Mutant(
+        "a stored response belongs to one token",
+        "shared/store/keys.py",
+        'return f"response:{owner}:{id_}"',
+        'return f"response::{id_}"',
+        (f"{INTEGRATION}responses.py",),
+    ),
+    Mutant(
+        "what one token stores is bounded",
+        "shared/store/scripts/response_put.lua",
+        "while redis.call('ZCARD', index) > a.most or",
+        "while false and",
+        (f"{INTEGRATION}responses.py",),
+    ),
+    Mutant(
+        "a response that is not stored says so",
+        "api/responses/routes.py",
+        "form.is_not_stored(usage)",
+        "pass",
+        (f"{ACCEPTANCE}redis_away.py",),
+    ),
+    Mutant(
+        "the events of a response are in order",
+        "api/responses/answer.py",
+        '        yield from self._end("completed")\n',
+        "",
+        (f"{UNIT}responses.py",),
+    ),
+    Mutant(
         "a wrong token is refused",
         "api/auth.py",
         "return matches[0] if matches else None",
@@ -956,7 +984,7 @@ MUTANTS = (
     Mutant(
         "what can be refused is refused with its status",
         "api/answering.py",
-        "                    raise refusal(message, ask.prompt)",
+        '                    raise refusal(message, ask.prompt, has_texts=ask.type == "embedding")',
         "                    return answer",
         (f"{ACCEPTANCE}chat.py",),
     ),

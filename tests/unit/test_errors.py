@@ -25,6 +25,7 @@ CONTRACT = {
     ("invalid_request", "missing_required_parameter"): 400,
     ("invalid_request", "invalid_type"): 400,
     ("invalid_request", "invalid_value"): 400,
+    ("invalid_request", "previous_response_not_found"): 400,
     ("invalid_request", "invalid_api_key"): 401,
     ("invalid_request", "forbidden_host"): 403,
     ("invalid_request", "insufficient_scope"): 403,
@@ -74,6 +75,7 @@ CONTRACT = {
     ("not_implemented", None): 501,
     ("not_implemented", "chat_unavailable"): 501,
     ("not_implemented", "unsupported_operation"): 501,
+    ("not_implemented", "integrations_not_supported"): 403,
 }
 
 
@@ -169,6 +171,7 @@ OPENAI = {  # (status, type, code) of our errors; the first ones are those of th
     ("model_load_failed", "insufficient_memory"): (503, "unavailable_error", "insufficient_memory"),
     ("service_unavailable", "load_interrupted"): (503, "unavailable_error", "load_interrupted"),
     ("not_implemented", None): (501, "not_supported_error", "not_implemented"),
+    ("not_implemented", "integrations_not_supported"): (403, "invalid_request_error", "integrations_not_supported"),
     ("service_unavailable", "queue_unavailable"): (503, "unavailable_error", "queue_unavailable"),
 }
 ANTHROPIC = {

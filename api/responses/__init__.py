@@ -1,0 +1,1 @@
+"""Responses: conversations in the newer form of OpenAI's API."""
