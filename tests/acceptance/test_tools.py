@@ -159,13 +159,33 @@ def test_what_looks_like_a_call_and_is_none_is_text(service: Service, end: str) 
     assert (joined(deltas)["tool_calls"], finish) == ([], "stop")
 
 
-def test_a_schema_that_cannot_be_enforced_is_refused_by_name(service: Service) -> None:
-    parameters = {"type": "object", "properties": {"a": {"not": {}}}}
-    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    reply = ask(service, model=f"acme/{GENERIC}", messages=QUESTION, tools=[tool])
+NOT, LOOKS_AROUND = {"not": {"const": 1}}, {"type": "string", "pattern": "(?=P)P"}
+POINTS_NOWHERE = {"$ref": "#/$defs/nothing"}
+
+
+def with_parameter(schema: Any) -> list[Any]:
+    tool: dict[str, Any] = json.loads(json.dumps(TOOL))
+    tool["function"]["parameters"]["properties"]["other"] = schema
+    return [tool]
+
+
+@pytest.mark.parametrize("schema", [NOT, LOOKS_AROUND, POINTS_NOWHERE])
+def test_a_schema_that_must_be_enforced_and_cannot_is_refused(service: Service, schema: Any) -> None:
+    tools = with_parameter(schema)
+    reply = ask(service, model=f"acme/{GENERIC}", messages=QUESTION, tools=tools, tool_choice="required")
     message = openai_error(reply, 400, "invalid_request_error", "invalid_value", "tools")
     assert message.startswith("This server cannot enforce the form of calls of the tools: ")
-    assert "not" in message
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]
+    assert ask(service, model=f"acme/{GENERIC}", messages=QUESTION, tools=strict).status == 400
+
+
+@pytest.mark.parametrize("schema", [NOT, LOOKS_AROUND, POINTS_NOWHERE])
+def test_other_schemas_are_enforced_as_far_as_possible(service: Service, schema: Any) -> None:
+    fields: dict[str, Any] = {"model": f"acme/{GENERIC}", "messages": QUESTION, "tools": with_parameter(schema)}
+    whole, finish = message(service, **fields)
+    assert (said(whole)["arguments"], finish) == (json.loads(ARGUMENTS), "tool_calls")
+    deltas, finish = streamed(service, **fields)
+    assert (said(joined(deltas)), finish) == (said(whole), "tool_calls")
 
 
 def test_the_list_says_how_reasoning_can_be_set(service: Service) -> None:

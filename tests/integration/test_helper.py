@@ -363,6 +363,18 @@ async def test_a_strict_schema_is_enforced_or_in_the_general_form(helper: Helper
         assert prompt.constraint.kind == "gbnf"
 
 
+async def test_one_odd_keyword_leaves_the_rest_enforced(helper: Helper) -> None:
+    """What cannot be enforced at all, such as a pattern that looks around, frees all calls instead."""
+    odd: dict[str, Any] = json.loads(json.dumps(TOOL))
+    odd["function"]["parameters"]["properties"]["city"]["not"] = {"const": "Rome"}
+    free: dict[str, Any] = json.loads(json.dumps(TOOL))
+    free["function"]["parameters"]["properties"]["city"]["pattern"] = "(?=P)P"
+    for tool, is_enforced in ((odd, True), (free, False)):
+        assert bool((await with_tools(helper, "chatml", tools=[tool])).constraint) == is_enforced
+        with pytest.raises(ConstraintError):
+            await with_tools(helper, "chatml", tools=[tool], tool_choice="required")
+
+
 @pytest.mark.parametrize(
     ("answer", "content", "calls"),
     [

@@ -942,7 +942,7 @@ MUTANTS = (
     Mutant(
         "a hostile schema is compiled in the helper first",
         "worker/chat/handle.py",
-        'self._ask_once(Check(prompt.constraint), Checked, "process that compiles it")',
+        'self._ask_once(Check(constraint), Checked, "process that compiles it")',
         "pass",
         (f"{INTEGRATION}helper.py",),
     ),

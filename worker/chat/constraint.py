@@ -111,15 +111,18 @@ def _of_schema(text: str) -> str:
     return LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
 
 
-def trim(schema: dict[str, Any]) -> None:
-    """Raise ConstraintError for what llguidance does not enforce, and does not report.
-
-    `x-guidance` is removed, options of llguidance that could widen the schema; and `$schema`: llguidance does not
-    report keywords that the schema's version does not have.
-    """
+def tidy(schema: dict[str, Any]) -> None:
+    """Remove `x-guidance` from a schema, options of llguidance that could widen it; and `$schema`: llguidance does not
+    report keywords that the schema's version does not have."""
     schema.pop("x-guidance", None)
     for each in _schemas(schema):
         each.pop("$schema", None)
+
+
+def trim(schema: dict[str, Any]) -> None:
+    """Tidy a schema, and raise ConstraintError for what llguidance does not enforce, and does not report."""
+    tidy(schema)
+    for each in _schemas(schema):
         for keyword in UNCHECKED:
             if keyword in each:
                 raise ConstraintError(f"'{keyword}' is not supported")

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import msgspec
+from msgspec import structs
 
 from shared import framing
 from shared.channel.messages import Grammar, Schema
@@ -30,6 +31,7 @@ from worker.chat.protocol import (
     Check,
     Checked,
     Compiled,
+    Constraint,
     FromHelper,
     Parse,
     Prompt,
@@ -124,12 +126,20 @@ class Helper:
         prompt = self._ask_once(request, Prompt, "chat template's process")
         if prompt.constraint is not None:
             try:
-                self._ask_once(Check(prompt.constraint), Checked, "process that compiles it")
-            except HelpersEnded:
-                raise
-            except HelperDied as e:
-                raise ConstraintError(str(e)) from None
+                self._check(prompt.constraint)
+            except ConstraintError:
+                if not prompt.constraint.is_optional:
+                    raise
+                return structs.replace(prompt, constraint=None)
         return prompt
+
+    def _check(self, constraint: Constraint) -> None:
+        try:
+            self._ask_once(Check(constraint), Checked, "process that compiles it")
+        except HelpersEnded:
+            raise
+        except HelperDied as e:
+            raise ConstraintError(str(e)) from None
 
     def _ask_once(self, request: Render | Check, expected: type[Reply], process: str) -> Reply:
         """Ask the helper, unless it died of the same request lately.  Raises the same as `_ask`."""

@@ -27,6 +27,7 @@ class Constraint(Struct, frozen=True, kw_only=True):
     prefix: str = ""  # the end of the prompt, which the grammar matches before the answer
     lazy: bool = False  # it applies only to what follows a trigger, as llama.cpp's lazy grammars do
     triggers: list[Trigger] = []
+    is_optional: bool = False  # answers may do without it, if it cannot be enforced
     is_thinking: bool = False  # the prompt ends within reasoning
     thinking_start: str = ""  # empty: the model does not reason
     thinking_ends: list[str] = []

@@ -17,7 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from worker.chat.code import Function, Message, Rendered, ToolCall, Trigger
-from worker.chat.constraint import OPTIONS, trim
+from worker.chat.constraint import OPTIONS, tidy, trim
 from worker.chat.protocol import Constraint
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -30,6 +30,7 @@ HOW = (
 BEGUN = re.compile(r'\s*\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
 ENDED = re.compile(rf"\}}\s*{CLOSE}")
 SPACED = {**OPTIONS, "item_separator": ", ", "key_separator": ": "}  # as models write JSON
+LENIENT = {**SPACED, "lenient": True, "coerce_one_of": True}  # enforces as much of a schema as is possible
 KIMI = "<|tool_call_argument_begin|>"  # in templates whose models count their calls
 
 Conversation = dict[str, Any]  # its messages decoded, its other fields as they are
@@ -133,7 +134,7 @@ def told(conversation: Conversation) -> Conversation:
 def grammar(asked: Asked, rendered: Rendered) -> Constraint:
     """Return the constraint on an answer in the generic form: on calls once one has begun, or on all of it.
 
-    Raises ConstraintError.
+    Where a call is demanded or a schema is strict, all of the schema is enforced.  Raises ConstraintError.
     """
     again = "" if not asked.parallel_tool_calls else ' ("\\n" call)*'
     rules = [f"start: call{again}"]
@@ -141,12 +142,19 @@ def grammar(asked: Asked, rendered: Rendered) -> Constraint:
     for i, tool in enumerate(asked.tools):
         function = tool["function"]
         beginning = f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": '
-        trim(function["parameters"])
-        schema = {**function["parameters"], "x-guidance": SPACED}
+        must_match = asked.is_required or function.get("strict")
+        (trim if must_match else tidy)(function["parameters"])
+        schema = {**function["parameters"], "x-guidance": SPACED if must_match else LENIENT}
         rules += [f"arguments_{i}: %json {json.dumps(schema)}"]
         calls.append(f"{json.dumps(beginning)} arguments_{i} {json.dumps('}' + chr(10) + CLOSE)}")
     rules.append("call: " + "\n  | ".join(calls))
-    return Constraint(kind="lark", text="\n".join(rules), lazy=not asked.is_required, triggers=[Trigger("word", OPEN)])
+    return Constraint(
+        kind="lark",
+        text="\n".join(rules),
+        lazy=not asked.is_required,
+        is_optional=not asked.is_required and not any(tool["function"].get("strict") for tool in asked.tools),
+        triggers=[Trigger("word", OPEN)],
+    )
 
 
 def constraint(rendered: Rendered) -> Constraint | None:
