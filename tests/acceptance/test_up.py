@@ -18,7 +18,7 @@ from shared.synthetic import models as synthetic
 from tests.support.service import STATUS, Running, Service, below, check_keys, is_alive, meanwhile, until, up, wait_gone
 
 TINY, OTHER = "acme/tiny", "acme/other"
-LEASE_S = 3
+LEASE_S = 300  # a worker that is started again on a busy machine must not come too late
 Start = Callable[..., Service]
 
 

@@ -39,7 +39,7 @@ TINY = "acme/tiny"  # the model of a service that needs only one
 DIRECTORY = re.compile(r"(?<![\w.:/])/[\w.+-]+/[\w.+-]+")  # the start of an absolute path of two parts or more
 # Of the server that forks runners, in multiprocessing, if its worker is killed while it asks for a fork.
 KILLED_WHILE_FORKING = re.compile(
-    r"Traceback \(most recent call last\):\n(?:  .*\n)*  .*multiprocessing/forkserver\.py.*\n(?:  .*\n)*EOFError\n"
+    r"Traceback \(most recent call last\):\n(?:  .*\n)*  .*multiprocessing/forkserver\.py.*\n(?:  .*\n)*EOFError.*\n"
 )
 
 T = TypeVar("T")
