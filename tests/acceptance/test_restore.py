@@ -288,7 +288,7 @@ class Home:
     def start(self) -> Service:
         """Stop the last one if it still runs, and start the next one."""
         self.undo.close()
-        self.service = self.undo.enter_context(up(self.directory, LOADSTONE_LEASE_S=str(LEASE_S)))
+        self.service = self.undo.enter_context(up(self.directory, LOADSTONE_LEASE_S=str(ABSENCE_S)))
         return self.service
 
 
