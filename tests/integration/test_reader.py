@@ -130,10 +130,12 @@ def test_reasoning_and_content_do_not_depend_on_the_cuts(case: str) -> None:
     check()
 
 
-async def test_reasoning_tokens_are_counted() -> None:
+@pytest.mark.parametrize("slowly", [False, True])
+async def test_reasoning_tokens_are_counted(slowly: bool) -> None:
+    """As many however the answer is cut into readings: with the tags around the reasoning."""
     pieces = ["<think>", "\n", "Hm", ",", " ok", ".", "\n", "</think>", "\n\n", "Hel", "lo"]
-    _, reader = await read(rendered("Qwen-Qwen3-0.6B"), pieces)
-    assert 4 <= reader.reasoning_tokens <= 9
+    _, reader = await read(rendered("Qwen-Qwen3-0.6B"), pieces, slowly=slowly)
+    assert reader.reasoning_tokens == 9
     _, reader = await read(rendered("Qwen-Qwen3-0.6B"), ["Hel", "lo"])
     assert reader.reasoning_tokens == 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -168,7 +169,9 @@ class Reader:
         self._calls = Calls(prompt)
         self._passes = prompt.source is None or self._is_open(prompt.before)
         self._text = ""
-        self._ends: list[tuple[int, int]] = []  # of the pieces since the last parse: the place in the text, the tokens
+        self._has_more = False  # than at the last parse
+        self._ends: list[int] = []  # of the pieces: their places in the text, until the reasoning has ended
+        self._tokens: list[int] = []  # how many there are up to each of these places
         self._logprobs: list[TokenLogprobs] = []
         self._finish: Finish | None = None
         self._stop: Stop | None = None
@@ -182,7 +185,9 @@ class Reader:
             text = "" if self._said.calls else piece.text
             return next(iter(self._deltas(text, News(), piece.logprobs, piece.finish)), None)
         self._text += piece.text
-        self._ends.append((len(self._text), piece.n_tokens))
+        self._has_more = True
+        self._ends.append(len(self._text))
+        self._tokens.append(piece.n_tokens + (self._tokens[-1] if self._tokens else 0))
         self._logprobs += piece.logprobs
         self._finish = piece.finish
         if piece.finish is not None:
@@ -211,7 +216,7 @@ class Reader:
                 finish = "tool_calls"
             if deltas := self._deltas(content, news, logprobs, finish):
                 self._send(deltas)
-            if self._passes or is_whole or not self._ends:
+            if self._passes or is_whole or not self._has_more:
                 self._task = None
                 return
             with suppress(TimeoutError):
@@ -220,7 +225,7 @@ class Reader:
 
     async def _parsed(self, text: str, is_whole: bool) -> News:
         """Return what of `text` was not sent."""
-        ends, self._ends = self._ends, []
+        self._has_more = False
         is_cut = self._finish == "length"  # such an answer is a beginning
         try:
             now = await self._parse(text, not is_whole or is_cut)
@@ -230,8 +235,8 @@ class Reader:
             self._passes = True
             return News(self._unsent(text))
         if now.reasoning_content and not self._said.content.strip() and not self._said.calls:
-            ends_at = _end_of_reasoning(text, now)
-            self.reasoning_tokens += sum(n_tokens for end, n_tokens in ends if end <= ends_at)
+            n_pieces = bisect_right(self._ends, _end_of_reasoning(text, now))
+            self.reasoning_tokens = self._tokens[n_pieces - 1] if n_pieces else 0
         self._passes = self._is_open(now)
         calls = self._calls.of(text, now, is_whole=is_whole and not is_cut)
         news = self._said.add(now, calls, is_whole=is_whole or self._passes)
