@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack
 from typing import TypeVar, assert_never
 
@@ -11,7 +11,7 @@ from msgspec import UNSET, Struct
 
 from api.channel.answer import Answer
 from api.channel.channels import Channels
-from api.loads.demand import OnDemand
+from api.loads.demand import OnDemand, Options, Watch
 from api.pool.loaded import Loaded
 from shared.channel.messages import (
     Deltas,
@@ -63,6 +63,8 @@ class Ask(Struct, frozen=True, kw_only=True):
     prompt: str  # the field with the prompt, for errors about it
     beginning: bytes = b""  # of the conversation, for the choice among instances; none if it has none
     ttl_s: float | None = None  # of the instance, if it is loaded for the request; None: the default
+    context_length: int | None = None  # the same
+    watch: Watch | None = None  # gets the revisions of a load for which the request waits
     traceparent: str = ""
 
 
@@ -94,7 +96,7 @@ class Answering:
         except ModelNotLoaded as e:
             if self._on_demand is None:
                 raise
-            instance = await self._on_demand.loaded(e.key, ask.ttl_s, traceparent=ask.traceparent)
+            instance = await self._load(self._on_demand, e.key, ask)
         lost: ServiceError | None = None
         try:
             async with asyncio.timeout(self._wait_s):
@@ -151,7 +153,12 @@ class Answering:
                 return failed
             if not isinstance(e, ModelNotLoaded) or isinstance(error, NoRoute) or self._on_demand is None:
                 raise error from None
-            return await self._on_demand.loaded(e.key, ask.ttl_s, without, ask.traceparent)
+            return await self._load(self._on_demand, e.key, ask, without)
+
+    @staticmethod
+    async def _load(on_demand: OnDemand, key: str, ask: Ask, without: Collection[str] = ()) -> Instance:
+        options = Options(ttl_s=ask.ttl_s, context_length=ask.context_length)
+        return await on_demand.loaded(key, options, without, ask.traceparent, ask.watch)
 
 
 def told(message: FromRunner) -> Deltas | Vectors | Ended | None:

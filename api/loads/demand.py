@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from contextlib import aclosing
+from collections.abc import Callable, Collection, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
-from msgspec import UNSET, structs
+from msgspec import UNSET, Struct, structs
 
 from api.loads.follow import NO_OUTCOME, Follower, ReportedFailure
 from api.loads.jobs import outcome
@@ -27,6 +27,45 @@ from shared.store.queue import Queue
 
 CLOSED = "The server is shutting down. The load of the model continues."
 Key = tuple[str, frozenset[str]]  # name of the model, ids of instances that are not used
+Watch = Callable[[Instance], None]
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What a request wants of an instance that is loaded for it; None: the default."""
+
+    ttl_s: float | None = None
+    context_length: int | None = None
+
+
+DEFAULT = Options()
+
+
+class _Load:
+    """A load for which requests wait.  Each sees its revisions, from the latest one on."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[Instance]
+        self._watches: set[Watch] = set()
+        self._latest: Instance | None = None
+
+    def saw(self, revision: Instance) -> None:
+        self._latest = revision
+        for watch in self._watches:
+            watch(revision)
+
+    @contextmanager
+    def seen_by(self, watch: Watch | None) -> Iterator[None]:
+        """Tell `watch` of the revisions during the block."""
+        if watch is None:
+            yield
+            return
+        self._watches.add(watch)
+        if self._latest is not None:
+            watch(self._latest)
+        try:
+            yield
+        finally:
+            self._watches.discard(watch)
 
 
 class OnDemand:
@@ -45,47 +84,57 @@ class OnDemand:
         self._roster = roster
         self._queue = queue
         self._settings = settings
-        self._loading: dict[Key, asyncio.Task[Instance]] = {}
+        self._loading: dict[Key, _Load] = {}
 
     async def loaded(
-        self, name: str, ttl_s: float | None = None, without: Collection[str] = (), traceparent: str = ""
+        self,
+        name: str,
+        options: Options = DEFAULT,
+        without: Collection[str] = (),
+        traceparent: str = "",
+        watch: Watch | None = None,
     ) -> Instance:
         """Return an instance of a model once it is loaded: the first one, if any is loaded or loading, else a new one.
 
-        `ttl_s` is the TTL of a new instance; None: the default.  `without`: ids of loads whose instances are not used.
+        `options` are those of a new instance.  `without`: ids of loads whose instances are not used.  `watch` gets the
+        revisions of the load.
 
         Raises ReportedFailure, LoadFailed, LoadInterrupted, QueueTimeout, ModelNotFound, NoWorker, QueueFull and
         InvalidValue, and what UNAVAILABLE lists.
         """
         key = self._roster.named(LoadRequest(model=name)).model, frozenset(without)
         if (loading := self._loading.get(key)) is None:
-            loading = self._loading[key] = asyncio.create_task(self._loaded(name, ttl_s, without, traceparent))
-            loading.add_done_callback(lambda _: self._ended(key))
-        await asyncio.wait([loading])  # a client that leaves must not cancel it for the others
-        if loading.cancelled():
+            loading = self._loading[key] = _Load()
+            loading.task = asyncio.create_task(self._loaded(name, options, without, traceparent, loading.saw))
+            loading.task.add_done_callback(lambda _: self._ended(key))
+        with loading.seen_by(watch):
+            await asyncio.wait([loading.task])  # a client that leaves must not cancel it for the others
+        if loading.task.cancelled():
             raise QueueUnavailable(CLOSED)
-        return loading.result()
+        return loading.task.result()
 
     async def close(self) -> None:
         """Stop waiting for loads."""
         for loading in [*self._loading.values()]:
-            loading.cancel()
-            await asyncio.wait([loading])
+            loading.task.cancel()
+            await asyncio.wait([loading.task])
 
     def _ended(self, key: Key) -> None:
-        loading = self._loading.pop(key)
-        if not loading.cancelled():
-            loading.exception()  # all who waited may have gone: asyncio would report it otherwise
+        task = self._loading.pop(key).task
+        if not task.cancelled():
+            task.exception()  # all who waited may have gone: asyncio would report it otherwise
 
-    async def _loaded(self, name: str, ttl_s: float | None, without: Collection[str], traceparent: str) -> Instance:
-        request = await self._request(name, ttl_s)
+    async def _loaded(
+        self, name: str, options: Options, without: Collection[str], traceparent: str, watch: Watch
+    ) -> Instance:
+        request = await self._request(name, options)
         instance = await self._submitted(request, without, traceparent)
         try:
-            instance = await self._followed(instance)
+            instance = await self._followed(instance, watch)
         except ReportedFailure as e:
             if (other := _other(request, instance, e.body())) is None:
                 raise
-            instance = await self._followed(await self._submitted(other, {*without, instance.id}, traceparent))
+            instance = await self._followed(await self._submitted(other, {*without, instance.id}, traceparent), watch)
         snapshot = self._roster.alive.get(instance.worker)
         if snapshot is None or snapshot.epoch != instance.epoch:  # another API process may have chosen a new worker
             await self._roster.refresh()
@@ -103,7 +152,7 @@ class OnDemand:
             raise _failure(outcome(record), e.left_s) from e
         return instance
 
-    async def _followed(self, instance: Instance) -> Instance:
+    async def _followed(self, instance: Instance, watch: Watch) -> Instance:
         """Return the revision of a load with which its instance was loaded."""
         clock, stall_limit_s = asyncio.get_running_loop().time, self._settings.stall_limit_s
         seen: tuple[Any, ...] = ()
@@ -113,6 +162,7 @@ class OnDemand:
                 aclosing(self._follower.follow(instance)) as revisions,
             ):
                 async for _, revision in revisions:
+                    watch(revision)
                     if revision.state is State.LOADED:
                         return revision
                     if (error := outcome(revision)) is not None:
@@ -126,7 +176,7 @@ class OnDemand:
             ) from None
         raise QueueUnavailable(NO_OUTCOME)
 
-    async def _request(self, name: str, ttl_s: float | None) -> LoadRequest:
+    async def _request(self, name: str, options: Options) -> LoadRequest:
         """Return the request for a load: with the settings of the model, and for an LLM the largest context that fits.
 
         Reads the roster anew: a model is loaded on demand when memory has changed.
@@ -137,8 +187,10 @@ class OnDemand:
         if not candidates:
             return request  # the intake has the reason
         model = candidates[0].model
-        if ttl_s is not None and not model.settings.pin:
-            request = structs.replace(request, ttl_seconds=ttl_s)
+        if options.ttl_s is not None and not model.settings.pin:
+            request = structs.replace(request, ttl_seconds=options.ttl_s)
+        if options.context_length is not None and model.type == "llm":
+            request = structs.replace(request, context_length=options.context_length)
         request = with_settings(request, model)
         if request.ttl_seconds is UNSET and not model.settings.pin:
             request = structs.replace(request, ttl_seconds=self._settings.jit_ttl_s)

@@ -10,7 +10,7 @@ import pytest
 import redis
 from msgspec import UNSET, structs
 
-from api.loads.demand import OnDemand
+from api.loads.demand import OnDemand, Options
 from api.loads.departures import Departures
 from api.loads.follow import Follower, ReportedFailure
 from api.loads.records import Records
@@ -224,12 +224,12 @@ async def test_an_embedding_model_gets_its_own_context(store: Store, process: Pr
 async def test_the_ttl_is_the_requests_or_the_models_or_the_default(store: Store, process: Process) -> None:
     await alive(store)
     assert (await requested(store, process)).ttl_seconds == Settings().jit_ttl_s == 3600
-    assert (await requested(store, process, ttl_s=5.0)).ttl_seconds == 5
+    assert (await requested(store, process, options=Options(ttl_s=5.0))).ttl_seconds == 5
     await alive(store, structs.replace(MODEL, settings=ModelSettings(ttl_seconds=7)))
     assert (await requested(store, process)).ttl_seconds == 7
-    assert (await requested(store, process, ttl_s=5.0)).ttl_seconds == 5
+    assert (await requested(store, process, options=Options(ttl_s=5.0))).ttl_seconds == 5
     await alive(store, structs.replace(MODEL, settings=ModelSettings(ttl_seconds=7, pin=True)))
-    assert (await requested(store, process, ttl_s=5.0)).ttl_seconds is UNSET
+    assert (await requested(store, process, options=Options(ttl_s=5.0))).ttl_seconds is UNSET
 
 
 async def test_the_settings_of_the_model_win(store: Store, process: Process) -> None:

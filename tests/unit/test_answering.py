@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from api.answering import Answering, Ask
 from api.channel.answer import Answer
+from api.loads.demand import Options, Watch
 from shared.channel.messages import Failed, Generate, Queued, Refused
 from shared.errors import (
     ContextLengthExceeded,
@@ -66,9 +67,14 @@ class Pool:
         raise self.missing
 
     async def loaded(
-        self, name: str, ttl_s: float | None, without: Collection[str] = (), traceparent: str = ""
+        self,
+        name: str,
+        options: Options,
+        without: Collection[str] = (),
+        traceparent: str = "",
+        watch: Watch | None = None,
     ) -> Instance:
-        self.loads.append((name, ttl_s, set(without)))
+        self.loads.append((name, options.ttl_s, set(without)))
         self.reactions.setdefault(NEW, [ACCEPTS])
         return instance(NEW)
 
