@@ -46,7 +46,7 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("GET", "/v1/responses/{response_id}/input_items"): "infer",
     ("POST", paths.MESSAGES): "infer",
     ("POST", paths.COUNT_TOKENS): "infer",
-    ("POST", "/api/v1/chat"): "infer",
+    ("POST", paths.NATIVE_CHAT): "infer",
     ("POST", paths.V0_CHAT_COMPLETIONS): "infer",
     ("POST", paths.V0_COMPLETIONS): "infer",
     ("POST", paths.V0_EMBEDDINGS): "infer",

@@ -127,6 +127,17 @@ def known(body: bytes, kind: type[T], large: Collection[str], within: str = "") 
     raise error(f"'{path}': {_plain(text)}.", param=path)
 
 
+def strict(body: bytes, kind: type[T], large: Collection[str]) -> T:
+    """Decode a JSON object as `known` does, but refuse unknown keys.
+
+    Raises UnrecognizedKeys, and what `known` raises.
+    """
+    fields = _fields(kind)
+    if unknown := [name for name in _raw(body.removeprefix(codecs.BOM_UTF8)) if name not in fields]:
+        raise UnrecognizedKeys("Unrecognized key(s) in object: " + ", ".join(f"'{key}'" for key in unknown))
+    return known(body, kind, large)
+
+
 def _problem(body: bytes, kind: type[T]) -> T | str:
     """Decode JSON into a struct; return the message of msgspec if it does not fit.  Raises InvalidJSON."""
     try:

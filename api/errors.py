@@ -157,9 +157,13 @@ async def on_unavailable(request: Request, exc: Exception) -> Response:
 
     The request may have taken effect nevertheless; idempotency keys make it safe to send a load again.
     """
-    log.get("api").warning("redis unavailable", action="redis_unavailable", error=str(exc), path=request.url.path)
-    error = QueueUnavailable("The queue (Redis) is unavailable. Try again shortly.")
-    return reply(error, request.scope["path"])
+    return reply(unavailable(exc, request.url.path), request.scope["path"])
+
+
+def unavailable(exc: Exception, path: str) -> QueueUnavailable:
+    """Return the error of a request to which Redis did not answer, and log it."""
+    log.get("api").warning("redis unavailable", action="redis_unavailable", error=str(exc), path=path)
+    return QueueUnavailable("The queue (Redis) is unavailable. Try again shortly.")
 
 
 async def on_unexpected(request: Request, exc: Exception) -> Response:

@@ -36,6 +36,7 @@ from api.headers import (
 )
 from api.lmstudio import answers as legacy
 from api.lmstudio import models as lmstudio
+from api.lmstudio.chat.routes import chat_with
 from api.loads.follow import settled
 from api.loads.jobs import is_over, job
 from api.loads.stream import events
@@ -279,6 +280,7 @@ _ROUTES = [  # in order of matching: the most frequent come first
     Route(paths.COMPLETIONS, completions, methods=["POST"]),
     Route(paths.EMBEDDINGS, embeddings, methods=["POST"]),
     *(Route(path, rerank, methods=["POST"]) for path in paths.RERANKS),
+    Route(paths.NATIVE_CHAT, chat_with, methods=["POST"]),
     Route(paths.V0_CHAT_COMPLETIONS, legacy.chat_completions, methods=["POST"]),
     Route(paths.V0_EMBEDDINGS, embeddings, methods=["POST"]),
     Route(paths.V0_COMPLETIONS, legacy.completions, methods=["POST"]),

@@ -16,8 +16,6 @@ UNSERVED = (
     # ---- OpenAI
     ("POST", "/v1/responses/{response_id}/cancel"),
     ("GET", "/v1/responses/{response_id}/input_items"),
-    # ---- LM Studio
-    ("POST", "/api/v1/chat"),
 )
 
 

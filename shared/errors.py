@@ -80,6 +80,12 @@ class UnrecognizedKeys(InvalidRequest):
     code = "unrecognized_keys"
 
 
+class InvalidUnion(InvalidRequest):
+    """An item of the input of LM Studio's chat is of none of the forms that items have."""
+
+    code = "invalid_union"
+
+
 class MissingParameter(InvalidRequest):
     """A required field is missing."""
 

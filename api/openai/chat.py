@@ -48,8 +48,13 @@ async def answer(
     prompt: str = MESSAGES,
 ) -> Response:
     """Answer a decoded request, in a form of any API.  `prompt` is the field with the conversation, for errors."""
+    return await reply(request, asking(request, asked, prompt), form, before_end, streams=bool(asked.stream))
+
+
+def asking(request: Request[State], asked: ChatRequest, prompt: str) -> Ask:
+    """Return what a decoded request asks a model."""
     caller, roster = request.state["caller"], request.state["roster"]
-    ask = Ask(
+    return Ask(
         model=asked.model,
         order=partial(_order, asked, caller, roster),
         route=request.scope["route"].path,
@@ -58,7 +63,6 @@ async def answer(
         ttl_s=ttl_s(asked.ttl),
         traceparent=request.state["traceparent"],
     )
-    return await reply(request, ask, form, before_end, streams=bool(asked.stream))
 
 
 def _order(asked: ChatRequest, client: str, roster: Roster, instance: Instance) -> Generate:

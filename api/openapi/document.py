@@ -17,6 +17,7 @@ from api.anthropic.errors import OVERLOADED, AnthropicErrorReply
 from api.anthropic.models import AnthropicModel, AnthropicModelList
 from api.errors import ErrorReply, shaped, status_of
 from api.lmstudio.answers import LegacyChunk, LegacyTextChunk
+from api.lmstudio.chat import events as chat
 from api.openai.answer import Chunk
 from api.openai.errors import OpenAIErrorReply
 from api.openai.models import OpenAIModel, OpenAIModelList
@@ -54,6 +55,8 @@ WITH_RETRY_AFTER = {
 TAGGED = {  # unions by the meaning of their tags: msgspec adds these fields without a description
     LoadEvent: "Name of the event.",
     messages.Event: "Name of the event.",
+    chat.Event: "Name of the event.",
+    chat.Output: "Kind of the item.",
     messages.Block: "Kind of the block.",
     messages.BlockDelta: "Kind of the addition.",
     Event: "Name of the event.",
@@ -209,6 +212,7 @@ def _types() -> list[Any]:
         DownloadEvent,
         messages.Event,
         Event,
+        chat.Event,
         ErrorReply,
         OpenAIErrorReply,
         AnthropicErrorReply,

@@ -15,6 +15,9 @@ from api.anthropic.models import MOST_MODELS, AnthropicModel, AnthropicModelList
 from api.anthropic.request import MessagesRequest
 from api.headers import LONGEST_WAIT_S, MOST_JOBS, USUAL_JOBS
 from api.lmstudio.answers import LegacyChunk, LegacyCompletion, LegacyTextChunk, LegacyTextCompletion
+from api.lmstudio.chat.events import ChatResult
+from api.lmstudio.chat.events import Event as ChatEvent
+from api.lmstudio.chat.request import NativeChatRequest
 from api.lmstudio.models import LegacyModel, LegacyModelList
 from api.openai.answer import Chunk, Completion
 from api.openai.completions import CompletionRequest
@@ -205,6 +208,7 @@ EXAMPLES: dict[type[Struct], dict[str, object]] = {  # one for each request type
     DownloadRequest: {"model": "ggml-org/gpt-oss-20b-GGUF", "quantization": "MXFP4"},
     UnloadRequest: {"instance_id": "openai/gpt-oss-20b"},
     ChatRequest: {"model": "openai/gpt-oss-20b", "messages": [{"role": "user", "content": "Hello!"}], "stream": True},
+    NativeChatRequest: {"model": "openai/gpt-oss-20b", "input": "Hello!", "stream": True},
     ResponseRequest: {"model": "openai/gpt-oss-20b", "input": "Hello!", "stream": True},
     MessagesRequest: {
         "model": "openai/gpt-oss-20b",
@@ -317,6 +321,26 @@ PROGRESS = {
     }
 }
 
+CHATTING = {
+    SSE: {
+        "type": "object",
+        "description": "One event, whose name is the `type` of its data. The last event is `chat.end`. The stream also "
+        "contains comment lines.",
+        "properties": {
+            "event": {
+                "enum": [kind.__struct_config__.tag for kind in get_args(ChatEvent)],
+                "description": "Name of the event.",
+            },
+            "data": {
+                "type": "string",
+                "contentMediaType": JSON,
+                "contentSchema": schema_of(ChatEvent),
+                "description": "The event.",
+            },
+        },
+        "required": ["event", "data"],
+    }
+}
 RESPONDING = {
     SSE: {
         "type": "object",
@@ -724,6 +748,29 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             200: Reply(description="The vectors.", content={JSON: EmbeddingList}, headers=("Loadstone-Instance",))
         },
         errors=(*OF_A_MODEL, errors.WrongModelType, errors.ContextLengthExceeded),
+    ),
+    ("POST", paths.NATIVE_CHAT): Operation(
+        name="chat",
+        summary="Answer a conversation as LM Studio does",
+        description="An LLM answers the user, and the conversation is stored to be continued. If the model is not "
+        "loaded, the request loads it. With `stream`, the reply is a stream of events. Disconnecting cancels the "
+        "request, and then nothing is stored.",
+        body=NativeChatRequest,
+        replies={
+            200: Reply(
+                description="The answer; or the event stream, if requested.",
+                content={JSON: ChatResult, **CHATTING},
+                headers=("Loadstone-Instance",),
+            )
+        },
+        errors=(
+            *OF_A_CONVERSATION,
+            errors.UnrecognizedKeys,
+            errors.InvalidUnion,
+            errors.PreviousResponseNotFound,
+            errors.IntegrationsRefused,
+            errors.ContextLengthExceeded,
+        ),
     ),
     ("POST", paths.V0_CHAT_COMPLETIONS): Operation(
         name="create_legacy_chat_completion",

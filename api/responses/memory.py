@@ -52,11 +52,17 @@ class Memory:
 
         The answer has been generated, so a fault of Redis does not take it from the client.
         """
-        conversation = _messages_with(earlier, response.output)
-        stored = Stored(response=msgspec.json.encode(response), conversation=msgspec.json.encode(conversation))
+        return await self._put(response.id, msgspec.json.encode(response), _messages_with(earlier, response.output))
+
+    async def keep_chat(self, id_: str, conversation: list[Message]) -> bool:
+        """Store the conversation of an answer that has no form of a response, as `keep` does."""
+        return await self._put(id_, b"", conversation)
+
+    async def _put(self, id_: str, response: bytes, conversation: list[Message]) -> bool:
+        stored = Stored(response=response, conversation=msgspec.json.encode(conversation))
         try:
             async with asyncio.timeout(PATIENCE_S):
-                is_kept = await self._responses.put(self._client, response.id, stored)
+                is_kept = await self._responses.put(self._client, id_, stored)
         except UNAVAILABLE as e:
             log.get("api").warning("response not stored", action="response_not_stored", error=str(e))
             return False

@@ -18,7 +18,7 @@ ENTRY_BYTES = 512  # of a response in Redis besides its content, roughly
 class Stored(Struct, frozen=True, kw_only=True):
     """A stored response, in the form of the route that wrote it."""
 
-    response: bytes  # as its client reads it
+    response: bytes  # as its client reads it; empty if the route that wrote it has no way to read it
     conversation: bytes  # the messages up to and with the answer, without a system prompt of the request
 
 

@@ -28,6 +28,7 @@ DESCRIBED = [route for route in ROUTES if route.include_in_schema]
 ASKING = (  # a model
     paths.CHAT_COMPLETIONS,
     paths.COMPLETIONS,
+    paths.NATIVE_CHAT,
     paths.RESPONSES,
     paths.RESPONSES_INPUT_TOKENS,
     paths.MESSAGES,

@@ -22,6 +22,7 @@ CONTRACT = {
     ("invalid_request", None): 400,
     ("invalid_request", "invalid_json"): 400,
     ("invalid_request", "unrecognized_keys"): 400,
+    ("invalid_request", "invalid_union"): 400,
     ("invalid_request", "missing_required_parameter"): 400,
     ("invalid_request", "invalid_type"): 400,
     ("invalid_request", "invalid_value"): 400,

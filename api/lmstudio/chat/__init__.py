@@ -1,0 +1,1 @@
+"""POST /api/v1/chat: LM Studio's own chat."""
