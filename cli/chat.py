@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,8 +22,9 @@ from cli.waiting import waiting
 
 if TYPE_CHECKING:
     from cli.client import Client
-    from cli.openai import Chunk, Timings, Usage
+    from cli.openai import CallDelta, Chunk, Timings, Usage
 
+FILE = click.Path(dir_okay=False, path_type=Path)
 HELP = """\
 /clear         forget the conversation; the system prompt stays
 /stats         tokens and times of the last answer
@@ -32,22 +36,26 @@ Ctrl-C stops an answer. Ctrl-D, or Ctrl-C twice, ends the conversation."""
 class Conversation:
     """What was said, and how the last answer went."""
 
-    def __init__(self, model: str, system: str | None) -> None:
+    def __init__(self, model: str, system: str | None, **fields: Any) -> None:
+        """`fields`: further ones of all requests."""
         self.model = model
         self.system = system
-        self._turns: list[dict[str, str]] = []
+        self._fields = fields
+        self._turns: list[dict[str, Any]] = []
         self._usage: Usage | None = None
         self._timings: Timings | None = None
 
-    def request(self, question: str) -> dict[str, Any]:
-        """Return the request for the answer to a question."""
+    def request(self, question: str, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """Return the request for the answer to a question, with the calls of tools for it and their results."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return {"model": self.model, "messages": [*system, *self._turns, {"role": "user", "content": question}]}
+        messages = [*system, *self._turns, {"role": "user", "content": question}, *calls]
+        return {"model": self.model, "messages": messages, **self._fields}
 
-    def answered(self, question: str, answer: str) -> None:
+    def answered(self, question: str, answer: str, calls: Sequence[dict[str, Any]] = ()) -> None:
         """Keep a question and its answer, which may have been stopped.  A question without an answer is not kept."""
         if answer:
-            self._turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            said = {"role": "assistant", "content": answer}
+            self._turns += [{"role": "user", "content": question}, *calls, said]
 
     def saw(self, chunk: Chunk) -> None:
         """Note the numbers of an answer, which come with its last chunk."""
@@ -81,13 +89,26 @@ class Conversation:
 @command
 @click.argument("model", shell_complete=completing(llms))
 @click.option("--system", metavar="TEXT", help="System prompt of the conversation.")
-def chat(server: Client, as_json: bool, model: str, system: str | None) -> None:
+@click.option("--schema", type=FILE, help="File with a JSON schema: each answer is JSON that it describes.")
+@click.option("--tools", type=FILE, help="File with a JSON list of tools that the model may call, as OpenAI has it.")
+def chat(
+    server: Client, as_json: bool, model: str, system: str | None, schema: Path | None, tools: Path | None
+) -> None:
     """Talk to a model.  A model that is not loaded is loaded.
 
     On a terminal this is a conversation; /help lists its commands. Otherwise stdin is one question, and stdout gets
-    only the answer.
+    only the answer. The results of tools are asked for on a terminal; otherwise each call is a line of JSON on stdout,
+    after the text of the answer.
     """
-    conversation = Conversation(model, system)
+    if schema is not None and tools is not None:
+        raise click.UsageError("--schema and --tools exclude each other.")
+    fields: dict[str, Any] = {}
+    if schema is not None:
+        described = read(schema, "--schema", dict, "a JSON schema is an object")
+        fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": described}}
+    if tools is not None:
+        fields["tools"] = read(tools, "--tools", list, "tools are a list of objects")
+    conversation = Conversation(model, system, **fields)
     if sys.stdin is not None and sys.stdin.isatty():
         if as_json:
             raise click.UsageError("--json needs the question on stdin.")
@@ -103,8 +124,31 @@ def chat(server: Client, as_json: bool, model: str, system: str | None) -> None:
             reply = server.chat_reply(conversation.request(question))
             arrived()
             document(reply)
-        else:
-            Printed(is_terminal=False).print(server, conversation, question, arrived)
+            return
+        printed = Printed(is_terminal=False)
+        printed.print(server, conversation, conversation.request(question), arrived)
+    for call in printed.calls:
+        click.echo(json.dumps({"id": call.id, "name": call.name, "arguments": call.value()}, ensure_ascii=False))
+    if schema is not None and printed.is_cut:
+        sys.exit(1)
+
+
+def read(path: Path, option: str, kind: type, what: str) -> Any:
+    """Return the JSON value of a file.  Raises click.BadParameter."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as e:
+        raise click.BadParameter(f"'{path}' cannot be read: {e.strerror}.", param_hint=option) from None
+    except json.JSONDecodeError as e:
+        why = f"{e.msg} (line {e.lineno}, column {e.colno})"
+        raise click.BadParameter(f"'{path}' is not valid JSON: {why}.", param_hint=option) from None
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"'{path}' is not UTF-8.", param_hint=option) from None
+    except RecursionError:
+        raise click.BadParameter(f"'{path}' is nested too deeply.", param_hint=option) from None
+    if not isinstance(value, kind):
+        raise click.BadParameter(f"'{path}': {what}.", param_hint=option)
+    return value
 
 
 def converse(server: Client, conversation: Conversation) -> None:
@@ -157,10 +201,20 @@ def obeyed(conversation: Conversation, line: str) -> None:
 
 def answer(server: Client, conversation: Conversation, question: str) -> bool:
     """Print the answer to a question, or why there is none.  Returns whether Ctrl-C did not stop it."""
+    calls: list[dict[str, Any]] = []
     printed = Printed(is_terminal=sys.stdout.isatty())
     try:
-        with waiting(server, conversation.model) as arrived:
-            printed.print(server, conversation, question, arrived)
+        while True:
+            with waiting(server, conversation.model) as arrived:
+                printed.print(server, conversation, conversation.request(question, calls), arrived)
+            if not printed.calls:
+                break
+            calls += [printed.said(), *map(result, printed.calls)]
+            printed = Printed(is_terminal=sys.stdout.isatty())
+    except EOFError:
+        click.echo()
+        say("The question was not added to the conversation: a call has no result.")
+        printed.text = ""
     except KeyboardInterrupt:
         printed.end()
         say("The answer was stopped.")
@@ -171,8 +225,29 @@ def answer(server: Client, conversation: Conversation, question: str) -> bool:
         if failure.error.code == "context_length_exceeded" and conversation.has_turns:
             say("The question was not added to the conversation. /clear begins a new one.")
     finally:
-        conversation.answered(question, printed.text)
+        conversation.answered(question, "" if printed.calls else printed.text, calls)
     return True
+
+
+def result(call: Call) -> dict[str, Any]:
+    """Ask for the result of a call; return the message with it.  Raises EOFError."""
+    return {"role": "tool", "tool_call_id": call.id, "content": input(f"{call.name} returns: ")}
+
+
+@dataclass
+class Call:
+    """A call of a tool, as far as it has arrived."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+    def value(self) -> Any:
+        """Return the arguments: as an object, or as text if they are cut."""
+        try:
+            return json.loads(self.arguments)
+        except json.JSONDecodeError:
+            return self.arguments
 
 
 class Printed:
@@ -180,23 +255,46 @@ class Printed:
 
     def __init__(self, *, is_terminal: bool) -> None:
         self.text = ""
+        self.calls: list[Call] = []
+        self.is_cut = False
         self._is_terminal = is_terminal
         self._is_reasoning = False
         self._is_open = False  # the last line on the terminal has no end yet
 
-    def print(self, server: Client, conversation: Conversation, question: str, arrived: Callable[[], None]) -> None:
-        """Print the answer to a question as it arrives.  Calls `arrived` at its beginning."""
-        with closing(server.chat(conversation.request(question))) as chunks:
+    def said(self) -> dict[str, Any]:
+        """Return the answer as a message of the conversation."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.calls
+        ]
+        return {"role": "assistant", "content": self.text, "tool_calls": calls}
+
+    def print(
+        self, server: Client, conversation: Conversation, request: dict[str, Any], arrived: Callable[[], None]
+    ) -> None:
+        """Print the answer to a request as it arrives, then its calls on a terminal.  Calls `arrived` first."""
+        with closing(server.chat(request)) as chunks:
             for chunk in chunks:
                 arrived()
                 conversation.saw(chunk)
                 for choice in chunk.choices:
                     self._reason(choice.delta.reasoning_content or "")
                     self._add(choice.delta.content or "")
+                    self._call(choice.delta.tool_calls)
                     if choice.finish_reason == "length":
+                        self.is_cut = True
                         self.end()
                         say("The answer was cut: the context is full, or the server limits answers.")
         self.end()
+        if self._is_terminal:
+            for call in self.calls:
+                click.echo(clean(f"{call.name}({call.arguments})"))
+
+    def _call(self, deltas: list[CallDelta]) -> None:
+        for delta in deltas:
+            if delta.index == len(self.calls):
+                self.calls.append(Call(delta.id, delta.function.name))
+            self.calls[delta.index].arguments += delta.function.arguments
 
     def _reason(self, text: str) -> None:
         if text and self._is_terminal:

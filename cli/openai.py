@@ -9,11 +9,27 @@ from msgspec import Struct
 DONE = b"[DONE]"  # the data of the last event
 
 
+class FunctionDelta(Struct, frozen=True):
+    """What is added to the function of a call."""
+
+    name: str = ""
+    arguments: str = ""
+
+
+class CallDelta(Struct, frozen=True):
+    """What is added to a call of a tool, or begins one."""
+
+    index: int
+    id: str = ""
+    function: FunctionDelta = FunctionDelta()
+
+
 class Delta(Struct, frozen=True):
     """What is added to an answer."""
 
     content: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[CallDelta] = []
 
 
 class Choice(Struct, frozen=True):

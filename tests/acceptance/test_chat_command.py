@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ import pytest
 
 from shared.synthetic import models as synthetic
 from tests.support.chat import answered, busy
+from tests.support.families import ARGUMENTS, TOOL
+from tests.support.reciting import reciting
 from tests.support.service import LOADSTONE, TINY, Service, until, up
 from tests.support.terminal import Terminal, terminal
 
-LONG = "acme/long"
+LONG, CALLING = "acme/long", "acme/calling"
+CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 CONTEXT_LENGTH, ENDLESS_CONTEXT = 256, 131_072  # the second: for an answer that lasts as long as a test needs it
 MANAGE, INFER = "the-token-of-the-operator", "the-token-of-a-client"
 SETTINGS = "".join(f'[models."{key}".sampling]\ntemperature = 0\n' for key in (TINY, LONG))
@@ -26,11 +30,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     home = tmp_path_factory.mktemp("chat")
     for key, name, length in ((TINY, "tiny", CONTEXT_LENGTH), (LONG, "long", ENDLESS_CONTEXT)):
         synthetic.tiny_llama(home / f"models/{key}/{name}-f16.gguf", metadata={"llama.context_length": length})
+    reciting(home / f"models/{CALLING}/recites-f32.gguf", CALL, "chatml")
     (home / "models/models.toml").write_text(SETTINGS)
     tokens = home / "tokens"
     tokens.write_text(f"{MANAGE} scope=manage\n{INFER} scope=infer\n")
     with up(home, token=MANAGE, LOADSTONE_API_TOKENS_FILE=str(tokens)) as service:
-        until(lambda: set(service.models()) == {TINY, LONG}, "the models are listed")
+        until(lambda: set(service.models()) == {TINY, LONG, CALLING}, "the models are listed")
         yield service
 
 
@@ -67,6 +72,12 @@ def piped(service: Service, question: str, *words: str, token: str = MANAGE) -> 
 
 def conversation(service: Service, *words: str) -> AbstractContextManager[Terminal]:
     return terminal(str(LOADSTONE), "chat", *words, environ=environ(service))
+
+
+def written(service: Service, name: str, value: object) -> str:
+    path = service.directory / name
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
 
 
 # ---- a pipe
@@ -132,7 +143,69 @@ def test_a_question_without_an_answer_fails(
     assert "Traceback" not in done.stderr
 
 
+def test_an_answer_follows_the_schema_of_a_file(service: Service) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    path = written(service, "schema.json", {**schema, "additionalProperties": False})
+    done = piped(service, "Hello", TINY, "--schema", path)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout)["a"], bool)
+    long = written(service, "long.json", {"type": "array", "items": {"type": "boolean"}, "minItems": 2000})
+    done = piped(service, "Hello", TINY, "--schema", long)
+    assert (done.returncode, "The answer was cut" in done.stderr) == (1, True), "half of a document is none"
+
+
+def test_a_pipe_gets_the_calls_of_tools(service: Service) -> None:
+    path = written(service, "tools.json", [TOOL])
+    done = piped(service, "Hello", CALLING, "--tools", path)
+    assert done.returncode == 0, done.stderr
+    text, call = done.stdout.splitlines()
+    assert (text, json.loads(call)["name"]) == ("I will look.", "get_weather")
+    assert json.loads(call)["arguments"] == json.loads(ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--schema", '{"a": ]', "is not valid JSON: Expecting value (line 1, column 7)."),
+        ("--schema", "[]", "a JSON schema is an object."),
+        ("--tools", "{}", "tools are a list of objects."),
+        ("--tools", "[" * 100_000, "is nested too deeply."),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(service: Service, option: str, text: str, message: str) -> None:
+    path = written(service, "wrong.json", text)
+    done = piped(service, "Hello", TINY, option, path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"Error: Invalid value for {option}: '{path}'" + (
+        f" {message}" if message.startswith("is") else f": {message}"
+    )
+    missing = piped(service, "Hello", TINY, option, "/nowhere.json")
+    assert "'/nowhere.json' cannot be read: No such file or directory." in missing.stderr
+
+
+def test_a_tool_that_the_server_refuses_is_reported(service: Service) -> None:
+    done = piped(service, "Hello", TINY, "--tools", written(service, "tools.json", [{"type": "function"}]))
+    assert done.returncode == 1
+    assert "tools[0]" in done.stderr
+
+
 # ---- a terminal
+
+
+def test_the_user_says_what_a_tool_returns(service: Service) -> None:
+    path = written(service, "tools.json", [TOOL])
+    with conversation(service, CALLING, "--tools", path) as its:
+        its.wait("> ")
+        its.send("Hello\n")
+        its.wait("get_weather(")
+        its.wait("get_weather returns: ")
+        its.send("Sunny.\n")
+        its.wait("I will look.")
+        its.wait("get_weather returns: ")  # the model of this test calls it after any prompt
+        its.send("\x04")
+        its.wait("a call has no result")
+        its.send("/stats\n")
+        its.wait("answer: ")
 
 
 def test_a_terminal_holds_a_conversation(service: Service) -> None:

@@ -34,7 +34,7 @@ def server_of(*chunks: Chunk | Failure) -> Any:
 def printed(*chunks: Chunk, is_terminal: bool = True) -> tuple[Conversation, Printed]:
     """Print an answer; return the conversation and what printed it."""
     conversation, its = Conversation(MODEL, None), Printed(is_terminal=is_terminal)
-    its.print(server_of(*chunks), conversation, "Hello", lambda: None)
+    its.print(server_of(*chunks), conversation, conversation.request("Hello"), lambda: None)
     return conversation, its
 
 
