@@ -1,16 +1,8 @@
-"""Published clients against the whole service: each reads one answer in all its ways, and two refusals.
-
-Their packages are installed once, into the cache directory.
-"""
+"""Published clients against the whole service: each reads one answer in all its ways, and two refusals."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +10,9 @@ from typing import Any
 import pytest
 
 from shared.synthetic import models as synthetic
+from tests.support.published import DRIVERS, run
 from tests.support.service import TINY, Service, up
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "loadstone/clients")
-HERE = Path(__file__).parent
-DRIVERS = HERE / "drivers"
-INSTALL_S, RUN_S = 600, 300
 CONTEXT = 256
 LONG = "word " * CONTEXT
 # What a client makes of an unknown model, and of a prompt that is too long: an exception, and OpenAI's code if it
@@ -48,49 +37,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with up(home) as service:
         service.loaded(TINY, context_length=CONTEXT)
         yield service
-
-
-@pytest.fixture(scope="module")
-def node() -> Path:
-    """Return a directory with the libraries for Node, and the drivers, which find them there."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("Node is not installed")
-    directory = installed_for(HERE / "package-lock.json")
-    if not (directory / "node_modules/.package-lock.json").exists():
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(HERE / name, directory)
-        run("npm", "ci", "--prefix", str(directory), "--no-audit", "--no-fund", within_s=INSTALL_S)
-    for driver in DRIVERS.glob("*.mjs"):
-        shutil.copy(driver, directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def python() -> Path:
-    """Return an interpreter that has the libraries for Python."""
-    requirements = HERE / "requirements.txt"
-    directory = installed_for(requirements)
-    done, interpreter = directory / "done", directory / "bin/python"
-    if not done.exists():
-        run(sys.executable, "-m", "venv", "--clear", str(directory), within_s=INSTALL_S)
-        run(str(interpreter), "-m", "pip", "install", "--no-deps", "-r", str(requirements), within_s=INSTALL_S)
-        done.touch()
-    return interpreter
-
-
-def installed_for(pins: Path) -> Path:
-    """Return the directory for the packages that a file names."""
-    directory = CACHE / hashlib.sha256(pins.read_bytes()).hexdigest()[:16]
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
-
-
-def run(*command: str, within_s: float = RUN_S) -> str:
-    """Return what a command writes.  Fails with its errors."""
-    quiet = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else litellm downloads its prices
-    done = subprocess.run(command, capture_output=True, text=True, timeout=within_s, env=quiet)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def check(read: Any, refused: tuple[str, str | None], overflow: tuple[str, str | None]) -> None:
