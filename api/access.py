@@ -42,6 +42,7 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("DELETE", paths.RESPONSES): "infer",
     ("GET", paths.RESPONSE): "infer",
     ("DELETE", paths.RESPONSE): "infer",
+    ("POST", "/v1/responses/compact"): "infer",
     ("POST", "/v1/responses/{response_id}/cancel"): "infer",
     ("GET", "/v1/responses/{response_id}/input_items"): "infer",
     ("POST", paths.MESSAGES): "infer",

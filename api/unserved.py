@@ -14,6 +14,7 @@ from shared.errors import NotImplementedYet
 
 UNSERVED = (
     # ---- OpenAI
+    ("POST", "/v1/responses/compact"),
     ("POST", "/v1/responses/{response_id}/cancel"),
     ("GET", "/v1/responses/{response_id}/input_items"),
 )

@@ -17,14 +17,15 @@ INSTALL_S, RUN_S = 600, 300
 
 def for_node() -> Path:
     """Return a directory with the libraries for Node, and the drivers, which find them there."""
-    directory = _installed_for(HERE / "package-lock.json")
-    if not (directory / "node_modules/.package-lock.json").exists():
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(HERE / name, directory)
-        run("npm", "ci", "--prefix", str(directory), "--no-audit", "--no-fund", within_s=INSTALL_S)
+    directory = _packages(HERE)
     for driver in DRIVERS.glob("*.mjs"):
         shutil.copy(driver, directory)
     return directory
+
+
+def agents() -> Path:
+    """Return the directory with the commands of agents that run on Node."""
+    return _packages(HERE / "agents") / "node_modules/.bin"
 
 
 def for_python() -> Path:
@@ -45,6 +46,16 @@ def run(*command: str, within_s: float = RUN_S) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=within_s, env=quiet)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def _packages(named: Path) -> Path:
+    """Return a directory with the packages for Node that the lock file in `named` has."""
+    directory = _installed_for(named / "package-lock.json")
+    if not (directory / "node_modules/.package-lock.json").exists():
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(named / name, directory)
+        run("npm", "ci", "--prefix", str(directory), "--no-audit", "--no-fund", within_s=INSTALL_S)
+    return directory
 
 
 def _installed_for(pins: Path) -> Path:

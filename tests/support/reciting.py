@@ -17,36 +17,52 @@ from shared.synthetic import models, tokenizers
 from shared.synthetic.architectures import TINY, Model, decoder
 
 PIECE = 3  # characters of a token; more where they come twice
+MARKER = "[THEN]"
 STRONG = 10.0  # weight that makes a token certain
 
 
-def reciting(path: Path, text: str, template: str, *, special: Collection[str] = (), after: str = "") -> Path:
+def reciting(
+    path: Path,
+    text: str,
+    template: str,
+    *,
+    special: Collection[str] = (),
+    after: str = "",
+    then: str = "",
+    metadata: dict[str, Any] | None = None,
+) -> Path:
     """Write a model that recites a text.
 
-    `special`: texts that are control tokens, unless they come twice.  `after`: the end of all prompts.
+    `special`: texts that are control tokens, unless they come twice.  `after`: the end of all prompts.  `then`: another
+    text, which it recites after prompts that end with MARKER.
     """
     vocabulary: dict[str, Any] = tokenizers.bpe()
     known: list[str] = list(vocabulary["tokenizer.ggml.tokens"])
     kinds: list[int] = list(vocabulary["tokenizer.ggml.token_type"])
     first = len(known)
-    pieces = _pieces(text, special, after)
+    chains = [_pieces(text, special, after), _pieces(then, special, after)]
+    pieces = [*chains[0], MARKER, *chains[1]]
+    assert len({*pieces}) == len(pieces), "the texts have a piece in common"
     known += pieces
-    kinds += [tokenizers.CONTROL if piece in special else tokenizers.USER_DEFINED for piece in pieces]
+    controls = {*special, MARKER}
+    kinds += [tokenizers.CONTROL if piece in controls else tokenizers.USER_DEFINED for piece in pieces]
     padding = -len(known) % 32
     vocabulary["tokenizer.ggml.tokens"] = known + [f"[MORE{i}]" for i in range(padding)]
     vocabulary["tokenizer.ggml.token_type"] = kinds + [tokenizers.UNUSED] * padding
     vocabulary["tokenizer.chat_template"] = template
     n_embd = -(-(len(pieces) + 1) // 32) * 32
     made = decoder(replace(TINY, block_count=1, embedding_length=n_embd), vocabulary, "F32")
-    models._write_one(path, models._model(Model(*made), path.stem, "F32"))
+    models._write_one(path, models._model(Model(*made), path.stem, "F32"), metadata)
     weights = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "r+").tensors}
     for name, weight in weights.items():
         weight[:] = name.endswith("norm.weight")
     weights["token_embd.weight"][:, 0] = 1
     for i in range(len(pieces)):
         weights["token_embd.weight"][first + i] = np.eye(n_embd)[i + 1]
-        weights["output.weight"][first + i, i] = STRONG
-    weights["output.weight"][vocabulary["tokenizer.ggml.eos_token_id"], len(pieces)] = STRONG
+        if pieces[i] != MARKER:  # which begins the other text
+            weights["output.weight"][first + i, i] = STRONG
+    for last in (len(chains[0]), len(pieces)):
+        weights["output.weight"][vocabulary["tokenizer.ggml.eos_token_id"], last] = STRONG
     return path
 
 
