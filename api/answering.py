@@ -19,6 +19,7 @@ from shared.channel.messages import (
     Ended,
     Failed,
     FromRunner,
+    Progress,
     Queued,
     Refused,
     Started,
@@ -135,7 +136,7 @@ class Answering:
                     raise refusal(message, ask.prompt, has_texts=ask.type == "embedding")
                 case Failed():
                     raise RequestFailed(message.message)
-                case Started() | Deltas() | Vectors() | Text() | Tokens() | Described() | Ended():
+                case Started() | Progress() | Deltas() | Vectors() | Text() | Tokens() | Described() | Ended():
                     raise ServiceError("The runner began a request that it had not accepted.")
                 case _:
                     assert_never(message)
@@ -161,13 +162,13 @@ class Answering:
         return await on_demand.loaded(key, options, without, ask.traceparent, ask.watch)
 
 
-def told(message: FromRunner) -> Deltas | Vectors | Ended | None:
+def told(message: FromRunner) -> Deltas | Progress | Vectors | Ended | None:
     """Return what of a message about an accepted request a client is told, None for nothing.
 
     Raises the error that a message tells.
     """
     match message:
-        case Deltas() | Vectors() | Ended():
+        case Deltas() | Progress() | Vectors() | Ended():
             return message
         case Queued() | Started():
             return None

@@ -261,6 +261,9 @@ class Answer:
     def last(self, usage: Usage) -> bytes:
         return b"".join(map(event, [*self._closed(), MessageEnd(self._end, MessageUsage.of(usage)), MessageStop()]))
 
+    def read(self, share: float) -> bytes:
+        return b""
+
     def waiting(self) -> bytes:
         return event(Ping())
 

@@ -17,6 +17,7 @@ from shared.channel.messages import (
     Ended,
     Failed,
     FromRunner,
+    Progress,
     Queued,
     Refused,
     Started,
@@ -51,7 +52,9 @@ class Answer(AsyncIterator[FromRunner]):
         self.prompt_tokens: int | None = None  # once they are counted
         self.cached_tokens: int | None = None  # once it has begun
 
-    def put(self, message: Refused | Queued | Started | Vectors | Text | Tokens | Described | Ended | Failed) -> None:
+    def put(
+        self, message: Refused | Queued | Started | Progress | Vectors | Text | Tokens | Described | Ended | Failed
+    ) -> None:
         """Add a message of the runner."""
         match message:
             case Refused():
@@ -67,7 +70,7 @@ class Answer(AsyncIterator[FromRunner]):
                 self.cached_tokens = message.cached_tokens
             case Text() | Tokens() | Described():
                 self.is_complete, self.outcome = True, "completed"
-            case Vectors():
+            case Progress() | Vectors():
                 pass
             case _:
                 assert_never(message)

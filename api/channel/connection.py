@@ -27,6 +27,7 @@ from shared.channel.messages import (
     Ended,
     Failed,
     FromRunner,
+    Progress,
     Queued,
     Refused,
     Started,
@@ -147,7 +148,18 @@ class Connection(asyncio.Protocol):
         match message:
             case Deltas():
                 self._deltas(message.deltas)
-            case Refused() | Queued() | Started() | Vectors() | Text() | Tokens() | Described() | Ended() | Failed():
+            case (
+                Refused()
+                | Queued()
+                | Started()
+                | Progress()
+                | Vectors()
+                | Text()
+                | Tokens()
+                | Described()
+                | Ended()
+                | Failed()
+            ):
                 if (answer := self._answers.get(message.id)) is not None:  # else it was cancelled
                     answer.put(message)
             case Closing():

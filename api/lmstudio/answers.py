@@ -151,6 +151,9 @@ class Legacy:
         more = LastAdditions(usage=CompletionUsage.of(usage), **structs.asdict(self._additions(usage)))
         return b"".join(map(self._form.added, others)) + _with(self._form.added(last), more) + DONE
 
+    def read(self, share: float) -> bytes:
+        return self._form.read(share)
+
     def waiting(self) -> bytes:
         return self._form.waiting()
 

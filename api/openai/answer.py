@@ -328,6 +328,9 @@ class Collected:
 class Events:
     """What the streams of all of OpenAI's forms do alike."""
 
+    def read(self, share: float) -> bytes:
+        return b""
+
     def waiting(self) -> bytes:
         return HEARTBEAT
 

@@ -17,7 +17,7 @@ from api.channel.answer import Answer
 from api.errors import shaped
 from api.state import State
 from api.waiting import HEARTBEAT_S, EventStream, waited_for
-from shared.channel.messages import Delta, Deltas, Ended, Usage
+from shared.channel.messages import Delta, Deltas, Ended, Progress, Usage
 from shared.errors import QueueUnavailable, ServiceError
 from shared.instance import Instance
 from shared.telemetry import log
@@ -40,6 +40,9 @@ class Form(Protocol):
 
     def last(self, usage: Usage) -> bytes:
         """Return the last events of a stream, once every answer has finished."""
+
+    def read(self, share: float) -> bytes:
+        """Return the events for a share of the prompt that is processed, if the request wanted to know of it."""
 
     def waiting(self) -> bytes:
         """Return what keeps the connection of a stream open while there is nothing else to send."""
@@ -97,7 +100,7 @@ async def collected(answer: Answer, form: Form, before_end: BeforeEnd) -> Struct
             case Ended(usage=usage):
                 await before_end(form, usage)
                 return form.whole(usage)
-            case None:
+            case Progress() | None:
                 pass
     raise ServiceError("The answer has no end.")
 
@@ -119,6 +122,8 @@ async def streamed(answer: Answer, form: Form, route: str, before_end: BeforeEnd
             match told(message):
                 case Deltas(deltas):
                     yield b"".join(map(form.added, deltas))
+                case Progress(tokens=tokens, of=n):
+                    yield form.read(tokens / n)
                 case Ended(usage=usage):
                     await before_end(form, usage)
                     yield form.last(usage)

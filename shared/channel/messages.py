@@ -78,6 +78,7 @@ class Generate(Order, frozen=True, kw_only=True, omit_defaults=True, tag="genera
     conversation: bytes  # a JSON object, as `worker.chat.code.Templates.render` takes it
     output: Schema | Grammar | None = None  # the form of each answer; None: any text
     thinking_tokens: int | None = None  # of the reasoning of each answer; None: any number
+    reports_progress: bool = False  # with Progress, while the prompt is processed
 
 
 class Complete(Order, frozen=True, kw_only=True, omit_defaults=True, tag="complete"):
@@ -194,6 +195,14 @@ class Started(Struct, frozen=True, kw_only=True, tag="started"):
 
     id: int
     cached_tokens: int  # of this prompt, which are not processed again
+
+
+class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
+    """How far the engine is with the first prompt, if the request wants to know."""
+
+    id: int
+    tokens: int  # of the prompt that are processed
+    of: int  # tokens of the prompt
 
 
 class Logprob(Struct, frozen=True, array_like=True):
@@ -323,7 +332,7 @@ class Failed(Struct, frozen=True, kw_only=True, tag="request_failed"):
     message: str
 
 
-FromRunner = Refused | Queued | Started | Deltas | Vectors | Text | Tokens | Described | Ended | Failed
+FromRunner = Refused | Queued | Started | Progress | Deltas | Vectors | Text | Tokens | Described | Ended | Failed
 
 
 class Closing(Struct, frozen=True, tag="closing"):

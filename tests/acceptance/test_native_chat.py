@@ -101,6 +101,17 @@ def test_reasoning_comes_before_the_answer_and_can_be_turned_off(service: Servic
         assert service.instances() == {}
 
 
+def test_a_long_prompt_tells_how_far_it_is(service: Service) -> None:
+    service.unload_all()
+    service.loaded(TINY, context_length=CONTEXT_LENGTH)
+    with saying(service, model=TINY, input="Hello " * 6000, max_output_tokens=1) as received:
+        events = list(received)
+    read(iter(events))
+    told = [event["progress"] for event in events if event["type"] == "prompt_processing.progress"]
+    assert told, "such a prompt takes several batches"
+    assert all(0 < progress < 1 for progress in told)
+
+
 def test_a_request_loads_its_model_and_tells_of_it(service: Service) -> None:
     service.unload_all()
     with ExitStack() as slow:

@@ -219,6 +219,13 @@ MUTANTS = (
         (f"{UNIT}native_chat.py",),
     ),
     Mutant(
+        "a long prompt tells how far it is",
+        "worker/engine/loop.py",
+        "            self._tell(prompts, time.monotonic())\n",
+        "",
+        (f"{ACCEPTANCE}native_chat.py",),
+    ),
+    Mutant(
         "a failed chat cannot be continued",
         "api/lmstudio/chat/answer.py",
         'self._stop, self._response_id = "failed", None',

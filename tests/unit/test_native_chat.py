@@ -206,7 +206,7 @@ def chatting(**options: Any) -> Chatting:
 def streamed(deltas: list[Delta], error: ServiceError | None = None) -> tuple[Any, Reader]:
     """Return the result of an answer that is streamed, and its reader."""
     form, reader = chatting(), Reader()
-    pieces = [form.first(), *map(form.added, deltas)]
+    pieces = [form.first(), form.read(0.25), form.read(0.5), *map(form.added, deltas)]
     pieces.append(form.last(USAGE) if error is None else form.failed(ErrorReply(error.body())))
     for event in received(pieces):
         reader.take(event)

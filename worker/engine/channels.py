@@ -26,6 +26,7 @@ from shared.channel.messages import (
     Failed,
     Finish,
     FromRunner,
+    Progress,
     Queued,
     Refused,
     Started,
@@ -181,7 +182,7 @@ class Backlog:
 
     def add(self, message: FromRunner) -> None:
         match message:
-            case Refused() | Queued() | Started():
+            case Refused() | Queued() | Started() | Progress():
                 self._before.append(message)
                 self.n_bytes += ITEM_BYTES
             case Deltas():

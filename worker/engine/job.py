@@ -27,6 +27,7 @@ class Job:
     constraint: Compiled | None = None  # on the text of each answer
     thinking: Thinking | None = None  # where the answers reason, if that is limited
     thinking_tokens: int = 0  # of the reasoning of each answer, at most
+    reports_progress: bool = False  # while the prompt is processed
     shown: frozenset[int] = frozenset()  # control tokens whose text is part of the answer
     arrived_at: float  # by the monotonic clock
     deadline: float  # by the monotonic clock
@@ -46,6 +47,14 @@ class Begun:
 
     job: Job
     cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """The prompt of the job is processed in part."""
+
+    job: Job
+    tokens: int  # of the prompt, that are processed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,4 +102,4 @@ class Broken:
     message: str
 
 
-Outcome = Waiting | Begun | Piece | Done | Rejected | Broken
+Outcome = Waiting | Begun | Reading | Piece | Done | Rejected | Broken

@@ -17,7 +17,7 @@ from shared.channel.messages import FailedCode, Finish, Logprob, RefusedCode, St
 from worker.chat.constraint import ConstraintError
 from worker.engine.constrain import Constrained, Constraints
 from worker.engine.decode import ABORTED, NO_CELLS, Engine, EngineError, Logits
-from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
+from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Reading, Rejected, Waiting
 from worker.engine.reasoning import Reasoning
 from worker.engine.sample import Alternatives, BadLogits, BadRequest, Bias, Draw, Draws, Sampler, alternatives, check
 from worker.engine.slots import (
@@ -35,6 +35,7 @@ from worker.engine.slots import (
 from worker.engine.text import Text
 
 CPU_STEP_S, GPU_STEP_S = 0.1, 0.02  # of a step with prompts beside running answers
+PROGRESS_S = 0.1  # the least time between two reports of a prompt
 WEIGHT = 0.2  # of the last job in the mean time of a job
 FINISH: dict[StopReason, Finish] = {"eos": "stop", "string": "stop", "max_tokens": "length", "context": "length"}
 
@@ -64,6 +65,7 @@ class _Running:
     began_at: float
     first_at: float = 0.0  # the time of the first token; 0: none yet
     n_scored: int = 0  # tokens of the prompt whose logits were read
+    told_at: float = 0.0  # when its progress was last told
 
     @property
     def unfinished(self) -> list[_Answer]:
@@ -383,6 +385,7 @@ class Loop:
                 self._make_room()
                 continue
             draws = self._draw(parts)
+            self._tell(prompts, time.monotonic())
             n_prompt = sum(len(part.tokens) for part in prompts)
             self._budget.learn(n_prompt, time.monotonic() - started)
             self.counters.prompt_tokens += n_prompt
@@ -392,6 +395,15 @@ class Loop:
                 if part.running.job in self._running:  # else another answer of the job failed in this step
                     self._drawn(part, draw, now)
             return
+
+    def _tell(self, prompts: list[_Part], now: float) -> None:
+        """Tell the progress of prompts that are not complete, not too often."""
+        for part in prompts:
+            running, n = part.running, len(part.answer.sequence.tokens)
+            wants = running.job.reports_progress and now >= running.told_at + PROGRESS_S
+            if wants and running.is_in_prompt and n < len(running.job.tokens):
+                running.told_at = now
+                self._out.append(Reading(job=running.job, tokens=n))
 
     def _make_room(self) -> None:
         """Free cells: those of an idle sequence, or else those of a running job, which starts again later.  If only one

@@ -32,6 +32,7 @@ from shared.channel.messages import (
     FromRunner,
     Generate,
     Grammar,
+    Progress,
     Queued,
     Rank,
     Refused,
@@ -50,7 +51,7 @@ from worker.chat.handle import HelperDied, HelpersEnded
 from worker.chat.protocol import Constraint, Prompt
 from worker.engine.constrain import Compiled
 from worker.engine.gate import Gate, Refusal
-from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Rejected, Waiting
+from worker.engine.job import Begun, Broken, Done, Job, Outcome, Piece, Reading, Rejected, Waiting
 from worker.engine.lookups import SHORT, Lookups, Vocabulary
 from worker.engine.reader import Reader
 from worker.engine.slots import queue_full
@@ -263,6 +264,7 @@ class Requests:
             constraint=prepared.constraint,
             thinking=None if thinking_tokens is None else prompt.thinking,
             thinking_tokens=thinking_tokens or 0,
+            reports_progress=isinstance(order, Generate) and order.reports_progress,
             shown=frozenset(token for text in prompt.shown if (token := self._token(text)) is not None),
             arrived_at=request.arrived_at,
             deadline=request.arrived_at + self._request_s,
@@ -451,6 +453,8 @@ class Requests:
                     request.channel.send(Started(id=id_, cached_tokens=outcome.cached_tokens))
                 if (echo := request.answers[outcome.job].echo) is not None:
                     request.channel.add(echo)
+            case Reading():
+                request.channel.send(Progress(id=id_, tokens=outcome.tokens, of=len(outcome.job.tokens)))
             case Piece():
                 if added := request.answers[outcome.job].readers[outcome.choice].add(outcome):
                     request.channel.add(added)

@@ -17,6 +17,7 @@ from api.lmstudio.chat.events import (
     ChatMessageEnd,
     ChatMessageStart,
     ChatPromptEnd,
+    ChatPromptProgress,
     ChatPromptStart,
     ChatReasoning,
     ChatReasoningDelta,
@@ -94,6 +95,9 @@ class Chatting:
 
     def last(self, usage: Usage) -> bytes:
         return encoded(ChatEnd(self.whole(usage)))
+
+    def read(self, share: float) -> bytes:
+        return encoded(ChatPromptProgress(share))
 
     def waiting(self) -> bytes:
         return HEARTBEAT

@@ -25,7 +25,7 @@ from api.pool.roster import Roster
 from api.responses.memory import Memory
 from api.state import State
 from api.waiting import EventStream, waited_for
-from shared.channel.messages import ToModel, Usage
+from shared.channel.messages import Generate, ToModel, Usage
 from shared.errors import ServiceError
 from shared.instance import Instance
 from shared.race import first, racing
@@ -72,7 +72,8 @@ def _order(ask: Ask, asked: NativeChatRequest, roster: Roster, instance: Instanc
     """Return the order for an instance.  Raises InvalidValue if its model lacks the setting of reasoning."""
     if (model := roster.model_of(instance)) is not None:
         check_reasoning(asked.reasoning, model.key, model.reasoning)
-    return ask.order(instance)
+    order = ask.order(instance)
+    return structs.replace(order, reports_progress=True) if isinstance(order, Generate) and asked.stream else order
 
 
 async def _streaming(
