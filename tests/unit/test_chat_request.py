@@ -329,13 +329,17 @@ def test_what_would_change_the_answer_is_not_dropped(fields: dict[str, Any], par
     assert error.param == param
 
 
+HOSTED = ["web_search", "web_search_preview_2025_03_11", "file_search", "code_interpreter", "computer"]
+HOSTED += ["computer_use_preview", "image_generation"]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"tools": []},
         {"tools": [F], "tool_choice": "none"},
         {"functions": [F["function"]], "function_call": "none"},
-        {"tools": [{"type": "web_search"}]},
+        *({"tools": [{"type": kind}]} for kind in HOSTED),
         {"tool_choice": "none"},
         {"tool_choice": "auto"},
         {"parallel_tool_calls": False},
@@ -384,6 +388,17 @@ def test_calls_and_results_go_to_the_template(arguments: Any) -> None:
         "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}],
     }
     assert answer == result
+
+
+def test_an_answer_is_read_again_as_libraries_keep_it() -> None:
+    """With null for all that it does not have, or an empty list of calls, and with fields of other servers."""
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+    )
+    plain = conversation(messages=[*ASSISTANT, *HELLO])
+    others: list[dict[str, Any]] = [{"tool_calls": []}, {"provider_specific_fields": {"x": [1]}, "images": []}]
+    for more in (nothing, *others):
+        assert conversation(messages=[*HELLO, {**ASSISTANT[1], **more}, *HELLO]) == plain
 
 
 def test_arguments_that_are_none_are_an_empty_object() -> None:
