@@ -40,7 +40,7 @@ class EventStream(StreamingResponse):
         headers: Mapping[str, str] = MappingProxyType({}),
         left: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        super().__init__(events, headers={"Cache-Control": "no-cache, no-store", "X-Accel-Buffering": "no", **headers})
         self.held, self.closing, self.left = held, closing, left
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -25,9 +25,8 @@ DEEPEST = 64  # nesting of a conversation: llama.cpp's template code recurses ov
 MOST_PIECES = 65_536  # messages of a conversation, and their parts: to check and to render each takes microseconds
 MOST_TOOLS = 128  # as OpenAI has it
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
-HOSTED = frozenset(  # types of tools that OpenAI's server runs itself; clients list them for all servers
-    ("web_search", "web_search_preview", "file_search", "code_interpreter", "computer_use_preview", "image_generation")
-)
+# Types of tools that OpenAI's server runs itself begin so, and some end with a date.  Clients list them everywhere.
+HOSTED = ("web_search", "file_search", "code_interpreter", "computer", "image_generation")
 # Keywords of schemas that both llama.cpp and llguidance enforce, and those that demand nothing.
 ENFORCED = {
     "type",
@@ -429,10 +428,10 @@ def _functions(request: ChatRequest) -> tuple[str, list[Function]]:
                 if tool.function is None:
                     raise MissingParameter(f"'{path}.function' is required.", param=f"{path}.function")
                 functions[f"{path}.function"] = tool.function
-            elif tool.type not in HOSTED:
-                raise NotSupported(f"'{path}.type': tools of type '{tool.type}' are not supported.", param=path)
+            elif (hosted := next(filter(tool.type.startswith, HOSTED), None)) is not None:
+                ignored.add(hosted)
             else:
-                ignored.add(tool.type)
+                raise NotSupported(f"'{path}.type': tools of type '{tool.type}' are not supported.", param=path)
         if ignored:
             log.get("api").info("tools ignored", action="tools_ignored", types=sorted(ignored))
     if len(functions) > MOST_TOOLS:

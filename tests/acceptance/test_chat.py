@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -13,15 +14,19 @@ from typing import Any
 
 import pytest
 
+from shared import paths
 from shared.synthetic import models as synthetic
 from shared.synthetic import tokenizers
 from tests.support.chat import (
     CHAT,
+    DONE,
     ENDLESS,
     EOS,
+    HELLO,
     answered,
     ask,
     begun,
+    body,
     busy,
     chunks,
     connected,
@@ -33,6 +38,7 @@ from tests.support.service import TINY, Service, openai_error, until, up
 VECTORS, BARE = "acme/vectors", "acme/bare"
 CONTEXT_LENGTH = 32_768  # long enough for an answer that lasts as long as a test needs it
 MOST_WAITING = 8
+WEBP = {"type": "image_url", "image_url": {"url": "data:image/webp;base64,UklGRhIAAABXRUJQVlA4TAYAAAAvQWxvAGs="}}
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +60,32 @@ def model(service: Service) -> str:
     return str(service.loaded(TINY, context_length=CONTEXT_LENGTH)["instance_id"])
 
 
+ROUTES: dict[str, dict[str, Any]] = {CHAT: {}, paths.COMPLETIONS: {"prompt": "Hello"}}
+
+
 def is_idle(service: Service) -> bool:
     return busy(service) == (0, 0)
 
 
-def ended(service: Service, outcome: str) -> float:
-    """Return how many requests ended with an outcome."""
-    text = service.send("GET", "/metrics").text
-    is_counted = f'loadstone_requests_total{{outcome="{outcome}"' in text
-    return service.metric("requests_total", outcome=outcome) if is_counted else 0.0
+def ended(service: Service, outcome: str, route: str = CHAT) -> float:
+    """Return how many requests of a route ended with an outcome."""
+    labels = {"outcome": outcome, "route": route}
+    is_counted = f'outcome="{outcome}",route="{route}"' in service.send("GET", "/metrics").text
+    return service.metric("requests_total", **labels) if is_counted else 0.0
 
 
 # ---- answers
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 1, "seed": 7}, {"logprobs": True, "top_logprobs": 2}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 1, "seed": 7},
+        {"logprobs": True, "top_logprobs": 2},
+        {"logit_bias": {str(EOS): 100}},  # the model ends it
+    ],
+)
 def test_a_stream_has_the_answer_of_a_whole_reply(service: Service, model: str, fields: dict[str, Any]) -> None:
     whole = answered(service, model=model, max_tokens=20, **fields)
     parts = chunks(service, model=model, max_tokens=20, stream_options={"include_usage": True}, **fields)
@@ -88,6 +105,32 @@ def test_a_stream_has_the_answer_of_a_whole_reply(service: Service, model: str, 
     assert [last["usage"][name] for name in counted] == [whole["usage"][name] for name in counted]
     assert {each["id"] for each in parts} == {last["id"]}
     assert {each["model"] for each in parts} == {whole["model"]} == {TINY}
+    assert whole["system_fingerprint"].startswith("b")
+
+
+def test_log_probabilities_are_those_of_the_text(service: Service, model: str) -> None:
+    (choice,) = answered(service, max_tokens=20, logprobs=True, top_logprobs=2, **ENDLESS)["choices"]
+    tokens = choice["logprobs"]["content"]
+    assert len(tokens) == 20
+    text = b"".join(bytes(token["bytes"]) for token in tokens)
+    assert text.decode(errors="replace") == choice["message"]["content"]
+    for token in tokens:
+        assert token["token"] == bytes(token["bytes"]).decode(errors="replace")
+        assert -math.inf < token["logprob"] <= 0
+        assert token["logprob"] == token["top_logprobs"][0]["logprob"] > token["top_logprobs"][1]["logprob"]
+        assert sum(math.exp(other["logprob"]) for other in token["top_logprobs"]) <= 1
+
+
+def test_a_stream_is_not_kept_by_proxies(service: Service, model: str) -> None:
+    reply = ask(service, stream=True, stream_options={"include_usage": True}, max_tokens=1)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert "no-cache" in reply.headers["cache-control"]
+    assert reply.headers["x-accel-buffering"] == "no"
+    *events, end = reply.text.split("\n\n")
+    assert end == ""
+    assert all(event.startswith("data: ") and "\n" not in event for event in events if event != ":")
+    whole = ask(service, stream_options={"include_usage": True}, max_tokens=1)
+    assert (whole.status, whole.headers["content-type"]) == (200, "application/json")
 
 
 def test_timings_tell_where_the_time_went(service: Service, model: str) -> None:
@@ -112,6 +155,8 @@ def test_an_answer_ends_by_its_limit_or_by_its_model(service: Service, model: st
     assert (cut["choices"][0]["finish_reason"], cut["usage"]["completion_tokens"]) == ("length", 5)
     ended = answered(service, logit_bias={str(EOS): 100})
     assert (ended["choices"][0]["finish_reason"], ended["choices"][0]["message"]["content"]) == ("stop", "")
+    nothing = dict.fromkeys(("max_tokens", "stop", "tools", "n", "response_format", "logprobs", "seed"))
+    assert answered(service, logit_bias={str(EOS): 100}, **nothing)["choices"] == ended["choices"]
     newer = answered(service, max_tokens=50, max_completion_tokens=3, **ENDLESS)
     assert newer["usage"]["completion_tokens"] == 3
 
@@ -121,6 +166,25 @@ def test_a_full_context_ends_an_answer(service: Service) -> None:
     whole = answered(service, **ENDLESS)
     assert whole["choices"][0]["finish_reason"] == "length"
     assert whole["usage"]["total_tokens"] in (256, 257)
+
+
+def test_answers_that_fill_the_context_end_no_other(service: Service) -> None:
+    """Together they need four times the memory that they share: each has all of the context in the end."""
+    service.loaded(TINY, context_length=1024, parallel=4)
+    with ExitStack() as streams:
+        asked = [
+            streams.enter_context(streaming(service, stream_options={"include_usage": True}, **ENDLESS))
+            for _ in range(4)
+        ]
+        for each in asked:
+            begun(each)
+        short = answered(service, max_tokens=5, **ENDLESS)
+        for each in asked:
+            *_, last, usage, done = each
+            assert done == DONE
+            assert json.loads(last)["choices"][0]["finish_reason"] == "length"
+            assert json.loads(usage)["usage"]["total_tokens"] in (1024, 1025)
+    assert short["usage"]["completion_tokens"] == 5
 
 
 def test_a_stop_string_ends_an_answer_before_itself(service: Service, model: str) -> None:
@@ -185,7 +249,10 @@ def test_without_a_name_the_only_llm_answers(service: Service) -> None:
 
 def test_a_model_that_cannot_answer_is_refused_by_name(service: Service) -> None:
     openai_error(ask(service, model="acme/nothing"), 404, "invalid_request_error", "model_not_found", "model")
-    openai_error(ask(service, model=TINY), 404, "invalid_request_error", "model_not_loaded", "model")
+    near = openai_error(ask(service, model="acme/tinny"), 404, "invalid_request_error", "model_not_found", "model")
+    assert f"'{TINY}'" in near
+    hint = openai_error(ask(service, model=TINY), 404, "invalid_request_error", "model_not_loaded", "model")
+    assert f"POST {paths.LOAD}" in hint
     assert "embedding" in openai_error(
         ask(service, model=VECTORS), 400, "invalid_request_error", "invalid_value", "model"
     )
@@ -219,6 +286,7 @@ def test_a_model_without_a_template_does_not_chat(service: Service) -> None:
         ({"n": 5}, "invalid_value", "n"),
         ({"logit_bias": {"99999": 1}}, "invalid_value", "logit_bias"),
         ({"tools": [{"type": "custom"}]}, "not_supported", "tools[0]"),
+        ({"messages": [{"role": "user", "content": [WEBP]}]}, "not_supported", "messages[0].content[0]"),
         ({"response_format": {"type": "yaml"}}, "invalid_value", "response_format"),
         ({"json_schema": {"not": {}}}, "invalid_value", "response_format"),
     ],
@@ -246,6 +314,24 @@ def test_a_prompt_over_the_context_is_refused_in_known_words(service: Service, s
         "n_prompt_tokens": n_tokens,
         "n_ctx": 256,
     }
+    assert answered(service, max_tokens=1), "nothing else is lost"
+
+
+def test_a_prompt_must_leave_room_for_one_token(service: Service) -> None:
+    """A limit that does not fit beside it is none: the answer is cut."""
+    service.loaded(TINY, context_length=256)
+    count = service.post(paths.CHAT_INPUT_TOKENS, body()).json()["input_tokens"]
+    for n, fits in ((255, True), (256, False), (257, False)):
+        messages = [{"role": "user", "content": HELLO[0]["content"] + "\n" * (n - count)}]
+        for stream in (False, True):
+            reply = ask(service, messages=messages, max_tokens=100, stream=stream, **ENDLESS)
+            assert reply.status == (200 if fits else 400), reply.text
+            if not fits:
+                assert reply.json()["error"]["n_prompt_tokens"] == n
+            elif not stream:
+                (choice,) = reply.json()["choices"]
+                assert choice["finish_reason"] == "length"
+                assert reply.json()["usage"]["completion_tokens"] in (1, 2)
 
 
 def test_a_body_of_any_type_is_read_as_json(service: Service, model: str) -> None:
@@ -271,34 +357,42 @@ def test_a_full_queue_refuses_with_a_time_to_retry(service: Service) -> None:
 # ---- clients that leave
 
 
+@pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_ends_its_answer(service: Service, model: str, stream: bool) -> None:
-    cancelled = ended(service, "cancelled")
-    connection = connected(service, stream=stream, **ENDLESS)
+def test_a_client_that_leaves_ends_its_answer(service: Service, model: str, path: str, stream: bool) -> None:
+    cancelled = ended(service, "cancelled", path)
+    connection = connected(service, path=path, stream=stream, **ROUTES[path], **ENDLESS)
     until(lambda: busy(service) == (1, 0), "the answer runs")
     connection.close()
     until(lambda: is_idle(service), "the answer was cancelled")
-    until(lambda: ended(service, "cancelled") == cancelled + 1, "it is counted")
+    until(lambda: ended(service, "cancelled", path) == cancelled + 1, "it is counted")
 
 
+@pytest.mark.parametrize("path", ROUTES)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_the_queue_is_not_answered(service: Service, stream: bool) -> None:
+def test_a_client_that_leaves_the_queue_is_not_answered(service: Service, path: str, stream: bool) -> None:
     service.loaded(TINY, context_length=CONTEXT_LENGTH, parallel=1)
     with streaming(service, **ENDLESS) as running:
         begun(running)
-        connection = connected(service, stream=stream, **ENDLESS)
+        connection = connected(service, path=path, stream=stream, **ROUTES[path], **ENDLESS)
         until(lambda: busy(service) == (1, 1), "a request waits")
         connection.close()
         until(lambda: busy(service) == (1, 0), "it waits no more")
     until(lambda: is_idle(service), "no request is left")
 
 
-def test_a_client_that_leaves_its_prompt_is_not_answered(service: Service, model: str) -> None:
-    cancelled = ended(service, "cancelled")
-    long = [{"role": "user", "content": "Hello World " * 10_000}]
-    with streaming(service, messages=long, **ENDLESS) as received:
-        next(received)  # the role, which comes with the acceptance
-    until(lambda: ended(service, "cancelled") == cancelled + 1, "the API process noticed")
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_its_prompt_is_not_answered(service: Service, model: str, path: str, stream: bool) -> None:
+    cancelled = ended(service, "cancelled", path)
+    text = "Hello World " * 10_000
+    long: dict[str, Any] = (
+        {"prompt": text} if path == paths.COMPLETIONS else {"messages": [{**HELLO[0], "content": text}]}
+    )
+    connection = connected(service, path=path, stream=stream, **long, **ENDLESS)
+    until(lambda: busy(service) == (1, 0), "it was accepted")
+    connection.close()
+    until(lambda: ended(service, "cancelled", path) == cancelled + 1, "the API process noticed")
     until(lambda: is_idle(service), "no request is left")
     assert answered(service, max_tokens=1), "the engine goes on"
 

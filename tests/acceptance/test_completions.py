@@ -97,6 +97,7 @@ def test_a_model_without_a_template_completes(service: Service) -> None:
         {"n": 2, "temperature": 1.5, "seed": 3, "logprobs": 0},
         {"prompt": ["Hello", [1, 300, 301]], "echo": True, "logprobs": 1},
         {"echo": True, "max_tokens": 0},
+        {"logit_bias": {str(EOS): 100}},  # the model ends it
     ],
 )
 def test_a_stream_has_the_text_of_a_whole_reply(service: Service, fields: dict[str, Any]) -> None:
@@ -267,16 +268,22 @@ def test_what_is_wrong_is_refused_before_the_first_byte(
     openai_error(ask(service, stream=stream, **fields), 400, "invalid_request_error", code, param)
 
 
-def test_a_prompt_over_the_context_is_refused_in_known_words(service: Service) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_over_the_context_is_refused_in_known_words(service: Service, stream: bool) -> None:
     service.loaded(TINY, context_length=256)
-    for prompt in ([1] * 256, ["fine", "Hello " * 1000]):
-        reply = ask(service, prompt=prompt)
+    for prompt in ([1] * 256, [1] * 257, ["fine", "Hello " * 1000]):
+        reply = ask(service, prompt=prompt, stream=stream)
         assert reply.status == 400
         error = reply.json()["error"]
         assert (error["type"], error["code"]) == ("exceed_context_size_error", "context_length_exceeded")
         assert (error["param"], error["n_ctx"]) == ("prompt", 256)
-        assert error["n_prompt_tokens"] >= 256
-    assert answered(service, prompt=[1] * 255, max_tokens=1)["usage"]["prompt_tokens"] == 255
+        assert (
+            error["n_prompt_tokens"] == len(prompt) if isinstance(prompt[0], int) else error["n_prompt_tokens"] > 1000
+        )
+        assert "This model's maximum context length is 256 tokens. However, your " in error["message"]
+        assert "exceeds the available context size (256 tokens)" in error["message"]
+    whole = answered(service, prompt=[1] * 255, max_tokens=100, **ENDLESS)
+    assert (whole["usage"]["prompt_tokens"], whole["choices"][0]["finish_reason"]) == (255, "length")
 
 
 def test_an_embedding_model_completes_nothing(service: Service) -> None:

@@ -93,6 +93,15 @@ def test_fifty_requests_at_two_processes_make_one_load(pair: Pair) -> None:
     assert len(loads(pair)) == before + 1
 
 
+def test_a_variant_is_loaded_by_its_name(pair: Pair) -> None:
+    before = len(loads(pair))
+    name = f"{TINY}@f16"
+    for api in pair.apis:
+        assert answered(api, model=name, max_tokens=1)["model"] == name
+    assert answered(pair.apis[0], model=TINY, max_tokens=1)["model"] == name, "it is the same model"
+    assert len(loads(pair)) == before + 1
+
+
 def test_a_request_joins_a_load_of_a_client(pair: Pair) -> None:
     with ExitStack() as stack:
         with pair.worker.frozen():

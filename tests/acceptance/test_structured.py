@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from shared.synthetic import tokenizers
 from tests.support.chat import answered, ask, chunks
 from tests.support.service import TINY, Service, openai_error
 
@@ -42,11 +43,28 @@ def test_a_streamed_answer_is_json_of_its_schema(service: Service, model: str) -
     jsonschema_rs.validate(PERSON, json.loads(text))
 
 
+OBJECT = {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    "response_format", [OBJECT, {**OBJECT, "schema": {"type": "object", "additionalProperties": False}}]
+)
+def test_an_answer_is_an_object(service: Service, model: str, response_format: dict[str, Any]) -> None:
+    """A model that would only write braces, in the wrong order."""
+    tokens: Any = tokenizers.spm()["tokenizer.ggml.tokens"]
+    fields: dict[str, Any] = {"logit_bias": {tokens.index("}"): 100, tokens.index("{"): 50}, "max_tokens": 5}
+    assert answered(service, **fields)["choices"][0]["message"]["content"] == "}}}}}"
+    (choice,) = answered(service, response_format=response_format, **fields)["choices"]
+    assert (json.loads(choice["message"]["content"]), choice["finish_reason"]) == ({}, "stop")
+
+
 def test_an_answer_follows_its_grammar(service: Service, model: str) -> None:
     reply = answered(service, grammar='root ::= ("yes" | "no")', n=3, temperature=1)
     assert {choice["message"]["content"] for choice in reply["choices"]} <= {"yes", "no"}
     error = ask(service, grammar="root ::= (")
-    assert "')'" in openai_error(error, 400, "invalid_request_error", "invalid_value", "grammar")
+    message = openai_error(error, 400, "invalid_request_error", "invalid_value", "grammar")
+    assert message.startswith("Failed to parse"), "as llama.cpp's server says it"
+    assert "')'" in message
 
 
 @pytest.mark.parametrize(

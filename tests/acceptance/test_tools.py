@@ -18,6 +18,9 @@ from worker.chat.code import ChatCode
 
 GENERIC = "generic"
 CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+ZONE = {"type": "object", "properties": {"zone": {"type": "string"}}, "required": ["zone"]}
+TIME = {"type": "function", "function": {"name": "get_time", "parameters": ZONE}}
+CALLS = f'{CALL}\n<tool_call>\n{{"name": "get_time", "arguments": {{"zone": "CET"}}}}\n</tool_call>'
 BROKEN = '{"name": "get_weather", "parameters": {"city": Paris}}'
 QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 RESULT = {"role": "tool", "tool_call_id": "", "content": "Sunny."}
@@ -43,6 +46,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     for family in FAMILIES:
         write(home / "models", family)
     reciting(home / "models/acme" / GENERIC / "recites-f32.gguf", CALL, "chatml")
+    reciting(home / "models/acme/twice/recites-f32.gguf", CALLS, "chatml")
     llama = template(FAMILIES["Llama 3.1"][0])
     reciting(home / "models/acme/broken/recites-f32.gguf", BROKEN, llama)
     with up(home) as service:
@@ -137,12 +141,36 @@ def test_a_call_is_only_text_to_a_client_without_tools(service: Service) -> None
     assert "tool_calls" not in whole
 
 
-def test_calls_differ_in_their_ids_and_may_be_answered(service: Service) -> None:
-    fields: dict[str, Any] = {"model": f"acme/{GENERIC}", "tools": [TOOL]}
+def test_two_calls_are_told_apart(service: Service) -> None:
+    """`joined` demands one call in a chunk, its index, and an id and a name in the first addition to it alone."""
+    fields: dict[str, Any] = {"model": "acme/twice", "messages": QUESTION, "tools": [TOOL, TIME]}
+    expected = [("get_weather", json.loads(ARGUMENTS)), ("get_time", {"zone": "CET"})]
+
+    def calls(message: Any) -> list[tuple[str, Any]]:
+        assert len({call["id"] for call in message["tool_calls"]}) == len(message["tool_calls"])
+        functions = [call["function"] for call in message["tool_calls"]]
+        return [(function["name"], json.loads(function["arguments"])) for function in functions]
+
+    whole, finish = message(service, **fields)
+    assert (calls(whole), whole["content"], finish) == (expected, "I will look.\n", "tool_calls")
+    deltas, finish = streamed(service, **fields)
+    assert (calls(joined(deltas)), joined(deltas)["content"], finish) == (expected, "I will look.\n", "tool_calls")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_differ_in_their_ids_and_may_be_answered(service: Service, family: str) -> None:
+    """Clients send the arguments back as text, which the templates of some families need as an object."""
+    fields: dict[str, Any] = {"model": key(family), "tools": [TOOL]}
     first, _ = message(service, messages=QUESTION, **fields)
     (call,) = first["tool_calls"]
-    second, _ = message(service, messages=[*QUESTION, first, {**RESULT, "tool_call_id": call["id"]}], **fields)
+    assert isinstance(call["function"]["arguments"], str)
+    messages = [*QUESTION, first, {**RESULT, "tool_call_id": call["id"]}]
+    prompt = service.post(paths.APPLY_TEMPLATE, {"model": key(family), "messages": messages}).json()["prompt"]
+    assert "days" in prompt
+    assert "Sunny." in prompt
+    second, _ = message(service, messages=messages, **fields)
     assert second["tool_calls"][0]["id"] != call["id"]
+    assert said(second)["arguments"] == json.loads(ARGUMENTS)
 
 
 @pytest.mark.parametrize("end", ["stop", "length"])

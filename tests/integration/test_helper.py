@@ -336,6 +336,32 @@ async def test_earlier_calls_and_results_are_in_every_prompt(helper: Helper, nam
     assert "Sunny." in prompt.text
 
 
+BRIEF, LATER = {"role": "system", "content": "Be brief."}, {"role": "system", "content": "The user is a pilot."}
+ANSWER = {"role": "assistant", "content": "Hello!"}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("tools", [{"tools": [TOOL]}, {}], ids=["tools", "plain"])
+async def test_every_system_message_is_in_every_prompt(helper: Helper, name: str, tools: dict[str, Any]) -> None:
+    """Some templates refuse all but the first one, and others leave them out, or all but the last."""
+    conversations: list[list[Any]] = [
+        [BRIEF, LATER, *MESSAGES],
+        [BRIEF, *MESSAGES, ANSWER, LATER, *MESSAGES],
+        [*MESSAGES, BRIEF, {**LATER, "content": [{"type": "text", "text": LATER["content"]}]}],
+    ]
+    helper.compile(Template(source=template(name))).result()
+    for messages in conversations:
+        prompt = await helper.render(json.dumps({"messages": messages, **tools}).encode())
+        assert "Be brief." in prompt.text
+        assert "The user is a pilot." in prompt.text
+
+
+async def test_a_late_system_message_stays_where_it_may(helper: Helper) -> None:
+    helper.compile(Template(source="chatml")).result()
+    prompt = await helper.render(json.dumps({"messages": [*MESSAGES, LATER]}).encode())
+    assert prompt.text.index("Hello") < prompt.text.index("The user is a pilot.")
+
+
 async def test_ids_of_calls_are_those_that_the_model_knows(helper: Helper) -> None:
     kimi = await with_tools(helper, "moonshotai-Kimi-K2", ANSWERED)
     assert kimi.text.count("functions.get_weather:0") == 2

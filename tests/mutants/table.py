@@ -37,6 +37,20 @@ MUTANTS = (
         (f"{ACCEPTANCE}request_log.py",),
     ),
     Mutant(
+        "no system message is left out",
+        "worker/chat/helper.py",
+        "other = fronted(conversation)",
+        "other = None",
+        (f"{INTEGRATION}helper.py",),
+    ),
+    Mutant(
+        "a stream that is silent is kept open",
+        "api/openai/reply.py",
+        "yield form.waiting()",
+        'yield b""',
+        (f"{UNIT}chat_answer.py",),
+    ),
+    Mutant(
         "a stored response belongs to one token",
         "shared/store/keys.py",
         'return f"response:{owner}:{id_}"',

@@ -78,11 +78,11 @@ def rest(received: Iterator[str]) -> Any:
     return error
 
 
-def connected(client: Client, **fields: Any) -> socket.socket:
+def connected(client: Client, *, path: Any = CHAT, **fields: Any) -> socket.socket:
     """Send a request on a connection of its own, and read nothing."""
     content = json.dumps(body(**fields)).encode()
     connection = socket.create_connection(("127.0.0.1", client.port), timeout=PATIENCE_S)
-    head = [f"POST {CHAT} HTTP/1.1", "Host: localhost", f"Content-Length: {len(content)}"]
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(content)}"]
     head += [f"Authorization: Bearer {client.token}"] if client.token else []
     connection.sendall("\r\n".join([*head, "", ""]).encode() + content)
     return connection

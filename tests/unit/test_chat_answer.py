@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -10,8 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.openai.answer import Collected, Heading
-from shared.channel.messages import Delta, Logprob, TokenLogprobs, ToolDelta, Usage
+from api.channel.answer import Answer
+from api.openai.answer import Chat, Collected, Heading
+from api.openai.reply import at_once, streamed
+from api.openai.text import Text
+from api.waiting import HEARTBEAT_S
+from shared.channel.messages import Delta, Ended, Logprob, Queued, Started, TokenLogprobs, ToolDelta, Usage
 
 USAGE = Usage(
     prompt_tokens=7,
@@ -36,7 +41,7 @@ def choices(data: bytes) -> list[dict[str, Any]]:
     found = []
     for chunk in chunks(data):
         assert chunk["object"] == "chat.completion.chunk"
-        assert "usage" not in chunk
+        assert not {"usage", "timings"} & chunk.keys()
         (choice,) = chunk["choices"]
         found.append(choice)
     return found
@@ -72,6 +77,51 @@ def test_log_probabilities_come_once_with_bytes_of_tokens() -> None:
             ],
             "refusal": None,
         }
+
+
+def test_every_chunk_says_of_which_reply_it_is() -> None:
+    heading = Heading("publisher/model", "b1")
+    (first,) = chunks(heading.first(1))
+    assert re.fullmatch("chatcmpl-[0-9a-f]{24}", first["id"])
+    assert 0 < first["created"] < 2**32
+    assert (first["model"], first["system_fingerprint"]) == ("publisher/model", "b1")
+    same = ("id", "object", "created", "model", "system_fingerprint")
+    for data in (heading.added(Delta(id=1, text="a", finish="stop")), heading.usage(USAGE)):
+        assert all(chunk[name] == first[name] for chunk in chunks(data) for name in same)
+    assert chunks(Heading("publisher/model", "b1").first(1))[0]["id"] != first["id"]
+
+
+CALLING = [Delta(id=1, text="a", tool=ToolDelta(0, "call_1", "f", "{}")), Delta(id=1, finish="tool_calls")]
+SPEAKING = [Delta(id=1, text="a"), Delta(id=1, text="b", finish="stop")]
+
+
+@pytest.mark.parametrize(
+    ("form", "deltas"),
+    [
+        (Chat(Heading("m", "f"), 1, with_usage=True), SPEAKING),
+        (Chat(Heading("m", "f"), 1, with_usage=True), CALLING),
+        (Text("m", "f", prompts=1, choices=1, with_usage=True), SPEAKING),
+    ],
+    ids=["chat", "chat-calls", "text"],
+)
+async def test_a_bare_comment_comes_while_there_is_nothing_else(
+    form: Chat | Text, deltas: list[Delta], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no data, some clients take `: text` for the end, and proxies close connections that are silent for long."""
+    assert HEARTBEAT_S <= 15
+    monkeypatch.setattr("api.openai.reply.HEARTBEAT_S", 0.001)
+    answer, expected = Answer(), [form.added(delta) for delta in deltas]
+    stream = streamed(answer, form, "/v1/chat/completions", at_once)
+    assert await anext(stream) == form.first(), "before anything has arrived"
+    answer.put(Queued(id=1, prompt_tokens=7, ahead=3))
+    assert await anext(stream) == b":\n\n"
+    answer.put(Started(id=1, cached_tokens=0))
+    for delta, data in zip(deltas, expected, strict=True):
+        assert [await anext(stream) for _ in range(3)] == [b":\n\n"] * 3
+        answer.extend([delta])
+        assert await anext(stream) == data
+    answer.put(Ended(id=1, usage=USAGE))
+    assert [part async for part in stream] == [form.last(USAGE)]
 
 
 def test_the_usage_is_in_a_chunk_without_choices() -> None:

@@ -23,6 +23,7 @@ from shared.errors import (
 from shared.schema.model import ModelSettings
 
 HELLO = [{"role": "user", "content": "Hello"}]
+ASSISTANT = [*HELLO, {"role": "assistant", "content": "Hi"}]
 
 
 F: Any = {"type": "function", "function": {"name": "f"}}
@@ -75,8 +76,49 @@ def test_null_means_absent_for_every_optional_field() -> None:
     assert asked(**dict.fromkeys(names)) == asked()
 
 
-def test_unknown_keys_are_ignored() -> None:
-    assert asked(user="me", metadata={"a": 1}, store=True, service_tier="auto", draft_model="x") == asked()
+IGNORED: dict[str, Any] = {  # what OpenAI's API, llama.cpp's server and LM Studio have, and clients send to all servers
+    **{"user": "me", "metadata": {"a": 1}, "store": True, "service_tier": "auto", "prompt_cache_key": "x"},
+    **{"safety_identifier": "x", "verbosity": "low", "prediction": {"type": "content", "content": "x"}},
+    **{"web_search_options": {}, "modalities": ["text"], "draft_model": "x", "options": {"num_ctx": 5}},
+    **{"mirostat": 2, "mirostat_tau": 5.0, "dry_multiplier": 0.8, "xtc_probability": 0.1, "dynatemp_range": 1},
+    **{"n_sigma": 1, "top_n_sigma": 1, "samplers": ["top_k"], "cache_prompt": True, "id_slot": 0, "lora": []},
+    **{"return_progress": True, "timings_per_token": True, "reasoning_format": "auto", "sse_ping_interval": 5},
+    **{"stream_options": {"include_usage": True, "include_obfuscation": False}, "contextOverflowPolicy": "stopAtLimit"},
+}
+
+
+@pytest.mark.parametrize("field", IGNORED)
+def test_unknown_keys_are_ignored(field: str) -> None:
+    assert asked(**{field: IGNORED[field]}) == asked()
+
+
+FREE = {"ttl", "audio"}  # any value is one
+TYPES: dict[str, set[type]] = {  # of the values below: those that a field takes
+    "model": {str},
+    "stream": {bool},
+    "stream_options": {dict},
+    "repeat_penalty": {float},
+    "stop": {str},
+    "reasoning_effort": {str},
+    "chat_template_kwargs": {dict},
+    "add_generation_prompt": {bool},
+    "parallel_tool_calls": {bool},
+    "logprobs": {bool},
+    "grammar": {str},
+    "json_schema": {dict},
+}
+
+
+@pytest.mark.parametrize("field", [name for name in ChatRequest.__struct_fields__ if name not in FREE])
+@pytest.mark.parametrize("value", [[5], True, "x", 7.5, {"x": [1]}])
+def test_a_value_of_a_wrong_type_is_refused_by_name(field: str, value: Any) -> None:
+    """Each field takes at most some of these types."""
+    if type(value) in TYPES.get(field, set()):
+        assert asked(**{field: value})
+        return
+    error = refused(**{field: value})
+    assert str(error.param).partition("[")[0].partition(".")[0] == field
+    assert f"'{field}" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +161,8 @@ def test_the_seed_minus_one_is_a_random_one() -> None:
 def test_one_stop_string_is_a_list_of_one() -> None:
     assert asked(stop="END").stop == ["END"]
     assert asked(stop=["a", "b"]).stop == ["a", "b"]
+    assert asked(stop=[str(i) for i in range(16)]).stop == [str(i) for i in range(16)]
+    assert asked(stop=[]) == asked()
 
 
 def test_log_probabilities_have_a_number_of_alternatives() -> None:
@@ -133,9 +177,9 @@ def test_the_developer_is_the_system() -> None:
 
 
 def test_parts_of_text_stay_parts() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}, {"type": "refusal", "refusal": "c"}]
     rendered = conversation(messages=[{"role": "user", "content": parts}])["messages"][0]["content"]
-    assert rendered == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert rendered == [{"type": "text", "text": text} for text in "abc"]
 
 
 def test_earlier_reasoning_goes_to_the_template_by_either_name() -> None:
@@ -211,6 +255,10 @@ def test_a_request_without_messages_names_them() -> None:
         ({"json_schema": {"enum": ["x" * 600_000]}}, "json_schema"),
         ({"grammar": 5}, "grammar"),
         ({"continue_final_message": True}, "continue_final_message"),
+        (
+            {"messages": ASSISTANT, "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
         ({"seed": 1.5}, "seed"),
         ({"stream": "yes"}, "stream"),
         ({"tools": {}}, "tools"),
@@ -249,6 +297,19 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any
     assert f"'{param}" in str(error)
 
 
+WEBP = "data:image/webp;base64,UklGRhIAAABXRUJQVlA4TAYAAAAvQWxvAGs="
+NOT_SERVED: list[Any] = [
+    *({"type": "image_url", "image_url": {"url": url}} for url in (WEBP, "http://localhost/x", "file:///etc/passwd")),
+    {"type": "image_url", "image_url": WEBP},
+    {"type": "image_url"},
+    {"type": "input_image", "image_url": WEBP},
+    {"type": "input_audio", "input_audio": {"data": "AA==", "format": "wav"}},
+    {"type": "file", "file": {"file_id": "x"}},
+    {"type": "input_file", "file_id": "x"},
+    {"type": "video_url", "video_url": {"url": "http://localhost/x"}},
+]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -259,8 +320,7 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
+        *(({"messages": [{"role": "user", "content": [part]}]}, "messages[0].content[0]") for part in NOT_SERVED),
     ],
 )
 def test_what_would_change_the_answer_is_not_dropped(fields: dict[str, Any], param: str) -> None:
@@ -269,13 +329,17 @@ def test_what_would_change_the_answer_is_not_dropped(fields: dict[str, Any], par
     assert error.param == param
 
 
+HOSTED = ["web_search", "web_search_preview_2025_03_11", "file_search", "code_interpreter", "computer"]
+HOSTED += ["computer_use_preview", "image_generation"]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"tools": []},
         {"tools": [F], "tool_choice": "none"},
         {"functions": [F["function"]], "function_call": "none"},
-        {"tools": [{"type": "web_search"}]},
+        *({"tools": [{"type": kind}]} for kind in HOSTED),
         {"tool_choice": "none"},
         {"tool_choice": "auto"},
         {"parallel_tool_calls": False},
@@ -324,6 +388,17 @@ def test_calls_and_results_go_to_the_template(arguments: Any) -> None:
         "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}],
     }
     assert answer == result
+
+
+def test_an_answer_is_read_again_as_libraries_keep_it() -> None:
+    """With null for all that it does not have, or an empty list of calls, and with fields of other servers."""
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
+    )
+    plain = conversation(messages=[*ASSISTANT, *HELLO])
+    others: list[dict[str, Any]] = [{"tool_calls": []}, {"provider_specific_fields": {"x": [1]}, "images": []}]
+    for more in (nothing, *others):
+        assert conversation(messages=[*HELLO, {**ASSISTANT[1], **more}, *HELLO]) == plain
 
 
 def test_arguments_that_are_none_are_an_empty_object() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import httpx
@@ -267,6 +270,29 @@ async def test_a_fault_has_the_form_of_its_path() -> None:
 def test_the_tables_of_other_forms_name_errors_that_exist() -> None:
     assert OPENAI.keys() <= bodies().keys()
     assert ANTHROPIC.keys() <= bodies().keys()
+
+
+# By these words clients know that a prompt does not fit; they then shorten the conversation, and send it again.
+OVERFLOW = re.compile(
+    r"context (length|window|limit|size)|maximum context|tokens? exceeds?|too many tokens|(input|prompt) is too long"
+)
+MEANT = {"shared/errors.py", "api/anthropic/errors.py", "shared/settings.py"}  # the last one is about the server
+
+
+def sentences() -> Iterator[str]:
+    """Yield the texts in the source of what refuses requests, without docstrings."""
+    root = Path(errors.__file__).parents[1]
+    for path in (path for name in ("api", "shared", "worker") for path in (root / name).rglob("*.py")):
+        if str(path.relative_to(root)) not in MEANT:
+            nodes = [*ast.walk(ast.parse(path.read_text()))]
+            docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+            texts = (node for node in nodes if isinstance(node, ast.Constant) and node not in docstrings)
+            yield from (text.value for text in texts if isinstance(text.value, str))
+
+
+def test_no_other_error_has_the_words_of_an_overflow() -> None:
+    assert [sentence for sentence in sentences() if OVERFLOW.search(sentence.lower())] == []
+    assert OVERFLOW.search(str(errors.context_length_exceeded(2, 1, "messages")))
 
 
 def test_the_param_of_an_error_is_kept() -> None:

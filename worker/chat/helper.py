@@ -48,6 +48,7 @@ from worker.chat.protocol import (
     decode_to_helper,
     frame,
 )
+from worker.chat.system import fronted
 from worker.sandbox import capabilities, landlock, seccomp
 
 CPU_S = 5.0  # processor time for one message; a pause of the machine does not count
@@ -198,7 +199,7 @@ class Chat:
         assert self._templates is not None
         if tools.mentions_tools(conversation):
             return self._with_tools(json.decode(conversation), output)
-        rendered = self._templates.render(self._with_defaults(conversation))
+        rendered = self._filled(conversation)
         return self._prompt(rendered, constrained(output, rendered))
 
     def _prompt(self, rendered: Rendered, constraint: Constraint | None = None) -> Prompt:
@@ -239,23 +240,36 @@ class Chat:
     def _rendered(self, conversation: dict[str, Any]) -> Rendered:
         """Render a conversation with calls or results, if need be with repaired ones."""
         try:
-            rendered = self._filled(conversation)
+            rendered = self._filled(json.encode(conversation))
         except ChatError:
             repaired = tools.repaired(conversation)
             if repaired == conversation:
                 raise
-            rendered = self._filled(repaired)
+            rendered = self._filled(json.encode(repaired))
         try:
             self._parser(source_of(rendered)).parse(b"", partial=True)
         except ChatError:
             # After results, a prompt may end otherwise than the parser expects; it need not know.
-            plain = self._filled({**conversation, "messages": [{"role": "user", "content": "Hello"}]})
+            plain = self._filled(json.encode({**conversation, "messages": [{"role": "user", "content": "Hello"}]}))
             return replace(rendered, generation_prompt=plain.generation_prompt)
         return rendered
 
-    def _filled(self, conversation: dict[str, Any]) -> Rendered:
+    def _filled(self, conversation: bytes) -> Rendered:
+        """Render a conversation: with all system messages as the first one, if the template has no place for others."""
+        other = fronted(conversation)
+        try:
+            rendered = self._as_it_is(conversation)
+        except ChatError:
+            if other is None:
+                raise
+        else:
+            if other is None or all(text in rendered.prompt for text in other.texts):
+                return rendered
+        return self._as_it_is(other.conversation)
+
+    def _as_it_is(self, conversation: bytes) -> Rendered:
         assert self._templates is not None
-        return self._templates.render(self._with_defaults(json.encode(conversation)))
+        return self._templates.render(self._with_defaults(conversation))
 
     def _with_defaults(self, conversation: bytes) -> bytes:
         assert self._templates is not None

@@ -107,7 +107,7 @@ def listed(conversation: Conversation, asked: Asked, *more: str) -> Conversation
     system, *rest = conversation["messages"]
     if system["role"] != "system":
         system, rest = {"role": "system", "content": ""}, conversation["messages"]
-    return {**conversation, "messages": [_with_text(system, text), *rest]}
+    return {**conversation, "messages": [with_text(system, text), *rest]}
 
 
 def told(conversation: Conversation) -> Conversation:
@@ -116,16 +116,16 @@ def told(conversation: Conversation) -> Conversation:
     for message in conversation["messages"]:
         match message:
             case {"role": "tool", "content": content}:
-                text = f"{RESULT}\n{_text(content)}\n{RESULT_END}"
+                text = f"{RESULT}\n{text_of(content)}\n{RESULT_END}"
                 if messages and messages[-1]["role"] == "user":
-                    messages[-1] = _with_text(messages[-1], text, "\n")
+                    messages[-1] = with_text(messages[-1], text, "\n")
                 else:
                     messages.append({"role": "user", "content": text})
             case {"role": "user"} if messages and messages[-1]["role"] == "user" and _is_result(messages[-1]):
-                messages[-1] = _with_text(messages[-1], _text(message["content"]))
+                messages[-1] = with_text(messages[-1], text_of(message["content"]))
             case {"tool_calls": [*calls]}:
                 said = {key: value for key, value in message.items() if key != "tool_calls"}
-                messages.append(_with_text(said, "\n".join(map(_written, calls)), "\n"))
+                messages.append(with_text(said, "\n".join(map(_written, calls)), "\n"))
             case _:
                 messages.append(message)
     return {**conversation, "messages": messages}
@@ -221,15 +221,17 @@ def _written(call: dict[str, Any]) -> str:
 
 
 def _is_result(message: dict[str, Any]) -> bool:
-    return _text(message["content"]).endswith(RESULT_END)
+    return text_of(message["content"]).endswith(RESULT_END)
 
 
-def _text(content: Any) -> str:
+def text_of(content: Any) -> str:
+    """Return the text of a content, which may have parts."""
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
-def _with_text(message: dict[str, Any], text: str, between: str = "\n\n") -> dict[str, Any]:
-    before = _text(message.get("content") or "")
+def with_text(message: dict[str, Any], text: str, between: str = "\n\n") -> dict[str, Any]:
+    """Return a message with a text after its own."""
+    before = text_of(message.get("content") or "")
     return {**message, "content": f"{before}{between}{text}" if before else text}
 
 
