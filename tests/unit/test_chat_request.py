@@ -256,6 +256,17 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(fields: dict[str, Any
         ({"tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
         ({"tools": [strict({"pattern": "a"})]}, "tools[0].function.parameters"),
         ({"tools": [strict({"properties": {"a": {"not": {}}}})]}, "tools[0].function.parameters"),
+        *(
+            ({"tools": [strict({"properties": {"a": schema}})]}, "tools[0].function.parameters")
+            for schema in (
+                {"type": "number", "minimum": 0},
+                {"type": ["integer", "number"], "maximum": 1},
+                {"type": "integer", "minimum": 0, "exclusiveMinimum": 1},
+                {"type": "integer", "minimum": 0, "exclusiveMinimum": True},
+                {"type": "integer", "maximum": 2**53 + 1},
+                {"type": "array", "items": [{}], "minItems": 1},
+            )
+        ),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
@@ -267,6 +278,19 @@ def test_what_would_change_the_answer_is_not_dropped(fields: dict[str, Any], par
     error = refused(**fields)
     assert isinstance(error, NotSupported)
     assert error.param == param
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": -(2**53) + 1, "maximum": 2**53 - 1},  # what zod makes of int()
+        {"type": ["integer", "null"], "exclusiveMinimum": 0, "exclusiveMaximum": 9},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 3},
+    ],
+)
+def test_a_strict_schema_may_bound_integers_and_arrays(schema: Any) -> None:
+    (tool,) = conversation(tools=[strict({"properties": {"a": schema}})])["tools"]
+    assert tool["function"]["parameters"]["properties"] == {"a": schema}
 
 
 @pytest.mark.parametrize(
