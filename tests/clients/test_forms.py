@@ -24,11 +24,14 @@ TOKEN = "a-token-for-published-clients"
 CALL = ["get_weather", json.loads(ARGUMENTS)]
 SAID, THOUGHT = "I will look.", "Paris, two days."
 ERRORS = {"400": "BadRequestError", "401": "AuthenticationError", "404": "NotFoundError"}
+OPENAI = {"said", "called", "thought", "objects", "continued", "vectors"}
 # What a client reads (see `check`), and the errors that it raises.
 NODE: dict[str, tuple[set[str], dict[str, str]]] = {
+    "openai": (OPENAI, ERRORS),
     "anthropic": ({"said", "called", "thought", "objects", "counted"}, ERRORS),
 }
 PYTHON: dict[str, tuple[set[str], dict[str, str]]] = {
+    "openai": (OPENAI, ERRORS),
     "anthropic": ({"said", "called", "thought", "objects", "counted"}, ERRORS),
 }
 
