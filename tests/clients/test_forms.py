@@ -24,15 +24,28 @@ TOKEN = "a-token-for-published-clients"
 CALL = ["get_weather", json.loads(ARGUMENTS)]
 SAID, THOUGHT = "I will look.", "Paris, two days."
 ERRORS = {"400": "BadRequestError", "401": "AuthenticationError", "404": "NotFoundError"}
-OPENAI = {"said", "called", "thought", "objects", "continued", "vectors"}
+SPEAKS, ALL = {"said", "called", "objects"}, {"said", "called", "thought", "objects", "vectors"}
+ANTHROPIC, OPENAI = {*SPEAKS, "thought", "counted"}, {*ALL, "continued"}
 # What a client reads (see `check`), and the errors that it raises.
 NODE: dict[str, tuple[set[str], dict[str, str]]] = {
     "openai": (OPENAI, ERRORS),
-    "anthropic": ({"said", "called", "thought", "objects", "counted"}, ERRORS),
+    "anthropic": (ANTHROPIC, ERRORS),
+    "langchain": ({*SPEAKS, "vectors"}, ERRORS),
+    "ai_sdk": (ALL, {"401": "401", "404": "404"}),  # one class, with the status
 }
 PYTHON: dict[str, tuple[set[str], dict[str, str]]] = {
     "openai": (OPENAI, ERRORS),
-    "anthropic": ({"said", "called", "thought", "objects", "counted"}, ERRORS),
+    "anthropic": (ANTHROPIC, ERRORS),
+    "langchain": (
+        {*SPEAKS, "vectors"},
+        {
+            "400": "OpenAIInvalidRequestError",
+            "401": "OpenAIAuthenticationError",
+            "404": "AnthropicModelNotFoundError",
+        },
+    ),
+    "litellm": (ALL, ERRORS),
+    "llama_index": ({*SPEAKS, "vectors"}, ERRORS),
 }
 
 
