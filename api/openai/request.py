@@ -41,6 +41,9 @@ ENFORCED = {
     "$defs",
 }
 ENFORCED |= {"definitions", "title", "description", "default", "examples", "$schema", "$id", "$comment"}
+BOUNDS = {"minimum": "exclusiveMinimum", "maximum": "exclusiveMaximum"}  # of integers; llama.cpp takes one of a pair
+BOUNDS |= {exclusive: inclusive for inclusive, exclusive in BOUNDS.items()}
+LARGEST_BOUND = 2**53  # beyond, not every integer is a number of JavaScript, and llguidance refuses it
 EMPTY, OBJECT = msgspec.Raw(b"{}"), msgspec.Raw(b'"object"')
 MOST_ALTERNATIVES = 20  # `top_logprobs`, as OpenAI has it
 ROLES = {"developer": "system", "function": "tool"}  # the others are their own
@@ -482,25 +485,37 @@ def _check_parameters(function: Function, path: str) -> None:
     if encoded.count("[") + encoded.count("{") > DEEPEST and _is_too_deep(encoded):
         raise InvalidValue(f"'{path}': it is nested at most {DEEPEST} levels deep.", param=path)
     if function.strict:
-        for keyword in _keywords(msgspec.json.decode(encoded)):
-            if keyword not in ENFORCED:
-                raise NotSupported(f"'{path}': '{keyword}' is not supported in a strict schema.", param=path)
+        for keyword in _not_enforced(msgspec.json.decode(encoded)):
+            raise NotSupported(f"'{path}': '{keyword}' is not supported in a strict schema.", param=path)
 
 
-def _keywords(schema: Any) -> Iterator[str]:
-    """Yield the keywords of a JSON schema, and of those in it."""
+def _not_enforced(schema: Any) -> Iterator[str]:
+    """Yield the keywords of a JSON schema, and of those in it, that are not enforced everywhere."""
     todo = [schema]
     while todo:
         each = todo.pop()
         if isinstance(each, list):
             todo += each
         elif isinstance(each, dict):
-            yield from each
             for keyword, value in each.items():
+                if keyword not in ENFORCED and not _bounds(keyword, each):
+                    yield keyword
                 if keyword in ("properties", "$defs", "definitions") and isinstance(value, dict):
                     todo += value.values()
                 elif keyword in ("items", "anyOf", "additionalProperties"):
                     todo.append(value)
+
+
+def _bounds(keyword: str, schema: dict[str, Any]) -> bool:
+    """Return whether a keyword of a JSON schema bounds integers or the length of an array, which is enforced."""
+    types = schema.get("type")
+    types = types if isinstance(types, list) else [types]
+    if keyword in ("minItems", "maxItems"):
+        return "array" in types and not isinstance(schema.get("items"), list)
+    if keyword not in BOUNDS or "integer" not in types or "number" in types or BOUNDS[keyword] in schema:
+        return False
+    bound = schema[keyword]
+    return isinstance(bound, int | float) and not isinstance(bound, bool) and abs(bound) <= LARGEST_BOUND
 
 
 def _described(function: Function) -> dict[str, Any]:

@@ -207,6 +207,19 @@ def test_a_schema_that_must_be_enforced_and_cannot_is_refused(service: Service, 
     assert ask(service, model=f"acme/{GENERIC}", messages=QUESTION, tools=strict).status == 400
 
 
+@pytest.mark.parametrize("name", [GENERIC, "qwen3"])
+@pytest.mark.parametrize("bounds", [{"minimum": 3, "maximum": 3}, {"exclusiveMinimum": 2, "exclusiveMaximum": 4}])
+def test_a_strict_schema_bounds_an_integer(service: Service, name: str, bounds: Any) -> None:
+    """The model would say 2."""
+    tool: dict[str, Any] = json.loads(json.dumps(TOOL))
+    tool["function"]["strict"] = True
+    tool["function"]["parameters"]["additionalProperties"] = False
+    tool["function"]["parameters"]["properties"]["days"] |= bounds
+    fields: dict[str, Any] = {"model": f"acme/{name}", "messages": QUESTION, "tools": [tool]}
+    whole, _ = message(service, **fields, tool_choice="required", parallel_tool_calls=False)
+    assert said(whole)["arguments"] == {"city": "Paris", "days": 3}
+
+
 @pytest.mark.parametrize("schema", [NOT, LOOKS_AROUND, POINTS_NOWHERE])
 def test_other_schemas_are_enforced_as_far_as_possible(service: Service, schema: Any) -> None:
     fields: dict[str, Any] = {"model": f"acme/{GENERIC}", "messages": QUESTION, "tools": with_parameter(schema)}

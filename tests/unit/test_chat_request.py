@@ -317,6 +317,17 @@ NOT_SERVED: list[Any] = [
         ({"tools": [F], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
         ({"tools": [strict({"pattern": "a"})]}, "tools[0].function.parameters"),
         ({"tools": [strict({"properties": {"a": {"not": {}}}})]}, "tools[0].function.parameters"),
+        *(
+            ({"tools": [strict({"properties": {"a": schema}})]}, "tools[0].function.parameters")
+            for schema in (
+                {"type": "number", "minimum": 0},
+                {"type": ["integer", "number"], "maximum": 1},
+                {"type": "integer", "minimum": 0, "exclusiveMinimum": 1},
+                {"type": "integer", "minimum": 0, "exclusiveMinimum": True},
+                {"type": "integer", "maximum": 2**53 + 1},
+                {"type": "array", "items": [{}], "minItems": 1},
+            )
+        ),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"tools": [F], "response_format": {"type": "json_object"}}, "response_format"),
@@ -331,6 +342,19 @@ def test_what_would_change_the_answer_is_not_dropped(fields: dict[str, Any], par
 
 HOSTED = ["web_search", "web_search_preview_2025_03_11", "file_search", "code_interpreter", "computer"]
 HOSTED += ["computer_use_preview", "image_generation"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": -(2**53) + 1, "maximum": 2**53 - 1},  # what zod makes of int()
+        {"type": ["integer", "null"], "exclusiveMinimum": 0, "exclusiveMaximum": 9},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 3},
+    ],
+)
+def test_a_strict_schema_may_bound_integers_and_arrays(schema: Any) -> None:
+    (tool,) = conversation(tools=[strict({"properties": {"a": schema}})])["tools"]
+    assert tool["function"]["parameters"]["properties"] == {"a": schema}
 
 
 @pytest.mark.parametrize(

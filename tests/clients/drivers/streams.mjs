@@ -1,14 +1,18 @@
 // Reads recorded streams with the libraries for Node: what each makes of a stream, by its name.
-// Usage: node streams.mjs BASE_URL STREAM...
+// Usage: node streams.mjs URL STREAM...
+import { createOpenResponses } from '@ai-sdk/open-responses';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
+import Anthropic from '@anthropic-ai/sdk';
 import { HumanMessage } from '@langchain/core/messages';
 import { ChatOpenAI } from '@langchain/openai';
 import { jsonSchema, streamText, tool } from 'ai';
 import OpenAI from 'openai';
 
-const [baseURL, ...streams] = process.argv.slice(2);
+const [url, ...streams] = process.argv.slice(2);
+const baseURL = `${url}/v1`;
 const client = new OpenAI({ baseURL, apiKey: 'none', maxRetries: 0 });
 const provider = createOpenAICompatible({ name: 'loadstone', baseURL, includeUsage: true });
+const responsesProvider = createOpenResponses({ name: 'loadstone', url: `${baseURL}/responses`, apiKey: 'none' });
 const request = {
   messages: [{ role: 'user', content: 'Hello' }],
   stream: true,
@@ -61,7 +65,7 @@ async function langchain(model) {
   };
 }
 
-async function aiSdk(model) {
+const aiSdk = (provider) => async (model) => {
   const tools = { get_weather: tool({ inputSchema: jsonSchema({ type: 'object' }) }) };
   const made = { texts: [''], finishes: [], tokens: [], calls: [], reasoning: '' };
   const stream = streamText({ model: provider(model), prompt: 'Hello', tools, maxRetries: 0, onError: () => {} });
@@ -76,9 +80,47 @@ async function aiSdk(model) {
     }
   }
   return made;
+};
+
+async function responses(model) {
+  const stream = client.responses.stream({ model, input: 'Hello' });
+  stream.on('response.failed', ({ response }) => {
+    throw new Error(response.error.message);
+  });
+  const { output, output_text, status, usage } = await stream.finalResponse();
+  const of = (type) => output.filter((item) => item.type === type);
+  return {
+    texts: [output_text],
+    finishes: [status],
+    tokens: [usage.input_tokens, usage.output_tokens],
+    calls: of('function_call').map((call) => [call.call_id, call.name, JSON.parse(call.arguments)]),
+    reasoning: of('reasoning').flatMap(({ content }) => content.map(({ text }) => text)).join(''),
+  };
 }
 
-const stacks = { openai: raw, 'openai stream()': helper, langchain, ai_sdk: aiSdk };
+async function messages(model) {
+  const anthropic = new Anthropic({ baseURL: url, apiKey: 'none', maxRetries: 0 });
+  const stream = anthropic.messages.stream({ model, messages: request.messages, max_tokens: 100 });
+  const { content, stop_reason, usage } = await stream.finalMessage();
+  const of = (type) => content.filter((block) => block.type === type);
+  return {
+    texts: [of('text').map(({ text }) => text).join('')],
+    finishes: [stop_reason],
+    tokens: [usage.input_tokens + usage.cache_read_input_tokens, usage.output_tokens],
+    calls: of('tool_use').map(({ id, name, input }) => [id, name, input]),
+    reasoning: of('thinking').map(({ thinking }) => thinking).join(''),
+  };
+}
+
+const stacks = {
+  openai: raw,
+  'openai stream()': helper,
+  langchain,
+  ai_sdk: aiSdk(provider),
+  'openai responses': responses,
+  'ai_sdk responses': aiSdk(responsesProvider),
+  anthropic: messages,
+};
 const read = {};
 for (const [of, stack] of Object.entries(stacks)) {
   read[of] = {};

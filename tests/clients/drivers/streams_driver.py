@@ -1,6 +1,6 @@
 """Reads recorded streams with the libraries for Python: what each makes of a stream, by its name.
 
-Usage: python streams_driver.py BASE_URL STREAM...
+Usage: python streams_driver.py URL STREAM...
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from operator import add
 from typing import Any
 
 import litellm
+from anthropic import Anthropic, AnthropicError
+from langchain_anthropic import ChatAnthropic
 from langchain_openai import ChatOpenAI
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
 from openai import OpenAI, OpenAIError
 
-base_url, *streams = sys.argv[1:]
+url, *streams = sys.argv[1:]
+base_url = f"{url}/v1"
 litellm.suppress_debug_info = True
 client = OpenAI(base_url=base_url, api_key="none", max_retries=0)
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -108,10 +111,74 @@ def llama_index(name: str) -> dict[str, Any]:
     )
 
 
+def responses(name: str) -> dict[str, Any]:
+    with client.responses.stream(model=name, input="Hello") as events:
+        for event in events:
+            if event.type == "response.failed":
+                raise OpenAIError(event.response.error)
+        assert event.type in ("response.completed", "response.incomplete")
+        final: Any = event.response
+    of: Any = {
+        kind: [one for one in final.output if one.type == kind] for kind in ("message", "function_call", "reasoning")
+    }
+    return outcome(
+        ["".join(part.text for message in of["message"] for part in message.content)],
+        [final.status],
+        (final.usage.input_tokens, final.usage.output_tokens),
+        [(call.call_id, call.name, call.arguments) for call in of["function_call"]],
+        "".join(part.text for reasoning in of["reasoning"] for part in reasoning.content),
+    )
+
+
+def messages(name: str) -> dict[str, Any]:
+    with Anthropic(base_url=url, api_key="none", max_retries=0).messages.stream(
+        model=name, messages=HELLO, max_tokens=100
+    ) as stream:
+        final = stream.get_final_message()
+    of: Any = {kind: [one for one in final.content if one.type == kind] for kind in ("text", "tool_use", "thinking")}
+    return outcome(
+        ["".join(block.text for block in of["text"])],
+        [final.stop_reason],
+        (final.usage.input_tokens + (final.usage.cache_read_input_tokens or 0), final.usage.output_tokens),
+        [(block.id, block.name, block.input) for block in of["tool_use"]],
+        "".join(block.thinking for block in of["thinking"]),
+    )
+
+
+def langchain_anthropic(name: str) -> dict[str, Any]:
+    options: Any = {"base_url": url, "api_key": "none", "max_retries": 0}
+    message: Any = reduce(add, ChatAnthropic(model=name, max_tokens=100, **options).stream("Hello"))
+    assert not message.invalid_tool_calls
+    return outcome(
+        [message.text],
+        [message.response_metadata["stop_reason"]],
+        (message.usage_metadata["input_tokens"], message.usage_metadata["output_tokens"]),
+        [(call["id"], call["name"], call["args"]) for call in message.tool_calls],
+        "".join(block["reasoning"] for block in message.content_blocks if block["type"] == "reasoning"),
+    )
+
+
+def langchain_responses(name: str) -> dict[str, Any]:
+    options: Any = {"base_url": base_url, "api_key": "none", "max_retries": 0, "use_responses_api": True}
+    message: Any = reduce(add, ChatOpenAI(model=name, **options).stream("Hello"))
+    assert not message.invalid_tool_calls
+    return outcome(
+        [message.text],
+        [message.response_metadata["status"]],
+        (message.usage_metadata["input_tokens"], message.usage_metadata["output_tokens"]),
+        [(call["id"], call["name"], call["args"]) for call in message.tool_calls],
+    )
+
+
+def litellm_messages(name: str) -> dict[str, Any]:
+    options: Any = {"api_base": url, "api_key": "none", "num_retries": 0, "stream_options": USAGE}
+    return joined(litellm.completion(f"anthropic/{name}", HELLO, stream=True, max_tokens=100, **options))
+
+
 def read(stack: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
     try:
         return stack(name)
-    except OpenAIError as e:  # litellm's too
+    except (OpenAIError, AnthropicError, ValueError) as e:  # LangChain has a ValueError for responses
         return {"error": f"{type(e).__name__}: {e}"}
 
 
@@ -121,5 +188,10 @@ STACKS = {
     "langchain": langchain,
     "litellm": of_litellm,
     "llama_index": llama_index,
+    "openai responses": responses,
+    "langchain responses": langchain_responses,
+    "anthropic": messages,
+    "langchain anthropic": langchain_anthropic,
+    "litellm anthropic": litellm_messages,
 }
 print(json.dumps({of: {name: read(stack, name) for name in streams} for of, stack in STACKS.items()}))
