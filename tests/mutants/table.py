@@ -618,6 +618,21 @@ MUTANTS = (
         (f"{UNIT}stores.py",),
     ),
     Mutant(
+        "weights are copied to GPUs from locked memory",
+        "worker/engine/llama.py",
+        "                lock.lock([file.size for file in self.files])",
+        "                pass",
+        (f"{INTEGRATION}pagelock.py",),
+    ),
+    Mutant(
+        "a failed call of CUDA leaves no status",
+        "worker/engine/pagelock.py",
+        """                self._cuda.cudaGetLastError()
+                self._note(f"page_lock: not locked""",
+        """                self._note(f"page_lock: not locked""",
+        (f"{INTEGRATION}pagelock.py",),
+    ),
+    Mutant(
         "a FIFO blocks nobody",
         "worker/engine/prefetch.py",
         "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC",
