@@ -13,6 +13,7 @@ import pytest
 from shared.synthetic.models import sharded
 from tests.integration.test_devices_of_a_runner import GIB, A, B, measured, refused, started, used
 from tests.integration.test_runner import DEADLINE_S, answers, given, ready
+from tests.support.child import in_child
 from tests.support.fakehosts import FakeHost
 from worker.runner.process import Runner
 from worker.runner.protocol import Load, Ready
@@ -173,6 +174,36 @@ async def test_a_stop_ends_a_runner_that_is_locking(host: FakeHost, file: Path) 
             await runner.stop()
             assert used(host)[A] == 0
     assert events(host) == {"registers": 1}
+
+
+def read_from_failing_storage(directory: str, file: str) -> tuple[str, int, list[str]]:
+    """Load a model whose file turns out to be unreadable; return the reason, the used memory, and what was locked."""
+    from tests.support import fakegpu
+    from tests.support.fakecuda import FakeCuda
+    from worker.engine import llama, pagelock
+    from worker.engine.prefetch import Ahead, Unreadable
+
+    class Failing(Ahead):
+        def wait(self) -> None:
+            super().wait()
+            raise Unreadable("its storage failed")
+
+    host = FakeHost.made(Path(directory), GIB)
+    cuda = FakeCuda(host)
+    log = llama.initialise(A)
+    cuda.install(llama.lib._lib)
+    gpu = fakegpu.add("CUDA0", GIB, copies=cuda)
+    pagelock.DRIVER, pagelock.LEAST_BYTES = host.version_path, 0
+    vars(llama)["Ahead"] = Failing
+    try:
+        llama.Loaded(on_gpus(Path(file)), log, lambda phase, n_bytes: None)
+    except llama.LoadError as e:
+        return str(e), gpu.used_bytes, [one["event"] for one in host.locking()]
+    raise AssertionError
+
+
+def test_a_file_that_cannot_be_read_is_not_copied(file: Path, tmp_path: Path) -> None:
+    assert in_child(read_from_failing_storage, str(tmp_path / "h"), str(file)) == ("its storage failed", 0, [])
 
 
 async def test_a_dry_run_gives_the_memory_of_a_locked_load(host: FakeHost, file: Path) -> None:
