@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.synthetic.models import sharded
-from tests.integration.test_devices_of_a_runner import GIB, A, B, measured, refused, started, used
+from shared import libc
+from shared.synthetic.models import sharded, tiny_gemma3
+from tests.integration.test_devices_of_a_runner import BLOCKS, GIB, A, B, measured, refused, started, used
 from tests.integration.test_runner import DEADLINE_S, answers, given, ready
 from tests.support.child import in_child
 from tests.support.fakehosts import FakeHost
 from worker.runner.process import Runner
 from worker.runner.protocol import Load, Ready
 
+PAGE = os.sysconf("SC_PAGE_SIZE")
 ALL = 5  # layers of the tiny models, with the output
 
 
@@ -58,7 +62,7 @@ def events(host: FakeHost) -> Counter[str]:
 
 
 def pages(file: Path) -> int:
-    return -(-file.stat().st_size // 4096) * 4096
+    return -(-file.stat().st_size // PAGE) * PAGE
 
 
 async def logged(runner: Runner, text: str) -> None:
@@ -206,7 +210,53 @@ def test_a_file_that_cannot_be_read_is_not_copied(file: Path, tmp_path: Path) ->
     assert in_child(read_from_failing_storage, str(tmp_path / "h"), str(file)) == ("its storage failed", 0, [])
 
 
-async def test_a_dry_run_gives_the_memory_of_a_locked_load(host: FakeHost, file: Path) -> None:
+@pytest.fixture(scope="module")
+def files(models_dir: Path) -> dict[str, Path]:
+    tiny_gemma3(models_dir / "p/gemma3/gemma3-f16.gguf")
+    return {path.parent.name: path for path in models_dir.rglob("*.gguf")}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+async def test_a_dry_run_gives_the_memory_of_a_locked_load(host: FakeHost, files: dict[str, Path], name: str) -> None:
+    is_embedding = name in ("embedding", "bert")
+    load = on_gpus(files[name], layers=[BLOCKS[name] + 1], moe=name == "moe", embedding=is_embedding)
     async with started() as runner:
-        would_take = await measured(runner, on_gpus(file))
-        assert (await ready(runner, on_gpus(file))).usage == would_take
+        would_take = await measured(runner, load)
+        message = await ready(runner, load)
+    assert message.usage == would_take
+    assert events(host)["unregistered"] == 1
+
+
+# ---- the fake driver
+
+
+def copy_across(directory: str, start: int, n_bytes: int) -> list[dict[str, Any]]:
+    """Copy a part of four pages, of which the second and the third are locked; return what happened."""
+    from tests.support.fakecuda import PORTABLE, READ_ONLY, FakeCuda
+
+    host = FakeHost.made(Path(directory))
+    path = host.directory / "file"
+    path.write_bytes(bytes(4 * PAGE))
+    with path.open("rb") as file:
+        address = libc.map_file(file.fileno(), 4 * PAGE)
+    cuda = FakeCuda(host)
+    assert cuda.cudaHostRegister(address + PAGE, 2 * PAGE, PORTABLE | READ_ONLY) == 0
+    cuda.copies(address + start, n_bytes)
+    return host.locking()[2:]
+
+
+@pytest.mark.parametrize(
+    ("start", "n_bytes", "is_locked"),
+    [(PAGE, 2 * PAGE, True), (PAGE + 32, 64, True), (0, PAGE, False), (3 * PAGE, PAGE, False)],
+)
+def test_cuda_copies_from_locked_and_from_other_memory(
+    tmp_path: Path, start: int, n_bytes: int, is_locked: bool
+) -> None:
+    happened = in_child(copy_across, str(tmp_path / "h"), start, n_bytes)
+    assert happened == [{"event": "copied", "n_bytes": n_bytes, "is_locked": is_locked}]
+
+
+@pytest.mark.parametrize(("start", "n_bytes"), [(PAGE - 32, 64), (3 * PAGE - 32, 64), (0, 4 * PAGE)])
+def test_cuda_refuses_a_copy_that_is_partly_locked(tmp_path: Path, start: int, n_bytes: int) -> None:
+    with pytest.raises(BrokenProcessPool):
+        in_child(copy_across, str(tmp_path / "h"), start, n_bytes)
