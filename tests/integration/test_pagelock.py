@@ -17,7 +17,7 @@ from shared.synthetic.models import sharded, tiny_gemma3
 from tests.integration.test_devices_of_a_runner import BLOCKS, GIB, A, B, measured, refused, started, used
 from tests.integration.test_runner import DEADLINE_S, answers, given, ready
 from tests.support.child import in_child
-from tests.support.fakehosts import FakeHost
+from tests.support.fakehosts import VARIABLE, FakeHost
 from worker.runner.process import Runner
 from worker.runner.protocol import Load, Ready
 
@@ -180,17 +180,30 @@ async def test_a_stop_ends_a_runner_that_is_locking(host: FakeHost, file: Path) 
     assert events(host) == {"registers": 1}
 
 
-def read_from_failing_storage(directory: str, file: str) -> tuple[str, int, list[str]]:
-    """Load a model whose file turns out to be unreadable; return the reason, the used memory, and what was locked."""
+# ---- reading ahead, in a process that has the engine
+
+
+def with_reader(directory: str, file: str, is_whole: bool, free_bytes: int, error: str) -> tuple[list[str], list[str]]:
+    """Load a model; return what its reader did, or why the load failed, and what was locked.
+
+    `error`: why the reader fails.  `free_bytes`: what the machine has free.
+    """
     from tests.support import fakegpu
     from tests.support.fakecuda import FakeCuda
     from worker.engine import llama, pagelock
     from worker.engine.prefetch import Ahead, Unreadable
 
-    class Failing(Ahead):
+    did = []
+
+    class Recorded(Ahead):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            did.append("reads")
+            super().__init__(*arguments, **options)
+
         def wait(self) -> None:
             super().wait()
-            raise Unreadable("its storage failed")
+            if error:
+                raise Unreadable(error)
 
     host = FakeHost.made(Path(directory), GIB)
     cuda = FakeCuda(host)
@@ -198,16 +211,42 @@ def read_from_failing_storage(directory: str, file: str) -> tuple[str, int, list
     cuda.install(llama.lib._lib)
     gpu = fakegpu.add("CUDA0", GIB, copies=cuda)
     pagelock.DRIVER, pagelock.LEAST_BYTES = host.version_path, 0
-    vars(llama)["Ahead"] = Failing
+    for module in (llama, pagelock):
+        vars(module)["lockable_bytes"] = lambda: free_bytes
+    vars(llama)["Ahead"] = Recorded
     try:
-        llama.Loaded(on_gpus(Path(file)), log, lambda phase, n_bytes: None)
+        llama.Loaded(on_gpus(Path(file), is_whole=is_whole), log, lambda phase, n_bytes: None)
     except llama.LoadError as e:
-        return str(e), gpu.used_bytes, [one["event"] for one in host.locking()]
-    raise AssertionError
+        did.append(str(e))
+        assert gpu.used_bytes == 0
+    return did, sorted({one["event"] for one in host.locking()})
 
 
-def test_a_file_that_cannot_be_read_is_not_copied(file: Path, tmp_path: Path) -> None:
-    assert in_child(read_from_failing_storage, str(tmp_path / "h"), str(file)) == ("its storage failed", 0, [])
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep new processes off the fake host of this module: a test gives them one of their own."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+LOCKED = ["copied", "registered", "registers", "unregistered"]
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    ("is_whole", "models_free", "error", "did", "locking"),
+    [
+        (True, 1, "", ["reads"], LOCKED),
+        (True, 1, "its storage failed", ["reads", "its storage failed"], []),
+        (True, 0.9, "", [], []),
+        (False, 2, "", ["reads"], []),
+        (False, 1.9, "", [], []),
+    ],
+)
+def test_files_are_read_ahead_where_memory_has_room(
+    file: Path, tmp_path: Path, is_whole: bool, models_free: float, error: str, did: list[str], locking: list[str]
+) -> None:
+    free_bytes = int(models_free * file.stat().st_size)
+    assert in_child(with_reader, str(tmp_path / "h"), str(file), is_whole, free_bytes, error) == (did, locking)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +284,7 @@ def copy_across(directory: str, start: int, n_bytes: int) -> list[dict[str, Any]
     return host.locking()[2:]
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
     ("start", "n_bytes", "is_locked"),
     [(PAGE, 2 * PAGE, True), (PAGE + 32, 64, True), (0, PAGE, False), (3 * PAGE, PAGE, False)],
@@ -256,6 +296,7 @@ def test_cuda_copies_from_locked_and_from_other_memory(
     assert happened == [{"event": "copied", "n_bytes": n_bytes, "is_locked": is_locked}]
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(("start", "n_bytes"), [(PAGE - 32, 64), (3 * PAGE - 32, 64), (0, 4 * PAGE)])
 def test_cuda_refuses_a_copy_that_is_partly_locked(tmp_path: Path, start: int, n_bytes: int) -> None:
     with pytest.raises(BrokenProcessPool):

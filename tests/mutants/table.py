@@ -1006,8 +1006,8 @@ MUTANTS = (
     Mutant(
         "the thread that reads ahead owns its files",
         "worker/engine/llama.py",
-        "                files.pop_all()\n",
-        "",
+        "has to be copied\n                files.pop_all()\n",
+        "has to be copied\n",
         (f"{INTEGRATION}runner.py",),
     ),
     Mutant(

@@ -31,6 +31,7 @@ from worker.engine.breakdown import breakdown
 from worker.engine.pagelock import PageLock, refusal
 from worker.engine.prefetch import Ahead, Unreadable, open_model
 from worker.engine.slots import most_checkpoints
+from worker.memory.host import lockable_bytes
 from worker.runner.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: untyped
@@ -373,7 +374,8 @@ class Loaded:
         `Ahead` reads the file while llama.cpp parses the vocabulary; if llama.cpp maps the file before that is done,
         both continue to read.  On the CPU the weights stay a mapping of the file.  To GPUs they are copied from the
         mapping, which `PageLock` locks meanwhile.  Where it cannot, and of a file that cannot be mapped, llama.cpp
-        reads and copies tensor by tensor.
+        reads and copies tensor by tensor; for GPUs `Ahead` then only fills the page cache, if that has room beside the
+        layers that stay on the CPU.
         """
         lock = self._page_lock(load)
         is_mapped = load.can_map and (not load.devices or lock is not None)
@@ -419,6 +421,9 @@ class Loaded:
             started = time.monotonic()
             if is_mapped:
                 ahead = Ahead(fds, advanced, counts_cached=lock is None)  # what is cached still has to be copied
+                files.pop_all()
+            elif load.devices and 2 * load.total_bytes <= lockable_bytes():
+                Ahead(fds, lambda n_bytes: None)
                 files.pop_all()
             try:
                 model = _load_model(load, params, self._log)
