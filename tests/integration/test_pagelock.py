@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +184,12 @@ async def test_a_stop_ends_a_runner_that_is_locking(host: FakeHost, file: Path) 
 # ---- reading ahead, in a process that has the engine
 
 
-def with_reader(directory: str, file: str, is_whole: bool, free_bytes: int, error: str) -> tuple[list[str], list[str]]:
+def with_reader(
+    directory: str, file: str, is_whole: bool, free_bytes: list[int], error: str
+) -> tuple[list[str], list[str]]:
     """Load a model; return what its reader did, or why the load failed, and what was locked.
 
-    `error`: why the reader fails.  `free_bytes`: what the machine has free.
+    `error`: why the reader fails.  `free_bytes`: what the machine has free whenever the load asks.
     """
     from tests.support import fakegpu
     from tests.support.fakecuda import FakeCuda
@@ -212,7 +215,7 @@ def with_reader(directory: str, file: str, is_whole: bool, free_bytes: int, erro
     gpu = fakegpu.add("CUDA0", GIB, copies=cuda)
     pagelock.DRIVER, pagelock.LEAST_BYTES = host.version_path, 0
     for module in (llama, pagelock):
-        vars(module)["lockable_bytes"] = lambda: free_bytes
+        vars(module)["lockable_bytes"] = partial(free_bytes.pop, 0)
     vars(llama)["Ahead"] = Recorded
     try:
         llama.Loaded(on_gpus(Path(file), is_whole=is_whole), log, lambda phase, n_bytes: None)
@@ -235,17 +238,18 @@ LOCKED = ["copied", "registered", "registers", "unregistered"]
 @pytest.mark.parametrize(
     ("is_whole", "models_free", "error", "did", "locking"),
     [
-        (True, 1, "", ["reads"], LOCKED),
-        (True, 1, "its storage failed", ["reads", "its storage failed"], []),
-        (True, 0.9, "", [], []),
-        (False, 2, "", ["reads"], []),
-        (False, 1.9, "", [], []),
+        (True, [1, 1], "", ["reads"], LOCKED),
+        (True, [1, 0.9], "", ["reads"], []),  # another load locks a file meanwhile
+        (True, [1], "its storage failed", ["reads", "its storage failed"], []),
+        (True, [0.9, 1.9], "", [], []),
+        (False, [2], "", ["reads"], []),
+        (False, [1.9], "", [], []),
     ],
 )
 def test_files_are_read_ahead_where_memory_has_room(
-    file: Path, tmp_path: Path, is_whole: bool, models_free: float, error: str, did: list[str], locking: list[str]
+    file: Path, tmp_path: Path, is_whole: bool, models_free: list[float], error: str, did: list[str], locking: list[str]
 ) -> None:
-    free_bytes = int(models_free * file.stat().st_size)
+    free_bytes = [int(n * file.stat().st_size) for n in models_free]
     assert in_child(with_reader, str(tmp_path / "h"), str(file), is_whole, free_bytes, error) == (did, locking)
 
 

@@ -260,3 +260,9 @@ def test_the_machine_limits_what_can_be_locked(host: Host) -> None:
     host.is_in("0::/a")
     host.group("/a", 48 * GIB, used=0)
     assert lockable_bytes(host.proc, host.cgroup) == 40 * GIB
+
+
+def test_what_is_locked_already_cannot_be_locked(host: Host) -> None:
+    pages = {"nr_foll_pin_acquired": 10 * GIB // 4096, "nr_foll_pin_released": 2 * GIB // 4096}
+    (host.proc / "vmstat").write_text("".join(f"{name} {n}\n" for name, n in pages.items()))
+    assert lockable_bytes(host.proc, host.cgroup) == 32 * GIB

@@ -75,6 +75,9 @@ class PageLock:
         A file that is not locked is copied all the same, only slower.  A failed call leaves a status that
         llama.cpp would take for one of its own, unless it is read here.
         """
+        if sum(sizes) > (free_bytes := lockable_bytes()):  # other loads lock files, too
+            self._note(f"page_lock: not locked, and copied more slowly: only {free_bytes} bytes could be locked")
+            return
         started, n_bytes = time.monotonic(), 0
         self._cuda.cudaSetDevice(self._ordinal)  # otherwise the call creates a context on the first visible GPU
         for shard, (address, size) in zip(self._shards, mappings(self._shards, sizes), strict=True):

@@ -39,14 +39,15 @@ def host_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory:
 
 def lockable_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """Return how much of the page cache can be locked for a moment: like the free memory of `host_memory`, with all
-    page cache of the cgroups, since what is locked may be in it already.
+    page cache of the cgroups, since what is locked may be in it already, and without what is locked now.
 
-    RLIMIT_MEMLOCK has no part in it: drivers of GPUs do not count against it.  Raises OSError if /proc is not mounted.
+    The machine counts locked page cache as available.  RLIMIT_MEMLOCK has no part in it: drivers of GPUs do not count
+    against it.  Raises OSError if /proc is not mounted.
     """
     meminfo = dict(_numbers((proc / "meminfo").read_text().replace(":", " ")))
     machine = Memory(meminfo["MemTotal"] << 10, meminfo["MemAvailable"] << 10)
     groups = _cgroups(proc, cgroup, machine.total_bytes, with_active=True)
-    return max(0, min(bound.free_bytes for bound in (machine, *groups)))
+    return max(0, min(bound.free_bytes for bound in (machine, *groups)) - _locked_bytes(proc))
 
 
 def oom_kills() -> int:
@@ -57,6 +58,16 @@ def oom_kills() -> int:
         return 0
     match = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
     return int(match[1]) if match else 0
+
+
+def _locked_bytes(proc: Path) -> int:
+    """Return the bytes that are locked for devices (pin_user_pages); 0 on kernels before 5.7, which do not count them."""
+    try:
+        counters = dict(_numbers((proc / "vmstat").read_text()))
+    except OSError:
+        return 0
+    pages = counters.get("nr_foll_pin_acquired", 0) - counters.get("nr_foll_pin_released", 0)
+    return max(0, pages) * resource.getpagesize()
 
 
 def _numbers(text: str) -> Iterator[tuple[str, int]]:
