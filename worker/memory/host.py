@@ -61,7 +61,7 @@ def oom_kills() -> int:
 
 
 def _locked_bytes(proc: Path) -> int:
-    """Return the bytes that are locked for devices (pin_user_pages); 0 on kernels before 5.7, which do not count them."""
+    """Return the bytes that are locked for devices (pin_user_pages); 0 before Linux 5.7, which does not count them."""
     try:
         counters = dict(_numbers((proc / "vmstat").read_text()))
     except OSError:
