@@ -20,7 +20,7 @@ from typing import Any
 from worker.memory.host import lockable_bytes
 from worker.runner.protocol import Load
 
-LEAST_BYTES = 64 << 20  # of a smaller model, ordinary copies take 10 ms at most
+LEAST_BYTES = 64 << 20  # of a smaller model, ordinary copies take some 12 ms at most
 PORTABLE, READ_ONLY = 1, 8  # cudaHostRegisterPortable: for all GPUs; cudaHostRegisterReadOnly: as the mapping is
 READ_ONLY_SUPPORTED = 114  # cudaDevAttrHostRegisterReadOnlySupported
 FUNCTIONS = {  # of CUDA's runtime, which returns a status: 0 is success
