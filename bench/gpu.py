@@ -10,7 +10,10 @@ It measures in one run, on an idle machine, on the GPU with the most free memory
 - a 4 GB model loaded by `worker.engine.llama` in a fresh process, cold and warm, in each of MODES;
 - the same by the service, over HTTP.
 
-How to decide from its table which mode `worker.engine.llama` should use for GPUs (`Loaded._load_model`):
+The service locks llama.cpp's mapping of the file while it is copied, where it can
+(docs/decisions/0020-copy-to-gpus-from-page-locked-mappings.md).  The other processes do what llama.cpp does alone.
+
+How to decide from the table which mode `worker.engine.llama` should use for GPUs elsewhere (`Loaded._load_model`):
 
 A load is mainly a copy of the file.  The column "share of the possible" is the speed of the load divided by that of the
 slowest part of the bytes' path: 1 is the optimum.  The cold rows matter more: the first load of a model is cold, and
@@ -308,7 +311,8 @@ def load(mode: Mode, gpu: str, key: str) -> dict[str, float]:
         return load_model(load, params, log)
 
     llama._load_model = in_mode
-    to_load = load_of(key, gpu)
+    vars(llama)["lockable_bytes"] = lambda: 0  # nothing is read ahead of llama.cpp
+    to_load = msgspec.structs.replace(load_of(key, gpu), is_whole=False)  # and nothing is locked for it
     loaded = llama.Loaded(to_load, llama.initialise(gpu), lambda _phase, _bytes: None)
     (on_gpu, *_) = loaded.ready(to_load).usage
     if on_gpu.id != gpu or on_gpu.weights_bytes < to_load.total_bytes / 2:

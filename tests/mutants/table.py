@@ -667,6 +667,21 @@ MUTANTS = (
         (f"{UNIT}stores.py",),
     ),
     Mutant(
+        "weights are copied to GPUs from locked memory",
+        "worker/engine/llama.py",
+        "                lock.lock([file.size for file in self.files])",
+        "                pass",
+        (f"{INTEGRATION}pagelock.py",),
+    ),
+    Mutant(
+        "a failed call of CUDA leaves no status",
+        "worker/engine/pagelock.py",
+        """                self._cuda.cudaGetLastError()
+                self._note(f"page_lock: not locked""",
+        """                self._note(f"page_lock: not locked""",
+        (f"{INTEGRATION}pagelock.py",),
+    ),
+    Mutant(
         "a FIFO blocks nobody",
         "worker/engine/prefetch.py",
         "os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC",
@@ -1040,8 +1055,8 @@ MUTANTS = (
     Mutant(
         "the thread that reads ahead owns its files",
         "worker/engine/llama.py",
-        "                files.pop_all()\n",
-        "",
+        "has to be copied\n                files.pop_all()\n",
+        "has to be copied\n",
         (f"{INTEGRATION}runner.py",),
     ),
     Mutant(

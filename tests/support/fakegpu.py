@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from llama_cpp import llama_cpp
 
 TYPE_CPU, TYPE_GPU = 0, 1  # enum ggml_backend_dev_type
+SET_TENSOR = 4  # the place of the function among those that a ggml_backend_buffer begins with
 
 _ggml: Any = llama_cpp._lib
 
@@ -71,6 +72,7 @@ _Memory = ctypes.CFUNCTYPE(None, c_void_p, ctypes.POINTER(c_size_t), ctypes.POIN
 _Props = ctypes.CFUNCTYPE(None, c_void_p, ctypes.POINTER(_Properties))
 _Alloc = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_size_t)
 _Free = ctypes.CFUNCTYPE(None, c_void_p)
+_Set = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_size_t, c_size_t)
 
 
 def _bind(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
@@ -102,6 +104,12 @@ class Memory(Protocol):
     def free_bytes(self) -> int: ...
 
 
+class Copies(Protocol):
+    """Sees copies from host memory to a device before they are made."""
+
+    def copies(self, address: int, size: int) -> None: ...
+
+
 class FakeGPU:
     """One fake device.  `used_bytes` and `peak_bytes` are the current and the largest usage of llama.cpp in this
     process; if other processes use the device too, `shared` has its free memory.
@@ -109,12 +117,14 @@ class FakeGPU:
     Created and registered by `add`; never unregistered, since ggml has no function for that.
     """
 
-    def __init__(self, name: str, total_bytes: int, shared: Memory | None = None) -> None:
+    def __init__(self, name: str, total_bytes: int, shared: Memory | None = None, copies: Copies | None = None) -> None:
         self.name = name
         self.total_bytes = total_bytes
         self.used_bytes = 0
         self.peak_bytes = 0
         self._shared = shared
+        self._copies = copies
+        self._set_tensor: Any = None  # the CPU backend's function
         self._live: dict[int, tuple[int, int]] = {}  # buffer -> its bytes, and the CPU backend's free function
         self._strings = [ctypes.create_string_buffer(text.encode()) for text in (name, "fake GPU", f"fake:{name}")]
         self._name, self._description, self._id = map(ctypes.addressof, self._strings)
@@ -128,6 +138,7 @@ class FakeGPU:
         self._buffers_at = ctypes.addressof(self._buffers)
 
         self._free_callback = _Free(self._free)
+        self._set_callback = _Set(self._set)
         self._device_callbacks: dict[str, Any] = {
             "get_name": _Pointer(lambda _: self._name),
             "get_description": _Pointer(lambda _: self._description),
@@ -168,7 +179,16 @@ class FakeGPU:
             free_buffer = c_void_p.from_address(buffer)  # the first field of a ggml_backend_buffer
             self._live[buffer] = n_bytes, free_buffer.value or 0
             free_buffer.value = _address(self._free_callback)
+            if self._copies is not None:
+                set_tensor = c_void_p.from_address(buffer + SET_TENSOR * ctypes.sizeof(c_void_p))
+                self._set_tensor = _Set(set_tensor.value or 0)
+                set_tensor.value = _address(self._set_callback)
         return buffer
+
+    def _set(self, buffer: int, tensor: int, data: int, offset: int, size: int) -> None:
+        assert self._copies is not None
+        self._copies.copies(data, size)
+        self._set_tensor(buffer, tensor, data, offset, size)
 
     def _free(self, buffer: int) -> None:
         n_bytes, cpu_free = self._live.pop(buffer)
@@ -197,13 +217,13 @@ class FakeGPU:
         return backend
 
 
-def add(name: str, total_bytes: int, shared: Memory | None = None) -> FakeGPU:
+def add(name: str, total_bytes: int, shared: Memory | None = None, copies: Copies | None = None) -> FakeGPU:
     """Add a device to this process; its name must be unique.
 
     Call it after llama_backend_init and before the first model load, any number of times.
     """
     _check_layout()
-    gpu = FakeGPU(name, total_bytes, shared)
+    gpu = FakeGPU(name, total_bytes, shared, copies)
     _registered.append(gpu)
     _register(gpu._device_at)
     return gpu

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "CUDA_FAKE_HOST"
@@ -47,7 +47,8 @@ class FakeHost:
         """Create a host with a GPU of each size: `GPU-fake-0` and so on."""
         host = cls(directory)
         directory.mkdir(parents=True)
-        (directory / "lock").touch()
+        for name in ("lock", "holding", "locking"):
+            (directory / name).touch()
         host.driver(lag_s=0.0, context_bytes=0)
         host.has(*(Device(f"GPU-fake-{i}", "Fake GPU", size) for i, size in enumerate(total_bytes)))
         return host
@@ -91,16 +92,65 @@ class FakeHost:
 
     # ---- its driver
 
-    def driver(self, *, lag_s: float = 0.0, context_bytes: int = 0) -> None:
+    def driver(
+        self,
+        *,
+        lag_s: float = 0.0,
+        context_bytes: int = 0,
+        read_only: bool = True,
+        lockable_bytes: int = 1 << 40,
+        locked_from: int | None = None,
+        version: str = "580.159.04",
+    ) -> None:
         """Set how long the driver keeps the memory of a process that is gone (a real one up to 1.5 s), and how much it
-        uses of a GPU for each process on it (a real one about 0.5 GiB)."""
+        uses of a GPU for each process on it (a real one about 0.5 GiB).
+
+        A process may page-lock `lockable_bytes`, of read-only memory only with `read_only`.  `locked_from`: the size
+        from which on runners lock a model, instead of their own.
+        """
         partial = self.directory / "driver.partial"
-        partial.write_text(json.dumps({"lag_s": lag_s, "context_bytes": context_bytes}))
+        values = {
+            "lag_s": lag_s,
+            "context_bytes": context_bytes,
+            "read_only": read_only,
+            "lockable_bytes": lockable_bytes,
+            "locked_from": locked_from,
+        }
+        partial.write_text(json.dumps(values))
+        self.version_path.write_text(f"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {version}  Release\n")
         partial.replace(self.directory / "driver.json")
 
-    def of_driver(self, name: str) -> float:
-        value: float = json.loads((self.directory / "driver.json").read_text())[name]
+    def of_driver(self, name: str) -> Any:
+        value: Any = json.loads((self.directory / "driver.json").read_text())[name]
         return value
+
+    # ---- page-locked memory
+
+    @property
+    def version_path(self) -> Path:
+        return self.directory / "version"
+
+    @property
+    def locking_path(self) -> Path:
+        return self.directory / "locking"
+
+    @property
+    def holding_path(self) -> Path:
+        return self.directory / "holding"
+
+    def locking(self) -> list[dict[str, Any]]:
+        """Return what processes did with page-locked memory since the last `forget_locking`, in order."""
+        return [json.loads(line) for line in self.locking_path.read_text().splitlines()]
+
+    def forget_locking(self) -> None:
+        os.truncate(self.locking_path, 0)
+
+    @contextmanager
+    def holding_locks(self) -> Iterator[None]:
+        """Let no process page-lock memory during the block: calls wait for its end."""
+        with self.holding_path.open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield
 
     # ---- faults
 

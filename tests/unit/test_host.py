@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import worker.memory.host
-from worker.memory.host import Memory, host_memory, oom_kills
+from worker.memory.host import Memory, host_memory, lockable_bytes, oom_kills
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 NO_LIMIT_V1 = (1 << 63) - 4096  # the value of version 1 for no limit
@@ -242,3 +242,27 @@ def test_the_kills_of_the_kernel_are_counted(
 def test_a_kernel_without_vmstat_counts_as_no_kills(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker.memory.host, "PROC", host.proc)
     assert oom_kills() == 0
+
+
+# ---- memory that can be locked
+
+
+def test_all_page_cache_of_a_cgroup_can_be_locked(host: Host) -> None:
+    """A file that was read twice is no longer inactive, and is what a load locks."""
+    host.is_in("0::/a")
+    host.group("/a", 8 * GIB, used=7 * GIB, cache=2 * GIB)
+    assert host.memory.free_bytes == 3 * GIB
+    assert lockable_bytes(host.proc, host.cgroup) == 6 * GIB
+
+
+def test_the_machine_limits_what_can_be_locked(host: Host) -> None:
+    assert lockable_bytes(host.proc, host.cgroup) == 40 * GIB
+    host.is_in("0::/a")
+    host.group("/a", 48 * GIB, used=0)
+    assert lockable_bytes(host.proc, host.cgroup) == 40 * GIB
+
+
+def test_what_is_locked_already_cannot_be_locked(host: Host) -> None:
+    pages = {"nr_foll_pin_acquired": 10 * GIB // 4096, "nr_foll_pin_released": 2 * GIB // 4096}
+    (host.proc / "vmstat").write_text("".join(f"{name} {n}\n" for name, n in pages.items()))
+    assert lockable_bytes(host.proc, host.cgroup) == 32 * GIB

@@ -28,14 +28,16 @@ from worker.chat.code import ChatError
 from worker.chat.handle import Helper, HelperDied
 from worker.chat.protocol import Template
 from worker.engine.breakdown import breakdown
+from worker.engine.pagelock import PageLock, refusal
 from worker.engine.prefetch import Ahead, Unreadable, open_model
 from worker.engine.slots import most_checkpoints
+from worker.memory.host import lockable_bytes
 from worker.runner.protocol import Load, Ready
 
 lib: Any = llama_cpp  # ctypes: untyped
 version = str(__version__)
 
-ERROR, CONTINUED = 4, 5  # ggml's log levels; llama-cpp-python's table is outdated
+INFO, ERROR, CONTINUED = 2, 4, 5  # ggml's log levels; llama-cpp-python's table is outdated
 TENSORS = "load_tensors: "  # prefix of the first line about the weights (src/llama-model.cpp)
 MANY_BYTES, MOST_THREADS = 128 << 20, 8
 LEAST_MIB = 0.01  # the smallest size in the log that is not 0
@@ -103,6 +105,10 @@ class Log:
         self._written_at = time.monotonic()
         while text:
             text = text[os.write(2, text) :]
+
+    def note(self, line: str) -> None:
+        """Add a line that is not llama.cpp's."""
+        self._add(INFO, f"{line}\n".encode(), None)
 
     def forget(self) -> None:
         """Drop all lines, also those that are not written yet."""
@@ -365,17 +371,21 @@ class Loaded:
     def _load_model(self, load: Load, report: Callable[[Phase, int], None]) -> Any:
         """Load metadata and weights.
 
-        On the CPU the weights stay a mapping of the file.  `Ahead` reads the file while llama.cpp parses the
-        vocabulary; if llama.cpp maps the file before that is done, both continue to read.  For GPUs, and of a file that
-        cannot be mapped, llama.cpp reads and copies tensor by tensor and reports progress itself; with a mapping it
-        would read the whole file before the first report.
+        `Ahead` reads the file while llama.cpp parses the vocabulary; if llama.cpp maps the file before that is done,
+        both continue to read.  On the CPU the weights stay a mapping of the file.  To GPUs they are copied from the
+        mapping, which `PageLock` locks meanwhile.  Where it cannot, and of a file that cannot be mapped, llama.cpp
+        reads and copies tensor by tensor; for GPUs `Ahead` then only fills the page cache, if that has room beside the
+        layers that stay on the CPU.
         """
-        is_mapped = load.can_map and not load.devices
+        lock = self._page_lock(load)
+        is_mapped = load.can_map and (not load.devices or lock is not None)
         params = _model_params(load, self._gpus)
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP if is_mapped else lib.LLAMA_LOAD_MODE_NONE
 
         report("metadata", 0)
         done = 0
+        ahead: Ahead | None = None
+        unreadable: Unreadable | None = None
 
         def advanced(n: int) -> None:
             nonlocal done
@@ -383,8 +393,21 @@ class Loaded:
             report("weights", done)
 
         def on_progress(fraction: float, _user_data: object) -> bool:
-            if not is_mapped:
+            """Report what was copied.  The first call comes once the files are mapped and before the first copy, the
+            last one, with 1.0, after the last copy."""
+            nonlocal ahead, unreadable
+            if lock is not None and ahead is not None:
+                try:
+                    ahead.wait()
+                except Unreadable as e:
+                    unreadable = e
+                    return False  # ends the load
+                ahead = None
+                lock.lock([file.size for file in self.files])
+            if not is_mapped or lock is not None:
                 report("weights", int(fraction * load.total_bytes))
+            if lock is not None and fraction >= 1.0:
+                lock.unlock()
             return True
 
         callback = lib.llama_progress_callback(on_progress)
@@ -396,11 +419,21 @@ class Loaded:
                 files.callback(os.close, fds[-1])
             self.files = [FileStat.of(os.fstat(fd)) for fd in fds]
             started = time.monotonic()
-            ahead = None
             if is_mapped:
-                ahead = Ahead(fds, advanced)
+                ahead = Ahead(fds, advanced, counts_cached=lock is None)  # what is cached still has to be copied
                 files.pop_all()
-            model = _load_model(load, params, self._log)
+            elif load.devices and 2 * load.total_bytes <= lockable_bytes():
+                Ahead(fds, lambda n_bytes: None)
+                files.pop_all()
+            try:
+                model = _load_model(load, params, self._log)
+            except LoadError:
+                if unreadable is not None:
+                    raise LoadError(str(unreadable)) from None
+                raise
+            finally:
+                if lock is not None:
+                    lock.unlock()
             if ahead is not None:
                 try:
                     ahead.wait()
@@ -412,6 +445,18 @@ class Loaded:
         self.timing["metadata"] = tensors_at - started
         self.timing["weights"] = ended - tensors_at
         return model
+
+    def _page_lock(self, load: Load) -> PageLock | None:
+        """Return the lock of a load for GPUs, or None after a line in the log that says why there is none."""
+        if not load.devices:
+            return None
+        visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        ordinals = [visible.index(id_) for id_ in load.devices]
+        why = refusal(lib._lib, load, ordinals)
+        if why is not None:
+            self._log.note(f"page_lock: the weights are read, not copied from a locked mapping: {why}")
+            return None
+        return PageLock(lib._lib, ordinals[0], load.shards, self._log.note)
 
     def _template(self) -> Template | None:
         """Return the model's chat template, and the tokens that it may write, as llama.cpp reads them

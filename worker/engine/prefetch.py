@@ -41,8 +41,9 @@ def open_model(path: str) -> int:
     return fd
 
 
-def prefetch(fd: int, advanced: Callable[[int], None]) -> None:
-    """Read a file into the page cache.  Calls `advanced` with the bytes of each step.  Cached steps take microseconds.
+def prefetch(fd: int, advanced: Callable[[int], None], *, counts_cached: bool = True) -> None:
+    """Read a file into the page cache.  Calls `advanced` with the bytes of each step.  Cached steps take microseconds,
+    and are not reported unless `counts_cached`.
 
     Raises Unreadable, also if the storage fails or the file is truncated meanwhile.
     """
@@ -54,9 +55,11 @@ def prefetch(fd: int, advanced: Callable[[int], None]) -> None:
         with _mapped(fd, size) as address:
             for at in range(0, size, STEP_BYTES):
                 length = min(STEP_BYTES, size - at)
-                if not _cached(fd, at, length):
+                was_cached = _cached(fd, at, length)
+                if not was_cached:
                     _populate(address, fd, at, length)
-                advanced(length)
+                if counts_cached or not was_cached:
+                    advanced(length)
     except OSError as e:
         is_short = e.errno == errno.EFAULT  # madvise(2): accessing the page would raise SIGBUS
         why = "it was truncated, or its storage failed" if is_short else e.strerror
@@ -69,7 +72,7 @@ class Ahead:
     A large vocabulary takes the engine as long as a disk takes for a gigabyte.
     """
 
-    def __init__(self, fds: Sequence[int], advanced: Callable[[int], None]) -> None:
+    def __init__(self, fds: Sequence[int], advanced: Callable[[int], None], *, counts_cached: bool = True) -> None:
         """`advanced` is called in that thread, which also closes the descriptors: a load may fail before they are read.
 
         Raises OSError (ENOMEM) instead of waiting for ever: a thread that runs out of memory before it runs its target
@@ -77,7 +80,7 @@ class Ahead:
         """
         mmap.mmap(-1, THREAD_BYTES).close()
         self._error: Unreadable | None = None
-        self._thread = threading.Thread(target=self._read, args=(fds, advanced), daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(fds, advanced, counts_cached), daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -86,13 +89,13 @@ class Ahead:
         if self._error is not None:
             raise self._error
 
-    def _read(self, fds: Sequence[int], advanced: Callable[[int], None]) -> None:
+    def _read(self, fds: Sequence[int], advanced: Callable[[int], None], counts_cached: bool) -> None:
         with ExitStack() as files:
             for fd in fds:
                 files.callback(os.close, fd)
             try:
                 for fd in fds:
-                    prefetch(fd, advanced)
+                    prefetch(fd, advanced, counts_cached=counts_cached)
             except Unreadable as e:
                 self._error = e
 

@@ -13,6 +13,7 @@ PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 # Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 V2 = ("memory.max", "memory.current", "inactive_file")
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+ACTIVE = {"inactive_file": "active_file", "total_inactive_file": "total_active_file"}  # read more than once
 
 
 class Memory(NamedTuple):
@@ -36,6 +37,19 @@ def host_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> Memory:
     return Memory(min(b.total_bytes for b in bounds), max(0, min(b.free_bytes for b in bounds)))
 
 
+def lockable_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
+    """Return how much of the page cache can be locked for a moment: like the free memory of `host_memory`, with all
+    page cache of the cgroups, since what is locked may be in it already, and without what is locked now.
+
+    The machine counts locked page cache as available.  RLIMIT_MEMLOCK has no part in it: drivers of GPUs do not count
+    against it.  Raises OSError if /proc is not mounted.
+    """
+    meminfo = dict(_numbers((proc / "meminfo").read_text().replace(":", " ")))
+    machine = Memory(meminfo["MemTotal"] << 10, meminfo["MemAvailable"] << 10)
+    groups = _cgroups(proc, cgroup, machine.total_bytes, with_active=True)
+    return max(0, min(bound.free_bytes for bound in (machine, *groups)) - _locked_bytes(proc))
+
+
 def oom_kills() -> int:
     """Return the number of OOM kills since boot, in any cgroup (proc_vmstat(5)); 0 if the kernel does not report it."""
     try:
@@ -46,6 +60,16 @@ def oom_kills() -> int:
     return int(match[1]) if match else 0
 
 
+def _locked_bytes(proc: Path) -> int:
+    """Return the bytes that are locked for devices (pin_user_pages); 0 before Linux 5.7, which does not count them."""
+    try:
+        counters = dict(_numbers((proc / "vmstat").read_text()))
+    except OSError:
+        return 0
+    pages = counters.get("nr_foll_pin_acquired", 0) - counters.get("nr_foll_pin_released", 0)
+    return max(0, pages) * resource.getpagesize()
+
+
 def _numbers(text: str) -> Iterator[tuple[str, int]]:
     for line in text.splitlines():
         name, value, *_ = [*line.split(), "", ""]
@@ -53,8 +77,9 @@ def _numbers(text: str) -> Iterator[tuple[str, int]]:
             yield name, int(value)
 
 
-def _cgroups(proc: Path, root: Path, total_bytes: int) -> Iterator[Memory]:
+def _cgroups(proc: Path, root: Path, total_bytes: int, *, with_active: bool = False) -> Iterator[Memory]:
     """Yield the limits of this process's memory cgroup and its ancestors, if they are below the machine's total.
+    `with_active`: count page cache that was read more than once as free, too.
 
     In a container the root of the hierarchy is often the cgroup itself.
     """
@@ -71,17 +96,18 @@ def _cgroups(proc: Path, root: Path, total_bytes: int) -> Iterator[Memory]:
         for folder in (place, *place.parents):
             if not folder.is_relative_to(base):
                 break
-            if (bound := _bound(folder, files, total_bytes)) is not None:
+            if (bound := _bound(folder, files, total_bytes, with_active)) is not None:
                 yield bound
 
 
-def _bound(folder: Path, files: tuple[str, str, str], below: int) -> Memory | None:
+def _bound(folder: Path, files: tuple[str, str, str], below: int, with_active: bool) -> Memory | None:
     try:
         limit = (folder / files[0]).read_text().strip()
         if not limit.isdigit() or int(limit) >= below:  # "max", or v1's 2**63 minus a page
             return None
         used = int((folder / files[1]).read_text())
-        cache = dict(_numbers((folder / "memory.stat").read_text())).get(files[2], 0)
+        stat = dict(_numbers((folder / "memory.stat").read_text()))
+        cache = stat.get(files[2], 0) + (stat.get(ACTIVE[files[2]], 0) if with_active else 0)
     except OSError:  # not visible from here, or without this controller
         return None
     return Memory(int(limit), int(limit) - used + cache)

@@ -22,6 +22,7 @@ def plan(request: LoadRequest, model: Model, settings: Settings, devices: list[s
         check_tensors=settings.check_tensors == "on",
         devices=devices,
         layers=layers,
+        is_whole=model.dimensions is not None and sum(layers) > model.dimensions.block_count,  # with the output
         serving=Serving(
             requests_waiting=settings.requests_waiting,
             request_wait_s=settings.request_wait_s,

@@ -36,6 +36,7 @@ class Load(Plan, frozen=True, kw_only=True, tag="load"):
     check_tensors: bool
     devices: list[str]  # UUIDs of GPUs, in the order in which they take layers; empty: the CPU only
     layers: list[int]  # number of layers per device; the model's first layers, beyond their sum, stay on the CPU
+    is_whole: bool = False  # no layer stays on the CPU
     serving: Serving = Serving()
     capabilities: dict[str, bool] | None = None  # of the chat template, if a load of these very files tried it before
     traceparent: str = ""  # of the runner's own span (W3C Trace Context)

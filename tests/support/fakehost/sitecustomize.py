@@ -31,13 +31,22 @@ def give_gpus(llama: Any) -> None:
 
     def with_gpus(visible: str) -> Any:
         from tests.support import fakegpu  # imported here: not every process may import it
+        from tests.support.fakecuda import FakeCuda
         from tests.support.fakehosts import FakeHost, Shared
+        from worker.engine import pagelock
 
         log = initialise(visible)
         host = FakeHost.here()
         assert host is not None
-        for i, gpu in enumerate(host.visible(os.environ.get("CUDA_VISIBLE_DEVICES"))):
-            fakegpu.add(f"CUDA{i}", gpu.total_bytes, Shared(host, gpu.uuid))
+        gpus = host.visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        cuda = FakeCuda(host) if gpus else None  # a runner without GPUs may write no file
+        if cuda is not None:
+            cuda.install(llama.lib._lib)
+        pagelock.DRIVER = host.version_path
+        if (locked_from := host.of_driver("locked_from")) is not None:
+            pagelock.LEAST_BYTES = locked_from
+        for i, gpu in enumerate(gpus):
+            fakegpu.add(f"CUDA{i}", gpu.total_bytes, Shared(host, gpu.uuid), cuda)
         return log
 
     from worker.engine import confine
