@@ -356,6 +356,15 @@ async def test_every_system_message_is_in_every_prompt(helper: Helper, name: str
         assert "The user is a pilot." in prompt.text
 
 
+@pytest.mark.parametrize("name", ["Qwen3.5-4B", "openai-gpt-oss-120b", "MiniMax-M2"])
+async def test_a_system_message_at_the_end_is_answered(helper: Helper, name: str) -> None:
+    """Without it, the assistant's message is the last one, which would be continued."""
+    helper.compile(Template(source=template(name))).result()
+    late = json.dumps({"messages": [BRIEF, *MESSAGES, ANSWER, LATER]}).encode()
+    users = json.dumps({"messages": [BRIEF, *MESSAGES, ANSWER, {**LATER, "role": "user"}]}).encode()
+    assert (await helper.render(late)).text == (await helper.render(users)).text
+
+
 async def test_a_late_system_message_stays_where_it_may(helper: Helper) -> None:
     helper.compile(Template(source="chatml")).result()
     prompt = await helper.render(json.dumps({"messages": [*MESSAGES, LATER]}).encode())

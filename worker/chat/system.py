@@ -20,14 +20,16 @@ class _Roles(Struct):
 
 
 class Fronted(Struct, frozen=True):
-    """A conversation with all of its system messages as the first message."""
+    """A conversation that has a system message as its first message only."""
 
     conversation: bytes
-    texts: list[str]  # of the system messages
+    texts: list[str]  # of its system messages before
 
 
 def fronted(conversation: bytes) -> Fronted | None:
-    """Return a conversation with all of its system messages as the first one; None if it has no other already.
+    """Return a conversation with its system messages as the first one; None if it has no other.
+
+    One at the end, after an answer, becomes the user's: otherwise the answer would be continued.
 
     Raises MsgspecError.
     """
@@ -38,9 +40,13 @@ def fronted(conversation: bytes) -> Fronted | None:
         return None
     fields: dict[str, Any] = json.decode(conversation)
     found = [message for message in fields["messages"] if message.get("role") == "system"]
-    first, *others = found
-    for other in others:
-        first = with_text(first, text_of(other["content"]))
     rest = [message for message in fields["messages"] if message.get("role") != "system"]
     texts = [text_of(message["content"]).strip() for message in found]
-    return Fronted(json.encode({**fields, "messages": [first, *rest]}), texts)
+    if roles[-1].role == "system" and rest and rest[-1].get("role") == "assistant":
+        rest.append({**found.pop(), "role": "user"})
+    if found:
+        first, *others = found
+        for other in others:
+            first = with_text(first, text_of(other["content"]))
+        rest.insert(0, first)
+    return Fronted(json.encode({**fields, "messages": rest}), texts)
