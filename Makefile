@@ -38,9 +38,10 @@ test-unit: $(DEV_STAMP)
 test-quality: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/quality
 
-# Installs published clients once, into the same directory; those for Node are skipped where there is none.
+# Installs published clients once, into the same directory, for which a busy machine needs minutes; those for Node are
+# skipped where there is none.
 test-clients: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests/clients
+	$(BIN)/python -m pytest tests/clients --timeout 900
 
 # Branches, also of the processes that the tests start.  A worker strips its environment, so that what it starts is
 # measured only where a test starts it directly.
