@@ -356,6 +356,17 @@ async def test_every_system_message_is_in_every_prompt(helper: Helper, name: str
         assert "The user is a pilot." in prompt.text
 
 
+@pytest.mark.parametrize("name", PROMPTS)
+async def test_several_messages_of_the_user_are_in_every_prompt(helper: Helper, name: str) -> None:
+    """Agents send what they know of their surroundings as a message of its own.  Some templates want turns."""
+    pilot = {"role": "user", "content": [{"type": "text", "text": "I am a pilot."}]}
+    helper.compile(Template(source=template(name))).result()
+    for messages in ([BRIEF, pilot, *MESSAGES], [*MESSAGES, ANSWER, *MESSAGES, pilot]):
+        prompt = await helper.render(json.dumps({"messages": messages}).encode())
+        assert "I am a pilot." in prompt.text
+        assert "Hello" in prompt.text
+
+
 @pytest.mark.parametrize("name", ["Qwen3.5-4B", "openai-gpt-oss-120b", "MiniMax-M2"])
 async def test_a_system_message_at_the_end_is_answered(helper: Helper, name: str) -> None:
     """Without it, the assistant's message is the last one, which would be continued."""

@@ -233,6 +233,13 @@ MUTANTS = (
         (f"{UNIT}native_chat.py",),
     ),
     Mutant(
+        "messages of the user after each other are one where there must be turns",
+        "worker/chat/helper.py",
+        "            return self._placed(other)",
+        "            raise",
+        (f"{INTEGRATION}helper.py",),
+    ),
+    Mutant(
         "a long prompt tells how far it is",
         "worker/engine/loop.py",
         "            self._tell(prompts, time.monotonic())\n",

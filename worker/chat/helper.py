@@ -49,6 +49,7 @@ from worker.chat.protocol import (
     frame,
 )
 from worker.chat.system import fronted
+from worker.chat.turns import joined
 from worker.sandbox import capabilities, landlock, seccomp
 
 CPU_S = 5.0  # processor time for one message; a pause of the machine does not count
@@ -255,6 +256,15 @@ class Chat:
         return rendered
 
     def _filled(self, conversation: bytes) -> Rendered:
+        """Render a conversation: with one message of the user instead of several, if the template takes turns only."""
+        try:
+            return self._placed(conversation)
+        except ChatError:
+            if (other := joined(conversation)) is None:
+                raise
+            return self._placed(other)
+
+    def _placed(self, conversation: bytes) -> Rendered:
         """Render a conversation: with all system messages as the first one, if the template has no place for others."""
         other = fronted(conversation)
         try:
