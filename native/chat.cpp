@@ -149,10 +149,14 @@ common_chat_templates_inputs inputs_of(const json & request) {
     }
     inputs.parallel_tool_calls   = bool_member(request, "parallel_tool_calls", false);
     inputs.add_generation_prompt = bool_member(request, "add_generation_prompt", true);
-    if (const json * continuation = member(request, "continue_final_message")) {
+    const json * continuation = member(request, "continue_final_message");
+    if (continuation != nullptr) {
         inputs.continue_final_message = common_chat_continuation_parse(*continuation);
     }
-    continue_answer(inputs);
+    const bool begins = bool_member(request, "add_generation_prompt", false) || (continuation != nullptr && *continuation == false);
+    if (!begins) {
+        continue_answer(inputs);
+    }
     inputs.enable_thinking = bool_member(request, "enable_thinking", true);
     inputs.reasoning_format =
         common_reasoning_format_from_name(string_member(request, "reasoning_format", "deepseek"));

@@ -296,7 +296,8 @@ def _check(request: ChatRequest, form: str) -> None:
 
 def _continues(request: ChatRequest) -> bool:
     """Return whether the answer continues the last message."""
-    return request.messages[-1].role == "assistant" and not request.add_generation_prompt
+    begins = request.add_generation_prompt or request.continue_final_message is False
+    return request.messages[-1].role == "assistant" and not begins
 
 
 def _check_message(message: Message, path: str) -> None:

@@ -124,6 +124,17 @@ def test_a_last_message_of_the_assistant_is_continued(code: ChatCode, name: str)
     assert "What is the weather in Paris?" in first.prompt
 
 
+@pytest.mark.parametrize("option", [{"add_generation_prompt": True}, {"continue_final_message": False}])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_last_message_of_the_assistant_is_left_as_it_is(code: ChatCode, name: str, option: dict[str, Any]) -> None:
+    """The answer is another message after it."""
+    begun = [*MESSAGES, {"role": "assistant", "content": "It is sunny"}]
+    prompt = code.templates(template(name)).render(encoded(messages=begun, **option)).prompt
+    assert "It is sunny" in prompt
+    continued = code.templates(template(name)).render(encoded(messages=begun)).prompt
+    assert len(prompt) > len(continued), "it has an end, and the beginning of the answer follows"
+
+
 def test_reasoning_is_continued(code: ChatCode) -> None:
     begun = {"role": "assistant", "content": "", "reasoning_content": "Let me see"}
     prompt = rendered(code, "Qwen-Qwen3-0.6B", messages=[*MESSAGES, begun])
