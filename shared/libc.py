@@ -12,11 +12,12 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_int, c_long, c_size_t, c_ulong, c_void_p
+from ctypes import c_int, c_int64, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38  # linux/prctl.h
 SYSCALL_ARGUMENTS = 6
+SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 MADV_POPULATE_READ = 22  # asm-generic/mman-common.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MAP_FAILED = c_void_p(-1).value
@@ -43,6 +44,7 @@ _syscall = _declared("syscall", c_long, c_long, *[c_long] * SYSCALL_ARGUMENTS)
 _mmap = _declared("mmap", c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_long)
 _munmap = _declared("munmap", c_int, c_void_p, c_size_t)
 _madvise = _declared("madvise", c_int, c_void_p, c_size_t, c_int)
+_sync_file_range = _declared("sync_file_range", c_int, c_int, c_int64, c_int64, c_uint)
 _malloc = _declared("malloc", c_void_p, c_size_t)
 _free = _declared("free", None, c_void_p)
 _mallopt = _declared("mallopt", c_int, c_int, c_int)
@@ -89,6 +91,11 @@ def populate(address: int, size: int) -> None:
     SIGBUS.
     """
     _check(_madvise(address, size, MADV_POPULATE_READ))
+
+
+def start_writing(fd: int, offset: int, size: int) -> None:
+    """Begin to write a part of a file to the disk, without waiting; see sync_file_range(2).  Raises OSError."""
+    _check(_sync_file_range(fd, offset, size, SYNC_FILE_RANGE_WRITE))
 
 
 def keep_heap(most_bytes: int) -> bool:

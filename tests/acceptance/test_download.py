@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from shared.synthetic import models as synthetic
 from tests.support.hub import LocalHub, sha256
-from tests.support.service import JSON, PATIENCE_S, Running, Service, until, up
+from tests.support.service import JSON, PATIENCE_S, Process, Running, Service, until, up, wait_gone
+from worker.hub.transfer import GOT
 
 DOWNLOAD, STATUS = "/api/v1/models/download", "/api/v1/models/download/status"
 REPOSITORY, KEY = "Acme/Fetched-GGUF", "acme/fetched"
@@ -187,6 +191,54 @@ def test_a_download_survives_all_processes(tmp_path: Path, hub: LocalHub) -> Non
         target = service.models_dir / LARGE / "large-Q4_0.gguf"
         assert sha256(target) == sha256(hub.repositories[LARGE]["large-Q4_0.gguf"])
     assert hub.sent["large-Q4_0.gguf"] - before <= 8 * MIB + 6 * MIB  # and what was in the buffers of sockets
+
+
+def test_kills_fetch_hardly_anything_twice(tmp_path: Path, hub: LocalHub) -> None:
+    """Each process is killed once; the hub sends slowly up to then, so that little is on its way."""
+    path, total, chance = "large-Q4_0.gguf", 8 * MIB, random.Random(5)
+    before, of_all = hub.sent[path], hub.sent.total()
+    victims = ["worker", "api", "redis", "worker.hub.process"]
+    chance.shuffle(victims)
+    hub.bytes_s, hub.holds_at = MIB / 2, of_all
+    # A connection whose reader died takes a step of the hub with it, and a held one goes a step too far.
+    slack = 4 * round(hub.bytes_s) // 20
+    with started(tmp_path, hub) as service:
+        job_id = service.post(DOWNLOAD, {"model": LARGE}).json()["job_id"]
+        for at, victim in zip(sorted(chance.sample(range(1, total // 2), len(victims))), victims, strict=True):
+            hub.holds_at = of_all + at + slack
+            until(partial(has_come, service, at), f"{at:,} bytes")
+            process = until(partial(running_as, service, victim), victim)
+            os.kill(process.pid, signal.SIGKILL)
+            wait_gone([process])
+        hub.bytes_s, hub.holds_at = 0, None
+        target = service.models_dir / LARGE / path
+        until(target.exists, "the file in its place")
+        assert sha256(target) == sha256(hub.repositories[LARGE][path])
+        until(partial(answers, service), "the API is back")
+        ended(service, job_id)
+    assert total <= hub.sent[path] - before <= 1.05 * total
+
+
+def has_come(service: Service, n: int) -> bool:
+    """Return whether the only partial file has `n` bytes, by the table beside it."""
+    tables = [*service.models_dir.glob(".loadstone-downloads/*/*.pieces")]
+    total: int = sum(got for table in tables for (got,) in GOT.iter_unpack(table.read_bytes()))
+    return total >= n
+
+
+def running_as(service: Service, name: str) -> Process | None:
+    """Return the process of a module, or that of Redis."""
+    for process in service.tree():
+        if process.words[2:4] == ("-m", name) or (name == "redis" and "redis.sock" in " ".join(process.words)):
+            return process
+    return None
+
+
+def answers(service: Service) -> bool:
+    try:
+        return service.send("GET", "/readyz").status == 200
+    except httpx.TransportError:  # the next process has not begun
+        return False
 
 
 def command(service: Service, *words: str) -> Running:

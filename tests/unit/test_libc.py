@@ -121,3 +121,13 @@ def test_a_missing_function_fails_at_its_call(monkeypatch: pytest.MonkeyPatch) -
         libc.prctl(libc.PR_SET_PDEATHSIG, 0)
     assert not libc.keep_heap(1 << 20)
     libc.trim_heap()
+
+
+def test_start_writing(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.write(bytes(SIZE))
+        file.flush()
+        libc.start_writing(file.fileno(), 0, SIZE)
+    with pytest.raises(OSError) as caught:
+        libc.start_writing(-1, 0, SIZE)
+    assert caught.value.errno == errno.EBADF
