@@ -51,6 +51,8 @@ LOG_PAUSE_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 PASSING = {429, 502, 503, 504}  # statuses of requests that may succeed later
 JSON = {"Content-Type": "application/json"}
+ANONYMOUS = "The server needs a token: set LOADSTONE_TOKEN, or give --token."
+NOT_ACCEPTED = "The server does not accept the token of LOADSTONE_TOKEN or --token."
 NO_HEADERS: Mapping[str, str] = {}
 
 T = TypeVar("T")
@@ -107,6 +109,7 @@ class Client:
         self._path = parts.path
         self._url = partial(httpcore.URL, scheme=parts.scheme, host=parts.hostname, port=parts.port)
         self._headers = {"Host": parts.netloc, "User-Agent": f"loadstone/{__version__}"}
+        self._has_token = bool(token)
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
         proxy, self._proxies, tls = None, "", None
@@ -116,9 +119,11 @@ class Client:
             if not is_loopback(parts.hostname) and (proxy := environment.proxy_for(parts.scheme, parts.netloc)):
                 self._proxies = f" or to its proxy ({environment.proxies_named()})"
             tls = environment.tls_context() if parts.scheme == "https" else None
-        self._port_hint = (
-            "" if parts.port else f" The URL names no port; that of a Loadstone server is {address.PORT} by default."
-        )
+        self._hint = ""
+        if not parts.port:
+            self._hint = f" The URL names no port; that of a Loadstone server is {address.PORT} by default."
+        elif is_loopback(parts.hostname):
+            self._hint = " Start a server with `loadstone up`, or name another with --url."
         self._http = httpcore.ConnectionPool(tls, proxy)
 
     def __enter__(self) -> Self:
@@ -332,7 +337,7 @@ class Client:
         except httpcore.ProxyError as e:
             raise Failure(error("unreachable", f"The proxy cannot connect to {self.url} ({e})."), 0.0) from None
         except (httpcore.ConnectError, httpcore.ConnectTimeout) as e:
-            sentence = f"Cannot connect to {self.url}{self._proxies} ({e}).{self._port_hint}"
+            sentence = f"Cannot connect to {self.url}{self._proxies} ({e}).{self._hint}"
             raise Unreachable(error("unreachable", sentence), 0.0) from None
         except httpcore.TimeoutException:
             raise Failure(error("no_answer", f"The server at {self.url} does not respond."), 0.0) from None
@@ -343,7 +348,10 @@ class Client:
         after = next((value for name, value in answer.headers if name.lower() == b"retry-after"), b"")
         wait = (float(after) if after.isdigit() else 0.0) if answer.status in PASSING else None
         try:
-            return Failure(_error_of(msgspec.json.decode(answer.content, type=dict[str, Any])["error"]), wait)
+            reason = _error_of(msgspec.json.decode(answer.content, type=dict[str, Any])["error"])
+            if answer.status == 401:  # the sentence of the server is for programs, which write headers
+                reason = msgspec.structs.replace(reason, message=NOT_ACCEPTED if self._has_token else ANONYMOUS)
+            return Failure(reason, wait)
         except (msgspec.DecodeError, msgspec.ValidationError, KeyError, AttributeError):
             return Failure(error("unexpected_reply", f"{self.url} returned HTTP status {answer.status}."), wait)
 

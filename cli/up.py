@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import sys
@@ -99,7 +100,7 @@ def _settings(flags: Mapping[str, str | None]) -> Settings:
 
 
 async def _supervise_all(settings: Settings, listening: socket.socket, redis: Server | None, demo: str | None) -> None:
-    """Run until a signal arrives.  `demo`: the key of a model for which a command is printed."""
+    """Run until a signal arrives.  `demo`: the key of a model for which commands are printed."""
     async with Supervisor() as supervisor:
         if redis:
             settings = msgspec.structs.replace(settings, redis_url=redis.url)
@@ -115,7 +116,10 @@ async def _supervise_all(settings: Settings, listening: socket.socket, redis: Se
         url = listener.url(settings.host, listening)
         click.echo(f"ready: {url}")
         if demo:
-            click.echo(f"load a demo model: {_curl(settings, url, demo)}", err=True)
+            load = {"model": demo, "echo_load_config": True}
+            chat = {"model": demo, "messages": [{"role": "user", "content": "Name three colours."}]}
+            click.echo(f"load a demo model: {_curl(settings, url + paths.LOAD, load)}", err=True)
+            click.echo(f"talk to it: {_curl(settings, url + paths.CHAT_COMPLETIONS, chat)}", err=True)
         await supervisor.forever()
 
 
@@ -207,9 +211,6 @@ def only_one(data_dir: Path) -> Iterator[None]:
         yield
 
 
-def _curl(settings: Settings, url: str, model: str) -> str:
+def _curl(settings: Settings, url: str, body: Mapping[str, object]) -> str:
     token = ' -H "Authorization: Bearer $TOKEN"' if read_tokens(settings) else ""
-    return (
-        f"curl {url}{paths.LOAD}{token} -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "{model}", "echo_load_config": true}}'"""
-    )
+    return f"curl {url}{token} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

@@ -547,11 +547,10 @@ def test_a_refusal_prints_the_servers_message(service: Service) -> None:
 def test_the_token_comes_from_the_variable_or_the_option(service: Service) -> None:
     wrong = run(service, "ls", "--token", "wr0ng")
     assert (wrong.status, wrong.out) == (1, "")
-    assert wrong.err.startswith("loadstone: ")
-    assert "wr0ng" not in wrong.err
+    assert wrong.err == "loadstone: The server does not accept the token of LOADSTONE_TOKEN or --token.\n"
     none = run(service, "ls", LOADSTONE_TOKEN="")
     assert none.status == 1
-    assert none.err != wrong.err
+    assert none.err == "loadstone: The server needs a token: set LOADSTONE_TOKEN, or give --token.\n"
     assert run(service, "ls", "--token", TOKEN, LOADSTONE_TOKEN="wr0ng").status == 0
     assert run(service, "ls", "--url", service.url, LOADSTONE_URL="http://127.0.0.1:1").status == 0
     unsendable = run(service, "ls", LOADSTONE_TOKEN=f"{TOKEN}\n")
@@ -565,7 +564,10 @@ def test_an_unreachable_server_is_reported_in_one_line(service: Service, words: 
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         done = run(service, *words, LOADSTONE_URL=url)
         assert (done.status, done.out) == (1, "")
-        assert done.err == f"loadstone: Cannot connect to {url} ([Errno 111] Connection refused).\n"
+        assert done.err == (
+            f"loadstone: Cannot connect to {url} ([Errno 111] Connection refused)."
+            " Start a server with `loadstone up`, or name another with --url.\n"
+        )
         if words[0] == "load":
             assert run(service, *words, "--json", LOADSTONE_URL=url).json()["error"]["type"] == "unreachable"
 

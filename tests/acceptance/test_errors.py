@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import resource
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -473,6 +475,16 @@ curl http://localhost:1234/api/v1/models/load \\
 """
     assert guarded.shell(command).status == 200
     assert guarded.unload("loadstone/demo-llm").status == 200
+
+
+def test_the_commands_that_a_demo_prints_work_as_they_are(guarded: Service) -> None:
+    until(lambda: "talk to it: " in guarded.stderr, "the commands are printed")
+    for begin, field in {"load a demo model: ": "load_config", "talk to it: ": "choices"}.items():
+        (command,) = re.findall(rf"^{begin}(curl .*)$", guarded.stderr, re.MULTILINE)
+        environ = {**os.environ, "TOKEN": TOKENS[0]}
+        done = subprocess.run(["sh", "-c", command], env=environ, capture_output=True, check=True)
+        assert json.loads(done.stdout)[field]
+    guarded.unload_all()
 
 
 # ---- loads that fail
