@@ -303,7 +303,7 @@ def copy(gpu: str) -> dict[str, list[float]]:
 
 def load(mode: Mode, gpu: str, key: str) -> dict[str, float]:
     """Load a model with all layers on the GPU; return the seconds of each phase."""
-    from worker.engine import llama  # imported here: only this process may import the engine
+    from worker.engine import llama  # imported here: only this process loads a model
 
     load_mode = getattr(llama.lib, f"LLAMA_LOAD_MODE_{MODES[mode]}")
     load_model = llama._load_model

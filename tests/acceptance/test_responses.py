@@ -225,6 +225,20 @@ def test_a_response_continues_another_as_if_all_was_sent(service: Service) -> No
     assert fourth[0] < fourth[1] == fourth[2], "each continues its own, also with another model"
 
 
+def test_a_streamed_response_continues_a_streamed_one(service: Service) -> None:
+    with responding(service, model=TINY, input="One", max_output_tokens=4) as received:
+        first = read(received)
+    with responding(
+        service, model=TINY, input="Two", max_output_tokens=4, previous_response_id=first["id"]
+    ) as received:
+        second = read(received)
+    assert second["previous_response_id"] == first["id"]
+    everything = [{"role": "user", "content": "One"}, *first["output"], {"role": "user", "content": "Two"}]
+    whole = responded(service, model=TINY, input=everything, max_output_tokens=4)
+    assert shape(second["output"]) == shape(whole["output"])
+    assert second["usage"]["input_tokens"] == whole["usage"]["input_tokens"]
+
+
 def test_a_stored_response_is_read_and_removed(service: Service) -> None:
     first = responded(service, model=TINY, max_output_tokens=2)
     with responding(service, model=TINY, max_output_tokens=2, previous_response_id=first["id"]) as received:

@@ -357,6 +357,16 @@ async def test_waiting_for_an_unreadable_file_raises_unreadable(tmp_path: Path) 
         os.fstat(fd)
 
 
+def test_a_thread_that_never_runs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ran out of memory before its first line, and nobody was told."""
+    monkeypatch.setattr("worker.engine.prefetch.START_S", 0.01)
+    monkeypatch.setattr("_thread.start_new_thread", lambda *_: 0)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        Ahead([fd], lambda n_bytes: None)
+    os.close(fd)  # still its opener's
+
+
 async def test_the_owner_of_a_runner_gets_the_engine_output(runner: Runner, models_dir: Path) -> None:
     """Output is passed on at the end of a phase; the lines about the context come late in a load."""
     await ready(runner, given(models_dir / "p/llama/llama-f16.gguf"))

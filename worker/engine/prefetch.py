@@ -7,6 +7,7 @@ mapping then finds the pages in the cache.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import mmap
 import os
@@ -18,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from shared import libc
 
 THREAD_BYTES = 16 << 20  # more than a thread takes to start: a stack of 8 MiB, and arenas for its objects
+START_S = 10.0  # of a thread, which takes a millisecond
 STEP_BYTES = 32 << 20
 SAMPLE_BYTES = 1 << 20
 
@@ -76,18 +78,29 @@ class Ahead:
         """`advanced` is called in that thread, which also closes the descriptors: a load may fail before they are read.
 
         Raises OSError (ENOMEM) instead of waiting for ever: a thread that runs out of memory before it runs its target
-        tells nobody, and `Thread.start` waits for it (CPython 3.11).
+        tells nobody, and `Thread.start` would wait for it (CPython 3.11).
         """
         mmap.mmap(-1, THREAD_BYTES).close()
         self._error: Unreadable | None = None
-        self._thread = threading.Thread(target=self._read, args=(fds, advanced, counts_cached), daemon=True)
-        self._thread.start()
+        self._has_begun, self._has_ended, self._is_late = threading.Event(), threading.Event(), False
+        _thread.start_new_thread(self._run, (fds, advanced, counts_cached))
+        if not self._has_begun.wait(START_S):
+            self._is_late = True
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     def wait(self) -> None:
         """Wait until all files are read.  Raises Unreadable."""
-        self._thread.join()
+        self._has_ended.wait()
         if self._error is not None:
             raise self._error
+
+    def _run(self, fds: Sequence[int], advanced: Callable[[int], None], counts_cached: bool) -> None:
+        self._has_begun.set()
+        try:
+            if not self._is_late:  # else the descriptors are closed
+                self._read(fds, advanced, counts_cached)
+        finally:
+            self._has_ended.set()
 
     def _read(self, fds: Sequence[int], advanced: Callable[[int], None], counts_cached: bool) -> None:
         with ExitStack() as files:
