@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.channel.answer import Answer
@@ -177,6 +177,7 @@ def test_content_is_null_only_beside_calls(tool: ToolDelta | None, content: str 
 TEXTS = st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), max_size=6)
 
 
+@settings(max_examples=1000)
 @given(st.lists(TEXTS, min_size=1, max_size=3))
 def test_the_chunks_join_to_the_whole_reply(answers: list[list[tuple[str, str]]]) -> None:
     heading = Heading("publisher/model", "b1")

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from api.anthropic.answer import Answer
@@ -370,6 +370,7 @@ def answers(draw: st.DrawFn) -> list[Delta]:
     return [*deltas, Delta(id=1, text=draw(TEXTS), finish=finish, stop=stop)]
 
 
+@settings(max_examples=1000)
 @given(answers(), st.sets(st.integers(0, 20)))
 def test_a_strict_reader_gets_the_message_of_the_whole_reply(deltas: list[Delta], pings: set[int]) -> None:
     stream, collected = Answer("publisher/model", 7), Answer("publisher/model", 7)

@@ -238,7 +238,7 @@ def answers(draw: st.DrawFn) -> list[Delta]:
     return [*deltas, end]
 
 
-@settings(max_examples=500)
+@settings(max_examples=1000)
 @given(answers())
 def test_events_are_in_order_and_tell_what_the_result_has(deltas: list[Delta]) -> None:
     result, reader = streamed(deltas)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -136,6 +136,7 @@ def _order(delta: Delta) -> tuple[int, int]:
     return (has[0], has[-1]) if has else (3, -1)
 
 
+@settings(max_examples=1000)
 @given(answers())
 def test_events_are_in_order_and_tell_what_the_response_has(answer: tuple[list[Delta], list[tuple[str, ...]]]) -> None:
     deltas, expected = answer
