@@ -21,7 +21,7 @@ from tests.support import attack
 from tests.support.agents import Begin, released
 from tests.support.attack import REFUSALS, Targets, When
 from tests.support.loaded import Loaded
-from tests.support.service import below
+from tests.support.service import below, open_files
 from tests.support.waiting import until
 from worker.chat import helper
 from worker.chat.code import ChatError, Message
@@ -77,7 +77,7 @@ async def attacked(
 
 
 def descriptors(pid: int) -> str:
-    return " ".join(str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir() if int(entry.name) > 2)
+    return " ".join(open_files(pid, above=2))
 
 
 async def reported(runner: Runner) -> dict[str, str]:

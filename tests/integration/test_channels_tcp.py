@@ -37,6 +37,7 @@ from tests.support.channels import (
     text,
     uvloop_policy,
 )
+from tests.support.service import open_files
 from tests.support.waiting import until
 from worker.listener import pump, server
 from worker.listener.port import opened
@@ -362,7 +363,7 @@ def seen_of(pid: int) -> tuple[bytes, list[str]]:
     """Return the command line and environment of a process, and its open files."""
     home = Path(f"/proc/{pid}")
     text_of = (home / "cmdline").read_bytes() + (home / "environ").read_bytes()
-    return text_of, [os.readlink(file) for file in (home / "fd").iterdir()]
+    return text_of, open_files(pid)
 
 
 def test_an_address_shows_no_secret() -> None:

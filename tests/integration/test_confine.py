@@ -17,7 +17,7 @@ import pytest
 from shared.schema.snapshot import WorkerSnapshot
 from shared.synthetic import models as synthetic
 from tests.support.runners import holds
-from tests.support.service import TINY, Process, Service, below, is_alive, until, up, wait_gone
+from tests.support.service import TINY, Process, Service, below, is_alive, open_files, until, up, wait_gone
 from worker.engine.confine import OPEN_FILES
 from worker.sandbox import landlock, seccomp
 
@@ -72,7 +72,7 @@ def test_a_runner_inherits_no_descriptor_of_its_worker(service: Service) -> None
     # The control channel, the output (both stdout and stderr), the hand-over, two of its own event loop, the zygote,
     # and, if it has a model, the helper.
     for runner, sockets in ((loaded, 8), (warm, 7)):
-        targets = sorted(str(entry.readlink()) for entry in Path(f"/proc/{runner.pid}/fd").iterdir())
+        targets = sorted(open_files(runner.pid))
         kinds = [name.partition(":")[0] for name in targets if name != "anon_inode:[landlock-ruleset]"]
         assert kinds == ["/dev/null", "anon_inode", *["socket"] * sockets], targets
 

@@ -18,6 +18,7 @@ import redis
 
 from cli import devredis
 from cli.devredis import RedisUnavailable, Server
+from tests.support.service import open_files
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def test_the_server_has_a_private_socket_and_keeps_its_data(tmp_path: Path) -> N
 def listens_on_no_port(pid: int) -> bool:
     tables = (Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
     listening = {line.split()[9] for table in tables for line in table if line.split()[3] == "0A"}
-    held = {os.readlink(fd).removeprefix("socket:[").rstrip("]") for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    held = {file.removeprefix("socket:[").rstrip("]") for file in open_files(pid)}
     return not listening & held
 
 

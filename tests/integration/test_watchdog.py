@@ -20,7 +20,7 @@ from cli.supervisor import PIPE_BYTES, Command, Supervisor
 from shared.heartbeat import heartbeat
 from shared.settings import Settings
 from tests.integration.test_supervisor import SLEEP, command, is_gone, pids, started, wait_gone
-from tests.support.service import Process, RedisServer, below, until
+from tests.support.service import Process, RedisServer, below, open_files, until
 from tests.support.service import wait_gone as wait_all_gone
 
 SILENCE_S = 1.0  # twenty beats
@@ -155,7 +155,7 @@ def holders(pipe: str) -> list[Process]:
     descendants = []
     for process in below(os.getpid()):
         with suppress(FileNotFoundError, ProcessLookupError):
-            if any(os.readlink(link) == pipe for link in Path(f"/proc/{process.pid}/fd").iterdir()):
+            if pipe in open_files(process.pid):
                 descendants.append(process)
     return descendants
 

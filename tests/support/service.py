@@ -111,6 +111,16 @@ def is_alive(process: Process) -> bool:
     return stat is not None and int(stat[19]) == process.started and stat[0] not in "ZX"
 
 
+def open_files(pid: int, above: int = -1) -> list[str]:
+    """Return what the descriptors of a process refer to, without those that it closes meanwhile."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if int(entry.name) > above:
+                found.append(str(entry.readlink()))
+    return found
+
+
 def go_on(process: Process) -> None:
     """Resume a stopped process if it still exists."""
     if is_alive(process):
