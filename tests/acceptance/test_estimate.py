@@ -32,6 +32,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     (home / f"models/{BROKEN}/broken.gguf").write_bytes(b"")
     with up(home) as service:
         until(lambda: all(m["params_string"] for m in service.models().values()), "every header has been read")
+        until(
+            lambda: all(estimate(service, model)["exact"] for model in (TINY, LONG)), "to the end, by this API process"
+        )
         yield service
         assert service.instances() == {}
         assert service.send("GET", "/api/v1/models/load/status").json() == {"jobs": []}, "nothing was loaded"
