@@ -6,7 +6,7 @@ import asyncio
 import codecs
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -80,7 +80,7 @@ def decode(body: bytes, kind: type[T], missing: str) -> T:
         if field.required and name not in value:
             raise MissingParameter(missing.format(name), param=name)
     if unknown := _unknown(value, kind, ""):
-        raise UnrecognizedKeys("Unrecognized key(s) in object: " + ", ".join(f"'{key}'" for key in unknown))
+        raise UnrecognizedKeys(unrecognized(unknown))
     out_of_range: list[InvalidValue] = []
     made = _made(value, kind, "", out_of_range)
     if made is None:
@@ -134,8 +134,13 @@ def strict(body: bytes, kind: type[T], large: Collection[str]) -> T:
     """
     fields = _fields(kind)
     if unknown := [name for name in _raw(body.removeprefix(codecs.BOM_UTF8)) if name not in fields]:
-        raise UnrecognizedKeys("Unrecognized key(s) in object: " + ", ".join(f"'{key}'" for key in unknown))
+        raise UnrecognizedKeys(unrecognized(unknown))
     return known(body, kind, large)
+
+
+def unrecognized(keys: Iterable[str]) -> str:
+    """Return LM Studio's sentence about unknown keys."""
+    return "Unrecognized key(s) in object: " + ", ".join(f"'{key}'" for key in keys)
 
 
 def _problem(body: bytes, kind: type[T]) -> T | str:

@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import msgspec
+from msgspec import Struct
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -64,6 +66,11 @@ class EventStream(StreamingResponse):
     async def _gone(self, receive: Receive) -> None:
         await self.listen_for_disconnect(receive)
         self.left()
+
+
+def encoded(event: Struct) -> bytes:
+    """Return an event of a stream: its name is the tag of its type."""
+    return b"event: %b\ndata: %b\n\n" % (str(event.__struct_config__.tag).encode(), msgspec.json.encode(event))
 
 
 async def waited_for(

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, assert_never
 import msgspec
 from msgspec import Meta, Struct
 
+from api.waiting import encoded
 from shared.channel.messages import Delta, Usage
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
@@ -243,7 +244,7 @@ class Answer:
 
     def first(self) -> bytes:
         usage = MessageUsage(input_tokens=self._prompt_tokens, output_tokens=0)
-        return event(MessageStart(self._message([], usage)))
+        return encoded(MessageStart(self._message([], usage)))
 
     def added(self, delta: Delta) -> bytes:
         """Return the events for an addition."""
@@ -256,16 +257,16 @@ class Answer:
             if piece.text:
                 events.append(BlockAddition(self._n_begun - 1, piece.delta()))
         self._note(delta)
-        return b"".join(map(event, events))
+        return b"".join(map(encoded, events))
 
     def last(self, usage: Usage) -> bytes:
-        return b"".join(map(event, [*self._closed(), MessageEnd(self._end, MessageUsage.of(usage)), MessageStop()]))
+        return b"".join(map(encoded, [*self._closed(), MessageEnd(self._end, MessageUsage.of(usage)), MessageStop()]))
 
     def read(self, share: float) -> bytes:
         return b""
 
     def waiting(self) -> bytes:
-        return event(Ping())
+        return encoded(Ping())
 
     def failed(self, error: Struct) -> bytes:
         return b"event: error\ndata: %b\n\n" % msgspec.json.encode(error)
@@ -293,11 +294,6 @@ class Answer:
             stop_sequence=end.stop_sequence,
             usage=usage,
         )
-
-
-def event(data: Event) -> bytes:
-    """Return an event, whose name is the `type` of its data."""
-    return b"event: %b\ndata: %b\n\n" % (str(data.__struct_config__.tag).encode(), msgspec.json.encode(data))
 
 
 def _pieces(delta: Delta) -> Iterator[_Piece]:

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct, field
 
 from api.decode import known
 from api.openai import request as openai
-from api.openai.fields import LARGEST, TEMPERATURES, Share, stops
+from api.openai.fields import Stream, Temperature, TopK, TopP, stops
 from api.openai.output import of_schema
 from api.openai.request import ChatRequest, Function, arguments, check_functions, checked
 from shared.errors import IntegrationsRefused, InvalidType, InvalidValue, MissingParameter, NotSupported
@@ -173,22 +173,13 @@ class MessagesRequest(Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="The most tokens of the answer. Absent: up to the end of the context."),
     ] = None
-    stream: Annotated[bool | None, Meta(description="Send the answer while it is generated, as events.")] = None
+    stream: Stream = None
     stop_sequences: Annotated[
         list[str] | None, Meta(description="Texts that end the answer, at most 16. The answer does not include them.")
     ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None,
-        Meta(description="How far choices may stray from the most probable token, which 0 always takes. Default: 0.8."),
-    ] = None
-    top_p: Annotated[
-        Share | None,
-        Meta(description="Consider the most probable tokens that have this probability together. Default: 0.95."),
-    ] = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=0, le=LARGEST)] | None,
-        Meta(description="Consider this many of the most probable tokens, at most 256. 0: 256. Default: 40."),
-    ] = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
     tools: Annotated[
         list[CustomTool] | None,
         Meta(description=f"The tools that the model may call, at most {openai.MOST_TOOLS}."),

@@ -23,6 +23,34 @@ Limit = Annotated[int, Meta(ge=UNLIMITED)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=PENALTIES[0], le=PENALTIES[1])]
 
+Stream = Annotated[bool | None, Meta(description="Send the answer while it is generated, as events.")]
+Temperature = Annotated[
+    Annotated[float, Meta(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None,
+    Meta(description="How far choices may stray from the most probable token, which 0 always takes. Default: 0.8."),
+]
+TopK = Annotated[
+    Annotated[int, Meta(ge=0, le=LARGEST)] | None,
+    Meta(description="Consider this many of the most probable tokens, at most 256. 0: 256. Default: 40."),
+]
+TopP = Annotated[
+    Share | None,
+    Meta(description="Consider the most probable tokens that have this probability together. Default: 0.95."),
+]
+MinP = Annotated[
+    Share | None,
+    Meta(description="Consider tokens with at least this share of the highest probability. Default: 0.05."),
+]
+RepeatPenalty = Annotated[
+    Annotated[float, Meta(gt=0, le=1e6)] | None,
+    Meta(description="Divide the logits of recent tokens by this. Default: 1, which is off."),
+]
+PresencePenalty = Annotated[
+    Penalty | None, Meta(description="Subtract this from the logits of recent tokens. Default: 0.")
+]
+FrequencyPenalty = Annotated[
+    Penalty | None, Meta(description="Subtract this for each time that a token occurs among them. Default: 0.")
+]
+
 
 class StreamOptions(Struct, frozen=True):
     """Options of a streamed reply."""
@@ -41,43 +69,24 @@ class TextRequest(Struct, frozen=True, kw_only=True):
             "conversation before."
         ),
     ] = None
-    stream: Annotated[bool | None, Meta(description="Send the answer while it is generated, as events.")] = None
+    stream: Stream = None
     stream_options: Annotated[StreamOptions | None, Meta(description="Options of a streamed reply.")] = None
     max_tokens: Annotated[
         Limit | None, Meta(description="The most tokens of an answer. -1 or absent: up to the end of the context.")
     ] = None
     n_predict: Annotated[Limit | None, Meta(description="The same under the name of llama.cpp's server.")] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None,
-        Meta(description="How far choices may stray from the most probable token, which 0 always takes. Default: 0.8."),
-    ] = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=0, le=LARGEST)] | None,
-        Meta(description="Consider this many of the most probable tokens, at most 256. 0: 256. Default: 40."),
-    ] = None
-    top_p: Annotated[
-        Share | None,
-        Meta(description="Consider the most probable tokens that have this probability together. Default: 0.95."),
-    ] = None
-    min_p: Annotated[
-        Share | None,
-        Meta(description="Consider tokens with at least this share of the highest probability. Default: 0.05."),
-    ] = None
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: TopP = None
+    min_p: MinP = None
     typical_p: Annotated[Share | None, Meta(description="Locally typical sampling. Default: 1, which is off.")] = None
-    repeat_penalty: Annotated[
-        Annotated[float, Meta(gt=0, le=1e6)] | None,
-        Meta(description="Divide the logits of recent tokens by this. Default: 1, which is off."),
-    ] = None
+    repeat_penalty: RepeatPenalty = None
     repeat_last_n: Annotated[
         Annotated[int, Meta(ge=-1, le=LARGEST)] | None,
         Meta(description="How many recent tokens the penalties consider. -1: all. Default: 64."),
     ] = None
-    presence_penalty: Annotated[
-        Penalty | None, Meta(description="Subtract this from the logits of recent tokens. Default: 0.")
-    ] = None
-    frequency_penalty: Annotated[
-        Penalty | None, Meta(description="Subtract this for each time that a token occurs among them. Default: 0.")
-    ] = None
+    presence_penalty: PresencePenalty = None
+    frequency_penalty: FrequencyPenalty = None
     seed: Annotated[
         Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None,
         Meta(
@@ -125,6 +134,12 @@ def check_choices(request: TextRequest, instance: Instance) -> None:
         raise InvalidValue(
             f"'n': expected at most {parallel}, the 'parallel' of the instance, got {request.n}.", param="n"
         )
+
+
+def check_limit(value: int | None, param: str) -> None:
+    """Refuse a limit of no tokens.  Raises InvalidValue."""
+    if value == 0:
+        raise InvalidValue(f"'{param}': expected a number > 0, or -1 for no limit, got 0.", param=param)
 
 
 def limit(*tokens: int | None) -> int | None:

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from api.decode import depth, known
-from api.openai.fields import Limit, TextRequest, check_sampling, limit, sampling, stops
+from api.openai.fields import Limit, TextRequest, check_limit, check_sampling, limit, sampling, stops
 from api.openai.output import output
 from shared.channel.messages import Generate
 from shared.errors import InvalidType, InvalidValue, MissingParameter, NotSupported
@@ -271,8 +271,7 @@ def beginning(request: ChatRequest, client: str) -> bytes:
 
 def _check(request: ChatRequest, form: str) -> None:
     for param in ("max_tokens", "max_completion_tokens", "n_predict"):
-        if getattr(request, param) == 0:
-            raise InvalidValue(f"'{param}': expected a number > 0, or -1 for no limit, got 0.", param=param)
+        check_limit(getattr(request, param), param)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidValue("'top_logprobs': it needs \"logprobs\": true.", param="top_logprobs")
     if request.continue_final_message and request.add_generation_prompt:

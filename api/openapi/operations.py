@@ -281,106 +281,52 @@ OF_A_MODEL = (  # that a request asks
 OF_A_CONVERSATION = (*OF_A_MODEL, errors.NotSupported, errors.RequestCrashed, errors.ChatUnavailable)
 IN_A_PATH = (errors.JobNotFound, errors.NotFound)  # an id with a slash matches another path
 OF_AN_ID = (errors.ModelNotFound, errors.NotFound)  # an id with a line break matches no path
-EVENTS = {  # before OpenAPI 3.2, an event stream is by convention described by the schema of one event
-    SSE: {
-        "type": "object",
-        "description": "One event, whose name is the `type` of its data. The last event is either `model_load.end` or "
-        "`error`. The stream also contains comment lines.",
-        "properties": {
-            "id": {"type": "string", "description": "Id of the event, for `Last-Event-ID`."},
-            "event": {
-                "enum": [kind.__struct_config__.tag for kind in get_args(LoadEvent)],
-                "description": "Name of the event.",
-            },
-            "data": {
-                "type": "string",
-                "contentMediaType": JSON,
-                "contentSchema": schema_of(LoadEvent),
-                "description": "The event.",
-            },
-        },
-        "required": ["event", "data"],
-    }
-}
-PROGRESS = {
-    SSE: {
-        "type": "object",
-        "description": "One event, whose name is the `type` of its data. The last event is `download.end`. The stream "
-        "also contains comment lines.",
-        "properties": {
-            "id": {"type": "string", "description": "Id of the event, for `Last-Event-ID`."},
-            "event": {"enum": ["download.progress", "download.end"], "description": "Name of the event."},
-            "data": {
-                "type": "string",
-                "contentMediaType": JSON,
-                "contentSchema": schema_of(DownloadEvent),
-                "description": "The event.",
-            },
-        },
-        "required": ["event", "data"],
-    }
-}
 
-CHATTING = {
-    SSE: {
-        "type": "object",
-        "description": "One event, whose name is the `type` of its data. The last event is `chat.end`. The stream also "
-        "contains comment lines.",
-        "properties": {
-            "event": {
-                "enum": [kind.__struct_config__.tag for kind in get_args(ChatEvent)],
-                "description": "Name of the event.",
+
+def _stream(
+    names: list[Any], data: Any, last: str, *, has_ids: bool = False, has_comments: bool = True
+) -> dict[str, Any]:
+    """Describe a stream of named events: with the type of their data, and the words for the last one.
+
+    `has_ids`: the events have ids, with which a client resumes.
+    """
+    comments = " The stream also contains comment lines." if has_comments else ""
+    id_ = {"id": {"type": "string", "description": "Id of the event, for `Last-Event-ID`."}} if has_ids else {}
+    return {
+        # Before OpenAPI 3.2, an event stream is by convention described by the schema of one event.
+        SSE: {
+            "type": "object",
+            "description": f"One event, whose name is the `type` of its data. The last event is {last}.{comments}",
+            "properties": {
+                **id_,
+                "event": {"enum": names, "description": "Name of the event."},
+                "data": {
+                    "type": "string",
+                    "contentMediaType": JSON,
+                    "contentSchema": schema_of(data),
+                    "description": "The event.",
+                },
             },
-            "data": {
-                "type": "string",
-                "contentMediaType": JSON,
-                "contentSchema": schema_of(ChatEvent),
-                "description": "The event.",
-            },
-        },
-        "required": ["event", "data"],
+            "required": ["event", "data"],
+        }
     }
-}
-RESPONDING = {
-    SSE: {
-        "type": "object",
-        "description": "One event, whose name is the `type` of its data. The last event is `response.completed`, "
-        "`response.incomplete` or `response.failed`. The stream also contains comment lines.",
-        "properties": {
-            "event": {
-                "enum": [kind.__struct_config__.tag for kind in get_args(Event)],
-                "description": "Name of the event.",
-            },
-            "data": {
-                "type": "string",
-                "contentMediaType": JSON,
-                "contentSchema": schema_of(Event),
-                "description": "The event.",
-            },
-        },
-        "required": ["event", "data"],
-    }
-}
-MESSAGE = {
-    SSE: {
-        "type": "object",
-        "description": "One event, whose name is the `type` of its data. The last event is either `message_stop` or "
-        "`error`.",
-        "properties": {
-            "event": {
-                "enum": [*(kind.__struct_config__.tag for kind in get_args(MessageEvent)), "error"],
-                "description": "Name of the event.",
-            },
-            "data": {
-                "type": "string",
-                "contentMediaType": JSON,
-                "contentSchema": either(MessageEvent, AnthropicErrorReply),
-                "description": "The event.",
-            },
-        },
-        "required": ["event", "data"],
-    }
-}
+
+
+def _names(union: Any) -> list[Any]:
+    """Return the names of the events of a union of types, which are their tags."""
+    return [kind.__struct_config__.tag for kind in get_args(union)]
+
+
+EVENTS = _stream(_names(LoadEvent), LoadEvent, "either `model_load.end` or `error`", has_ids=True)
+PROGRESS = _stream(["download.progress", "download.end"], DownloadEvent, "`download.end`", has_ids=True)
+CHATTING = _stream(_names(ChatEvent), ChatEvent, "`chat.end`")
+RESPONDING = _stream(_names(Event), Event, "`response.completed`, `response.incomplete` or `response.failed`")
+MESSAGE = _stream(
+    [*_names(MessageEvent), "error"],
+    either(MessageEvent, AnthropicErrorReply),
+    "either `message_stop` or `error`",
+    has_comments=False,
+)
 
 
 def _chunks(kind: type[Struct]) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from api.responses.events import (
     ResponseFailed,
     ResponseIncomplete,
     ResponseInProgress,
-    encoded,
 )
 from api.responses.response import (
     CallItem,
@@ -48,6 +47,7 @@ from api.responses.response import (
     ResponseObject,
     ResponseUsage,
 )
+from api.waiting import encoded
 from shared.channel.messages import Delta, Finish, ToolDelta, Usage
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta, Struct
 
 from api.responses.response import Item, ItemId, Logprobs, Part, ResponseObject
@@ -134,8 +133,3 @@ Event = (
     | ResponseIncomplete
     | ResponseFailed
 )
-
-
-def encoded(event: Event) -> bytes:
-    """Return an event as it is sent."""
-    return b"event: %b\ndata: %b\n\n" % (str(event.__struct_config__.tag).encode(), msgspec.json.encode(event))

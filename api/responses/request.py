@@ -11,7 +11,14 @@ import msgspec
 from msgspec import Meta, Struct
 
 from api.decode import known
-from api.openai.fields import PENALTIES, TEMPERATURES, Limit, Share
+from api.openai.fields import (
+    FrequencyPenalty,
+    Limit,
+    PresencePenalty,
+    Temperature,
+    TopP,
+    check_limit,
+)
 from api.openai.output import of_schema
 from api.openai.request import (
     MOST_ALTERNATIVES,
@@ -85,22 +92,10 @@ class ResponseRequest(Struct, frozen=True, kw_only=True):
             description="The most tokens of the answer, with its reasoning. -1 or absent: up to the end of the context."
         ),
     ] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None,
-        Meta(description="How far choices may stray from the most probable token, which 0 always takes. Default: 0.8."),
-    ] = None
-    top_p: Annotated[
-        Share | None,
-        Meta(description="Consider the most probable tokens that have this probability together. Default: 0.95."),
-    ] = None
-    presence_penalty: Annotated[
-        Annotated[float, Meta(ge=PENALTIES[0], le=PENALTIES[1])] | None,
-        Meta(description="Subtract this from the logits of recent tokens. Default: 0."),
-    ] = None
-    frequency_penalty: Annotated[
-        Annotated[float, Meta(ge=PENALTIES[0], le=PENALTIES[1])] | None,
-        Meta(description="Subtract this for each time that a token occurs among them. Default: 0."),
-    ] = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    presence_penalty: PresencePenalty = None
+    frequency_penalty: FrequencyPenalty = None
     reasoning: Annotated[ReasoningOptions | None, Meta(description="How the model reasons.")] = None
     text: Annotated[TextOptions | None, Meta(description="The form of the answer.")] = None
     tools: Annotated[
@@ -172,9 +167,7 @@ def decoded(body: bytes) -> ResponseRequest:
     Raises InvalidJSON, InvalidType, InvalidValue, MissingParameter, and NotSupported for what this server does not do.
     """
     asked = known(body, ResponseRequest, ("input",))
-    if asked.max_output_tokens == 0:
-        param = "max_output_tokens"
-        raise InvalidValue(f"'{param}': expected a number > 0, or -1 for no limit, got 0.", param=param)
+    check_limit(asked.max_output_tokens, "max_output_tokens")
     for param in ("background", "conversation", "prompt"):
         if getattr(asked, param):
             raise NotSupported(f"'{param}' is not supported by this server.", param=param)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from api.openai.answer import TokenInfo
+from api.openai.answer import PromptDetails, TokenInfo
 from api.responses.request import TEXT, FunctionTool, ReasoningOptions, ResponseRequest
 from shared.channel.messages import Sampling, Usage
 
@@ -67,14 +67,6 @@ class CallItem(Struct, frozen=True, kw_only=True, tag="function_call"):
 Item = ReasoningItem | MessageItem | CallItem
 
 
-class InputDetails(Struct, frozen=True):
-    """More about the tokens of the prompt."""
-
-    cached_tokens: Annotated[
-        int, Meta(description="How many were not processed again, since an earlier request began with them.")
-    ]
-
-
 class OutputDetails(Struct, frozen=True):
     """More about the generated tokens."""
 
@@ -85,7 +77,7 @@ class ResponseUsage(Struct, frozen=True, kw_only=True):
     """The tokens of a response."""
 
     input_tokens: Annotated[int, Meta(description="Tokens of the prompt.")]
-    input_tokens_details: Annotated[InputDetails, Meta(description="More about the tokens of the prompt.")]
+    input_tokens_details: Annotated[PromptDetails, Meta(description="More about the tokens of the prompt.")]
     output_tokens: Annotated[int, Meta(description="Generated tokens, with the reasoning.")]
     output_tokens_details: Annotated[OutputDetails, Meta(description="More about the generated tokens.")]
     total_tokens: Annotated[int, Meta(description="The sum of these.")]
@@ -94,7 +86,7 @@ class ResponseUsage(Struct, frozen=True, kw_only=True):
     def of(cls, usage: Usage) -> ResponseUsage:
         return cls(
             input_tokens=usage.prompt_tokens,
-            input_tokens_details=InputDetails(usage.cached_tokens),
+            input_tokens_details=PromptDetails(usage.cached_tokens),
             output_tokens=usage.generated_tokens,
             output_tokens_details=OutputDetails(usage.reasoning_tokens),
             total_tokens=usage.prompt_tokens + usage.generated_tokens,

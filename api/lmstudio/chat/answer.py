@@ -29,10 +29,10 @@ from api.lmstudio.chat.events import (
     Event,
     NativeStop,
     Output,
-    encoded,
 )
 from api.openai.answer import HEARTBEAT, Timings
 from api.openai.request import Message
+from api.waiting import encoded
 from shared.channel.messages import Delta, Usage
 
 Phase = Literal["prompt", "reasoning", "message", "over"]

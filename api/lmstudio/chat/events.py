@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from api.lmstudio.answers import LegacyStop
@@ -164,8 +163,3 @@ Event = (
     | ChatError
     | ChatEnd
 )
-
-
-def encoded(event: Event) -> bytes:
-    """Return an event as it is sent."""
-    return b"event: %b\ndata: %b\n\n" % (str(event.__struct_config__.tag).encode(), msgspec.json.encode(event))

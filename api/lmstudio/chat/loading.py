@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from api.lmstudio.chat.events import ChatLoadEnd, ChatLoadProgress, ChatLoadStart, ChatStart, encoded
+from api.lmstudio.chat.events import ChatLoadEnd, ChatLoadProgress, ChatLoadStart, ChatStart
 from api.openai.answer import HEARTBEAT
-from api.waiting import HEARTBEAT_S
+from api.waiting import HEARTBEAT_S, encoded
 from shared.instance import Instance
 from shared.lifecycle import State
 

@@ -11,14 +11,22 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from api.decode import strict
-from api.openai.fields import LARGEST, TEMPERATURES, Limit, Share
+from api.decode import strict, unrecognized
+from api.openai.fields import (
+    Limit,
+    MinP,
+    RepeatPenalty,
+    Stream,
+    Temperature,
+    TopK,
+    TopP,
+    check_limit,
+)
 from api.openai.request import MOST_PIECES, ChatRequest, Message, Part, checked
 from shared.errors import IntegrationsRefused, InvalidType, InvalidUnion, InvalidValue, NotSupported
 from shared.schema.http import Positive
 
 REASONING = Literal["off", "on", "low", "medium", "high", "xhigh"]
-MISSING, UNKNOWN = "'{}' is required", "Unrecognized key(s) in object: {}"
 
 
 class ChatInput(Struct, frozen=True, kw_only=True):
@@ -44,27 +52,12 @@ class NativeChatRequest(Struct, frozen=True, kw_only=True):
         list[Any] | None,
         Meta(description="Only an empty list is served: this server calls no tools and no MCP servers."),
     ] = None
-    stream: Annotated[bool | None, Meta(description="Send the answer while it is generated, as events.")] = None
-    temperature: Annotated[
-        Annotated[float, Meta(ge=TEMPERATURES[0], le=TEMPERATURES[1])] | None,
-        Meta(description="How far choices may stray from the most probable token, which 0 always takes. Default: 0.8."),
-    ] = None
-    top_p: Annotated[
-        Share | None,
-        Meta(description="Consider the most probable tokens that have this probability together. Default: 0.95."),
-    ] = None
-    top_k: Annotated[
-        Annotated[int, Meta(ge=0, le=LARGEST)] | None,
-        Meta(description="Consider this many of the most probable tokens, at most 256. 0: 256. Default: 40."),
-    ] = None
-    min_p: Annotated[
-        Share | None,
-        Meta(description="Consider tokens with at least this share of the highest probability. Default: 0.05."),
-    ] = None
-    repeat_penalty: Annotated[
-        Annotated[float, Meta(gt=0, le=1e6)] | None,
-        Meta(description="Divide the logits of recent tokens by this. Default: 1, which is off."),
-    ] = None
+    stream: Stream = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    repeat_penalty: RepeatPenalty = None
     max_output_tokens: Annotated[
         Limit | None,
         Meta(
@@ -103,9 +96,7 @@ def decoded(body: bytes) -> NativeChatRequest:
             "'integrations': this server calls no tools and no MCP servers: call them in the client.",
             param="integrations",
         )
-    if asked.max_output_tokens == 0:
-        param = "max_output_tokens"
-        raise InvalidValue(f"'{param}': expected a number > 0, or -1 for no limit, got 0.", param=param)
+    check_limit(asked.max_output_tokens, "max_output_tokens")
     fields = {name: getattr(asked, name) for name in NativeChatRequest.__struct_fields__}
     return NativeChatRequest(**{**fields, "input": _items(asked.input)})
 
@@ -172,11 +163,11 @@ def _item(raw: bytes, path: str) -> ChatInput:
     content = _text(item, "content")
     problems = []
     if "content" not in item:
-        problems.append(MISSING.format(f"{path}.content"))
+        problems.append(f"'{path}.content' is required")
     elif content is None:
         problems.append(f"'{path}.content': expected a string")
     if unknown := [key for key in item if key not in ChatInput.__struct_fields__]:
-        problems.append(UNKNOWN.format(", ".join(f"'{key}'" for key in unknown)))
+        problems.append(unrecognized(unknown))
     if problems:
         raise InvalidUnion(", ".join(problems), param="input")
     assert content is not None

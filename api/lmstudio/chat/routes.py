@@ -91,14 +91,9 @@ async def _streaming(
         await waited_for(request, _begins(begun, loading))
         if begun.done():
             begun.result()  # raises why the request is refused
-        if loading.begun.is_set():
-            instance_id, events = loading.instance_id, _after_load(begun, loading, ask, form_of, before_end)
-        else:
-            instance, answer = begun.result()
-            instance_id = instance.instance_id
-            events = streamed(answer, form_of(instance, answer.prompt_tokens or 0), ask.route, before_end)
-        headers = {"Loadstone-Instance": instance_id}
-        return EventStream(events, undo.pop_all(), request.state["closing"], headers)
+        instance_id = loading.instance_id if loading.begun.is_set() else begun.result()[0].instance_id
+        events = _events(begun, loading, ask, form_of, before_end)
+        return EventStream(events, undo.pop_all(), request.state["closing"], {"Loadstone-Instance": instance_id})
 
 
 async def _begins(begun: Begun, loading: Loading) -> None:
@@ -106,12 +101,13 @@ async def _begins(begun: Begun, loading: Loading) -> None:
         await first((begun, waiting))
 
 
-async def _after_load(
+async def _events(
     begun: Begun, loading: Loading, ask: Ask, form_of: FormOf, before_end: BeforeEnd
 ) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a load, and then those of the answer."""
-    async for event in loading.events(begun):
-        yield event
+    """Yield the events of the load for which the request waits, if there is one, and then those of the answer."""
+    if loading.begun.is_set():
+        async for event in loading.events(begun):
+            yield event
     try:
         instance, answer = await begun
     except (ServiceError, *UNAVAILABLE) as e:
