@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any, assert_never
 
 import msgspec
@@ -170,8 +171,7 @@ class Reader:
         self._passes = prompt.source is None or self._is_open(prompt.before)
         self._text = ""
         self._has_more = False  # than at the last parse
-        self._ends: list[int] = []  # of the pieces: their places in the text, until the reasoning has ended
-        self._tokens: list[int] = []  # how many there are up to each of these places
+        self._ends: list[tuple[int, int]] = []  # of the pieces: the place in the text, the tokens up to it
         self._logprobs: list[TokenLogprobs] = []
         self._finish: Finish | None = None
         self._stop: Stop | None = None
@@ -186,8 +186,7 @@ class Reader:
             return next(iter(self._deltas(text, News(), piece.logprobs, piece.finish)), None)
         self._text += piece.text
         self._has_more = True
-        self._ends.append(len(self._text))
-        self._tokens.append(piece.n_tokens + (self._tokens[-1] if self._tokens else 0))
+        self._ends.append((len(self._text), piece.n_tokens + (self._ends[-1][1] if self._ends else 0)))
         self._logprobs += piece.logprobs
         self._finish = piece.finish
         if piece.finish is not None:
@@ -235,8 +234,8 @@ class Reader:
             self._passes = True
             return News(self._unsent(text))
         if now.reasoning_content and not self._said.content.strip() and not self._said.calls:
-            n_pieces = bisect_right(self._ends, _end_of_reasoning(text, now))
-            self.reasoning_tokens = self._tokens[n_pieces - 1] if n_pieces else 0
+            n_pieces = bisect_right(self._ends, _end_of_reasoning(text, now), key=itemgetter(0))
+            self.reasoning_tokens = self._ends[n_pieces - 1][1] if n_pieces else 0
         self._passes = self._is_open(now)
         calls = self._calls.of(text, now, is_whole=is_whole and not is_cut)
         news = self._said.add(now, calls, is_whole=is_whole or self._passes)
