@@ -12,13 +12,12 @@ import pytest
 
 from shared.synthetic import models as synthetic
 from tests.support.chat import answered, busy
-from tests.support.families import ARGUMENTS, TOOL
+from tests.support.families import ARGUMENTS, CALL, TOOL
 from tests.support.reciting import reciting
 from tests.support.service import LOADSTONE, TINY, Service, until, up
 from tests.support.terminal import Terminal, terminal
 
 LONG, CALLING = "acme/long", "acme/calling"
-CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 CONTEXT_LENGTH, ENDLESS_CONTEXT = 256, 131_072  # the second: for an answer that lasts as long as a test needs it
 MANAGE, INFER = "the-token-of-the-operator", "the-token-of-a-client"
 SETTINGS = "".join(f'[models."{key}".sampling]\ntemperature = 0\n' for key in (TINY, LONG))

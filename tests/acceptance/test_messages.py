@@ -12,7 +12,7 @@ import pytest
 
 from shared import paths
 from shared.synthetic import models as synthetic
-from tests.support.families import ARGUMENTS, FAMILIES, template
+from tests.support.families import ARGUMENTS, CALL, FAMILIES, template
 from tests.support.reciting import reciting
 from tests.support.service import PATIENCE_S, TINY, Reply, Service, up
 from tests.unit.test_messages import Reader
@@ -21,7 +21,6 @@ from worker.chat.code import ChatCode
 CONTEXT_LENGTH = 256
 LONG, LONG_CONTEXT = "acme/long", 32_768
 THINKS, GENERIC = "acme/thinks", "acme/generic"
-CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 HELLO = [{"role": "user", "content": "Hello"}]
 QUESTION = [{"role": "user", "content": "What is the weather in Paris?"}]
 TOOL = {

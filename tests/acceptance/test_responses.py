@@ -11,14 +11,13 @@ import pytest
 
 from shared import paths
 from shared.synthetic import models as synthetic
-from tests.support.families import ARGUMENTS, FAMILIES, TOOL, template
+from tests.support.families import ARGUMENTS, CALL, FAMILIES, TOOL, template
 from tests.support.reciting import reciting
 from tests.support.responses import read, respond, responded, responding
 from tests.support.service import TINY, Service, openai_error, until, up
 from worker.chat.code import ChatCode
 
 THINKING, CALLING = "acme/thinking", "acme/calling"
-CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 FUNCTION = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
 OTHERS = [{"type": "web_search"}, {"type": "custom", "name": "patch"}, {"type": "namespace", "name": "n", "tools": []}]
 
@@ -129,7 +128,7 @@ def test_log_probabilities_come_with_the_text(service: Service) -> None:
 
 def test_what_codex_sends_is_answered(service: Service) -> None:
     assert respond(service, model=TINY, input="", max_output_tokens=1).status == 200
-    turn = {
+    turn: dict[str, Any] = {
         "instructions": "You are a coding agent.",
         "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
         "tools": [FUNCTION, {"type": "local_shell"}, *OTHERS],

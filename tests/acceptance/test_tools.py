@@ -11,13 +11,12 @@ import pytest
 
 from shared import paths
 from tests.support.chat import answered, ask, chunks
-from tests.support.families import ARGUMENTS, FAMILIES, TOOL, template
+from tests.support.families import ARGUMENTS, CALL, FAMILIES, TOOL, template
 from tests.support.reciting import reciting
 from tests.support.service import Service, openai_error, up
 from worker.chat.code import ChatCode
 
 GENERIC = "generic"
-CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
 ZONE = {"type": "object", "properties": {"zone": {"type": "string"}}, "required": ["zone"]}
 TIME = {"type": "function", "function": {"name": "get_time", "parameters": ZONE}}
 CALLS = f'{CALL}\n<tool_call>\n{{"name": "get_time", "arguments": {{"zone": "CET"}}}}\n</tool_call>'

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from tests.support import published
 from tests.support.reciting import MARKER, reciting
 from tests.support.service import Service, up
 
@@ -31,13 +29,6 @@ CALLS: dict[str, tuple[str, Any]] = {  # by model
     "acme/codex": ("exec_command", {"cmd": "cat fact.txt"}),
 }
 RUN_S = 300
-
-
-@pytest.fixture(scope="module")
-def agents() -> Path:
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("Node is not installed")
-    return published.agents()
 
 
 @pytest.fixture(scope="module")

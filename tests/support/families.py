@@ -23,6 +23,7 @@ TOOL = {
     },
 }
 ARGUMENTS = '{"city": "Paris", "days": 2}'
+CALL = f'I will look.\n<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'  # generic form
 
 
 def template(name: str) -> str:

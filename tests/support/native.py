@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
-import httpx
-
 from shared import paths
-from tests.support.responses import events
-from tests.support.service import PATIENCE_S, Client, Reply
+from tests.support.responses import responding
+from tests.support.service import Client, Reply
 
 ORDER = ("chat.start", "model_load", "prompt_processing", "reasoning", "message", "chat.end")
 FIELDS = {
@@ -39,18 +37,9 @@ def said(client: Client, **fields: Any) -> Any:
     return reply.json()
 
 
-@contextmanager
-def saying(client: Client, **fields: Any) -> Iterator[Iterator[dict[str, Any]]]:
+def saying(client: Client, **fields: Any) -> AbstractContextManager[Iterator[dict[str, Any]]]:
     """Send a streamed request; yield its events.  Leaving the block disconnects."""
-    headers = {"Authorization": f"Bearer {client.token}"} if client.token else {}
-    body = {"input": "Hello", "temperature": 0, "stream": True, **fields}
-    with (
-        httpx.Client(base_url=client.url, timeout=PATIENCE_S, trust_env=False, headers=headers) as http,
-        http.stream("POST", paths.NATIVE_CHAT, json=body) as reply,
-    ):
-        assert reply.status_code == 200, reply.read()
-        assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
-        yield events(reply.iter_lines())
+    return responding(client, path=paths.NATIVE_CHAT, **fields)
 
 
 def read(received: Iterator[dict[str, Any]], *, loads: bool = False) -> Any:

@@ -28,16 +28,16 @@ def responded(client: Client, **fields: Any) -> Any:
 
 
 @contextmanager
-def responding(client: Client, **fields: Any) -> Iterator[Iterator[dict[str, Any]]]:
+def responding(client: Client, *, path: str = paths.RESPONSES, **fields: Any) -> Iterator[Iterator[dict[str, Any]]]:
     """Send a streamed request; yield its events.  Leaving the block disconnects."""
     headers = {"Authorization": f"Bearer {client.token}"} if client.token else {}
     body = {"input": "Hello", "temperature": 0, "stream": True, **fields}
     with (
         httpx.Client(base_url=client.url, timeout=PATIENCE_S, trust_env=False, headers=headers) as http,
-        http.stream("POST", paths.RESPONSES, json=body) as reply,
+        http.stream("POST", path, json=body) as reply,
     ):
         assert reply.status_code == 200, reply.read()
-        assert reply.headers["content-type"].startswith("text/event-stream")
+        assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
         received = events(reply.iter_lines())
         yield received
 
