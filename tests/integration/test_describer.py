@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from tests.support.hub import LocalHub
 from tests.support.service import processes
 from worker.hub.client import Access
 from worker.hub.describer import Describer
-from worker.sandbox import landlock
 
 
 def question(repository: str) -> bytes:
@@ -133,26 +130,3 @@ async def test_a_worker_without_a_hub_says_so(tmp_path: Path) -> None:
     described = await answer(None, tmp_path)
     assert described.error is not None
     assert described.error.message == "The worker has no hub."
-
-
-@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
-def test_the_process_reads_no_files_of_anybody(tmp_path: Path) -> None:
-    """What it needs after the restriction is the network, and the files by which names are resolved."""
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "headers").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        code = f"""
-import socket
-from pathlib import Path
-from worker.hub.describer import _restrict
-_restrict(Path({str(tmp_path / "headers")!r}))
-Path({str(tmp_path / "headers/new")!r}).write_text("header")
-socket.create_connection(("localhost", {server.getsockname()[1]}))
-for mode in ("r", "w"):
-    try:
-        open({str(tmp_path / "secret")!r}, mode)
-    except PermissionError:
-        print("refused")
-"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.stdout, done.stderr) == ("refused\nrefused\n", "")

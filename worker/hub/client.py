@@ -134,7 +134,7 @@ class Hub:
         self._origin = Origin.of(access.endpoint)
         self._named = {_host_and_port(host) for host in access.hosts} | {(self._origin.host, self._origin.port)}
         self._pool = httpcore.ConnectionPool(
-            ssl.create_default_context() if self._origin.scheme == "https" or access.hosts else None,
+            ssl.create_default_context(),
             max_connections=connections,
             max_keepalive_connections=connections,
             keepalive_expiry=access.stall_s,
@@ -234,10 +234,10 @@ class Hub:
             origin = Origin("", "", 0)
         of_public = origin.port == 443 and any(f".{origin.host}".endswith(f".{host}") for host in OF_PUBLIC)
         is_named = self._is_named(origin.host, origin.port)
-        # From a hub with TLS, nothing is read without it.
-        schemes = ("https",) if self._origin.scheme == "https" else ("https", "http")
-        if "@" in urlsplit(url).netloc or origin.scheme not in schemes or not (is_named or of_public):
+        if "@" in urlsplit(url).netloc or origin.scheme not in ("https", "http") or not (is_named or of_public):
             raise _wrong(f"The hub redirects to '{origin.host}:{origin.port}', which is not an allowed host.")
+        if origin.scheme != "https" == self._origin.scheme:
+            raise _wrong(f"The hub redirects to '{origin.host}:{origin.port}' without TLS.")
         return origin
 
     def _is_named(self, host: str, port: int) -> bool:
@@ -298,6 +298,11 @@ def _translated(host: str, stall_s: float) -> Iterator[None]:
     except httpcore.TimeoutException:
         raise Unavailable(f"'{host}' sent nothing for {stall_s:g} s.") from None
     except httpcore.ConnectError as e:
+        cause = e.args[0] if e.args else None
+        if isinstance(cause, ssl.SSLCertVerificationError):  # it would be the same the next time
+            why = f"The certificate of '{host}' cannot be verified: {cause.verify_message.rstrip('.')}"
+            hint = "Set SSL_CERT_FILE of the worker if it is of an authority of your own"
+            raise DownloadFailed("hub_unavailable", f"{why}. {hint}.") from None
         raise Unavailable(f"'{host}' cannot be reached: {e}.") from None
     except (httpcore.NetworkError, httpcore.ProtocolError):
         raise Unavailable(f"The connection to '{host}' broke.") from None

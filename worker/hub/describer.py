@@ -19,13 +19,12 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct, structs
 
-from shared import libc
 from shared.download import InspectRequest
 from shared.errors import ErrorBody, ServiceError, ServiceUnavailable
 from shared.schema.model import Model
 from shared.schema.snapshot import Described, Quantized
 from shared.telemetry import log
-from worker.hub import choice
+from worker.hub import choice, confinement
 from worker.hub.choice import RemoteFile
 from worker.hub.client import Access, Gone, Hub, Repository, Unavailable
 from worker.hub.headers import found
@@ -35,7 +34,6 @@ AT_ONCE = 2  # processes
 WITHIN_S = 50.0
 KEPT_N = 4  # models whose headers are kept
 NICENESS = 10
-SYSTEM = ("/usr", "/lib", "/lib64", "/proc", "/etc", "/run")  # libraries, and how names are resolved
 
 _log = log.get("worker")
 
@@ -137,11 +135,11 @@ def main() -> None:
     """Answer one question."""
     os.nice(NICENESS)
     asked = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Asked)
-    hub = Hub(asked.access)  # reads the certificates
     directory = Path(asked.directory)
     with suppress(OSError):  # without it, there are no dry runs
         directory.mkdir(parents=True, exist_ok=True)
-    _restrict(directory)
+    confinement.restrict(directory, landlock.WRITE)
+    hub = Hub(asked.access)
     try:
         answer = answered(hub, asked.request, directory)
     except ServiceError as e:
@@ -151,18 +149,6 @@ def main() -> None:
     finally:
         hub.close()
     sys.stdout.buffer.write(msgspec.msgpack.encode(answer))
-
-
-def _restrict(directory: Path) -> None:
-    """Keep this process from files of anybody, and from other processes.
-
-    It may reach the network, and write into a directory.
-    """
-    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-    code = Path(__file__).parents[1]
-    readable = (*SYSTEM, sys.prefix, sys.base_prefix, code, code.with_name("shared"))
-    rules = [*((path, landlock.READ) for path in readable), (directory, landlock.WRITE)]
-    landlock.restrict_thread(rules, with_network=True)
 
 
 def answered(hub: Hub, request: InspectRequest, directory: Path) -> Answer:
