@@ -26,7 +26,8 @@ from shared.schema.snapshot import Described, Quantized
 from shared.telemetry import log
 from worker.hub import choice, confinement
 from worker.hub.choice import RemoteFile
-from worker.hub.client import Access, Gone, Hub, Repository, Unavailable
+from worker.hub.client import Access, Gone, Hub, Repository
+from worker.hub.connection import Unavailable
 from worker.hub.headers import found
 from worker.sandbox import landlock
 

@@ -21,7 +21,8 @@ from typing import Any
 from shared import libc
 from shared.errors import DownloadFailed
 from worker.hub.choice import RemoteFile
-from worker.hub.client import Gone, Hub, Unavailable
+from worker.hub.client import Gone, Hub
+from worker.hub.connection import Unavailable
 
 PIECE_BYTES = 32 << 20  # takes long against the latency of a request, on fast connections too
 HASHED_BYTES = 1 << 20
