@@ -6,8 +6,10 @@ import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -25,7 +27,7 @@ PUBLIC = "https://huggingface.co"
 OF_PUBLIC = ("huggingface.co", "hf.co")
 REDIRECTS = (301, 302, 303, 307, 308)
 MOST_REDIRECTS = 5
-CONNECT_S = 10.0
+CONNECT_S = 10.0  # to one of the addresses of a host
 READ_BYTES = 1 << 20  # of one read(2); httpcore's 64 KiB take four times the CPU time
 MOST_LISTING_BYTES = 32 << 20
 MOST_FILES = 100_000
@@ -70,6 +72,10 @@ class Unavailable(Exception):
     def __init__(self, message: str, after_s: float = 0.0) -> None:
         super().__init__(message)
         self.after_s = after_s
+
+
+class Unreachable(Unavailable):
+    """No connection to the host came about."""
 
 
 class Gone(Exception):
@@ -295,6 +301,8 @@ def _translated(host: str, stall_s: float) -> Iterator[None]:
     """Translate faults of a connection.  The text of some contains what was sent, so it is not shown."""
     try:
         yield
+    except httpcore.ConnectTimeout:
+        raise Unreachable(f"'{host}' cannot be reached: no answer within {CONNECT_S:g} s.") from None
     except httpcore.TimeoutException:
         raise Unavailable(f"'{host}' sent nothing for {stall_s:g} s.") from None
     except httpcore.ConnectError as e:
@@ -303,7 +311,7 @@ def _translated(host: str, stall_s: float) -> Iterator[None]:
             why = f"The certificate of '{host}' cannot be verified: {cause.verify_message.rstrip('.')}"
             hint = "Set SSL_CERT_FILE of the worker if it is of an authority of your own"
             raise DownloadFailed("hub_unavailable", f"{why}. {hint}.") from None
-        raise Unavailable(f"'{host}' cannot be reached: {e}.") from None
+        raise Unreachable(f"'{host}' cannot be reached: {e}.") from None
     except (httpcore.NetworkError, httpcore.ProtocolError):
         raise Unavailable(f"The connection to '{host}' broke.") from None
     except httpcore.UnsupportedProtocol:
@@ -313,11 +321,13 @@ def _translated(host: str, stall_s: float) -> Iterator[None]:
 class _Backend(httpcore.SyncBackend):
     """Connects to addresses of the internet, and to hosts that are configured, wherever they are.
 
+    The addresses of a host share the time.
     The address that is checked is the one that is connected to: a name may resolve to another one the next time.
     """
 
-    def __init__(self, is_named: Any) -> None:
+    def __init__(self, is_named: Callable[[str, int], bool]) -> None:
         self._is_named = is_named
+        self._silent: set[str] = set()  # addresses that did not answer, which are tried last
 
     def connect_tcp(
         self,
@@ -336,15 +346,29 @@ class _Backend(httpcore.SyncBackend):
             addresses = [one for one in addresses if ipaddress.ip_address(one.partition("%")[0]).is_global]
             if not addresses:
                 raise httpcore.ConnectError("its address is not one of the internet")
-        for i, address in enumerate(addresses):
+        addresses = sorted(_alternating(addresses), key=lambda one: one in self._silent)
+        deadline = time.monotonic() + (CONNECT_S if timeout is None else timeout)
+        for n_left in range(len(addresses), 0, -1):
+            address = addresses[-n_left]
+            share_s = max(0.0, deadline - time.monotonic()) / n_left
             try:
-                stream = super().connect_tcp(address, port, timeout, local_address, socket_options)
+                stream = super().connect_tcp(address, port, share_s, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
-                if i == len(addresses) - 1:
+                self._silent.add(address)
+                if n_left == 1:
                     raise
             else:
+                self._silent.discard(address)
                 return _Stream(stream)
         raise AssertionError("there is at least one address")
+
+
+def _alternating(addresses: Iterable[str]) -> list[str]:
+    """Alternate between IPv6 and IPv4, of which one may lead nowhere."""
+    families: dict[bool, list[str]] = {}
+    for address in addresses:
+        families.setdefault(":" in address, []).append(address)
+    return [one for pair in zip_longest(*families.values()) for one in pair if one is not None]
 
 
 class _Stream(httpcore.NetworkStream):
