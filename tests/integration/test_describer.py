@@ -104,6 +104,38 @@ async def test_a_cancelled_question_leaves_no_process(tmp_path: Path) -> None:
     assert not children()
 
 
+async def test_an_unreachable_hub_is_not_tried_again_at_once(tmp_path: Path) -> None:
+    """Each question about a name that no worker knows would wait for a connection."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        describer = Describer(Access(endpoint=f"http://127.0.0.1:{server.getsockname()[1]}"), tmp_path / "headers")
+        first = msgpack.decode(await describer.answer(QUESTION), type=Described)
+        assert first.error is not None
+        assert "cannot be reached" in first.error.message
+        server.listen()
+        server.setblocking(False)
+        assert msgpack.decode(await describer.answer(question("acme/other")), type=Described) == first
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+async def test_an_unreachable_hub_is_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.hub.describer, "UNREACHABLE_S", 0.0)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        describer = Describer(Access(endpoint=f"http://127.0.0.1:{server.getsockname()[1]}"), tmp_path / "headers")
+        await describer.answer(QUESTION)
+        server.listen()
+        server.setblocking(False)
+        asking = asyncio.create_task(describer.answer(QUESTION))
+        async with asyncio.timeout(60):
+            connection, _ = await asyncio.get_running_loop().sock_accept(server)
+        connection.close()
+        described = msgpack.decode(await asking, type=Described)
+    assert described.error is not None
+    assert "broke" in described.error.message
+
+
 async def test_the_headers_of_the_last_models_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are all that an engine needs for a dry run, and take no more space."""
     monkeypatch.setattr(worker.hub.describer, "KEPT_N", 1)
