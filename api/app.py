@@ -16,6 +16,7 @@ from api.answering import Answering
 from api.auth import Auth
 from api.channel.channels import Channels
 from api.downloads.intake import Downloads
+from api.downloads.news import News
 from api.errors import HANDLERS
 from api.loads.demand import OnDemand
 from api.loads.departures import Departures
@@ -98,6 +99,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
             records = Records(store.instances)
             departures = Departures(store.instances)
             view = View(roster, store.instances)
+            news = News(store.listen)
             follower = Follower(store.instances, store.listen, view.changed)
             sweep = Sweep(
                 roster,
@@ -132,6 +134,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
             parts = (
                 sweep.run(),
                 follower.run(),
+                news.run(),
                 departures.run(),
                 hand_over(tally, store.counters),
                 close_channels(),
@@ -143,7 +146,7 @@ def create_app(settings: Settings, closing: asyncio.Event, draining: asyncio.Eve
                 departures=departures,
                 follower=follower,
                 stopper=Stopper(store.instances, records, follower, settings.unload_wait_s),
-                downloads=Downloads(roster, store.queue, store.downloads, store.instances),
+                downloads=Downloads(roster, store.queue, store.downloads, store.instances, news),
                 responses=Responses(
                     redis,
                     most=settings.responses,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, assert_never
@@ -20,6 +20,7 @@ from shared import __version__, paths
 from shared.errors import ErrorBody
 from shared.lifecycle import TERMINAL
 from shared.schema.http import (
+    DownloadEvent,
     DownloadJob,
     DownloadReply,
     DownloadRequest,
@@ -187,13 +188,20 @@ class Client:
             DownloadReply, paths.DOWNLOAD, msgspec.json.encode(request), headers, timeout=DOWNLOAD_ANSWER_S
         )
 
-    def watched_download(self, job_id: str) -> DownloadJob:
-        """Return the job of a download.  Retries after failures."""
-        patience = Patience(self.note)
+    def follow_download(self, job_id: str) -> Generator[DownloadJob, None, None]:
+        """Yield the job of a download at each change, and reconnect if necessary.  Close the generator after use."""
+        patience, last_id = Patience(self.note), ""
         while True:
             try:
-                return self._ask(DownloadJob, "GET", _path(paths.ONE_DOWNLOAD, job_id=job_id))
+                with self._event_stream(_path(paths.DOWNLOAD_EVENTS, job_id=job_id), last_id) as answer:
+                    for id_, data in events(_lines(answer, patience.reset)):
+                        last_id = id_
+                        yield self._decode(data, DownloadEvent).job
+                raise self._broken()
             except Failure as failure:
+                if failure.error.code == "too_many_waiting":  # a poll without a wait is not limited
+                    yield self._ask(DownloadJob, "GET", _path(paths.ONE_DOWNLOAD, job_id=job_id))
+                    patience.reset()
                 patience.wait(failure)
 
     def change_download(self, job_id: str, change: Literal["pause", "resume"]) -> DownloadJob:
@@ -298,13 +306,16 @@ class Client:
 
     def _events(self, job_id: str, after: str, patience: Patience) -> Iterator[tuple[str, LoadEvent]]:
         """Yield the events of one connection, with their ids."""
-        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
-        with self._answer("GET", _path(paths.JOB_EVENTS, job_id=job_id), headers=headers, timeout=SILENCE_S) as answer:
+        with self._event_stream(_path(paths.JOB_EVENTS, job_id=job_id), after) as answer:
             if answer.status != 204:
                 for id_, data in events(_lines(answer, patience.reset)):
                     yield id_, self._decode(data, LoadEvent)
                 return
         yield after, self.job(job_id).event()  # there are no events after that id
+
+    def _event_stream(self, path: str, after: str) -> AbstractContextManager[httpcore.Response]:
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
+        return self._answer("GET", path, headers=headers, timeout=SILENCE_S)
 
     def _ask(self, kind: type[T], method: str, path: str, **options: Any) -> T:
         with self._answer(method, path, **options) as answer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NoReturn, assert_never
 
@@ -19,8 +19,6 @@ from shared.units import size
 
 if TYPE_CHECKING:
     from cli.client import Client
-
-POLL_S = 0.5
 
 
 @command
@@ -78,10 +76,9 @@ def get(
 
 def _followed(server: Client, job_id: str, model: str) -> DownloadJob:
     """Show a download up to its end; return its job.  Raises Failure if it fails, or is paused or cancelled."""
-    with following(model) as shown:
+    with following(model) as shown, closing(server.follow_download(job_id)) as jobs:
         server.note = shown.note
-        while True:
-            job = server.watched_download(job_id)
+        for job in jobs:
             match job.status:
                 case "downloading":
                     shown.update(_share(job), _facts(job))
@@ -95,7 +92,7 @@ def _followed(server: Client, job_id: str, model: str) -> DownloadJob:
                     )
                 case _:
                     assert_never(job.status)
-            time.sleep(POLL_S)
+    raise AssertionError("a download is followed to its end")
 
 
 def _share(job: DownloadJob) -> float:

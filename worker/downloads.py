@@ -138,7 +138,13 @@ class Downloads:
         """Return what a download would fetch."""
         if self._access is None:
             return Refusal(_off().body())
-        ask = Inspect(access=self._access, roots=[str(root) for root in self._roots], request=request)
+        try:
+            store = await asyncio.to_thread(stores.writable, self._roots)
+        except stores.ReadOnly as e:
+            return Refusal(DownloadFailed("read_only_store", str(e)).body())
+        except OSError as e:
+            return Refusal(partials.unwritable(e).body())
+        ask = Inspect(access=self._access, root=str(store.path), store=store.id, request=request)
         async with aclosing(answers(ask)) as told:
             async for one in told:
                 if isinstance(one, Offer | Refusal):

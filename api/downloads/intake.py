@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 
 import msgspec
 
+from api.downloads.news import News
 from api.pool.roster import Roster
 from shared.download import OVER, PREFIX, Download, InspectRequest, Offer, Refusal, State, Wanted, is_revision, source
 from shared.errors import (
@@ -25,6 +27,7 @@ from shared.errors import (
     ServiceError,
 )
 from shared.schema.http import DownloadRequest
+from shared.store.connection import check_cancelled
 from shared.store.downloads import Downloads as Records
 from shared.store.downloads import KeyReused
 from shared.store.instances import Instances
@@ -32,7 +35,7 @@ from shared.store.queue import Queue
 from shared.telemetry import log
 
 MOST_ASKED = 16  # workers that look for a model at once; each sends the hub a request
-POLL_S = 0.2
+RECHECK_S = 1.0  # finds changes whose news got lost
 DONE_S = 30.0  # for a worker to do what a client asked for
 
 _log = log.get("api")
@@ -55,8 +58,9 @@ class Downloads:
     Every method raises what UNAVAILABLE lists if Redis does not answer.
     """
 
-    def __init__(self, roster: Roster, queue: Queue, records: Records, instances: Instances) -> None:
+    def __init__(self, roster: Roster, queue: Queue, records: Records, instances: Instances, news: News) -> None:
         self._roster, self._queue, self._records, self._instances = roster, queue, records, instances
+        self._news = news
 
     async def start(self, request: DownloadRequest, key: str) -> Download | None:
         """Start a download, or return the one of the key or of the same files; None if the files are there already.
@@ -112,6 +116,20 @@ class Downloads:
             raise JobNotFound(f"Job '{id_}' not found.", param="job_id")
         return download
 
+    async def follow(self, id_: str) -> AsyncGenerator[Download, None]:
+        """Yield the record of a download now, and whenever it may have changed.  Use within `aclosing`.
+
+        Raises JobNotFound.
+        """
+        with self._news.of(id_) as woken:
+            while True:
+                woken.clear()
+                yield await self.get(id_)
+                check_cancelled()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RECHECK_S):
+                        await woken.wait()
+
     async def newest(self, limit: int) -> list[Download]:
         return await self._records.newest(limit)
 
@@ -133,14 +151,13 @@ class Downloads:
             "pause": lambda state: state is State.PAUSED,
             "cancel": lambda state: state is State.CANCELLED,
         }
-        deadline = time.monotonic() + DONE_S
-        while time.monotonic() < deadline:
-            download = await self.get(id_)
-            if is_done[wanted](download.state):
-                return download
-            if download.state is State.COMPLETED:
-                raise JobAlreadyFinished(f"Job '{id_}' has already finished.", param="job_id")
-            await asyncio.sleep(POLL_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DONE_S), aclosing(self.follow(id_)) as revisions:
+                async for download in revisions:
+                    if is_done[wanted](download.state):
+                        return download
+                    if download.state is State.COMPLETED:
+                        raise JobAlreadyFinished(f"Job '{id_}' has already finished.", param="job_id")
         raise QueueUnavailable("The worker of the download does not answer. It will do this when it is back.")
 
     async def remove(self, key: str, only: str | None) -> list[str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import UTC, datetime
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET
@@ -16,7 +19,7 @@ from shared.errors import JobNotFound
 from shared.schema.http import DownloadEvent, DownloadJob, DownloadReply
 from shared.store.connection import UNAVAILABLE
 
-POLL_S = 0.5
+Kind = Literal["download.progress", "download.end"]
 
 
 def reply(download: Download) -> DownloadReply:
@@ -61,25 +64,24 @@ async def events(downloads: Downloads, id_: str, after: int, closing: asyncio.Ev
 
     The stream ends early if this process closes or Redis does not answer: the client reconnects.
     """
-    silent_s = 0.0
-    while not closing.is_set():
-        try:
-            download = await downloads.get(id_)
-        except (*UNAVAILABLE, JobNotFound):
-            yield b": the record cannot be read\n\n"
-            return
-        if download.rev > after:
-            after, silent_s = download.rev, 0.0
-            event = DownloadEvent(type="download.end" if is_over(download) else "download.progress", job=job(download))
-            data = msgspec.json.encode(event)
-            yield b"id: %d\nevent: %b\ndata: %b\n\n" % (after, event.type.encode(), data)
-        if is_over(download):
-            return
-        if silent_s >= HEARTBEAT_S:
-            silent_s = 0.0
-            yield b": nothing new\n\n"
-        await asyncio.sleep(POLL_S)
-        silent_s += POLL_S
+    spoke = time.monotonic()
+    try:
+        async with aclosing(downloads.follow(id_)) as revisions:
+            async for download in revisions:
+                if closing.is_set():
+                    return
+                if download.rev > after:
+                    after, spoke = download.rev, time.monotonic()
+                    kind: Kind = "download.end" if is_over(download) else "download.progress"
+                    data = msgspec.json.encode(DownloadEvent(type=kind, job=job(download)))
+                    yield b"id: %d\nevent: %b\ndata: %b\n\n" % (after, kind.encode(), data)
+                if is_over(download):
+                    return
+                if time.monotonic() - spoke >= HEARTBEAT_S:
+                    spoke = time.monotonic()
+                    yield b": nothing new\n\n"
+    except (*UNAVAILABLE, JobNotFound):
+        yield b": the record cannot be read\n\n"
 
 
 def _time(at: float) -> datetime:

@@ -48,7 +48,8 @@
   arq:*             arq's own  queue, jobs and health check of each worker; queues expire RETAIN_S after the last entry
   wake:{worker}     channel "" for a delivery in the worker's queue, the id of a load for a stop request, that of a
                             download if it has news
-  news              channel ids of changed records
+  news              channel ids of changed records of loads
+  download_news     channel ids of changed downloads
   requeued          channel ids of requeued loads
 
 Scripts access several keys and build some of the names themselves, so Redis Cluster is not supported.
@@ -63,7 +64,7 @@ FAILURE_MEMORY_S = 30
 INSTANCES, LOGS, NAMES, QUEUED, JOBS = "insts", "logs", "names", "queued", "jobs"
 WORKERS, COUNTERS, TALLIES = "workers", "counters", "tallies"
 DOWNLOADS = "downloads"
-NEWS, REQUEUED = "news", "requeued"  # channels
+NEWS, DOWNLOAD_NEWS, REQUEUED = "news", "download_news", "requeued"  # channels
 
 
 def instance(id_: str) -> str:

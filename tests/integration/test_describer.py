@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from tests.support.hub import LocalHub
 from tests.support.service import processes
 from worker.hub.client import Access
 from worker.hub.describer import Describer
-from worker.sandbox import landlock
 
 
 def question(repository: str) -> bytes:
@@ -107,6 +104,38 @@ async def test_a_cancelled_question_leaves_no_process(tmp_path: Path) -> None:
     assert not children()
 
 
+async def test_an_unreachable_hub_is_not_tried_again_at_once(tmp_path: Path) -> None:
+    """Each question about a name that no worker knows would wait for a connection."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        describer = Describer(Access(endpoint=f"http://127.0.0.1:{server.getsockname()[1]}"), tmp_path / "headers")
+        first = msgpack.decode(await describer.answer(QUESTION), type=Described)
+        assert first.error is not None
+        assert "cannot be reached" in first.error.message
+        server.listen()
+        server.setblocking(False)
+        assert msgpack.decode(await describer.answer(question("acme/other")), type=Described) == first
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+async def test_an_unreachable_hub_is_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.hub.describer, "UNREACHABLE_S", 0.0)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        describer = Describer(Access(endpoint=f"http://127.0.0.1:{server.getsockname()[1]}"), tmp_path / "headers")
+        await describer.answer(QUESTION)
+        server.listen()
+        server.setblocking(False)
+        asking = asyncio.create_task(describer.answer(QUESTION))
+        async with asyncio.timeout(60):
+            connection, _ = await asyncio.get_running_loop().sock_accept(server)
+        connection.close()
+        described = msgpack.decode(await asking, type=Described)
+    assert described.error is not None
+    assert "broke" in described.error.message
+
+
 async def test_the_headers_of_the_last_models_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are all that an engine needs for a dry run, and take no more space."""
     monkeypatch.setattr(worker.hub.describer, "KEPT_N", 1)
@@ -133,26 +162,3 @@ async def test_a_worker_without_a_hub_says_so(tmp_path: Path) -> None:
     described = await answer(None, tmp_path)
     assert described.error is not None
     assert described.error.message == "The worker has no hub."
-
-
-@pytest.mark.skipif(not landlock.version(), reason="this kernel has no Landlock")
-def test_the_process_reads_no_files_of_anybody(tmp_path: Path) -> None:
-    """What it needs after the restriction is the network, and the files by which names are resolved."""
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "headers").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        code = f"""
-import socket
-from pathlib import Path
-from worker.hub.describer import _restrict
-_restrict(Path({str(tmp_path / "headers")!r}))
-Path({str(tmp_path / "headers/new")!r}).write_text("header")
-socket.create_connection(("localhost", {server.getsockname()[1]}))
-for mode in ("r", "w"):
-    try:
-        open({str(tmp_path / "secret")!r}, mode)
-    except PermissionError:
-        print("refused")
-"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.stdout, done.stderr) == ("refused\nrefused\n", "")

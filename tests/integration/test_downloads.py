@@ -49,9 +49,9 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def downloads_of(store: Store, hub: LocalHub, root: Path, name: str = "w", patience_s: float = 600.0) -> Downloads:
+def downloads_of(store: Store, hub: LocalHub, *roots: Path, name: str = "w", patience_s: float = 600.0) -> Downloads:
     access = Access(endpoint=hub.endpoint, hosts=(hub.cdn,), token=hub.token)
-    return Downloads(name, [root], access, store.downloads, patience_s)
+    return Downloads(name, roots, access, store.downloads, patience_s)
 
 
 @asynccontextmanager
@@ -252,7 +252,7 @@ async def test_two_workers_share_a_directory(store: Store, hub: LocalHub, root: 
     hub.bytes_s = 4 * MIB
     async with (
         running(downloads_of(store, hub, root)) as first,
-        running(downloads_of(store, hub, root, "another")) as second,
+        running(downloads_of(store, hub, root, name="another")) as second,
     ):
         one, two = await offered(first), await offered(second)
         assert one == msgspec.structs.replace(two, free_bytes=one.free_bytes)
@@ -341,6 +341,33 @@ async def test_a_read_only_directory(store: Store, hub: LocalHub, root: Path) ->
     refusal = await downloads_of(store, hub, root).inspect(request)
     assert isinstance(refusal, Refusal)
     assert refusal.error.code == "read_only_store"
+
+
+async def test_the_first_writable_directory_gets_it(store: Store, hub: LocalHub, root: Path, tmp_path: Path) -> None:
+    """It may be a link, and have folders that are links to others of it."""
+    (tmp_path / "cache/models--org--name/snapshots").mkdir(parents=True)
+    (root / "elsewhere").mkdir()
+    (root / REPOSITORY).parent.symlink_to("elsewhere")
+    (tmp_path / "link").symlink_to(root)
+    async with running(downloads_of(store, hub, tmp_path / "cache", tmp_path / "link")) as downloads:
+        await created(store, await offered(downloads))
+        await reached(store, "job_1", State.COMPLETED)
+    assert_complete(hub, root)
+
+
+@pytest.mark.parametrize("linked", [partials.FOLDER, "org"])
+async def test_a_link_out_of_the_directory(
+    store: Store, hub: LocalHub, root: Path, tmp_path: Path, linked: str
+) -> None:
+    """Also of the folder for partial files, which is the process's own: the kernel keeps it from what is outside."""
+    (tmp_path / "outside").mkdir()
+    (root / linked).symlink_to(tmp_path / "outside")
+    async with running(downloads_of(store, hub, root)) as downloads:
+        await created(store, await offered(downloads))
+        failed = await reached(store, "job_1", State.FAILED)
+    assert failed.error is not None
+    assert failed.error.code == "store_error"
+    assert not [*(tmp_path / "outside").rglob("*.gguf")]
 
 
 async def test_downloads_turned_off(store: Store, root: Path) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from shared.errors import DownloadFailed, ModelNotFound
+from tests.support.certificates import local_tls
 from tests.support.hub import LocalHub, sha256
 from worker.hub import transfer
 from worker.hub.choice import RemoteFile
-from worker.hub.client import Access, Hub, Unavailable
+from worker.hub.client import Access, Hub
+from worker.hub.connection import Unavailable
 from worker.hub.transfer import Corrupt, Transfer, discard, opened
 
 PIECE = 256 << 10
@@ -36,7 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
 
 
 def client_of(access: Access) -> Hub:
-    client = Hub(access, 4)
+    client = Hub(access)
     _clients.append(client)
     return client
 
@@ -184,6 +186,31 @@ def test_a_redirect_elsewhere_is_refused(hub: LocalHub, tmp_path: Path, elsewher
     hub.redirect = elsewhere
     with pytest.raises(DownloadFailed, match="not an allowed host"):
         Fetched(hub, tmp_path).run()
+
+
+def test_a_redirect_out_of_tls_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority, tls = local_tls(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    with LocalHub(tls).running() as hub:
+        hub.add(REPOSITORY, FILE, authority)
+        hub.redirect = f"http://{hub.cdn}/x"
+        with pytest.raises(DownloadFailed, match=r"redirects to 'localhost:.*' without TLS"):
+            Fetched(hub, tmp_path).run()
+        while _clients:
+            _clients.pop().close()
+
+
+def test_a_certificate_that_is_not_trusted_is_final(hub: LocalHub, tmp_path: Path) -> None:
+    """It ends the transfer at once, and not after its patience."""
+    _, tls = local_tls(tmp_path)
+    with LocalHub(tls).running() as elsewhere:
+        hub.redirect = f"{elsewhere.endpoint}/x"
+        access = Access(endpoint=hub.endpoint, hosts=(elsewhere.endpoint.partition("//")[2],))
+        file = RemoteFile(FILE, SIZE, "0" * 64)
+        job = Transfer(client_of(access), REPOSITORY, hub.commit, file, connections=3, patience_s=86400)
+        with opened(tmp_path / "partial", SIZE) as partial, pytest.raises(DownloadFailed) as info:
+            job.run(partial)
+        assert "'localhost' cannot be verified" in str(info.value)
 
 
 def test_an_allowed_name_with_a_private_address(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import BinaryIO
@@ -25,7 +26,7 @@ class LocalHub:
     Files are read from a second server, the CDN, to which the hub redirects.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.repositories: dict[str, dict[str, Path]] = {}
         self.commit = COMMIT
         self.listed_sizes: dict[str, int] = {}  # lies about the size of a file
@@ -48,14 +49,17 @@ class LocalHub:
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, name)) for name in ("hub", "cdn")]
         for server in self._servers:
             server.daemon_threads = True
+            if tls is not None:
+                server.socket = tls.wrap_socket(server.socket, server_side=True)
+        self.scheme, self.host = ("http", "127.0.0.1") if tls is None else ("https", "localhost")
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._servers[0].server_address[1]}"
+        return f"{self.scheme}://{self.host}:{self._servers[0].server_address[1]}"
 
     @property
     def cdn(self) -> str:
-        return f"127.0.0.1:{self._servers[1].server_address[1]}"
+        return f"{self.host}:{self._servers[1].server_address[1]}"
 
     def add(self, repository: str, path: str, file: Path) -> None:
         self.repositories.setdefault(repository, {})[path] = file
@@ -103,6 +107,10 @@ def _handler(hub: LocalHub, name: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def handle(self) -> None:
+            with suppress(ConnectionResetError):  # the client was killed
+                super().handle()
+
         def log_message(self, format: str, *args: object) -> None:
             pass
 
@@ -121,7 +129,7 @@ def _handler(hub: LocalHub, name: str) -> type[BaseHTTPRequestHandler]:
                 if self._is_refused() or found[3] not in hub.repositories.get(found[1], {}):
                     self._reply(404 if not hub.gated else 403, b"", {"X-Error-Code": "GatedRepo"} if hub.gated else {})
                 elif name == "hub":
-                    self._reply(302, b"", {"Location": hub.redirect or f"http://{hub.cdn}{self.path}"})
+                    self._reply(302, b"", {"Location": hub.redirect or f"{hub.scheme}://{hub.cdn}{self.path}"})
                 else:
                     self._send(found[3], hub.repositories[found[1]][found[3]])
             else:

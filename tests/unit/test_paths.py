@@ -72,7 +72,7 @@ def test_the_client_requests_each_route_of_the_api(client: Client, requests: Req
         lambda: client.submit(request, "a-key"),
         lambda: next(client.follow(JOB_ID)),
         lambda: client.download(DownloadRequest(model="p/m"), "a-key"),
-        lambda: client.watched_download(JOB_ID),
+        lambda: next(client.follow_download(JOB_ID)),
         lambda: client.change_download(JOB_ID, "pause"),
         lambda: client.change_download(JOB_ID, "resume"),
         lambda: client.remove("p/m", None),
@@ -84,7 +84,7 @@ def test_the_client_requests_each_route_of_the_api(client: Client, requests: Req
     others = {
         ("POST", paths.NATIVE_CHAT),
         ("GET", paths.DOWNLOADS),
-        ("GET", paths.DOWNLOAD_EVENTS),
+        ("GET", paths.ONE_DOWNLOAD),
         ("DELETE", paths.ONE_DOWNLOAD),
     }
     assert requested | others == {(method, path) for method, path in ROUTED if path.startswith("/api/v1/")}

@@ -11,6 +11,7 @@ import asyncio
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
@@ -19,23 +20,23 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct, structs
 
-from shared import libc
 from shared.download import InspectRequest
 from shared.errors import ErrorBody, ServiceError, ServiceUnavailable
 from shared.schema.model import Model
 from shared.schema.snapshot import Described, Quantized
 from shared.telemetry import log
-from worker.hub import choice
+from worker.hub import choice, confinement
 from worker.hub.choice import RemoteFile
-from worker.hub.client import Access, Gone, Hub, Repository, Unavailable
+from worker.hub.client import Access, Gone, Hub, Repository
+from worker.hub.connection import Unavailable, Unreachable
 from worker.hub.headers import found
 from worker.sandbox import landlock
 
 AT_ONCE = 2  # processes
 WITHIN_S = 50.0
+UNREACHABLE_S = 30.0  # a hub that could not be reached is not tried again for an estimate
 KEPT_N = 4  # models whose headers are kept
 NICENESS = 10
-SYSTEM = ("/usr", "/lib", "/lib64", "/proc", "/etc", "/run")  # libraries, and how names are resolved
 
 _log = log.get("worker")
 
@@ -53,6 +54,7 @@ class Answer(Struct, frozen=True):
 
     described: Described
     files: list[str] = []
+    is_unreachable: bool = False  # the hub
 
 
 # ---- in the worker
@@ -69,6 +71,7 @@ class Describer:
         self._numbers = count()
         self._known: dict[tuple[object, ...], Model] = {}  # by its source; the latest last
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._unreachable: tuple[float, Answer | None] = (0.0, None)  # until when that is the answer
 
     @property
     def is_on(self) -> bool:
@@ -83,7 +86,7 @@ class Describer:
         answer: Answer | None = None
         try:
             async with asyncio.timeout(WITHIN_S), self._places:
-                answer = await _run(Asked(self._access, request, str(directory)))
+                answer = await self._asked(Asked(self._access, request, str(directory)))
         except (OSError, TimeoutError) as e:
             _log.warning("hub not asked", action="hub_not_asked", repository=request.repository, error=str(e))
         if answer is None or not answer.files:
@@ -97,6 +100,16 @@ class Describer:
     def of(self, source: Model | None) -> Model | None:
         """Return a model that was described lately, with the files of its headers; None if it is none of these."""
         return None if source is None else self._known.get(_identity(source))
+
+    async def _asked(self, asked: Asked) -> Answer | None:
+        """Run the process for a question, unless the hub could not be reached a moment ago.  Raises OSError."""
+        until, known = self._unreachable
+        if time.monotonic() < until:
+            return known
+        answer = await _run(asked)
+        if answer is not None and answer.is_unreachable:
+            self._unreachable = time.monotonic() + UNREACHABLE_S, answer
+        return answer
 
     async def _keep(self, model: Model, files: list[str]) -> None:
         before = self._known.pop(_identity(model), None)
@@ -137,32 +150,21 @@ def main() -> None:
     """Answer one question."""
     os.nice(NICENESS)
     asked = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Asked)
-    hub = Hub(asked.access)  # reads the certificates
     directory = Path(asked.directory)
     with suppress(OSError):  # without it, there are no dry runs
         directory.mkdir(parents=True, exist_ok=True)
-    _restrict(directory)
+    confinement.restrict(directory, landlock.WRITE)
+    hub = Hub(asked.access)
     try:
         answer = answered(hub, asked.request, directory)
     except ServiceError as e:
         answer = Answer(Described(error=e.body()))
     except (Unavailable, Gone) as e:
-        answer = Answer(Described(error=ServiceUnavailable(str(e) or "The hub no longer has the file.").body()))
+        error = ServiceUnavailable(str(e) or "The hub no longer has the file.").body()
+        answer = Answer(Described(error=error), is_unreachable=isinstance(e, Unreachable))
     finally:
         hub.close()
     sys.stdout.buffer.write(msgspec.msgpack.encode(answer))
-
-
-def _restrict(directory: Path) -> None:
-    """Keep this process from files of anybody, and from other processes.
-
-    It may reach the network, and write into a directory.
-    """
-    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-    code = Path(__file__).parents[1]
-    readable = (*SYSTEM, sys.prefix, sys.base_prefix, code, code.with_name("shared"))
-    rules = [*((path, landlock.READ) for path in readable), (directory, landlock.WRITE)]
-    landlock.restrict_thread(rules, with_network=True)
 
 
 def answered(hub: Hub, request: InspectRequest, directory: Path) -> Answer:

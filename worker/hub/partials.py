@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -101,12 +102,19 @@ def place(root: Path, plan: Plan) -> None:
     for number, path in reversed([*enumerate(paths)]):
         if not partial(root, plan, number).exists():
             continue  # it is in its place already
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not Path(os.path.realpath(path.parent)).is_relative_to(real):
             raise DownloadFailed("store_error", "A folder of the model is a link to a path outside the directory.")
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial(root, plan, number).replace(path)
         _sync(path.parent)
     remove(root, plan)
+
+
+def unwritable(error: OSError) -> DownloadFailed:
+    """Return what it means for a download that its directory cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DownloadFailed("insufficient_disk", "The disk of the models directory is full.")
+    return DownloadFailed("store_error", f"The models directory cannot be written: {error.strerror or error}.")
 
 
 def remove(root: Path, plan: Plan) -> None:

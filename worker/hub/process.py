@@ -6,7 +6,6 @@ end of its stdin, so ending it is how a download is paused.  Only this process h
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -20,13 +19,14 @@ from typing import assert_never
 from shared import filelock, framing
 from shared.download import File, Offer, Plan, Refusal
 from shared.errors import DownloadFailed, ServiceError
-from worker.catalog.stores import ReadOnly, writable
-from worker.hub import partials
+from worker.hub import confinement, partials
 from worker.hub.choice import RemoteFile, choose
-from worker.hub.client import Hub, Unavailable
+from worker.hub.client import Hub
+from worker.hub.connection import Unavailable
 from worker.hub.partials import free_bytes, pending_bytes, place, reserved_bytes, targets
 from worker.hub.protocol import Busy, Fetch, Finished, Inspect, Progressed, Told, decode_ask
 from worker.hub.transfer import Corrupt, Partial, Transfer, discard, opened, table_of
+from worker.sandbox import landlock
 
 CONNECTIONS = 6
 REPORT_S = 0.5
@@ -42,13 +42,14 @@ def main() -> None:
     data = framing.read_blocking(sys.stdin.buffer)
     if data is None:
         return
-    threading.Thread(target=_watch, daemon=True).start()
     ask = decode_ask(data)
     try:
         match ask:
             case Inspect():
+                _begin(ask.root, landlock.READ)
                 _tell(inspected(ask))
             case Fetch():
+                _begin(ask.root, landlock.TREE)
                 _tell(fetched(ask, _tell))
             case _:
                 assert_never(ask)
@@ -56,10 +57,14 @@ def main() -> None:
         _tell(Refusal(e.body()))
     except Unavailable as e:
         _tell(Refusal(DownloadFailed("hub_unavailable", str(e)).body()))
-    except ReadOnly as e:
-        _tell(Refusal(DownloadFailed("read_only_store", str(e)).body()))
     except OSError as e:
-        _tell(Refusal(_failed(e).body()))
+        _tell(Refusal(partials.unwritable(e).body()))
+
+
+def _begin(root: str, rights: int) -> None:
+    """Keep the rights to one directory only, and watch for the end."""
+    confinement.restrict(root, rights)
+    threading.Thread(target=_watch, daemon=True).start()
 
 
 def _watch() -> None:
@@ -78,33 +83,26 @@ def _tell(told: Told) -> None:
             rest = rest[os.write(sys.stdout.fileno(), rest) :]
 
 
-def _failed(error: OSError) -> DownloadFailed:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DownloadFailed("insufficient_disk", "The disk of the models directory is full.")
-    return DownloadFailed("store_error", f"The models directory cannot be written: {error.strerror or error}.")
-
-
 # ---- looking
 
 
 def inspected(ask: Inspect) -> Offer:
-    """Find what a download would fetch.  Raises ServiceError, Unavailable, ReadOnly and OSError."""
-    store = writable([Path(root) for root in ask.roots])
-    hub = Hub(ask.access)
+    """Find what a download would fetch.  Raises ServiceError, Unavailable and OSError."""
+    root, hub = Path(ask.root), Hub(ask.access)
     try:
         found = hub.repository(ask.request.repository, ask.request.revision)
     finally:
         hub.close()
     files = [File(file.path, file.size, file.sha256) for file in choose(found.files, ask.request.quantization)]
     plan = Plan(repository=found.name, commit=found.commit, files=files)
-    targets(store.path, plan)
-    is_here = partials.is_here(store.path, plan)
-    free = free_bytes(store.path)
+    targets(root, plan)
+    is_here = partials.is_here(root, plan)
+    free = free_bytes(root)
     if not is_here:
-        need, others = plan.total_bytes - reserved_bytes(store.path, plan), pending_bytes(store.path, plan)
+        need, others = plan.total_bytes - reserved_bytes(root, plan), pending_bytes(root, plan)
         if need > free - others:
             raise no_room(need, free, others)
-    return Offer(plan=plan, store=store.id, is_here=is_here, free_bytes=free)
+    return Offer(plan=plan, store=ask.store, is_here=is_here, free_bytes=free)
 
 
 def no_room(need: int, free: int, others: int) -> DownloadFailed:
@@ -141,7 +139,7 @@ def fetched(ask: Fetch, tell: Tell) -> Finished | Busy:
 
 
 def _transfer(ask: Fetch, root: Path, paths: list[Path], tell: Tell) -> None:
-    plan, hub = ask.plan, Hub(ask.access, CONNECTIONS)
+    plan, hub = ask.plan, Hub(ask.access)
     with ExitStack() as stack:
         stack.callback(hub.close)
         here = sum(file.size for path, file in zip(paths, plan.files, strict=True) if _is_placed(path, file.size))

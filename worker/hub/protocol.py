@@ -12,7 +12,8 @@ class Inspect(Struct, frozen=True, kw_only=True, tag="inspect"):
     """Find what a download would fetch, and whether there is room for it."""
 
     access: Access
-    roots: list[str]  # the models directories
+    root: str  # the models directory
+    store: str  # its id
     request: InspectRequest
 
 

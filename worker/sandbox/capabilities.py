@@ -9,6 +9,7 @@ from shared import libc
 
 CAPGET, CAPSET = 125, 126  # system calls of x86-64
 VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
+OVERRIDE = 1 << 1  # reads and writes all files
 READ_SEARCH = 1 << 2  # reads all files
 
 

@@ -44,6 +44,11 @@ def version() -> int:
         return 0
 
 
+def can_move() -> bool:
+    """Return whether a rule can allow to move a file into another folder.  Landlock 1 refuses that in any case."""
+    return version() != 1
+
+
 class Ruleset:
     """Allows what its rules say, and no other file, no TCP, no signal and no abstract Unix socket to a process outside.
 

@@ -21,4 +21,5 @@ else
   redis.call('EXPIRE', 'downloads:' .. a.worker, a.retain_s)
   redis.call('SET', target, a.id, 'EX', a.retain_s)
 end
+redis.call('PUBLISH', 'download_news', a.id)
 return 1
