@@ -46,8 +46,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-# First: libstdc++ that comes with numpy crashes an engine whose libggml-cuda has symbols of it (seen on an H100).
-import llama_cpp  # noqa: F401
+import llama_cpp  # noqa: F401  # before numpy: see bench/__init__.py
 import msgspec
 import pynvml
 from msgspec import Struct
