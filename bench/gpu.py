@@ -27,6 +27,7 @@ import datetime
 import mmap
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -120,7 +121,8 @@ def answer(process: subprocess.Popen[str], kind: type[Answer]) -> Answer:
         limit.cancel()
         limit.join()
     if not line:
-        raise Failure(f"`{process.args!r}` ended with status {process.wait()}, or took too long; see gpu.log")
+        words = [str(word) for word in process.args]  # type: ignore[union-attr]  # as `running` was given them
+        raise Failure(f"`{shlex.join(words[1:])}` ended with status {process.wait()}; see gpu.log")
     return msgspec.json.decode(line, type=kind)
 
 
