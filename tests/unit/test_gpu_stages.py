@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAGES = {"tests": "pytest tests/gpu", "cycles": "pytest tests/gpu", "loads": "bench.gpu", "tokens": "bench.inference"}
+STAGES = {"tests": "pytest tests/gpu", "cycles": "pytest tests/gpu", "loads": "bench.gpu", "tokens": "bench.tokens"}
 
 
 @pytest.fixture
