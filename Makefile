@@ -96,9 +96,9 @@ $(PEERS_STAMP): constraints.txt
 	$(PEERS)/venv/bin/python -m pip install --constraint constraints.txt 'llama-cpp-python[server]'
 	touch $@
 
-# Installs llama.cpp with CUDA, for the GPUs of this machine, in a separate environment: compiled, or from GPU_LIBRARIES, a
-# directory with llama.cpp's libraries, and GPU_SOURCE, the source distribution of llama-cpp-python (native/prebuilt.py).
-# GPU_PYTHON names the Python of another environment to use instead; then nothing is installed.
+# Installs llama.cpp with CUDA, for the GPUs of this machine, in a separate environment: compiled, or from GPU_LIBRARIES,
+# a directory with llama.cpp's libraries, and GPU_SOURCE, the source distribution of llama-cpp-python
+# (native/prebuilt.py).  GPU_PYTHON names the Python of another environment to use instead; then nothing is installed.
 ifdef GPU_PYTHON
 GPU_READY :=
 else

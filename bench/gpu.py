@@ -56,7 +56,8 @@ from shared import __version__
 from shared.synthetic import models as synthetic
 from worker.memory.nvml import Driver
 
-OUT = Path(__file__).parent / "out"
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "bench/out"
 TINY = "loadstone/bench-gpu-tiny"
 GB, ROUNDS = 8.0, 3
 SPARE_BYTES = 2 << 30  # of the GPU, beyond the weights
@@ -326,18 +327,22 @@ def about_gpu(id_: str, name: str, directory: Path) -> dict[str, str]:
         "GPU": f"{name}, {memory:.0f} GiB, {link}; {pynvml.nvmlDeviceGetCount()} in the machine",
         "driver": f"{pynvml.nvmlSystemGetDriverVersion()}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}; nvcc {nvcc()}",
         "files": " on ".join(df.splitlines()[1].split()),
-        "Loadstone": __version__,
+        "Loadstone": f"{__version__}, commit {output('git', 'rev-parse', '--short=10', 'HEAD') or 'unknown'}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
 def nvcc() -> str:
     """Return the version of the toolkit on PATH, most likely the one that the engine was built with."""
-    if shutil.which("nvcc") is None:
-        return "is not on PATH"
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"release ([\d.]+)", version)
-    return match[1] if match else "of an unknown version"
+    match = re.search(r"release ([\d.]+)", output("nvcc", "--version"))
+    return match[1] if match else "is not on PATH"
+
+
+def output(*words: str) -> str:
+    """Return what a program writes; nothing if it is missing, or fails as git does in a copy of the tree."""
+    if shutil.which(words[0]) is None:
+        return ""
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def arguments() -> Plan:
