@@ -29,7 +29,12 @@ import build
 
 LIBRARY = re.compile(r"lib(llama|ggml[a-z0-9-]*)\.so(\.\d+)?")
 FLAGS = "-O3 -DNDEBUG -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffunction-sections"
-LINK = "-shared -Wl,-soname,libloadstone_chat.so -Wl,-rpath,$ORIGIN -Wl,--gc-sections -Wl,--no-undefined"
+LINK = (
+    "-shared -static-libstdc++ -Wl,-soname,libloadstone_chat.so -Wl,-rpath,$ORIGIN -Wl,--gc-sections -Wl,--no-undefined"
+)
+# Libraries of another build may export symbols of their own libstdc++ (seen in a libggml-cuda): a second one beside it
+# shares some of them, and crashes.  So the chat code has a libstdc++ that nothing else sees.
+VISIBLE = "{ global: loadstone_chat_*; local: *; };\n"
 TAG = "py3-none-linux_x86_64"
 
 
@@ -114,9 +119,10 @@ def compile_chat(llama_cpp: Path, libraries: list[Path], directory: Path) -> Pat
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(compiled, [unity, *others]))
-    chat = directory / Path(build.CHAT_LIBRARY).name
+    chat, visible = directory / Path(build.CHAT_LIBRARY).name, directory / "visible.map"
+    visible.write_text(VISIBLE)
     linked = [str(path) for path in libraries if path.name in {"libllama.so", "libggml.so", "libggml-base.so"}]
-    run([*shlex.split(compiler), *LINK.split(), *objects, *linked, "-o", str(chat)])
+    run([*shlex.split(compiler), *LINK.split(), f"-Wl,--version-script={visible}", *objects, *linked, "-o", str(chat)])
     return chat
 
 
