@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Literal, get_args
 
+import llama_cpp  # noqa: F401  # before numpy: see bench/__init__.py
 import msgspec
 from matplotlib import rc_context
 from matplotlib.figure import Figure
