@@ -1,0 +1,379 @@
+"""`python -m bench.tokens PART [--gpu]`: tokens per second of models of a realistic size with random weights.
+
+One model has a vocabulary of 150,000 tokens (Q4_0), the other one of 32,000 (Q8_0).  The parts:
+
+- `answers`: streamed over HTTP, 1 to 64 at once, by Loadstone and by llama-server, set alike;
+- `samplers`: one step with 1 to 64 sequences, sampled in several ways: see `bench.samplers`;
+- `prompts`: prompts and answers of Loadstone with several physical batches, KV caches, and flash attention on and off.
+
+Each part leaves PART.md and PART.json in a directory, which are written anew after each row: a run that is cut keeps
+what it has.  It ends by itself after some minutes; what was not measured by then is absent.  `--tiny` tries everything
+with tiny models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, assert_never, get_args
+
+import msgspec
+import pynvml
+
+from bench import samplers, tokens_report
+from bench.__main__ import OUT, machine, say
+from bench.answers import LLAMA_SERVER, Client, Setup, Subject, client, gpus, llama_server
+from bench.subjects import Failure, running, service
+from bench.tokens_report import Answered, Kind, Measured, Part, Prompted, Row, Sampled
+from cli import devredis
+from shared.files import replace_atomically
+from shared.synthetic import architectures, tokenizers
+from shared.synthetic import models as synthetic
+from worker.engine.decode import FEW_THREADS, cores
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parents[1]
+KINDS = [  # the more interesting one first
+    Kind(name="150k", vocabulary=151_936, tokenizer="bpe", quantization="Q4_0"),
+    Kind(name="32k", vocabulary=32_000, tokenizer="spm", quantization="Q8_0"),
+]
+GB = 4.0
+AT_ONCE = [1, 8, 32, 64]
+ROUNDS, WARM_TOKENS = 5, 8
+TOKENS, PROMPT = 256, 64  # of an answer, and of the prompt before it
+LONG, LONG_PROMPTS = 4096, 3  # tokens of a prompt of the part `prompts`, and how many of these are measured
+STEPS = 100
+SECONDS = 500.0  # of a part, after which it begins nothing
+N_BATCH, N_UBATCH, N_UBATCHES = 2048, 512, (512, 1024, 2048)
+CELLS = 256  # llama.cpp rounds the context up to a multiple
+SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # the defaults of both
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    part: Part
+    on_gpu: bool
+    is_tiny: bool
+    gb: float
+    at_once: list[int]
+    rounds: int
+    tokens: int
+    long: int
+    seconds: float
+    program: Path  # llama-server
+    out: Path
+    models: Path
+
+    def setup(self, n_ctx: int, **more: Any) -> Setup:
+        n_threads = min(FEW_THREADS, cores()) if self.on_gpu else cores()
+        context = -(-n_ctx // CELLS) * CELLS
+        fields = {"n_batch": min(N_BATCH, context), "n_ubatch": min(N_UBATCH, context)} | more
+        return Setup(n_ctx=context, n_threads=n_threads, on_gpu=self.on_gpu, **fields)
+
+
+def options_of(argv: list[str]) -> Options:
+    parser = argparse.ArgumentParser(prog="python -m bench.tokens")
+    parser.add_argument("part", choices=get_args(Part))
+    parser.add_argument("--gpu", action="store_true", help="put all layers on the first GPU; default: the CPU alone")
+    parser.add_argument("--tiny", action="store_true", help="try everything in short, with models of a few layers")
+    parser.add_argument("--gb", type=float, default=GB, help="size of each model, in GB")
+    parser.add_argument("--at-once", type=int, nargs="+", default=AT_ONCE, help="numbers of requests or sequences")
+    parser.add_argument("--rounds", type=int, help=f"default: {ROUNDS}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing after so many seconds")
+    parser.add_argument("--llama-server", type=Path, default=LLAMA_SERVER, help="its path, if it was built elsewhere")
+    parser.add_argument("--out", type=Path, default=OUT / "tokens", help="directory for the reports")
+    parser.add_argument("--models", type=Path, default=OUT / "tokens-models", help="directory for the models")
+    given = parser.parse_args(argv)
+    return Options(
+        part=given.part,
+        on_gpu=given.gpu,
+        is_tiny=given.tiny,
+        gb=given.gb,
+        at_once=sorted(set(given.at_once)),
+        rounds=given.rounds or (1 if given.tiny else ROUNDS),
+        tokens=16 if given.tiny else TOKENS,
+        long=256 if given.tiny else LONG,
+        seconds=given.seconds,
+        program=given.llama_server,
+        out=given.out.absolute(),
+        models=given.models.absolute(),
+    )
+
+
+# ---- the parts
+
+
+def answers(options: Options, until: float) -> Iterator[Answered]:
+    """Measure both servers in turn, started anew for each number of requests: a full cache costs each step time."""
+    turns = list(itertools.product(KINDS, options.at_once))
+    for (kind, at_once), end in shared_out(turns, until):
+        setup = options.setup(at_once * (PROMPT + options.tokens + 1), parallel=at_once)
+        with ExitStack() as stack:
+            say(f"{kind.name}, {at_once} at once")
+            sender, subjects = started(stack, options, kind, setup)
+            for n in range(options.rounds + 1):  # the first one warms up
+                if time.monotonic() > end:
+                    break
+                for subject in subjects if n % 2 else reversed(subjects):
+                    row = answered(sender, subject, options, kind, at_once, n)
+                    say(f"{kind.name}, {at_once} at once, round {n}, {row.who}: {row.tokens_per_s:.0f} tokens/s")
+                    if n:
+                        yield row
+
+
+def started(stack: ExitStack, options: Options, kind: Kind, setup: Setup) -> tuple[Client, list[Subject]]:
+    """Start the client, Loadstone and llama-server, each with the model."""
+    model = written(kind, options)
+    log = stack.enter_context((options.out / "answers.log").open("a"))
+    sender = stack.enter_context(client(log))
+    ours = stack.enter_context(service(options.models, options.out, **setup.service_variables))
+    _, loaded, _ = ours.post("/api/v1/models/load", setup.load(key_of(kind, options)))
+    setup.check(loaded)
+    subjects = [Subject("Loadstone", ours.port)]
+    if options.program.is_file():
+        subjects.append(stack.enter_context(llama_server(options.program, model, setup, log)))
+    else:
+        say(f"there is no llama-server at {options.program}: Loadstone alone is measured")
+    return sender, subjects
+
+
+def answered(
+    sender: Client, subject: Subject, options: Options, kind: Kind, at_once: int, n: int, **more: int
+) -> Answered:
+    n_tokens = options.tokens if n else WARM_TOKENS
+    bodies = [body(key_of(kind, options), prompt_of(PROMPT, n * 1000 + i), n_tokens) for i in range(at_once)]
+    streams = sender.streams(subject, bodies, "/v1/completions")
+    seconds = max(stream.ended_s for stream in streams) - min(stream.sent_s for stream in streams)
+    steps = [stream.step_ms for stream in streams if stream.step_ms]
+    return Answered(
+        kind=kind.name,
+        who=subject.name,
+        at_once=at_once,
+        round=n,
+        tokens=sum(stream.tokens for stream in streams),
+        tokens_per_s=sum(stream.tokens for stream in streams) / seconds,
+        step_ms=statistics.median(steps) if steps else 0.0,
+        first_ms=statistics.median(stream.first_ms for stream in streams),
+    )
+
+
+def sampled(options: Options, until: float) -> Iterator[Sampled]:
+    for kind, end in shared_out(KINDS, until):
+        task = samplers.Task(
+            model=str(written(kind, options)),
+            on_gpu=options.on_gpu,
+            at_once=options.at_once,
+            prompt=PROMPT,
+            steps=8 if options.is_tiny else STEPS,
+            rounds=options.rounds,
+        )
+        argv = [sys.executable, "-m", "bench.samplers", msgspec.json.encode(task).decode()]
+        log_path = options.out / "samplers.log"
+        say(f"{kind.name}: ways to sample")
+        with log_path.open("a") as log, running(argv, log, gpus(options.on_gpu)) as process:
+            assert process.stdout
+            for line in process.stdout:
+                row = msgspec.json.decode(line, type=samplers.Row)
+                say(f"{kind.name}, {row.at_once} at once, {row.way}: {row.step_ms:.2f} ms a step")
+                yield Sampled(kind=kind.name, row=row)
+                if time.monotonic() > end:
+                    break
+            else:
+                if process.wait():
+                    raise Failure(f"bench.samplers failed with status {process.returncode}; see {log_path}")
+
+
+def prompted(options: Options, until: float) -> Iterator[Prompted]:
+    """Measure each configuration with the service; one that it refuses is a row with the reason."""
+    few, many = min(options.at_once), min(max(options.at_once), 32)
+    n_ctx = max(N_BATCH, options.long + WARM_TOKENS, many * (PROMPT + options.tokens + 1))
+    for kind, end in shared_out(KINDS, until):
+        written(kind, options)
+        with ExitStack() as stack:
+            log = stack.enter_context((options.out / "prompts.log").open("a"))
+            sender = stack.enter_context(client(log))
+            setups = [options.setup(n_ctx, parallel=many, **fields) for fields in configurations()]
+            ours = stack.enter_context(service(options.models, options.out, **setups[0].service_variables))
+            for setup in setups:
+                say(f"{kind.name}, {setup.n_ubatch}, {setup.kv_type}, flash attention {setup.flash_attention}")
+                row = Prompted(
+                    kind=kind.name,
+                    n_ubatch=setup.n_ubatch,
+                    flash_attention=setup.flash_attention,
+                    kv_type=setup.kv_type,
+                )
+                ours.reconnect()
+                try:
+                    _, loaded, _ = ours.post("/api/v1/models/load", setup.load(key_of(kind, options)))
+                    setup.check(loaded)
+                    subject = Subject("Loadstone", ours.port)
+                    rates = [prompt_rate(sender, subject, options, kind, n) for n in range(1 + LONG_PROMPTS)]
+                    one, several = (answered(sender, subject, options, kind, n, 1) for n in (few, many))
+                    ours.reconnect()
+                    ours.post("/api/v1/models/unload", {"instance_id": loaded["instance_id"]})
+                except Failure as e:
+                    yield msgspec.structs.replace(row, failure=str(e))
+                else:
+                    yield msgspec.structs.replace(
+                        row,
+                        prompt_tokens=options.long,
+                        prompt_tokens_per_s=statistics.median(rates[1:]),
+                        tokens_per_s={str(few): one.tokens_per_s, str(many): several.tokens_per_s},
+                    )
+                if time.monotonic() > end:
+                    break
+
+
+def configurations() -> Iterator[dict[str, object]]:
+    """Return what the part `prompts` compares.  A quantized cache needs flash attention."""
+    for n_ubatch, (flash_attention, kv_type) in itertools.product(
+        N_UBATCHES, [(True, "f16"), (False, "f16"), (True, "q8_0")]
+    ):
+        yield {"n_ubatch": n_ubatch, "flash_attention": flash_attention, "kv_type": kv_type}
+
+
+def prompt_rate(sender: Client, subject: Subject, options: Options, kind: Kind, n: int) -> float:
+    """Return the tokens per second of a long prompt that begins as no other one."""
+    (stream,) = sender.streams(
+        subject, [body(key_of(kind, options), prompt_of(options.long, 100 + n), 1)], "/v1/completions"
+    )
+    return (stream.prompt_tokens - stream.cached_tokens) / stream.own_ms * 1000
+
+
+def body(model: str, prompt: list[int], max_tokens: int) -> str:
+    asked = {
+        "model": model,
+        "prompt": prompt,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": max_tokens,
+        **SAMPLING,
+    }
+    return msgspec.json.encode(asked).decode()
+
+
+def prompt_of(n: int, number: int) -> list[int]:
+    """Return a prompt of `n` tokens without meaning, of each vocabulary; no two numbers have one beginning."""
+    least = min(kind.vocabulary for kind in KINDS)
+    return [(number * 7919 + i * 104_729 + 17) % least for i in range(n)]
+
+
+# ---- models and time
+
+
+def key_of(kind: Kind, options: Options) -> str:
+    size = "tiny" if options.is_tiny else f"{options.gb:g}gb"
+    return f"loadstone/bench-tokens-{kind.name}-{size}"
+
+
+def written(kind: Kind, options: Options) -> Path:
+    """Write a model, unless an earlier run has: a file is complete, since writing is atomic."""
+    key = key_of(kind, options)
+    path = options.models / key / f"{key.rpartition('/')[2]}-{kind.quantization}.gguf"
+    if path.is_file():
+        return path
+    say(f"the model {key}")
+    if options.is_tiny:
+        words = tokenizers.spm(kind.vocabulary) if kind.tokenizer == "spm" else tokenizers.bpe(kind.vocabulary)
+        shape = replace(architectures.TINY, context_length=1 << 17)
+        synthetic.dense(path, architectures.decoder(shape, words, kind.quantization))
+    else:
+        synthetic.big(
+            path,
+            options.gb,
+            kind.quantization,
+            vocabulary=kind.vocabulary,
+            tokenizer=kind.tokenizer,
+            context_length=1 << 17,
+        )
+    return path
+
+
+def shared_out(
+    items: Sequence[T], until: float, clock: Callable[[], float] = time.monotonic
+) -> Iterator[tuple[T, float]]:
+    """Yield each item with the time at which it ends: an equal part of what is left."""
+    for i, item in enumerate(items):
+        now = clock()
+        yield item, now + (until - now) / (len(items) - i)
+
+
+def about(options: Options) -> dict[str, str]:
+    facts = machine() | {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit()}
+    facts["models"] = (
+        "of a few layers, to try the program" if options.is_tiny else f"llama, {options.gb:g} GB, random weights"
+    )
+    if options.on_gpu:
+        try:
+            pynvml.nvmlInit()
+            name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+            facts["GPU"] = f"{name}, driver {pynvml.nvmlSystemGetDriverVersion()}; all layers"
+        except pynvml.NVMLError as e:
+            raise Failure(f"there is no GPU: {e}") from e
+    return facts
+
+
+def commit() -> str:
+    """Return the commit of the tree; a copy of it may have none."""
+    done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() or "unknown"
+
+
+def rows_of(options: Options, until: float) -> Iterator[Row]:
+    match options.part:
+        case "answers":
+            return answers(options, until)
+        case "samplers":
+            return sampled(options, until)
+        case "prompts":
+            return prompted(options, until)
+        case _:
+            assert_never(options.part)
+
+
+def keep(measured: Measured, options: Options) -> str:
+    """Write the reports; return that in Markdown."""
+    report = tokens_report.markdown(measured)
+    replace_atomically(options.out / f"{options.part}.md", report.encode(), is_durable=False)
+    figures = msgspec.json.format(msgspec.json.encode(measured))
+    replace_atomically(options.out / f"{options.part}.json", figures, is_durable=False)
+    return report
+
+
+def main() -> int:
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: running processes are stopped
+    options = options_of(sys.argv[1:])
+    options.out.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + options.seconds
+    try:
+        measured = Measured(part=options.part, about=about(options), on_gpu=options.on_gpu, kinds=KINDS, rows=[])
+        try:
+            for row in rows_of(options, until):
+                measured.rows.append(row)
+                keep(measured, options)
+        except Failure as e:
+            measured.failure = str(e)
+            keep(measured, options)
+            raise
+    except (Failure, devredis.RedisUnavailable) as e:
+        print(f"bench: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(keep(measured, options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
