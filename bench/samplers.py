@@ -67,7 +67,10 @@ class Row(Struct, frozen=True, kw_only=True):
 
 
 def measure(task: Task) -> Iterator[Row]:
-    """Measure each way in turn with so many sequences at once; a slow moment of the machine affects all of them."""
+    """Measure each way in turn with so many sequences at once; a slow moment of the machine affects all of them.
+
+    A reader that has no more time has measured everything after the first round.
+    """
     log = Log()
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
@@ -75,8 +78,8 @@ def measure(task: Task) -> Iterator[Row]:
     model = lib.llama_model_load_from_file(task.model.encode(), params)
     if not model:
         raise Failure(f"the engine cannot load {task.model}")
-    for at_once in task.at_once:
-        for _ in range(task.rounds):
+    for _ in range(task.rounds):
+        for at_once in task.at_once:
             for way in get_args(Way):
                 lib.llama_log_set(log._callback, None)
                 yield row(model, task, way, at_once)

@@ -1,4 +1,4 @@
-"""`python -m bench.tokens PART [--gpu]`: tokens per second of models of a realistic size with random weights.
+"""`python -m bench.tokens [PART]... [--gpu]`: tokens per second of models of a realistic size with random weights.
 
 One model has a vocabulary of 150,000 tokens (Q4_0), the other one of 32,000 (Q8_0).  The parts:
 
@@ -6,9 +6,9 @@ One model has a vocabulary of 150,000 tokens (Q4_0), the other one of 32,000 (Q8
 - `samplers`: one step with 1 to 64 sequences, sampled in several ways: see `bench.samplers`;
 - `prompts`: prompts and answers of Loadstone with several physical batches, KV caches, and flash attention on and off.
 
-Each part leaves PART.md and PART.json in a directory, which are written anew after each row: a run that is cut keeps
-what it has.  It ends by itself after some minutes; what was not measured by then is absent.  `--tiny` tries everything
-with tiny models.
+Without a PART, all of them, in less than nine minutes; each takes the whole time if it is measured alone.  What was not
+measured in time is absent.  Each part leaves PART.md and PART.json in a directory, which are written anew after each
+row: a run that is ended from outside keeps what it has.  `--tiny` tries everything with tiny models.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, assert_never, get_args
+from typing import Any, TypeVar, assert_never
 
 import msgspec
 import pynvml
@@ -54,14 +55,16 @@ ROUNDS, WARM_TOKENS = 5, 8
 TOKENS, PROMPT = 256, 64  # of an answer, and of the prompt before it
 LONG, LONG_PROMPTS = 4096, 3  # tokens of a prompt of the part `prompts`, and how many of these are measured
 STEPS = 100
-SECONDS = 500.0  # of a part, after which it begins nothing
+SECONDS = 450.0  # after which nothing begins
+SHARES: dict[Part, int] = {"answers": 5, "samplers": 2, "prompts": 3}  # of the time
 N_BATCH, N_UBATCH, N_UBATCHES = 2048, 512, (512, 1024, 2048)
+VERSION_S = 60.0
 CELLS = 256  # llama.cpp rounds the context up to a multiple
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # the defaults of both
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    part: Part
+    parts: list[Part]
     on_gpu: bool
     is_tiny: bool
     gb: float
@@ -83,7 +86,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 def options_of(argv: list[str]) -> Options:
     parser = argparse.ArgumentParser(prog="python -m bench.tokens")
-    parser.add_argument("part", choices=get_args(Part))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(SHARES)}; default: all")
     parser.add_argument("--gpu", action="store_true", help="put all layers on the first GPU; default: the CPU alone")
     parser.add_argument("--tiny", action="store_true", help="try everything in short, with models of a few layers")
     parser.add_argument("--gb", type=float, default=GB, help="size of each model, in GB")
@@ -94,8 +97,10 @@ def options_of(argv: list[str]) -> Options:
     parser.add_argument("--out", type=Path, default=OUT / "tokens", help="directory for the reports")
     parser.add_argument("--models", type=Path, default=OUT / "tokens-models", help="directory for the models")
     given = parser.parse_args(argv)
+    if unknown := set(given.parts) - SHARES.keys():
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
     return Options(
-        part=given.part,
+        parts=[part for part in SHARES if part in given.parts or not given.parts],
         on_gpu=given.gpu,
         is_tiny=given.tiny,
         gb=given.gb,
@@ -113,7 +118,7 @@ def options_of(argv: list[str]) -> Options:
 # ---- the parts
 
 
-def answers(options: Options, until: float) -> Iterator[Answered]:
+def answers(options: Options, until: float) -> Generator[Answered]:
     """Measure both servers in turn, started anew for each number of requests: a full cache costs each step time."""
     turns = list(itertools.product(KINDS, options.at_once))
     for (kind, at_once), end in shared_out(turns, until):
@@ -132,7 +137,7 @@ def answers(options: Options, until: float) -> Iterator[Answered]:
 
 
 def started(stack: ExitStack, options: Options, kind: Kind, setup: Setup) -> tuple[Client, list[Subject]]:
-    """Start the client, Loadstone and llama-server, each with the model."""
+    """Start the client, Loadstone and, if it can be had, llama-server, both with the model."""
     model = written(kind, options)
     log = stack.enter_context((options.out / "answers.log").open("a"))
     sender = stack.enter_context(client(log))
@@ -140,10 +145,10 @@ def started(stack: ExitStack, options: Options, kind: Kind, setup: Setup) -> tup
     _, loaded, _ = ours.post("/api/v1/models/load", setup.load(key_of(kind, options)))
     setup.check(loaded)
     subjects = [Subject("Loadstone", ours.port)]
-    if options.program.is_file():
+    try:
         subjects.append(stack.enter_context(llama_server(options.program, model, setup, log)))
-    else:
-        say(f"there is no llama-server at {options.program}: Loadstone alone is measured")
+    except (Failure, OSError) as e:
+        say(f"Loadstone alone is measured: {e}")
     return sender, subjects
 
 
@@ -167,7 +172,7 @@ def answered(
     )
 
 
-def sampled(options: Options, until: float) -> Iterator[Sampled]:
+def sampled(options: Options, until: float) -> Generator[Sampled]:
     for kind, end in shared_out(KINDS, until):
         task = samplers.Task(
             model=str(written(kind, options)),
@@ -193,7 +198,7 @@ def sampled(options: Options, until: float) -> Iterator[Sampled]:
                     raise Failure(f"bench.samplers failed with status {process.returncode}; see {log_path}")
 
 
-def prompted(options: Options, until: float) -> Iterator[Prompted]:
+def prompted(options: Options, until: float) -> Generator[Prompted]:
     """Measure each configuration with the service; one that it refuses is a row with the reason."""
     few, many = min(options.at_once), min(max(options.at_once), 32)
     n_ctx = max(N_BATCH, options.long + WARM_TOKENS, many * (PROMPT + options.tokens + 1))
@@ -313,6 +318,7 @@ def about(options: Options) -> dict[str, str]:
     facts["models"] = (
         "of a few layers, to try the program" if options.is_tiny else f"llama, {options.gb:g} GB, random weights"
     )
+    facts["llama-server"] = version(options.program)
     if options.on_gpu:
         try:
             pynvml.nvmlInit()
@@ -329,8 +335,18 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def rows_of(options: Options, until: float) -> Iterator[Row]:
-    match options.part:
+def version(program: Path) -> str:
+    """Return the version of llama-server, or why there is none."""
+    try:
+        done = subprocess.run([str(program), "--version"], capture_output=True, text=True, timeout=VERSION_S)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"none: {e}"
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("version: ")]
+    return lines[0].removeprefix("version: ") if lines else f"none: {program} ended with status {done.returncode}"
+
+
+def rows_of(part: Part, options: Options, until: float) -> Generator[Row]:
+    match part:
         case "answers":
             return answers(options, until)
         case "samplers":
@@ -338,15 +354,33 @@ def rows_of(options: Options, until: float) -> Iterator[Row]:
         case "prompts":
             return prompted(options, until)
         case _:
-            assert_never(options.part)
+            assert_never(part)
+
+
+def measure(part: Part, options: Options, facts: dict[str, str], seconds: float) -> bool:
+    """Measure a part and write its report after each row.  Returns whether it ended as it should.
+
+    What makes one part end early, a reply without figures included, does not end the others.
+    """
+    measured = Measured(part=part, about=facts, on_gpu=options.on_gpu, kinds=KINDS, rows=[])
+    try:
+        with closing(rows_of(part, options, time.monotonic() + seconds)) as rows:
+            for row in rows:
+                measured.rows.append(row)
+                keep(measured, options)
+    except (Failure, devredis.RedisUnavailable, OSError, ArithmeticError, LookupError, ValueError) as e:
+        traceback.print_exc()
+        measured.failure = f"{type(e).__name__}: {e}"
+    print(keep(measured, options))
+    return not measured.failure
 
 
 def keep(measured: Measured, options: Options) -> str:
     """Write the reports; return that in Markdown."""
     report = tokens_report.markdown(measured)
-    replace_atomically(options.out / f"{options.part}.md", report.encode(), is_durable=False)
+    replace_atomically(options.out / f"{measured.part}.md", report.encode(), is_durable=False)
     figures = msgspec.json.format(msgspec.json.encode(measured))
-    replace_atomically(options.out / f"{options.part}.json", figures, is_durable=False)
+    replace_atomically(options.out / f"{measured.part}.json", figures, is_durable=False)
     return report
 
 
@@ -357,22 +391,22 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + options.seconds
     try:
-        measured = Measured(part=options.part, about=about(options), on_gpu=options.on_gpu, kinds=KINDS, rows=[])
-        try:
-            for row in rows_of(options, until):
-                measured.rows.append(row)
-                keep(measured, options)
-        except Failure as e:
-            measured.failure = str(e)
-            keep(measured, options)
-            raise
+        facts = about(options)
+        done = [
+            measure(part, options, facts, seconds_of(part, options.parts, until - time.monotonic()))
+            for part in options.parts
+        ]
     except (Failure, devredis.RedisUnavailable) as e:
         print(f"bench: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(keep(measured, options))
-    return 0
+    return 0 if all(done) else 1
+
+
+def seconds_of(part: Part, parts: list[Part], left_s: float) -> float:
+    """Return the part's share of the time that is left for it and the parts after it."""
+    return left_s * SHARES[part] / sum(SHARES[each] for each in parts[parts.index(part) :])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 
 from bench import samplers, tokens
@@ -13,9 +15,8 @@ from bench.samplers import Way
 from bench.subjects import Failure
 from bench.tokens_report import Answered, Kind, Measured, Part, Prompted, Row, Sampled, goal, markdown, medians, ratios
 
-SMALL, LARGE = (
-    Kind(name=name, vocabulary=n, tokenizer="spm", quantization="Q8_0") for name, n in (("s", 9), ("l", 10**5))
-)
+SMALL = Kind(name="s", vocabulary=32_000, tokenizer="spm", quantization="Q8_0")
+LARGE = Kind(name="l", vocabulary=151_936, tokenizer="bpe", quantization="Q4_0")
 SETUP = Setup(n_ctx=4096, n_batch=2048, n_ubatch=512, parallel=8, n_threads=4)
 
 
@@ -33,23 +34,55 @@ def step(way: Way, decode_ms: float, sample_ms: float, threads: int = 1) -> samp
     return samplers.Row(way=way, at_once=8, threads=threads, decode_ms=decode_ms, sample_ms=sample_ms)
 
 
-@pytest.mark.parametrize("part", get_args(Part))
-def test_each_part_has_defaults_for_a_cpu(part: Part) -> None:
-    options = tokens.options_of([part])
-    assert not options.on_gpu
-    assert options.at_once == [1, 8, 32, 64]
-    assert options.program == LLAMA_SERVER
-    assert options.seconds < 540
+def options(tmp_path: Path, *words: str) -> tokens.Options:
+    return tokens.options_of([*words, "--out", str(tmp_path)])
 
 
-def test_options_of_a_gpu_are_taken() -> None:
-    argv = ["answers", "--gpu", "--llama-server", "/x", "--at-once", "8", "1", "--rounds", "2", "--out", "o"]
-    options = tokens.options_of(argv)
-    assert options.on_gpu
-    assert options.program == Path("/x")
-    assert options.at_once == [1, 8]
-    assert options.rounds == 2
-    assert options.out.is_absolute()
+def test_the_defaults_are_all_parts_on_the_cpu(tmp_path: Path) -> None:
+    given = options(tmp_path)
+    assert given.parts == [*get_args(Part)]
+    assert not given.on_gpu
+    assert given.at_once == [1, 8, 32, 64]
+    assert given.program == LLAMA_SERVER
+    assert given.seconds < 500
+
+
+def test_options_of_a_gpu_are_taken(tmp_path: Path) -> None:
+    argv = ["samplers", "answers", "--gpu", "--llama-server", "/x", "--at-once", "8", "1", "--rounds", "2"]
+    given = options(tmp_path, *argv)
+    assert given.parts == ["answers", "samplers"]
+    assert given.on_gpu
+    assert given.program == Path("/x")
+    assert given.at_once == [1, 8]
+    assert given.rounds == 2
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options(tmp_path, "answer")
+    assert "no such part: answer" in capsys.readouterr().err
+
+
+def test_a_part_alone_has_all_the_time() -> None:
+    assert tokens.seconds_of("samplers", ["samplers"], 450) == 450
+    parts: list[Part] = ["answers", "samplers", "prompts"]
+    assert tokens.seconds_of("answers", parts, 450) == 225
+    assert tokens.seconds_of("prompts", parts, 200) == 200
+
+
+@pytest.mark.parametrize("error", [Failure("the client has exited"), ZeroDivisionError("division by zero")])
+def test_a_part_that_fails_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def rows(*_: object) -> Iterator[Row]:
+        yield Sampled(kind="32k", row=step("serial", 5, 4))
+        raise error
+
+    monkeypatch.setattr(tokens, "rows_of", rows)
+    assert not tokens.measure("samplers", options(tmp_path), {"machine": "m"}, 1.0)
+    report = (tmp_path / "samplers.md").read_text()
+    assert "5.00 + 4.00 = 9.00 (1)" in report
+    assert f"ended early: {type(error).__name__}: {error}" in report
+    kept = msgspec.json.decode((tmp_path / "samplers.json").read_bytes(), type=Measured)
+    assert len(kept.rows) == 1
 
 
 def test_both_servers_are_set_alike() -> None:
