@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -119,6 +121,32 @@ class Client:
 def gpus(on_gpu: bool) -> dict[str, str]:
     """Return the environment of a program that uses the engine: the first GPU, as NVML and Loadstone count, or none."""
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0" if on_gpu else ""}
+
+
+def look_at(program: Path, *, on_gpu: bool) -> str:
+    """Return the version of a llama-server and the devices that it uses.  Raises Failure if it cannot be used."""
+
+    def said(word: str) -> list[str]:
+        try:
+            done = subprocess.run(
+                [str(program), word],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=START_S,
+                env={**os.environ, **gpus(on_gpu)},
+            )
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise Failure(f"llama-server cannot be used: {e}") from e
+        if done.returncode:
+            raise Failure(f"llama-server cannot be used: {done.stdout.strip() or f'status {done.returncode}'}")
+        return done.stdout.splitlines()
+
+    versions = [line.removeprefix("version: ") for line in said("--version") if line.startswith("version: ")]
+    devices = [line.strip() for line in said("--list-devices") if re.match(r"  \w+: ", line)]
+    if on_gpu and not devices:
+        raise Failure("llama-server cannot be used: it sees no GPU")
+    return ", ".join([*versions, *devices])
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from bench.subjects import Failure
 from shared.channel.messages import Sampling
-from worker.engine.decode import Batch, cores
+from worker.engine.decode import FEW_THREADS, Batch, cores
 from worker.engine.llama import Log, lib
 from worker.engine.sample import TOKENS_OF_A_THREAD, Bias, Draw, Draws, Sampler
 
@@ -73,6 +73,8 @@ def measure(task: Task) -> Iterator[Row]:
     """
     log = Log()
     lib.llama_backend_init()
+    if task.on_gpu and not lib.llama_supports_gpu_offload():
+        raise Failure("the engine sees no GPU")
     params = lib.llama_model_default_params()
     params.n_gpu_layers = ALL_LAYERS if task.on_gpu else 0
     model = lib.llama_model_load_from_file(task.model.encode(), params)
@@ -129,7 +131,7 @@ def context_of(model: Any, task: Task, n_context: int, at_once: int, samplers: l
     params.n_seq_max = params.n_outputs_max = at_once
     params.n_outputs_max_per_seq = 1  # else the engine has room for the samplers of many tokens of a sequence
     params.kv_unified = True
-    params.n_threads = params.n_threads_batch = cores()
+    params.n_threads = params.n_threads_batch = min(FEW_THREADS, cores()) if task.on_gpu else cores()
     configs = (lib.llama_sampler_seq_config * max(1, len(samplers)))()
     for i, sampler in enumerate(samplers):
         configs[i].seq_id, configs[i].sampler = i, ctypes.cast(sampler._chain, ctypes.c_void_p)

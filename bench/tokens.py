@@ -33,7 +33,7 @@ import pynvml
 
 from bench import samplers, tokens_report
 from bench.__main__ import OUT, machine, say
-from bench.answers import LLAMA_SERVER, Client, Setup, Subject, client, gpus, llama_server
+from bench.answers import LLAMA_SERVER, Client, Setup, Subject, client, gpus, llama_server, look_at
 from bench.subjects import Failure, running, service
 from bench.tokens_report import Answered, Kind, Measured, Part, Prompted, Row, Sampled
 from cli import devredis
@@ -58,7 +58,6 @@ STEPS = 100
 SECONDS = 450.0  # after which nothing begins
 SHARES: dict[Part, int] = {"answers": 5, "samplers": 2, "prompts": 3}  # of the time
 N_BATCH, N_UBATCH, N_UBATCHES = 2048, 512, (512, 1024, 2048)
-VERSION_S = 60.0
 CELLS = 256  # llama.cpp rounds the context up to a multiple
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # the defaults of both
 
@@ -146,8 +145,9 @@ def started(stack: ExitStack, options: Options, kind: Kind, setup: Setup) -> tup
     setup.check(loaded)
     subjects = [Subject("Loadstone", ours.port)]
     try:
+        look_at(options.program, on_gpu=options.on_gpu)
         subjects.append(stack.enter_context(llama_server(options.program, model, setup, log)))
-    except (Failure, OSError) as e:
+    except Failure as e:
         say(f"Loadstone alone is measured: {e}")
     return sender, subjects
 
@@ -318,7 +318,10 @@ def about(options: Options) -> dict[str, str]:
     facts["models"] = (
         "of a few layers, to try the program" if options.is_tiny else f"llama, {options.gb:g} GB, random weights"
     )
-    facts["llama-server"] = version(options.program)
+    try:
+        facts["llama-server"] = look_at(options.program, on_gpu=options.on_gpu)
+    except Failure as e:
+        facts["llama-server"] = str(e)
     if options.on_gpu:
         try:
             pynvml.nvmlInit()
@@ -333,16 +336,6 @@ def commit() -> str:
     """Return the commit of the tree; a copy of it may have none."""
     done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     return done.stdout.strip() or "unknown"
-
-
-def version(program: Path) -> str:
-    """Return the version of llama-server, or why there is none."""
-    try:
-        done = subprocess.run([str(program), "--version"], capture_output=True, text=True, timeout=VERSION_S)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        return f"none: {e}"
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("version: ")]
-    return lines[0].removeprefix("version: ") if lines else f"none: {program} ended with status {done.returncode}"
 
 
 def rows_of(part: Part, options: Options, until: float) -> Generator[Row]:

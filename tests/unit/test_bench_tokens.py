@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from bench import samplers, tokens
-from bench.answers import LLAMA_SERVER, Setup, Who, gpus
+from bench.answers import LLAMA_SERVER, Setup, Who, gpus, look_at
 from bench.samplers import Way
 from bench.subjects import Failure
 from bench.tokens_report import Answered, Kind, Measured, Part, Prompted, Row, Sampled, goal, markdown, medians, ratios
@@ -114,6 +114,31 @@ def test_without_a_gpu_both_servers_use_the_cpu() -> None:
     assert gpus(on_gpu=False)["CUDA_VISIBLE_DEVICES"] == ""
     assert "gpu" not in SETUP.load("k")
     assert SETUP.service_variables == {"LOADSTONE_DEVICES": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "on_gpu", "about"),
+    [
+        ("echo '  CUDA0: NVIDIA H200 (1 MiB, 1 MiB free)'", True, "0.5.0, CUDA0: NVIDIA H200 (1 MiB, 1 MiB free)"),
+        ("echo '  (none)'", False, "0.5.0"),
+        ("echo '  (none)'", True, "it sees no GPU"),
+        ("echo 'libcuda.so.1: no such file'; exit 127", True, "libcuda.so.1: no such file"),
+    ],
+)
+def test_a_llama_server_is_looked_at_first(tmp_path: Path, lines: str, on_gpu: bool, about: str) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text(f"#!/bin/sh\necho 'version: 0.5.0'\necho 'Available devices:'\n{lines}\n")
+    program.chmod(0o755)
+    try:
+        said = look_at(program, on_gpu=on_gpu)
+    except Failure as e:
+        said = str(e)
+    assert about in said
+
+
+def test_a_llama_server_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="cannot be used"):
+        look_at(tmp_path / "gone", on_gpu=False)
 
 
 def test_an_applied_config_that_differs_is_a_failure() -> None:
