@@ -43,6 +43,7 @@ BESIDE, LONG_TOKENS = 4, 6000  # answers beside one long prompt
 BUDGET_S = 0.1  # of a step with running requests on a CPU
 REPORT, PLOT = DOCS / "benchmarks/inference.md", DOCS / "benchmarks/inference.png"
 MODELS = OUT / "inference-models"
+GPU = "On a GPU, with larger models: [tokens on a GPU](tokens.md)."
 TOPICS = [
     *("rivers", "bridges", "trains", "clocks", "islands", "bees", "glass", "salt"),
     *("paper", "wind", "stars", "bread", "maps", "ships", "music", "mountains"),
@@ -182,7 +183,7 @@ def children(pid: int) -> list[int]:
 def markdown(about: dict[str, str], measured: tuple[list[Measured], Shared, Beside, Beside, float]) -> str:
     runs, one, long, other_long, cpu_us = measured
     n = len(runs) // (2 * len(AT_ONCE))
-    lines = ["# Answers over HTTP", "", f"Written by `make bench-inference`; medians of {n} rounds.", ""]
+    lines = ["# Answers over HTTP", "", f"Written by `make bench-inference`; medians of {n} rounds. {GPU}", ""]
     lines += [f"- {name}: {fact}" for name, fact in about.items()]
     lines += [
         f"- SmolLM2-135M-Instruct Q4_1; context {SETUP.n_ctx}, batch {SETUP.n_batch}, {SETUP.parallel} sequences and "

@@ -26,7 +26,7 @@ from worker.engine.llama import lib
 MOST_CANDIDATES = 256  # that top_k lets pass: the samplers after it take 15 ms for a vocabulary of 150,000
 GREEDY_BELOW = 1e-4  # temperature; dividing by less overflows
 MOST_THREADS = 16
-TOKENS_OF_A_THREAD = 200_000  # of vocabularies to look through, for which a thread pays
+TOKENS_OF_A_THREAD = 200_000  # of vocabularies to look through, for which a thread pays (docs/benchmarks/tokens.md)
 BLOCK, PIECE = 256, 16_384  # tokens of a row that are looked at together
 MOST_REJECTED = 4  # tokens, before a mask is computed that takes as long as to draw some more
 SEEDS = 0xFFFFFFFF  # this one itself would mean a random seed to llama.cpp
