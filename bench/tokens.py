@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, assert_never
@@ -333,9 +333,11 @@ def about(options: Options) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit of the tree; a copy of it may have none."""
-    done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() or "unknown"
+    """Return the commit of the tree; "unknown" of a copy without history, or without git."""
+    with suppress(OSError):
+        done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+        return done.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def rows_of(part: Part, options: Options, until: float) -> Generator[Row]:
