@@ -34,7 +34,7 @@ import pynvml
 from bench import samplers, tokens_report
 from bench.__main__ import OUT, machine, say
 from bench.answers import LLAMA_SERVER, Client, Setup, Subject, client, gpus, llama_server, look_at
-from bench.subjects import Failure, running, service
+from bench.subjects import Failure, Service, running, service
 from bench.tokens_report import Answered, Kind, Measured, Part, Prompted, Row, Sampled
 from cli import devredis
 from shared.files import replace_atomically
@@ -54,11 +54,13 @@ AT_ONCE = [1, 8, 32, 64]
 ROUNDS, WARM_TOKENS = 5, 8
 TOKENS, PROMPT = 256, 64  # of an answer, and of the prompt before it
 LONG, LONG_PROMPTS = 4096, 3  # tokens of a prompt of the part `prompts`, and how many of these are measured
+MANY, BESIDE = 32, 4  # answers at once in the part `prompts`, and beside a prompt of twice the length
 STEPS = 100
 SECONDS = 450.0  # after which nothing begins
 SHARES: dict[Part, int] = {"answers": 5, "samplers": 2, "prompts": 3}  # of the time
 N_BATCH, N_UBATCH, N_UBATCHES = 2048, 512, (512, 1024, 2048)
 CELLS = 256  # llama.cpp rounds the context up to a multiple
+COMPLETIONS = "/v1/completions"
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # the defaults of both
 
 
@@ -129,7 +131,7 @@ def answers(options: Options, until: float) -> Generator[Answered]:
                 if time.monotonic() > end:
                     break
                 for subject in subjects if n % 2 else reversed(subjects):
-                    row = answered(sender, subject, options, kind, at_once, n)
+                    row = answered(sender, subject, options, kind, at_once, n, key_of(kind, options))
                     say(f"{kind.name}, {at_once} at once, round {n}, {row.who}: {row.tokens_per_s:.0f} tokens/s")
                     if n:
                         yield row
@@ -153,11 +155,11 @@ def started(stack: ExitStack, options: Options, kind: Kind, setup: Setup) -> tup
 
 
 def answered(
-    sender: Client, subject: Subject, options: Options, kind: Kind, at_once: int, n: int, **more: int
+    sender: Client, subject: Subject, options: Options, kind: Kind, at_once: int, n: int, model: str
 ) -> Answered:
     n_tokens = options.tokens if n else WARM_TOKENS
-    bodies = [body(key_of(kind, options), prompt_of(PROMPT, n * 1000 + i), n_tokens) for i in range(at_once)]
-    streams = sender.streams(subject, bodies, "/v1/completions")
+    bodies = [body(model, prompt_of(PROMPT, n * 1000 + i), n_tokens) for i in range(at_once)]
+    streams = sender.streams(subject, bodies, COMPLETIONS)
     seconds = max(stream.ended_s for stream in streams) - min(stream.sent_s for stream in streams)
     steps = [stream.step_ms for stream in streams if stream.step_ms]
     return Answered(
@@ -169,6 +171,7 @@ def answered(
         tokens_per_s=sum(stream.tokens for stream in streams) / seconds,
         step_ms=statistics.median(steps) if steps else 0.0,
         first_ms=statistics.median(stream.first_ms for stream in streams),
+        added_ms=statistics.median(stream.first_ms - stream.own_ms for stream in streams),
     )
 
 
@@ -199,44 +202,51 @@ def sampled(options: Options, until: float) -> Generator[Sampled]:
 
 
 def prompted(options: Options, until: float) -> Generator[Prompted]:
-    """Measure each configuration with the service; one that it refuses is a row with the reason."""
-    few, many = min(options.at_once), min(max(options.at_once), 32)
-    n_ctx = max(N_BATCH, options.long + WARM_TOKENS, many * (PROMPT + options.tokens + 1))
+    """Measure each configuration with the service; one that fails is a row with the reason."""
+    few, many = min(options.at_once), min(max(options.at_once), MANY)
+    n_ctx = max(N_BATCH, 2 * options.long + BESIDE * (PROMPT + options.tokens), many * (PROMPT + options.tokens + 1))
+    setups = [options.setup(n_ctx, parallel=max(many, BESIDE + 1), **fields) for fields in configurations()]
     for kind, end in shared_out(KINDS, until):
         written(kind, options)
         with ExitStack() as stack:
             log = stack.enter_context((options.out / "prompts.log").open("a"))
             sender = stack.enter_context(client(log))
-            setups = [options.setup(n_ctx, parallel=many, **fields) for fields in configurations()]
             ours = stack.enter_context(service(options.models, options.out, **setups[0].service_variables))
             for setup in setups:
                 say(f"{kind.name}, {setup.n_ubatch}, {setup.kv_type}, flash attention {setup.flash_attention}")
-                row = Prompted(
-                    kind=kind.name,
-                    n_ubatch=setup.n_ubatch,
-                    flash_attention=setup.flash_attention,
-                    kv_type=setup.kv_type,
-                )
-                ours.reconnect()
-                try:
-                    _, loaded, _ = ours.post("/api/v1/models/load", setup.load(key_of(kind, options)))
-                    setup.check(loaded)
-                    subject = Subject("Loadstone", ours.port)
-                    rates = [prompt_rate(sender, subject, options, kind, n) for n in range(1 + LONG_PROMPTS)]
-                    one, several = (answered(sender, subject, options, kind, n, 1) for n in (few, many))
-                    ours.reconnect()
-                    ours.post("/api/v1/models/unload", {"instance_id": loaded["instance_id"]})
-                except Failure as e:
-                    yield msgspec.structs.replace(row, failure=str(e))
-                else:
-                    yield msgspec.structs.replace(
-                        row,
-                        prompt_tokens=options.long,
-                        prompt_tokens_per_s=statistics.median(rates[1:]),
-                        tokens_per_s={str(few): one.tokens_per_s, str(many): several.tokens_per_s},
-                    )
+                yield configured(sender, ours, options, kind, setup, [few, many])
                 if time.monotonic() > end:
                     break
+
+
+def configured(
+    sender: Client, ours: Service, options: Options, kind: Kind, setup: Setup, at_once: list[int]
+) -> Prompted:
+    row = Prompted(
+        kind=kind.name, n_ubatch=setup.n_ubatch, flash_attention=setup.flash_attention, kv_type=setup.kv_type
+    )
+    subject = Subject("Loadstone", ours.port)
+    ours.reconnect()
+    try:
+        _, loaded, _ = ours.post("/api/v1/models/load", setup.load(key_of(kind, options)))
+        model = loaded["instance_id"]
+        try:
+            setup.check(loaded)
+            rates = [prompt_rate(sender, subject, model, options.long, n) for n in range(1 + LONG_PROMPTS)]
+            answers = {n: answered(sender, subject, options, kind, n, 1, model) for n in at_once}
+            gap_ms = largest_gap_ms(sender, subject, model, options)
+        finally:
+            ours.reconnect()
+            ours.post("/api/v1/models/unload", {"instance_id": model})
+    except Failure as e:
+        return msgspec.structs.replace(row, failure=str(e))
+    return msgspec.structs.replace(
+        row,
+        prompt_tokens=options.long,
+        prompt_tokens_per_s=statistics.median(rates[1:]),
+        tokens_per_s={str(n): answer.tokens_per_s for n, answer in answers.items()},
+        gap_ms=gap_ms,
+    )
 
 
 def configurations() -> Iterator[dict[str, object]]:
@@ -247,12 +257,18 @@ def configurations() -> Iterator[dict[str, object]]:
         yield {"n_ubatch": n_ubatch, "flash_attention": flash_attention, "kv_type": kv_type}
 
 
-def prompt_rate(sender: Client, subject: Subject, options: Options, kind: Kind, n: int) -> float:
+def prompt_rate(sender: Client, subject: Subject, model: str, length: int, n: int) -> float:
     """Return the tokens per second of a long prompt that begins as no other one."""
-    (stream,) = sender.streams(
-        subject, [body(key_of(kind, options), prompt_of(options.long, 100 + n), 1)], "/v1/completions"
-    )
+    (stream,) = sender.streams(subject, [body(model, prompt_of(length, 100 + n), 1)], COMPLETIONS)
     return (stream.prompt_tokens - stream.cached_tokens) / stream.own_ms * 1000
+
+
+def largest_gap_ms(sender: Client, subject: Subject, model: str, options: Options) -> float:
+    """Return the largest gap between two texts of answers that run while a long prompt is processed."""
+    bodies = [body(model, prompt_of(PROMPT, 200 + i), options.tokens) for i in range(BESIDE)]
+    bodies.append(body(model, prompt_of(2 * options.long, 300), 1))
+    *answers, _ = sender.streams(subject, bodies, COMPLETIONS)
+    return max(((b - a) * 1000 for answer in answers for a, b in itertools.pairwise(answer.texts_s)), default=0.0)
 
 
 def body(model: str, prompt: list[int], max_tokens: int) -> str:

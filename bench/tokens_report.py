@@ -13,10 +13,12 @@ from bench.answers import Who
 from bench.report import table
 from bench.samplers import Way
 from shared.schema.http import KVCacheType
+from worker.engine.loop import CPU_STEP_S, GPU_STEP_S
 
 Part = Literal["answers", "samplers", "prompts"]
 FEW, FEW_GOAL = 8, 0.95  # requests at once up to this number, and llama-server's tokens per second that are the goal
 MANY, MANY_GOAL, LARGE = 32, 1.5, 100_000  # the same from this number on, with a vocabulary of so many tokens
+ADDED_GOAL_MS = 5
 NONE = "not measured"
 
 
@@ -40,6 +42,7 @@ class Answered(Struct, frozen=True, kw_only=True, tag="answered"):
     tokens_per_s: float  # with the prompts
     step_ms: float  # between two tokens of an answer, median
     first_ms: float  # to the first text, median
+    added_ms: float  # of these, beyond the time to the first token by the server's own count
 
 
 class Sampled(Struct, frozen=True, kw_only=True, tag="sampled"):
@@ -57,6 +60,7 @@ class Prompted(Struct, frozen=True, kw_only=True, tag="prompted"):
     prompt_tokens: int = 0
     prompt_tokens_per_s: float = 0.0
     tokens_per_s: dict[str, float] = {}  # by the number of answers at once
+    gap_ms: float = 0.0  # the largest between two texts of an answer, beside a prompt of twice the length
     failure: str = ""  # why nothing was measured
 
 
@@ -128,6 +132,7 @@ def _answers(measured: Measured, kind: Kind) -> list[str]:
                 "" if wanted is None else f"{wanted:.2f}",
                 *figures(at_once, lambda row: row.step_ms, ".2f"),
                 *figures(at_once, lambda row: row.first_ms, ".0f"),
+                figures(at_once, lambda row: row.added_ms, ".1f")[0],
             ]
         )
     head = ["at once", "Loadstone, tokens/s", "llama-server, tokens/s", "ratio, median and range", "goal on a GPU"]
@@ -135,7 +140,9 @@ def _answers(measured: Measured, kind: Kind) -> list[str]:
     return [
         f"Medians of up to {max(row.round for row in rows)} rounds; top_k 40, top_p 0.95, min_p 0.05, temperature 0.8.",
         "",
-        *table([*head, "llama-server, first text, ms"], cells),
+        *table([*head, "llama-server, first text, ms", f"Loadstone, added, ms (goal {ADDED_GOAL_MS})"], cells),
+        "",
+        "Added is what the time to the first text is beyond the runner's own time to the first token.",
     ]
 
 
@@ -195,16 +202,16 @@ def _prompts(measured: Measured, kind: Kind) -> list[str]:
     for row in rows:
         setting = [str(row.n_ubatch), "on" if row.flash_attention else "off", row.kv_type]
         if row.failure:
-            cells.append([*setting, f"failed: {' '.join(row.failure.split())}", *("" for _ in counts)])
+            cells.append([*setting, f"failed: {' '.join(row.failure.split())}", *("" for _ in counts), ""])
         else:
             rates = [f"{row.tokens_per_s[n]:.0f}" if n in row.tokens_per_s else NONE for n in counts]
-            cells.append([*setting, f"{row.prompt_tokens_per_s:.0f}", *rates])
+            cells.append([*setting, f"{row.prompt_tokens_per_s:.0f}", *rates, f"{row.gap_ms:.0f}"])
     n_tokens = max(row.prompt_tokens for row in rows)
+    step_s = GPU_STEP_S if measured.on_gpu else CPU_STEP_S
+    head = ["physical batch", "flash attention", "KV cache", "prompt tokens/s"]
     return [
-        f"Prompts of {n_tokens:,} tokens, one after the other; answers at once.",
+        f"Prompts of {n_tokens:,} tokens, one after the other; answers at once; the largest gap between two texts of "
+        f"one of 4 answers, beside a prompt of {2 * n_tokens:,} tokens.",
         "",
-        *table(
-            ["physical batch", "flash attention", "KV cache", "prompt tokens/s", *(f"tokens/s, {n}" for n in counts)],
-            cells,
-        ),
+        *table([*head, *(f"tokens/s, {n}" for n in counts), f"gap, ms (goal {2 * step_s * 1000:.0f})"], cells),
     ]

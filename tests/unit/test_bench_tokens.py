@@ -26,7 +26,15 @@ def measured(part: Part, *rows: Row) -> Measured:
 
 def answered(who: Who, tokens_per_s: float, n: int = 1, kind: str = "l") -> Answered:
     return Answered(
-        kind=kind, who=who, at_once=64, round=n, tokens=9, tokens_per_s=tokens_per_s, step_ms=2.5, first_ms=30.0
+        kind=kind,
+        who=who,
+        at_once=64,
+        round=n,
+        tokens=9,
+        tokens_per_s=tokens_per_s,
+        step_ms=2.5,
+        first_ms=30.0,
+        added_ms=2.0,
     )
 
 
@@ -161,7 +169,7 @@ def test_ratios_are_of_rounds_that_have_both_servers() -> None:
 
 def test_a_report_of_answers_has_the_ratio_and_the_goal() -> None:
     report = markdown(measured("answers", answered("Loadstone", 30), answered("llama-server", 20)))
-    assert "| 64 | 30 | 20 | 1.50 (1.50 to 1.50) | 1.50 | 2.50 | 2.50 | 30 | 30 |" in report
+    assert "| 64 | 30 | 20 | 1.50 (1.50 to 1.50) | 1.50 | 2.50 | 2.50 | 30 | 30 | 2.0 |" in report
     assert report.count("not measured") == 1  # the other vocabulary
 
 
@@ -193,11 +201,13 @@ def test_a_report_of_prompts_has_refused_configurations() -> None:
         prompt_tokens=4096,
         prompt_tokens_per_s=9000.0,
         tokens_per_s={"1": 300.0, "32": 2000.0},
+        gap_ms=35.0,
     )
     refused = Prompted(kind="l", n_ubatch=2048, flash_attention=False, kv_type="f16", failure="no\nmemory")
     report = markdown(measured("prompts", done, refused))
-    assert "| 512 | on | f16 | 9000 | 300 | 2000 |" in report
+    assert "| 512 | on | f16 | 9000 | 300 | 2000 | 35 |" in report
     assert "| 2048 | off | f16 | failed: no memory |" in report
+    assert "gap, ms (goal 40)" in report
 
 
 def test_a_report_says_why_it_ended_early() -> None:
