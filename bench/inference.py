@@ -188,7 +188,7 @@ def markdown(about: dict[str, str], measured: tuple[list[Measured], Shared, Besi
     lines += [
         f"- SmolLM2-135M-Instruct Q4_1; context {SETUP.n_ctx}, batch {SETUP.n_batch}, {SETUP.parallel} sequences and "
         f"more, {THREADS} threads, flash attention, unified KV cache; {TOKENS} tokens an answer, streamed, most "
-        "probable token",
+        "probable token; llama-server without its cache of finished prompts in memory",
         "",
         "## Tokens per second",
         "",
