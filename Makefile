@@ -87,7 +87,7 @@ $(LLAMA_SERVER): constraints.txt
 	tar --extract --strip-components 1 --directory $(PEERS)/.source --file $(PEERS)/llama_cpp_python-*.tar.gz
 	cmake -S $(PEERS)/.source/vendor/llama.cpp -B $(PEERS)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
 		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
-		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF $(CMAKE_ARGS)
 	cmake --build $(PEERS)/build --target llama-server --parallel $$(nproc)
 	touch $@
 

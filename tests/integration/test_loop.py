@@ -158,8 +158,6 @@ def test_a_seed_repeats_the_draws(llama: Path) -> None:
 
 
 def threaded(root: Path) -> None:
-    from worker.engine import sample
-
     trial = Trial(root)
 
     def drawn() -> list[list[bytes]]:
@@ -173,7 +171,7 @@ def threaded(root: Path) -> None:
         return answers
 
     alone = drawn()
-    sample.TOKENS_OF_A_THREAD = 1
+    trial.loop._draws._tokens_of_a_thread = 1
     trial.loop._draws._n_threads = 4
     assert drawn() == alone
     assert trial.loop._draws._threads is not None
