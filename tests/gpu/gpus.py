@@ -38,8 +38,9 @@ class GPUs(Protocol):
     def environ(self) -> Mapping[str, str]:
         """Return the environment that makes a process find these GPUs."""
 
-    def occupied(self, id_: str, n_bytes: int) -> Any:
-        """Have another program hold so much of a GPU during a block, and a CUDA context on a real one."""
+    def occupied(self, id_: str, n_bytes: int | None) -> Any:
+        """Have another program hold so much of a GPU during a block, or all that is free, and a CUDA context on a real
+        one."""
 
 
 class NvidiaGPUs:
@@ -60,8 +61,8 @@ class NvidiaGPUs:
         return {}
 
     @contextmanager
-    def occupied(self, id_: str, n_bytes: int) -> Iterator[None]:
-        words = [sys.executable, "-m", "tests.gpu.foreign", id_, str(n_bytes)]
+    def occupied(self, id_: str, n_bytes: int | None) -> Iterator[None]:
+        words = [sys.executable, "-m", "tests.gpu.foreign", id_, "all" if n_bytes is None else str(n_bytes)]
         with subprocess.Popen(
             words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as program:
@@ -82,6 +83,7 @@ class FakeGPUs:
 
     def __init__(self, directory: Path) -> None:
         self._host = FakeHost.made(directory, self.TOTAL_BYTES, self.TOTAL_BYTES)
+        self._host.driver(row_bytes=64 << 10)
         self.ids = [device.uuid for device in self._host.devices()]
 
     def total_bytes(self, id_: str) -> int:
@@ -94,8 +96,8 @@ class FakeGPUs:
         return self._host.environ()
 
     @contextmanager
-    def occupied(self, id_: str, n_bytes: int) -> Iterator[None]:
-        self._host.take(id_, n_bytes)
+    def occupied(self, id_: str, n_bytes: int | None) -> Iterator[None]:
+        self._host.take(id_, self._host.free_bytes(id_) if n_bytes is None else n_bytes)
         try:
             yield
         finally:
