@@ -24,7 +24,7 @@ from tests.integration.conftest import forkserver as forkserver
 from tests.support.service import until, up
 
 BIG, LONG, TINY = "gpu/big", "gpu/long", "gpu/tiny"
-MIDDLE = "gpu/middle"
+MIDDLE, SHARDED, HUGE = "gpu/middle", "gpu/sharded", "gpu/huge"
 LONG_TOKENS = 16_384
 VOCABULARY = 2_000
 NEEDED_BYTES = 6 << 30
@@ -92,13 +92,16 @@ def context_bytes(gpus: GPUs, gpu: str) -> int:
 
 
 @pytest.fixture(scope="session")
-def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a tiny model, one of 2 GB, one of 1 GB with a KV cache of the same size, and one of 0.4 GB."""
+def models_dir(tmp_path_factory: pytest.TempPathFactory, gpus: GPUs, gpu: str) -> Path:
+    """Write a tiny model, one of 2 GB, one of 1 GB with a KV cache of the same size, one of 0.4 GB as one file and as
+    three, and the largest one that can be locked, whose weights are zeros that use no disk space."""
     root = tmp_path_factory.mktemp("models")
     synthetic.tiny_llama(root / TINY / "tiny-f16.gguf")
     synthetic.big(root / BIG / "big-Q8_0.gguf", 2)
     synthetic.big(root / LONG / "long-Q8_0.gguf", 1, head_count_kv=32, context_length=LONG_TOKENS)
     synthetic.big(root / MIDDLE / "middle-Q8_0.gguf", 0.4, vocabulary=VOCABULARY)
+    synthetic.big(root / SHARDED / "middle-Q8_0.gguf", 0.4, vocabulary=VOCABULARY, shards=3)
+    synthetic.sparse_shape(root / HUGE / "huge-Q4_0.gguf", gpus.huge(gpu), "Q4_0", vocabulary=VOCABULARY)
     return root
 
 
@@ -113,7 +116,7 @@ def watched_on(home: Path, models_dir: Path, gpus: GPUs, ids: list[str]) -> Iter
     of the first use."""
     with up(home, models=models_dir, **gpus.environ(), LOADSTONE_DEVICES=",".join([*ids, "cpu"])) as service:
         watched = Watched(service, gpus, ids)
-        until(lambda: {TINY, BIG, LONG, MIDDLE} <= service.models().keys(), "the models are listed", 60)
+        until(lambda: {TINY, BIG, LONG, MIDDLE, SHARDED, HUGE} <= service.models().keys(), "the models are listed", 60)
         first = watched.load(TINY)
         assert first["status"] == "loaded", first["error"]
         assert set(first["devices"]) <= {*ids}, f"the load used {first['devices']}: is llama.cpp built with CUDA?"
