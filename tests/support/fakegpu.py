@@ -21,6 +21,7 @@ from llama_cpp import llama_cpp
 TYPE_CPU, TYPE_GPU = 0, 1  # enum ggml_backend_dev_type
 SET_TENSOR = 4  # the place of the function among those that a ggml_backend_buffer begins with
 LOG_ERROR = 4  # enum ggml_log_level
+ALLOC_FAILED, FAILED, SUCCESS = -2, -1, 0  # enum ggml_status
 
 _ggml: Any = llama_cpp._lib
 
@@ -124,7 +125,8 @@ class Copies(Protocol):
 
 class FakeGPU:
     """One fake device.  `used_bytes` and `peak_bytes` are the current and the largest usage of llama.cpp in this
-    process; if other processes use the device too, `shared` has its free memory.
+    process; if other processes use the device too, `shared` has its free memory.  `statuses` has results (of ggml) of
+    the next computations, of which only those with SUCCESS are made.
 
     Created and registered by `add`; never unregistered, since ggml has no function for that.
     """
@@ -134,6 +136,7 @@ class FakeGPU:
         self.total_bytes = total_bytes
         self.used_bytes = 0
         self.peak_bytes = 0
+        self.statuses: list[int] = []
         self._shared = shared
         self._copies = copies
         self._set_tensor: Any = None  # the CPU backend's function
@@ -229,21 +232,21 @@ class FakeGPU:
         backend: int = _cpu_backend()
         functions = _Backend.from_address(backend)
         functions.device = self._device_at
-        if self._shared:
-            self._compute_graph = _Compute(functions.graph_compute or 0)
-            functions.graph_compute = _address(self._compute_callback)
+        self._compute_graph = _Compute(functions.graph_compute or 0)
+        functions.graph_compute = _address(self._compute_callback)
         return backend
 
     def _compute(self, backend: int, graph: int) -> int:
         """Compute; or end the process, as ggml_cuda_error does where CUDA has no memory for intermediate results."""
-        assert self._shared
-        if not self._shared.grow(_n_rows(_graph_node(graph, 0))):
+        if self.statuses and (status := self.statuses.pop(0)) != SUCCESS:
+            return status
+        if self._shared and not self._shared.grow(_n_rows(_graph_node(graph, 0))):
             _log(LOG_ERROR, b"CUDA error: out of memory\n")
             _log(LOG_ERROR, b"  current device: 0, in function alloc at ggml-cuda.cu:578\n")
             _log(LOG_ERROR, b"  cuMemCreate(&handle, reserve_size, &prop, 0)\n")
             _abort(b"ggml-cuda.cu", 109, b"CUDA error")
-        status: int = self._compute_graph(backend, graph)
-        return status
+        result: int = self._compute_graph(backend, graph)
+        return result
 
 
 def add(name: str, total_bytes: int, shared: Memory | None = None, copies: Copies | None = None) -> FakeGPU:
