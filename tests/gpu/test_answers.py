@@ -13,6 +13,7 @@ from tests.gpu.gpus import MIB
 from tests.gpu.watched import LOAD_S, Watched
 from tests.support.chat import ENDLESS, answered, ask, streaming
 from tests.support.service import meanwhile, until
+from worker.runner.failure import MEMORY
 
 COMPLETIONS = "/v1/completions"
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 8
@@ -131,7 +132,7 @@ def test_memory_that_runs_out_in_a_batch_ends_one_instance(watched: Watched, gpu
         assert reply.json()["error"]["code"] in ("runner_lost", "insufficient_memory"), "the second: loaded once more"
         until(lambda: service.instances().keys() == {other}, "the instance has failed")
         assert answered(service, model=other, max_tokens=16)["choices"] == expected
-    assert "out of memory" in watched.engine_log(job)
+    assert MEMORY.search(watched.engine_log(job))
     assert service.unload(other).status == 200
     assert watched.at_rest(0)[gpu] <= before + SLACK_BYTES
     with watched.loaded(MIDDLE, **fields):
