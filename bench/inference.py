@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -256,6 +257,8 @@ def main() -> int:
     parser.add_argument("rounds", type=int, nargs="?", default=ROUNDS)
     parser.add_argument("--llama-server", type=Path, default=LLAMA_SERVER)
     options = parser.parse_args()
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: running processes are stopped
     about = machine() | {"commit": commit()}
     try:
         measured = measure(options.rounds, options.llama_server)
