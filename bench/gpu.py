@@ -62,7 +62,7 @@ TINY = "loadstone/bench-gpu-tiny"
 GB, ROUNDS = 8.0, 3
 SPARE_BYTES = 2 << 30  # of the GPU, beyond the weights
 BLOCK_BYTES = 8 << 20  # of a read
-PROCESS_S = 300.0  # for an answer of a process
+PROCESS_S = 150.0  # for an answer of a process: one that hangs leaves time for the other steps of a stage
 REST_S = 5.0  # between loads of the service, for the next runner to warm up
 
 Answer = TypeVar("Answer")
