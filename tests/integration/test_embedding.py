@@ -105,6 +105,24 @@ def test_a_batch_computes_what_lone_texts_compute(root: Path) -> None:
     in_child(together_and_alone, root)
 
 
+def told_before(root: Path) -> None:
+    trial = Trial(root)
+    decode, told = trial.engine.decode, []
+
+    def asked() -> int:
+        told.append([type(result).__name__ for result in trial.results])
+        return decode()
+
+    trial.engine.decode = asked  # type: ignore[method-assign]
+    trial.vectors(text(3))
+    assert told[0] == ["Waits"]
+
+
+def test_texts_are_accepted_before_their_first_batch(root: Path) -> None:
+    """A request that ends the process counts as accepted, and is not sent to another one."""
+    in_child(told_before, root)
+
+
 def small_batches(root: Path) -> None:
     trial = Trial(root, on_gpu=False)
     trial.loop._most_tokens = 60

@@ -524,6 +524,24 @@ def test_an_error_of_the_engine_ends_its_requests_only(llama: Path) -> None:
     in_child(failing, llama)
 
 
+def told_before(root: Path) -> None:
+    trial = Trial(root)
+    decode, told = trial.engine.decode, []
+
+    def asked() -> int:
+        told.append([type(outcome).__name__ for outcome in trial.outcomes])
+        return decode()
+
+    trial.engine.decode = asked  # type: ignore[method-assign]
+    trial.run(trial.job(prompt(30), max_tokens=2))
+    assert told[0] == ["Waiting", "Begun"]
+
+
+def test_a_request_is_accepted_before_its_first_batch(llama: Path) -> None:
+    """One that ends the process counts as accepted, and is not sent to another one."""
+    in_child(told_before, llama)
+
+
 def failing_on_a_gpu(root: Path) -> None:
     from tests.support.fakegpu import ALLOC_FAILED, FAILED, SUCCESS
 

@@ -136,7 +136,7 @@ class Embedding:
         most_waiting: int = 64,
         most_wait_s: float = 60.0,
     ) -> None:
-        """`hand_out` is called in the loop's thread, once a step at most; it must not block.
+        """`hand_out` is called in the loop's thread, before and after a batch; it must not block.
 
         `most_waiting`, `most_wait_s`: limits of jobs none of whose texts was in a batch yet.
         """
@@ -183,6 +183,10 @@ class Embedding:
         self.counters.running = sum(job.began_at > 0 for job in jobs)
         self.counters.waiting = len(jobs) - self.counters.running
         self._engine.write_log()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Hand out the results so far."""
         if self._out:
             out, self._out = self._out, []
             self._hand_out(out)
@@ -229,6 +233,7 @@ class Embedding:
             job.began_at = job.began_at or now
             batch.add(tokens, 0, seq_id, n_outputs=len(tokens))
         self._in_batch = frozenset(job for job, _ in parts)
+        self._flush()  # a request that ends the process here must count as accepted, or it is sent to another one
         try:
             is_aborted = self._engine.decode() == ABORTED
             vectors = None if is_aborted else self._engine.vectors(len(parts))

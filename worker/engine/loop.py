@@ -144,7 +144,7 @@ class Loop:
         most_wait_s: float = 60.0,
         shared_prefixes: bool = False,
     ) -> None:
-        """`hand_out` is called in the loop's thread, once a step at most; it must not block.
+        """`hand_out` is called in the loop's thread, before and after a batch; it must not block.
 
         `most_waiting`, `most_wait_s`: limits of jobs that wait for their start.  `shared_prefixes`: a job may reuse
         the tokens of another client's.
@@ -207,6 +207,10 @@ class Loop:
             self._decode()
         self._count()
         self._engine.write_log()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Hand out the outcomes so far."""
         if self._out:
             out, self._out = self._out, []
             self._hand_out(out)
@@ -366,6 +370,7 @@ class Loop:
             prompts = [part for part in parts if part.is_prompt]
             if self._engine.rewinds:
                 self._in_batch = frozenset(part.running.job for part in prompts)
+            self._flush()  # a request that ends the process here must count as accepted, or it is sent to another one
             started = time.monotonic()
             try:
                 status = self._engine.decode()
