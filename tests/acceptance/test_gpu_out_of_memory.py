@@ -17,7 +17,7 @@ ROW_BYTES = 64 << 10
 GPU = "GPU-fake-0"
 VICTIM, OTHER = "p/victim", "p/other"
 CONTEXT_LENGTH = 16_384
-MANY = 1_000  # tokens of an answer
+MANY, MOST = 1_000, 15_000  # tokens of an answer, and of one that ends before
 SHORT, LONG = "Hello", "The quick brown fox jumps over the lazy dog. " * 20
 
 
@@ -50,7 +50,7 @@ def test_memory_that_runs_out_in_a_batch_ends_one_instance(service: Service, hos
     expected = answered(service, model=OTHER, max_tokens=8, messages=says(SHORT))["choices"]
     with (
         streaming(service, model=OTHER, max_tokens=MANY, **ENDLESS) as unharmed,
-        streaming(service, model=VICTIM, max_tokens=MANY, **ENDLESS) as harmed,
+        streaming(service, model=VICTIM, max_tokens=MOST, **ENDLESS) as harmed,
     ):
         begun(unharmed)
         begun(harmed)

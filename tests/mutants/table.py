@@ -927,6 +927,20 @@ MUTANTS = (
         (f"{INTEGRATION}loop.py",),
     ),
     Mutant(
+        "a request that ends the engine is not sent to another one",
+        "worker/engine/loop.py",
+        "            self._flush()  #",
+        "            #",
+        (f"{INTEGRATION}loop.py",),
+    ),
+    Mutant(
+        "texts that end the engine are not sent to another one",
+        "worker/engine/embedding.py",
+        "        self._flush()  #",
+        "        #",
+        (f"{INTEGRATION}embedding.py",),
+    ),
+    Mutant(
         "a scored prompt is decoded as a whole",
         "worker/engine/slots.py",
         "        if waiter.job.scores_prompt:\n            return None, 0\n",
