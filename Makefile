@@ -8,7 +8,7 @@ PEERS := bench/out/peers
 LLAMA_SERVER := $(PEERS)/build/bin/llama-server
 PEERS_STAMP := $(PEERS)/venv/.installed
 
-.PHONY: setup run test test-unit test-quality test-clients coverage mutants soak check image bench bench-peers bench-inference setup-gpu test-gpu bench-gpu
+.PHONY: setup run test test-unit test-quality test-clients coverage mutants soak check image bench bench-peers bench-inference setup-gpu test-gpu bench-gpu gpu
 
 setup: $(STAMP)
 
@@ -87,7 +87,7 @@ $(LLAMA_SERVER): constraints.txt
 	tar --extract --strip-components 1 --directory $(PEERS)/.source --file $(PEERS)/llama_cpp_python-*.tar.gz
 	cmake -S $(PEERS)/.source/vendor/llama.cpp -B $(PEERS)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
 		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
-		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF $(CMAKE_ARGS)
 	cmake --build $(PEERS)/build --target llama-server --parallel $$(nproc)
 	touch $@
 
@@ -96,19 +96,40 @@ $(PEERS_STAMP): constraints.txt
 	$(PEERS)/venv/bin/python -m pip install --constraint constraints.txt 'llama-cpp-python[server]'
 	touch $@
 
-# Installs llama.cpp with CUDA, for the GPUs of this machine, in a separate environment.
-setup-gpu: $(GPU_STAMP)
+# Installs llama.cpp with CUDA, for the GPUs of this machine, in a separate environment: compiled, or from GPU_LIBRARIES,
+# a directory with llama.cpp's libraries, and GPU_SOURCE, the source distribution of llama-cpp-python
+# (native/prebuilt.py).  GPU_PYTHON names the Python of another environment to use instead; then nothing is installed.
+ifdef GPU_PYTHON
+GPU_READY :=
+else
+GPU_PYTHON := $(GPU_BIN)/python
+GPU_READY := $(GPU_STAMP)
+endif
+
+setup-gpu: $(GPU_READY)
+
+ifdef GPU_LIBRARIES
+GPU_WHEEL = $(GPU_BIN)/python native/prebuilt.py "$(GPU_LIBRARIES)" "$(GPU_SOURCE)"
+else
+GPU_WHEEL = CMAKE_ARGS="-DGGML_CUDA=on $$CMAKE_ARGS" $(GPU_BIN)/python native/build.py
+endif
 
 $(GPU_STAMP): pyproject.toml constraints.txt $(NATIVE)
+ifndef GPU_LIBRARIES
 	@command -v nvcc > /dev/null || { echo "nvcc is not on PATH: install NVIDIA's CUDA toolkit, or add its bin directory to PATH." >&2; exit 1; }
+endif
 	$(PYTHON) -m venv .venv-gpu
-	wheel=$$(CMAKE_ARGS="-DGGML_CUDA=on $$CMAKE_ARGS" $(GPU_BIN)/python native/build.py) && \
-		$(GPU_BIN)/python -m pip install --no-deps --force-reinstall "$$wheel"
+	wheel=$$($(GPU_WHEEL)) && $(GPU_BIN)/python -m pip install --no-deps --force-reinstall "$$wheel"
 	$(GPU_BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
-test-gpu: setup-gpu
-	$(GPU_BIN)/python -m pytest tests/gpu
+test-gpu: $(GPU_READY)
+	$(GPU_PYTHON) -m pytest tests/gpu
 
-bench-gpu: setup-gpu
-	$(GPU_BIN)/python -m bench.gpu
+bench-gpu: $(GPU_READY)
+	$(GPU_PYTHON) -m bench.gpu
+
+# One stage in at most 9 minutes (.ci/gpu): make gpu STAGE=tests|cycles|loads|tokens OUT=directory ARGS="--gb 4"
+OUT ?= bench/out/gpu
+gpu: $(GPU_READY)
+	.ci/gpu "$(STAGE)" "$(OUT)" $(GPU_PYTHON) $(ARGS)

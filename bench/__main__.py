@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from bench import (
+    downloads,
     follow,
     follow_report,
     growth,
@@ -117,6 +118,12 @@ def growing(about: dict[str, str]) -> str:
     return growth_report.markdown(figures)
 
 
+def downloading(about: dict[str, str]) -> str:
+    figures = downloads.measure(OUT, say)
+    keep("downloads", {"machine": about} | msgspec.to_builtins(figures))
+    return downloads.markdown(figures)
+
+
 def phasing(about: dict[str, str]) -> str:
     models = {TINY: path_of(TINY), BIG: write_big(), Q4_0: write_q4_0(), WIDE: write_wide()}
     figures = phases.measure(models, MODELS, OUT, say)
@@ -130,6 +137,7 @@ PARTS = {
     "reads": reading,
     "many": loading_many,
     "follow": following,
+    "downloads": downloading,
     "growth": growing,
     "scale": scaling,
 }

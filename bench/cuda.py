@@ -1,5 +1,7 @@
 """CUDA without an engine: a process's context on one GPU, memory on it, and the speed of copies to it.
 
+`python -m bench.cuda GPU` measures the speed from each kind of memory, and writes `Rates` as JSON.
+
 It uses the driver API (libcuda.so.1), not the runtime: every driver provides it under this name, independent of an
 installed toolkit.  Its context is the one that the runtime would create (cuDevicePrimaryCtxRetain).  Some functions,
 such as `cuMemAlloc`, end in _v2, as in cuda.h.
@@ -10,10 +12,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+COPIED_BYTES, COPIES = 1 << 30, 5
 
 
 class CUDAError(Exception):
@@ -87,3 +95,28 @@ def pageable(n_bytes: int) -> Iterator[int]:
             yield ctypes.addressof(first)
         finally:
             del first  # a mapping with an exported pointer cannot be closed
+
+
+class Rates(Struct, frozen=True, kw_only=True):
+    """Bytes per second of single copies to the GPU, from ordinary and from locked memory."""
+
+    pageable: list[float]
+    pinned: list[float]
+
+
+def rates(gpu: GPU) -> Rates:
+    """Measure.  Raises CUDAError."""
+    with gpu.allocated(COPIED_BYTES) as device:
+        measured = []
+        for memory in (pageable, gpu.pinned):
+            with memory(COPIED_BYTES) as host:
+                gpu.copy_s(device, host, COPIED_BYTES)  # the first copy wakes the GPU
+                measured.append([COPIED_BYTES / gpu.copy_s(device, host, COPIED_BYTES) for _ in range(COPIES)])
+    return Rates(pageable=measured[0], pinned=measured[1])
+
+
+if __name__ == "__main__":
+    try:
+        print(msgspec.json.encode(rates(GPU(sys.argv[1]))).decode())
+    except CUDAError as e:
+        sys.exit(str(e))

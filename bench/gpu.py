@@ -1,187 +1,300 @@
-"""`python -m bench.gpu`: the speed of loading a model onto a GPU in each of llama.cpp's modes to read a file, compared
-with the speed of the disk and of copies to the GPU.  The report is docs/benchmarks/gpu.md; all figures are in
-bench/out/gpu.json.
+"""`python -m bench.gpu`: the speed of loading a model onto a GPU, by Loadstone and by llama.cpp in each of its modes to
+read a file, compared with the speed of the disk and of copies to the GPU.
 
 It measures in one run, on an idle machine, on the GPU with the most free memory:
 
 - disk: the file read from start to end, cold, through the page cache and past it (O_DIRECT);
 - memory: the same, warm;
 - host to device: copies from ordinary memory, and from memory that is locked for the GPU;
-- a 4 GB model loaded by `worker.engine.llama` in a fresh process, cold and warm, in each of MODES;
-- the same by the service, over HTTP.
+- the start of CUDA in a process, by a tiny model;
+- a model of 8 GB, cold and warm, in processes of `bench.gpu_bare`: in each of llama.cpp's modes, and by the product's
+  own load (`locked`), which locks llama.cpp's mapping of the file while it is copied
+  (docs/decisions/0020-copy-to-gpus-from-page-locked-mappings.md);
+- the same by the service, over HTTP;
+- with several GPUs: the model split over all of them, and loaded onto each at once.
 
-The service locks llama.cpp's mapping of the file while it is copied, where it can
-(docs/decisions/0020-copy-to-gpus-from-page-locked-mappings.md).  The other processes do what llama.cpp does alone.
-
-How to decide from the table which mode `worker.engine.llama` should use for GPUs elsewhere (`Loaded._load_model`):
+The report and every single figure, gpu.md and gpu.json, are written after each step, so that a run that is ended early
+leaves what it has measured.  A step that fails is reported, and the others go on; the exit status is then 1.
 
 A load is mainly a copy of the file.  The column "share of the possible" is the speed of the load divided by that of the
-slowest part of the bytes' path: 1 is the optimum.  The cold rows matter more: the first load of a model is cold, and
-takes longest.  The mode is `none` now, since `mmap` reports no progress until the whole file is read.
-
-- Change to another mode if its cold total is more than a tenth less than that of `none`, and its warm total is not more
-  than a tenth larger.
-- `direct` does not use the page cache and leaves nothing in it for the next load: it must be as fast as a warm `none`.
-- For `mmap`, consider what is lost.  If `worker.engine.prefetch` reads ahead, as on the CPU, it can report progress.
-- If the service is slower than its mode, the cause is in the service, not in the mode.
-
-It starts the processes `python -m bench.gpu bandwidth GPU` and `python -m bench.gpu load MODE GPU KEY`.
+slowest part of the bytes' path: 1 is the optimum.  If the service is slower than `locked`, the cause is in the service.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
-import json
 import mmap
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, TypeVar
 
-# First: libstdc++ that comes with numpy crashes an engine whose libggml-cuda has symbols of it (seen on an H100).
-import llama_cpp  # noqa: F401
+import llama_cpp  # noqa: F401  # before numpy: see bench/__init__.py
 import msgspec
 import pynvml
 from msgspec import Struct
 
 from bench import pagecache
-from bench.__main__ import drop_from_cache, keep, machine, say
-from bench.report import PHASES, table
-from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, Failure, service
+from bench.__main__ import drop_from_cache, machine, say
+from bench.cuda import Rates
+from bench.gpu_bare import Done, Started
+from bench.gpu_report import CACHES, MODES, Bandwidth, By, Cache, Measured, Mode, Run, Start, lock_of, markdown
+from bench.subjects import Failure, running, service
 from cli import devredis
 from shared import __version__
-from shared.schema.http import LoadRequest
-from shared.settings import Settings
 from shared.synthetic import models as synthetic
-from worker.catalog.catalog import Catalog
 from worker.memory.nvml import Driver
-from worker.runner.parameters import plan
-from worker.runner.protocol import Load
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "bench/out"
-MODELS = OUT / "gpu-models"
-REPORT = ROOT / "docs/benchmarks/gpu.md"
-BIG, TINY = "loadstone/bench-gpu", "loadstone/bench-gpu-tiny"
-MODEL, TINY_MODEL = MODELS / BIG / "bench-gpu-Q8_0.gguf", MODELS / TINY / "bench-gpu-tiny-f16.gguf"
-GB = 4
-NEEDED_BYTES = 6 << 30
-
-Mode = Literal["none", "mmap", "direct"]
-MODES: dict[Mode, str] = {"none": "NONE", "mmap": "MMAP", "direct": "DIRECT_IO"}  # llama.cpp's LLAMA_LOAD_MODE_*
-Cache = Literal["cold", "warm"]
-CACHES: tuple[Cache, ...] = ("cold", "warm")
-ROUNDS = 3
+TINY = "loadstone/bench-gpu-tiny"
+GB, ROUNDS = 8.0, 3
+SPARE_BYTES = 2 << 30  # of the GPU, beyond the weights
 BLOCK_BYTES = 8 << 20  # of a read
-COPIED_BYTES, COPIES = 1 << 30, 5
-PROCESS_S = 600.0
+PROCESS_S = 300.0  # for an answer of a process
 REST_S = 5.0  # between loads of the service, for the next runner to warm up
 
-
-class Bandwidth(Struct, frozen=True, kw_only=True):
-    """Bytes per second, medians."""
-
-    disk: float
-    disk_direct: float | None  # None: the file system does not support O_DIRECT
-    memory: float
-    pageable: float
-    pinned: float
-
-    def possible(self, mode: Mode | None, cache: Cache) -> float:
-        """Return the highest possible rate of a load: that of the slowest part of the bytes' path."""
-        disk = max(self.disk, self.disk_direct or 0)
-        return min(self.pinned, disk if cache == "cold" or mode == "direct" else self.memory)
+Answer = TypeVar("Answer")
 
 
-class Run(Struct, frozen=True, kw_only=True):
-    """One load; `mode` is None for the service, which has its own mode."""
+class Plan(Struct, frozen=True, kw_only=True):
+    """What to measure, and where to write it."""
 
-    mode: Mode | None
-    cache: Cache
-    residency: float  # the share of the file that was in the page cache just before
-    total_s: float  # of the load; for the service from the request to the reply
-    phases_s: dict[str, float]
+    gb: float
+    rounds: int
+    out: Path
+    models: Path
 
     @property
-    def model_s(self) -> float:
-        """Return metadata and weights together, since `mmap` reads the file before the first tensor is reported."""
-        return self.phases_s["metadata"] + self.phases_s["weights"]
+    def key(self) -> str:
+        return f"loadstone/bench-gpu-{self.gb:g}gb"
+
+    @property
+    def model(self) -> Path:
+        return self.models / self.key / f"bench-gpu-{self.gb:g}gb-Q8_0.gguf"
+
+    @property
+    def tiny(self) -> Path:
+        return self.models / TINY / "bench-gpu-tiny-f16.gguf"
 
 
-class Measured(Struct, frozen=True, kw_only=True):
-    """`start_s` is `Run.model_s` of a tiny model: mostly the time to create the CUDA context."""
+class Bare:
+    """A process of `bench.gpu_bare`, which has started the engine."""
 
-    about: dict[str, str]
-    model_bytes: int
-    bandwidth: Bandwidth
-    start_s: float
-    runs: list[Run]
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.backends_s = answer(process, Started).backends_s
 
+    def begin(self) -> None:
+        """Have it load the model."""
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
 
-# ---- the measurements
+    def end(self) -> Done:
+        """Wait for the end of the load.  Raises Failure."""
+        return answer(self._process, Done)
 
-
-def measure() -> Measured:
-    driver = Driver()
-    ids = [id_ for id_ in driver.by_index if id_]
-    if not ids:
-        raise Failure("NVML lists no GPU that CUDA can use as a whole")
-    gpu = max(driver.read(ids), key=lambda one: one.free_bytes)
-    if gpu.free_bytes < NEEDED_BYTES:
-        raise Failure(f"this needs {NEEDED_BYTES:,} free bytes of a GPU; {gpu.free_bytes:,} are free")
-    if not is_complete():
-        say(f"a model of {GB} GB")
-        synthetic.big(MODEL, GB)
-    synthetic.tiny_llama(TINY_MODEL)
-    about = {**machine(), **about_gpu(gpu.id, gpu.name)}
-    say("bandwidth of the disk and of copies to the GPU")
-    rates = bandwidth(gpu.id)
-    say("a tiny model")
-    start_s = tiny_s(gpu.id)
-    runs = mode_runs(gpu.id) + service_runs(gpu.id)
-    return Measured(about=about, model_bytes=MODEL.stat().st_size, bandwidth=rates, start_s=start_s, runs=runs)
+    def load(self) -> Done:
+        self.begin()
+        return self.end()
 
 
-def is_complete() -> bool:
-    """Return whether an earlier run has written the model: writing is atomic, so its size shows that it is complete."""
-    return MODEL.is_file() and abs(MODEL.stat().st_size / (GB * 1e9) - 1) < 0.1
-
-
-def bandwidth(gpu: str) -> Bandwidth:
-    copied = in_process("bandwidth", gpu)
-
-    def rate(prepare: Callable[[Path], object], flags: int = 0) -> float:
-        rates = []
-        for _ in range(ROUNDS):
-            prepare(MODEL)
-            rates.append(read_rate(flags))
-        return statistics.median(rates)
-
+def answer(process: subprocess.Popen[str], kind: type[Answer]) -> Answer:
+    """Return the next line of a process, or end it after PROCESS_S.  Raises Failure."""
+    assert process.stdout
+    limit = threading.Timer(PROCESS_S, process.kill)
+    limit.start()
     try:
-        direct = rate(drop_from_cache, os.O_DIRECT)
-    except OSError:
-        direct = None
-    disk = rate(drop_from_cache)
-    return Bandwidth(  # the file is in the page cache now
-        disk=disk,
-        disk_direct=direct,
-        memory=rate(pagecache.residency),
-        pageable=statistics.median(copied["pageable"]),
-        pinned=statistics.median(copied["pinned"]),
-    )
+        line = process.stdout.readline()
+    finally:
+        limit.cancel()
+        limit.join()
+    if not line:
+        words = [str(word) for word in process.args]  # type: ignore[union-attr]  # as `running` was given them
+        raise Failure(f"`{shlex.join(words[1:])}` ended with status {process.wait()}; see gpu.log")
+    return msgspec.json.decode(line, type=kind)
 
 
-def read_rate(flags: int = 0) -> float:
+class Benchmark:
+    """A run of the benchmark; `measured` grows with each step."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        driver = Driver()
+        ids = [id_ for id_ in driver.by_index if id_]
+        if not ids:
+            raise Failure("NVML lists no GPU that CUDA can use as a whole")
+        gpu = max(driver.read(ids), key=lambda one: one.free_bytes)
+        needed_bytes = int(plan.gb * 1e9) + SPARE_BYTES
+        if gpu.free_bytes < needed_bytes:
+            raise Failure(f"this needs {needed_bytes:,} free bytes of a GPU; {gpu.free_bytes:,} are free")
+        self._gpu, self._gpus = gpu.id, ids
+        about = {**machine(), **about_gpu(gpu.id, gpu.name, plan.out)}  # first, since it records the load average
+        if not plan.model.exists():  # writing is atomic
+            say(f"a model of {plan.gb:g} GB")
+            synthetic.big(plan.model, plan.gb)
+        synthetic.tiny_llama(plan.tiny)
+        self.measured = Measured(about=about, model_bytes=plan.model.stat().st_size, n_gpus=len(ids))
+
+    def run(self) -> None:
+        """Measure everything, the most important first."""
+        self._step("bandwidth of the disk and of copies to the GPU", self._bandwidth)
+        self._step("the start of CUDA", self._start)
+        self._modes("warm")
+        self._step("the service", self._service)
+        if len(self._gpus) > 1:
+            for n in range(self._plan.rounds):
+                self._step(f"split over {len(self._gpus)} GPUs, {n + 1}", self._split)
+                self._step(f"onto each of {len(self._gpus)} GPUs at once, {n + 1}", self._at_once)
+        self._modes("cold")
+
+    def _step(self, what: str, measure: Callable[[], None]) -> None:
+        say(what)
+        try:
+            measure()
+        except (Failure, devredis.RedisUnavailable) as e:
+            say(f"failed: {e}")
+            self.measured.failed[what] = str(e)
+        self._write()
+
+    def _write(self) -> None:
+        report, figures = self._plan.out / "gpu.md", self._plan.out / "gpu.json"
+        report.write_text(markdown(self.measured))
+        figures.write_bytes(msgspec.json.format(msgspec.json.encode(self.measured)))
+
+    def _bandwidth(self) -> None:
+        model = self._plan.model
+
+        def rate(prepare: Callable[[Path], object], flags: int = 0) -> float:
+            rates = []
+            for _ in range(self._plan.rounds):
+                prepare(model)
+                rates.append(read_rate(model, flags))
+            return statistics.median(rates)
+
+        try:
+            direct = rate(drop_from_cache, os.O_DIRECT)
+        except OSError:
+            direct = None
+        disk = rate(drop_from_cache)
+        memory = rate(pagecache.residency)  # the file is in the page cache now
+        copies: Rates | None = None
+        try:
+            copies = self._copies()
+        except Failure as e:
+            self.measured.failed["copies to the GPU"] = str(e)
+        self.measured.bandwidth = Bandwidth(
+            disk=disk,
+            disk_direct=direct,
+            memory=memory,
+            pageable=None if copies is None else statistics.median(copies.pageable),
+            pinned=None if copies is None else statistics.median(copies.pinned),
+        )
+
+    def _copies(self) -> Rates:
+        with self._log() as log, running([sys.executable, "-m", "bench.cuda", self._gpu], log) as process:
+            return answer(process, Rates)
+
+    def _start(self) -> None:
+        """Load a tiny model.  The first process reads libraries from the disk and is not counted."""
+        starts = []
+        for _ in range(1 + self._plan.rounds):
+            with self._bare("none", [self._gpu], TINY) as bare:
+                starts.append((bare.backends_s, model_s(bare.load()), model_s(bare.load())))
+        backends_s, first_s, second_s = (statistics.median(column) for column in zip(*starts[1:], strict=True))
+        self.measured.start = Start(backends_s=backends_s, first_s=first_s, second_s=second_s)
+
+    def _modes(self, cache: Cache) -> None:
+        """Load in each mode in turn, each in a fresh process; a temporary slowdown of the machine affects all modes."""
+        for n in range(self._plan.rounds):
+            for mode in MODES[n % len(MODES) :] + MODES[: n % len(MODES)]:
+                self._step(f"{cache}, {mode}, {n + 1}", lambda mode=mode: self._mode(mode, cache))  # type: ignore[misc]
+
+    def _mode(self, mode: Mode, cache: Cache) -> None:
+        with self._bare(mode, [self._gpu], self._plan.key) as bare:
+            residency, dirty_bytes = self._prepare(cache)
+            done = bare.load()
+            self._add(mode, cache, residency, done, dirty_bytes)
+
+    def _service(self) -> None:
+        out = self._plan.out
+        with service(self._plan.models, out, LOADSTONE_DEVICES=f"{self._gpu},cpu") as running_:
+            running_.reconnect()
+            running_.load(self._plan.key)
+            for cache in reversed(CACHES):
+                for n in range(self._plan.rounds):
+                    say(f"{cache}, the service, {n + 1}")
+                    time.sleep(REST_S)
+                    residency, dirty_bytes = self._prepare(cache)
+                    running_.reconnect()
+                    load = running_.load(self._plan.key)
+                    done = Done(total_s=load.total_s, phases_s=load.phases_s, log=running_.engine_log())
+                    self._add("the service", cache, residency, done, dirty_bytes)
+                    self._write()
+
+    def _split(self) -> None:
+        with self._bare("locked", self._gpus, self._plan.key) as bare:
+            self._prepare("warm")
+            self.measured.several.split_s.append(bare.load().total_s)
+
+    def _at_once(self) -> None:
+        with ExitStack() as stack:
+            all_ = [stack.enter_context(self._bare("locked", [gpu], self._plan.key)) for gpu in self._gpus]
+            self._prepare("warm")
+            for bare in all_:
+                bare.begin()
+            self.measured.several.at_once_s.append(max([bare.end().total_s for bare in all_]))
+
+    def _add(self, by: By, cache: Cache, residency: float, done: Done, dirty_before: int) -> None:
+        self.measured.runs.append(
+            Run(
+                by=by,
+                cache=cache,
+                residency=residency,
+                total_s=done.total_s,
+                phases_s=done.phases_s,
+                lock=lock_of(done.log),
+                dirty_bytes=dirty_bytes() - dirty_before,
+            )
+        )
+
+    def _prepare(self, cache: Cache) -> tuple[float, int]:
+        """Drop or read the model's file; return the share of it in the page cache, and the bytes to be written."""
+        model = self._plan.model
+        if cache == "cold":
+            return drop_from_cache(model), dirty_bytes()
+        read_rate(model)
+        return pagecache.residency(model), dirty_bytes()
+
+    @contextmanager
+    def _bare(self, mode: Mode, gpus: list[str], key: str) -> Iterator[Bare]:
+        words = [sys.executable, "-m", "bench.gpu_bare", mode, str(self._plan.models), key, *gpus]
+        with self._log() as log, running(words, log) as process:
+            yield Bare(process)
+
+    def _log(self) -> IO[str]:
+        return (self._plan.out / "gpu.log").open("a")
+
+
+def model_s(done: Done) -> float:
+    return done.phases_s["metadata"] + done.phases_s["weights"]
+
+
+def read_rate(model: Path, flags: int = 0) -> float:
     """Read the file from start to end; return the bytes per second."""
-    fd = os.open(MODEL, os.O_RDONLY | flags)
+    fd = os.open(model, os.O_RDONLY | flags)
     try:
         with mmap.mmap(-1, BLOCK_BYTES) as block:  # O_DIRECT requires page-aligned memory: open(2)
             left = size = os.fstat(fd).st_size
@@ -193,70 +306,14 @@ def read_rate(flags: int = 0) -> float:
         os.close(fd)
 
 
-def tiny_s(gpu: str) -> float:
-    """Measure `Run.model_s` of a tiny model.  The first load reads libraries from the disk and is not counted."""
-    loads: list[dict[str, float]] = [in_process("load", "none", gpu, TINY) for _ in range(1 + ROUNDS)]
-    return statistics.median(load["metadata"] + load["weights"] for load in loads[1:])
+def dirty_bytes() -> int:
+    """Return how much memory has yet to be written to disks (proc_meminfo(5))."""
+    match = re.search(r"^Dirty: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert match
+    return int(match[1]) << 10
 
 
-def mode_runs(gpu: str) -> list[Run]:
-    """Load by each mode in turn, each in a fresh process; a temporary slowdown of the machine affects all modes."""
-    runs = []
-    for cache in CACHES:
-        for n in range(ROUNDS):
-            for mode in [*MODES][n % len(MODES) :] + [*MODES][: n % len(MODES)]:
-                say(f"{cache}, {mode}")
-                residency = prepare_cache(cache)
-                phases = in_process("load", mode, gpu, BIG)
-                total_s = sum(phases.values())
-                runs.append(Run(mode=mode, cache=cache, residency=residency, total_s=total_s, phases_s=phases))
-    return runs
-
-
-def service_runs(gpu: str) -> list[Run]:
-    runs = []
-    with service(MODELS, OUT, LOADSTONE_DEVICES=f"{gpu},cpu") as running:
-        running.reconnect()
-        running.load(BIG)
-        for cache in CACHES:
-            for _ in range(ROUNDS):
-                say(f"{cache}, service")
-                time.sleep(REST_S)
-                residency = prepare_cache(cache)
-                running.reconnect()
-                load = running.load(BIG)
-                runs.append(
-                    Run(mode=None, cache=cache, residency=residency, total_s=load.total_s, phases_s=load.phases_s)
-                )
-    return runs
-
-
-def prepare_cache(cache: Cache) -> float:
-    """Drop or read the model's file; return the share of it in the page cache."""
-    if cache == "cold":
-        return drop_from_cache(MODEL)
-    read_rate()
-    return pagecache.residency(MODEL)
-
-
-def in_process(*words: str) -> Any:
-    """Run this module in a process with these arguments; return its reply.  Raises Failure."""
-    log = OUT / "gpu.log"
-    with log.open("ab") as stderr:
-        done = subprocess.run(
-            [sys.executable, "-m", "bench.gpu", *words],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            timeout=PROCESS_S,
-            check=False,
-        )
-    if done.returncode != 0:
-        raise Failure(f"`python -m bench.gpu {' '.join(words)}` failed; see {log}")
-    return json.loads(done.stdout)
-
-
-def about_gpu(id_: str, name: str) -> dict[str, str]:
+def about_gpu(id_: str, name: str, directory: Path) -> dict[str, str]:
     handle = pynvml.nvmlDeviceGetHandleByUUID(id_)  # Driver has initialised NVML
     cuda = pynvml.nvmlSystemGetCudaDriverVersion()
     try:
@@ -265,168 +322,54 @@ def about_gpu(id_: str, name: str) -> dict[str, str]:
     except pynvml.NVMLError as e:  # a GPU that is part of the processor has no link
         link = f"PCIe: {e}"
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30
-    df = subprocess.run(["df", "--output=fstype,source", MODELS], capture_output=True, text=True, check=True).stdout
+    df = subprocess.run(["df", "--output=fstype,source", directory], capture_output=True, text=True, check=True).stdout
     return {
-        "GPU": f"{name}, {memory:.0f} GiB, {link}",
+        "GPU": f"{name}, {memory:.0f} GiB, {link}; {pynvml.nvmlDeviceGetCount()} in the machine",
         "driver": f"{pynvml.nvmlSystemGetDriverVersion()}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}; nvcc {nvcc()}",
         "files": " on ".join(df.splitlines()[1].split()),
-        "Loadstone": __version__,
+        "Loadstone": f"{__version__}, commit {output('git', 'rev-parse', '--short=10', 'HEAD') or 'unknown'}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
 def nvcc() -> str:
     """Return the version of the toolkit on PATH, most likely the one that the engine was built with."""
-    if shutil.which("nvcc") is None:
-        return "is not on PATH"
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"release ([\d.]+)", version)
-    return match[1] if match else "of an unknown version"
+    match = re.search(r"release ([\d.]+)", output("nvcc", "--version"))
+    return match[1] if match else "is not on PATH"
 
 
-# ---- in separate processes
+def output(*words: str) -> str:
+    """Return what a program writes; nothing if it is missing, or fails as git does in a copy of the tree."""
+    if shutil.which(words[0]) is None:
+        return ""
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def copy(gpu: str) -> dict[str, list[float]]:
-    """Return the bytes per second of copies to the GPU, from each kind of memory."""
-    from bench.cuda import GPU, pageable  # imported here: in other processes the engine must use CUDA first
-
-    cuda = GPU(gpu)
-    rates = {}
-    with cuda.allocated(COPIED_BYTES) as device:
-        for name, memory in (("pageable", pageable), ("pinned", cuda.pinned)):
-            with memory(COPIED_BYTES) as host:
-                cuda.copy_s(device, host, COPIED_BYTES)  # the first copy wakes the GPU
-                rates[name] = [COPIED_BYTES / cuda.copy_s(device, host, COPIED_BYTES) for _ in range(COPIES)]
-    return rates
-
-
-def load(mode: Mode, gpu: str, key: str) -> dict[str, float]:
-    """Load a model with all layers on the GPU; return the seconds of each phase."""
-    from worker.engine import llama  # imported here: only this process loads a model
-
-    load_mode = getattr(llama.lib, f"LLAMA_LOAD_MODE_{MODES[mode]}")
-    load_model = llama._load_model
-
-    def in_mode(load: Load, params: Any, log: llama.Log) -> Any:
-        params.load_mode = load_mode
-        return load_model(load, params, log)
-
-    llama._load_model = in_mode
-    vars(llama)["lockable_bytes"] = lambda: 0  # nothing is read ahead of llama.cpp
-    to_load = msgspec.structs.replace(load_of(key, gpu), is_whole=False)  # and nothing is locked for it
-    loaded = llama.Loaded(to_load, llama.initialise(gpu), lambda _phase, _bytes: None)
-    (on_gpu, *_) = loaded.ready(to_load).usage
-    if on_gpu.id != gpu or on_gpu.weights_bytes < to_load.total_bytes / 2:
-        raise Failure(f"the model was not loaded onto the GPU: {on_gpu}")
-    return {str(phase): seconds for phase, seconds in loaded.timing.items()}
-
-
-def load_of(key: str, gpu: str) -> Load:
-    """Return the load that a worker would send to a runner for the request that the service gets."""
-    with tempfile.TemporaryDirectory() as directory:
-        catalog = Catalog([MODELS], Path(directory, "cache"))
-        catalog.look()
-        while catalog.is_shallow:
-            catalog.deepen(1.0)
-        model = next(model for model in catalog.models() if model.key == key)
-    assert model.dimensions
-    request = LoadRequest(model=key, context_length=CONTEXT_LENGTH, eval_batch_size=EVAL_BATCH_SIZE)
-    return plan(request, model, Settings(models_dir=MODELS), [gpu], [model.dimensions.block_count + 1])
-
-
-# ---- the report
-
-
-def markdown(measured: Measured) -> str:
-    speeds = measured.bandwidth
-    direct = "not supported" if speeds.disk_direct is None else f"{speeds.disk_direct / 1e9:.2f}"
-    lines = [
-        "# Loading onto a GPU",
-        "",
-        "Written by `make bench-gpu`; [bench/gpu.py](../../bench/gpu.py) explains how to read it.",
-        "",
-        *(f"- {name}: {value}" for name, value in measured.about.items()),
-        "",
-        "## Speed of the machine",
-        "",
-        *table(
-            ["GB/s, medians", ""],
-            [
-                [f"disk, the file read in blocks of {BLOCK_BYTES >> 20} MiB, cold", f"{speeds.disk / 1e9:.2f}"],
-                ["the same past the page cache (O_DIRECT)", direct],
-                ["the same from the page cache", f"{speeds.memory / 1e9:.2f}"],
-                ["host to device, ordinary memory", f"{speeds.pageable / 1e9:.2f}"],
-                ["host to device, locked memory", f"{speeds.pinned / 1e9:.2f}"],
-            ],
-        ),
-        "",
-        f"## A model of {measured.model_bytes / 1e9:.2f} GB, Q8_0, all layers on the GPU",
-        "",
-        f"Medians of {ROUNDS}; a context of {CONTEXT_LENGTH:,} tokens. Model is metadata and weights; for a tiny model "
-        f"they take {measured.start_s:.2f} s (mostly the CUDA context), and the speed is the file's bytes divided by "
-        "the rest. The service's total is the HTTP request; the others are separate processes, timed once the engine "
-        "has started.",
-        "",
-        *table(
-            ["cache", "by", "total, s", "model, s", "GB/s", "possible, GB/s", "share of the possible"],
-            [_row(measured, cache, mode) for cache in CACHES for mode in (*MODES, None)],
-        ),
-        "",
-        "All loads, in the order of the runs:",
-        "",
-        *table(["s", "by", "in cache before", "total", *PHASES], [_each(run) for run in measured.runs]),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _row(measured: Measured, cache: Cache, mode: Mode | None) -> list[str]:
-    runs = [run for run in measured.runs if (run.cache, run.mode) == (cache, mode)]
-    model_s = statistics.median(run.model_s for run in runs)
-    possible = measured.bandwidth.possible(mode, cache)
-    cells = [cache, mode or "the service", f"{statistics.median(run.total_s for run in runs):.2f}", f"{model_s:.2f}"]
-    if model_s <= measured.start_s:
-        return [*cells, "", f"{possible / 1e9:.2f}", ""]
-    speed = measured.model_bytes / (model_s - measured.start_s)
-    return [*cells, f"{speed / 1e9:.2f}", f"{possible / 1e9:.2f}", f"{speed / possible:.2f}"]
-
-
-def _each(run: Run) -> list[str]:
-    known = run.phases_s | {"model": run.model_s}
-    phases = [f"{known[phase]:.3f}" if phase in known else "" for phase in PHASES]
-    return [run.cache, run.mode or "the service", f"{run.residency:.1%}", f"{run.total_s:.3f}", *phases]
-
-
-# ---- the program
+def arguments() -> Plan:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Measure loads onto GPUs.")
+    parser.add_argument("--gb", type=float, default=GB, help=f"size of the model (default: {GB:g})")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"loads of each kind (default: {ROUNDS})")
+    parser.add_argument("--out", type=Path, default=OUT / "gpu", help="directory for the report, figures and logs")
+    parser.add_argument("--models", type=Path, default=OUT / "gpu-models", help="directory for the models, which stay")
+    given = parser.parse_args()
+    return Plan(gb=given.gb, rounds=given.rounds, out=given.out.absolute(), models=given.models.absolute())
 
 
 def main() -> int:
-    match sys.argv[1:]:
-        case []:
-            pass
-        case ["bandwidth", gpu]:
-            print(json.dumps(copy(gpu)))
-            return 0
-        case ["load", ("none" | "mmap" | "direct") as mode, gpu, key]:
-            print(json.dumps(load(mode, gpu, key)))
-            return 0
-        case _:
-            print("usage: python -m bench.gpu", file=sys.stderr)
-            return 2
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: running processes are stopped
+    plan = arguments()
+    plan.out.mkdir(parents=True, exist_ok=True)
     try:
-        measured = measure()
+        benchmark = Benchmark(plan)
+        benchmark.run()
     except (Failure, devredis.RedisUnavailable) as e:
         print(f"bench: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    keep("gpu", msgspec.to_builtins(measured))
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(report := markdown(measured))
-    print(report)
-    return 0
+    print(markdown(benchmark.measured))
+    return 1 if benchmark.measured.failed else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`python -m bench.inference [ROUNDS]`: answers of SmolLM2-135M over HTTP, by Loadstone and by llama-server.
+"""`python -m bench.inference [ROUNDS] [--llama-server PATH]`: answers of SmolLM2-135M over HTTP, by Loadstone and by
+llama-server.
 
 Both servers run the same llama.cpp, on the same threads, with the same context, batch, number of sequences and flash
 attention.  Each round measures both, in alternating order; figures are medians over the rounds.  The report is
@@ -8,49 +9,47 @@ machine.
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import statistics
-import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Literal, get_args
+from typing import get_args
 
+import llama_cpp  # noqa: F401  # before numpy: see bench/__init__.py
 import msgspec
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from msgspec import Struct
 
 from bench.__main__ import DOCS, OUT, keep, machine, say
-from bench.peers.__main__ import LLAMA_SERVER, commit
-from bench.peers.subjects import free_port
+from bench.answers import LLAMA_SERVER, Client, Setup, Subject, Who, client, llama_server
+from bench.peers.__main__ import commit
 from bench.report import percentile, table
-from bench.streams import Round, Stream
-from bench.subjects import Failure, Service, running, service
+from bench.streams import Stream
+from bench.subjects import Failure, Service, service
 from cli import demo
 
 ROUNDS = 7
 AT_ONCE = (1, 4, 16)
 TOKENS = 96  # of an answer
-PARALLEL, CONTEXT, BATCH = 16, 8192, 512
 THREADS = len(os.sched_getaffinity(0))
-START_S, REPLY_S = 120.0, 600.0
+SETUP = Setup(n_ctx=8192, n_batch=512, n_ubatch=512, parallel=16, n_threads=THREADS)
 MANY, MANY_TOKENS = 64, 64  # streams at once, and tokens of each, for the CPU time of the API process
 SHARED, SHARED_TOKENS = 20, 2000  # requests with one prompt of so many tokens
 BESIDE, LONG_TOKENS = 4, 6000  # answers beside one long prompt
 BUDGET_S = 0.1  # of a step with running requests on a CPU
 REPORT, PLOT = DOCS / "benchmarks/inference.md", DOCS / "benchmarks/inference.png"
 MODELS = OUT / "inference-models"
+GPU = "On a GPU, with larger models: [tokens on a GPU](tokens.md)."
 TOPICS = [
     *("rivers", "bridges", "trains", "clocks", "islands", "bees", "glass", "salt"),
     *("paper", "wind", "stars", "bread", "maps", "ships", "music", "mountains"),
 ]
-
-Who = Literal["Loadstone", "llama-server"]
 
 
 class Measured(Struct, frozen=True, kw_only=True):
@@ -62,33 +61,6 @@ class Measured(Struct, frozen=True, kw_only=True):
     first_ms: list[float]  # to the first text of each answer
     added_ms: list[float]  # of these, beyond the time to the first token by the server's own count
     tokens: int
-
-
-class Subject(Struct, frozen=True):
-    name: Who
-    port: int
-
-
-class Client:
-    """The process that sends the requests: `bench.streams`."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def streams(self, subject: Subject, bodies: list[str]) -> list[Stream]:
-        assert self._process.stdin
-        assert self._process.stdout
-        task = Round(port=subject.port, bodies=bodies, within_s=REPLY_S)
-        self._process.stdin.write(msgspec.json.encode(task).decode() + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise Failure("the client has exited")
-        answers = msgspec.json.decode(line, type=list[Stream])
-        for answer in answers:
-            if answer.error:
-                raise Failure(f"{subject.name}: no whole answer: {answer.error}")
-        return answers
 
 
 def body(prompt: str, tokens: int = TOKENS, **more: object) -> str:
@@ -173,7 +145,7 @@ def api_cpu_us(client: Client, subject: Subject, running_: Service) -> float:
     return (cpu_s(pid) - before) / tokens * 1e6
 
 
-def measure(rounds: int) -> tuple[list[Measured], Shared, Beside, Beside, float]:
+def measure(rounds: int, program: Path) -> tuple[list[Measured], Shared, Beside, Beside, float]:
     say("the model")
     model = MODELS / demo.REAL_FILE
     if not model.exists():
@@ -182,37 +154,26 @@ def measure(rounds: int) -> tuple[list[Measured], Shared, Beside, Beside, float]
     OUT.mkdir(exist_ok=True)
     with ExitStack() as stack:
         log = stack.enter_context((OUT / "inference.log").open("w"))
-        client = Client(stack.enter_context(running([sys.executable, "-m", "bench.streams"], log)))
-        peer = stack.enter_context(llama_server(model, log))
-        ours = stack.enter_context(service(MODELS, OUT))
-        load = {"context_length": CONTEXT, "eval_batch_size": BATCH, "flash_attention": True}
-        _, loaded, _ = ours.post("/api/v1/models/load", {"model": demo.REAL, "parallel": SHARED, **load})
+        sender = stack.enter_context(client(log))
+        peer = stack.enter_context(llama_server(program, model, SETUP, log))
+        ours = stack.enter_context(service(MODELS, OUT, **SETUP.service_variables))
+        load = SETUP.load(demo.REAL)
+        _, loaded, _ = ours.post("/api/v1/models/load", {**load, "parallel": SHARED})
         subjects = [Subject("Loadstone", ours.port), peer]
-        wait_for(peer)
         runs = []
         for n in range(rounds + 1):  # the first one warms up
             say(f"round {n} of {rounds}")
             for subject in subjects if n % 2 else reversed(subjects):
-                measured = [round_of(client, subject, at_once, n) for at_once in AT_ONCE]
+                measured = [round_of(sender, subject, at_once, n) for at_once in AT_ONCE]
                 runs += measured if n else []
         say("one prompt for many, and a long prompt beside answers")
-        one = shared(client, subjects[0])
-        long, other_long = (beside(client, subject) for subject in subjects)
+        one = shared(sender, subjects[0])
+        long, other_long = (beside(sender, subject) for subject in subjects)
         say(f"{MANY} streams")
         ours.reconnect()
         ours.post("/api/v1/models/unload", {"instance_id": loaded["instance_id"]})
-        ours.post("/api/v1/models/load", {"model": demo.REAL, "parallel": MANY, **load})
-        return runs, one, long, other_long, api_cpu_us(client, subjects[0], ours)
-
-
-def wait_for(subject: Subject) -> None:
-    """Wait until llama-server has loaded its model."""
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
-        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{subject.port}/health", timeout=1):
-            return
-        time.sleep(0.1)
-    raise Failure("llama-server did not become ready; see bench/out/inference.log")
+        ours.post("/api/v1/models/load", {**load, "parallel": MANY})
+        return runs, one, long, other_long, api_cpu_us(sender, subjects[0], ours)
 
 
 def children(pid: int) -> list[int]:
@@ -224,11 +185,12 @@ def children(pid: int) -> list[int]:
 def markdown(about: dict[str, str], measured: tuple[list[Measured], Shared, Beside, Beside, float]) -> str:
     runs, one, long, other_long, cpu_us = measured
     n = len(runs) // (2 * len(AT_ONCE))
-    lines = ["# Answers over HTTP", "", f"Written by `make bench-inference`; medians of {n} rounds.", ""]
+    lines = ["# Answers over HTTP", "", f"Written by `make bench-inference`; medians of {n} rounds. {GPU}", ""]
     lines += [f"- {name}: {fact}" for name, fact in about.items()]
     lines += [
-        f"- SmolLM2-135M-Instruct Q4_1; context {CONTEXT}, batch {BATCH}, {PARALLEL} sequences and more, {THREADS} "
-        f"threads, flash attention, unified KV cache; {TOKENS} tokens an answer, streamed, most probable token",
+        f"- SmolLM2-135M-Instruct Q4_1; context {SETUP.n_ctx}, batch {SETUP.n_batch}, {SETUP.parallel} sequences and "
+        f"more, {THREADS} threads, flash attention, unified KV cache; {TOKENS} tokens an answer, streamed, most "
+        "probable token; llama-server without its cache of finished prompts in memory",
         "",
         "## Tokens per second",
         "",
@@ -291,10 +253,15 @@ def plot(runs: list[Measured], path: Path) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.inference")
+    parser.add_argument("rounds", type=int, nargs="?", default=ROUNDS)
+    parser.add_argument("--llama-server", type=Path, default=LLAMA_SERVER)
+    options = parser.parse_args()
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # an exception: running processes are stopped
     about = machine() | {"commit": commit()}
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     try:
-        measured = measure(rounds)
+        measured = measure(options.rounds, options.llama_server)
     except Failure as e:
         print(f"bench: {e}", file=sys.stderr)
         return 1
@@ -305,16 +272,6 @@ def main() -> int:
     REPORT.write_text(report)
     print(report)
     return 0
-
-
-@contextmanager
-def llama_server(model: Path, log: IO[str]) -> Iterator[Subject]:
-    port = free_port()
-    argv = [str(LLAMA_SERVER), "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--ctx-size", str(CONTEXT), "--batch-size", str(BATCH), "--ubatch-size", str(BATCH)]
-    argv += ["--parallel", str(PARALLEL), "--kv-unified", "--threads", str(THREADS), "--flash-attn", "on"]
-    with running(argv, log):
-        yield Subject("llama-server", port)
 
 
 def cpu_s(pid: int) -> float:

@@ -1,4 +1,4 @@
-"""Streams chat completions from a local server and notes when each piece of text arrives.
+"""Streams answers from a local server and notes when each piece of text arrives.
 
 `python -m bench.streams` answers each `Round` on stdin with a list of `Stream`, both as lines of JSON.  It is a process
 of its own, so that reading costs the measured servers nothing but CPU time, and each of them the same.
@@ -20,13 +20,14 @@ GENERATED, PROMPT, CACHED = (
     re.compile(rb'"%b":(\d+)' % name) for name in (b"completion_tokens", b"prompt_tokens", b"cached_tokens")
 )
 OWN = [re.compile(rb'"%b":([0-9.e+-]+)' % name) for name in (b"queued_ms", b"prompt_ms")]
-TEXT = re.compile(rb'"content":"(?!")')
+TEXT = re.compile(rb'"(?:content|text)":"(?!")')
 
 
 class Round(Struct, frozen=True, kw_only=True):
     """Send these bodies at the same time, each over a connection of its own."""
 
     port: int
+    path: str
     bodies: list[str]
     within_s: float
 
@@ -48,13 +49,20 @@ class Stream(Struct, frozen=True, kw_only=True):
         """Milliseconds to the first text; to the end if there is none."""
         return ((self.texts_s[0] if self.texts_s else self.ended_s) - self.sent_s) * 1000
 
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds between two tokens; 0 if there are no two."""
+        return (
+            (self.texts_s[-1] - self.texts_s[0]) * 1000 / (self.tokens - 1) if self.tokens > 1 and self.texts_s else 0.0
+        )
+
 
 async def stream(task: Round, body: str, started: float) -> Stream:
     reader, writer = await asyncio.open_connection("127.0.0.1", task.port, limit=1 << 24)
     content = body.encode()
     writer.write(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content)
+        b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (task.path.encode(), len(content), content)
     )
     sent_s = time.monotonic() - started
     texts: list[float] = []

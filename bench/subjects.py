@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from shared import paths
 from shared.settings import PREFIX
 
 CONTEXT_LENGTH = 4096
@@ -79,16 +81,26 @@ class Service:
         """Return the duration in seconds, the reply, and its Server-Timing."""
         content = json.dumps(body).encode()
         started = time.monotonic()
+        answer, headers = self._send("POST", path, content)
+        return time.monotonic() - started, json.loads(answer), headers.get("Server-Timing", "")
+
+    def engine_log(self) -> str:
+        """Return what the engine said in the newest load."""
+        answer, _ = self._send("GET", f"{paths.JOBS}?limit=1")
+        (job,) = json.loads(answer)["jobs"]
+        return self._send("GET", paths.JOB_LOGS.format(job_id=job["job_id"]))[0].decode("utf-8", "replace")
+
+    def _send(self, method: str, path: str, content: bytes | None = None) -> tuple[bytes, http.client.HTTPMessage]:
+        """Return the body of the reply, and its headers.  Raises Failure."""
         try:
-            self._connection.request("POST", path, content, {"Content-Type": "application/json"})
+            self._connection.request(method, path, content, {"Content-Type": "application/json"} if content else {})
             response = self._connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as e:
             raise Failure(f"{path}: no reply: {e!r}") from e
-        seconds = time.monotonic() - started
         if response.status != 200:
             raise Failure(f"{path}: reply with status {response.status}: {answer.decode('utf-8', 'replace')}")
-        return seconds, json.loads(answer), response.headers.get("Server-Timing", "")
+        return answer, response.headers
 
 
 class Bare:
@@ -113,6 +125,13 @@ class Bare:
         if not line:
             raise Failure(f"the bare process has exited; see {self._log}")
         return json.loads(line)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """`python native/build.py`: builds llama-cpp-python with Loadstone's chat code, and prints the path of the wheel.
 
-This is the one place that knows how the engine is built.  CMAKE_ARGS of the environment is passed on, such as
-`-DGGML_CUDA=on` for NVIDIA GPUs.  The wheel is kept in ~/.cache/loadstone/engine (XDG_CACHE_HOME), under a digest of
-all that it depends on, so that another environment takes seconds.  Pip's own cache would not do: it returns a wheel
-that was built with other options.
+This is the one place that knows how the engine is built; prebuilt.py packs what was built elsewhere.  CMAKE_ARGS of the
+environment is passed on, such as `-DGGML_CUDA=on` for NVIDIA GPUs.  The wheel is kept in ~/.cache/loadstone/engine
+(XDG_CACHE_HOME), under a digest of all that it depends on, so that another environment takes seconds.  Pip's own cache
+would not do: it returns a wheel that was built with other options.
 
 Uses only the standard library and pip.  Progress goes to stderr: at least a line every 5 seconds, where stderr is no
 terminal.
@@ -141,10 +141,15 @@ def build(directory: Path) -> None:
     progress.end()
 
 
+def kept(digest: str) -> Path:
+    """Return the directory in which a wheel is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loadstone" / "engine" / digest
+
+
 def main() -> None:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loadstone" / "engine"
-    kept = cache / digest()
-    if not (wheels := list(kept.glob("*.whl"))):
+    directory = kept(digest())
+    cache = directory.parent
+    if not (wheels := list(directory.glob("*.whl"))):
         if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
             raise SystemExit("llama.cpp needs a C++ compiler: install g++ or clang++")
         cores = len(os.sched_getaffinity(0))
@@ -161,9 +166,9 @@ def main() -> None:
             (wheel,) = Path(name).glob("*.whl")
             if CHAT_LIBRARY not in zipfile.ZipFile(wheel).namelist():
                 raise SystemExit(f"{wheel.name} has no {CHAT_LIBRARY}: does CMAKE_ARGS replace engine.cmake?")
-            kept.mkdir(exist_ok=True)
-            wheel.replace(kept / wheel.name)
-        wheels = list(kept.glob("*.whl"))
+            directory.mkdir(exist_ok=True)
+            wheel.replace(directory / wheel.name)
+        wheels = list(directory.glob("*.whl"))
     sys.stdout.write(f"{wheels[0]}\n")
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import llama_cpp  # noqa: F401  # before numpy: see bench/__init__.py
 import msgspec
 
 from bench import pagecache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from msgspec import Struct
 
 from bench.peers.bare import Done, Mode, Task
 from bench.peers.models import Model
-from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, REPLY_S, Failure, Service, running, service
+from bench.subjects import CONTEXT_LENGTH, EVAL_BATCH_SIZE, REPLY_S, Failure, Service, free_port, running, service
 from worker.engine.llama import MANY_BYTES, n_threads
 
 POLL_S = 0.002  # for subjects that report ready only to a poll
@@ -216,13 +215,6 @@ def _line(process: subprocess.Popen[str]) -> str:
     if not line:
         raise Failure("a bare process has exited; see bench/out/peers/bare.log")
     return line
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 def _answering(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.gpu.conftest import BIG, context_of, watched_on
 from tests.gpu.gpus import MIB, GPUs
-from tests.gpu.watched import Watched, check_use
+from tests.gpu.watched import Watched, check_use, pages
 
 SLACK_BYTES = 16 * MIB
 
@@ -41,8 +41,9 @@ def watched(two_gpus: Watched) -> Iterator[Watched]:
 @pytest.mark.parametrize("split", ["even", [3, 1]])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_split_model_uses_the_estimated_bytes_of_each_gpu(
-    watched: Watched, contexts: dict[str, int], split: Any, reverse: bool
+    watched: Watched, contexts: dict[str, int], models_dir: Path, split: Any, reverse: bool
 ) -> None:
+    """It is copied to both from one range of locked memory."""
     ids = watched.ids[::-1] if reverse else watched.ids
     where = {"devices": ids, "split": split}
     estimates = watched.estimated(BIG, gpu=where)
@@ -50,6 +51,7 @@ def test_a_split_model_uses_the_estimated_bytes_of_each_gpu(
         assert loaded.job["devices"] == ids
         for id_ in ids:
             check_use(loaded.used_bytes[id_], estimates[id_]["total_bytes"], contexts[id_])
+        assert watched.locked_bytes(loaded.job) == pages((models_dir / BIG).glob("*.gguf"))
     first, second = (estimates[id_]["weights_bytes"] for id_ in ids)
     assert (first > 2 * second) == (split != "even")
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from tests.gpu.gpus import STEADY_BYTES, GPUs, steady_bytes
 from tests.support.service import STATUS, Service, until
 
 LOAD_S = 300.0  # of a load: the first load reads CUDA's libraries from the disk
+PAGE = os.sysconf("SC_PAGE_SIZE")
+LOCKED = re.compile(r"page_lock: (\d+) bytes locked in ([\d.]+) s")
+UNLOCKED = re.compile(r"page_lock: unlocked in ([\d.]+) s")
+CANNOT = re.compile(r"page_lock: .*(?:the driver is|a GPU does not support).*")
 BOUND = 0.03  # relative error of an estimate, in either direction
 
 
@@ -90,6 +99,26 @@ class Watched(NamedTuple):
         reply = self.service.send("GET", f"{STATUS}/{job['job_id']}/logs")
         assert reply.status == 200, reply.text
         return reply.text
+
+    def locked_bytes(self, job: Any) -> int:
+        """Return the bytes that a load locked, by its log, once they are unlocked; skip the test if the driver or a GPU
+        cannot."""
+
+        def complete() -> str | None:
+            log = self.engine_log(job)
+            if cannot := CANNOT.search(log):
+                pytest.skip(cannot[0])
+            return log if UNLOCKED.search(log) else None
+
+        log = until(complete, "the log says that the memory is unlocked")
+        assert not re.search("page_lock: .*returned", log), log
+        ((n_bytes, _),) = LOCKED.findall(log)
+        return int(n_bytes)
+
+
+def pages(files: Iterable[Path]) -> int:
+    """Return the bytes that locking these files locks."""
+    return sum(-(-file.stat().st_size // PAGE) * PAGE for file in files)
 
 
 def check_use(used_bytes: int, estimated_bytes: int, context_bytes: int) -> None:

@@ -19,7 +19,7 @@ from shared.synthetic.models import large_vocabulary, tiny_gemma3
 from tests.integration.test_runner import DEADLINE_S, answers, given, ready, taken
 from tests.support.fakehosts import Device, FakeHost
 from tests.support.runners import freeze
-from worker.runner.failure import from_reason
+from worker.runner.failure import from_exit, from_reason
 from worker.runner.process import Runner
 from worker.runner.protocol import NO_GPU, Failed, Load, Measure, Measured
 from worker.runner.warm import Runners
@@ -228,6 +228,23 @@ async def test_any_allocation_without_room_is_insufficient_memory(
         code, sentence = from_reason(await refused(runner, load))
     assert code == "insufficient_memory", sentence
     assert used(host)[B] == 0
+
+
+async def test_no_room_to_compute_a_token_is_insufficient_memory(host: FakeHost, files: dict[str, Path]) -> None:
+    """What CUDA takes while a batch is computed is not in the engine's buffers, and llama.cpp aborts without it."""
+    host.driver(row_bytes=MIB)
+    load = given(files["llama"], devices=[A], layers=[5])
+    async with started() as runner:
+        (on_a, _) = await measured(runner, load)
+        host.take(A, GIB - on_a.total_bytes - MIB + 1)
+        _, answer = await answers(runner, load)
+        assert answer is None
+        async with asyncio.timeout(DEADLINE_S):
+            await runner.reaped()
+        code, sentence = from_exit(runner.status, runner.output)
+    assert (code, sentence) == ("insufficient_memory", "CUDA error: out of memory")
+    host.release(A)
+    assert used(host)[A] == 0
 
 
 # ---- dry runs

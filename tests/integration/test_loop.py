@@ -19,7 +19,7 @@ from tests.support import architectures
 from tests.support.child import in_child
 from tests.support.generation import Answered, Trial, ids_of
 from worker.engine import slots
-from worker.engine.job import Done, Waiting
+from worker.engine.job import Done, Job, Waiting
 from worker.engine.slots import Cut, Restore
 
 NEAR = 0.05  # of log probabilities: batches of other sizes use other kernels
@@ -158,8 +158,6 @@ def test_a_seed_repeats_the_draws(llama: Path) -> None:
 
 
 def threaded(root: Path) -> None:
-    from worker.engine import sample
-
     trial = Trial(root)
 
     def drawn() -> list[list[bytes]]:
@@ -173,7 +171,7 @@ def threaded(root: Path) -> None:
         return answers
 
     alone = drawn()
-    sample.TOKENS_OF_A_THREAD = 1
+    trial.loop._draws._tokens_of_a_thread = 1
     trial.loop._draws._n_threads = 4
     assert drawn() == alone
     assert trial.loop._draws._threads is not None
@@ -524,6 +522,37 @@ def failing(root: Path) -> None:
 
 def test_an_error_of_the_engine_ends_its_requests_only(llama: Path) -> None:
     in_child(failing, llama)
+
+
+def failing_on_a_gpu(root: Path) -> None:
+    from tests.support.fakegpu import ALLOC_FAILED, FAILED, SUCCESS
+
+    trial = Trial(root, parallel=2, n_on_gpu=5)
+
+    def job(n: int, client: str) -> Job:
+        sampling = trial.endless(temperature=0)
+        return trial.job(prompt(n, n), sampling=sampling, max_tokens=3, logprobs=10, client=client)
+
+    (before,) = trial.run(job(900, "a"))
+    for statuses in ([FAILED], [SUCCESS, ALLOC_FAILED], [SUCCESS, SUCCESS, FAILED]):  # a prompt's parts, then a token
+        client = f"b{len(statuses)}"
+        trial.gpu.statuses = [*statuses]
+        (broken,) = trial.run(job(900, client))
+        assert (broken.kinds, broken.code) == (["Waiting", "Begun", "Broken"], "engine_failed")
+        assert broken.last.message.endswith(f"failed with error {statuses[-1]}")
+        assert not trial.gpu.statuses
+        (after,) = trial.run(job(900, client))
+        assert after.cached_tokens == 0, "the failed batch leaves nothing behind"
+        assert is_near(before, after)
+    trial.gpu.statuses = [FAILED]
+    *both, third, fourth = trial.run(job(30, "c"), job(40, "d"), job(30, "e"), job(900, "f"))
+    assert [each.code for each in both] == ["engine_failed"] * 2
+    assert [each.n_tokens for each in (third, fourth)] == [3, 3], "they waited, and were not in the batch"
+    assert is_near(before, fourth)
+
+
+def test_a_gpu_that_fails_ends_the_requests_of_its_batch(llama: Path) -> None:
+    in_child(failing_on_a_gpu, llama)
 
 
 def restored(root: Path) -> None:

@@ -14,7 +14,8 @@ from tests.support.certificates import local_tls
 from tests.support.hub import LocalHub, sha256
 from worker.hub import transfer
 from worker.hub.choice import RemoteFile
-from worker.hub.client import Access, Hub, Unavailable
+from worker.hub.client import Access, Hub
+from worker.hub.connection import Unavailable
 from worker.hub.transfer import Corrupt, Transfer, discard, opened
 
 PIECE = 256 << 10
@@ -37,7 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
 
 
 def client_of(access: Access) -> Hub:
-    client = Hub(access, 4)
+    client = Hub(access)
     _clients.append(client)
     return client
 

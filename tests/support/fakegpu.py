@@ -20,6 +20,8 @@ from llama_cpp import llama_cpp
 
 TYPE_CPU, TYPE_GPU = 0, 1  # enum ggml_backend_dev_type
 SET_TENSOR = 4  # the place of the function among those that a ggml_backend_buffer begins with
+LOG_ERROR = 4  # enum ggml_log_level
+ALLOC_FAILED, FAILED, SUCCESS = -2, -1, 0  # enum ggml_status
 
 _ggml: Any = llama_cpp._lib
 
@@ -44,7 +46,10 @@ class _Device(ctypes.Structure):  # ggml_backend_device
 
 
 class _Backend(ctypes.Structure):  # ggml_backend
-    _fields_ = _pointers("guid", *(f"function_{i}" for i in range(16)), "device", "context")
+    _fields_ = _pointers(
+        *("guid", *(f"function_{i}" for i in range(12)), "graph_compute", "event_record", "event_wait"),
+        *("graph_optimize", "device", "context"),
+    )
 
 
 class _Capabilities(ctypes.Structure):  # ggml_backend_dev_caps
@@ -73,6 +78,7 @@ _Props = ctypes.CFUNCTYPE(None, c_void_p, ctypes.POINTER(_Properties))
 _Alloc = ctypes.CFUNCTYPE(c_void_p, c_void_p, c_size_t)
 _Free = ctypes.CFUNCTYPE(None, c_void_p)
 _Set = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_size_t, c_size_t)
+_Compute = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p)
 
 
 def _bind(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
@@ -86,6 +92,10 @@ _cpu_backend = _bind("ggml_backend_cpu_init", c_void_p)
 _free_backend = _bind("ggml_backend_free", None, c_void_p)
 _device_by_type = _bind("ggml_backend_dev_by_type", c_void_p, c_int)
 _register = _bind("ggml_backend_device_register", None, c_void_p)
+_graph_node = _bind("ggml_graph_node", c_void_p, c_void_p, c_int)
+_n_rows = _bind("ggml_nrows", ctypes.c_int64, c_void_p)
+_log = _bind("ggml_log_internal", None, c_int, ctypes.c_char_p)  # in fact of a variable number of arguments, as below
+_abort = _bind("ggml_abort", None, ctypes.c_char_p, c_int, ctypes.c_char_p)
 
 _registered: list[FakeGPU] = []  # ggml never frees devices, so their structs are kept too
 
@@ -101,6 +111,9 @@ class Memory(Protocol):
 
     def give(self, n_bytes: int) -> None: ...
 
+    def grow(self, n_rows: int) -> bool:
+        """Take what this process needs to compute so many rows at once; return whether there was room."""
+
     def free_bytes(self) -> int: ...
 
 
@@ -112,7 +125,8 @@ class Copies(Protocol):
 
 class FakeGPU:
     """One fake device.  `used_bytes` and `peak_bytes` are the current and the largest usage of llama.cpp in this
-    process; if other processes use the device too, `shared` has its free memory.
+    process; if other processes use the device too, `shared` has its free memory.  `statuses` has results (of ggml) of
+    the next computations, of which only those with SUCCESS are made.
 
     Created and registered by `add`; never unregistered, since ggml has no function for that.
     """
@@ -122,9 +136,11 @@ class FakeGPU:
         self.total_bytes = total_bytes
         self.used_bytes = 0
         self.peak_bytes = 0
+        self.statuses: list[int] = []
         self._shared = shared
         self._copies = copies
         self._set_tensor: Any = None  # the CPU backend's function
+        self._compute_graph: Any = None  # likewise
         self._live: dict[int, tuple[int, int]] = {}  # buffer -> its bytes, and the CPU backend's free function
         self._strings = [ctypes.create_string_buffer(text.encode()) for text in (name, "fake GPU", f"fake:{name}")]
         self._name, self._description, self._id = map(ctypes.addressof, self._strings)
@@ -139,6 +155,7 @@ class FakeGPU:
 
         self._free_callback = _Free(self._free)
         self._set_callback = _Set(self._set)
+        self._compute_callback = _Compute(self._compute)
         self._device_callbacks: dict[str, Any] = {
             "get_name": _Pointer(lambda _: self._name),
             "get_description": _Pointer(lambda _: self._description),
@@ -213,8 +230,23 @@ class FakeGPU:
 
     def _init_backend(self, *_: int) -> int:
         backend: int = _cpu_backend()
-        _Backend.from_address(backend).device = self._device_at
+        functions = _Backend.from_address(backend)
+        functions.device = self._device_at
+        self._compute_graph = _Compute(functions.graph_compute or 0)
+        functions.graph_compute = _address(self._compute_callback)
         return backend
+
+    def _compute(self, backend: int, graph: int) -> int:
+        """Compute; or end the process, as ggml_cuda_error does where CUDA has no memory for intermediate results."""
+        if self.statuses and (status := self.statuses.pop(0)) != SUCCESS:
+            return status
+        if self._shared and not self._shared.grow(_n_rows(_graph_node(graph, 0))):
+            _log(LOG_ERROR, b"CUDA error: out of memory\n")
+            _log(LOG_ERROR, b"  current device: 0, in function alloc at ggml-cuda.cu:578\n")
+            _log(LOG_ERROR, b"  cuMemCreate(&handle, reserve_size, &prop, 0)\n")
+            _abort(b"ggml-cuda.cu", 109, b"CUDA error")
+        result: int = self._compute_graph(backend, graph)
+        return result
 
 
 def add(name: str, total_bytes: int, shared: Memory | None = None, copies: Copies | None = None) -> FakeGPU:

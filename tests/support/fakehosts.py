@@ -97,13 +97,15 @@ class FakeHost:
         *,
         lag_s: float = 0.0,
         context_bytes: int = 0,
+        row_bytes: int = 0,
         read_only: bool = True,
         lockable_bytes: int = 1 << 40,
         locked_from: int | None = None,
         version: str = "580.159.04",
     ) -> None:
         """Set how long the driver keeps the memory of a process that is gone (a real one up to 1.5 s), and how much it
-        uses of a GPU for each process on it (a real one about 0.5 GiB).
+        uses of a GPU for each process on it (a real one about 0.5 GiB), and beside the engine's buffers for each row,
+        or token, of the largest batch that it computed (a real one some 10 KiB).
 
         A process may page-lock `lockable_bytes`, of read-only memory only with `read_only`.  `locked_from`: the size
         from which on runners lock a model, instead of their own.
@@ -112,6 +114,7 @@ class FakeHost:
         values = {
             "lag_s": lag_s,
             "context_bytes": context_bytes,
+            "row_bytes": row_bytes,
             "read_only": read_only,
             "lockable_bytes": lockable_bytes,
             "locked_from": locked_from,
@@ -239,6 +242,7 @@ class Shared:
     def __init__(self, host: FakeHost, uuid: str) -> None:
         self._host, self._uuid = host, uuid
         self._has_begun = False
+        self._n_rows = 0  # of the largest computation
 
     def begin(self) -> bool:
         if not self._has_begun:
@@ -250,6 +254,15 @@ class Shared:
 
     def give(self, n_bytes: int) -> None:
         self._host.change(self._uuid, -n_bytes)
+
+    def grow(self, n_rows: int) -> bool:
+        if n_rows <= self._n_rows:
+            return True
+        n_bytes = (n_rows - self._n_rows) * int(self._host.of_driver("row_bytes"))
+        if n_bytes and not self.take(n_bytes):
+            return False
+        self._n_rows = n_rows
+        return True
 
     def free_bytes(self) -> int:
         return self._host.free_bytes(self._uuid)

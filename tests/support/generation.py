@@ -13,7 +13,7 @@ from shared.schema.http import LoadRequest
 from shared.schema.model import Model
 from shared.settings import Settings
 from tests.integration.conftest import catalog
-from tests.support.noalloc import load
+from tests.support.noalloc import GPUS, load
 from worker.engine.job import Begun, Job, Outcome, Piece, Waiting
 from worker.runner.protocol import NO_GPU
 
@@ -39,8 +39,11 @@ class Answered:
 class Trial:
     """A loop whose steps are made one by one."""
 
-    def __init__(self, root: Path, *, parallel: int = 4, context_length: int = 2048, **options: Any) -> None:
-        """`root`: a models directory with one model."""
+    def __init__(
+        self, root: Path, *, parallel: int = 4, context_length: int = 2048, n_on_gpu: int = 0, **options: Any
+    ) -> None:
+        """`root`: a models directory with one model, of which so many layers are on a fake GPU."""
+        from tests.support import fakegpu
         from worker.engine import llama
         from worker.engine.decode import Engine
         from worker.engine.loop import Loop
@@ -49,10 +52,12 @@ class Trial:
         planned = plan(
             LoadRequest(model=model.key, parallel=parallel, context_length=context_length), model, Settings()
         )
-        log = llama.initialise(NO_GPU)
+        log = llama.initialise(GPUS[0] if n_on_gpu else NO_GPU)
         log.is_muted = True
+        self.gpu = fakegpu.add("CUDA0", 1 << 30)
+        layers = [n_on_gpu] if n_on_gpu else []
         self.loaded = llama.Loaded(
-            load([root / shard for shard in model.shards], planned, []), log, lambda phase, n_bytes: None
+            load([root / shard for shard in model.shards], planned, layers), log, lambda phase, n_bytes: None
         )
         self.engine = Engine(self.loaded, log, n_outputs_max=parallel, n_threads=1)
         self.outcomes: list[Outcome] = []

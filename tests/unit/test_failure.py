@@ -74,6 +74,9 @@ MEMORY = [
     "llama_init_from_model: failed to initialize the context: failed to allocate compute pp buffers",
     "llama_init_from_model: failed to initialize the context: std::bad_alloc",
     "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 9.00 MiB on device 0: cudaMalloc failed: out of memory",
+    "CUDA error: out of memory",
+    "CUDA error: the resource allocation failed",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
 ]
 
 

@@ -28,7 +28,7 @@ HOMES = {
     "click": {"cli/"},
     "cryptography": {"worker/listener/certificate.py"},
     "gguf": {"shared/synthetic/models.py"},
-    "httpcore": {"cli/client.py", "cli/environment.py", "worker/hub/client.py"},
+    "httpcore": {"cli/client.py", "cli/environment.py"},
     "jinja2": {"api/openapi/page.py"},
     "llama_cpp": {"worker/engine/llama.py", "worker/chat/code.py"},
     "llguidance": {"worker/chat/constraint.py", "worker/engine/constrain.py"},

@@ -26,7 +26,7 @@ from worker.engine.llama import lib
 MOST_CANDIDATES = 256  # that top_k lets pass: the samplers after it take 15 ms for a vocabulary of 150,000
 GREEDY_BELOW = 1e-4  # temperature; dividing by less overflows
 MOST_THREADS = 16
-TOKENS_OF_A_THREAD = 200_000  # of vocabularies to look through, for which a thread pays
+TOKENS_OF_A_THREAD = 200_000  # of vocabularies to look through, for which a thread pays (docs/benchmarks/tokens.md)
 BLOCK, PIECE = 256, 16_384  # tokens of a row that are looked at together
 MOST_REJECTED = 4  # tokens, before a mask is computed that takes as long as to draw some more
 SEEDS = 0xFFFFFFFF  # this one itself would mean a random seed to llama.cpp
@@ -269,11 +269,16 @@ class Draws:
     """Runs the draws of a step, in several threads if that pays: llama.cpp's samplers do not hold the interpreter's
     lock."""
 
-    def __init__(self, context: Any, n_vocab: int) -> None:
+    def __init__(self, context: Any, n_vocab: int, tokens_of_a_thread: int = TOKENS_OF_A_THREAD) -> None:
         self._context = context
         self._n_vocab = n_vocab
+        self._tokens_of_a_thread = tokens_of_a_thread
         self._n_threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
         self._threads: ThreadPoolExecutor | None = None
+
+    def threads(self, n: int) -> int:
+        """Return the number of threads for `n` draws that look through the vocabulary."""
+        return max(1, min(self._n_threads, n, n * self._n_vocab // self._tokens_of_a_thread))
 
     def run(self, draws: list[Draw]) -> None:
         """Fill in the results."""
@@ -281,8 +286,8 @@ class Draws:
         for draw in draws:
             if draw.is_quick:
                 draw.run(self._context)
-        n = min(self._n_threads, len(slow), len(slow) * self._n_vocab // TOKENS_OF_A_THREAD)
-        if n <= 1:
+        n = self.threads(len(slow))
+        if n == 1:
             self._run(slow)
             return
         if self._threads is None:

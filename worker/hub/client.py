@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
-import socket
-import ssl
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from http.client import HTTPResponse
+from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
-import httpcore
 import msgspec
 from msgspec import Struct
 
@@ -21,14 +16,13 @@ import shared
 from shared.errors import DownloadFailed, ModelNotFound
 from shared.settings import SettingsError
 from worker.hub.choice import RemoteFile
+from worker.hub.connection import Connections, Origin, Unavailable
 
 PUBLIC = "https://huggingface.co"
 # The hosts that the public hub, and mirrors of it, redirect to.
 OF_PUBLIC = ("huggingface.co", "hf.co")
 REDIRECTS = (301, 302, 303, 307, 308)
 MOST_REDIRECTS = 5
-CONNECT_S = 10.0  # to one of the addresses of a host
-READ_BYTES = 1 << 20  # of one read(2); httpcore's 64 KiB take four times the CPU time
 MOST_LISTING_BYTES = 32 << 20
 MOST_FILES = 100_000
 MOST_FILE_BYTES = 1 << 42
@@ -66,32 +60,8 @@ def access(environ: Mapping[str, str], hosts: str) -> Access:
     return Access(endpoint=endpoint, token=token, hosts=named)
 
 
-class Unavailable(Exception):
-    """The request may succeed later, `after_s` seconds from now at the earliest.  The message is a sentence."""
-
-    def __init__(self, message: str, after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.after_s = after_s
-
-
-class Unreachable(Unavailable):
-    """No connection to the host came about."""
-
-
 class Gone(Exception):
     """A location that the hub gave is no longer valid."""
-
-
-class Origin(NamedTuple):
-    scheme: str
-    host: str
-    port: int
-
-    @classmethod
-    def of(cls, url: str) -> Origin:
-        """Raises ValueError if the URL is malformed."""
-        parts = urlsplit(url)
-        return cls(parts.scheme, parts.hostname or "", parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0))
 
 
 class Answer(NamedTuple):
@@ -134,33 +104,27 @@ class _Info(Struct):
 class Hub:
     """A client of the hub.  Its methods may be called by several threads."""
 
-    def __init__(self, access: Access, connections: int = 1) -> None:
+    def __init__(self, access: Access) -> None:
         self._access = access
         self._endpoint = access.endpoint.rstrip("/")
         self._origin = Origin.of(access.endpoint)
         self._named = {_host_and_port(host) for host in access.hosts} | {(self._origin.host, self._origin.port)}
-        self._pool = httpcore.ConnectionPool(
-            ssl.create_default_context(),
-            max_connections=connections,
-            max_keepalive_connections=connections,
-            keepalive_expiry=access.stall_s,
-            network_backend=_Backend(self._is_named),
-        )
+        self._connections = Connections(self._is_named, access.stall_s)
 
     @property
     def stall_s(self) -> float:
         return self._access.stall_s
 
     def close(self) -> None:
-        self._pool.close()
+        self._connections.close()
 
     def repository(self, name: str, revision: str) -> Repository:
         """List a repository at a revision.  Raises ModelNotFound, DownloadFailed and Unavailable."""
         url = f"{self._endpoint}/api/models/{quote(name)}/revision/{quote(revision, safe='')}?blobs=true"
-        with self.get(url) as answer:
+        with self._sent(url, {}) as (answer, where):
             self._check(answer, f"Repository '{name}' (revision '{revision}')")
             body = bytearray()
-            for chunk in _chunks(answer):
+            for chunk in self._chunks(answer, where):
                 body += chunk
                 if len(body) > MOST_LISTING_BYTES:
                     raise _wrong(f"The list of files of '{name}' exceeds {MOST_LISTING_BYTES:,} bytes.")
@@ -185,52 +149,39 @@ class Hub:
 
         Raises Gone, Unavailable and DownloadFailed, also while the data is read.
         """
-        with self._sent(url, {"Range": f"bytes={start}-{end - 1}"}) as (answer, _):
+        with self._sent(url, {"Range": f"bytes={start}-{end - 1}"}) as (answer, where):
             if answer.status in (401, 403, 404, 410) and Origin.of(url) != self._origin:
                 raise Gone
             self._check(answer, "The file")
             if answer.status == 200:
-                length = _header(answer, "content-length")
-                yield Answer(0, int(length) if length.isdecimal() else None, _chunks(answer), is_range=False)
+                yield Answer(0, answer.length, self._chunks(answer, where), is_range=False)
                 return
-            found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", _header(answer, "content-range"))
+            found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("content-range", ""))
             if found is None or int(found[1]) != start or int(found[2]) >= end:
                 raise _wrong("The server sent another range of the file than was asked for.")
-            yield Answer(start, int(found[3]), _chunks(answer), is_range=True)
+            yield Answer(start, int(found[3]), self._chunks(answer, where), is_range=True)
 
     @contextmanager
-    def get(self, url: str) -> Iterator[httpcore.Response]:
-        with self._sent(url, {}) as (answer, _):
-            yield answer
-
-    @contextmanager
-    def _sent(self, url: str, headers: dict[bytes | str, bytes | str]) -> Iterator[tuple[httpcore.Response, str]]:
+    def _sent(self, url: str, headers: Mapping[str, str]) -> Iterator[tuple[HTTPResponse, str]]:
         """Send a request, and follow redirects to allowed hosts; yield the response and its URL.
 
         The token goes to the hub only.  Raises Unavailable and DownloadFailed.
         """
         for _ in range(MOST_REDIRECTS + 1):
             origin = self._allowed(url)
-            sent: dict[bytes | str, bytes | str] = {
-                "Host": urlsplit(url).netloc.rpartition("@")[2],
-                "User-Agent": f"loadstone/{shared.__version__}",
-                "Accept-Encoding": "identity",
-                **headers,
-            }
+            sent = {"User-Agent": f"loadstone/{shared.__version__}", **headers}
             if self._access.token and origin == self._origin:
                 sent["Authorization"] = f"Bearer {self._access.token}"
-            with _translated(origin.host, self._access.stall_s):
-                answer_of = self._pool.stream("GET", url, headers=sent, extensions={"timeout": self._timeouts()})
-                with answer_of as answer:
-                    location = _header(answer, "location")
-                    if answer.status not in REDIRECTS or not location:
-                        yield answer, url
-                        return
+            with self._connections.get(url, sent) as answer:
+                location = answer.headers.get("location", "")
+                if answer.status not in REDIRECTS or not location:
+                    yield answer, url
+                    return
             url = urljoin(url, location)
         raise _wrong(f"The hub redirects more than {MOST_REDIRECTS} times.")
 
-    def _timeouts(self) -> dict[str, float]:
-        return {"connect": CONNECT_S, "read": self._access.stall_s, "write": CONNECT_S, "pool": 60.0}
+    def _chunks(self, answer: HTTPResponse, url: str) -> Iterator[bytes]:
+        return self._connections.chunks(answer, Origin.of(url).host)
 
     def _allowed(self, url: str) -> Origin:
         """Return the origin of a URL.  Raises DownloadFailed if it is not one to read from."""
@@ -240,7 +191,9 @@ class Hub:
             origin = Origin("", "", 0)
         of_public = origin.port == 443 and any(f".{origin.host}".endswith(f".{host}") for host in OF_PUBLIC)
         is_named = self._is_named(origin.host, origin.port)
-        if "@" in urlsplit(url).netloc or origin.scheme not in ("https", "http") or not (is_named or of_public):
+        if not re.fullmatch("[!-~]+", url) or "@" in urlsplit(url).netloc:
+            raise _wrong("The hub redirects to what is not a URL of a file.")
+        if origin.scheme not in ("https", "http") or not (is_named or of_public):
             raise _wrong(f"The hub redirects to '{origin.host}:{origin.port}', which is not an allowed host.")
         if origin.scheme != "https" == self._origin.scheme:
             raise _wrong(f"The hub redirects to '{origin.host}:{origin.port}' without TLS.")
@@ -249,15 +202,15 @@ class Hub:
     def _is_named(self, host: str, port: int) -> bool:
         return (host, port) in self._named
 
-    def _check(self, answer: httpcore.Response, what: str) -> None:
+    def _check(self, answer: HTTPResponse, what: str) -> None:
         """Raise the error that a response means, if any."""
         status = answer.status
         if status in (200, 206):
             return
         if status == 429 or status >= 500:
-            wait = _header(answer, "retry-after")
+            wait = answer.headers.get("retry-after", "")
             raise Unavailable(f"The hub replied with status {status}.", float(wait) if wait.isdecimal() else 0.0)
-        code = _header(answer, "x-error-code")
+        code = answer.headers.get("x-error-code", "")
         if status in (401, 403) and code != "RepoNotFound":
             hint = "Request access on its page" if self._access.token else "Set HF_TOKEN of the worker"
             raise DownloadFailed("gated_repository", f"{what}: access is restricted. {hint}, then try again.")
@@ -280,116 +233,6 @@ def _wrong(sentence: str) -> DownloadFailed:
     return DownloadFailed("invalid_hub_reply", sentence)
 
 
-def _header(answer: httpcore.Response, name: str) -> str:
-    wanted = name.encode()
-    return next((value.decode("latin-1") for key, value in answer.headers if key.lower() == wanted), "")
-
-
-def _chunks(answer: httpcore.Response) -> Iterator[bytes]:
-    stream = answer.stream
-    assert isinstance(stream, Iterable)
-    yield from stream
-
-
 def _host_and_port(text: str) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     return parts.hostname or "", parts.port or 443
-
-
-@contextmanager
-def _translated(host: str, stall_s: float) -> Iterator[None]:
-    """Translate faults of a connection.  The text of some contains what was sent, so it is not shown."""
-    try:
-        yield
-    except httpcore.ConnectTimeout:
-        raise Unreachable(f"'{host}' cannot be reached: no answer within {CONNECT_S:g} s.") from None
-    except httpcore.TimeoutException:
-        raise Unavailable(f"'{host}' sent nothing for {stall_s:g} s.") from None
-    except httpcore.ConnectError as e:
-        cause = e.args[0] if e.args else None
-        if isinstance(cause, ssl.SSLCertVerificationError):  # it would be the same the next time
-            why = f"The certificate of '{host}' cannot be verified: {cause.verify_message.rstrip('.')}"
-            hint = "Set SSL_CERT_FILE of the worker if it is of an authority of your own"
-            raise DownloadFailed("hub_unavailable", f"{why}. {hint}.") from None
-        raise Unreachable(f"'{host}' cannot be reached: {e}.") from None
-    except (httpcore.NetworkError, httpcore.ProtocolError):
-        raise Unavailable(f"The connection to '{host}' broke.") from None
-    except httpcore.UnsupportedProtocol:
-        raise _wrong(f"'{host}' is reached neither by HTTP nor by HTTPS.") from None
-
-
-class _Backend(httpcore.SyncBackend):
-    """Connects to addresses of the internet, and to hosts that are configured, wherever they are.
-
-    The addresses of a host share the time.
-    The address that is checked is the one that is connected to: a name may resolve to another one the next time.
-    """
-
-    def __init__(self, is_named: Callable[[str, int], bool]) -> None:
-        self._is_named = is_named
-        self._silent: set[str] = set()  # addresses that did not answer, which are tried last
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as e:
-            raise httpcore.ConnectError(f"its name cannot be resolved ({getattr(e, 'strerror', e)})") from None
-        addresses = list(dict.fromkeys(str(one[4][0]) for one in found))
-        if not self._is_named(host, port):
-            addresses = [one for one in addresses if ipaddress.ip_address(one.partition("%")[0]).is_global]
-            if not addresses:
-                raise httpcore.ConnectError("its address is not one of the internet")
-        addresses = sorted(_alternating(addresses), key=lambda one: one in self._silent)
-        deadline = time.monotonic() + (CONNECT_S if timeout is None else timeout)
-        for n_left in range(len(addresses), 0, -1):
-            address = addresses[-n_left]
-            share_s = max(0.0, deadline - time.monotonic()) / n_left
-            try:
-                stream = super().connect_tcp(address, port, share_s, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout):
-                self._silent.add(address)
-                if n_left == 1:
-                    raise
-            else:
-                self._silent.discard(address)
-                return _Stream(stream)
-        raise AssertionError("there is at least one address")
-
-
-def _alternating(addresses: Iterable[str]) -> list[str]:
-    """Alternate between IPv6 and IPv4, of which one may lead nowhere."""
-    families: dict[bool, list[str]] = {}
-    for address in addresses:
-        families.setdefault(":" in address, []).append(address)
-    return [one for pair in zip_longest(*families.values()) for one in pair if one is not None]
-
-
-class _Stream(httpcore.NetworkStream):
-    """A connection that reads more at once."""
-
-    def __init__(self, inner: httpcore.NetworkStream) -> None:
-        self._inner = inner
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._inner.read(max(max_bytes, READ_BYTES), timeout)
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._inner.write(buffer, timeout)
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, timeout))
-
-    def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)

@@ -13,7 +13,8 @@ from shared.errors import ServiceUnavailable
 from shared.schema.snapshot import Described, Quantized
 from worker.hub import choice
 from worker.hub.choice import RemoteFile
-from worker.hub.client import Gone, Hub, Repository, Unavailable, Unreachable
+from worker.hub.client import Gone, Hub, Repository
+from worker.hub.connection import Unavailable, Unreachable
 from worker.hub.headers import found
 from worker.hub.protocol import Describe, Description
 

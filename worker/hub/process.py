@@ -21,7 +21,8 @@ from shared.download import File, Offer, Plan, Refusal
 from shared.errors import DownloadFailed, ServiceError
 from worker.hub import confinement, partials
 from worker.hub.choice import RemoteFile, choose
-from worker.hub.client import Hub, Unavailable
+from worker.hub.client import Hub
+from worker.hub.connection import Unavailable
 from worker.hub.description import description
 from worker.hub.partials import free_bytes, pending_bytes, place, reserved_bytes, targets
 from worker.hub.protocol import Busy, Describe, Fetch, Finished, Inspect, Progressed, Told, decode_ask
@@ -144,7 +145,7 @@ def fetched(ask: Fetch, tell: Tell) -> Finished | Busy:
 
 
 def _transfer(ask: Fetch, root: Path, paths: list[Path], tell: Tell) -> None:
-    plan, hub = ask.plan, Hub(ask.access, CONNECTIONS)
+    plan, hub = ask.plan, Hub(ask.access)
     with ExitStack() as stack:
         stack.callback(hub.close)
         here = sum(file.size for path, file in zip(paths, plan.files, strict=True) if _is_placed(path, file.size))

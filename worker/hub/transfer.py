@@ -21,7 +21,8 @@ from typing import Any
 from shared import libc
 from shared.errors import DownloadFailed
 from worker.hub.choice import RemoteFile
-from worker.hub.client import Gone, Hub, Unavailable
+from worker.hub.client import Gone, Hub
+from worker.hub.connection import Unavailable
 
 PIECE_BYTES = 32 << 20  # takes long against the latency of a request, on fast connections too
 HASHED_BYTES = 1 << 20
@@ -45,7 +46,7 @@ class Partial:
     def __init__(self, path: Path, size: int) -> None:
         """Open the partial file and reserve its whole size.  Raises OSError."""
         self.size = size
-        self.changed = threading.Condition()
+        self.grown = threading.Condition()  # notified when more is there without a gap from the start
         self._started = 0  # up to here, the kernel has begun to write
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -63,6 +64,7 @@ class Partial:
             raise
         self.got: list[int] = [min(got, self.length(i)) for i, (got,) in enumerate(GOT.iter_unpack(raw))]
         self.bytes = sum(self.got)  # that are there
+        self._first = 0  # no piece before it lacks anything
 
     @property
     def n_pieces(self) -> int:
@@ -84,29 +86,30 @@ class Partial:
             while new:
                 written = os.pwrite(self._fd, new, at)
                 at, new = at + written, new[written:]
-            with self.changed:
-                if (got := offset + len(now)) > self.got[piece]:
+            if (got := offset + len(now)) > self.got[piece]:
+                # Not in the lock: whoever waits for that would wait for the interpreter, too.
+                os.pwrite(self._table, GOT.pack(got), GOT.size * piece)
+                with self.grown:
                     self.bytes += got - self.got[piece]
                     self.got[piece] = got
-                    os.pwrite(self._table, GOT.pack(got), GOT.size * piece)
-                    self.changed.notify_all()
+                    if piece == self._first:
+                        self.grown.notify_all()
             position, data = position + len(now), rest
 
     def read(self, position: int, buffer: memoryview) -> int:
         return os.preadv(self._fd, [buffer], position)
 
     def frontier(self) -> int:
-        """Return how many bytes are there without a gap from the start."""
-        for piece, got in enumerate(self.got):
-            if got < self.length(piece):
-                return piece * PIECE_BYTES + got
-        return self.size
+        """Return how many bytes are there without a gap from the start.  Call it with `grown` held."""
+        while self._first < self.n_pieces and self.is_complete(self._first):
+            self._first += 1
+        return self.size if self._first == self.n_pieces else self._first * PIECE_BYTES + self.got[self._first]
 
     def forget(self) -> None:
         """Forget what is there, so that all of it is fetched again.  Raises OSError."""
         os.ftruncate(self._table, 0)
         self.got, self.bytes = [0] * self.n_pieces, 0
-        self._started = 0
+        self._first = self._started = 0
 
     def start_writing(self, end: int) -> None:
         """Have the kernel begin to write the file up to `end` to the disk, so that `sync` has less to wait for."""
@@ -182,8 +185,8 @@ class Transfer:
             ends: list[Future[Any]] = [*jobs, hashing] if hashing else [*jobs]
             done, _ = wait(ends, return_when=FIRST_EXCEPTION)
             self._stop.set()
-            with partial.changed:
-                partial.changed.notify_all()
+            with partial.grown:
+                partial.grown.notify_all()
             for job in done:
                 job.result()
             digest = hashing.result() if hashing else None
@@ -199,9 +202,9 @@ class Transfer:
         digest, at = hashlib.sha256(), 0
         buffer = memoryview(bytearray(HASHED_BYTES))
         while at < partial.size:
-            with partial.changed:
+            with partial.grown:
                 while (frontier := partial.frontier()) == at and not self._stop.is_set():
-                    partial.changed.wait()
+                    partial.grown.wait()
             if frontier == at:
                 break
             while at < frontier:

@@ -47,7 +47,7 @@ def lockable_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     meminfo = dict(_numbers((proc / "meminfo").read_text().replace(":", " ")))
     machine = Memory(meminfo["MemTotal"] << 10, meminfo["MemAvailable"] << 10)
     groups = _cgroups(proc, cgroup, machine.total_bytes, with_active=True)
-    return max(0, min(bound.free_bytes for bound in (machine, *groups)) - _locked_bytes(proc))
+    return max(0, min(bound.free_bytes for bound in (machine, *groups)) - locked_bytes(proc))
 
 
 def oom_kills() -> int:
@@ -60,7 +60,7 @@ def oom_kills() -> int:
     return int(match[1]) if match else 0
 
 
-def _locked_bytes(proc: Path) -> int:
+def locked_bytes(proc: Path) -> int:
     """Return the bytes that are locked for devices (pin_user_pages); 0 before Linux 5.7, which does not count them."""
     try:
         counters = dict(_numbers((proc / "vmstat").read_text()))

@@ -12,7 +12,8 @@ from shared.units import size
 
 MEMORY = re.compile(
     r"insufficient memory|out of memory|cannot allocate memory|failed to allocate|unable to allocate|bad_alloc"
-    r"|MemoryError|can't start new thread",
+    r"|MemoryError|can't start new thread"
+    r"|resource allocation failed|CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS without memory for its workspace
     re.I,
 )
 REQUESTED = re.compile(r"(?:of size|allocate|allocating)\s+(?P<number>[\d.]+)(?: ?(?P<unit>Mi?B))?")

@@ -119,3 +119,15 @@ def nvmlDeviceGetComputeRunningProcesses(handle: Device) -> list[SimpleNamespace
 def nvmlDeviceGetMigMode(handle: Device) -> list[int]:
     _raise_fault(_host(), handle.uuid)
     raise NVMLError_NotSupported
+
+
+def nvmlDeviceGetMaxPcieLinkGeneration(handle: Device) -> int:
+    raise NVMLError_NotSupported
+
+
+def nvmlSystemGetCudaDriverVersion() -> int:
+    return 13000
+
+
+def nvmlSystemGetDriverVersion() -> str:
+    return _host().version_path.read_text().split()[-2]
