@@ -6,9 +6,8 @@ The bytes come in a process of their own (`worker.hub.process`); to pause or can
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import assert_never
@@ -16,7 +15,6 @@ from typing import assert_never
 import msgspec
 from msgspec import Struct
 
-from shared import framing
 from shared.backoff import Backoff
 from shared.download import (
     Download,
@@ -37,8 +35,9 @@ from shared.store.keys import DOWNLOAD_RETAIN_S
 from shared.telemetry import log
 from worker.catalog import stores
 from worker.hub import partials
+from worker.hub.child import answers
 from worker.hub.client import Access
-from worker.hub.protocol import Ask, Busy, Fetch, Finished, Inspect, Progressed, Told, decode_told
+from worker.hub.protocol import Busy, Description, Fetch, Finished, Inspect, Progressed
 
 LIVE = (State.DOWNLOADING, State.PAUSED)
 MOST_DEATHS = 5  # of a process in a row, before its download fails
@@ -294,8 +293,8 @@ class Downloads:
                             await self._progressed(download, one.bytes, rate)
                     case Finished() | Refusal() | Busy():
                         return one
-                    case Offer():
-                        raise AssertionError("no offer was asked for")
+                    case Offer() | Description():
+                        raise AssertionError("it was not asked for")
                     case _:
                         assert_never(one)
         return None
@@ -335,33 +334,6 @@ class Rate:
             weight = min(1.0, took_s / RATE_S)
             self.bytes_s = rate if self.bytes_s is None else self.bytes_s + weight * (rate - self.bytes_s)
         self._last = now, n_bytes
-
-
-async def answers(ask: Ask) -> AsyncGenerator[Told, None]:
-    """Yield what a new process replies.  Ends it when closed; the process is reaped by then."""
-    try:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "worker.hub.process",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-    except OSError as e:
-        _log.error("process not started", action="download_process_failed", reason=e.strerror)
-        return
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        child.stdin.write(framing.frame(ask))
-        while (data := await framing.read(child.stdout)) is not None:
-            yield decode_told(data)
-    finally:
-        with suppress(ProcessLookupError):
-            child.kill()
-        child.stdin.close()
-        await child.communicate()
 
 
 def _unlink(roots: Sequence[Path], model: Model) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from msgspec import msgpack
+from msgspec import msgpack, structs
 
 import worker.hub.describer
 from shared.download import InspectRequest
+from shared.schema.model import Model
 from shared.schema.snapshot import Described
 from shared.synthetic import models as synthetic
 from tests.support.hub import LocalHub
 from tests.support.service import processes
 from worker.hub.client import Access
 from worker.hub.describer import Describer
+from worker.hub.protocol import Describe, Description
 
 
 def question(repository: str) -> bytes:
@@ -29,7 +32,7 @@ QUESTION = question("acme/tiny")
 
 
 def children() -> list[int]:
-    return [one.pid for one in processes() if one.parent == os.getpid() and "worker.hub.describer" in one.words]
+    return [one.pid for one in processes() if one.parent == os.getpid() and "worker.hub.process" in one.words]
 
 
 async def answer(access: Access | None, directory: Path) -> Described:
@@ -156,6 +159,38 @@ async def test_the_headers_of_the_last_models_are_kept(tmp_path: Path, monkeypat
     assert [file.st_size for file in files] == [file.size for file in kept.files]
     assert sum(file.st_blocks * 512 for file in files) < 1 << 20
     assert [path.name for path in (tmp_path / "headers").iterdir()] == [Path(kept.shards[0]).parent.name]
+
+
+async def test_headers_elsewhere_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker removes the directory of headers that are old, and an engine reads them."""
+    (tmp_path / "victim").mkdir()
+    monkeypatch.setattr(worker.hub.describer, "KEPT_N", 1)
+    model = Model(key="a/b", base="a/b", variant="", shards=["a/b/c.gguf"])
+
+    async def hostile(ask: Describe) -> AsyncIterator[Description]:
+        described = Described(model=structs.replace(model, shards=[ask.request.repository]))
+        yield Description(described, [str(tmp_path / "victim/x")])
+
+    monkeypatch.setattr(worker.hub.describer, "answers", hostile)
+    describer = Describer(Access(), tmp_path / "headers")
+    for repository in ("a/b", "a/c"):
+        await describer.answer(question(repository))
+    kept = describer.of(structs.replace(model, shards=["a/c"]))
+    assert kept is not None
+    assert [Path(shard).parent.parent for shard in kept.shards] == [tmp_path / "headers"]
+    assert (tmp_path / "victim").is_dir()
+
+
+@pytest.mark.parametrize("said", [r"\377\377\377\377", r"\1\0\0\0\301"], ids=["too long", "no message"])
+async def test_a_process_that_says_nonsense_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    (tmp_path / "python").write_text(f"#!/bin/sh\nprintf '{said}'\nexec sleep 600\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    described = await answer(Access(), tmp_path)
+    assert described.error is not None
+    assert not [one for one in processes() if one.parent == os.getpid() and "sleep" in one.words]
 
 
 async def test_a_worker_without_a_hub_says_so(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import assert_never
 
@@ -23,8 +23,9 @@ from worker.hub import confinement, partials
 from worker.hub.choice import RemoteFile, choose
 from worker.hub.client import Hub
 from worker.hub.connection import Unavailable
+from worker.hub.description import description
 from worker.hub.partials import free_bytes, pending_bytes, place, reserved_bytes, targets
-from worker.hub.protocol import Busy, Fetch, Finished, Inspect, Progressed, Told, decode_ask
+from worker.hub.protocol import Busy, Describe, Fetch, Finished, Inspect, Progressed, Told, decode_ask
 from worker.hub.transfer import Corrupt, Partial, Transfer, discard, opened, table_of
 from worker.sandbox import landlock
 
@@ -51,6 +52,11 @@ def main() -> None:
             case Fetch():
                 _begin(ask.root, landlock.TREE)
                 _tell(fetched(ask, _tell))
+            case Describe():
+                with suppress(OSError):  # without it, there are no dry runs
+                    Path(ask.directory).mkdir(parents=True, exist_ok=True)
+                _begin(ask.directory, landlock.WRITE)
+                _tell(description(ask))
             case _:
                 assert_never(ask)
     except ServiceError as e:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct, msgpack
 
 from shared.download import InspectRequest, Offer, Plan, Refusal
+from shared.schema.snapshot import Described
 from worker.hub.client import Access
 
 
@@ -26,7 +27,15 @@ class Fetch(Struct, frozen=True, kw_only=True, tag="fetch"):
     patience_s: float
 
 
-Ask = Inspect | Fetch
+class Describe(Struct, frozen=True, kw_only=True, tag="describe"):
+    """Describe a model by the headers of its files."""
+
+    access: Access
+    request: InspectRequest
+    directory: str  # for the headers; the process creates it
+
+
+Ask = Inspect | Fetch | Describe
 
 
 class Progressed(Struct, frozen=True, tag="progressed"):
@@ -41,7 +50,18 @@ class Busy(Struct, frozen=True, tag="busy"):
     """Another process fetches the same into the same directory."""
 
 
-Told = Offer | Progressed | Finished | Busy | Refusal
+class Description(Struct, frozen=True, tag="description"):
+    """A model, or why there is none.
+
+    `files`: names of those with the headers, one for each shard; none if they are not there.
+    """
+
+    described: Described
+    files: list[str] = []
+    is_unreachable: bool = False  # the hub
+
+
+Told = Offer | Progressed | Finished | Busy | Refusal | Description
 
 decode_ask = msgpack.Decoder(Ask).decode
 decode_told = msgpack.Decoder(Told).decode
