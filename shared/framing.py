@@ -6,11 +6,13 @@ which a unix socket returns if its peer closed with unread data: unix(7)).
 
 from __future__ import annotations
 
-import asyncio
 import struct
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from msgspec import msgpack
+
+if TYPE_CHECKING:  # a process that does not use it need not import it
+    import asyncio
 
 LENGTH = struct.Struct("<I")
 
@@ -28,7 +30,7 @@ async def read(stream: asyncio.StreamReader, most_bytes: int | None = None) -> b
         if most_bytes is not None and size > most_bytes:
             raise TooLong
         return await stream.readexactly(size)
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (EOFError, ConnectionError):  # the former is asyncio's IncompleteReadError
         return None
 
 

@@ -149,7 +149,7 @@ async def test_a_killed_process_resumes(store: Store, hub: LocalHub, root: Path,
         hub.bytes_s, hub.holds_at = 0, None
         await reached(store, "job_1", State.COMPLETED)
     assert_complete(hub, root)
-    # What was on its way in the socket buffers of six connections counts as sent.
+    # What was on its way in the socket buffers of its connections counts as sent.
     assert hub.sent.total() <= total + 6 * MIB
 
 

@@ -23,13 +23,12 @@ from worker.hub import confinement, partials
 from worker.hub.choice import RemoteFile, choose
 from worker.hub.client import Hub
 from worker.hub.connection import Unavailable
-from worker.hub.description import description
 from worker.hub.partials import free_bytes, pending_bytes, place, reserved_bytes, targets
 from worker.hub.protocol import Busy, Describe, Fetch, Finished, Inspect, Progressed, Told, decode_ask
 from worker.hub.transfer import Corrupt, Partial, Transfer, discard, opened, table_of
 from worker.sandbox import landlock
 
-CONNECTIONS = 6
+CONNECTIONS = 4  # more get less from a hub nearby: they write to one file, one after the other
 REPORT_S = 0.5
 NICENESS = 5
 
@@ -56,6 +55,8 @@ def main() -> None:
                 with suppress(OSError):  # without it, there are no dry runs
                     Path(ask.directory).mkdir(parents=True, exist_ok=True)
                 _begin(ask.directory, landlock.WRITE)
+                from worker.hub.description import description  # a third of all imports
+
                 _tell(description(ask))
             case _:
                 assert_never(ask)
