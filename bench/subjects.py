@@ -84,10 +84,13 @@ class Service:
         answer, headers = self._send("POST", path, content)
         return time.monotonic() - started, json.loads(answer), headers.get("Server-Timing", "")
 
+    def get(self, path: str) -> Any:
+        """Return the reply."""
+        return json.loads(self._send("GET", path)[0])
+
     def engine_log(self) -> str:
         """Return what the engine said in the newest load."""
-        answer, _ = self._send("GET", f"{paths.JOBS}?limit=1")
-        (job,) = json.loads(answer)["jobs"]
+        (job,) = self.get(f"{paths.JOBS}?limit=1")["jobs"]
         return self._send("GET", paths.JOB_LOGS.format(job_id=job["job_id"]))[0].decode("utf-8", "replace")
 
     def _send(self, method: str, path: str, content: bytes | None = None) -> tuple[bytes, http.client.HTTPMessage]:
