@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from worker.hub import transfer
 from worker.hub.choice import RemoteFile
 from worker.hub.client import Access, Hub
 from worker.hub.connection import Unavailable
-from worker.hub.transfer import Corrupt, Transfer, discard, opened
+from worker.hub.transfer import GOT, Corrupt, Transfer, discard, opened
 
 PIECE = 256 << 10
 SIZE = 10 * PIECE + 12_345
@@ -229,3 +230,20 @@ def test_an_empty_file(hub: LocalHub, tmp_path: Path) -> None:
     client = client_of(Access(endpoint=hub.endpoint))
     with opened(tmp_path / "partial", 0) as partial:
         Transfer(client, REPOSITORY, hub.commit, file, connections=2, patience_s=60).run(partial)
+
+
+def test_a_write_that_is_overtaken_takes_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that ignores ranges may send the whole file while another connection still reads a piece of it."""
+    pwrite, data = os.pwrite, memoryview(bytes(range(100)))
+    with opened(tmp_path / "part", len(data)) as partial:
+
+        def overtaken(fd: int, written: bytes, at: int) -> int:
+            if len(written) == GOT.size:  # the first note of what is there
+                monkeypatch.setattr(os, "pwrite", pwrite)
+                partial.write(0, data)
+            return pwrite(fd, written, at)
+
+        monkeypatch.setattr(os, "pwrite", overtaken)
+        partial.write(0, data[:50])
+        with partial.grown:
+            assert (partial.frontier(), partial.bytes) == (100, 100)

@@ -74,7 +74,7 @@ class Connections:
         connection, is_at_end = self._taken(origin), False
         try:
             with _translated(origin.host, self._stall_s):
-                connection.request("GET", target, headers=dict(headers))
+                connection.request("GET", target, headers=headers)
                 answer = connection.getresponse()
             yield answer
             is_at_end = answer.isclosed() or answer.length == 0

@@ -92,8 +92,9 @@ class Partial:
                 # Not in the lock: whoever waits for that would wait for the interpreter, too.
                 os.pwrite(self._table, GOT.pack(got), GOT.size * piece)
                 with self.grown:
-                    self.bytes += got - self.got[piece]
-                    self.got[piece] = got
+                    n_new = max(0, got - self.got[piece])  # another thread may have written more meanwhile
+                    self.bytes += n_new
+                    self.got[piece] += n_new
                     if piece == self._first:
                         self.grown.notify_all()
             position, data = position + len(now), rest
