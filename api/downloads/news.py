@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-from api.subscription import subscribed
+from api.subscription import Waiters, subscribed
 from shared.store.connection import Listen
 from shared.store.keys import DOWNLOAD_NEWS
 
@@ -17,24 +15,12 @@ class News:
 
     def __init__(self, listen: Listen) -> None:
         self._listen = listen
-        self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._waiters = Waiters()
 
     async def run(self) -> None:
         """Run the subscription until cancelled."""
-        await subscribed(self._listen, DOWNLOAD_NEWS, lambda data: self._heard(data.decode()))
+        await subscribed(self._listen, DOWNLOAD_NEWS, lambda data: self._waiters.wake(data.decode()))
 
-    @contextmanager
-    def of(self, id_: str) -> Iterator[asyncio.Event]:
+    def of(self, id_: str) -> AbstractContextManager[asyncio.Event]:
         """Set the event whenever the download with this id changes."""
-        woken = asyncio.Event()
-        self._waiting[id_].add(woken)
-        try:
-            yield woken
-        finally:
-            self._waiting[id_].discard(woken)
-            if not self._waiting[id_]:
-                del self._waiting[id_]
-
-    def _heard(self, id_: str) -> None:
-        for woken in self._waiting.get(id_, ()):
-            woken.set()
+        return self._waiters.of(id_)

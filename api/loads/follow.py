@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import aclosing, suppress
 
 from api.headers import FIRST, is_after
 from api.loads.jobs import event, is_over, outcome
 from api.loads.records import Records
-from api.subscription import subscribed
+from api.subscription import Waiters, subscribed
 from shared.errors import ErrorBody, NoWorker, QueueUnavailable, ServiceError
 from shared.instance import Instance
 from shared.lifecycle import TERMINAL, State
@@ -49,13 +48,13 @@ class Follower:
         self._changed = changed
         self._instances = instances
         self._listen = listen
-        self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._waiters = Waiters()
         self._readings: dict[tuple[str, str], asyncio.Future[list[tuple[str, Instance]]]] = {}
 
     @property
     def followed(self) -> Collection[str]:
         """The ids of the records that are being followed."""
-        return self._waiting.keys()
+        return self._waiters.ids
 
     async def run(self) -> None:
         """Run the subscription and the recheck until cancelled."""
@@ -69,7 +68,7 @@ class Follower:
         Use within `aclosing`.  Raises QueueUnavailable if Redis has lost the record.
         """
         last = after
-        with self._waiter(instance.id) as woken:
+        with self._waiters.of(instance.id) as woken:
             while True:
                 woken.clear()
                 history = await self._read(instance, last)
@@ -149,24 +148,9 @@ class Follower:
             reading.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(reading)
 
-    @contextmanager
-    def _waiter(self, id_: str) -> Iterator[asyncio.Event]:
-        woken = asyncio.Event()
-        self._waiting[id_].add(woken)
-        try:
-            yield woken
-        finally:
-            self._waiting[id_].discard(woken)
-            if not self._waiting[id_]:
-                del self._waiting[id_]
-
     def _heard(self, id_: str) -> None:
         self._changed(id_)
-        self._wake(id_)
-
-    def _wake(self, id_: str) -> None:
-        for woken in self._waiting.get(id_, ()):
-            woken.set()
+        self._waiters.wake(id_)
 
     async def _recheck(self) -> None:
         """Wake the followers of records that changed without a notification.
@@ -177,14 +161,14 @@ class Follower:
         while True:
             check_cancelled()
             await asyncio.sleep(RECHECK_S)
-            ids = list(self._waiting)
+            ids = list(self._waiters.ids)
             try:
                 now = dict(zip(ids, await self._instances.revisions(ids), strict=True)) if ids else {}
             except UNAVAILABLE:
                 now = dict.fromkeys(ids, AWAY)
             for id_, rev in now.items():
                 if rev in (None, AWAY) or seen.get(id_) != rev:  # also at the first check: it may have changed before
-                    self._wake(id_)
+                    self._waiters.wake(id_)
             seen = now
 
 
