@@ -254,6 +254,19 @@ def machine() -> dict[str, str]:
     }
 
 
+def commit() -> str:
+    """Return the commit of the tree, and whether files differ from it; "unknown" without git or a history."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=DOCS.parent)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + (", changed" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def say(what: str) -> None:
     print(f"... {what}", file=sys.stderr, flush=True)
 

@@ -21,13 +21,12 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from msgspec import Struct
 
 from bench.processes import children, roles
 from bench.report import table
-from bench.subjects import Failure, Service, service
+from bench.subjects import Failure, Service, service, until
 from shared import paths
 from shared.synthetic import models as synthetic
 from tests.support.hub import COMMIT, LocalHub, sha256
@@ -42,8 +41,6 @@ GET, TRANSFER = "loadstone get", "its transfer"
 DOWNLOAD = "process of the download"
 VICTIMS = ("worker", "api", "redis", DOWNLOAD)
 WITHIN_S = 600.0
-
-T = TypeVar("T")
 
 
 class Downloads(Struct, frozen=True, kw_only=True):
@@ -123,7 +120,8 @@ def _get(running: Service) -> dict[str, float]:
     (job, *_) = running.get(f"{paths.DOWNLOADS}?limit=1")["jobs"]
     started, completed = (datetime.fromisoformat(job[name]) for name in ("started_at", "completed_at"))
     # The catalog lists the model a moment later.
-    _until(lambda: subprocess.run(_command(running, "rm", KEY), capture_output=True).returncode == 0, "the removal")
+    remove = _command(running, "rm", KEY)
+    until(lambda: subprocess.run(remove, capture_output=True).returncode == 0, "the removal", WITHIN_S)
     return {GET: seconds, TRANSFER: (completed - started).total_seconds()}
 
 
@@ -140,10 +138,10 @@ def _killed(running: Service, hub: LocalHub, target: Path) -> tuple[list[str], f
     running.reconnect()
     running.post(paths.DOWNLOAD, {"model": REPOSITORY})
     for victim, moment in zip(victims, moments, strict=True):
-        _until(partial(_has_sent, hub, before + round(moment * N_BYTES)), f"{moment:.0%} of the file")
-        os.kill(_until(partial(_pid, running, victim), victim), signal.SIGKILL)
+        until(partial(_has_sent, hub, before + round(moment * N_BYTES)), f"{moment:.0%} of the file", WITHIN_S)
+        os.kill(until(partial(_pid, running, victim), victim, WITHIN_S), signal.SIGKILL)
         killed.append(f"{victim} at {(hub.sent[FILE] - before) / N_BYTES:.0%}")
-    _until(target.exists, "the file in its place")
+    until(target.exists, "the file in its place", WITHIN_S)
     if sha256(target) != hub.listed_hashes[FILE]:
         raise Failure("the file is another one than that of the hub")
     return killed, (hub.sent[FILE] - before) / N_BYTES
@@ -163,15 +161,6 @@ def _pid(running: Service, victim: str) -> int | None:
     except (OSError, KeyError):  # one ends, or has not begun
         return None
     return next((pid for pid, argv in words.items() if "worker.hub.process" in argv), None)
-
-
-def _until(condition: Callable[[], T | None], what: str) -> T:
-    deadline = time.monotonic() + WITHIN_S
-    while not (found := condition()):
-        if time.monotonic() > deadline:
-            raise Failure(f"not within {WITHIN_S:g} s: {what}")
-        time.sleep(0.02)
-    return found
 
 
 # ---- the report

@@ -28,7 +28,7 @@ from bench import handler
 from bench.client import Sent, request
 from bench.processes import cpu_s, redis_url, roles, stopped
 from bench.sender import Sender, check, sender
-from bench.subjects import Failure, running, service
+from bench.subjects import Failure, running, service, until
 from shared.store import keys
 from shared.synthetic import models as synthetic
 
@@ -88,7 +88,7 @@ class Jobs:
 
     def until(self, status: str) -> None:
         """Wait until the held load has this status."""
-        _until(lambda: self._one(self._of_held("GET"), 200)["status"] == status, f"the held load is {status}")
+        until(lambda: self._one(self._of_held("GET"), 200)["status"] == status, f"the held load is {status}", WITHIN_S)
 
     def accept(self, at_once: int) -> Sent:
         sent = self._round([self.load] * N["accept"], at_once, 202, bodies=True)
@@ -113,7 +113,7 @@ class Jobs:
 
     def settle(self) -> None:
         """Return once the worker has taken every delivery."""
-        _until(lambda: not self.redis.exists(keys.queue(self.worker)), "the worker has taken its deliveries")
+        until(lambda: not self.redis.exists(keys.queue(self.worker)), "the worker has taken its deliveries", WITHIN_S)
 
     def cancel(self) -> None:
         """Cancel the loads accepted last, and check in Redis that only the held load is left."""
@@ -246,11 +246,3 @@ def _bare(url: str, out: Path) -> Iterator[tuple[int, dict[str, int]]]:
             undo.enter_context(running(argv, stderr, pass_fds=[listening.fileno()])).pid for _ in range(API_PROCESSES)
         ]
         yield listening.getsockname()[1], {f"handler {n}": pid for n, pid in enumerate(pids, 1)}
-
-
-def _until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise Failure(f"not within {WITHIN_S:g} s: {what}")
-        time.sleep(0.02)

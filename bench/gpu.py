@@ -46,7 +46,7 @@ import pynvml
 from msgspec import Struct
 
 from bench import pagecache
-from bench.__main__ import drop_from_cache, machine, say
+from bench.__main__ import commit, drop_from_cache, machine, say
 from bench.cuda import Rates
 from bench.gpu_bare import Done, Started
 from bench.gpu_report import CACHES, MODES, Bandwidth, By, Cache, Measured, Mode, Run, Start, lock_of, markdown
@@ -327,7 +327,7 @@ def about_gpu(id_: str, name: str, directory: Path) -> dict[str, str]:
         "GPU": f"{name}, {memory:.0f} GiB, {link}; {pynvml.nvmlDeviceGetCount()} in the machine",
         "driver": f"{pynvml.nvmlSystemGetDriverVersion()}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}; nvcc {nvcc()}",
         "files": " on ".join(df.splitlines()[1].split()),
-        "Loadstone": f"{__version__}, commit {output('git', 'rev-parse', '--short=10', 'HEAD') or 'unknown'}",
+        "Loadstone": f"{__version__}, commit {commit()}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -339,7 +339,7 @@ def nvcc() -> str:
 
 
 def output(*words: str) -> str:
-    """Return what a program writes; nothing if it is missing, or fails as git does in a copy of the tree."""
+    """Return what a program writes; nothing if it is missing."""
     if shutil.which(words[0]) is None:
         return ""
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()

@@ -26,9 +26,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from msgspec import Struct
 
-from bench.__main__ import DOCS, OUT, keep, machine, say
+from bench.__main__ import DOCS, OUT, commit, keep, machine, say
 from bench.answers import LLAMA_SERVER, Client, Setup, Subject, Who, client, llama_server
-from bench.peers.__main__ import commit
 from bench.report import percentile, table
 from bench.streams import Stream
 from bench.subjects import Failure, Service, service

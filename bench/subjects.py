@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -26,6 +26,8 @@ CONTEXT_LENGTH = 4096
 EVAL_BATCH_SIZE = 512
 REPLY_S = 600.0
 STOP_S = 20.0  # `loadstone up` takes 10 at most
+
+T = TypeVar("T")
 
 
 class Failure(Exception):
@@ -128,6 +130,16 @@ class Bare:
         if not line:
             raise Failure(f"the bare process has exited; see {self._log}")
         return json.loads(line)
+
+
+def until(condition: Callable[[], T | None], what: str, within_s: float) -> T:
+    """Return the result of a condition once it is true.  Raises Failure."""
+    deadline = time.monotonic() + within_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise Failure(f"not within {within_s:g} s: {what}")
+        time.sleep(0.02)
+    return found
 
 
 def free_port() -> int:

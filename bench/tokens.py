@@ -18,12 +18,11 @@ import datetime
 import itertools
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, assert_never
@@ -32,7 +31,7 @@ import msgspec
 import pynvml
 
 from bench import samplers, tokens_report
-from bench.__main__ import OUT, machine, say
+from bench.__main__ import OUT, commit, machine, say
 from bench.answers import LLAMA_SERVER, Client, Setup, Subject, client, gpus, llama_server, look_at
 from bench.subjects import Failure, Service, running, service
 from bench.tokens_report import Answered, Kind, Measured, Part, Prompted, Row, Sampled
@@ -44,7 +43,6 @@ from worker.engine.decode import FEW_THREADS, cores
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).parents[1]
 KINDS = [  # the more interesting one first
     Kind(name="150k", vocabulary=151_936, tokenizer="bpe", quantization="Q4_0"),
     Kind(name="32k", vocabulary=32_000, tokenizer="spm", quantization="Q8_0"),
@@ -346,14 +344,6 @@ def about(options: Options) -> dict[str, str]:
         except pynvml.NVMLError as e:
             raise Failure(f"there is no GPU: {e}") from e
     return facts
-
-
-def commit() -> str:
-    """Return the commit of the tree; "unknown" of a copy without history, or without git."""
-    with suppress(OSError):
-        done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-        return done.stdout.strip() or "unknown"
-    return "unknown"
 
 
 def rows_of(part: Part, options: Options, until: float) -> Generator[Row]:

@@ -18,7 +18,7 @@ import llama_cpp  # noqa: F401  # before numpy: see bench/__init__.py
 import msgspec
 
 from bench import pagecache
-from bench.__main__ import MODELS, OUT, keep, machine, say
+from bench.__main__ import MODELS, OUT, commit, keep, machine, say
 from bench.peers import plots
 from bench.peers.figures import CACHES, Cache, Failed, Measured, Memory, Run, goals
 from bench.peers.memory import watched
@@ -140,13 +140,6 @@ def versions() -> str:
     script = "import sys, fastapi, uvicorn; print(f'fastapi {fastapi.__version__}, uvicorn {uvicorn.__version__}')"
     python = subprocess.run([str(PYTHON), "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     return f"Loadstone {__version__}; llama-server {server.removeprefix('version: ')}; llama_cpp.server with {python}"
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-
-    return git("rev-parse", "--short=10", "HEAD") + (", changed" if git("status", "--porcelain", "-uno") else "")
 
 
 def write(measured: Measured, directory: Path) -> None:
